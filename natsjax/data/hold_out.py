@@ -1,0 +1,62 @@
+"""Which documents are held out for validation: decided by their ids alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from natsjax.errors import UserError
+
+_HASH_BYTES = 8
+_NUM_HASHES = 1 << (8 * _HASH_BYTES)
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """A seeded split by document id.
+
+    The order of files plays no part, documents with equal ids fall on the same side, and a document stays on
+    its side when others are added (but for corpora so small that one side would be empty).
+
+    Attributes:
+      seed: which split.
+      threshold: documents whose hash lies below it are held out.
+    """
+
+    seed: int
+    threshold: int
+
+    @classmethod
+    def choose(cls, hashes: npt.NDArray[np.uint64], *, fraction: float, seed: int) -> HoldOut:
+        """Hold out about `fraction` of the documents, and at least one, and never all.
+
+        Args:
+          hashes: uint64 `[num_documents]`, `hash_id` of every document.
+          fraction: share to hold out, in (0, 1).
+          seed: the one that the hashes were made with.
+
+        Raises:
+          UserError: fewer than two different ids.
+        """
+        lowest, highest = (int(hashes.min()), int(hashes.max())) if len(hashes) else (0, 0)
+        if lowest == highest:
+            raise UserError(
+                "the input holds fewer than two documents with different ids, so none can be held out for "
+                "validation; add documents, or name others with validation_input."
+            )
+        # In a small corpus the fraction may miss every document, or hit all of them.
+        threshold = min(max(round(fraction * _NUM_HASHES), lowest + 1), highest)
+        return cls(seed, threshold)
+
+    def __contains__(self, document_id: str) -> bool:
+        return hash_id(document_id, self.seed) < self.threshold
+
+
+def hash_id(document_id: str, seed: int) -> int:
+    """A number in [0, 2**64) that looks random, from a document's id and a seed."""
+    key = str(seed).encode()
+    digest = hashlib.blake2b(document_id.encode("utf-8"), digest_size=_HASH_BYTES, key=key).digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,110 @@
+"""What `prepare` was asked for: checked, recorded in corpus.json, compared with a corpus that is there."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from natsjax.data.corpus import Corpus
+from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
+from natsjax.data.tokenizer import MIN_VOCAB_SIZE, BPETokenizer, ByteTokenizer, load_tokenizer
+from natsjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """The arguments of `prepare`, where they are explained; `input` and `validation_input` are absolute."""
+
+    input: str
+    output: Path
+    tokenizer: str
+    vocab_size: int
+    held_out_fraction: float
+    validation_input: str
+    text_field: str
+    skip_bad_files: bool
+    seed: int
+    documents_per_shard: int
+    progress: bool
+
+    def check(self) -> None:
+        """Raise UserError for a value out of range."""
+        if self.tokenizer == "bpe" and self.vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f"vocab_size is {self.vocab_size}; a BPE needs at least {MIN_VOCAB_SIZE} (bytes, BOS, EOS)."
+            )
+        if not self.validation_input and not 0 < self.held_out_fraction < 1:
+            raise UserError(f"held_out_fraction is {self.held_out_fraction}; it must lie between 0 and 1.")
+        if self.validation_input and self.validation_input == self.input:
+            raise UserError(
+                f"validation_input is the same as input, {self.input}: a model would be judged on what it "
+                "was trained on; leave validation_input empty to hold documents out."
+            )
+        if self.documents_per_shard < 1:
+            raise UserError(f"documents_per_shard is {self.documents_per_shard}; it must be at least 1.")
+        if not self.tokenizer:
+            raise UserError('tokenizer is empty; it must be "byte", "bpe" or the folder of a tokenizer.')
+
+    def inputs(self) -> dict[str, str]:
+        """The inputs that are read, by argument name."""
+        named = {"input": self.input, "validation_input": self.validation_input}
+        return {name: value for name, value in named.items() if value}
+
+    def reader(self, input: str) -> CorpusReader:
+        """Reads one of the inputs as asked for."""
+        return CorpusReader(input, text_field=self.text_field, skip_bad_files=self.skip_bad_files)
+
+    @functools.cached_property
+    def existing_tokenizer(self) -> ByteTokenizer | BPETokenizer | None:
+        """The tokenizer, or None where one is to be trained."""
+        if self.tokenizer == "bpe":
+            return None
+        return ByteTokenizer() if self.tokenizer == "byte" else load_tokenizer(self.tokenizer)
+
+    def arguments(self) -> dict[str, str | int | float | bool | None]:
+        """What decides the corpus, for corpus.json; None for what plays no part beside the rest."""
+        existing = self.existing_tokenizer
+        is_named = self.tokenizer in ("byte", "bpe")
+        return {
+            "input": self.input,
+            "validation_input": self.validation_input,
+            # A tokenizer's folder may move or change; its fingerprint says which one it is.
+            "tokenizer": self.tokenizer if existing is None or is_named else existing.fingerprint,
+            "vocab_size": self.vocab_size if existing is None else None,
+            "held_out_fraction": None if self.validation_input else self.held_out_fraction,
+            "seed": None if self.validation_input else self.seed,
+            "text_field": self.text_field,
+            "skip_bad_files": self.skip_bad_files,
+            "documents_per_shard": self.documents_per_shard,
+        }
+
+    def check_same(self, corpus: Corpus) -> None:
+        """Raise UserError if a corpus was made with other arguments or from other files."""
+        there, asked = corpus.arguments, self.arguments()
+        names = [name for name in asked if name not in self.inputs()]
+        differences = [
+            f"{name} is {there.get(name)!r} there and {asked[name]!r} here"
+            for name in names
+            if there.get(name) != asked[name]
+        ]
+        for name, input in self.inputs().items():
+            if there.get(name) == input and not input_exists(input):
+                continue  # the text was moved away after it had been prepared
+            # A mark of the content, not the path: the same files may lie elsewhere today.
+            if self.reader(input).signature != corpus.input_signatures.get(name):
+                before = there.get(name)
+                change = "holds other files than then" if before == input else f"was {before!r}"
+                differences.append(f"{name} {input!r} {change}")
+        if differences:
+            raise UserError(
+                f"{self.output} already holds a corpus that was prepared otherwise "
+                f"({'; '.join(differences)}); give another output, or delete that folder."
+            )
+
+
+def absolute_input(input: str | os.PathLike[str]) -> str:
+    """The input by its absolute path, so that it means the same from every working directory."""
+    name = os.fspath(input)
+    return name if not name or name.startswith(PACKAGE_PREFIX) else str(Path(name).resolve())

@@ -1,0 +1,110 @@
+"""Write the documents of one split: ArrayRecord shards, their lengths and their ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from natsjax.data.corpus import IDS_FILE, LENGTHS_FILE, SplitSummary, record_dtype, shard_name
+
+# Grain reads single records: a group of one keeps a random read from decompressing its neighbours.
+_WRITER_OPTIONS = "group_size:1"
+
+
+class SplitWriter:
+    """Writes documents as they are added; a context manager that completes the files on leaving.
+
+    Args:
+      folder: the split's folder, made here.
+      vocab_size: decides the type that token ids are stored in.
+      documents_per_shard: documents in a shard file; the last shard may hold fewer.
+
+    Raises:
+      OSError: the folder cannot be written, for example because the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int, documents_per_shard: int):
+        self._folder = folder
+        self._dtype = record_dtype(vocab_size)
+        self._documents_per_shard = documents_per_shard
+        self._lengths = array("q")
+        self._bytes = 0
+        self._shards = 0
+        self._hash = hashlib.sha256()
+        self._shard: ArrayRecordWriter | None = None
+        folder.mkdir()
+        self._ids = (folder / IDS_FILE).open("w", encoding="utf-8")
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close_shard()
+            np.save(self._folder / LENGTHS_FILE, np.array(self._lengths, np.int64))
+        self._ids.close()
+
+    def add(self, document_id: str, tokens: npt.NDArray[np.int32], num_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+          document_id: its id.
+          tokens: int32 `[num_tokens]`, without BOS and EOS.
+          num_bytes: size of its text in UTF-8.
+        """
+        shard = self._shard
+        if shard is None or len(self._lengths) % self._documents_per_shard == 0:
+            self._close_shard()
+            shard = self._open_shard()
+        with _as_os_error():
+            shard.write(tokens.astype(self._dtype).tobytes())
+        self._ids.write(json.dumps(document_id) + "\n")
+        self._lengths.append(len(tokens))
+        self._bytes += num_bytes
+        # Lengths keep ("ab", "c") and ("a", "bc") apart; int32 keeps the hash free of the storage type.
+        identity = document_id.encode("utf-8")
+        self._hash.update(np.array([len(identity), len(tokens)], "<i8").tobytes() + identity)
+        self._hash.update(tokens.astype("<i4").tobytes())
+
+    @property
+    def summary(self) -> SplitSummary:
+        """Counts so far."""
+        return SplitSummary(len(self._lengths), sum(self._lengths), self._bytes, self._shards)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the ids and tokens so far, in order, free of how they lie in shards."""
+        return self._hash.hexdigest()
+
+    def _open_shard(self) -> ArrayRecordWriter:
+        path = self._folder / shard_name(self._shards)
+        with _as_os_error():
+            self._shard = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        self._shards += 1
+        return self._shard
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            with _as_os_error():
+                self._shard.close()
+            self._shard = None
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """array_record's C++ side reports everything, a full disk included, as RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error

@@ -1,0 +1,238 @@
+"""From scorer logits to roles, lifetimes and what they cost; and the controller that steers the price.
+
+Pure functions; METHOD.md 2 and 4 define them. Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index.
+Roles are 0 GLOBAL, 1 LOCAL, 2 SLIDING.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natsjax.config import NatsConfig
+from pallas_kernels.nats_attention import roles as roles_lib
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, key_end_from_roles
+
+ROLE_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
+
+
+def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
+    """Biases float32 ``[3]`` under which Gumbel sampling draws the roles in the given fractions."""
+    return jnp.log(jnp.asarray(fractions, jnp.float32))
+
+
+def dial_bias(dial: float | jax.Array, roles: Literal["global", "global_local"]) -> jax.Array:
+    """What the dial adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
+    dial = jnp.asarray(dial, jnp.float32)
+    return jnp.stack([dial, dial if roles == "global_local" else jnp.zeros_like(dial), jnp.zeros_like(dial)])
+
+
+def first_of_document(positions: jax.Array) -> jax.Array:
+    """bool ``[b, 1, s]``: the first token of each document (also padding), which is always GLOBAL."""
+    return (positions == 0)[:, None, :]
+
+
+def choose_roles(logits: jax.Array, first: jax.Array) -> jax.Array:
+    """The role of the largest logit, GLOBAL where ``first``.
+
+    Args:
+      logits: float32 ``[b, k, s, 3]``, noise or bias already added.
+      first: bool ``[b, 1, s]``.
+
+    Returns:
+      int8 ``[b, k, s]``.
+    """
+    return jnp.where(first, GLOBAL, jnp.argmax(logits, axis=-1)).astype(jnp.int8)
+
+
+@jax.custom_vjp
+def _hard(soft: jax.Array, role_ids: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(role_ids, NUM_ROLES, dtype=soft.dtype)
+
+
+# One-hot forward, the softmax backward: exactly one-hot, which `soft + stop_gradient(hard - soft)` is not in floats.
+_hard.defvjp(lambda soft, role_ids: (_hard(soft, role_ids), None), lambda _, gradient: (gradient, None))
+
+
+def straight_through(logits: jax.Array, role_ids: jax.Array, first: jax.Array, temperature: float) -> jax.Array:
+    """One-hot of the given roles, with the gradient of ``softmax(logits / temperature)``.
+
+    The roles are an argument, so that a recomputed forward uses the very roles of the first one whatever its logits
+    round to. Tokens that are ``first`` are constants.
+
+    Args:
+      logits: float32 ``[b, k, s, 3]``, Gumbel noise already added.
+      role_ids: int8 ``[b, k, s]``.
+      first: bool ``[b, 1, s]``.
+      temperature: of the softmax.
+
+    Returns:
+      float32 ``[b, k, s, 3]``.
+
+    Source: arXiv:2502.13251, section 3.2.
+    """
+    soft = jax.nn.softmax(logits / temperature, axis=-1)
+    return _hard(jnp.where(first[..., None], jax.lax.stop_gradient(soft), soft), role_ids)
+
+
+def lifetimes(key_end: jax.Array, document_end: jax.Array) -> jax.Array:
+    """How many queries can read each key.
+
+    Args:
+      key_end: int32 ``[b, k, s]``, exclusive.
+      document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
+
+    Returns:
+      int32 ``[b, k, s]``; 0 where padded.
+    """
+    index = jnp.arange(key_end.shape[-1], dtype=jnp.int32)
+    return jnp.maximum(jnp.minimum(key_end, document_end[:, None, :]) - index, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "price_gradient"))
+def lifetime_sum(
+    roles: jax.Array, document_end: jax.Array, window: int, price_gradient: Literal["constant", "exact"]
+) -> jax.Array:
+    """The sum of all lifetimes per KV head, differentiable in the roles.
+
+    Args:
+      roles: float32 one-hot ``[b, k, s, 3]``.
+      document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
+      window: tokens.
+      price_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is the
+        gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys before it.
+
+    Returns:
+      float32 ``[k]``, in key-query pairs.
+    """
+    role_ids = jnp.argmax(roles, axis=-1)
+    key_end = key_end_from_roles(role_ids, window=window, document_end=document_end)
+    return jnp.sum(lifetimes(key_end, document_end), axis=(0, 2), dtype=jnp.float32)
+
+
+def _lifetime_sum_fwd(roles, document_end, window, price_gradient):
+    return lifetime_sum(roles, document_end, window, price_gradient), (roles, document_end)
+
+
+def _lifetime_sum_bwd(window, price_gradient, residuals, gradient):
+    roles, document_end = residuals
+    role_ids = jnp.argmax(roles, axis=-1)
+    is_global, is_local = role_ids == GLOBAL, role_ids == LOCAL
+    ranges = roles_lib.role_ranges(is_global, document_end)
+    index = jnp.arange(roles.shape[2], dtype=jnp.int32)
+
+    def count(first, last):  # queries first … last - 1
+        return jnp.maximum(last - first, 0).astype(jnp.float32)
+
+    as_global = count(index, ranges.end)
+    as_local = count(index, jnp.minimum(ranges.next_global + 1, ranges.end))
+    as_sliding = count(index, jnp.minimum(index + window + 1, ranges.end))
+    if price_gradient == "exact":
+        alive = is_local & (index < ranges.end)
+        # A query's row holds the LOCAL keys behind it: those since the last GLOBAL token, itself included as a query.
+        earlier = _local_keys_read_by(alive, is_global, document_end)
+        as_global -= roles_lib.global_credit(
+            is_global,
+            column=jnp.where(alive, as_local - 1, 0),
+            row=earlier,
+            past=jnp.where(
+                alive,
+                count(
+                    jnp.minimum(ranges.next_global + 1, ranges.end), jnp.minimum(ranges.second_global + 1, ranges.end)
+                ),
+                0,
+            ),
+            document_end=document_end,
+        )
+    droles = jnp.stack([as_global, as_local, as_sliding], axis=-1)
+    return (droles * gradient[None, :, None, None]).astype(roles.dtype), None
+
+
+def _local_keys_read_by(is_local: jax.Array, is_global: jax.Array, document_end: jax.Array) -> jax.Array:
+    """How many LOCAL keys before it each query reads: float32 ``[b, k, t]``."""
+    start = jnp.concatenate(
+        [jnp.ones_like(document_end[:, :1], bool), document_end[:, 1:] != document_end[:, :-1]], axis=-1
+    )
+    before = jnp.cumsum(is_local, axis=-1, dtype=jnp.int32) - is_local.astype(jnp.int32)
+    # Keys before the document, or before the GLOBAL token that the query lies behind, are gone.
+    behind_global = jnp.concatenate([jnp.zeros_like(is_global[..., :1]), is_global[..., :-1]], axis=-1)
+    gone = jnp.where(start[:, None, :] | behind_global, before, 0)
+    return (before - jax.lax.cummax(gone, axis=gone.ndim - 1)).astype(jnp.float32)
+
+
+lifetime_sum.defvjp(_lifetime_sum_fwd, _lifetime_sum_bwd)
+
+
+def causal_pairs(positions: jax.Array, document_end: jax.Array) -> jax.Array:
+    """Causal key-query pairs per KV head: the sum of ``Ld (Ld + 1) / 2`` over documents, float32 scalar.
+
+    Args:
+      positions: int32 ``[b, s]``, restarting with each document.
+      document_end: int32 ``[b, s]``; 0 marks padding.
+    """
+    return jnp.sum(jnp.where(document_end > 0, positions + 1, 0), dtype=jnp.float32)
+
+
+def smallest_kv_fraction(piece_lengths: np.ndarray, window: int) -> float:
+    """The KV fraction when every token is SLIDING but the first of each document, which is GLOBAL.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
+      window: tokens.
+    """
+    length = np.asarray(piece_lengths, np.float64)
+    reach = np.minimum(length, window + 1)
+    # Keys 1 … L-1 live for window + 1 queries, the last ones until the end of the document; key 0 lives for L.
+    sliding = np.where(length > window + 1, (length - 1 - window) * (window + 1), 0) + np.where(
+        length > window + 1, window * (window + 1) / 2, reach * (reach - 1) / 2
+    )
+    return float(np.sum(length + sliding) / np.sum(length * (length + 1) / 2))
+
+
+class Controller(NamedTuple):
+    """State of the price, float32 scalars: checkpointed with the run.
+
+    Attributes:
+      log_price: natural logarithm of ``kv_price``.
+      average: running average of the KV fraction.
+    """
+
+    log_price: jax.Array
+    average: jax.Array
+
+
+def start_controller(config: NatsConfig) -> Controller:
+    """The controller before the first step."""
+    # A fixed price may be 0, whose logarithm only says "nothing".
+    return Controller(jnp.log(jnp.float32(config.kv_price)), jnp.float32(1.0))
+
+
+def kv_price(controller: Controller) -> jax.Array:
+    """Nats per token per unit of KV fraction, float32 scalar."""
+    return jnp.exp(controller.log_price)
+
+
+def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
+    """The budget that a steered price aims at: from 1 linearly down to ``kv_budget`` over the ramp."""
+    progress = jnp.minimum((step + 1) / max(1, config.budget_ramp_steps), 1.0)
+    return 1.0 + progress * (config.kv_budget - 1.0)
+
+
+def steer(controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig) -> Controller:
+    """The controller after a step.
+
+    Args:
+      controller: the state that the step used.
+      kv_fraction: float32 scalar, of the step's global batch.
+      step: int32 scalar, the step's number.
+      config: the bounds and rates.
+    """
+    average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
+    if config.price == "fixed":
+        return Controller(controller.log_price, average)
+    budget = budget_at(step, config)
+    log_price = controller.log_price + config.price_rate * jnp.clip((average - budget) / budget, -1, 1)
+    bounds = jnp.log(jnp.float32(config.min_kv_price)), jnp.log(jnp.float32(config.max_kv_price))
+    return Controller(jnp.clip(log_price, *bounds), average)

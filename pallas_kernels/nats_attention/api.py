@@ -1,0 +1,222 @@
+"""What to call: checks the arguments, picks a backend, and says all reasons when none can serve the call."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention import reference, xla
+from pallas_kernels.nats_attention.roles import NUM_ROLES
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Role gradients from every causal pair, also the masked-out ones: exact, and quadratic in the length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Role gradients from the visible pairs and from a random share of the masked-out ones.
+
+    Attributes:
+      fraction: share of the query blocks whose masked-out pairs are evaluated, in (0, 1].
+    """
+
+    fraction: float = 1 / 8
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"Sampled(fraction={self.fraction}): the fraction must be in (0, 1].")
+
+
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Role gradients from the visible pairs alone: no key is ever told that it should have been kept longer."""
+
+
+MaskGradient = Exact | Sampled | Visible
+_NAMES: dict[str, MaskGradient] = {"exact": Exact(), "sampled": Sampled(), "visible": Visible()}
+Implementation = Literal["xla", "reference"]
+
+
+def _mask_gradient(given: MaskGradient | str) -> MaskGradient:
+    if isinstance(given, str):
+        if given not in _NAMES:
+            raise ValueError(f"mask_gradient={given!r}: one of {', '.join(map(repr, _NAMES))} was expected.")
+        return _NAMES[given]
+    return given
+
+
+def _check(query, key, value) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}, value {value.shape}: [b, t, n, h], [b, s, k, h] and [b, s, k, h] "
+            "were expected."
+        )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head dim.")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"{query.shape[2]} query heads do not divide evenly among {key.shape[2]} KV heads.")
+
+
+def _expect(name: str, array: jax.Array, shape: Sequence[int]) -> None:
+    if array.shape != tuple(shape):
+        raise ValueError(f"{name} has shape {array.shape}; {tuple(shape)} was expected.")
+
+
+def _first_that_serves(backends: dict[str, Callable], implementation: str | None):
+    """Calls the named backend, or the first of the automatic ones that does not refuse."""
+    if implementation is not None:
+        if implementation not in backends:
+            raise ValueError(
+                f"implementation={implementation!r}: one of {', '.join(map(repr, backends))} was expected."
+            )
+        return backends[implementation]()
+    refusals = []
+    for name, call in backends.items():
+        if name == "reference":  # dense: for tests, and only when asked for by name
+            continue
+        try:
+            return call()
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("no backend can serve this call; " + "; ".join(refusals))
+
+
+def nats_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    roles: jax.Array,
+    *,
+    window: int,
+    document_end: jax.Array | None = None,
+    scale: float | None = None,
+    mask_gradient: MaskGradient | str = Exact(),
+    sample_key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Causal attention in which each key's role says until which query it can be read.
+
+    A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
+    of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
+    gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
+    with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs.
+
+    Args:
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      key, value: ``[b, t, k, h]``, float, ``n`` a multiple of ``k``.
+      roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING).
+      window: tokens; 0 leaves a SLIDING key to its own query alone.
+      document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 marks padding, whose
+        rows are 0. None: one document.
+      scale: of the logits; default ``h ** -0.5``.
+      mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
+        "exact", "sampled", "visible".
+      sample_key: a PRNG key for ``Sampled``.
+      implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+
+    Returns:
+      ``[b, t, n, h]`` in the dtype of ``query``.
+
+    Raises:
+      ValueError: shapes or names that do not fit.
+      NotImplementedError: no backend can serve the call; the message has each one's reason.
+
+    Example:
+      >>> roles = jax.nn.one_hot(jnp.array([[[0, 2, 1]]]), 3)
+      >>> out = nats_attention(q, k, v, roles, window=1)  # q [1, 3, 2, 64], k and v [1, 3, 1, 64]
+
+    Source: arXiv:2502.13251, section 3.
+    """
+    _check(query, key, value)
+    b, t, _, _ = query.shape
+    _expect("key", key, (b, t, *key.shape[2:]))
+    _expect("roles", roles, (b, key.shape[2], t, NUM_ROLES))
+    if window < 0:
+        raise ValueError(f"window={window}: it must be 0 or more tokens.")
+    if document_end is not None:
+        _expect("document_end", document_end, (b, t))
+    mask_gradient = _mask_gradient(mask_gradient)
+    if isinstance(mask_gradient, Sampled) and sample_key is None:
+        raise ValueError("mask_gradient=Sampled needs a sample_key.")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    visible_only = isinstance(mask_gradient, Visible)
+
+    def refuse_sampling():
+        if isinstance(mask_gradient, Sampled):
+            raise NotImplementedError("sampled role gradients are not implemented; use Exact() or Visible()")
+
+    def call_xla():
+        refuse_sampling()
+        return xla.nats_attention(query, key, value, roles, document_end, window, scale, visible_only)
+
+    def call_reference():
+        refuse_sampling()
+        return reference.closed_form_attention(
+            query, key, value, roles, document_end, window, scale, True, visible_only
+        )
+
+    return _first_that_serves({"xla": call_xla, "reference": call_reference}, implementation)
+
+
+def interval_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_end: jax.Array,
+    *,
+    query_position: jax.Array | None = None,
+    key_position: jax.Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+
+    Differentiable in query, key and value (and through the log-sum-exp).
+
+    Args:
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      key, value: ``[b, s, k, h]``, float, ``n`` a multiple of ``k``.
+      key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding.
+      query_position: int32 ``[b, t]``, index of each query; default ``0 … t-1``.
+      key_position: int32 ``[b, k, s]``, index of each key; default ``0 … s-1``.
+      scale: of the logits; default ``h ** -0.5``.
+      return_lse: also return the log-sum-exp of the visible logits.
+      implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+
+    Returns:
+      ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``. A query without a
+      visible key gets 0 and −∞.
+
+    Raises:
+      ValueError: shapes or names that do not fit.
+
+    Example:
+      >>> sliding = jnp.arange(s) + window + 1  # a plain sliding window
+      >>> out = interval_attention(q, k, v, jnp.broadcast_to(sliding, (b, num_kv_heads, s)))
+    """
+    _check(query, key, value)
+    (b, t), (s, k) = query.shape[:2], key.shape[1:3]
+    _expect("key_end", key_end, (b, k, s))
+    if query_position is None:
+        query_position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    if key_position is None:
+        key_position = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, k, s))
+    _expect("query_position", query_position, (b, t))
+    _expect("key_position", key_position, (b, k, s))
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def call_xla():
+        return xla.interval_attention(query, key, value, key_end, query_position, key_position, scale)
+
+    def call_reference():
+        return reference.interval_attention(
+            query, key, value, key_end, query_position=query_position, key_position=key_position, scale=scale
+        )
+
+    out, lse = _first_that_serves({"xla": call_xla, "reference": call_reference}, implementation)
+    return (out, lse) if return_lse else out

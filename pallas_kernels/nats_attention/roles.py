@@ -1,0 +1,137 @@
+"""From roles to the interval of queries that can read each key, and the credit a GLOBAL token gets for ending others.
+
+Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index, ``t`` query index. Everything here is O(L) per head.
+
+Source: "Neural Attention Search", arXiv:2502.13251, sections 3.1-3.2; the range sums are this project's own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GLOBAL, LOCAL, SLIDING = 0, 1, 2
+NUM_ROLES = 3
+NO_END = int(np.iinfo(np.int32).max)
+"""``key_end`` of a key that every later query can read."""
+
+
+class RoleRanges(NamedTuple):
+    """The first rows (queries) at which each key's possible lifetimes end; all int32 ``[b, k, s]``, cut to ``end``.
+
+    Attributes:
+      end: first query index behind the key's document.
+      next_global: ``n(s)``, the first GLOBAL token behind the key in its document, ``end`` if there is none.
+      second_global: ``n2(s)``, the first GLOBAL token behind ``n(s)`` in the document, ``end`` if there is none.
+    """
+
+    end: jax.Array
+    next_global: jax.Array
+    second_global: jax.Array
+
+
+def _following_global(is_global: jax.Array) -> jax.Array:
+    """Index of the first GLOBAL token behind each index, ``L`` where there is none: int32, the shape of the input."""
+    length = is_global.shape[-1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    at_or_after = jax.lax.cummin(jnp.where(is_global, index, length), axis=is_global.ndim - 1, reverse=True)
+    return jnp.concatenate([at_or_after[..., 1:], jnp.full_like(at_or_after[..., :1], length)], axis=-1)
+
+
+def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRanges:
+    """The ranges that lifetimes and role gradients are sums over.
+
+    Args:
+      is_global: bool ``[b, k, s]``.
+      document_end: int32 ``[b, s]``, exclusive index of the end of each token's document (0: padding), or None for
+        one document that fills the sequence.
+
+    Returns:
+      ``RoleRanges`` of int32 ``[b, k, s]``.
+    """
+    length = is_global.shape[-1]
+    following = _following_global(is_global)
+    if document_end is None:
+        end = jnp.full_like(following, length)
+    else:
+        end = jnp.broadcast_to(jnp.minimum(document_end, length)[:, None, :], following.shape).astype(
+            jnp.int32
+        )
+    padded = jnp.concatenate([following, jnp.full_like(following[..., :1], length)], axis=-1)
+    second = jnp.take_along_axis(padded, following, axis=-1)
+    next_global = jnp.minimum(following, end)
+    return RoleRanges(end, next_global, jnp.where(following < end, jnp.minimum(second, end), end))
+
+
+def key_end_from_roles(
+    role_ids: jax.Array, *, window: int, document_end: jax.Array | None = None
+) -> jax.Array:
+    """First query that cannot read each key any more.
+
+    Args:
+      role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
+      window: how many queries behind its own a SLIDING key can be read by.
+      document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
+
+    Returns:
+      int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key that nothing ends, 0 for padding.
+
+    Example:
+      >>> key_end_from_roles(jnp.array([[[1, 2, 0, 1, 2, 2]]]), window=1)  # L S G L S S
+      [[[3, 3, NO_END, NO_END, 6, 7]]]
+    """
+    length = role_ids.shape[-1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    following = _following_global(role_ids == GLOBAL)
+    local_end = jnp.where(following < length, following + 1, NO_END)
+    key_end = jnp.where(role_ids == LOCAL, local_end, NO_END)
+    key_end = jnp.where(role_ids == SLIDING, index + window + 1, key_end)
+    if document_end is not None:
+        key_end = jnp.minimum(key_end, document_end[:, None, :])
+    return key_end.astype(jnp.int32)
+
+
+def global_credit(
+    is_global: jax.Array,
+    *,
+    column: jax.Array,
+    row: jax.Array,
+    past: jax.Array,
+    document_end: jax.Array | None,
+) -> jax.Array:
+    """What making each token GLOBAL takes away from the LOCAL keys before it (``kill`` in METHOD.md 3).
+
+    The sums are of any quantity ``e[t, s]`` over (query, key) pairs of LOCAL keys; outside LOCAL keys they are 0.
+    A token that is not GLOBAL would end the LOCAL keys that are alive across it: those whose pairs begin before it
+    less those whose queries come no later, a running sum. A GLOBAL token already ends its keys: it takes the rows up
+    to the next GLOBAL token that they would have had without it. Both sums start anew behind every GLOBAL token,
+    where they are exactly zero, so that rounding does not build up over the sequence.
+
+    Args:
+      is_global: bool ``[b, k, s]``.
+      column: float32 ``[b, k, s]``: for LOCAL keys the sum of e over ``t = s+1 … n(s)``.
+      row: float32 ``[b, k, t]``: the sum of e over visible LOCAL keys ``s < t``.
+      past: float32 ``[b, k, s]``: for LOCAL keys the sum of e over ``t = n(s)+1 … n2(s)``.
+      document_end: int32 ``[b, s]`` or None, as in ``role_ranges``.
+
+    Returns:
+      float32 ``[b, k, s]``.
+    """
+
+    def previous(x):
+        return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
+
+    starts = previous(is_global)
+    if document_end is not None:
+        starts |= (document_end != previous(document_end))[:, None, :]
+    steps = jnp.stack([previous(column) - row, previous(past)])
+
+    def combine(left, right):
+        left_starts, left_sum = left
+        right_starts, right_sum = right
+        return left_starts | right_starts, jnp.where(right_starts, right_sum, left_sum + right_sum)
+
+    starts = jnp.broadcast_to(starts, steps.shape)
+    _, (alive, taken) = jax.lax.associative_scan(combine, (starts, steps), axis=-1)
+    return jnp.where(is_global, taken, alive)

@@ -1,0 +1,300 @@
+"""The attention: values and every gradient against the dense oracle in float64, causality and lifetimes."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import ROLE_PATTERNS, SHAPES, Shape, document_ends, role_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import nats_attention as na
+from pallas_kernels.nats_attention import reference
+
+DOCUMENTS = ("one", "packed", "padding")
+
+
+def inputs(shape: Shape, seed=0, dtype=jnp.float32, spread=1.0):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(shape.b, shape.length, shape.k * shape.g, shape.h)) * spread
+    k, v = rng.normal(size=(2, shape.b, shape.length, shape.k, shape.h))
+    weight = rng.normal(size=q.shape)
+    return [jnp.asarray(x, dtype) for x in (q, k, v, weight)]
+
+
+def value_and_gradients(attention, *arguments):
+    """``(out, dq, dk, dv, droles)`` in float64; ``attention(q, k, v, roles, document_end)``, then the loss weights."""
+
+    def loss(q, k, v, roles, document_end, weight):
+        out = attention(q, k, v, roles, document_end)
+        return jnp.sum(out.astype(weight.dtype) * weight), out
+
+    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arguments)
+    return out, *gradients
+
+
+# One compilation serves every role pattern: the roles and the documents are data.
+compiled = jax.jit(value_and_gradients, static_argnums=0)
+
+
+@functools.cache
+def nats(window, **options):
+    return lambda q, k, v, roles, end: na.nats_attention(
+        q, k, v, roles, window=window, document_end=end, **options
+    )
+
+
+@functools.cache
+def relaxed(window):
+    return lambda q, k, v, roles, end: reference.relaxed_attention(
+        q, k, v, roles, window=window, document_end=end
+    )
+
+
+@functools.cache
+def closed_form_without_clip(window):
+    return lambda q, k, v, roles, end: reference.closed_form_attention(
+        q, k, v, roles, end, window, q.shape[-1] ** -0.5, False
+    )
+
+
+def relative_error(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.abs(got - expected).max() / max(1e-30, np.abs(expected).max())
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "wide_window"])
+def test_closed_form_equals_autodiff_of_the_relaxed_mask(x64, name):
+    shape, rng = SHAPES[name], np.random.default_rng(1)
+    q, k, v, weight = inputs(shape, dtype=jnp.float64)
+    for pattern, documents in itertools.product(ROLE_PATTERNS, DOCUMENTS):
+        roles = jax.nn.one_hot(role_ids(pattern, shape, rng), 3, dtype=jnp.float64)
+        end = document_ends(documents, shape, rng)
+        arguments = (q, k, v, roles, end, weight)
+        for got, expected in zip(
+            compiled(closed_form_without_clip(shape.window), *arguments),
+            compiled(relaxed(shape.window), *arguments),
+            strict=True,
+        ):
+            np.testing.assert_allclose(
+                got,
+                expected,
+                rtol=1e-9,
+                atol=1e-11 * (1 + np.abs(expected).max()),
+                err_msg=f"{pattern} {documents}",
+            )
+
+
+@pytest.mark.parametrize("mask_gradient", ["exact", "visible"])
+@pytest.mark.parametrize("name", ["tiny", "grouped", "no_window", "two_blocks"])
+def test_xla_equals_the_oracle(name, mask_gradient):
+    shape, rng = SHAPES[name], np.random.default_rng(2)
+    q, k, v, weight = inputs(shape, spread=3.0)
+    for pattern, documents in itertools.product(ROLE_PATTERNS, DOCUMENTS):
+        ids, end = role_ids(pattern, shape, rng), document_ends(documents, shape, rng)
+        arguments = (q, k, v, jax.nn.one_hot(ids, 3), end, weight)
+        got = compiled(nats(shape.window, mask_gradient=mask_gradient, implementation="xla"), *arguments)
+        with jax.enable_x64(True):
+            wide = [x if x is end else np.asarray(x, np.float64) for x in arguments]
+            expected = compiled(
+                nats(shape.window, mask_gradient=mask_gradient, implementation="reference"), *wide
+            )
+        for x, y in zip(got, expected, strict=True):
+            assert relative_error(x, y) < 2e-5, f"{pattern} {documents}"
+
+
+def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones():
+    shape = SHAPES["grouped"]
+    q, k, v, weight = inputs(shape)
+    ids = np.full((shape.b, shape.k, shape.length), na.SLIDING, np.int32)
+    k = k.at[:, 0].set(400 * jnp.sign(q[:, -1, :: shape.g]))  # key 0 ended long before the last query
+    roles = jax.nn.one_hot(ids, 3)
+    got = compiled(nats(shape.window, implementation="xla"), q, k, v, roles, None, weight)
+    assert all(np.isfinite(np.asarray(x)).all() for x in got)
+    end = na.key_end_from_roles(jnp.asarray(ids), window=shape.window)
+    logits_last = jnp.einsum("bnh,bskh->bs", q[:, -1], k[..., :])  # the masked-out key really dominates
+    assert (jnp.argmax(jnp.abs(logits_last), -1) == 0).all()
+    expected, _ = reference.interval_attention(
+        q[:, -1:],
+        k[:, 5:],
+        v[:, 5:],
+        end[:, :, 5:],
+        query_position=jnp.full((shape.b, 1), shape.length - 1),
+        key_position=jnp.broadcast_to(jnp.arange(5, shape.length), end[:, :, 5:].shape),
+    )
+    np.testing.assert_allclose(got[0][:, -1:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_close_and_keeps_dtypes():
+    shape, rng = SHAPES["grouped"], np.random.default_rng(3)
+    arrays = inputs(shape)
+    roles = jax.nn.one_hot(role_ids("random", shape, rng), 3)
+
+    def attention(*a):
+        return na.nats_attention(*a, window=shape.window)
+
+    narrow = [x.astype(jnp.bfloat16) for x in arrays]
+    out, pullback = jax.vjp(attention, *narrow[:3], roles)
+    gradients = pullback(narrow[3])
+    assert out.dtype == jnp.bfloat16
+    assert [x.dtype for x in gradients] == [jnp.bfloat16] * 3 + [jnp.float32]
+    wide_out, wide_pullback = jax.vjp(attention, *[x.astype(jnp.float32) for x in narrow[:3]], roles)
+    for got, expected in zip(
+        (out, *gradients), (wide_out, *wide_pullback(narrow[3].astype(jnp.float32))), strict=True
+    ):
+        assert relative_error(got, expected) < 3e-2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(0, 9),
+    st.integers(0, 2**31),
+    st.sampled_from(["one", "packed", "padding"]),
+)
+def test_key_end_is_the_definition(length, window, seed, documents):
+    shape = Shape(2, length, 2, 1, 4, window)
+    rng = np.random.default_rng(seed)
+    ids, end = role_ids("random", shape, rng), document_ends(documents, shape, rng)
+    got = np.asarray(
+        na.key_end_from_roles(
+            jnp.asarray(ids), window=window, document_end=None if end is None else jnp.asarray(end)
+        )
+    )
+    for b, k, s in np.ndindex(ids.shape):
+        following = [u for u in range(s + 1, length) if ids[b, k, u] == na.GLOBAL]
+        expected = {
+            na.GLOBAL: na.NO_END,
+            na.LOCAL: following[0] + 1 if following else na.NO_END,
+            na.SLIDING: s + window + 1,
+        }[int(ids[b, k, s])]
+        assert got[b, k, s] == (expected if end is None else min(expected, end[b, s]))
+
+
+def test_key_end_of_the_example_in_the_definition():
+    ids = jnp.array([[[1, 2, 0, 1, 2, 2]]])
+    assert na.key_end_from_roles(ids, window=1).tolist() == [[[3, 3, na.NO_END, na.NO_END, 6, 7]]]
+
+
+@pytest.mark.parametrize("documents", ["one", "packed", "padding"])
+def test_gradients_reach_exactly_the_keys_that_live(documents):
+    """Causality and lifetimes: the output of query t depends on the value at s iff s <= t < key_end[s]."""
+    shape, rng = SHAPES["grouped"], np.random.default_rng(4)
+    q, k, v, _ = inputs(shape)
+    ids = jnp.asarray(role_ids("random", shape, rng))
+    end = document_ends(documents, shape, rng)
+    end = None if end is None else jnp.asarray(end)
+
+    def per_query(v):
+        out = na.nats_attention(q, k, v, jax.nn.one_hot(ids, 3), window=shape.window, document_end=end)
+        out = out.reshape(shape.b, shape.length, shape.k, shape.g, shape.h)
+        return jnp.abs(out).sum((0, 3, 4))  # [t, k]
+
+    jacobian = np.abs(jax.jacrev(per_query)(v)).sum(-1)  # [t, k, b, s, k']
+    key_end = np.asarray(na.key_end_from_roles(ids, window=shape.window, document_end=end))
+    t, s = np.arange(shape.length)[:, None], np.arange(shape.length)[None, :]
+    for b in range(shape.b):
+        for head in range(shape.k):
+            visible = (s <= t) & (t < key_end[b, head][None, :])
+            np.testing.assert_array_equal(jacobian[:, head, b, :, head] > 0, visible)
+            np.testing.assert_array_equal(jacobian[:, head, b, :, 1 - head], 0)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_interval_attention_with_positions_and_lse(implementation):
+    """Gathered keys and ragged queries give what the full problem gives; the log-sum-exp has a gradient too."""
+    rng = np.random.default_rng(5)
+    b, t, s, k, g, h = 2, 7, 33, 2, 2, 8
+    q = jnp.asarray(rng.normal(size=(b, t, k * g, h)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, b, s, k, h)), jnp.float32)
+    position = jnp.asarray(np.sort(rng.choice(60, (b, k, s)), axis=-1), jnp.int32)
+    end = position + jnp.asarray(rng.integers(0, 40, (b, k, s)), jnp.int32)
+    at = jnp.asarray(rng.integers(-1, 60, (b, t)), jnp.int32)
+
+    def run(implementation, *a):
+        return na.interval_attention(
+            *a, end, query_position=at, key_position=position, return_lse=True, implementation=implementation
+        )
+
+    def dense(q, key, value):
+        visible = (position[:, :, None] <= at[:, None, :, None]) & (at[:, None, :, None] < end[:, :, None])
+        visible = jnp.repeat(visible, g, axis=1)
+        logits = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(key, g, axis=2)) * h**-0.5
+        seen = visible.any(-1, keepdims=True)
+        p = jax.nn.softmax(jnp.where(visible, logits, -1e30), -1) * seen
+        lse = jax.nn.logsumexp(jnp.where(visible, logits, -1e30), -1)
+        return jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(value, g, axis=2)), jnp.moveaxis(
+            jnp.where(seen[..., 0], lse, -jnp.inf), 1, 2
+        )
+
+    out, lse = run(implementation, q, key, value)
+    expected, expected_lse = dense(q, key, value)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+    assert np.isneginf(np.asarray(lse)).any()
+
+    def loss(f):
+        def of(*a):
+            out, lse = f(*a)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(expected_lse), jnp.cos(lse), 0))
+
+        return jax.grad(of, argnums=(0, 1, 2))(q, key, value)
+
+    if implementation == "xla":
+        for got, want in zip(loss(lambda *a: run("xla", *a)), loss(dense), strict=True):
+            np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def test_no_array_of_size_length_squared():
+    """The compiled forward and backward hold no L×L array, and their memory grows linearly."""
+
+    def memory(length):
+        q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        roles = jax.ShapeDtypeStruct((1, 2, length, 3), jnp.float32)
+
+        def loss(q, k, v, roles):
+            return na.nats_attention(q, k, v, roles, window=4).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(q, q, q, roles).compile()
+        assert f"{length},{length}]" not in compiled.as_text()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = memory(2048), memory(8192)
+    assert large < 4.5 * small
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"roles": jnp.zeros((1, 1, 6, 3))}, "roles"),
+        ({"window": -1}, "window=-1"),
+        ({"mask_gradient": "exakt"}, "exakt"),
+        ({"implementation": "cuda"}, "cuda"),
+        ({"document_end": jnp.zeros((1, 6), jnp.int32)}, "document_end"),
+        ({"mask_gradient": "sampled"}, "sample_key"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    shape = SHAPES["tiny"]
+    q, k, v, _ = inputs(shape)
+    arguments = {"roles": jnp.zeros((2, 1, 6, 3)), "window": 1} | change
+    with pytest.raises(ValueError, match=message):
+        na.nats_attention(q, k, v, **arguments)
+
+
+def test_a_call_that_no_backend_serves_says_all_reasons():
+    shape = SHAPES["tiny"]
+    q, k, v, _ = inputs(shape)
+    with pytest.raises(NotImplementedError, match="xla: sampled role gradients"):
+        na.nats_attention(
+            q, k, v, jnp.zeros((2, 1, 6, 3)), window=1, mask_gradient="sampled", sample_key=jax.random.key(0)
+        )

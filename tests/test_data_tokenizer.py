@@ -1,0 +1,148 @@
+"""Tokenizers: lossless, deterministic, and refusing what is not theirs."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natsjax.data import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, load_tokenizer
+from natsjax.errors import UserError
+
+TEXTS = [
+    "the cat sat on the mat, and the dog sat on the cat",
+    "naïve café — 東京 🙂\r\n\ttabs and\u00a0spaces   \n",
+    "<|bos|><s></s>⟨bos⟩ looks like a special token and is none",
+] * 3
+
+BYTE = ByteTokenizer()
+BPE = BPETokenizer.train(TEXTS, vocab_size=300)
+
+both = pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
+valid_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@both
+@given(text=valid_text)
+def test_decode_inverts_encode_and_bytes_add_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+
+
+@given(texts=st.lists(valid_text, max_size=5))
+def test_a_batch_is_encoded_as_its_texts(texts):
+    for tokenizer in (BYTE, BPE):
+        batch = tokenizer.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
+
+
+@both
+def test_protocols_and_specials(tokenizer):
+    assert isinstance(tokenizer, Tokenizer)
+    assert isinstance(tokenizer, Vocabulary)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1)
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes.dtype == np.int32
+    assert tokenizer.token_bytes[-2:].tolist() == [0, 0]
+    assert (tokenizer.token_bytes[:-2] > 0).all()
+    assert tokenizer.token_text(tokenizer.bos_id) == "⟨bos⟩"
+    assert tokenizer.token_text(tokenizer.eos_id) == "⟨eos⟩"
+    framed = [tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]
+    assert tokenizer.decode(framed) == "hello"
+
+
+@both
+@pytest.mark.parametrize("outside", [-1, 10_000])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer, outside):
+    with pytest.raises(IndexError, match=str(outside)):
+        tokenizer.decode([outside])
+    with pytest.raises(IndexError, match=str(outside)):
+        tokenizer.token_text(outside)
+
+
+def test_partial_utf8_is_shown_in_hex_and_decoded_with_a_replacement():
+    euro = BYTE.encode("€")
+    assert [BYTE.token_text(int(token)) for token in euro] == ["⟨e2⟩", "⟨82⟩", "⟨ac⟩"]
+    assert BYTE.decode(euro[:2]) == "\ufffd"
+    assert BYTE.token_text(ord("a")) == "a"
+
+
+def test_bpe_joins_frequent_pairs_and_is_deterministic():
+    assert BPE.vocab_size == 300
+    assert len(BPE.encode("the cat")) < len("the cat")
+    assert " the" in {BPE.token_text(token) for token in range(BPE.vocab_size)}
+    again = BPETokenizer.train(iter(TEXTS), vocab_size=300)
+    assert again.fingerprint == BPE.fingerprint
+    assert BPETokenizer.train(TEXTS, vocab_size=301).fingerprint != BPE.fingerprint
+    assert BYTE.fingerprint != BPE.fingerprint
+
+
+def test_little_text_gives_a_smaller_vocabulary_that_still_encodes_everything():
+    tokenizer = BPETokenizer.train(["ab"], vocab_size=1000)
+    assert tokenizer.vocab_size == 256 + 1 + 2  # one merge to learn
+    assert tokenizer.decode(tokenizer.encode("東京 ab")) == "東京 ab"
+
+
+@both
+def test_save_load_and_pickle_keep_everything(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "deep" / "folder")
+    for copy in (load_tokenizer(tmp_path / "deep" / "folder"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.kind == tokenizer.kind
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert copy.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
+
+
+def test_vocabulary_too_small_for_bytes():
+    with pytest.raises(UserError, match=r"vocab_size is 257.*at least 258"):
+        BPETokenizer.train(TEXTS, vocab_size=257)
+
+
+@both
+def test_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"U\+D83D stands at character 2"):
+        tokenizer.encode("ab\ud83d")
+    with pytest.raises(UserError, match=r"U\+D83D"):
+        tokenizer.encode_batch(["fine", "\ud83d"])
+
+
+def _edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"there is no tokenizer in .*natsjax_tokenizer\.json is missing"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format_version": 7}, "format_version 7, but this natsjax reads version 1"),
+        ({"kind": "wordpiece"}, "kind 'wordpiece'; known are"),
+        ({"fingerprint": "0" * 64}, "was changed: its fingerprint is .* was written for 000000000000"),
+    ],
+)
+def test_a_description_that_does_not_fit(tmp_path, changes, sentence):
+    BPE.save(tmp_path)
+    _edit(tmp_path / "natsjax_tokenizer.json", **changes)
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path)
+
+
+def test_damaged_tokenizer_files(tmp_path):
+    BPE.save(tmp_path)
+    definition = (tmp_path / "tokenizer.json").read_text()
+    for damaged in ("{", "[]", "{}", definition.replace('"merges"', '"mergers"')):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
+    other = BPETokenizer.train(TEXTS, vocab_size=280)
+    other.save(tmp_path / "other")
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "other" / "tokenizer.json").read_text())
+    with pytest.raises(UserError, match="was changed"):
+        load_tokenizer(tmp_path)
