@@ -1,0 +1,10 @@
+"""Training of transformer language models that learn which tokens to keep in their KV cache.
+
+``natsjax.load(DIR)`` gives a trained run; the commands are ``train.py``, ``python -m natsjax.data.prepare`` and
+``python -m natsjax.evaluate``. Importing this touches no device.
+"""
+
+from natsjax.errors import UserError
+from natsjax.loading import LoadedRun, load
+
+__all__ = ["LoadedRun", "UserError", "load"]

@@ -49,10 +49,12 @@ class Inputs(NamedTuple):
     document_end: jax.Array
 
 
-def _matrix(key: jax.Array, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A weight of standard deviation ``gain / sqrt(fan_in)``, subject to weight decay."""
+def _matrix(
+    key: jax.Array, shape: tuple[int, ...], fan_in: int, *, gain: float = 1.0, weight_decay: bool = True
+) -> nnx.Param:
+    """A weight of standard deviation ``gain / sqrt(fan_in)``; the optimizer reads whether weight decay applies."""
     value = gain * fan_in**-0.5 * jax.random.normal(key, shape, jnp.float32)
-    return nnx.Param(value, weight_decay=True)
+    return nnx.Param(value, weight_decay=weight_decay)
 
 
 class RMSNorm(nnx.Module):
@@ -117,7 +119,7 @@ class Attention(nnx.Module):
         self.query = _matrix(rngs.params(), (d, k, g, h), d)
         self.key = _matrix(rngs.params(), (d, k, h), d)
         self.value = _matrix(rngs.params(), (d, k, h), d)
-        self.output = _matrix(rngs.params(), (k, g, h, d), k * g * h, _residual_gain(model))
+        self.output = _matrix(rngs.params(), (k, g, h, d), k * g * h, gain=_residual_gain(model))
         if model.attention == "nats":
             self.scorer = Scorer(model, config.nats)
 
@@ -177,7 +179,7 @@ class MLP(nnx.Module):
         d, f = model.width, model.mlp_width
         self.gate = _matrix(rngs.params(), (d, f), d)
         self.up = _matrix(rngs.params(), (d, f), d)
-        self.down = _matrix(rngs.params(), (f, d), f, _residual_gain(model))
+        self.down = _matrix(rngs.params(), (f, d), f, gain=_residual_gain(model))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[b, t, d]`` → ``[b, t, d]``."""
@@ -233,14 +235,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, vocab_size: int, rngs: nnx.Rngs):
         model = config.model
         self.config = config
-        # Of unit size, as the blocks' outputs are; a tied output layer divides by sqrt(d) instead.
-        embedding = jax.random.normal(rngs.params(), (vocab_size, model.width), jnp.float32)
-        self.embedding = nnx.Param(embedding, weight_decay=False)
+        # Stored in the scale of an output layer, so that it can be tied; as input it is multiplied by sqrt(d) to
+        # unit size, which the blocks' outputs have too.
+        self.embedding = _matrix(rngs.params(), (vocab_size, model.width), model.width, weight_decay=False)
         if not model.tie_embeddings:
-            self.unembedding = nnx.Param(
-                model.width**-0.5 * jax.random.normal(rngs.params(), (model.width, vocab_size), jnp.float32),
-                weight_decay=False,
-            )
+            self.unembedding = _matrix(rngs.params(), (vocab_size, model.width), model.width, weight_decay=False)
         structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), model.num_layers)
         self.blocks = nnx.merge(structure, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(key))))(keys))
@@ -265,15 +264,11 @@ class Transformer(nnx.Module):
             state, noise_key = scanned
             return nnx.merge(structure, state)(x, inputs, choice._replace(noise_key=noise_key))
 
-        x = self.embedding[...].astype(model.dtype)[inputs.tokens]
+        x = self.embedding[...].astype(model.dtype)[inputs.tokens] * jnp.asarray(math.sqrt(model.width), model.dtype)
         x, roles = jax.lax.scan(_remat(layer, model.remat), x, (layers, noise_keys))
         x = self.final_norm(x)
-        if model.tie_embeddings:
-            x *= jnp.asarray(math.sqrt(1 / model.width), x.dtype)
-            output = self.embedding[...].T
-        else:
-            output = self.unembedding[...]
-        return jnp.einsum("btd,dv->btv", x, output.astype(x.dtype), preferred_element_type=jnp.float32), roles
+        output = (self.embedding if model.tie_embeddings else self.unembedding)[...].astype(x.dtype)
+        return jnp.einsum("btd,vd->btv", x, output, preferred_element_type=jnp.float32), roles
 
 
 def _remat(function, policy: str):

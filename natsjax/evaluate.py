@@ -1,0 +1,388 @@
+"""Perplexity against KV budget: measures a run under its dial and under fixed policies, and writes the report.
+
+    python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR]
+
+Everything is teacher-forced on a fixed slice of held-out contexts, with masks. What has to be set to meet a budget (the
+dial, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from natsjax import report, token_types
+from natsjax.command_line import run_command
+from natsjax.config import Config
+from natsjax.data import Row, piece_lengths
+from natsjax.errors import UserError
+from natsjax.loading import LoadedRun, load
+from natsjax.matching import (
+    check_budgets,
+    dense_budgets,
+    dial_for_budget,
+    interval_fractions,
+    nats_budgets,
+    window_for_budget,
+)
+from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, exp, measure
+from natsjax.policies import FullAttention, Nats, Policy, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.twin import load_twin, twin_notes
+
+TOLERANCE = 0.1
+"""Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""
+
+_NUM_SAMPLES = 3  # contexts for the role reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found and wrote.
+
+    Attributes:
+      rows: one per measured setting (``report.ROW_FIELDS``).
+      contract: the budget contract (``report.CONTRACT_FIELDS``); None for a dense run.
+      samples: held-out text with its roles (``report.SAMPLE_FIELDS``); empty for a dense run.
+      run_info: where the numbers come from (``report.RUN_FIELDS``).
+      paths: files written: rows, picture, page.
+      notes: sentences about what is missing or could not be met.
+    """
+
+    rows: list[dict[str, Any]]
+    contract: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    run_info: dict[str, Any]
+    paths: list[Path]
+    notes: list[str]
+
+    def summary(self) -> str:
+        """The table, the contract, the notes and the files, as plain text for the terminal."""
+        parts = [report.format_table(self.rows, show_accuracy=self.run_info["show_accuracy"])]
+        if (contract := self.contract) is not None:
+            percent = {name: f"{100 * contract[name]:.3g} %" for name in ("kv_budget", "sampled", "argmax", "dialled")}
+            parts.append(
+                f"KV budget {percent['kv_budget']}: {'met' if contract['met'] else 'missed'}, "
+                f"{percent['dialled']} at dial {contract['dial']:.4g} (±{100 * contract['tolerance']:g} % allowed).\n"
+                f"Undialled the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; the "
+                f"smallest possible is {100 * contract['smallest_possible']:.3g} %."
+            )
+        if self.notes:
+            parts.append("\n".join(f"note: {note}" for note in self.notes))
+        parts.append("\n".join(f"wrote {path}" for path in self.paths))
+        return "\n\n".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """One row to be: a policy on some weights, for a budget or for none."""
+
+    run: LoadedRun
+    weights: str
+    policy: Policy
+    budget: float | None = None
+
+
+def run(
+    workdir: str | os.PathLike[str],
+    *,
+    budgets: Sequence[float] | None = None,
+    dense_workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    loaded: LoadedRun | None = None,
+) -> Evaluation:
+    """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
+
+    A NAtS run is read under its dial at every budget and at dial 0; full attention, sliding window and StreamingLLM run
+    at the same budgets on its weights, and on those of its dense twin when one is named. A dense run alone gets the
+    last three.
+
+    Args:
+      workdir: of the run.
+      budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
+      dense_workdir: of a dense run on the same data, for a NAtS run.
+      progress: show progress bars.
+      loaded: the run, when it is in memory already.
+
+    Raises:
+      UserError: there is no run or no held-out text, a budget cannot be, or the twin does not fit.
+
+    Example:
+      >>> evaluation = natsjax.evaluate.run("runs/quickstart")
+      >>> print(natsjax.report.format_table(evaluation.rows))
+    """
+    this = load(workdir, progress=progress) if loaded is None else loaded
+    twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
+    held_out = this.data.contexts("validation", this.config.eval.num_contexts)
+    dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
+    wanted = _budgets(this.config, budgets, piece_lengths(dial_contexts))
+    notes = [] if twin is None else twin_notes(this, twin)
+    settings = _settings(this, twin, dial_contexts, wanted, notes, progress)
+
+    measured = [measure(s.run, held_out, s.policy) for s in _bar(settings, "measuring", progress)]
+    rows = [_row(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
+    contract, samples = None, []
+    if this.config.model.attention == "nats":
+        contract = _contract(this, held_out, rows)
+        samples = _samples(this, held_out, Nats(contract["dial"]))
+    run_info = _run_info(this, _command(workdir, budgets, dense_workdir), measured[0], held_out, dial_contexts, notes)
+    paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
+    return Evaluation(rows, contract, samples, run_info, paths, notes)
+
+
+def _bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
+    return iter(tqdm(items, desc=title, disable=not progress, file=sys.stderr, leave=False))
+
+
+def _budgets(config: Config, asked: Sequence[float] | None, pieces: np.ndarray) -> list[float]:
+    """KV fractions to measure, ascending; for a NAtS run ``nats.kv_budget`` is among them.
+
+    Raises:
+      UserError: somebody asked for one that cannot be.
+    """
+    asked = config.eval.budgets if asked is None else asked
+    if config.model.attention == "nats":
+        smallest = token_types.smallest_kv_fraction(pieces, config.nats.window)
+        why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
+        if asked:
+            return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
+        return nats_budgets(config.nats.kv_budget, smallest)
+    smallest = float(interval_fractions(pieces, num_sinks=0)[0])
+    if asked:
+        return check_budgets(asked, smallest, f"with data.context_length = {config.data.context_length}")
+    return dense_budgets(smallest)
+
+
+def _settings(
+    this: LoadedRun,
+    twin: LoadedRun | None,
+    dial_contexts: Row,
+    budgets: Sequence[float],
+    notes: list[str],
+    progress: bool,
+) -> list[_Setting]:
+    """What to measure; ``notes`` gets what cannot be."""
+    attention = this.config.model.attention
+    fixed = _interval_policies(this.config, piece_lengths(dial_contexts), budgets, notes)
+    policies = [*_dials(this, dial_contexts, budgets, notes, progress), *fixed] if attention == "nats" else fixed
+    weights = f"this run ({attention}, step {this.step})"
+    settings = [_Setting(this, weights, policy, budget) for policy, budget in policies]
+    if twin is not None:
+        weights = f"dense twin {twin.workdir.path} (step {twin.step})"
+        settings += [_Setting(twin, weights, policy, budget) for policy, budget in fixed]
+    return settings
+
+
+def _dials(
+    this: LoadedRun, contexts: Row, budgets: Sequence[float], notes: list[str], progress: bool
+) -> list[tuple[Policy, float | None]]:
+    """The dial for each budget, and dial 0, ascending; budgets that share a dial share an entry."""
+    seen: dict[float, float] = {}
+    found = {}
+    for budget in _bar(budgets, "setting the dial", progress):
+        found[budget] = dial_for_budget(lambda dial: measure(this, contexts, Nats(dial)).kv_fraction, budget, seen)
+        if abs(found[budget].kv_fraction - budget) > TOLERANCE * budget:
+            notes.append(
+                f"No dial gives a KV fraction of {budget:.4g} on training-split text; the closest is "
+                f"{found[budget].kv_fraction:.4g}, at dial {found[budget].dial:.4g}."
+            )
+    # A dial that several budgets ended at is listed under the contract's, or else the closest: the last one wins.
+    order = sorted(found, key=lambda b: (b == this.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
+    dials: dict[float, float | None] = {0.0: None} | {found[budget].dial: budget for budget in order}
+    return [(Nats(dial), dials[dial]) for dial in sorted(dials)]
+
+
+def _interval_policies(
+    config: Config, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
+) -> list[tuple[Policy, float | None]]:
+    """Full attention, and the fixed policies at each budget that they can meet."""
+    policies: list[tuple[Policy, float | None]] = [(FullAttention(), None)]
+    for budget in budgets:
+        window = window_for_budget(pieces, budget)
+        if window is None:
+            notes.append(f"No sliding window is as small as the KV budget {budget:.4g}.")
+        else:
+            policies.append((SlidingWindow(window), budget))
+    num_sinks = config.eval.num_sinks
+    for budget in budgets:
+        window = window_for_budget(pieces, budget, num_sinks=num_sinks)
+        if window is None:
+            notes.append(f"StreamingLLM is left out at the KV budget {budget:.4g}: {num_sinks} sinks exceed it alone.")
+        else:
+            policies.append((StreamingLLM(num_sinks, window), budget))
+    return policies
+
+
+def _row(setting: _Setting, found: Measurement, config: Config) -> dict[str, Any]:
+    """A row of the report."""
+    sums = found.documents
+
+    def interval(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+        return bootstrap_interval(
+            numerator, denominator, num_samples=config.eval.bootstrap_samples, seed=config.train.seed
+        )
+
+    entropy = interval(sums.nll, sums.tokens)
+    bits = (None, None) if sums.bytes is None else interval(sums.nll / np.log(2), sums.bytes)
+    accuracy = interval(sums.correct, sums.tokens)
+    return {
+        "method": setting.policy.method,
+        "weights": setting.weights,
+        "setting": setting.policy.setting,
+        "budget": setting.budget,
+        "kv_fraction": found.kv_fraction,
+        "kv_live_mean": float(found.live_mean.mean()),
+        "kv_live_max": int(found.live_max.max()),
+        "mean_context": found.mean_context,
+        "kv_live_mean_per_head": found.live_mean.tolist(),
+        "kv_live_max_per_head": found.live_max.tolist(),
+        "perplexity": found.perplexity,
+        "perplexity_low": exp(entropy[0]),
+        "perplexity_high": exp(entropy[1]),
+        "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_low": bits[0],
+        "bits_per_byte_high": bits[1],
+        "accuracy": found.accuracy,
+        "accuracy_low": accuracy[0],
+        "accuracy_high": accuracy[1],
+        "num_tokens": int(sums.tokens.sum()),
+        "num_documents": len(sums.ids),
+    }
+
+
+def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The budget contract of METHOD.md 4, on held-out text."""
+    nats = this.config.nats
+    by_dial = {row["setting"]["dial"]: row for row in rows if row["method"] == Nats.method}
+    dial, dialled = next((dial, row) for dial, row in by_dial.items() if row["budget"] == nats.kv_budget)
+    off = abs(dialled["kv_fraction"] - nats.kv_budget)
+    return {
+        "kv_budget": nats.kv_budget,
+        "sampled": measure(this, held_out, SampledNats(this.config.train.seed)).kv_fraction,
+        "argmax": by_dial[0.0]["kv_fraction"],
+        "dialled": dialled["kv_fraction"],
+        "dial": dial,
+        "tolerance": TOLERANCE,
+        "met": off <= TOLERANCE * nats.kv_budget,
+        "smallest_possible": token_types.smallest_kv_fraction(piece_lengths(held_out), nats.window),
+    }
+
+
+def _samples(this: LoadedRun, held_out: Row, policy: Policy) -> list[dict[str, Any]]:
+    """Held-out text with the roles that the policy chose, from evenly spaced contexts."""
+    count = len(held_out["inputs"])
+    chosen = sorted({(2 * n + 1) * count // (2 * _NUM_SAMPLES) for n in range(_NUM_SAMPLES)})
+    contexts = {name: values[chosen] for name, values in held_out.items()}
+    samples = []
+    for number, roles in enumerate(chosen_roles(this, contexts, policy)):
+        row = {name: values[number] for name, values in contexts.items()}
+        length = min(this.config.eval.num_sample_tokens, int(np.sum(row["document_end"] > 0)))
+        samples.append(
+            {
+                "title": f"held-out context {chosen[number] + 1} of {count}",
+                "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],
+                "roles": [["".join(map(str, head[:length])) for head in layer] for layer in roles],
+                "window": this.config.nats.window,
+                "document_starts": np.flatnonzero(row["positions"][:length] == 0).tolist(),
+            }
+        )
+    return samples
+
+
+def _run_info(
+    this: LoadedRun, command: str, any_found: Measurement, held_out: Row, dial_contexts: Row, notes: Sequence[str]
+) -> dict[str, Any]:
+    """Where the numbers come from."""
+    config = this.config
+    evaluation = (
+        f"Teacher-forced prediction of {int(any_found.documents.tokens.sum())} held-out tokens in "
+        f"{len(held_out['inputs'])} contexts from {len(any_found.documents.ids)} documents; intervals are 95 % "
+        f"bootstrap intervals by document. Dials and windows were set on {len(dial_contexts['inputs'])} contexts of "
+        "the training split."
+    )
+    return {
+        "name": this.workdir.path.resolve().name,
+        "command": command,
+        "config": str(this.workdir.config_file),
+        "step": this.step,
+        "num_parameters": sum(x.size for x in jax.tree.leaves(this.parameters)),
+        "corpus": this.data.description,
+        "context_length": config.data.context_length,
+        "window": config.nats.window if config.model.attention == "nats" else None,
+        "show_accuracy": this.data.vocabulary.token_bytes is None,  # without text, being right is what counts
+        "evaluation": " ".join([evaluation, *notes]),
+        "natsjax_version": _version(),
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("natsjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _command(
+    workdir: str | os.PathLike[str],
+    budgets: Sequence[float] | None,
+    dense_workdir: str | os.PathLike[str] | None,
+) -> str:
+    """The command that does the same."""
+    words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
+    if budgets is not None:
+        words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
+    if dense_workdir is not None:
+        words.append(f"--dense_workdir={os.fspath(dense_workdir)}")
+    return shlex.join(words)
+
+
+def _parse_budgets(text: str) -> list[float]:
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--budgets={text}: numbers separated by commas were expected, as in 0.05,0.1.") from error
+    return budgets
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: see ``run``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m natsjax.evaluate",
+        description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
+        "(one line a setting), pareto.png (the curve) and report.html (curve, table, and text coloured by role).",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py")
+    parser.add_argument(
+        "--budgets",
+        metavar="F,F,…",
+        help="KV fractions to measure at, above 0 and up to 1 (default: eval.budgets of the run's config, or a range "
+        "around its nats.kv_budget)",
+    )
+    parser.add_argument(
+        "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
+    )
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
+    )
+    flags = parser.parse_args(argv)
+    budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
+    evaluation = run(flags.workdir, budgets=budgets, dense_workdir=flags.dense_workdir, progress=flags.progress)
+    print(evaluation.summary())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,182 @@
+"""Which budgets to measure, and the setting of each policy that meets a budget: a dial by search, a window by counting.
+
+A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from natsjax.errors import UserError
+
+NUM_BUDGETS = 6
+"""How many budgets are measured at least, unless somebody asks for others."""
+
+_NATS_FACTORS = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)  # of kv_budget
+_SPARE_FACTORS = (0.7, 0.9, 1.4, 0.5, 2.5, 0.4, 3.2)  # where the window, or 1, rules some of them out
+_DENSE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+_MAX_DIAL = 32.0  # logits are of order 1 to 10: beyond it the dial alone decides
+_DIAL_STEP = 1e-3  # dials are multiples of it, so that a dial read from a table is the dial that was measured
+_CLOSE_ENOUGH = 0.01  # of the budget
+_MAX_EVALUATIONS = 20  # for one budget
+
+
+class DialMatch(NamedTuple):
+    """The dial closest to a budget, and the KV fraction that it gave."""
+
+    dial: float
+    kv_fraction: float
+
+
+def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
+    """Budgets around ``kv_budget``, ascending: 0.6 to 2 times it, as far as they lie between ``smallest`` and 1.
+
+    ``kv_budget`` itself is always among them.
+
+    Args:
+      kv_budget: the budget that the model was trained to.
+      smallest: the smallest KV fraction possible.
+    """
+    chosen = {kv_budget}
+    for number, factor in enumerate(_NATS_FACTORS + _SPARE_FACTORS):
+        if number >= len(_NATS_FACTORS) and len(chosen) >= NUM_BUDGETS:
+            break
+        # A decimal with few digits is easier to read in a table than the product of two.
+        budget = float(f"{factor * kv_budget:.4g}")
+        if smallest <= budget <= 1 and factor != 1:
+            chosen.add(budget)
+    return sorted(chosen)
+
+
+def dense_budgets(smallest: float) -> list[float]:
+    """Budgets for a model that was trained to none, ascending; at least ``smallest``."""
+    return [budget for budget in _DENSE_BUDGETS if budget >= smallest]
+
+
+def check_budgets(budgets: Sequence[float], smallest: float, why: str) -> list[float]:
+    """The budgets that somebody asked for, ascending and without repetition.
+
+    Args:
+      budgets: KV fractions.
+      smallest: the smallest KV fraction possible.
+      why: what makes it the smallest, for the message.
+
+    Raises:
+      UserError: one is not in (0, 1], or below the smallest.
+    """
+    for budget in budgets:
+        if not 0 < budget <= 1:  # also when it is nan
+            raise UserError(f"the KV budget {budget:g} is not a fraction of the KV; it must lie above 0 and up to 1.")
+        if budget < smallest:
+            raise UserError(
+                f"the KV budget {budget:g} cannot be reached: {why} the smallest possible is {smallest:.4f}."
+            )
+    return sorted(set(budgets))
+
+
+def interval_fractions(piece_lengths: np.ndarray, num_sinks: int) -> np.ndarray:
+    """KV fraction of sinks and a sliding window, for every window.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      num_sinks: first tokens of each piece that live to its end.
+
+    Returns:
+      float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is 1.
+    """
+    lengths = np.asarray(piece_lengths, np.int64)
+    longest = int(lengths.max())
+    counts = np.bincount(lengths, minlength=longest + 1)
+    # A key r - 1 tokens before its document's end can be read by r queries. Each piece with room for it has one such
+    # key behind its sinks for every r up to length - num_sinks.
+    longer = np.append(np.cumsum(counts[::-1])[::-1], 0)  # [r]: pieces of at least r tokens
+    with_r_queries = np.zeros(longest + 2, np.int64)
+    behind_sinks = longer[num_sinks + 1 : longest + 1]
+    with_r_queries[1 : 1 + len(behind_sinks)] = behind_sinks
+    # Window w gives min(w + 1, r) of them: one for every u <= w + 1 with r >= u.
+    gained = np.cumsum(with_r_queries[::-1])[::-1][1 : longest + 1]
+    sinks = np.minimum(lengths, num_sinks)
+    sink_pairs = np.sum(sinks * lengths - sinks * (sinks - 1) // 2)
+    return (sink_pairs + np.cumsum(gained)) / np.sum(lengths * (lengths + 1) // 2)
+
+
+def window_for_budget(piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0) -> int | None:
+    """The window whose KV fraction is closest to a budget; exact, no model pass.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      budget: KV fraction.
+      num_sinks: first tokens of each document that are kept besides.
+
+    Returns:
+      Tokens; the smaller one of two that are as close. None when window 0 already exceeds the budget: the sinks, and
+      each query's own key.
+    """
+    fractions = interval_fractions(piece_lengths, num_sinks)
+    if fractions[0] > budget:
+        return None
+    return int(np.argmin(np.abs(fractions - budget)))
+
+
+def dial_for_budget(
+    kv_fraction_at: Callable[[float], float], budget: float, seen: dict[float, float] | None = None
+) -> DialMatch:
+    """The dial whose KV fraction is closest to a budget, among those that the search looks at.
+
+    The fraction is a step function of the dial and need not rise with it, so nothing is assumed but that two dials
+    whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
+
+    Args:
+      kv_fraction_at: KV fraction under a dial.
+      budget: KV fraction.
+      seen: fractions by dial that are known already; what is found is added, so that the next budget costs less.
+
+    Returns:
+      The best dial; whether its fraction is near enough is for the caller to say.
+    """
+    seen = {} if seen is None else seen
+
+    def best() -> DialMatch:
+        # Of dials that are as close, the one that meddles least.
+        dial = min(seen, key=lambda dial: (abs(seen[dial] - budget), abs(dial)))
+        return DialMatch(dial, seen[dial])
+
+    for number in range(_MAX_EVALUATIONS):
+        if seen and abs(best().kv_fraction - budget) <= _CLOSE_ENOUGH * budget:
+            break
+        dial = _next_dial(seen, budget, halve=number % 2 == 1)
+        if dial is None:
+            break
+        seen[dial] = kv_fraction_at(dial)
+    return best()
+
+
+def _next_dial(seen: dict[float, float], budget: float, *, halve: bool) -> float | None:
+    """Where to look next; None when there is nothing left to look at."""
+    if not seen:
+        return 0.0
+    dials = sorted(seen)
+    around = [(a, b) for a, b in itertools.pairwise(dials) if (seen[a] - budget) * (seen[b] - budget) < 0]
+    if not around:
+        return _next_outside(seen, budget)
+    around = [(a, b) for a, b in around if b - a > 1.5 * _DIAL_STEP]
+    if not around:
+        return None  # a jump across the budget
+    a, b = min(around, key=lambda pair: abs(seen[pair[0]] - seen[pair[1]]))
+    share = 0.5
+    if not halve and min(seen[a], seen[b]) > 0:  # fractions are about exponential in the dial
+        share = math.log(budget / seen[a]) / math.log(seen[b] / seen[a])
+    dial = round((a + share * (b - a)) / _DIAL_STEP) * _DIAL_STEP
+    return round(min(max(dial, a + _DIAL_STEP), b - _DIAL_STEP), 6)
+
+
+def _next_outside(seen: dict[float, float], budget: float) -> float | None:
+    """Farther out than anything seen: first where more (or less) KV is to be expected, then on the other side."""
+    upward = min(2 * max(seen), _MAX_DIAL) if max(seen) > 0 else 1.0
+    downward = max(2 * min(seen), -_MAX_DIAL) if min(seen) < 0 else -1.0
+    expected = (upward, downward) if budget > max(seen.values()) else (downward, upward)
+    return next((dial for dial in expected if dial not in seen), None)

@@ -1,0 +1,275 @@
+"""One teacher-forced pass over contexts under a retention policy: how well it predicts, and how much KV it reads.
+
+The forward pass is compiled once per kind of choice (a dial, sampled roles, given intervals), whatever its numbers.
+
+Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``l`` layer, ``d`` documents.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from natsjax import losses
+from natsjax.data import Row
+from natsjax.loading import LoadedRun
+from natsjax.model import RoleChoice
+from natsjax.policies import Policy
+from pallas_kernels.nats_attention import key_end_from_roles
+
+_MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentSums:
+    """Sums over the predicted tokens of each document; documents without any are left out.
+
+    Attributes:
+      ids: int64 ``[d]``, the documents' indices in their split, ascending.
+      nll: float64 ``[d]``, negative log-likelihood, nats.
+      tokens: float64 ``[d]``, predicted tokens.
+      correct: float64 ``[d]``, predicted tokens whose most likely token is right.
+      bytes: float64 ``[d]``, UTF-8 bytes of the predicted tokens; None where there is no text behind tokens.
+    """
+
+    ids: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+    bytes: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one pass found; padding is in no sum.
+
+    Attributes:
+      documents: what was predicted, by document.
+      live_pairs: float64 ``[l, k]``, key-query pairs that are read.
+      live_max: int64 ``[l, k]``, the most keys that one query can read.
+      causal_pairs: pairs that full attention reads, per layer and KV head.
+      num_queries: tokens.
+    """
+
+    documents: DocumentSums
+    live_pairs: np.ndarray
+    live_max: np.ndarray
+    causal_pairs: int
+    num_queries: int
+
+    @property
+    def kv_fraction(self) -> float:
+        """Live pairs over causal pairs, over layers and KV heads, in (0, 1]."""
+        return float(self.live_pairs.mean() / self.causal_pairs)
+
+    @property
+    def live_mean(self) -> np.ndarray:
+        """Mean number of keys that a query can read, float64 ``[l, k]``."""
+        return self.live_pairs / self.num_queries
+
+    @property
+    def mean_context(self) -> float:
+        """Mean number of keys that a query of full attention can read."""
+        return self.causal_pairs / self.num_queries
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats per predicted token."""
+        return float(self.documents.nll.sum() / self.documents.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the cross-entropy; infinite where that overflows."""
+        return exp(self.cross_entropy)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per UTF-8 byte of predicted text; None where there is no text behind tokens."""
+        if self.documents.bytes is None:
+            return None
+        return float(self.documents.nll.sum() / math.log(2) / self.documents.bytes.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of predicted tokens whose most likely token is right."""
+        return float(self.documents.correct.sum() / self.documents.tokens.sum())
+
+
+def exp(value: float) -> float:
+    """``e**value``, infinite where it overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(value)))
+
+
+def measure(run: LoadedRun, contexts: Row, policy: Policy) -> Measurement:
+    """Predicts every token of the contexts with the keys that the policy leaves.
+
+    Args:
+      run: whose model; ``eval.batch_size`` contexts go through it at a time.
+      contexts: arrays ``[n, t]`` (``natsjax.data.packing``), with at least one token to predict.
+      policy: who reads what.
+
+    Raises:
+      ValueError: the policy reads roles, and the model has none.
+    """
+    nll, correct, pairs, most = [], [], [], []
+    for result in _forward_batches(run, contexts, policy):
+        nll.append(np.asarray(result.nll, np.float64))
+        correct.append(np.asarray(result.correct))
+        pairs.append(np.asarray(result.live_pairs, np.float64).sum(axis=1))
+        most.append(np.asarray(result.live_max, np.int64))
+    count, valid = len(contexts["inputs"]), contexts["document_end"] > 0
+    return Measurement(
+        documents=_sum_by_document(
+            contexts, np.concatenate(nll)[:count], np.concatenate(correct)[:count], run.data.vocabulary.token_bytes
+        ),
+        live_pairs=np.sum(pairs, axis=0),
+        live_max=np.max(most, axis=0),
+        causal_pairs=int(np.sum(contexts["positions"] + 1, where=valid, dtype=np.int64)),
+        num_queries=int(valid.sum()),
+    )
+
+
+def chosen_roles(run: LoadedRun, contexts: Row, policy: Policy) -> np.ndarray:
+    """The role of every token.
+
+    Args:
+      run: whose model.
+      contexts: arrays ``[n, t]``.
+      policy: ``Nats`` or ``SampledNats``.
+
+    Returns:
+      int8 ``[n, l, k, t]``; meaningless where padded.
+
+    Raises:
+      ValueError: the policy reads roles, and the model has none.
+    """
+    ids = [np.asarray(result.role_ids).swapaxes(0, 1) for result in _forward_batches(run, contexts, policy)]
+    return np.concatenate(ids)[: len(contexts["inputs"])]
+
+
+def bootstrap_interval(
+    numerator: np.ndarray, denominator: np.ndarray, *, num_samples: int, seed: int
+) -> tuple[float, float]:
+    """The 95 % percentile interval of ``sum(numerator) / sum(denominator)`` when documents are drawn with replacement.
+
+    Args:
+      numerator, denominator: float64 ``[d]``, by document.
+      num_samples: resamplings.
+      seed: of the draws; the same seed draws the same documents, so that rows of a table differ by what was measured.
+
+    Returns:
+      ``(low, high)``; with one document both are its ratio.
+    """
+    count = len(numerator)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of documents without a byte of text
+        ratios = (draws @ numerator) / (draws @ denominator)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def live_keys(key_end: jax.Array) -> jax.Array:
+    """How many keys each query can read, in O(L): a running sum of keys that begin less keys that end.
+
+    Args:
+      key_end: int32 ``[…, s]``, exclusive; a key with ``key_end <= s`` is never read (padding).
+
+    Returns:
+      int32 ``[…, t]``.
+
+    Example:
+      >>> live_keys(jnp.array([9, 2, 4, 4]))  # sink, own query only, …
+      [1, 2, 2, 3]
+    """
+    length = key_end.shape[-1]
+
+    def count(end):
+        is_read = end > jnp.arange(length, dtype=jnp.int32)
+        # What outlives the sequence, and what is never read, ends in a slot of its own behind it.
+        end = jnp.where(is_read, jnp.minimum(end, length), length)
+        ended = jnp.zeros(length + 1, jnp.int32).at[end].add(1)
+        return jnp.cumsum(is_read.astype(jnp.int32) - ended[:-1])
+
+    return jnp.vectorize(count, signature="(s)->(s)")(key_end)
+
+
+class _BatchResult(NamedTuple):
+    """A batch's forward pass, on device.
+
+    Attributes:
+      nll: float32 ``[b, t]``, of each target, nats.
+      correct: bool ``[b, t]``, the most likely token is the target.
+      live_pairs: float32 ``[l, b, k]``.
+      live_max: int32 ``[l, k]``.
+      role_ids: int8 ``[l, b, k, s]``.
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+    live_pairs: jax.Array
+    live_max: jax.Array
+    role_ids: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "window"))
+def _forward(parameters, batch: losses.Batch, choice: RoleChoice, *, structure, window: int) -> _BatchResult:
+    """One batch, arrays ``[b, t]``; ``window`` is that of SLIDING keys."""
+    logits, roles = nnx.merge(structure, parameters)(losses.model_inputs(batch), choice)
+    document_end = batch["document_end"]
+    if choice.key_end is None:
+        key_end = jax.vmap(lambda ids: key_end_from_roles(ids, window=window, document_end=document_end))(roles.ids)
+    else:
+        key_end = jnp.broadcast_to(jnp.minimum(choice.key_end, document_end[:, None, :]), roles.ids.shape)
+    live = live_keys(key_end)
+    return _BatchResult(
+        nll=losses.token_nll(logits, batch["targets"]),
+        correct=jnp.argmax(logits, axis=-1) == batch["targets"],
+        # By context and in floats: a batch of long contexts has more pairs than an int32 counts.
+        live_pairs=jnp.sum(live, axis=-1, dtype=jnp.float32),
+        live_max=jnp.max(live, axis=(1, 3)),
+        role_ids=roles.ids,
+    )
+
+
+def _forward_batches(run: LoadedRun, contexts: Row, policy: Policy) -> Iterator[_BatchResult]:
+    """The contexts in batches of one shape: the last is filled up with padding."""
+    size = run.config.eval.batch_size
+    for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
+        # Zeros are padding: document_end = 0.
+        batch = {name: jnp.asarray(_pad_rows(contexts[name][begin : begin + size], size)) for name in _MODEL_FIELDS}
+        choice = policy.choice(losses.model_inputs(batch), run.config.nats)
+        if choice.key_end is None and run.config.model.attention != "nats":
+            raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
+        if choice.noise_key is not None:
+            choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
+        yield _forward(run.parameters, batch, choice, structure=run.structure, window=run.config.nats.window)
+
+
+def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(values, ((0, count - len(values)), (0, 0)))
+
+
+def _sum_by_document(
+    contexts: Row, nll: np.ndarray, correct: np.ndarray, token_bytes: np.ndarray | None
+) -> DocumentSums:
+    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``, ``token_bytes`` int32 ``[vocab_size]``."""
+    predicted = contexts["loss_weight"] > 0
+    ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(document, weights=values[predicted], minlength=len(ids))
+
+    return DocumentSums(
+        ids=ids.astype(np.int64),
+        nll=total(nll),
+        tokens=total(predicted),
+        correct=total(correct),
+        bytes=None if token_bytes is None else total(token_bytes[contexts["targets"]]),
+    )

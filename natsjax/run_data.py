@@ -1,0 +1,86 @@
+"""The data that a config names: a prepared corpus (made when it is not there yet) or the recall task."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+from natsjax.config import Config
+from natsjax.data import Corpus, PackedSource, RecallTask, Row, RowSource, Vocabulary, evaluation_contexts
+from natsjax.data.prepare import prepare
+from natsjax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run learns from and is measured on.
+
+    Attributes:
+      vocabulary: the tokens.
+      source: training contexts by index.
+      contexts: ``contexts(split, max_contexts)`` is a fixed slice of "train" or "validation", arrays ``[n, t]``.
+      description: for people.
+      fingerprint: SHA-256 (hex); other data has another one.
+    """
+
+    vocabulary: Vocabulary
+    source: RowSource
+    contexts: Callable[[str, int], Row]
+    description: str
+    fingerprint: str
+
+
+def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> RunData:
+    """Opens the data, preparing the corpus first where needed.
+
+    Raises:
+      UserError: see ``natsjax.data.prepare``, ``natsjax.data.Corpus`` and ``natsjax.data.RecallTask``.
+    """
+    if config.data.source == "recall":
+        return _open_recall(config)
+    return _open_corpus(config, workdir, progress)
+
+
+def _open_recall(config: Config) -> RunData:
+    task = RecallTask(
+        config.data.context_length, seed=config.train.seed, **dataclasses.asdict(config.data.recall)
+    )
+    return RunData(
+        vocabulary=task,
+        source=task,
+        contexts=lambda split, count: task.rows(0, count, split=split),
+        description=f"associative recall of {task.num_pairs} pairs in {task.context_length} tokens",
+        fingerprint=hashlib.sha256(json.dumps(dataclasses.asdict(task)).encode()).hexdigest(),
+    )
+
+
+def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
+    data = config.data
+    folder = data.prepared_dir or workdir.corpus
+    if data.input:
+        corpus = prepare(
+            data.input,
+            folder,
+            tokenizer=data.tokenizer,
+            vocab_size=data.vocab_size,
+            held_out_fraction=data.held_out_fraction,
+            validation_input=data.validation_input,
+            text_field=data.text_field,
+            skip_bad_files=data.skip_bad_files,
+            progress=progress,
+        )
+    else:
+        corpus = Corpus.load(folder)
+    counts = corpus.summaries["train"]
+    return RunData(
+        vocabulary=corpus.tokenizer,
+        source=PackedSource.from_corpus(corpus, context_length=data.context_length, seed=config.train.seed),
+        contexts=lambda split, count: evaluation_contexts(
+            corpus, split, context_length=data.context_length, max_contexts=count
+        ),
+        description=(
+            f"{data.input or folder}, {counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens, "
+            f"{corpus.tokenizer.kind} tokenizer of {corpus.tokenizer.vocab_size}"
+        ),
+        fingerprint=corpus.content_hash,
+    )

@@ -1,0 +1,187 @@
+"""The loop: resume, step, log, save, stop when asked to, evaluate."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from natsjax import evaluate, token_types
+from natsjax.checkpoint import Checkpoints
+from natsjax.config import Config
+from natsjax.data import iterate, piece_lengths, train_dataset
+from natsjax.errors import UserError
+from natsjax.loading import LoadedRun
+from natsjax.metrics import MetricsWriter, Progress, perplexity
+from natsjax.run_data import RunData, open_data
+from natsjax.train_step import StepMetrics, Trainer, TrainState
+from natsjax.workdir import Workdir
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and saved."""
+
+
+def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
+    """Trains to the last step, going on from the newest checkpoint in the workdir, and evaluates.
+
+    Args:
+      config: of the run.
+      path: the workdir; made when it is not there.
+
+    Returns:
+      What evaluation measured; its files lie in ``report/``.
+
+    Raises:
+      UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.
+      Interrupted: SIGINT or SIGTERM came; the state was saved.
+    """
+    workdir = Workdir(path)
+    with workdir.lock():
+        for line in workdir.settle_config(config):
+            _say(f"resuming with {line}")
+        data = open_data(config, workdir, progress=config.train.progress)
+        workdir.settle_data(data.fingerprint)
+        _check_budget(config, data)
+        trainer = Trainer(config, data.vocabulary.vocab_size)
+        state = _train(config, workdir, data, trainer)
+        loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data)
+        return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_budget(config: Config, data: RunData) -> None:
+    """Says the smallest KV fraction that the window allows, and refuses a budget below it.
+
+    Raises:
+      UserError: ``nats.kv_budget`` cannot be reached.
+    """
+    if config.model.attention != "nats":
+        return
+    contexts = data.contexts("train", config.eval.num_dial_contexts)
+    smallest = token_types.smallest_kv_fraction(piece_lengths(contexts), config.nats.window)
+    _say(f"data: {data.description}")
+    _say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
+    if config.nats.price == "steered" and config.nats.kv_budget < smallest:
+        raise UserError(
+            f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
+            f"{config.nats.window} and data.context_length = {config.data.context_length} the smallest possible KV "
+            f"fraction is {smallest:.4f}."
+        )
+
+
+def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> TrainState:
+    """Steps from the newest checkpoint to the end."""
+    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last)
+    with contextlib.closing(checkpoints):
+        state = _restore_or_init(trainer, checkpoints, config)
+        start = int(state.step)
+        if start >= config.train.num_steps:
+            return state
+        loop = _Loop(config, workdir, trainer, checkpoints, start)
+        dataset = train_dataset(data.source, batch_size=config.train.batch_size)
+        with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
+            return loop.run(state, batches)
+
+
+def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, config: Config) -> TrainState:
+    latest = checkpoints.latest_step()
+    if latest is None:
+        state = trainer.init()
+        size = sum(x.size for x in jax.tree.leaves(state.parameters))
+        _say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps")
+        return state
+    _say(f"going on from step {latest}")
+    return checkpoints.restore(trainer.abstract_state())
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """A list that SIGINT and SIGTERM add their names to while a step runs; a second SIGINT interrupts at once."""
+    requests: list[str] = []
+
+    def request(number, frame):
+        if requests:
+            signal.default_int_handler(number, frame)
+        requests.append(signal.Signals(number).name)
+
+    try:
+        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs the loop there handles signals
+        yield requests
+        return
+    try:
+        yield requests
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class _Loop:
+    """Steps, with the metrics of step n-1 read while step n runs."""
+
+    def __init__(self, config: Config, workdir: Workdir, trainer: Trainer, checkpoints: Checkpoints, start: int):
+        self._config, self._trainer, self._checkpoints = config, trainer, checkpoints
+        self._writer = MetricsWriter(workdir, start)
+        self._progress = Progress(config.train.num_steps, start, config.train.progress)
+        self._logged_step, self._logged_time = start, time.monotonic()
+
+    def close(self) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    def run(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
+        step, last = int(state.step), self._config.train.num_steps
+        pending: StepMetrics | None = None
+        with _stop_requests() as requests:
+            while step < last:
+                state, metrics = self._trainer.step(state, next(batches))
+                if pending is not None:
+                    self._handle(step, pending)
+                step, pending = step + 1, metrics
+                if step % self._config.checkpoint.save_every == 0 or step == last or requests:
+                    self._handle(step, pending)  # never save what a non-finite loss has spoilt
+                    pending = None
+                    self._checkpoints.save(step, state)
+                if requests:
+                    _say(f"{requests[0]}: saved step {step}; run the same command again to go on")
+                    raise Interrupted
+        return state
+
+    def _handle(self, step: int, metrics: StepMetrics) -> None:
+        """Checks and shows the metrics of a step."""
+        values: StepMetrics = jax.device_get(metrics)
+        if not (math.isfinite(values.loss) and math.isfinite(values.gradient_norm)):
+            saved = self._checkpoints.latest_step()
+            where = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
+            raise UserError(
+                f"the loss at step {step} is {float(values.loss)} (gradient norm {float(values.gradient_norm)}) and "
+                f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm may help."
+            )
+        if step % self._config.train.log_every and step != self._config.train.num_steps:
+            return
+        now = time.monotonic()
+        tokens = self._config.train.batch_size * self._config.data.context_length * (step - self._logged_step)
+        tokens_per_second = tokens / max(now - self._logged_time, 1e-9)
+        self._logged_step, self._logged_time = step, now
+        self._writer.write(step, _loggable(values, tokens_per_second))
+        self._progress.update(
+            step, float(values.loss), float(values.cross_entropy), float(values.kv_fraction), tokens_per_second
+        )
+
+
+def _loggable(values: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
+    """The line of metrics.jsonl: floats and lists of floats."""
+    line = {field: np.asarray(value, np.float64).tolist() for field, value in values._asdict().items()}
+    line["perplexity"] = perplexity(line["cross_entropy"])
+    line["tokens_per_second"] = tokens_per_second
+    return line

@@ -1,0 +1,53 @@
+"""The dense twin: full attention in the same shape, trained on the same tokens; what NAtS is compared with."""
+
+import dataclasses
+import os
+
+from natsjax.errors import UserError
+from natsjax.loading import LoadedRun, load
+
+
+def load_twin(run: LoadedRun, dense_workdir: str | os.PathLike[str], *, progress: bool = False) -> LoadedRun:
+    """The dense twin of a NAtS run.
+
+    Args:
+      run: the NAtS run.
+      dense_workdir: of the twin.
+      progress: show progress where the corpus has to be prepared again.
+
+    Raises:
+      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
+    """
+    if run.config.model.attention != "nats":
+        raise UserError(f"--dense_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
+    twin = load(dense_workdir, progress=progress)
+    where = f"--dense_workdir={os.fspath(dense_workdir)}"
+    if twin.config.model.attention != "dense":
+        raise UserError(f'{where} holds a run with model.attention = "{twin.config.model.attention}", not "dense".')
+    marks = _data_marks(run)
+    for name, theirs in _data_marks(twin).items():
+        if (ours := marks[name]) != theirs:
+            raise UserError(f"{where} is no twin of {run.workdir.path}: its {name} is {theirs} instead of {ours}.")
+    return twin
+
+
+def twin_notes(run: LoadedRun, twin: LoadedRun) -> list[str]:
+    """Sentences about what makes the comparison uneven: another shape, or another number of steps."""
+    pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(twin).items()}
+    return [f"The dense twin's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
+
+
+def _data_marks(run: LoadedRun) -> dict[str, object]:
+    """What two runs on the same contexts share, the most telling first."""
+    return {
+        "data.context_length": run.config.data.context_length,
+        # A recall task is its own vocabulary, without a fingerprint apart from the data's.
+        "tokenizer fingerprint": getattr(run.data.vocabulary, "fingerprint", None),
+        "data fingerprint": run.data.fingerprint,
+    }
+
+
+def _shape(run: LoadedRun) -> dict[str, object]:
+    model = dataclasses.asdict(run.config.model)
+    free = ("attention", "remat")  # the one is the difference, the other changes no number
+    return {"step": run.step} | {f"model.{name}": value for name, value in model.items() if name not in free}

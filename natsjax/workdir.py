@@ -1,0 +1,130 @@
+"""The folder of a run: its config, its lock, and where everything else in it lies.
+
+    config.json          the resolved config
+    data.json            what the data was, so that a resumed run cannot go on with other data
+    metrics.jsonl        a line of metrics every ``train.log_every`` steps
+    tensorboard/         the same for TensorBoard
+    checkpoints/         Orbax checkpoints by step
+    corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
+    report/              what evaluation wrote
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+from natsjax.config import Config, differences
+from natsjax.errors import UserError
+
+
+class Workdir:
+    """Paths of a run, and its config.
+
+    Args:
+      path: the folder; it need not be there yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.config_file = self.path / "config.json"
+        self.data_file = self.path / "data.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.corpus = self.path / "corpus"
+        self.report = self.path / "report"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the workdir for this process; the system lets go of it however the process ends.
+
+        Raises:
+          UserError: another process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+        except OSError as error:
+            raise UserError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip()
+                raise UserError(
+                    f"--workdir={self.path} is in use by another process{f' (pid {holder})' if holder else ''}; wait "
+                    "for it or choose another folder."
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def read_config(self) -> Config:
+        """The config that the run was started with.
+
+        Raises:
+          UserError: there is no run here, or its config cannot be read.
+        """
+        try:
+            values = json.loads(self.config_file.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config_file} cannot be read: {error}.") from error
+        return Config.from_dict(values)
+
+    def settle_config(self, config: Config) -> list[str]:
+        """Writes the config, after a look at the one that is there.
+
+        Returns:
+          Lines ``field: old -> new`` of what a resumed run does differently.
+
+        Raises:
+          UserError: a field differs that may not change on resume; the old config stays.
+        """
+        changed: list[str] = []
+        if self.config_file.exists():
+            changed, forbidden = differences(self.read_config(), config)
+            if forbidden:
+                raise UserError(
+                    f"{self.path} holds a run with another config, and these fields cannot change on resume: "
+                    f"{'; '.join(forbidden)}; use the old values or another --workdir."
+                )
+        write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+        return changed
+
+    def settle_data(self, fingerprint: str) -> None:
+        """Writes what the data is, or compares it with what it was.
+
+        Raises:
+          UserError: the run was started with other data.
+        """
+        if self.data_file.exists():
+            known = json.loads(self.data_file.read_text())["fingerprint"]
+            if known != fingerprint:
+                raise UserError(
+                    f"the data is not what {self.path} was started with (fingerprint {fingerprint[:12]}… instead of "
+                    f"{known[:12]}…); restore it or use another --workdir."
+                )
+            return
+        write_atomically(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+      UserError: it cannot be written (a full disk, say); what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,254 @@
+"""The whole evaluation on tiny untrained models: rows, contract, samples, files, and what it refuses."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from natsjax import evaluate, report, twin
+from natsjax.config import Config
+from natsjax.data import RecallTask, piece_lengths
+from natsjax.errors import UserError
+from natsjax.loading import LoadedRun
+from natsjax.matching import interval_fractions
+from natsjax.run_data import open_data
+from natsjax.token_types import smallest_kv_fraction
+from natsjax.train_step import Trainer
+from natsjax.workdir import Workdir
+
+CONTEXT = 32
+WINDOW = 1
+
+
+@functools.cache
+def trained(attention):
+    """``(config, structure, parameters)`` of an untrained recall model whose roles depend on the token."""
+    config = Config.from_dict(
+        {
+            "model": {"attention": attention, "num_layers": 2, "width": 16, "num_heads": 2, "num_kv_heads": 2}
+            | {"head_dim": 4, "mlp_width": 16},
+            "nats": {"window": WINDOW, "kv_budget": 0.3},
+            "data": {"source": "recall", "context_length": CONTEXT, "recall": {"num_pairs": 2}},
+            "eval": {"num_contexts": 10, "num_dial_contexts": 8, "batch_size": 8, "num_sinks": 2}
+            | {"num_sample_tokens": 20, "bootstrap_samples": 50},
+        }
+    )
+    task = RecallTask(CONTEXT, **dataclasses.asdict(config.data.recall))
+    trainer = Trainer(config, task.vocab_size)
+    parameters = trainer.init().parameters
+    if attention == "nats":
+        scorer = parameters["blocks"]["attention"]["scorer"]
+        scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
+    return config, trainer.structure, parameters
+
+
+def make_run(path, attention="nats", **changes):
+    """A run in memory; ``changes`` replace fields of ``eval``, or of the config where they name a group of it."""
+    config, structure, parameters = trained(attention)
+    groups = {name: value for name, value in changes.items() if hasattr(config, name)}
+    numbers = {name: value for name, value in changes.items() if name not in groups}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **numbers), **groups)
+    workdir = Workdir(path)
+    return LoadedRun(workdir, config, structure, parameters, 7, open_data(config, workdir, progress=False))
+
+
+@pytest.fixture(scope="module")
+def nats_evaluation(tmp_path_factory):
+    """A NAtS run beside its dense twin."""
+    path = tmp_path_factory.mktemp("nats run")
+    dense = make_run(tmp_path_factory.mktemp("dense"), "dense")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twin, "load", lambda workdir, progress: dense)
+        return evaluate.run(path, loaded=make_run(path), dense_workdir=dense.workdir.path, progress=False)
+
+
+def rows_of(evaluation, method, weights="this run"):
+    return [row for row in evaluation.rows if row["method"] == method and row["weights"].startswith(weights)]
+
+
+def test_three_files_are_written_and_every_row_names_its_weights(nats_evaluation):
+    rows, picture, page = nats_evaluation.paths
+    assert [path.name for path in nats_evaluation.paths] == ["results.jsonl", "pareto.png", "report.html"]
+    assert all(path.parent.name == "report" and path.stat().st_size > 0 for path in (rows, picture, page))
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(written) == len(nats_evaluation.rows)
+    assert {row["weights"].split(" ")[0] for row in written} == {"this", "dense"}
+    for row in written:
+        assert set(report.ROW_FIELDS) <= set(row)
+        assert "step 7" in row["weights"]
+        assert row["weights"] == "this run (nats, step 7)" or row["weights"].startswith("dense twin /")
+
+
+def test_the_dial_is_read_at_six_budgets_and_at_zero(nats_evaluation):
+    rows = rows_of(nats_evaluation, "nats")
+    assert sum(row["budget"] is not None for row in rows) >= 6
+    dials = [row["setting"]["dial"] for row in rows]
+    assert 0.0 in dials
+    assert dials == sorted(set(dials))
+    for row in rows:
+        assert row["budget"] is None or row["kv_fraction"] == pytest.approx(row["budget"], rel=0.25)
+
+
+def test_the_fixed_policies_run_at_the_same_budgets_on_both_weights(nats_evaluation):
+    pieces = np.full(8, CONTEXT)
+    for method, sinks in (("sliding_window", 0), ("streaming_llm", 2)):
+        ours, theirs = rows_of(nats_evaluation, method), rows_of(nats_evaluation, method, "dense twin")
+        assert [row["setting"] for row in ours] == [row["setting"] for row in theirs]
+        budgets = [row["budget"] for row in ours]
+        assert set(budgets) == {row["budget"] for row in rows_of(nats_evaluation, "nats")} - {None}
+        for row in ours:
+            fraction = interval_fractions(pieces, sinks)[row["setting"]["window"]]
+            assert row["kv_fraction"] == pytest.approx(fraction)
+    for weights in ("this run", "dense twin"):
+        (full,) = rows_of(nats_evaluation, "full", weights)
+        assert full["kv_fraction"] == 1
+        assert full["kv_live_mean"] == full["mean_context"] == (CONTEXT + 1) / 2
+        assert full["kv_live_max"] == CONTEXT
+
+
+def test_every_recall_row_is_a_document(nats_evaluation):
+    for row in nats_evaluation.rows:
+        assert (row["num_documents"], row["num_tokens"]) == (10, 20)
+        assert row["bits_per_byte"] is row["bits_per_byte_low"] is row["bits_per_byte_high"] is None
+        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+    assert nats_evaluation.run_info["show_accuracy"]
+
+
+def test_the_contract_repeats_the_dialled_and_the_argmax_row(nats_evaluation):
+    contract = nats_evaluation.contract
+    assert set(contract) == set(report.CONTRACT_FIELDS)
+    by_dial = {row["setting"]["dial"]: row for row in rows_of(nats_evaluation, "nats")}
+    assert by_dial[contract["dial"]]["budget"] == contract["kv_budget"] == 0.3
+    assert by_dial[contract["dial"]]["kv_fraction"] == contract["dialled"]
+    assert by_dial[0.0]["kv_fraction"] == contract["argmax"]
+    assert contract["met"] == (abs(contract["dialled"] - 0.3) <= 0.03)
+    assert 0 < contract["sampled"] < 1
+    assert contract["smallest_possible"] == smallest_kv_fraction(np.full(10, CONTEXT), WINDOW)
+
+
+def test_budgets_that_share_a_dial_are_one_row_of_the_closest(tmp_path):
+    found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.8, 0.9, 1.0], progress=False)
+    assert [row["budget"] for row in rows_of(found, "nats")][-1] == 0.8
+    assert len([note for note in found.notes if "at dial" in note]) == 3
+
+
+def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
+    assert len(nats_evaluation.samples) == 3
+    for sample in nats_evaluation.samples:
+        assert len(sample["tokens"]) == 20
+        assert sample["tokens"][0] == "⟨bos⟩"
+        assert np.shape(sample["roles"]) == (2, 2)
+        assert all(len(head) == 20 and head[0] == "0" for layer in sample["roles"] for head in layer)
+        assert sample["document_starts"] == [0]
+
+
+def test_the_summary_says_table_contract_and_files(nats_evaluation):
+    text = nats_evaluation.summary()
+    assert "NAtS" in text
+    assert "KV budget 30 %: " in text
+    assert all(f"wrote {path}" in text for path in nats_evaluation.paths)
+
+
+def test_a_dense_run_alone_has_no_contract(tmp_path):
+    found = evaluate.run(tmp_path, loaded=make_run(tmp_path, "dense"), progress=False)
+    assert found.contract is None
+    assert found.samples == []
+    assert {row["method"] for row in found.rows} == {"full", "sliding_window", "streaming_llm"}
+    assert {row["weights"] for row in found.rows} == {"this run (dense, step 7)"}
+    smallest = interval_fractions(np.full(8, CONTEXT), 0)[0]
+    assert all(row["budget"] > smallest for row in found.rows if row["method"] == "sliding_window")
+
+
+def test_budgets_that_sinks_alone_exceed_are_noted(tmp_path):
+    run = make_run(tmp_path, "dense", num_sinks=8, budgets=(0.1, 0.6))
+    found = evaluate.run(tmp_path, loaded=run, progress=False)
+    assert [row["budget"] for row in rows_of(found, "sliding_window")] == [0.1, 0.6]
+    assert [row["budget"] for row in rows_of(found, "streaming_llm")] == [0.6]
+    assert any("8 sinks" in note and "0.1" in note for note in found.notes)
+    assert found.notes[0] in found.run_info["evaluation"]
+
+
+def test_roles_that_do_not_depend_on_the_token_leave_budgets_unmet_and_say_so(tmp_path):
+    run = make_run(tmp_path)
+    flat = jax.tree.map(lambda x: x, run.parameters)
+    scorer = flat["blocks"]["attention"]["scorer"]
+    scorer["weight"] = np.zeros_like(scorer["weight"])
+    found = evaluate.run(tmp_path, loaded=dataclasses.replace(run, parameters=flat), progress=False)
+    assert not found.contract["met"]
+    assert any("No dial gives a KV fraction of 0.4" in note for note in found.notes)
+    assert "missed" in found.summary()
+
+
+def test_asked_budgets_are_measured_besides_the_trained_one(tmp_path):
+    found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.7], progress=False)
+    assert [row["budget"] for row in rows_of(found, "sliding_window")] == [0.3, 0.7]
+    assert "--budgets=0.7" in found.run_info["command"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "budget", "message"),
+    [
+        ("nats", 1.2, "must lie above 0 and up to 1"),
+        ("nats", 0.1, r"nats\.window = 1 and data\.context_length = 32 the smallest possible is 0\.17"),
+        ("dense", 0.01, r"the smallest possible is 0\.06"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(tmp_path, attention, budget, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.run(tmp_path, loaded=make_run(tmp_path, attention), budgets=[budget], progress=False)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    dense = make_run(tmp_path, "dense")
+    cases = {
+        'model.attention = "nats", not "dense"': run,
+        "its data.context_length is 64 instead of 32": make_run(
+            tmp_path, "dense", data=dataclasses.replace(dense.config.data, context_length=64)
+        ),
+        "its data fingerprint is ": make_run(tmp_path, "dense", train=dataclasses.replace(dense.config.train, seed=3)),
+    }
+    for message, other in cases.items():
+        monkeypatch.setattr(twin, "load", lambda workdir, progress, other=other: other)
+        with pytest.raises(UserError, match=message):
+            evaluate.run(tmp_path, loaded=run, dense_workdir="runs/x", progress=False)
+    with pytest.raises(UserError, match="is itself a dense one"):
+        evaluate.run(tmp_path, loaded=dense, dense_workdir="runs/x", progress=False)
+
+
+def test_a_twin_of_another_shape_or_step_is_noted(tmp_path):
+    dense = make_run(tmp_path, "dense")
+    model = dataclasses.replace(dense.config.model, mlp_width=8)
+    other = dataclasses.replace(dense, step=9, config=dataclasses.replace(dense.config, model=model))
+    assert twin.twin_notes(make_run(tmp_path), dense) == []
+    notes = twin.twin_notes(make_run(tmp_path), other)
+    assert notes == [
+        "The dense twin's step is 9, this run's 7.",
+        "The dense twin's model.mlp_width is 8, this run's 16.",
+    ]
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        evaluate.main([f"--workdir={tmp_path}"])
+
+
+def test_budgets_that_are_no_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="numbers separated by commas"):
+        evaluate.main([f"--workdir={tmp_path}", "--budgets=0.1;0.2"])
+
+
+def test_held_out_text_chooses_nothing(tmp_path):
+    """The dial is set on training contexts: other held-out contexts leave it where it was."""
+    run = make_run(tmp_path)
+    data = dataclasses.replace(run.data, contexts=lambda split, count: run.data.contexts(split, min(count, 8)))
+    dials = [
+        evaluate.run(tmp_path, loaded=dataclasses.replace(run, data=d), budgets=[0.5], progress=False).contract["dial"]
+        for d in (run.data, data)
+    ]
+    assert dials[0] == dials[1]
+    assert len(piece_lengths(data.contexts("validation", 64))) == 8

@@ -1,0 +1,149 @@
+"""Budgets, windows and dials: exact where counting is possible, close and frugal where it is a search."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natsjax.errors import UserError
+from natsjax.matching import (
+    check_budgets,
+    dense_budgets,
+    dial_for_budget,
+    interval_fractions,
+    nats_budgets,
+    window_for_budget,
+)
+from natsjax.token_types import smallest_kv_fraction
+
+pieces = st.lists(st.integers(1, 15), min_size=1, max_size=6).map(np.array)
+
+
+def counted_fraction(lengths, num_sinks, window):
+    read = sum(
+        position < num_sinks or query - position <= window
+        for length in lengths
+        for query in range(length)
+        for position in range(query + 1)
+    )
+    return read / sum(length * (length + 1) / 2 for length in lengths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces, st.integers(0, 17))
+def test_interval_fractions_are_counted_pairs(lengths, num_sinks):
+    fractions = interval_fractions(lengths, num_sinks)
+    expected = [counted_fraction(lengths, num_sinks, window) for window in range(max(lengths))]
+    np.testing.assert_allclose(fractions, expected)
+    assert fractions[-1] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces, st.floats(0.01, 1), st.integers(0, 4))
+def test_the_window_for_a_budget_is_the_closest(lengths, budget, num_sinks):
+    fractions = [counted_fraction(lengths, num_sinks, window) for window in range(max(lengths))]
+    window = window_for_budget(lengths, budget, num_sinks=num_sinks)
+    if fractions[0] > budget:
+        assert window is None
+    else:
+        distances = [abs(fraction - budget) for fraction in fractions]
+        assert distances[window] == pytest.approx(min(distances))
+
+
+@given(pieces)
+def test_one_sink_and_the_window_are_the_smallest_fraction_that_roles_can_have(lengths):
+    for window, fraction in enumerate(interval_fractions(lengths, num_sinks=1)):
+        assert smallest_kv_fraction(lengths, window) == pytest.approx(fraction)
+
+
+class Counted:
+    """A fraction function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.dials = function, []
+
+    def __call__(self, dial):
+        self.dials.append(dial)
+        return self.function(dial)
+
+
+def sigmoid(dial):
+    return 0.03 + 0.97 / (1 + math.exp(-(dial - 1)))
+
+
+def steps(dial):
+    return 0.05 if dial < -0.37 else 0.2 if dial < 0.5 else 0.7
+
+
+def valley(dial):
+    """Without GLOBAL tokens nothing ends the LOCAL keys: the fraction rises again on the left."""
+    return 0.1 + 0.9 * math.tanh(abs(dial + 1) / 3)
+
+
+@pytest.mark.parametrize("function", [sigmoid, valley], ids=["monotone", "valley"])
+@pytest.mark.parametrize("budget", [0.15, 0.3, 0.6, 0.9])
+def test_a_smooth_fraction_is_met_within_a_hundredth(function, budget):
+    fraction_at = Counted(function)
+    found = dial_for_budget(fraction_at, budget)
+    assert found.kv_fraction == function(found.dial) == pytest.approx(budget, rel=0.01)
+    assert len(fraction_at.dials) <= 10
+    assert round(found.dial, 3) == pytest.approx(found.dial, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("function", "budget", "best"),
+    [
+        (steps, 0.06, 0.05),
+        (steps, 0.15, 0.2),
+        (steps, 0.5, 0.7),
+        (steps, 0.99, 0.7),
+        (steps, 0.01, 0.05),
+        (valley, 0.04, 0.1),
+        (lambda dial: 0.4, 0.1, 0.4),
+    ],
+)
+def test_what_cannot_be_met_ends_with_the_closest_that_was_seen(function, budget, best):
+    fraction_at, seen = Counted(function), {}
+    found = dial_for_budget(fraction_at, budget, seen)
+    assert len(fraction_at.dials) <= 20
+    assert len(set(fraction_at.dials)) == len(fraction_at.dials)
+    assert abs(found.kv_fraction - budget) == min(abs(fraction - budget) for fraction in seen.values())
+    assert found.kv_fraction == pytest.approx(best, abs=0.01)
+
+
+def test_budgets_share_what_was_seen():
+    fraction_at, seen = Counted(sigmoid), {}
+    budgets = nats_budgets(0.15, smallest=0.04)
+    found = [dial_for_budget(fraction_at, budget, seen) for budget in budgets]
+    assert len(fraction_at.dials) == len(set(fraction_at.dials)) == len(seen) <= 16
+    assert [match.dial for match in found] == sorted(match.dial for match in found)
+
+
+@pytest.mark.parametrize(
+    ("kv_budget", "smallest"), [(0.15, 0.04), (0.15, 0.14), (1.0, 0.1), (0.6, 0.3), (0.1, 0.046), (0.15, 0.2)]
+)
+def test_six_budgets_around_the_trained_one(kv_budget, smallest):
+    budgets = nats_budgets(kv_budget, smallest)
+    assert len(budgets) >= 6
+    assert budgets == sorted(set(budgets))
+    assert kv_budget in budgets
+    assert all(smallest <= budget <= 1 for budget in budgets if budget != kv_budget)
+
+
+def test_dense_budgets_are_those_that_a_window_can_meet():
+    assert dense_budgets(0.01) == [0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
+    assert min(dense_budgets(0.12)) == 0.15
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.1, 1.5, math.nan, math.inf])
+def test_a_budget_is_a_fraction(budget):
+    with pytest.raises(UserError, match="must lie above 0 and up to 1"):
+        check_budgets([0.2, budget], 0.1, "with a window of 4")
+
+
+def test_a_budget_below_the_smallest_names_the_smallest():
+    with pytest.raises(UserError, match=r"0\.05 cannot be reached: with window 4 the smallest possible is 0\.1"):
+        check_budgets([0.05, 0.2], 0.1, "with window 4")
+    assert check_budgets([0.3, 0.2, 0.3], 0.1, "") == [0.2, 0.3]

@@ -1,0 +1,219 @@
+"""A measured pass: what it counts is counted here pair by pair, what it sums is summed here by hand."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natsjax.config import Config
+from natsjax.data import ByteTokenizer, PackedSource
+from natsjax.loading import LoadedRun
+from natsjax.measure import bootstrap_interval, chosen_roles, live_keys, measure
+from natsjax.model import Inputs
+from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.run_data import RunData
+from natsjax.train_step import Trainer
+from natsjax.workdir import Workdir
+
+T = 24
+WINDOW = 2
+POLICIES = [FullAttention(), Nats(), Nats(0.7), SlidingWindow(3), StreamingLLM(2, 1)]
+
+
+class Documents:
+    """A few documents of random bytes."""
+
+    def __init__(self, lengths):
+        self.lengths = np.array(lengths, np.int64)
+
+    def __getitem__(self, index):
+        return np.random.default_rng(index).integers(0, 256, self.lengths[index]).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    """Seven packed contexts; the last one is half padding."""
+    tokenizer = ByteTokenizer()
+    source = PackedSource(
+        Documents([9, 30, 14, 5, 50, 40]),
+        context_length=T,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        seed=0,
+    )
+    rows = source.rows(0, 7)
+    for name, padding in dict.fromkeys(rows, 0).items() | {("document_id", -1)}:
+        rows[name][-1, T // 2 :] = padding
+    rows["document_end"][-1] = np.minimum(rows["document_end"][-1], T // 2)
+    rows["loss_weight"][-1, T // 2 - 1] = 0
+    return rows
+
+
+@functools.cache
+def make_run(attention="nats"):
+    """Two layers, two KV heads, scorers that choose every role."""
+    config = Config.from_dict(
+        {
+            "model": {"attention": attention, "num_layers": 2, "width": 16, "num_heads": 4, "num_kv_heads": 2}
+            | {"head_dim": 4, "mlp_width": 16},
+            "nats": {"window": WINDOW},
+            "data": {"input": "nothing", "context_length": T},
+            "eval": {"batch_size": 3},
+        }
+    )
+    tokenizer = ByteTokenizer()
+    trainer = Trainer(config, tokenizer.vocab_size)
+    parameters = trainer.init().parameters
+    if attention == "nats":
+        scorer = parameters["blocks"]["attention"]["scorer"]
+        scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
+    data = RunData(tokenizer, types.SimpleNamespace(), lambda split, count: {}, "bytes", "0" * 64)
+    return LoadedRun(Workdir("unused"), config, trainer.structure, parameters, 0, data)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run()
+
+
+def count_live(contexts, is_read):
+    """Keys that each query reads, int ``[n, t]``, from ``is_read(n, t, s)`` within documents."""
+    live = np.zeros(contexts["inputs"].shape, int)
+    for n, ends in enumerate(contexts["document_end"]):
+        for s in range(T):
+            for t in range(s, int(ends[s])):
+                live[n, t] += is_read(n, t, s)
+    return live
+
+
+def nats_reads(roles):
+    """``is_read`` from the definition of the roles int ``[n, t]`` of one layer and head."""
+
+    def is_read(n, t, s):
+        role = roles[n, s]
+        return role == 0 or (role == 1 and not (roles[n, s + 1 : t] == 0).any()) or (role == 2 and t <= s + WINDOW)
+
+    return is_read
+
+
+def check_counts(found, contexts, live):
+    """``live`` int ``[l, k, n, t]``."""
+    valid = contexts["document_end"] > 0
+    causal = count_live(contexts, lambda n, t, s: True)
+    assert found.num_queries == valid.sum()
+    assert found.causal_pairs == causal.sum()
+    assert found.mean_context == pytest.approx(causal.sum() / valid.sum())
+    np.testing.assert_array_equal(found.live_pairs, live.sum(axis=(2, 3)))
+    np.testing.assert_array_equal(found.live_max, live.max(axis=(2, 3)))
+    np.testing.assert_allclose(found.live_mean, live.sum(axis=(2, 3)) / valid.sum())
+    assert found.kv_fraction == pytest.approx(live.sum() / (causal.sum() * live.shape[0] * live.shape[1]))
+
+
+@pytest.mark.parametrize("dial", [0.0, 0.7, -1.0, 50.0, -50.0])
+def test_nats_counts_are_those_of_the_roles(run, contexts, dial):
+    roles = chosen_roles(run, contexts, Nats(dial))
+    if dial == 0:
+        assert set(np.unique(roles)) == {0, 1, 2}
+    live = np.array(
+        [[count_live(contexts, nats_reads(head)) for head in layer] for layer in roles.transpose(1, 2, 0, 3)]
+    )
+    check_counts(measure(run, contexts, Nats(dial)), contexts, live)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reads"),
+    [
+        (FullAttention(), lambda distance, position: True),
+        (SlidingWindow(3), lambda distance, position: distance <= 3),
+        (StreamingLLM(2, 1), lambda distance, position: distance <= 1 or position < 2),
+    ],
+)
+@pytest.mark.parametrize("attention", ["nats", "dense"])
+def test_interval_counts_are_those_of_the_policy(contexts, policy, reads, attention):
+    live = count_live(contexts, lambda n, t, s: reads(t - s, contexts["positions"][n, s]))
+    found = measure(make_run(attention), contexts, policy)
+    check_counts(found, contexts, np.broadcast_to(live, (2, 2, *live.shape)))
+    if policy == FullAttention():
+        assert found.kv_fraction == 1
+
+
+def test_perplexity_bytes_and_accuracy_are_those_of_a_hand_computation(run, contexts):
+    inputs = Inputs(*(jnp.asarray(contexts[name]) for name in ("inputs", "positions", "document_end")))
+    logits = np.asarray(run.model(inputs)[0], np.float64)
+    found = measure(run, contexts, Nats())
+    nll, right, size, documents = 0.0, 0, 0, {}
+    for n, t in np.argwhere(contexts["loss_weight"] > 0):
+        target = contexts["targets"][n, t]
+        loss = np.log(np.exp(logits[n, t]).sum()) - logits[n, t, target]
+        nll, right, size = nll + loss, right + (logits[n, t].argmax() == target), size + (target < 256)
+        documents[contexts["document_id"][n, t]] = documents.get(contexts["document_id"][n, t], 0) + loss
+    total = contexts["loss_weight"].sum()
+    assert found.perplexity == pytest.approx(np.exp(nll / total), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nll / np.log(2) / size, rel=1e-5)
+    assert found.accuracy == pytest.approx(right / total)
+    assert found.documents.tokens.sum() == total
+    assert found.documents.ids.tolist() == sorted(documents)
+    np.testing.assert_allclose(found.documents.nll, [documents[i] for i in sorted(documents)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_batch_size_changes_nothing(run, contexts, policy, batch_size):
+    config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, batch_size=batch_size))
+    expected = measure(run, contexts, policy)
+    found = measure(dataclasses.replace(run, config=config), contexts, policy)
+    np.testing.assert_array_equal(found.live_pairs, expected.live_pairs)
+    np.testing.assert_array_equal(found.live_max, expected.live_max)
+    np.testing.assert_allclose(found.documents.nll, expected.documents.nll, rtol=1e-5)
+    assert found.causal_pairs == expected.causal_pairs
+
+
+def test_sampled_roles_differ_between_seeds_and_batches(run, contexts):
+    same = {name: np.repeat(values[:1], 6, axis=0) for name, values in contexts.items()}
+    first, again, other = (chosen_roles(run, same, SampledNats(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first[:3] != first[3:]).any()
+
+
+def test_a_dense_model_has_no_roles_to_read(contexts):
+    with pytest.raises(ValueError, match="dense attention has none"):
+        measure(make_run("dense"), contexts, Nats())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 12), min_size=8, max_size=8), min_size=1, max_size=3))
+def test_live_keys_counts(ends):
+    index = np.arange(8)
+    visible = (index[None, :, None] >= index) & (index[None, :, None] < np.array(ends)[:, None, :])
+    np.testing.assert_array_equal(live_keys(jnp.array(ends, jnp.int32)), visible.sum(axis=-1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.1, 5), st.integers(1, 50)), min_size=2, max_size=30), st.integers(0, 3))
+def test_the_bootstrap_interval_lies_within_the_documents_and_repeats(documents, seed):
+    ratio, tokens = np.array(documents).T
+    low, high = bootstrap_interval(ratio * tokens, tokens, num_samples=200, seed=seed)
+    assert ratio.min() - 1e-9 <= low <= high <= ratio.max() + 1e-9
+    assert (low, high) == bootstrap_interval(ratio * tokens, tokens, num_samples=200, seed=seed)
+    scaled = bootstrap_interval(3 * ratio * tokens, tokens, num_samples=200, seed=seed)
+    np.testing.assert_allclose(scaled, (3 * low, 3 * high))
+
+
+def test_the_bootstrap_interval_of_one_document_is_its_point():
+    assert bootstrap_interval(np.array([6.0]), np.array([4.0]), num_samples=50, seed=0) == (1.5, 1.5)
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        values = rng.normal(2.0, 1.0, 40)
+        low, high = bootstrap_interval(values, np.ones(40), num_samples=300, seed=seed)
+        covered += low <= 2.0 <= high
+    assert 0.88 <= covered / 200 <= 0.99

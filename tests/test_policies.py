@@ -1,0 +1,130 @@
+"""Policies say who reads which key: compared with their definitions pair by pair, on packed and padded batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natsjax.config import NatsConfig
+from natsjax.model import Inputs
+from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
+
+LENGTH = 12
+NATS = NatsConfig()
+
+
+def packed(rows):
+    """``Inputs [b, LENGTH]`` of documents of the given lengths, row by row, padded behind them."""
+    positions, ends = np.zeros((2, len(rows), LENGTH), np.int32)
+    for row, lengths in enumerate(rows):
+        at = 0
+        for length in lengths:
+            positions[row, at : at + length] = np.arange(length)
+            ends[row, at : at + length] = at + length
+            at += length
+    return Inputs(jnp.zeros_like(positions), jnp.asarray(positions), jnp.asarray(ends))
+
+
+@st.composite
+def batches(draw):
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        lengths = draw(st.lists(st.integers(1, LENGTH), max_size=4))
+        while sum(lengths) > LENGTH:
+            lengths.pop()
+        rows.append(lengths)
+    return packed(rows)
+
+
+def visible(inputs, key_end):
+    """bool ``[b, t, s]``."""
+    index = np.arange(LENGTH)
+    end = np.minimum(np.asarray(key_end)[:, 0, None, :], np.asarray(inputs.document_end)[:, None, :])
+    return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < end)
+
+
+def expected(inputs, is_read):
+    """The same from the definition: ``is_read(distance, position of the key)``, within documents."""
+    result = np.zeros((len(inputs.positions), LENGTH, LENGTH), bool)
+    for b, (positions, ends) in enumerate(zip(*map(np.asarray, inputs[1:]), strict=True)):
+        for s in range(LENGTH):
+            for t in range(s, int(ends[s])):
+                result[b, t, s] = is_read(t - s, positions[s])
+    return result
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches(), st.integers(0, LENGTH + 2), st.integers(0, LENGTH + 2))
+def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
+    cases = [
+        (FullAttention(), lambda distance, position: True),
+        (SlidingWindow(window), lambda distance, position: distance <= window),
+        (StreamingLLM(num_sinks, window), lambda distance, position: distance <= window or position < num_sinks),
+    ]
+    for policy, is_read in cases:
+        choice = policy.choice(inputs, NATS)
+        assert choice.noise_key is None
+        assert choice.bias is None
+        assert choice.key_end.dtype == jnp.int32
+        seen = visible(inputs, choice.key_end)
+        np.testing.assert_array_equal(seen, expected(inputs, is_read), err_msg=str(policy))
+        # Every query sees its own key, and padding sees nothing.
+        np.testing.assert_array_equal(seen.diagonal(axis1=1, axis2=2), np.asarray(inputs.document_end) > 0)
+
+
+def test_without_sinks_streaming_llm_is_a_sliding_window():
+    inputs = packed([[7, 5], [12]])
+    a, b = SlidingWindow(3).choice(inputs, NATS), StreamingLLM(0, 3).choice(inputs, NATS)
+    np.testing.assert_array_equal(a.key_end, b.key_end)
+
+
+@pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
+def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
+    choice = Nats(0.5).choice(packed([[3]]), NatsConfig(dial=roles))
+    np.testing.assert_array_equal(choice.bias, bias)
+    assert choice.key_end is None
+    assert choice.noise_key is None
+
+
+def test_sampled_roles_have_noise_and_no_bias():
+    inputs = packed([[3]])
+    keys = [jax.random.key_data(SampledNats(seed).choice(inputs, NATS).noise_key) for seed in (1, 1, 2)]
+    assert (keys[0] == keys[1]).all()
+    assert (keys[0] != keys[2]).any()
+    assert SampledNats().choice(inputs, NATS).bias is None
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [Nats(dial) for dial in (0.0, 1.5, -2.0)],
+        [FullAttention(), SlidingWindow(0), SlidingWindow(5), StreamingLLM(2, 1), StreamingLLM(0, 9)],
+    ],
+)
+def test_one_compilation_serves_every_setting(policies):
+    inputs, traces = packed([[5, 4]]), []
+
+    @jax.jit
+    def consume(choice):
+        traces.append(choice)
+        return choice
+
+    for policy in policies:
+        consume(policy.choice(inputs, NATS))
+    assert len(traces) == 1
+
+
+def test_settings_are_what_a_report_shows():
+    assert FullAttention().setting == {}
+    assert Nats(-0.25).setting == {"dial": -0.25}
+    assert SlidingWindow(3).setting == {"window": 3}
+    assert StreamingLLM(4, 3).setting == {"sinks": 4, "window": 3}
+    assert SampledNats(3).setting == {"seed": 3}
+
+
+@pytest.mark.parametrize("make", [lambda: SlidingWindow(-1), lambda: StreamingLLM(-1, 2), lambda: StreamingLLM(1, -2)])
+def test_negative_numbers_are_refused(make):
+    with pytest.raises(ValueError, match="0 or more"):
+        make()

@@ -1,0 +1,154 @@
+"""Roles, lifetimes, their price and its controller."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Shape, document_ends, role_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from natsjax import token_types
+from natsjax.config import NatsConfig
+from pallas_kernels.nats_attention import GLOBAL, reference
+
+SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=3)
+
+
+def positions_of(document_end):
+    """Distance to the start of each document, from exclusive ends ``[b, s]``."""
+    positions = np.zeros_like(document_end)
+    for row, ends in zip(positions, document_end, strict=True):
+        for s in range(1, len(ends)):
+            row[s] = row[s - 1] + 1 if ends[s] == ends[s - 1] and ends[s] else 0
+    return positions
+
+
+@pytest.mark.parametrize("documents", ["packed", "padding"])
+@pytest.mark.parametrize("pattern", ["random", "no_global", "bursts", "all_local"])
+def test_price_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
+    rng = np.random.default_rng(0)
+    ids, end = role_ids(pattern, SHAPE, rng), document_ends(documents, SHAPE, rng)
+    with jax.enable_x64(True):
+        roles = jax.nn.one_hot(ids, 3, dtype=jnp.float64)
+        weight = jnp.asarray(rng.normal(size=SHAPE.k))
+
+        def relaxed(roles):
+            mask = reference.relaxed_mask(roles, window=SHAPE.window, document_end=end)
+            return jnp.sum(jnp.sum(mask, axis=(0, 2, 3)) * weight)
+
+        def exact(roles):
+            return jnp.sum(token_types.lifetime_sum(roles, end, SHAPE.window, "exact") * weight)
+
+        np.testing.assert_allclose(exact(roles), relaxed(roles), rtol=1e-6)
+        np.testing.assert_allclose(jax.grad(exact)(roles), jax.grad(relaxed)(roles), atol=1e-5)
+
+
+def test_constant_price_gradient_is_the_lifetime_that_each_role_would_have_here():
+    rng = np.random.default_rng(1)
+    ids, end = role_ids("random", SHAPE, rng), document_ends("packed", SHAPE, rng)
+    gradient = jax.grad(lambda roles: token_types.lifetime_sum(roles, end, SHAPE.window, "constant").sum())(
+        jax.nn.one_hot(ids, 3)
+    )
+    for role in range(3):
+        for b, k, s in np.ndindex(ids.shape):
+            changed = ids.copy()
+            changed[b, k, s] = role
+            key_end = token_types.key_end_from_roles(jnp.asarray(changed), window=SHAPE.window, document_end=end)
+            assert gradient[b, k, s, role] == token_types.lifetimes(key_end, end)[b, k, s]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 8), st.integers(0, 2**31))
+def test_smallest_fraction_is_what_sliding_everything_costs(length, window, seed):
+    shape = Shape(2, length, 1, 1, 4, window)
+    end = document_ends("padding", shape, np.random.default_rng(seed)) if length > 1 else np.ones((2, 1), np.int32)
+    positions = positions_of(end)
+    ids = np.where((positions == 0)[:, None], GLOBAL, 2)
+    key_end = token_types.key_end_from_roles(jnp.asarray(ids), window=window, document_end=end)
+    lifetime = np.asarray(token_types.lifetimes(key_end, jnp.asarray(end)))
+    pairs = float(token_types.causal_pairs(jnp.asarray(positions), jnp.asarray(end)))
+    starts = (positions == 0) & (end > 0)
+    lengths = end[starts] - np.nonzero(starts)[1]
+    assert pairs == sum(n * (n + 1) / 2 for n in lengths)
+    np.testing.assert_allclose(token_types.smallest_kv_fraction(lengths, window), lifetime.sum() / pairs, rtol=1e-6)
+
+
+def test_the_figures_of_the_definition():
+    assert round(100 * token_types.smallest_kv_fraction(np.array([1024]), 16), 1) == 3.5
+    assert round(100 * token_types.smallest_kv_fraction(np.array([256]), 16), 1) == 13.5
+
+
+def test_roles_are_exactly_one_hot_with_the_softmaxs_gradient():
+    key = jax.random.key(0)
+    logits = jax.random.normal(key, (2, 3, 11, 3)) * 5
+    first = jnp.zeros((2, 1, 11), bool).at[:, :, [0, 4]].set(True)
+    ids = token_types.choose_roles(logits, first)
+    weight = jax.random.normal(key, logits.shape)
+
+    def through(logits):
+        return token_types.straight_through(logits, ids, first, 0.5)
+
+    roles = through(logits)
+    np.testing.assert_array_equal(roles, jax.nn.one_hot(ids, 3))
+    assert (ids[:, :, [0, 4]] == GLOBAL).all()
+    gradient = jax.grad(lambda x: jnp.sum(through(x) * weight))(logits)
+    expected = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x / 0.5) * weight))(logits)
+    np.testing.assert_allclose(gradient, jnp.where(first[..., None], 0, expected), rtol=1e-6)
+    assert (gradient[:, :, 4] == 0).all()
+
+
+@pytest.mark.parametrize("fractions", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.2)])
+def test_the_scorers_start_draws_the_stated_fractions(fractions):
+    noise = jax.random.gumbel(jax.random.key(1), (1, 1, 100_000, 3))
+    ids = token_types.choose_roles(token_types.scorer_bias(fractions) + noise, jnp.zeros((1, 1, 100_000), bool))
+    np.testing.assert_allclose(np.bincount(np.asarray(ids).ravel(), minlength=3) / ids.size, fractions, atol=0.01)
+
+
+@pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
+def test_dial(roles, expected):
+    np.testing.assert_array_equal(token_types.dial_bias(2.0, roles), expected)
+
+
+def steer_for(steps, fraction_of_price, config):
+    state = token_types.start_controller(config)
+    history = []
+    step = jax.jit(lambda state, f, n: token_types.steer(state, f, n, config))
+    for n in range(steps):
+        price = float(token_types.kv_price(state))
+        history.append(price)
+        state = step(state, jnp.float32(fraction_of_price(price)), jnp.int32(n))
+    return state, history
+
+
+def test_a_steered_price_settles_where_the_budget_is_met():
+    config = NatsConfig(kv_budget=0.2, kv_price=0.01, budget_ramp_steps=50)
+    state, history = steer_for(1000, lambda price: 1 / (1 + price), config)
+    assert abs(float(state.average) - 0.2) < 0.01
+    changes = np.abs(np.diff(np.log(history)))
+    assert changes.max() <= config.price_rate * (1 + 1e-5)
+
+
+def test_a_steered_price_stays_within_its_bounds():
+    config = NatsConfig(kv_budget=0.1, max_kv_price=0.5)
+    assert max(steer_for(300, lambda price: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
+    config = NatsConfig(kv_budget=0.5, min_kv_price=0.05)
+    assert min(steer_for(300, lambda price: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
+
+
+def test_a_fixed_price_stays_fixed_also_at_zero():
+    for price in (0.0, 0.7):
+        config = NatsConfig(price="fixed", kv_price=price)
+        assert set(steer_for(20, lambda price: 1.0, config)[1]) == {np.float32(price).item()} or price == 0.7
+        np.testing.assert_allclose(steer_for(20, lambda price: 1.0, config)[1], price, rtol=1e-6)
+
+
+def test_the_budget_ramp_begins_below_one_and_ends_at_the_budget():
+    config = NatsConfig(kv_budget=0.25, budget_ramp_steps=10)
+    budgets = [float(token_types.budget_at(jnp.int32(n), config)) for n in range(15)]
+    assert budgets[0] == pytest.approx(0.925)
+    assert budgets[9:] == [0.25] * 6
+    flat = dataclasses.replace(config, budget_ramp_steps=0)
+    assert float(token_types.budget_at(jnp.int32(0), flat)) == 0.25

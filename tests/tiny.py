@@ -1,0 +1,66 @@
+"""Tiny configs and batches that several tests share."""
+
+import copy
+
+import numpy as np
+
+from natsjax.config import Config
+
+_BASE = {
+    "model": {
+        "num_layers": 2,
+        "width": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "mlp_width": 24,
+    },
+    "nats": {"window": 2, "kv_budget": 0.4},
+    "data": {
+        "source": "recall",
+        "context_length": 24,
+        "recall": {"num_pairs": 2, "num_keys": 5, "num_values": 5, "num_fillers": 5},
+    },
+    "optimizer": {"peak_learning_rate": 1e-2, "end_learning_rate": 1e-3, "warmup_steps": 2},
+    "train": {"num_steps": 12, "batch_size": 4, "log_every": 1, "progress": False},
+    "checkpoint": {"save_every": 5},
+    "eval": {
+        "num_contexts": 6,
+        "num_dial_contexts": 4,
+        "batch_size": 4,
+        "bootstrap_samples": 50,
+        "num_sample_tokens": 24,
+    },
+}
+VOCAB_SIZE = 16  # BOS and 5 of each kind
+
+
+def config(**groups) -> Config:
+    """The tiny config with ``group={field: value}`` changed."""
+    values = copy.deepcopy(_BASE)
+    for group, fields in groups.items():
+        for name, value in fields.items():
+            values[group][name] = value
+    return Config.from_dict(values)
+
+
+def packed_batch(seed=0, batch=3, length=24, vocab_size=VOCAB_SIZE) -> dict[str, np.ndarray]:
+    """Random tokens in several documents a row, the last row with padding."""
+    rng = np.random.default_rng(seed)
+    cuts = [np.unique(np.append(rng.choice(np.arange(1, length), 2, replace=False), length)) for _ in range(batch)]
+    document_end = np.stack([c[np.searchsorted(c, np.arange(length), side="right")] for c in cuts]).astype(np.int32)
+    document_end[-1, -4:] = 0
+    document_end[-1, :-4] = np.minimum(document_end[-1, :-4], length - 4)
+    positions = np.zeros((batch, length), np.int32)
+    for s in range(1, length):
+        same = (document_end[:, s] == document_end[:, s - 1]) & (document_end[:, s] > 0)
+        positions[:, s] = np.where(same, positions[:, s - 1] + 1, 0)
+    tokens = rng.integers(0, vocab_size, (batch, length + 1)).astype(np.int32)
+    weight = (np.arange(1, length + 1) < document_end).astype(np.float32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weight": weight,
+        "positions": positions,
+        "document_end": document_end,
+    }
