@@ -216,7 +216,10 @@ def _interval_policies(
     for budget in budgets:
         window = window_for_budget(pieces, budget, num_sinks=num_sinks)
         if window is None:
-            notes.append(f"StreamingLLM is left out at the KV budget {budget:.4g}: {num_sinks} sinks exceed it alone.")
+            notes.append(
+                f"StreamingLLM is left out at the KV budget {budget:.4g}: its {num_sinks} sinks and each query's own "
+                "key take more."
+            )
         else:
             policies.append((StreamingLLM(num_sinks, window), budget))
     return policies
