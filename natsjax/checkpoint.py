@@ -50,7 +50,9 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
         except OSError as error:
             usable = "there is none yet" if last is None else f"the run can go on from step {last}"
-            raise UserError(f"the checkpoint of step {step} cannot be written to {self.folder}: {error}; {usable}.") from error
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {error}; {usable}."
+            ) from error
 
     def restore(self, abstract: State, step: int | None = None) -> State:
         """The state saved as that of ``step`` (the newest, if None).

@@ -62,7 +62,9 @@ def _check_overrides(argv: Sequence[str]) -> None:
                 raise UserError(f"unknown config field {path}{nearest(name, fields) if fields else ''}.")
             group = kind = fields[name]
         if dataclasses.is_dataclass(kind):
-            raise UserError(f"config field {path} is a group of fields; set one of them, as in --config.{path}.NAME=VALUE.")
+            raise UserError(
+                f"config field {path} is a group of fields; set one of them, as in --config.{path}.NAME=VALUE."
+            )
         if kind in (int, float):
             try:
                 kind(value)

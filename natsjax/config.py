@@ -69,7 +69,9 @@ class NatsConfig:
     min_kv_price: float = setting(1e-3, "lower bound of a steered price", minimum=0)
     max_kv_price: float = setting(10.0, "upper bound of a steered price", minimum=0)
     price_rate: float = setting(0.02, "largest change of log kv_price in a step", minimum=0)
-    average_decay: float = setting(0.9, "of the running average of the KV fraction, per step", minimum=0, maximum=0.9999)
+    average_decay: float = setting(
+        0.9, "of the running average of the KV fraction, per step", minimum=0, maximum=0.9999
+    )
     budget_ramp_steps: int = setting(0, "steps in which the budget falls from 1 to kv_budget", minimum=0)
     dial: Literal["global", "global_local"] = setting(
         "global_local", "roles that the dial's bias is added to in evaluation", resume=True

@@ -78,13 +78,17 @@ class Progress:
     def __init__(self, total: int, start: int, shown: bool):
         self._total, self._start, self._began = total, start, time.monotonic()
         self._step = start
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if (
-            shown and sys.stderr.isatty()
-        ) else None
+        self._bar = (
+            tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            if (shown and sys.stderr.isatty())
+            else None
+        )
         self._lines = shown and self._bar is None
         self._last_line = -math.inf
 
-    def update(self, step: int, loss: float, cross_entropy: float, kv_fraction: float, tokens_per_second: float) -> None:
+    def update(
+        self, step: int, loss: float, cross_entropy: float, kv_fraction: float, tokens_per_second: float
+    ) -> None:
         """Shows where the run is."""
         text = (
             f"loss {loss:.3f}, perplexity {perplexity(cross_entropy):.4g}, KV {100 * kv_fraction:.1f} %, "

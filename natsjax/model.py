@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from natsjax import token_types
 from natsjax.config import Config, ModelConfig, NatsConfig
-from pallas_kernels.nats_attention import NO_END, interval_attention, key_end_from_roles, nats_attention
+from pallas_kernels.nats_attention import interval_attention, nats_attention
 
 ROLES = "nats_roles"
 """Name under which every remat policy saves the sampled roles."""

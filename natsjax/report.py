@@ -144,9 +144,7 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     sides = "<<<" + ">" * (len(widths) - 3)  # text to the left, numbers to the right
     layout = list(zip(sides, widths, strict=True))
     rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in layout]
-    aligned = [
-        [f"{cell:{side}{width}}" for cell, (side, width) in zip(line, layout, strict=True)] for line in lines
-    ]
+    aligned = [[f"{cell:{side}{width}}" for cell, (side, width) in zip(line, layout, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [aligned[0], rule, *aligned[1:]])
 
 
@@ -202,9 +200,7 @@ def _check(
         length = len(sample["tokens"])
         heads = [roles for layer in sample["roles"] for roles in layer]
         if not length or not heads or any(len(roles) != length or set(roles) - set("012") for roles in heads):
-            raise ValueError(
-                f"sample[{index}] needs tokens, and {length} digits 0, 1 or 2 per layer and head"
-            )
+            raise ValueError(f"sample[{index}] needs tokens, and {length} digits 0, 1 or 2 per layer and head")
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -306,23 +302,15 @@ def _draw_contract(axes: Axes, rows: Sequence[Row], metric: str, contract: Mappi
     marks: list[Artist] = [axes.axvline(budget, color="#666666", linewidth=1, label=label)]
     for row in rows:
         dial = row["setting"].get("dial")
-        if (
-            row["method"] == "nats"
-            and dial is not None
-            and math.isclose(dial, contract["dial"], abs_tol=1e-9)
-        ):
+        if row["method"] == "nats" and dial is not None and math.isclose(dial, contract["dial"], abs_tol=1e-9):
             x, y = row["kv_fraction"], _height(row, metric)
-            ring = axes.scatter(
-                x, y, s=220, facecolors="none", edgecolors="#111111", linewidths=1.6, zorder=4
-            )
+            ring = axes.scatter(x, y, s=220, facecolors="none", edgecolors="#111111", linewidths=1.6, zorder=4)
             ring.set_label("the setting dialled to the budget")
             return [*marks, ring]
     return marks
 
 
-def _draw_legend(
-    figure: Figure, rows: Sequence[Row], line_styles: Mapping[str, str], marks: Sequence[Artist]
-) -> None:
+def _draw_legend(figure: Figure, rows: Sequence[Row], line_styles: Mapping[str, str], marks: Sequence[Artist]) -> None:
     """Name the methods in a first column, the weights and the marks in a second one, under the axes."""
     left, right = [], []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -387,7 +375,5 @@ def _height(row: Row, metric: str) -> float:
 def _bounds(row: Row, metric: str) -> tuple[float, float]:
     """Return the interval's ends on the y axis, both NaN where the row has no finite interval."""
     ends = [row.get(f"{metric}_{end}") for end in ("low", "high")]
-    low, high = [
-        math.nan if end is None else float(end) * (100 if metric == "accuracy" else 1) for end in ends
-    ]
+    low, high = [math.nan if end is None else float(end) * (100 if metric == "accuracy" else 1) for end in ends]
     return (low, high) if math.isfinite(low + high) else (math.nan, math.nan)

@@ -42,9 +42,7 @@ def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> Run
 
 
 def _open_recall(config: Config) -> RunData:
-    task = RecallTask(
-        config.data.context_length, seed=config.train.seed, **dataclasses.asdict(config.data.recall)
-    )
+    task = RecallTask(config.data.context_length, seed=config.train.seed, **dataclasses.asdict(config.data.recall))
     return RunData(
         vocabulary=task,
         source=task,

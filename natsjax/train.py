@@ -162,7 +162,9 @@ class _Loop:
         values: StepMetrics = jax.device_get(metrics)
         if not (math.isfinite(values.loss) and math.isfinite(values.gradient_norm)):
             saved = self._checkpoints.latest_step()
-            where = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
+            where = (
+                "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
+            )
             raise UserError(
                 f"the loss at step {step} is {float(values.loss)} (gradient norm {float(values.gradient_norm)}) and "
                 f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm may help."

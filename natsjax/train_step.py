@@ -124,5 +124,3 @@ class Trainer:
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
-
-

@@ -1,12 +1,12 @@
 """The folder of a run: its config, its lock, and where everything else in it lies.
 
-    config.json          the resolved config
-    data.json            what the data was, so that a resumed run cannot go on with other data
-    metrics.jsonl        a line of metrics every ``train.log_every`` steps
-    tensorboard/         the same for TensorBoard
-    checkpoints/         Orbax checkpoints by step
-    corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
-    report/              what evaluation wrote
+config.json          the resolved config
+data.json            what the data was, so that a resumed run cannot go on with other data
+metrics.jsonl        a line of metrics every ``train.log_every`` steps
+tensorboard/         the same for TensorBoard
+checkpoints/         Orbax checkpoints by step
+corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
+report/              what evaluation wrote
 """
 
 import contextlib

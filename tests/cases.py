@@ -51,11 +51,7 @@ def document_ends(kind: str, shape: Shape, rng: np.random.Generator) -> np.ndarr
         return None
     rows = []
     for _ in range(shape.b):
-        used = (
-            shape.length
-            if kind == "packed"
-            else max(1, shape.length - 1 - int(rng.integers(shape.length // 2 + 1)))
-        )
+        used = shape.length if kind == "packed" else max(1, shape.length - 1 - int(rng.integers(shape.length // 2 + 1)))
         cuts = np.sort(rng.choice(np.arange(1, used + 1), min(3, used), replace=False))
         cuts = np.unique(np.append(cuts, used))
         row = cuts[np.searchsorted(cuts, np.arange(used), side="right")]

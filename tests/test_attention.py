@@ -42,16 +42,12 @@ compiled = jax.jit(value_and_gradients, static_argnums=0)
 
 @functools.cache
 def nats(window, **options):
-    return lambda q, k, v, roles, end: na.nats_attention(
-        q, k, v, roles, window=window, document_end=end, **options
-    )
+    return lambda q, k, v, roles, end: na.nats_attention(q, k, v, roles, window=window, document_end=end, **options)
 
 
 @functools.cache
 def relaxed(window):
-    return lambda q, k, v, roles, end: reference.relaxed_attention(
-        q, k, v, roles, window=window, document_end=end
-    )
+    return lambda q, k, v, roles, end: reference.relaxed_attention(q, k, v, roles, window=window, document_end=end)
 
 
 @functools.cache
@@ -105,9 +101,7 @@ def test_xla_equals_the_oracle(name, mask_gradient):
         got = compiled(nats(shape.window, mask_gradient=mask_gradient, implementation="xla"), *arguments)
         with jax.enable_x64(True):
             wide = [x if x is end else np.asarray(x, np.float64) for x in arguments]
-            expected = compiled(
-                nats(shape.window, mask_gradient=mask_gradient, implementation="reference"), *wide
-            )
+            expected = compiled(nats(shape.window, mask_gradient=mask_gradient, implementation="reference"), *wide)
         for x, y in zip(got, expected, strict=True):
             assert relative_error(x, y) < 2e-5, f"{pattern} {documents}"
 
@@ -148,9 +142,7 @@ def test_bfloat16_is_close_and_keeps_dtypes():
     assert out.dtype == jnp.bfloat16
     assert [x.dtype for x in gradients] == [jnp.bfloat16] * 3 + [jnp.float32]
     wide_out, wide_pullback = jax.vjp(attention, *[x.astype(jnp.float32) for x in narrow[:3]], roles)
-    for got, expected in zip(
-        (out, *gradients), (wide_out, *wide_pullback(narrow[3].astype(jnp.float32))), strict=True
-    ):
+    for got, expected in zip((out, *gradients), (wide_out, *wide_pullback(narrow[3].astype(jnp.float32))), strict=True):
         assert relative_error(got, expected) < 3e-2
 
 
@@ -166,9 +158,7 @@ def test_key_end_is_the_definition(length, window, seed, documents):
     rng = np.random.default_rng(seed)
     ids, end = role_ids("random", shape, rng), document_ends(documents, shape, rng)
     got = np.asarray(
-        na.key_end_from_roles(
-            jnp.asarray(ids), window=window, document_end=None if end is None else jnp.asarray(end)
-        )
+        na.key_end_from_roles(jnp.asarray(ids), window=window, document_end=None if end is None else jnp.asarray(end))
     )
     for b, k, s in np.ndindex(ids.shape):
         following = [u for u in range(s + 1, length) if ids[b, k, u] == na.GLOBAL]

@@ -42,9 +42,7 @@ class FakeDocuments:
 
 
 def _source(lengths, context_length, seed=0):
-    return PackedSource(
-        FakeDocuments(lengths), context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed
-    )
+    return PackedSource(FakeDocuments(lengths), context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed)
 
 
 def _oracle_stream(documents, orders):

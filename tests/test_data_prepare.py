@@ -28,16 +28,12 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(40):
-        (folder / f"{number}.txt").write_text(
-            f"document {number}: " + "naïve words, " * (number + 1), "utf-8"
-        )
+        (folder / f"{number}.txt").write_text(f"document {number}: " + "naïve words, " * (number + 1), "utf-8")
     return folder
 
 
 def _prepare(texts, output, **options):
-    return prepare(
-        texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.2} | options)
-    )
+    return prepare(texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.2} | options))
 
 
 def _content(corpus, split):
@@ -79,9 +75,7 @@ def test_corpus_json_says_what_is_there(texts, tmp_path):
 def test_twice_the_same_hash_whatever_the_shards_and_the_place(texts, tmp_path):
     first = _prepare(texts, tmp_path / "one", tokenizer="bpe", vocab_size=280)
     shutil.copytree(texts, tmp_path / "elsewhere")
-    second = _prepare(
-        tmp_path / "elsewhere", tmp_path / "two", tokenizer="bpe", vocab_size=280, documents_per_shard=2
-    )
+    second = _prepare(tmp_path / "elsewhere", tmp_path / "two", tokenizer="bpe", vocab_size=280, documents_per_shard=2)
     assert first.content_hash == second.content_hash
     (texts / "0.txt").write_text("another text", "utf-8")
     third = _prepare(texts, tmp_path / "three", tokenizer="bpe", vocab_size=280)
@@ -111,9 +105,7 @@ def test_held_out_documents_do_not_depend_on_order_or_company():
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_small_corpora_have_both_sides(count, fraction):
     names = [str(number) for number in range(count)]
-    held_out = HoldOut.choose(
-        np.array([hash_id(name, 0) for name in names], np.uint64), fraction=fraction, seed=0
-    )
+    held_out = HoldOut.choose(np.array([hash_id(name, 0) for name in names], np.uint64), fraction=fraction, seed=0)
     assert 0 < sum(name in held_out for name in names) < count
 
 
@@ -132,9 +124,7 @@ def test_validation_input_and_an_existing_tokenizer(texts, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "held out"}\n', "utf-8")
     first = _prepare(texts, tmp_path / "one", tokenizer="bpe", vocab_size=290)
-    second = _prepare(
-        texts, tmp_path / "two", tokenizer=tmp_path / "one" / "tokenizer", validation_input=other
-    )
+    second = _prepare(texts, tmp_path / "two", tokenizer=tmp_path / "one" / "tokenizer", validation_input=other)
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert len(second.documents("train")) == 40
     assert _content(second, "validation") == {"other.jsonl:1": "held out"}
@@ -279,8 +269,7 @@ def test_a_second_process_waits_and_takes_the_result(texts, tmp_path, monkeypatc
     monkeypatch.setattr(command, "_build", slow_build)
     hashes = []
     threads = [
-        threading.Thread(target=lambda: hashes.append(_prepare(texts, tmp_path / "out").content_hash))
-        for _ in range(3)
+        threading.Thread(target=lambda: hashes.append(_prepare(texts, tmp_path / "out").content_hash)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -335,9 +324,7 @@ def test_loading_what_does_not_fit(texts, tmp_path):
     refused(json.dumps(description | {"format_version": 99}), "format_version 99")
     refused(json.dumps({"format_version": 1}), "lacks or garbles the field 'tokenizer'")
     other = description["tokenizer"] | {"fingerprint": "f" * 64}
-    refused(
-        json.dumps(description | {"tokenizer": other}), "is not the one that the corpus was prepared with"
-    )
+    refused(json.dumps(description | {"tokenizer": other}), "is not the one that the corpus was prepared with")
     with pytest.raises(UserError, match="has no split 'test'; it has train, validation"):
         corpus.documents("test")
 

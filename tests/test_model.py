@@ -73,7 +73,9 @@ def test_packed_documents_are_as_if_each_stood_alone():
         end = batch["document_end"][0, start]
         length = end - start
         alone = Inputs(
-            batch["inputs"][:1, start:end], np.arange(length, dtype=np.int32)[None], np.full((1, length), length, np.int32)
+            batch["inputs"][:1, start:end],
+            np.arange(length, dtype=np.int32)[None],
+            np.full((1, length), length, np.int32),
         )
         expected, alone_roles = forward(structure, parameters, alone)
         np.testing.assert_array_equal(roles.ids[:, :1, :, start:end], alone_roles.ids)
@@ -225,7 +227,9 @@ def test_parameters_are_float32_and_logits_too(tie, dtype):
 def test_weight_decay_goes_by_role():
     _, _, decayed = model.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
     block = decayed["blocks"]
-    assert block["attention"]["query"] and block["attention"]["output"] and block["mlp"]["down"]
+    assert block["attention"]["query"]
+    assert block["attention"]["output"]
+    assert block["mlp"]["down"]
     for exempt in (block["attention_norm"]["scale"], block["attention"]["scorer"]["weight"], decayed["embedding"]):
         assert exempt is False
 

@@ -347,8 +347,7 @@ def browser(tmp_path):
 def tokens_of(dom):
     """Return (role, key_end) of every token in the role reader."""
     return [
-        (int(role), int(end))
-        for role, end in re.findall(r'<span class="token role-(\d)[^>]* data-end="(\d+)"', dom)
+        (int(role), int(end)) for role, end in re.findall(r'<span class="token role-(\d)[^>]* data-end="(\d+)"', dom)
     ]
 
 

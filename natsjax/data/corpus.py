@@ -94,16 +94,12 @@ class Documents:
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder / LENGTHS_FILE} cannot be read ({error}); prepare the corpus again."
-            ) from error
+            raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({error}); prepare the corpus again.") from error
         shards = [folder / shard_name(number) for number in range(summary.shards)]
         try:
             self._records = ArrayRecordDataSource(shards)
         except RuntimeError as error:  # the one exception of array_record's C++ side
-            raise UserError(
-                f"a shard of {folder} cannot be read ({error}); prepare the corpus again."
-            ) from error
+            raise UserError(f"a shard of {folder} cannot be read ({error}); prepare the corpus again.") from error
         if not len(self._records) == len(self.lengths) == summary.documents:
             raise UserError(
                 f"{folder} holds {len(self._records)} records and {len(self.lengths)} lengths where "
@@ -212,9 +208,7 @@ class Corpus:
           UserError: there is no such split, or its files are missing or damaged.
         """
         if split not in self.summaries:
-            raise UserError(
-                f"the corpus {self.folder} has no split {split!r}; it has {', '.join(self.summaries)}."
-            )
+            raise UserError(f"the corpus {self.folder} has no split {split!r}; it has {', '.join(self.summaries)}.")
         return Documents(self.folder / split, self.summaries[split], record_dtype(self.tokenizer.vocab_size))
 
 

@@ -71,9 +71,7 @@ class CorpusReader:
       ...     print(document.id, len(document.text))
     """
 
-    def __init__(
-        self, input: str | os.PathLike[str], *, text_field: str = "text", skip_bad_files: bool = False
-    ):
+    def __init__(self, input: str | os.PathLike[str], *, text_field: str = "text", skip_bad_files: bool = False):
         self.input = os.fspath(input)
         self.num_empty = 0  # documents without text that the latest pass dropped
         self.skipped: dict[str, str] = {}  # bad file -> what is wrong with it
@@ -117,9 +115,7 @@ class CorpusReader:
             else:
                 usable.append(source)
         if self.skipped:
-            _log.warning(
-                "Skipped %d of %d files of %s", len(self.skipped), len(self._all_sources), self.input
-            )
+            _log.warning("Skipped %d of %d files of %s", len(self.skipped), len(self._all_sources), self.input)
         return usable
 
 
@@ -154,9 +150,7 @@ class _File(_Source):
             raise self.bad(f"cannot be read: {error.strerror}") from error
 
     def bad(self, what: str) -> BadFileError:
-        return BadFileError(
-            f"{self.path} {what}; correct the file, or pass skip_bad_files=True to leave it out."
-        )
+        return BadFileError(f"{self.path} {what}; correct the file, or pass skip_bad_files=True to leave it out.")
 
     def decode(self, data: bytes, offset: int) -> str:
         """UTF-8 to text; `offset` is where `data` begins in the file."""
@@ -215,9 +209,7 @@ class _JsonLines(_File):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is no valid JSON: {error}.") from error
         if not isinstance(record, dict):
-            raise UserError(
-                f"{where} holds a JSON {type(record).__name__}; every line must be one JSON object."
-            )
+            raise UserError(f"{where} holds a JSON {type(record).__name__}; every line must be one JSON object.")
         text = record.get(self._text_field)
         if not isinstance(text, str):
             found = ", ".join(sorted(record)) or "none"
@@ -278,9 +270,7 @@ def _find_sources(input: str, text_field: str) -> list[_Source]:
         name = input.removeprefix(PACKAGE_PREFIX)
         if name not in _PACKAGES:
             known = ", ".join(PACKAGE_PREFIX + package for package in _PACKAGES)
-            raise UserError(
-                f"input {input!r} names no packaged corpus that natsjax can read; known: {known}."
-            )
+            raise UserError(f"input {input!r} names no packaged corpus that natsjax can read; known: {known}.")
         return [_PACKAGES[name]()]
     path = Path(input)
     if path.is_dir():
@@ -291,9 +281,7 @@ def _find_sources(input: str, text_field: str) -> list[_Source]:
     else:
         raise UserError(f"input {input!r} does not exist: it must be a folder, a file or package:NAME.")
     if not named:
-        raise UserError(
-            f"nothing to read in {input!r}: it holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file."
-        )
+        raise UserError(f"nothing to read in {input!r}: it holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file.")
     return [
         _TextFile(file, name) if name.lower().endswith(".txt") else _JsonLines(file, name, text_field)
         for name, file in named

@@ -76,9 +76,7 @@ class PackedSource:
       (256,)
     """
 
-    def __init__(
-        self, documents: TokenisedDocuments, *, context_length: int, bos_id: int, eos_id: int, seed: int
-    ):
+    def __init__(self, documents: TokenisedDocuments, *, context_length: int, bos_id: int, eos_id: int, seed: int):
         _check_context_length(context_length)
         _check_seed(seed)
         self._lengths = documents.lengths
@@ -91,9 +89,7 @@ class PackedSource:
         self._layouts = LRUCache(self._layout, max_size=_CACHED_EPOCHS)
 
     @classmethod
-    def from_corpus(
-        cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train"
-    ) -> PackedSource:
+    def from_corpus(cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train") -> PackedSource:
         """The stream of a split of a prepared corpus.
 
         Raises:

@@ -187,9 +187,7 @@ def _divide(request: PrepareRequest, readers: dict[str, CorpusReader]) -> dict[s
     if request.validation_input:
         return {
             "train": _Split(train, lambda _: True, len(hashes["input"])),
-            "validation": _Split(
-                readers["validation_input"], lambda _: True, len(hashes["validation_input"])
-            ),
+            "validation": _Split(readers["validation_input"], lambda _: True, len(hashes["validation_input"])),
         }
     held_out = HoldOut.choose(hashes["input"], fraction=request.held_out_fraction, seed=request.seed)
     num_held_out = int((hashes["input"] < held_out.threshold).sum())
@@ -227,9 +225,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _shown(
     documents: Iterable[Document], request: PrepareRequest, task: str, total: int | None = None
 ) -> Iterable[Document]:
-    return tqdm(
-        documents, desc=task, total=total, unit=" documents", disable=not request.progress, leave=False
-    )
+    return tqdm(documents, desc=task, total=total, unit=" documents", disable=not request.progress, leave=False)
 
 
 def _is_there(output: Path) -> bool:
@@ -237,9 +233,7 @@ def _is_there(output: Path) -> bool:
     if (output / CORPUS_FILE).exists():
         return True
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(
-            f"output {output} exists and is no prepared corpus; give a folder that is new or empty."
-        )
+        raise UserError(f"output {output} exists and is no prepared corpus; give a folder that is new or empty.")
     return False
 
 

@@ -75,8 +75,7 @@ class RecallTask:
             )
         if not 0 <= self.num_queries <= self.num_pairs:
             raise UserError(
-                f"num_queries is {self.num_queries}; "
-                f"it must lie between 0 (all) and num_pairs {self.num_pairs}."
+                f"num_queries is {self.num_queries}; it must lie between 0 (all) and num_pairs {self.num_pairs}."
             )
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must not be negative.")
@@ -140,9 +139,7 @@ class RecallTask:
         np.put_along_axis(loss_weight, asked_places, 1, axis=1)
         targets = np.zeros_like(tokens)
         targets[:, :-1] = tokens[:, 1:]
-        index = np.arange(begin, begin + count) % (
-            1 << 31
-        )  # an int32 label; wraps after two thousand million rows
+        index = np.arange(begin, begin + count) % (1 << 31)  # an int32 label; wraps after two thousand million rows
         return {
             "inputs": tokens,
             "targets": targets,
@@ -186,9 +183,7 @@ class RecallTask:
         parts = np.split(words, np.cumsum(list(sizes.values())), axis=1)
         return dict(zip(sizes, parts, strict=False))  # the last part is what rounding up to whole counts left
 
-    def _tokens(
-        self, words: dict[str, npt.NDArray[np.uint64]]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def _tokens(self, words: dict[str, npt.NDArray[np.uint64]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Token ids, int32 `[count, t]`, and the places of the asked keys, int64 `[count, num_queries]`."""
         keys = self._first_id("key") + _sample(words["keys"], self.num_pairs)
         values = self._first_id("value") + _below(words["values"], self.num_values)

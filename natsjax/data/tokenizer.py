@@ -319,9 +319,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ByteTokenizer | BPETokeniz
         case BPETokenizer.kind:
             tokenizer = _load_bpe(Path(folder) / _BPE_FILE)
         case kind:
-            raise UserError(
-                f'{description_file} names the tokenizer kind {kind!r}; known are "byte" and "bpe".'
-            )
+            raise UserError(f'{description_file} names the tokenizer kind {kind!r}; known are "byte" and "bpe".')
     if tokenizer.fingerprint != description.get("fingerprint"):
         raise UserError(
             f"the tokenizer in {folder} was changed: its fingerprint is {tokenizer.fingerprint[:12]}…, but "
@@ -334,9 +332,7 @@ def _load_bpe(path: Path) -> BPETokenizer:
     try:
         return BPETokenizer._from_json(_read_json(path))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is no byte-level BPE tokenizer as natsjax writes them ({error!r})."
-        ) from error
+        raise UserError(f"{path} is no byte-level BPE tokenizer as natsjax writes them ({error!r}).") from error
 
 
 def _read_json(path: Path) -> dict:

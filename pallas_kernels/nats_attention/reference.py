@@ -117,7 +117,7 @@ def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip
 
 def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
     query, key, value, roles, document_end, key_end, out, lse = residuals
-    (b, length, n, h), num_kv = query.shape, key.shape[2]
+    (b, length, n, _h), num_kv = query.shape, key.shape[2]
     logits = _logits(query, key, scale)
     lse = jnp.moveaxis(lse.reshape(b, length, num_kv, n // num_kv), 1, 3)[..., None]
     index = jnp.arange(length)
@@ -129,9 +129,7 @@ def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
 
     grouped_dout = _grouped(dout, num_kv).astype(logits.dtype)
     dp = jnp.einsum("btkgh,bskh->bkgts", grouped_dout, value.astype(logits.dtype))
-    delta = jnp.einsum("btkgh,btkgh->bkgt", grouped_dout, _grouped(out, num_kv).astype(logits.dtype))[
-        ..., None
-    ]
+    delta = jnp.einsum("btkgh,btkgh->bkgt", grouped_dout, _grouped(out, num_kv).astype(logits.dtype))[..., None]
     shifted = jnp.where(jnp.isneginf(lse), -jnp.inf, logits - lse)
     ratio = jnp.exp(jnp.minimum(shifted, 0)) if clip else jnp.exp(shifted)
     e = jnp.where(reach[:, :, None], ratio * (dp - delta), 0)

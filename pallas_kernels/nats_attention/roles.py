@@ -55,18 +55,14 @@ def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRan
     if document_end is None:
         end = jnp.full_like(following, length)
     else:
-        end = jnp.broadcast_to(jnp.minimum(document_end, length)[:, None, :], following.shape).astype(
-            jnp.int32
-        )
+        end = jnp.broadcast_to(jnp.minimum(document_end, length)[:, None, :], following.shape).astype(jnp.int32)
     padded = jnp.concatenate([following, jnp.full_like(following[..., :1], length)], axis=-1)
     second = jnp.take_along_axis(padded, following, axis=-1)
     next_global = jnp.minimum(following, end)
     return RoleRanges(end, next_global, jnp.where(following < end, jnp.minimum(second, end), end))
 
 
-def key_end_from_roles(
-    role_ids: jax.Array, *, window: int, document_end: jax.Array | None = None
-) -> jax.Array:
+def key_end_from_roles(role_ids: jax.Array, *, window: int, document_end: jax.Array | None = None) -> jax.Array:
     """First query that cannot read each key any more.
 
     Args:

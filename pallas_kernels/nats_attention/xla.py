@@ -16,9 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.nats_attention import roles as roles_lib
 
-_MAX_BLOCK = (
-    256  # rows and columns of a tile: what fits a core's cache, and the best of 128/256/512 in KERNELS.md
-)
+_MAX_BLOCK = 256  # rows and columns of a tile: what fits a core's cache, and the best of 128/256/512 in KERNELS.md
 
 
 class _Intervals(NamedTuple):
@@ -222,7 +220,7 @@ def _backward(query, key, value, intervals: _Intervals, scale, out, lse, dout, d
             total_q, total_k, total_v, total_sums = carry
             if sums is not None:
                 by_key = [_add(x, y, j, bk, 2) for x, y in zip(total_sums[:-1], sums[:-1], strict=True)]
-                total_sums = _RoleSums(*by_key, row=_add(total_sums.row, sums.row, i, bq, 2))
+                total_sums = _RoleSums._make([*by_key, _add(total_sums.row, sums.row, i, bq, 2)])
             return (
                 _add(total_q, dquery, i, bq, 3),
                 _add(total_k, dkey, j, bk, 2),
@@ -237,15 +235,15 @@ def _backward(query, key, value, intervals: _Intervals, scale, out, lse, dout, d
 
     sums = None
     if columns is not None:
-        sums = _RoleSums(*[zeros(key, key.shape[2])] * 5, row=zeros(key, query.shape[3]))
+        sums = _RoleSums._make([zeros(key, key.shape[2])] * 5 + [zeros(key, query.shape[3])])
     carry = (*(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)), sums)
     dquery, dkey, dvalue, sums = jax.lax.fori_loop(0, order.shape[0], query_block, carry)
     if sums is not None:
-        sums = _RoleSums(*(x[:, :, :s] for x in sums[:-1]), row=sums.row[:, :, :t])
+        sums = _RoleSums._make([*(x[:, :, :s] for x in sums[:-1]), sums.row[:, :, :t]])
     return dquery[:, :, :, :t], dkey[:, :, :s], dvalue[:, :, :s], sums
 
 
-def _heads_first(query, key, value):
+def _heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
     """To the inner layout: ``[b, t, n, h]`` → ``[b, k, g, t, h]`` and ``[b, s, k, h]`` → ``[b, k, s, h]``."""
     b, t, n, h = query.shape
     k = key.shape[2]

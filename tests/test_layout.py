@@ -1,0 +1,77 @@
+"""Imports follow the ranks of the design, and importing touches no device."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A row imports lower rows, and within a row only what stands further left.
+RANKS = (
+    ("errors", "config", "command_line"),
+    ("token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
+    ("model", "policies"),
+    ("losses", "train_step", "loading"),
+    ("report", "measure", "matching", "twin", "evaluate"),
+    ("train",),
+)
+ORDER = [name for row in RANKS for name in row]
+
+
+def modules():
+    for path in sorted((ROOT / "natsjax").rglob("*.py")):
+        yield path, path.relative_to(ROOT / "natsjax").parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Dotted names that a file imports, ``from a import b`` as ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violations(path, name):
+    for target in imported(path):
+        parts = target.split(".")
+        if parts[0] != "natsjax" or parts[1] == name or name == "__init__":
+            continue
+        if parts[1] not in ORDER or ORDER.index(parts[1]) > ORDER.index(name):
+            yield f"{path.relative_to(ROOT)} imports {target}"
+
+
+def test_every_module_has_a_rank():
+    assert {name for _, name in modules()} - {"__init__"} == set(ORDER)
+
+
+def test_imports_follow_the_ranks():
+    assert [line for path, name in modules() for line in violations(path, name)] == []
+
+
+def test_the_rule_finds_a_violation(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "bad.py"
+    file.write_text("from natsjax import train\n")
+    assert list(violations(file, "config")) == ["bad.py imports natsjax.train"]
+
+
+def test_kernels_import_nothing_of_ours():
+    for path in (ROOT / "pallas_kernels").rglob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("natsjax")], path
+
+
+def test_files_and_train_py_stay_short():
+    for path, _ in modules():
+        assert path.read_text().count("\n") <= 410, path
+    assert (ROOT / "train.py").read_text().count("\n") <= 40
+
+
+def test_importing_touches_no_device():
+    code = (
+        "import natsjax, natsjax.train, jax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, xla_bridge._backends\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,212 @@
+"""The loop: resuming is exact, interruptions and killed processes lose little, mistakes are one sentence."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from natsjax import evaluate, train
+from natsjax.checkpoint import Checkpoints
+from natsjax.data import RecallTask
+from natsjax.errors import UserError
+from natsjax.loading import load
+from natsjax.metrics import read_metrics
+from natsjax.train_step import Trainer
+from natsjax.workdir import Workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
+
+
+def losses_of(path):
+    return [(line["step"], line["loss"], line["kv_price"], line["kv_fraction"]) for line in read_metrics(path)]
+
+
+def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path, no_evaluation, monkeypatch):
+    config = tiny.config(nats={"budget_ramp_steps": 6})
+    train.run(config, tmp_path / "whole")
+    real = train._Loop._handle
+
+    def stop_at_8(self, step, metrics):
+        real(self, step, metrics)
+        if step == 8:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "_handle", stop_at_8)
+        with pytest.raises(RuntimeError):
+            train.run(config, tmp_path / "cut")
+    assert losses_of(tmp_path / "cut/metrics.jsonl")[-1][0] == 8  # beyond the checkpoint of step 5
+    train.run(config, tmp_path / "cut")
+    whole = losses_of(tmp_path / "whole/metrics.jsonl")
+    assert len(whole) == 12
+    assert losses_of(tmp_path / "cut/metrics.jsonl") == whole
+
+
+def test_microbatches_add_up_to_the_batch():
+    """The dense twin has no noise: its gradients and sums must not depend on the number of microbatches."""
+    task = RecallTask(24, 2, 5, 5, 5)
+    batch = task.rows(0, 4)
+    results = []
+    for count in (1, 2, 4):
+        trainer = Trainer(tiny.config(model={"attention": "dense"}, train={"num_microbatches": count}), task.vocab_size)
+        state, metrics = trainer.step(trainer.init(), batch)
+        results.append((state.parameters, metrics))
+    for other in results[1:]:
+        for x, y in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_cross_entropy_plus_price_times_fraction():
+    task = RecallTask(24, 2, 5, 5, 5)
+    trainer = Trainer(tiny.config(nats={"kv_price": 3.0}), task.vocab_size)
+    _, metrics = trainer.step(trainer.init(), task.rows(0, 4))
+    assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy + 3.0 * metrics.kv_fraction), rel=1e-5)
+    np.testing.assert_allclose(metrics.role_fractions.sum(-1), 1, rtol=1e-5)
+    assert 0 < float(metrics.kv_fraction) < 1
+
+
+def test_the_price_lowers_the_fraction_and_nothing_else_can():
+    """With a high fixed price and nothing to predict, roles become cheap: the price's gradient points the right way."""
+    task = RecallTask(24, 2, 5, 5, 5)
+    batch = task.rows(0, 4)
+    batch["loss_weight"] = np.zeros_like(batch["loss_weight"])
+    for gradient in ("constant", "exact"):
+        config = tiny.config(
+            nats={"price": "fixed", "kv_price": 1.0, "price_gradient": gradient},
+            optimizer={"weight_decay": 0.0, "peak_learning_rate": 0.1},
+            train={"num_steps": 60},
+        )
+        trainer = Trainer(config, task.vocab_size)
+        state = trainer.init()
+        fractions = []
+        for _ in range(60):
+            state, metrics = trainer.step(state, batch)
+            fractions.append(float(metrics.kv_fraction))
+        assert fractions[-1] < 0.6 * fractions[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path, no_evaluation, monkeypatch):
+    real = Trainer._step
+
+    def spoilt(self, state, batch):
+        state, metrics = real(self, state, batch)
+        return state, metrics._replace(loss=jnp.where(state.step == 8, jnp.nan, metrics.loss))
+
+    monkeypatch.setattr(Trainer, "_step", spoilt)
+    with pytest.raises(UserError, match=r"the loss at step 8 is nan .* last good checkpoint is that of step 5"):
+        train.run(tiny.config(), tmp_path)
+    assert load(tmp_path).step == 5
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    with (
+        Workdir(tmp_path).lock(),
+        pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"),
+    ):
+        train.run(tiny.config(), tmp_path)
+
+
+def test_a_budget_below_the_windows_cost_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"nats.kv_budget = 0.05 is below .* smallest possible KV fraction is 0\.\d+"):
+        train.run(tiny.config(nats={"kv_budget": 0.05}), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path, no_evaluation, monkeypatch):
+    real = Checkpoints.save
+
+    def full(self, step, state):
+        if step == 10:
+            monkeypatch.setattr(self._manager, "save", fail)
+        real(self, step, state)
+
+    def fail(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match=r"step 10 cannot be written .*No space left.* can go on from step 5"):
+        train.run(tiny.config(), tmp_path)
+    assert load(tmp_path).step == 5
+
+
+def test_checkpoints_of_something_else_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        load(tmp_path)
+    config = tiny.config()
+    Workdir(tmp_path).settle_config(config)
+    with pytest.raises(UserError, match="no checkpoint"):
+        load(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"w": jnp.ones(3)})
+    checkpoints.close()
+    with pytest.raises(UserError, match="checkpoint of step 1"):
+        load(tmp_path)
+
+
+def write_config(tmp_path, config):
+    file = tmp_path / "experiment.py"
+    values = json.dumps(config.to_dict())
+    file.write_text(
+        "import json\nfrom ml_collections import ConfigDict\nfrom natsjax.config import Config\n"
+        f"def get_config():\n    return ConfigDict(Config.from_dict(json.loads({values!r})).to_dict()).lock()\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
+    """The real command in a process of its own, stopped from outside, then run again to its report."""
+    config = tiny.config(train={"num_steps": 3000, "log_every": 1}, checkpoint={"save_every": 50})
+    file, workdir = write_config(tmp_path, config), tmp_path / "run"
+    command = [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 180
+    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):  # others are unfinished saves
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "SIGINT: saved step" in errors
+    reached = load(workdir).step
+    assert 50 <= reached < 3000
+    file = write_config(
+        tmp_path, dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=reached + 5))
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {reached}" in done.stderr
+    assert (workdir / "report/report.html").exists()
+    assert "perplexity" in done.stdout
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl")] == list(range(1, reached + 6))
+
+
+def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config=configs/smoke.py", f"--workdir={tmp_path}", "--config.train.num_step=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config field train.num_step; did you mean num_steps.\n"
+    assert not list(tmp_path.iterdir())
