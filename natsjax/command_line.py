@@ -23,9 +23,7 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
       UserError: a flag, file, field or value that does not fit; the message says which.
     """
     values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file(
-        "config", None, "the experiment", flag_values=values, sys_argv=list(argv)
-    )
+    flag = config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     _require_config_file(argv)
     _check_overrides(argv)

@@ -18,6 +18,7 @@ from natsjax.config import Config
 from natsjax.data import iterate, piece_lengths, train_dataset
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
+from natsjax.matching import check_budgets
 from natsjax.metrics import MetricsWriter, Progress, perplexity
 from natsjax.run_data import RunData, open_data
 from natsjax.train_step import StepMetrics, Trainer, TrainState
@@ -77,6 +78,8 @@ def _check_budget(config: Config, data: RunData) -> None:
             f"{config.nats.window} and data.context_length = {config.data.context_length} the smallest possible KV "
             f"fraction is {smallest:.4f}."
         )
+    # Evaluation would refuse these too, but only after the training.
+    check_budgets(config.eval.budgets, smallest, f"eval.budgets, with nats.window = {config.nats.window}:")
 
 
 def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> TrainState:
