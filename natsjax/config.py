@@ -41,6 +41,7 @@ class ModelConfig:
     num_kv_heads: int = setting(4, "KV heads (k); num_heads is a multiple of it", minimum=1)
     head_dim: int = setting(32, "of queries, keys and values (h); even, for the rotary embedding", minimum=2)
     mlp_width: int = setting(344, "of the SwiGLU's hidden layer (f)", minimum=1)
+    qkv_bias: bool = setting(False, "add biases to queries, keys and values before the rotary embedding")
     tie_embeddings: bool = setting(True, "use the input embedding as output layer")
     rope_base: float = setting(10000.0, "of the rotary wavelengths", minimum=1)
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0)

@@ -120,6 +120,11 @@ class Attention(nnx.Module):
         self.key = _matrix(rngs.params(), (d, k, h), d)
         self.value = _matrix(rngs.params(), (d, k, h), d)
         self.output = _matrix(rngs.params(), (k, g, h, d), k * g * h, gain=_residual_gain(model))
+        if model.qkv_bias:
+            # At zero the query's and the key's bias would be a saddle point of their product.
+            self.query_bias = _matrix(rngs.params(), (k, g, h), 1, weight_decay=False)
+            self.key_bias = _matrix(rngs.params(), (k, h), 1, weight_decay=False)
+            self.value_bias = nnx.Param(jnp.zeros((k, h), jnp.float32), weight_decay=False)
         if model.attention == "nats":
             self.scorer = Scorer(model, config.nats)
 
@@ -127,10 +132,16 @@ class Attention(nnx.Module):
         """``x [b, t, d]`` → ``(out [b, t, d], roles)`` of this layer (without the axis ``l``)."""
         model = self.config.model
         b, t, _ = x.shape
-        query = rotate(jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query)), inputs.positions, model.rope_base)
-        query = query.reshape(b, t, model.num_heads, model.head_dim)
-        key = rotate(jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key)), inputs.positions, model.rope_base)
+        query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
+        key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
         value = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.value))
+        if model.qkv_bias:
+            query, key, value = (
+                y + self._cast(bias)
+                for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias))
+            )
+        query = rotate(query, inputs.positions, model.rope_base).reshape(b, t, model.num_heads, model.head_dim)
+        key = rotate(key, inputs.positions, model.rope_base)
         if model.attention == "nats" and choice.key_end is None:
             out, roles = self._attend_by_roles(query, key, value, x, inputs, choice)
         else:
