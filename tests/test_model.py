@@ -213,6 +213,20 @@ def test_roles_at_step_0_have_the_stated_fractions():
             np.testing.assert_allclose(np.bincount(head.ravel(), minlength=3) / head.size, (0.6, 0.3, 0.1), atol=0.02)
 
 
+def test_biases_reach_queries_keys_and_values():
+    config = tiny.config(model={"qkv_bias": True})
+    structure, parameters = build(config)
+    inputs = losses.model_inputs(tiny.packed_batch())
+
+    def total(attention):
+        blocks = parameters["blocks"] | {"attention": attention}
+        return jnp.sum(jnp.sin(forward(structure, parameters | {"blocks": blocks}, inputs)[0]))
+
+    gradients = jax.grad(total)(parameters["blocks"]["attention"])
+    for name in ("query_bias", "key_bias", "value_bias"):
+        assert np.abs(gradients[name]).max() > 1e-6, name
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_are_float32_and_logits_too(tie, dtype):
