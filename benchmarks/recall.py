@@ -7,7 +7,6 @@ trained again), prints Markdown tables of what it measured, and draws ``recall_c
 """
 
 import argparse
-import importlib.util
 import pathlib
 import statistics
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from natsjax import evaluate, train
+from natsjax.command_line import read_config_file
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
@@ -31,12 +31,7 @@ SECONDS_FILE = "training_seconds"
 
 def trained(workdir: pathlib.Path, *, seed: int, attention: str) -> float:
     """Trains a run if it is not there yet; returns the seconds that training and evaluation took, all in all."""
-    spec = importlib.util.spec_from_file_location("recall_config", CONFIG)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.get_config()
+    values = read_config_file(CONFIG)
     values.train.seed = seed
     values.model.attention = attention
     taken = workdir / SECONDS_FILE
@@ -162,7 +157,9 @@ def main() -> None:
         ]
         lines.append("| " + " | ".join(cells) + " |")
         shares.append(kept_by_kind(load(folders["nats"]), 0.0))
-    print("| seed | full attention (dense twin) | NAtS, argmax | its KV | sliding window on the twin | training time |")
+    print(
+        "| seed | full attention (dense twin) | NAtS, argmax | its KV | sliding window on the twin | training and evaluation |"
+    )
     print("|---|---|---|---|---|---|")
     print("\n".join(lines))
     print("\nAccuracy of NAtS under the dial, by budget (median of seeds, least):\n")

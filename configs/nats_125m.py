@@ -5,16 +5,13 @@
 Hardware: made for one accelerator with 80 GB; it has not been run at this size yet.
 """
 
-import importlib.util
 import pathlib
+
+from natsjax.command_line import read_config_file
 
 
 def get_config():
-    path = pathlib.Path(__file__).with_name("dense_125m.py")
-    spec = importlib.util.spec_from_file_location("dense_125m", path)
-    dense_125m = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dense_125m)
-    config = dense_125m.get_config()
+    config = read_config_file(pathlib.Path(__file__).with_name("dense_125m.py"))
     config.model.attention = "nats"
     config.nats.window = 16
     config.nats.kv_budget = 0.1

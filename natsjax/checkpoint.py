@@ -1,15 +1,13 @@
 """Checkpoints of a run by step, through Orbax: each appears whole or not at all."""
 
-import logging
 import pathlib
+import shutil
 from typing import TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 from natsjax.errors import UserError
-
-# Orbax reports every step of a save at INFO and, without a cluster, missing coordination at WARNING.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 State = TypeVar("State")
 
@@ -25,6 +23,8 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep_last: int = 1, read_only: bool = False):
         self.folder = folder
+        if not read_only:
+            self._remove_unfinished()  # of a killed process: the workdir is locked, so nobody is writing them
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
             enable_async_checkpointing=False,
@@ -48,7 +48,8 @@ class Checkpoints:
             return
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state))
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's own errors are ValueErrors
+            self._remove_unfinished()
             usable = "there is none yet" if last is None else f"the run can go on from step {last}"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {error}; {usable}."
@@ -67,11 +68,18 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.folder} holds no complete checkpoint.")
+        # Onto this process's device, whatever kind of device it was saved from.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # Orbax raises bare exceptions for damaged files
             reason = str(error).split("\n")[0]
             raise UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {reason}.") from error
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Lets go of the folder."""

@@ -1,11 +1,17 @@
 """Flags of ``train.py``: a config file and overrides of its fields, every mistake one sentence."""
 
 import dataclasses
+import importlib.util
+import logging
+import os
 import pathlib
+import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,7 +31,7 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    _require_config_file(argv)
+    read_config_file(_config_file(argv))  # ml_collections reads it again, but hides what is wrong with it
     _check_overrides(argv)
     try:
         rest = values(list(argv))
@@ -33,19 +39,49 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
         raise UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {_USAGE}.") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; {_USAGE}.")
-    if values["workdir"].value is None:
+    if not values["workdir"].value:
         raise UserError(f"--workdir is missing; {_USAGE}.")
     return Config.from_dict(flag.value), pathlib.Path(values["workdir"].value)
 
 
-def _require_config_file(argv: Sequence[str]) -> None:
-    """ml_collections would go on with a placeholder when the file is missing: say it here instead."""
+def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """What ``get_config()`` of a config file returns.
+
+    Raises:
+      UserError: there is no such file, or something in it is wrong; the message names the line.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"--config={path}: there is no such file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} is no Python file: its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:  # the file is the user's own code, which may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise UserError(f"{path}{f', line {line}' if line else ''}: {_explained(error)}.") from error
+
+
+def _explained(error: Exception) -> str:
+    text = " ".join(str(error).replace("\\n", " ").split())
+    unknown = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+    if unknown:
+        return f"unknown config field {unknown[2]}; did you mean {unknown[1]}"
+    locked = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
+    if locked:
+        return f"unknown config field {locked[1]}"
+    return f"{type(error).__name__}: {text}".rstrip(".")
+
+
+def _config_file(argv: Sequence[str]) -> str:
     names = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     if not names:
         raise UserError(f"--config=FILE is missing; {_USAGE}.")
-    path = names[-1].split(":", 1)[0]
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config={path}: there is no such file.")
+    return names[-1]
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
@@ -76,6 +112,8 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command; a ``UserError`` becomes one sentence on standard error and exit status 2."""
+    # Orbax reports every part of a save at INFO and, without a cluster, missing coordination at WARNING.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

@@ -7,6 +7,7 @@ with the overrides of the command line, into the frozen dataclasses below, and n
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -128,7 +129,7 @@ class TrainConfig:
     num_steps: int = setting(1000, "optimizer steps", minimum=1, resume=True)
     batch_size: int = setting(32, "sequences in a step, over all microbatches and devices", minimum=1)
     num_microbatches: int = setting(1, "parts that a batch is gone through in (gradient accumulation)", minimum=1)
-    seed: int = setting(0, "of initialisation, role noise and data order", minimum=0)
+    seed: int = setting(0, "of initialisation, role noise and data order", minimum=0, maximum=2**31 - 1)
     log_every: int = setting(10, "steps between lines of metrics", minimum=1, resume=True)
     progress: bool = setting(True, "show a progress bar", resume=True)
 
@@ -197,8 +198,11 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults, as a locked ``ConfigDict`` for a config file to edit."""
-    return ml_collections.ConfigDict(Config().to_dict()).lock()
+    """All settings at their defaults, as a locked ``ConfigDict`` for a config file to edit.
+
+    Types are left to ``Config.from_dict``, whose errors name the field.
+    """
+    return ml_collections.ConfigDict(Config().to_dict(), type_safe=False).lock()
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -206,7 +210,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     types = typing.get_type_hints(cls)
     arguments = {}
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"config field {path.rstrip('.')} is {values!r}; a group of fields was expected.")
+        where = f"config field {path.rstrip('.')}" if path else "the config"
+        raise UserError(f"{where} is {values!r}; a group of fields was expected.")
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"unknown config field {path}{name}{nearest(name, fields)}.")
@@ -239,8 +244,8 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"config field {path} is {value!r} ({type(value).__name__}); {kind.__name__} was expected.")
-    if kind is float and value != value:
-        raise UserError(f"config field {path} is nan; a number was expected.")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"config field {path} is {value}; a finite number was expected.")
     if limits["minimum"] is not None and value < limits["minimum"]:
         raise UserError(f"config field {path} is {value}; it must be at least {limits['minimum']:g}.")
     if limits["maximum"] is not None and value > limits["maximum"]:

@@ -37,6 +37,7 @@ from natsjax.matching import (
 )
 from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, exp, measure
 from natsjax.policies import FullAttention, Nats, Policy, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
 
 TOLERANCE = 0.1
@@ -137,6 +138,16 @@ def run(
     run_info = _run_info(this, _command(workdir, budgets, dense_workdir), measured[0], held_out, dial_contexts, notes)
     paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
     return Evaluation(rows, contract, samples, run_info, paths, notes)
+
+
+def check(config: Config, data: RunData) -> None:
+    """What an evaluation would refuse, before the training that comes first.
+
+    Raises:
+      UserError: there is no held-out text, or a budget of ``eval.budgets`` cannot be.
+    """
+    data.contexts("validation", config.eval.num_contexts)
+    _budgets(config, None, piece_lengths(data.contexts("train", config.eval.num_dial_contexts)))
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:

@@ -62,10 +62,10 @@ def load(path: str | os.PathLike[str], *, progress: bool = False) -> LoadedRun:
     """
     workdir = Workdir(path)
     config = workdir.read_config()
-    if not workdir.checkpoints.is_dir():
+    if not workdir.has_checkpoint():
         raise UserError(f"{workdir.path} holds no checkpoint yet: train it with train.py first.")
     data = open_data(config, workdir, progress=progress)
-    workdir.settle_data(data.fingerprint)
+    workdir.compare_data(data.fingerprint)
     trainer = Trainer(config, data.vocabulary.vocab_size)
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:

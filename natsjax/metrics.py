@@ -12,6 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 
 _SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
@@ -31,18 +32,29 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, start_step: int):
-        _drop_after(workdir.metrics_file, start_step)
-        self._file = open(workdir.metrics_file, "a")  # noqa: SIM115 (closed by close)
+        self._path = workdir.metrics_file
+        try:
+            _drop_after(self._path, start_step)
+            self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path} cannot be read and written: {error}.") from error
         self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes floats and (nested) lists of floats; a list goes to TensorBoard as a scalar per entry."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from error
         for name, value in values.items():
             for index, entry in np.ndenumerate(np.asarray(value)):
                 path = "/".join([name, *map(str, index)]) if index else name
                 self._tensorboard.add_scalar(path, float(entry), step)
+
+    def flush(self) -> None:
+        """Writes out what TensorBoard buffers, so that a killed process loses nothing from before a checkpoint."""
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Writes out what is buffered."""

@@ -105,7 +105,13 @@ class Scorer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[b, s, d]`` → float32 ``[b, k, s, 3]``."""
-        return jnp.einsum("bsd,dkr->bksr", x.astype(jnp.float32), self.weight[...]) + self.bias[...][:, None, :]
+        logits = jnp.einsum(
+            "bsd,dkr->bksr",
+            x.astype(jnp.float32),
+            self.weight[...],
+            precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply float32 in bfloat16 or TF32
+        )
+        return logits + self.bias[...][:, None, :]
 
 
 class Attention(nnx.Module):

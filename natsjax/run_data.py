@@ -3,11 +3,23 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable
 
 from natsjax.config import Config
-from natsjax.data import Corpus, PackedSource, RecallTask, Row, RowSource, Vocabulary, evaluation_contexts
+from natsjax.data import (
+    Corpus,
+    PackedSource,
+    RecallTask,
+    Row,
+    RowSource,
+    Vocabulary,
+    evaluation_contexts,
+    load_tokenizer,
+)
+from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.prepare import prepare
+from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 
 
@@ -55,7 +67,13 @@ def _open_recall(config: Config) -> RunData:
 def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
     data = config.data
     folder = data.prepared_dir or workdir.corpus
-    if data.input:
+    # A run that has begun goes on with the corpus that it has, wherever the text is by now; a prepared_dir that holds a
+    # corpus is what the user means by it.
+    known = data.prepared_dir or workdir.has_checkpoint() or not data.input
+    if known and ((pathlib.Path(folder) / CORPUS_FILE).exists() or not data.input):
+        corpus = Corpus.load(folder)
+        _check_tokenizer(config, corpus)
+    else:
         corpus = prepare(
             data.input,
             folder,
@@ -67,8 +85,6 @@ def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
             skip_bad_files=data.skip_bad_files,
             progress=progress,
         )
-    else:
-        corpus = Corpus.load(folder)
     counts = corpus.summaries["train"]
     return RunData(
         vocabulary=corpus.tokenizer,
@@ -82,3 +98,18 @@ def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
         ),
         fingerprint=corpus.content_hash,
     )
+
+
+def _check_tokenizer(config: Config, corpus: Corpus) -> None:
+    """Compares the tokenizer that the config asks for with that of a corpus that was prepared earlier."""
+    asked, found = config.data.tokenizer, corpus.tokenizer
+    if asked not in ("bpe", "byte"):
+        found_is_asked = load_tokenizer(asked).fingerprint == found.fingerprint
+    else:
+        found_is_asked = asked == found.kind and (asked == "byte" or config.data.vocab_size == found.vocab_size)
+    if not found_is_asked:
+        size = f" with data.vocab_size = {config.data.vocab_size}" if asked == "bpe" else ""
+        raise UserError(
+            f"data.tokenizer = {asked!r}{size} does not match the corpus {corpus.folder}, which was prepared with "
+            f"{found.kind!r} of {found.vocab_size} entries; set these fields to match, or prepare the text again."
+        )

@@ -18,7 +18,6 @@ from natsjax.config import Config
 from natsjax.data import iterate, piece_lengths, train_dataset
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
-from natsjax.matching import check_budgets
 from natsjax.metrics import MetricsWriter, Progress, perplexity
 from natsjax.run_data import RunData, open_data
 from natsjax.train_step import StepMetrics, Trainer, TrainState
@@ -45,11 +44,14 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     """
     workdir = Workdir(path)
     with workdir.lock():
-        for line in workdir.settle_config(config):
+        for line in workdir.compare_config(config):
             _say(f"resuming with {line}")
         data = open_data(config, workdir, progress=config.train.progress)
-        workdir.settle_data(data.fingerprint)
+        workdir.compare_data(data.fingerprint)
+        _say(f"data: {data.description}")
         _check_budget(config, data)
+        evaluate.check(config, data)
+        workdir.record(config, data.fingerprint)
         trainer = Trainer(config, data.vocabulary.vocab_size)
         state = _train(config, workdir, data, trainer)
         loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data)
@@ -70,7 +72,6 @@ def _check_budget(config: Config, data: RunData) -> None:
         return
     contexts = data.contexts("train", config.eval.num_dial_contexts)
     smallest = token_types.smallest_kv_fraction(piece_lengths(contexts), config.nats.window)
-    _say(f"data: {data.description}")
     _say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(
@@ -78,8 +79,6 @@ def _check_budget(config: Config, data: RunData) -> None:
             f"{config.nats.window} and data.context_length = {config.data.context_length} the smallest possible KV "
             f"fraction is {smallest:.4f}."
         )
-    # Evaluation would refuse these too, but only after the training.
-    check_budgets(config.eval.budgets, smallest, f"eval.budgets, with nats.window = {config.nats.window}:")
 
 
 def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> TrainState:
@@ -154,6 +153,7 @@ class _Loop:
                 if step % self._config.checkpoint.save_every == 0 or step == last or requests:
                     self._handle(step, pending)  # never save what a non-finite loss has spoilt
                     pending = None
+                    self._writer.flush()
                     self._checkpoints.save(step, state)
                 if requests:
                     _say(f"{requests[0]}: saved step {step}; run the same command again to go on")
@@ -170,7 +170,8 @@ class _Loop:
             )
             raise UserError(
                 f"the loss at step {step} is {float(values.loss)} (gradient norm {float(values.gradient_norm)}) and "
-                f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm may help."
+                f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm in a new "
+                "--workdir may help."
             )
         if step % self._config.train.log_every and step != self._config.train.num_steps:
             return

@@ -93,11 +93,14 @@ class Trainer:
             role_fractions=sums.role_counts / totals.tokens,
             live_keys=sums.lifetime / totals.tokens,
         )
+        controller = state.controller
+        if self.config.model.attention == "nats":
+            controller = token_types.steer(controller, kv_fraction, state.step, self.config.nats)
         new_state = TrainState(
             state.step + 1,
             optax.apply_updates(state.parameters, updates),
             optimizer_state,
-            token_types.steer(state.controller, kv_fraction, state.step, self.config.nats),
+            controller,
         )
         return new_state, metrics
 

@@ -76,42 +76,55 @@ class Workdir:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
         except (OSError, ValueError) as error:
             raise UserError(f"{self.config_file} cannot be read: {error}.") from error
-        return Config.from_dict(values)
+        try:
+            return Config.from_dict(values)
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}") from error
 
-    def settle_config(self, config: Config) -> list[str]:
-        """Writes the config, after a look at the one that is there.
+    def compare_config(self, config: Config) -> list[str]:
+        """Compares a config with that of the run that is here, if it has come as far as a checkpoint.
 
         Returns:
           Lines ``field: old -> new`` of what a resumed run does differently.
 
         Raises:
-          UserError: a field differs that may not change on resume; the old config stays.
+          UserError: a field differs that may not change on resume.
         """
-        changed: list[str] = []
-        if self.config_file.exists():
-            changed, forbidden = differences(self.read_config(), config)
-            if forbidden:
-                raise UserError(
-                    f"{self.path} holds a run with another config, and these fields cannot change on resume: "
-                    f"{'; '.join(forbidden)}; use the old values or another --workdir."
-                )
-        write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+        if not self.config_file.exists() or not self.has_checkpoint():
+            return []
+        changed, forbidden = differences(self.read_config(), config)
+        if forbidden:
+            raise UserError(
+                f"{self.path} holds a run with another config, and these fields cannot change on resume: "
+                f"{'; '.join(forbidden)}; use the old values or another --workdir."
+            )
         return changed
 
-    def settle_data(self, fingerprint: str) -> None:
-        """Writes what the data is, or compares it with what it was.
+    def has_checkpoint(self) -> bool:
+        """Whether there is something that a run could go on from."""
+        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
+    def compare_data(self, fingerprint: str) -> None:
+        """Compares the data with what the run that is here was started with.
 
         Raises:
-          UserError: the run was started with other data.
+          UserError: it is other data.
         """
-        if self.data_file.exists():
-            known = json.loads(self.data_file.read_text())["fingerprint"]
-            if known != fingerprint:
-                raise UserError(
-                    f"the data is not what {self.path} was started with (fingerprint {fingerprint[:12]}… instead of "
-                    f"{known[:12]}…); restore it or use another --workdir."
-                )
+        if not self.data_file.exists() or not self.has_checkpoint():
             return
+        try:
+            known = json.loads(self.data_file.read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.data_file} cannot be read: {error}.") from error
+        if known != fingerprint:
+            raise UserError(
+                f"the data is not what {self.path} was started with (fingerprint {fingerprint[:12]}… instead of "
+                f"{known[:12]}…); restore it or use another --workdir."
+            )
+
+    def record(self, config: Config, fingerprint: str) -> None:
+        """Writes what the run is: called when all checks are passed, so that a mistake leaves no trace."""
+        write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
         write_atomically(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
 
 

@@ -1,7 +1,6 @@
 """Configs: files that build, overrides, validation, what may change on resume. Every mistake is one sentence."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 
@@ -9,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from natsjax.command_line import parse_train_flags
+from natsjax.command_line import parse_train_flags, read_config_file
 from natsjax.config import Config, default_config, differences
 from natsjax.errors import UserError
 from natsjax.train_step import Trainer
@@ -19,10 +18,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return Config.from_dict(module.get_config())
+    return Config.from_dict(read_config_file(path))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -70,6 +66,8 @@ def test_round_trip_through_json_and_config_dict():
         ("nats", "kv_budget", 0, "at least"),
         ("nats", "kv_price", 50.0, "max_kv_price"),
         ("nats", "temperature", float("nan"), "nan"),
+        ("optimizer", "peak_learning_rate", float("inf"), "inf; a finite number"),
+        ("train", "seed", 2**40, "at most"),
         ("data", "recall", 3, "group of fields"),
         ("data", "source", "corpus", "data.input is empty"),
         ("train", "num_microbatches", 3, "num_microbatches = 3"),
@@ -103,6 +101,30 @@ def test_wrong_flags_are_named(arguments, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.model.widht = 3", "mine.py, line 4: unknown config field widht; did you mean width"),
+        ("config.modle.width = 3", "unknown config field modle; did you mean model"),
+        ("config.model.width = 'wide'", "config field model.width is 'wide' .str.; int was expected"),
+        ("config.model.width = 1.5", "config field model.width is 1.5"),
+        ("config.eval.budgets = 0.1", "eval.budgets is 0.1; a tuple"),
+        ("config.model.width = = 3", "SyntaxError"),
+        ("import no_such_module", "no_such_module"),
+        ("config = 1 / 0", "division by zero"),
+    ],
+)
+def test_mistakes_in_a_config_file_are_one_sentence(tmp_path, line, message):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from natsjax.config import default_config\n"
+        f"def get_config():\n    config = default_config()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        parse_train_flags(["train.py", f"--config={file}", f"--workdir={tmp_path}"])
+    assert "\n" not in str(error.value)
+
+
 def test_missing_flags_and_files_are_named():
     with pytest.raises(UserError, match="--config=FILE is missing"):
         parse_train_flags(["train.py"])
@@ -128,16 +150,22 @@ def test_what_may_change_on_resume(tmp_path):
     assert allowed == ["train.num_steps: 12 -> 20"]
     assert forbidden == ["model.width: 16 -> 32"]
     workdir = Workdir(tmp_path)
-    workdir.settle_config(old)
+    workdir.record(old, "a" * 64)
+    assert workdir.compare_config(new) == []  # nothing is lost yet: a mistake may be put right
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
     with pytest.raises(UserError, match=r"model\.width: 16 -> 32"):
-        workdir.settle_config(new)
+        workdir.compare_config(new)
     assert workdir.read_config() == old
-    assert workdir.settle_config(tiny.config(train={"num_steps": 20})) == ["train.num_steps: 12 -> 20"]
+    assert workdir.compare_config(tiny.config(train={"num_steps": 20})) == ["train.num_steps: 12 -> 20"]
 
 
 def test_other_data_is_refused(tmp_path):
     workdir = Workdir(tmp_path)
-    workdir.settle_data("a" * 64)
-    workdir.settle_data("a" * 64)
+    workdir.record(tiny.config(), "a" * 64)
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    workdir.compare_data("a" * 64)
     with pytest.raises(UserError, match="the data is not what"):
-        workdir.settle_data("b" * 64)
+        workdir.compare_data("b" * 64)
+    workdir.data_file.write_text("{")
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        workdir.compare_data("a" * 64)

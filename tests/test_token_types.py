@@ -141,7 +141,6 @@ def test_a_steered_price_stays_within_its_bounds():
 def test_a_fixed_price_stays_fixed_also_at_zero():
     for price in (0.0, 0.7):
         config = NatsConfig(price="fixed", kv_price=price)
-        assert set(steer_for(20, lambda price: 1.0, config)[1]) == {np.float32(price).item()} or price == 0.7
         np.testing.assert_allclose(steer_for(20, lambda price: 1.0, config)[1], price, rtol=1e-6)
 
 

@@ -121,34 +121,94 @@ def test_a_workdir_in_use_is_refused(tmp_path):
         train.run(tiny.config(), tmp_path)
 
 
-def test_a_budget_below_the_windows_cost_is_refused_before_training(tmp_path):
-    with pytest.raises(UserError, match=r"nats.kv_budget = 0.05 is below .* smallest possible KV fraction is 0\.\d+"):
-        train.run(tiny.config(nats={"kv_budget": 0.05}), tmp_path)
+def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path):
+    """A limit on file size, in a process of its own, stands in for the disk: TensorStore's real error comes up."""
+    code = f"""
+import resource, sys
+import jax.numpy as jnp, pathlib
+from natsjax.checkpoint import Checkpoints
+from natsjax.errors import UserError
+checkpoints = Checkpoints(pathlib.Path({str(tmp_path)!r}))
+checkpoints.save(5, {{"w": jnp.arange(3.0)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+import numpy as np
+noise = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)))
+try:
+    checkpoints.save(10, {{"w": noise}})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "the checkpoint of step 10 cannot be written" in done.stdout
+    assert done.stdout.rstrip().endswith("the run can go on from step 5.")
+    assert done.stdout.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["5"]
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(state["w"], np.arange(3.0))
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"w": jnp.arange(3.0)})
+    for file in tmp_path.rglob("_sharding"):
+        text = file.read_text()
+        assert "cpu" in text.lower()
+        file.write_text(text.replace("TFRT_CPU_0", "cuda:0").replace("cpu:0", "cuda:0"))
+    state = Checkpoints(tmp_path, read_only=True).restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(state["w"], np.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"nats": {"kv_budget": 0.05}}, r"nats.kv_budget = 0.05 is below .* smallest possible KV fraction is 0\.\d+"),
+        ({"data": {"source": "corpus", "input": "nowhere"}}, "nowhere"),
+        ({"eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
+        ({"model": {"attention": "dense"}, "eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
+    ],
+)
+def test_a_mistake_leaves_no_trace_and_the_corrected_command_runs(tmp_path, no_evaluation, mistake, message):
+    with pytest.raises(UserError, match=message):
+        train.run(tiny.config(**mistake), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+    train.run(tiny.config(train={"num_steps": 2}), tmp_path)
+    assert load(tmp_path).step == 2
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path, no_evaluation, monkeypatch):
-    real = Checkpoints.save
+def test_a_corpus_from_text_to_report_and_on_without_the_text(tmp_path, monkeypatch):
+    """Text in a folder, prepared, trained and evaluated; loading and extending need the prepared corpus alone."""
+    rng = np.random.default_rng(0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        words = rng.choice(["the", "house", "of", "köln", "was", "not", "là"], 60)
+        (texts / f"{number}.txt").write_text(" ".join(words))
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "corpus", "input": "texts", "tokenizer": "byte", "held_out_fraction": 0.2}
+    evaluation = train.run(tiny.config(data=data), "run")
+    assert evaluation.contract is not None
+    assert all(0 < row["bits_per_byte"] < 9 for row in evaluation.rows)
+    assert all(path.exists() for path in evaluation.paths)
 
-    def full(self, step, state):
-        if step == 10:
-            monkeypatch.setattr(self._manager, "save", fail)
-        real(self, step, state)
+    (texts / "another.txt").write_text("a text that came later")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = load(tmp_path / "run")
+    assert run.tokenizer.decode(run.tokenizer.encode("là")) == "là"
+    train.run(tiny.config(data=data, train={"num_steps": 14}), tmp_path / "run")
+    assert load(tmp_path / "run").step == 14
 
-    def fail(*a, **k):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Checkpoints, "save", full)
-    with pytest.raises(UserError, match=r"step 10 cannot be written .*No space left.* can go on from step 5"):
-        train.run(tiny.config(), tmp_path)
-    assert load(tmp_path).step == 5
+    other = tiny.config(data=data | {"prepared_dir": str(tmp_path / "run/corpus"), "tokenizer": "bpe"})
+    with pytest.raises(UserError, match=r"data.tokenizer = 'bpe' .* does not match the corpus .* 'byte' of 258"):
+        train.run(other, tmp_path / "run2")
 
 
 def test_checkpoints_of_something_else_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         load(tmp_path)
     config = tiny.config()
-    Workdir(tmp_path).settle_config(config)
+    Workdir(tmp_path).record(config, "a" * 64)
     with pytest.raises(UserError, match="no checkpoint"):
         load(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")

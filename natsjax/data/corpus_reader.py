@@ -150,7 +150,7 @@ class _File(_Source):
             raise self.bad(f"cannot be read: {error.strerror}") from error
 
     def bad(self, what: str) -> BadFileError:
-        return BadFileError(f"{self.path} {what}; correct the file, or pass skip_bad_files=True to leave it out.")
+        return BadFileError(f"{self.path} {what}; correct the file, or set skip_bad_files to leave it out.")
 
     def decode(self, data: bytes, offset: int) -> str:
         """UTF-8 to text; `offset` is where `data` begins in the file."""
