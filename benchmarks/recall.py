@@ -157,9 +157,15 @@ def main() -> None:
         ]
         lines.append("| " + " | ".join(cells) + " |")
         shares.append(kept_by_kind(load(folders["nats"]), 0.0))
-    print(
-        "| seed | full attention (dense twin) | NAtS, argmax | its KV | sliding window on the twin | training and evaluation |"
+    titles = (
+        "seed",
+        "full attention (twin)",
+        "NAtS, argmax",
+        "its KV",
+        "sliding window (twin)",
+        "time with evaluation",
     )
+    print("| " + " | ".join(titles) + " |")
     print("|---|---|---|---|---|---|")
     print("\n".join(lines))
     print("\nAccuracy of NAtS under the dial, by budget (median of seeds, least):\n")

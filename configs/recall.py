@@ -5,7 +5,7 @@
     python -m natsjax.evaluate --workdir=runs/recall --dense_workdir=runs/recall_dense
 
 Twenty key-value pairs lie scattered among filler in the first half of 128 tokens; the second half asks for the keys.
-With few pairs the dense twin stays for long where it only counts off values that have been answered already; twenty make
+With few pairs the dense twin long stays where it only counts off values that have been answered already; twenty make
 that shortcut poor and give more answers to learn from. Hardware: two CPU cores. docs/recall.md has what was measured.
 """
 

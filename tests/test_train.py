@@ -211,6 +211,7 @@ def test_checkpoints_of_something_else_are_named(tmp_path):
     Workdir(tmp_path).record(config, "a" * 64)
     with pytest.raises(UserError, match="no checkpoint"):
         load(tmp_path)
+    Workdir(tmp_path).data_file.unlink()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, {"w": jnp.ones(3)})
     checkpoints.close()
