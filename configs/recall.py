@@ -23,7 +23,7 @@ def get_config():
     config.model.tie_embeddings = False
     config.nats.window = 1
     config.nats.kv_budget = 0.1
-    config.nats.budget_ramp_steps = 2000
+    config.nats.budget_ramp_steps = 3000
     config.data.source = "recall"
     config.data.context_length = 128
     config.data.recall.num_pairs = 20
@@ -31,11 +31,12 @@ def get_config():
     config.data.recall.num_values = 16
     config.data.recall.num_fillers = 16
     config.optimizer.peak_learning_rate = 2e-3
-    config.optimizer.end_learning_rate = 2e-4
-    config.train.num_steps = 4000
+    config.optimizer.end_learning_rate = 5e-4
+    config.optimizer.weight_decay = 0.0  # it would keep the dense twin's attention from getting sharp
+    config.train.num_steps = 6000
     config.train.batch_size = 32
     config.train.log_every = 50
-    config.checkpoint.save_every = 500
+    config.checkpoint.save_every = 1000
     config.eval.num_contexts = 512
     config.eval.num_dial_contexts = 256
     config.eval.batch_size = 128
