@@ -35,7 +35,8 @@ from natsjax.matching import (
     nats_budgets,
     window_for_budget,
 )
-from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, exp, measure
+from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, measure
+from natsjax.metrics import perplexity
 from natsjax.policies import FullAttention, Nats, Policy, SampledNats, SlidingWindow, StreamingLLM
 from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
@@ -125,7 +126,7 @@ def run(
     twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
     dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
-    wanted = _budgets(this.config, budgets, piece_lengths(dial_contexts))
+    wanted = _budgets(this.config, budgets, this.data.piece_lengths)
     notes = [] if twin is None else twin_notes(this, twin)
     settings = _settings(this, twin, dial_contexts, wanted, notes, progress)
 
@@ -147,7 +148,7 @@ def check(config: Config, data: RunData) -> None:
       UserError: there is no held-out text, or a budget of ``eval.budgets`` cannot be.
     """
     data.contexts("validation", config.eval.num_contexts)
-    _budgets(config, None, piece_lengths(data.contexts("train", config.eval.num_dial_contexts)))
+    _budgets(config, None, data.piece_lengths)
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
@@ -260,8 +261,8 @@ def _row(setting: _Setting, found: Measurement, config: Config) -> dict[str, Any
         "kv_live_mean_per_head": found.live_mean.tolist(),
         "kv_live_max_per_head": found.live_max.tolist(),
         "perplexity": found.perplexity,
-        "perplexity_low": exp(entropy[0]),
-        "perplexity_high": exp(entropy[1]),
+        "perplexity_low": perplexity(entropy[0]),
+        "perplexity_high": perplexity(entropy[1]),
         "bits_per_byte": found.bits_per_byte,
         "bits_per_byte_low": bits[0],
         "bits_per_byte_high": bits[1],

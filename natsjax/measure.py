@@ -19,6 +19,7 @@ from flax import nnx
 from natsjax import losses
 from natsjax.data import Row
 from natsjax.loading import LoadedRun
+from natsjax.metrics import perplexity
 from natsjax.model import RoleChoice
 from natsjax.policies import Policy
 from pallas_kernels.nats_attention import key_end_from_roles
@@ -86,7 +87,7 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         """exp of the cross-entropy; infinite where that overflows."""
-        return exp(self.cross_entropy)
+        return perplexity(self.cross_entropy)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -99,12 +100,6 @@ class Measurement:
     def accuracy(self) -> float:
         """Share of predicted tokens whose most likely token is right."""
         return float(self.documents.correct.sum() / self.documents.tokens.sum())
-
-
-def exp(value: float) -> float:
-    """``e**value``, infinite where it overflows."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.float64(value)))
 
 
 def measure(run: LoadedRun, contexts: Row, policy: Policy) -> Measurement:

@@ -6,6 +6,8 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
+
 from natsjax.config import Config
 from natsjax.data import (
     Corpus,
@@ -31,6 +33,7 @@ class RunData:
       vocabulary: the tokens.
       source: training contexts by index.
       contexts: ``contexts(split, max_contexts)`` is a fixed slice of "train" or "validation", arrays ``[n, t]``.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece of an epoch of training contexts.
       description: for people.
       fingerprint: SHA-256 (hex); other data has another one.
     """
@@ -38,6 +41,7 @@ class RunData:
     vocabulary: Vocabulary
     source: RowSource
     contexts: Callable[[str, int], Row]
+    piece_lengths: np.ndarray
     description: str
     fingerprint: str
 
@@ -59,6 +63,7 @@ def _open_recall(config: Config) -> RunData:
         vocabulary=task,
         source=task,
         contexts=lambda split, count: task.rows(0, count, split=split),
+        piece_lengths=np.array([task.context_length]),
         description=f"associative recall of {task.num_pairs} pairs in {task.context_length} tokens",
         fingerprint=hashlib.sha256(json.dumps(dataclasses.asdict(task)).encode()).hexdigest(),
     )
@@ -86,9 +91,11 @@ def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
             progress=progress,
         )
     counts = corpus.summaries["train"]
+    source = PackedSource.from_corpus(corpus, context_length=data.context_length, seed=config.train.seed)
     return RunData(
         vocabulary=corpus.tokenizer,
-        source=PackedSource.from_corpus(corpus, context_length=data.context_length, seed=config.train.seed),
+        source=source,
+        piece_lengths=source.piece_lengths(),
         contexts=lambda split, count: evaluation_contexts(
             corpus, split, context_length=data.context_length, max_contexts=count
         ),

@@ -15,7 +15,7 @@ import numpy as np
 from natsjax import evaluate, token_types
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
-from natsjax.data import iterate, piece_lengths, train_dataset
+from natsjax.data import iterate, train_dataset
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
 from natsjax.metrics import MetricsWriter, Progress, perplexity
@@ -70,8 +70,7 @@ def _check_budget(config: Config, data: RunData) -> None:
     """
     if config.model.attention != "nats":
         return
-    contexts = data.contexts("train", config.eval.num_dial_contexts)
-    smallest = token_types.smallest_kv_fraction(piece_lengths(contexts), config.nats.window)
+    smallest = token_types.smallest_kv_fraction(data.piece_lengths, config.nats.window)
     _say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(

@@ -297,3 +297,16 @@ def test_importing_touches_no_device():
         "sys.exit(bool(bridge and bridge._backends))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 20))
+def test_piece_lengths_of_the_source_are_those_of_its_first_epoch(lengths, context_length):
+    source = _source(lengths, context_length)
+    whole = -(-source.epoch_tokens // context_length)
+    rows = source.rows(0, whole)
+    places = np.arange(whole * context_length).reshape(whole, context_length)
+    # The last row may hold the beginning of the next epoch.
+    rows["document_end"] = np.where(places < source.epoch_tokens, rows["document_end"], 0)
+    assert source.piece_lengths().sum() == source.epoch_tokens
+    np.testing.assert_array_equal(source.piece_lengths(), piece_lengths(rows))

@@ -110,6 +110,13 @@ class PackedSource:
         begin = index * self.context_length
         return pack(self._pieces(begin, begin + self.context_length + 1), self._framed, self.context_length)
 
+    def piece_lengths(self) -> npt.NDArray[np.int64]:
+        """Lengths of all document pieces that the first epoch is cut into, int64 `[num_pieces]`."""
+        order = epoch_order(len(self._lengths), seed=self.seed, epoch=0)
+        ends = np.cumsum(self._lengths[order] + NUM_FRAME_TOKENS)
+        edges = np.arange(0, self.epoch_tokens, self.context_length)
+        return np.diff(np.union1d(edges, ends).astype(np.int64)).astype(np.int64)
+
     def rows(self, begin: int, count: int) -> Row:
         """Contexts `begin … begin+count-1`, arrays `[count, t]`."""
         return stack([self[index] for index in range(begin, begin + count)])
