@@ -28,7 +28,7 @@ def get_config():
     config.optimizer.peak_learning_rate = 4e-3
     config.optimizer.end_learning_rate = 4e-4
     config.optimizer.warmup_steps = 40
-    config.train.num_steps = 750
+    config.train.num_steps = 450
     config.train.batch_size = 16
     config.train.log_every = 5
     config.checkpoint.save_every = 50
