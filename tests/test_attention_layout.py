@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import ROLE_PATTERNS, Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import blocks, layout, sampling
-from pallas_kernels.nats_attention.blocks import Intervals
+from pallas_kernels.nats_attention.backend import Intervals
+from pallas_kernels.nats_attention.tiling import Tiling
 
 
 def intervals(pattern, length, window, seed, documents="one"):
@@ -32,7 +34,7 @@ cases = given(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @cases
 def test_every_key_has_one_living_slot_and_long_lives_come_first(
     pattern, length, window, seed, documents, thresholds, capacity
@@ -53,7 +55,7 @@ def test_every_key_has_one_living_slot_and_long_lives_come_first(
         np.testing.assert_array_equal(np.asarray(arranged.source)[b, k], expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @cases
 def test_scatter_back_is_the_transpose_of_gather(pattern, length, window, seed, documents, thresholds, capacity):
     _, position, end = intervals(pattern, length, window, seed, documents)
@@ -69,7 +71,7 @@ def test_scatter_back_is_the_transpose_of_gather(pattern, length, window, seed, 
     np.testing.assert_array_equal(layout.scatter_back(arranged, jnp.where(alive, layout.gather(arranged, x), 0)), dead)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @cases
 def test_lists_hold_every_visible_pair_once(pattern, length, window, seed, documents, thresholds, capacity):
     query_block, key_block = (1, 3, 8)[seed % 3], (1, 4)[seed % 2]
@@ -118,7 +120,7 @@ def test_gathering_leaves_few_blocks_alive():
     assert gathered < 2.2 * live
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([1, 17, 300]),
     st.sampled_from([0.01, 0.125, 0.5, 1]),
@@ -145,3 +147,17 @@ def test_sampled_rows_keep_the_expectation_of_a_sum():
     np.add.at(total, np.asarray(rows.queries), np.asarray(rows.weight))
     # a row is drawn with probability 1 / weight, so the mean weight is 1 and its error about sqrt(weight / draws)
     np.testing.assert_allclose(total / 4000, 1, atol=5 * np.sqrt(5 / 4000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_block": 0}, "query_block=0"),
+        ({"capacity": 1.5}, "capacity=1.5"),
+        ({"thresholds": (9, 3)}, "ascending"),
+        ({"lanes": 0}, "lanes=0"),
+    ],
+)
+def test_wrong_tilings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Tiling(**{"query_block": 8, "key_block": 8} | change)

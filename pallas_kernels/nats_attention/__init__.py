@@ -8,8 +8,7 @@ Call these two, both with the conventions of ``jax.nn.dot_product_attention``:
   documents, sliding windows and StreamingLLM are all values of ``key_end``.
 
 ``roles`` holds what turns roles into intervals, ``api`` dispatches, ``xla`` is the backend for every platform and
-``reference`` the dense oracle that tests compare with. ``layout``, ``blocks`` and ``sampling`` are
-groundwork that no backend uses yet: gathered long-lived keys, lists of live blocks, sampled queries.
+``reference`` the dense oracle that tests compare with.
 """
 
 from pallas_kernels.nats_attention.api import (

@@ -8,21 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.roles import NO_END
-
-
-class Intervals(NamedTuple):
-    """Who reads whom: query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
-
-    Attributes:
-      query_position: int32 ``[b, t]``; -1 reads nothing.
-      key_position: int32 ``[b, k, s]``.
-      key_end: int32 ``[b, k, s]``, exclusive.
-    """
-
-    query_position: jax.Array
-    key_position: jax.Array
-    key_end: jax.Array
 
 
 class Tiles(NamedTuple):
