@@ -59,7 +59,7 @@ def closed_form_without_clip(window):
 
 def relative_error(got, expected):
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return np.abs(got - expected).max() / max(1e-2, np.abs(expected).max())
+    return np.abs(got - expected).max() / max(1e-30, np.abs(expected).max())
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_a_call_that_no_backend_serves_says_all_reasons():
     shape = SHAPES["tiny"]
     q, k, v, _ = inputs(shape)
-    with pytest.raises(NotImplementedError, match="no backend"):
+    with pytest.raises(NotImplementedError, match="xla: sampled role gradients"):
         na.nats_attention(
             q, k, v, jnp.zeros((2, 1, 6, 3)), window=1, mask_gradient="sampled", sample_key=jax.random.key(0)
         )

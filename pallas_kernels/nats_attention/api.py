@@ -7,11 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, reference, tiling as tiling_lib, xla
-from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.differentiable import Settings
+from pallas_kernels.nats_attention import reference, xla
 from pallas_kernels.nats_attention.roles import NUM_ROLES
-from pallas_kernels.nats_attention.tiling import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +97,6 @@ def nats_attention(
     mask_gradient: MaskGradient | str = Exact(),
     sample_key: jax.Array | None = None,
     implementation: Implementation | None = None,
-    tiling: Tiling | None = None,
 ) -> jax.Array:
     """Causal attention in which each key's role says until which query it can be read.
 
@@ -121,7 +117,6 @@ def nats_attention(
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
       implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
-      tiling: how the work is cut; None: by the shapes.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``.
@@ -148,18 +143,20 @@ def nats_attention(
     if isinstance(mask_gradient, Sampled) and sample_key is None:
         raise ValueError("mask_gradient=Sampled needs a sample_key.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    visible_only = isinstance(mask_gradient, Visible)
+
+    def refuse_sampling():
+        if isinstance(mask_gradient, Sampled):
+            raise NotImplementedError("sampled role gradients are not implemented; use Exact() or Visible()")
 
     def call_xla():
-        chosen = tiling or tiling_lib.default_tiling(query.shape, key.shape, window=window)
-        sampled = {Exact: 1.0, Visible: 0.0}.get(type(mask_gradient), getattr(mask_gradient, "fraction", 1.0))
-        settings = Settings(xla, chosen, scale, window, sampled)
-        return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
+        refuse_sampling()
+        return xla.nats_attention(query, key, value, roles, document_end, window, scale, visible_only)
 
     def call_reference():
-        if isinstance(mask_gradient, Sampled):
-            raise NotImplementedError("it has no sampled role gradients; use Exact() or Visible()")
+        refuse_sampling()
         return reference.closed_form_attention(
-            query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible)
+            query, key, value, roles, document_end, window, scale, True, visible_only
         )
 
     return _first_that_serves({"xla": call_xla, "reference": call_reference}, implementation)
@@ -176,7 +173,6 @@ def interval_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
-    tiling: Tiling | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
@@ -191,7 +187,6 @@ def interval_attention(
       scale: of the logits; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
       implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
-      tiling: how the work is cut; None: by the shapes.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``. A query without a
@@ -216,9 +211,7 @@ def interval_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     def call_xla():
-        chosen = tiling or tiling_lib.default_tiling(query.shape, key.shape)
-        intervals = Intervals(query_position, key_position, key_end)
-        return differentiable.interval_attention(query, key, value, intervals, Settings(xla, chosen, scale))
+        return xla.interval_attention(query, key, value, key_end, query_position, key_position, scale)
 
     def call_reference():
         return reference.interval_attention(
