@@ -20,7 +20,6 @@ from natsjax.data import (
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
-from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 
@@ -79,6 +78,9 @@ def _open_corpus(config: Config, workdir: Workdir, progress: bool) -> RunData:
         corpus = Corpus.load(folder)
         _check_tokenizer(config, corpus)
     else:
+        # Here, because Python warns of a command (python -m natsjax.data.prepare) that `import natsjax` has imported.
+        from natsjax.data.prepare import prepare
+
         corpus = prepare(
             data.input,
             folder,

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
@@ -75,3 +77,11 @@ def test_importing_touches_no_device():
         "assert not xla_bridge._backends, xla_bridge._backends\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate"])
+def test_commands_explain_themselves_without_a_warning(command):
+    code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
+    run = subprocess.run(code, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert command in run.stdout
