@@ -58,8 +58,13 @@ def closed_form_without_clip(window):
 
 
 def relative_error(got, expected):
+    """Largest error over the largest expected value, or over 0.05 where that is larger.
+
+    A gradient can be exactly 0 (every query reads its own key alone). What float32 leaves there is the rounding of
+    ``dp - delta``, a difference of two numbers of order 1: some 1e-7, and 0 on one CPU but not on another.
+    """
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return np.abs(got - expected).max() / max(1e-30, np.abs(expected).max())
+    return np.abs(got - expected).max() / max(0.05, np.abs(expected).max())
 
 
 @pytest.fixture
