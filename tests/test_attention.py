@@ -286,10 +286,14 @@ def test_wrong_arguments_are_named(change, message):
         na.nats_attention(q, k, v, **arguments)
 
 
-def test_a_call_that_no_backend_serves_says_all_reasons():
+def test_a_call_that_no_backend_serves_says_all_reasons(monkeypatch):
+    def refuse(problem, tiling):
+        raise NotImplementedError("not on a Tuesday")
+
+    monkeypatch.setattr(na.api.xla, "check", refuse)
     shape = SHAPES["tiny"]
     q, k, v, _ = inputs(shape)
-    with pytest.raises(NotImplementedError, match="xla: sampled role gradients"):
-        na.nats_attention(
-            q, k, v, jnp.zeros((2, 1, 6, 3)), window=1, mask_gradient="sampled", sample_key=jax.random.key(0)
-        )
+    with pytest.raises(NotImplementedError, match=r"no backend.*xla: not on a Tuesday"):
+        na.nats_attention(q, k, v, jnp.zeros((2, 1, 6, 3)), window=1)
+    with pytest.raises(NotImplementedError, match="xla: not on a Tuesday"):
+        na.interval_attention(q, k, v, jnp.zeros((2, 1, 6), jnp.int32), implementation="xla")

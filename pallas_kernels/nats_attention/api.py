@@ -2,13 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import reference, xla
+from pallas_kernels.nats_attention import differentiable, reference, xla
+from pallas_kernels.nats_attention.backend import Backend, Intervals
+from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
+from pallas_kernels.nats_attention.tiling import Problem, Tiling
+
+BACKENDS: dict[str, Backend] = {"xla": xla}
+"""Tried in this order, where the platform is theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +72,42 @@ def _expect(name: str, array: jax.Array, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} has shape {array.shape}; {tuple(shape)} was expected.")
 
 
-def _first_that_serves(backends: dict[str, Callable], implementation: str | None):
-    """Calls the named backend, or the first of the automatic ones that does not refuse."""
-    if implementation is not None:
-        if implementation not in backends:
-            raise ValueError(
-                f"implementation={implementation!r}: one of {', '.join(map(repr, backends))} was expected."
-            )
-        return backends[implementation]()
+def _problem(query: jax.Array, key: jax.Array, window: int) -> Problem:
+    (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
+    return Problem(b, t, s, k, n // k, h, window, query.dtype.name)
+
+
+def _platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh in use, which compilation ahead of time sets, or else jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        platform = device.platform
+        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    return jax.default_backend()
+
+
+def _first_that_serves(
+    implementation: str | None,
+    problem: Problem,
+    tiling: Tiling | None,
+    call_backend: Callable[[Backend, Tiling], Any],
+    call_reference: Callable[[], Any],
+):
+    """Calls the named backend, or the first one for this platform that does not refuse."""
+    if implementation == "reference":  # dense: for tests, and only when asked for by name
+        return call_reference()
+    if implementation is not None and implementation not in BACKENDS:
+        known = ", ".join(map(repr, [*BACKENDS, "reference"]))
+        raise ValueError(f"implementation={implementation!r}: one of {known} was expected.")
+    platform = _platform()
     refusals = []
-    for name, call in backends.items():
-        if name == "reference":  # dense: for tests, and only when asked for by name
+    for name, backend in BACKENDS.items():
+        if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):
             continue
         try:
-            return call()
+            chosen = backend.default_tiling(problem) if tiling is None else tiling
+            backend.check(problem, chosen)
+            return call_backend(backend, chosen)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError("no backend can serve this call; " + "; ".join(refusals))
@@ -97,6 +125,7 @@ def nats_attention(
     mask_gradient: MaskGradient | str = Exact(),
     sample_key: jax.Array | None = None,
     implementation: Implementation | None = None,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
     """Causal attention in which each key's role says until which query it can be read.
 
@@ -117,6 +146,7 @@ def nats_attention(
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
       implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+      tiling: how the work is cut; None: by the shapes.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``.
@@ -143,23 +173,20 @@ def nats_attention(
     if isinstance(mask_gradient, Sampled) and sample_key is None:
         raise ValueError("mask_gradient=Sampled needs a sample_key.")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    visible_only = isinstance(mask_gradient, Visible)
 
-    def refuse_sampling():
-        if isinstance(mask_gradient, Sampled):
-            raise NotImplementedError("sampled role gradients are not implemented; use Exact() or Visible()")
-
-    def call_xla():
-        refuse_sampling()
-        return xla.nats_attention(query, key, value, roles, document_end, window, scale, visible_only)
+    def call_backend(backend, chosen):
+        sampled = {Exact: 1.0, Visible: 0.0}.get(type(mask_gradient), getattr(mask_gradient, "fraction", 1.0))
+        settings = Settings(backend, chosen, scale, window, sampled)
+        return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
 
     def call_reference():
-        refuse_sampling()
+        if isinstance(mask_gradient, Sampled):
+            raise NotImplementedError("it has no sampled role gradients; use Exact() or Visible()")
         return reference.closed_form_attention(
-            query, key, value, roles, document_end, window, scale, True, visible_only
+            query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible)
         )
 
-    return _first_that_serves({"xla": call_xla, "reference": call_reference}, implementation)
+    return _first_that_serves(implementation, _problem(query, key, window), tiling, call_backend, call_reference)
 
 
 def interval_attention(
@@ -173,6 +200,7 @@ def interval_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
+    tiling: Tiling | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
@@ -187,6 +215,7 @@ def interval_attention(
       scale: of the logits; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
       implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+      tiling: how the work is cut; None: by the shapes.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``. A query without a
@@ -210,13 +239,14 @@ def interval_attention(
     _expect("key_position", key_position, (b, k, s))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
-    def call_xla():
-        return xla.interval_attention(query, key, value, key_end, query_position, key_position, scale)
+    def call_backend(backend, chosen):
+        intervals = Intervals(query_position, key_position, key_end)
+        return differentiable.interval_attention(query, key, value, intervals, Settings(backend, chosen, scale))
 
     def call_reference():
         return reference.interval_attention(
             query, key, value, key_end, query_position=query_position, key_position=key_position, scale=scale
         )
 
-    out, lse = _first_that_serves({"xla": call_xla, "reference": call_reference}, implementation)
+    out, lse = _first_that_serves(implementation, _problem(query, key, 0), tiling, call_backend, call_reference)
     return (out, lse) if return_lse else out

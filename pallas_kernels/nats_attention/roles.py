@@ -31,6 +31,44 @@ class RoleRanges(NamedTuple):
     second_global: jax.Array
 
 
+class RoleColumns(NamedTuple):
+    """What the sums of the role gradient need to know of each key; int32 or bool ``[b, k, s]``.
+
+    Attributes:
+      key_end: first query that cannot read the key.
+      reach: first query that no sum looks at: the end of the key's document.
+      next_global, second_global: as in ``RoleRanges``.
+      is_global, is_local: the key's role.
+    """
+
+    key_end: jax.Array
+    reach: jax.Array
+    next_global: jax.Array
+    second_global: jax.Array
+    is_global: jax.Array
+    is_local: jax.Array
+
+
+class RoleSums(NamedTuple):
+    """Sums of ``e[t, s]`` over queries t (``row``: over keys s), float32 ``[b, k, s]`` (``row``: ``[b, k, t]``).
+
+    Attributes:
+      all: over ``t = s … reach - 1``.
+      own: over ``t = s``.
+      local: over ``t = s+1 … n(s)``.
+      sliding: over ``t = s … s + window``.
+      past: for LOCAL keys, over ``t = n(s)+1 … n2(s)``.
+      row: over visible LOCAL keys ``s < t``.
+    """
+
+    all: jax.Array
+    own: jax.Array
+    local: jax.Array
+    sliding: jax.Array
+    past: jax.Array
+    row: jax.Array
+
+
 def _following_global(is_global: jax.Array) -> jax.Array:
     """Index of the first GLOBAL token behind each index, ``L`` where there is none: int32, the shape of the input."""
     length = is_global.shape[-1]
@@ -131,3 +169,22 @@ def global_credit(
     starts = jnp.broadcast_to(starts, steps.shape)
     _, (alive, taken) = jax.lax.associative_scan(combine, (starts, steps), axis=-1)
     return jnp.where(is_global, taken, alive)
+
+
+def role_columns(role_ids: jax.Array, key_end: jax.Array, document_end: jax.Array | None) -> RoleColumns:
+    """What the role sums need to know of each key; ``role_ids``, ``key_end`` int ``[b, k, s]``."""
+    is_global = role_ids == GLOBAL
+    ranges = role_ranges(is_global, document_end)
+    return RoleColumns(key_end, *ranges, is_global, role_ids == LOCAL)
+
+
+def role_gradient(sums: RoleSums, columns: RoleColumns, document_end: jax.Array | None) -> jax.Array:
+    """The gradient of the relaxed roles (METHOD.md 3) from their sums: float32 ``[b, k, s, 3]``."""
+    credit = global_credit(
+        columns.is_global,
+        column=jnp.where(columns.is_local, sums.local, 0),
+        row=sums.row,
+        past=sums.past,
+        document_end=document_end,
+    )
+    return jnp.stack([sums.all - credit, sums.own + sums.local, sums.sliding], axis=-1)

@@ -1,0 +1,139 @@
+"""What a backend is: three passes over tiles, what goes in and out of them, and a tiling for every problem.
+
+Axis letters: ``b`` batch, ``t`` query, ``s`` key (slot, where keys were rearranged), ``k`` KV head, ``g`` query heads
+per KV head, ``h`` head dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.tiling import Problem, Tiling
+
+
+class Intervals(NamedTuple):
+    """Who reads whom: query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+
+    Attributes:
+      query_position: int32 ``[b, t]``; -1 reads nothing.
+      key_position: int32 ``[b, k, s]``.
+      key_end: int32 ``[b, k, s]``, exclusive.
+    """
+
+    query_position: jax.Array
+    key_position: jax.Array
+    key_end: jax.Array
+
+
+class Rows(NamedTuple):
+    """What a backward pass knows of the queries.
+
+    Attributes:
+      query, dout: ``[b, k, g, t, h]``.
+      lse: float32 ``[b, k, g, t]``, +∞ in a row that reads nothing.
+      delta: float32 ``[b, k, g, t]``, ``dout · out`` less the gradient of ``lse``.
+    """
+
+    query: jax.Array
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+class Backend(Protocol):
+    """The passes of a backend; ``differentiable`` puts them together. One that cannot serve a call raises
+    ``NotImplementedError("reason")`` while it is traced.
+
+    Attributes:
+      PLATFORMS: the platforms ("cpu", "gpu", "tpu") that it is tried on when no implementation is named.
+    """
+
+    PLATFORMS: Sequence[str]
+
+    def default_tiling(self, problem: Problem) -> Tiling:
+        """The tiling that is used when the caller gives none."""
+        ...
+
+    def candidate_tilings(self, problem: Problem) -> Sequence[Tiling]:
+        """The tilings that ``autotune`` tries."""
+        ...
+
+    def check(self, problem: Problem, tiling: Any) -> None:
+        """Raises NotImplementedError with the reason why a problem cannot be served, ValueError for a wrong tiling."""
+        ...
+
+    def forward(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention over the visible pairs.
+
+        Args:
+          query: ``[b, k, g, t, h]``.
+          key, value: ``[b, k, s, h]``, in any order.
+          intervals: who reads whom.
+          scale: of the logits.
+          tiling: of the backend.
+
+        Returns:
+          ``(out [b, k, g, t, h] in the query's dtype, lse float32 [b, k, g, t])``; 0 and −∞ in a row that reads
+          nothing.
+        """
+        ...
+
+    def visible_pass(
+        self,
+        rows: Rows,
+        key: jax.Array,
+        value: jax.Array,
+        intervals: Intervals,
+        columns: RoleColumns | None,
+        scale: float,
+        window: int,
+        tiling: Any,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
+        """Gradients of query, key and value, and the role sums over visible pairs.
+
+        Args:
+          rows: of every query.
+          key, value: ``[b, k, s, h]``, in any order.
+          intervals: who reads whom.
+          columns: of every key, or None: no role sums are asked for.
+          scale: of the logits.
+          window: of SLIDING keys.
+          tiling: of the backend.
+
+        Returns:
+          ``(dquery [b, k, g, t, h], dkey, dvalue [b, k, s, h], sums)``, float32; 0 for keys that nothing reads.
+        """
+        ...
+
+    def masked_out_pass(
+        self,
+        rows: Rows,
+        key: jax.Array,
+        value: jax.Array,
+        query_position: jax.Array,
+        weight: jax.Array,
+        columns: RoleColumns,
+        scale: float,
+        window: int,
+        tiling: Any,
+    ) -> RoleSums:
+        """The role sums over pairs that the mask hides: what would a longer life have been worth?
+
+        Args:
+          rows: of the queries that are looked at, all of them or a sample, in ascending order.
+          key, value: ``[b, k, s, h]``, in index order.
+          query_position: int32 ``[t]``, index of each row.
+          weight: float32 ``[t]``, how many queries each row stands for.
+          columns: of every key.
+          scale: of the logits.
+          window: of SLIDING keys.
+          tiling: of the backend.
+
+        Returns:
+          ``RoleSums`` whose ``own`` and ``row`` are 0: these are sums over visible pairs (``row`` may have any length).
+        """
+        ...

@@ -1,0 +1,93 @@
+"""Which blocks of keys a block of queries has to look at, from minima and maxima alone.
+
+Axis letters: ``b`` batch, ``k`` KV head, ``q`` query block, ``j`` key block. All of it is O(L) + O(q·j) integers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention.backend import Intervals
+from pallas_kernels.nats_attention.roles import NO_END
+
+
+class Tiles(NamedTuple):
+    """What is known of each tile before it is computed, bool ``[b, k, q, j]``.
+
+    Attributes:
+      alive: some pair in it may count.
+      plain: every pair in it counts, and no more needs to be asked about single pairs; implies ``alive``.
+    """
+
+    alive: jax.Array
+    plain: jax.Array
+
+
+class LiveBlocks(NamedTuple):
+    """The key blocks of each query block: plain ones first, then those with a mask, then the dead.
+
+    Attributes:
+      order: int32 ``[…, q, j]``, indices of key blocks.
+      num_plain: int32 ``[…, q]``: ``order[…, :num_plain]`` are plain.
+      num_alive: int32 ``[…, q]``: ``order[…, num_plain:num_alive]`` need the mask, the rest is dead.
+    """
+
+    order: jax.Array
+    num_plain: jax.Array
+    num_alive: jax.Array
+
+
+def _blocks(x: jax.Array, block: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, block)
+
+
+def first_query(query_position: jax.Array, block: int) -> jax.Array:
+    """Least position in each query block, ``NO_END`` if no row reads anything: ``[b, t]`` → int32 ``[b, 1, q, 1]``."""
+    position = _blocks(query_position, block)
+    return jnp.min(jnp.where(position < 0, NO_END, position), -1)[:, None, :, None]
+
+
+def last_query(query_position: jax.Array, block: int) -> jax.Array:
+    """Largest position in each query block: ``[b, t]`` → int32 ``[b, 1, q, 1]``."""
+    return jnp.max(_blocks(query_position, block), -1)[:, None, :, None]
+
+
+def all_rows_read(query_position: jax.Array, block: int) -> jax.Array:
+    """Whether no row of a query block is padding: ``[b, t]`` → bool ``[b, 1, q, 1]``."""
+    return jnp.min(_blocks(query_position, block), -1)[:, None, :, None] >= 0
+
+
+def least(x: jax.Array, block: int) -> jax.Array:
+    """Minimum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
+    return jnp.min(_blocks(x, block), -1)[:, :, None, :]
+
+
+def most(x: jax.Array, block: int) -> jax.Array:
+    """Maximum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
+    return jnp.max(_blocks(x, block), -1)[:, :, None, :]
+
+
+def visible_tiles(intervals: Intervals, query_block: int, key_block: int) -> Tiles:
+    """Tiles with a visible pair, and those in which every pair is visible.
+
+    Args:
+      intervals: lengths are multiples of the blocks.
+      query_block, key_block: rows and columns of a tile.
+
+    Returns:
+      ``Tiles``, exact in ``plain``; ``alive`` may hold a tile whose keys begin and end for different rows.
+    """
+    first, last = (f(intervals.query_position, query_block) for f in (first_query, last_query))
+    begin, end = intervals.key_position, intervals.key_end
+    alive = (least(begin, key_block) <= last) & (most(end, key_block) > first)
+    full = (most(begin, key_block) <= first) & (least(end, key_block) > last)
+    return Tiles(alive, alive & full & all_rows_read(intervals.query_position, query_block))
+
+
+def live_blocks(tiles: Tiles) -> LiveBlocks:
+    """Lists of live key blocks, in index order within plain and masked; ``tiles`` of any shape ``[…, q, j]``."""
+    state = jnp.where(tiles.plain, 0, jnp.where(tiles.alive, 1, 2)).astype(jnp.int32)
+    order = jnp.argsort(state, axis=-1, stable=True).astype(jnp.int32)
+    count = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)  # noqa: E731
+    return LiveBlocks(order, count(tiles.plain), count(tiles.alive))

@@ -1,0 +1,191 @@
+"""Attention and its gradients, put together from the three passes that a backend offers.
+
+``backend.Backend`` says what the passes are. Here the keys are rearranged, the passes called, and their sums turned
+into the gradient of the roles; inside, the sequence lies behind the heads: query ``[b, k, g, t, h]``, key
+``[b, k, s, h]``.
+
+Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k · g``, ``h``
+head dim.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention import layout as layout_lib
+from pallas_kernels.nats_attention import roles as roles_lib
+from pallas_kernels.nats_attention.backend import Backend, Intervals, Rows
+from pallas_kernels.nats_attention.layout import Layout
+from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
+from pallas_kernels.nats_attention.tiling import Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is fixed when a call is traced.
+
+    Attributes:
+      backend: the module with the passes.
+      tiling: for the backend.
+      scale: of the logits.
+      window: of SLIDING keys; 0 where there are no roles.
+      sampled: share of the masked-out pairs that the role gradient looks at: 1 all of them, 0 none.
+    """
+
+    backend: Backend
+    tiling: Tiling
+    scale: float
+    window: int = 0
+    sampled: float = 1.0
+
+
+def _heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """To the inner layout: ``[b, t, n, h]`` → ``[b, k, g, t, h]`` and ``[b, s, k, h]`` → ``[b, k, s, h]``."""
+    return _rows_first(query, key.shape[2]), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+
+
+def _rows_first(x: jax.Array, num_kv_heads: int) -> jax.Array:
+    """``[b, t, n, …]`` → ``[b, k, g, t, …]``."""
+    b, t, n = x.shape[:3]
+    return jnp.moveaxis(x.reshape(b, t, num_kv_heads, n // num_kv_heads, *x.shape[3:]), 1, 3)
+
+
+def _heads_last(x: jax.Array) -> jax.Array:
+    """``[b, k, g, t, …]`` → ``[b, t, n, …]``."""
+    b, k, g, t = x.shape[:4]
+    return jnp.moveaxis(x, 3, 1).reshape(b, t, k * g, *x.shape[4:])
+
+
+def _arrange(intervals: Intervals, tiling: Tiling) -> tuple[Layout | None, Intervals]:
+    """The rearrangement that the tiling asks for, and the intervals by slot."""
+    if not tiling.thresholds:
+        return None, intervals
+    length = intervals.key_end.shape[-1]
+    # Whole blocks: otherwise the keys in place would not begin at one.
+    blocks = math.ceil(tiling.capacity * length / tiling.key_block)
+    layout = layout_lib.arrange(
+        intervals.key_position,
+        intervals.key_end,
+        thresholds=tiling.thresholds,
+        capacity=blocks * tiling.key_block,
+    )
+    return layout, Intervals(intervals.query_position, *layout_lib.gather_intervals(layout, *intervals[1:]))
+
+
+def _by_slot(layout: Layout | None, *arrays):
+    return arrays if layout is None else tuple(layout_lib.gather(layout, x) for x in arrays)
+
+
+def _by_key(layout: Layout | None, x: jax.Array) -> jax.Array:
+    return x if layout is None else layout_lib.scatter_back(layout, x)
+
+
+def _forward(query, key, value, intervals: Intervals, settings: Settings):
+    """``(out, lse)`` in the inner layout, and what the backward needs of the rearrangement."""
+    layout, by_slot = _arrange(intervals, settings.tiling)
+    query, key, value = _heads_first(query, key, value)
+    key, value = _by_slot(layout, key, value)
+    return settings.backend.forward(query, key, value, by_slot, settings.scale, settings.tiling)
+
+
+def _rows(query, out, lse, dout, dlse) -> Rows:
+    """``delta = dout · out`` is what the softmax's normalisation takes from a pair; a gradient of lse gives to it."""
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    delta = delta if dlse is None else delta - dlse
+    empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever comes back for a log-sum-exp of -inf
+    return Rows(query, dout, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta))
+
+
+def _visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None, settings: Settings):
+    """The backend's visible pass on rearranged keys; results by key. ``key``, ``value`` ``[b, k, s, h]``."""
+    layout, by_slot = _arrange(intervals, settings.tiling)
+    key, value = _by_slot(layout, key, value)
+    if columns is not None:
+        columns = RoleColumns(*_by_slot(layout, *columns))
+    dquery, dkey, dvalue, sums = settings.backend.visible_pass(
+        rows, key, value, by_slot, columns, settings.scale, settings.window, settings.tiling
+    )
+    if sums is not None:
+        by_key = [_by_key(layout, x) for x in sums]
+        sums = RoleSums(*by_key)._replace(row=sums.row)
+    return dquery, _by_key(layout, dkey), _by_key(layout, dvalue), sums
+
+
+def _like(primals, dquery, dkey, dvalue):
+    """Gradients in the outer layout and in the dtype of what they are the gradient of."""
+    outer = (_heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
+    return tuple(x.astype(primal.dtype) for x, primal in zip(outer, primals, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("settings",))
+def interval_attention(query, key, value, intervals: Intervals, settings: Settings):
+    """``(out [b, t, n, h], lse float32 [b, t, n])`` as ``api.interval_attention`` defines them."""
+    return _interval_fwd(query, key, value, intervals, settings)[0]
+
+
+def _interval_fwd(query, key, value, intervals, settings):
+    out, lse = _forward(query, key, value, intervals, settings)
+    return (_heads_last(out), _heads_last(lse)), (query, key, value, intervals, out, lse)
+
+
+def _interval_bwd(settings, residuals, cotangents):
+    query, key, value, intervals, out, lse = residuals
+    dout, dlse = (_rows_first(x, key.shape[2]) for x in cotangents)
+    inner_query, inner_key, inner_value = _heads_first(query, key, value)
+    rows = _rows(inner_query, out, lse, dout, dlse)
+    dquery, dkey, dvalue, _ = _visible_pass(rows, inner_key, inner_value, intervals, None, settings)
+    return (*_like((query, key, value), dquery, dkey, dvalue), None)
+
+
+interval_attention.defvjp(_interval_fwd, _interval_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("settings",))
+def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings):
+    """``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end`` and ``sample_key`` may be None."""
+    return _nats_fwd(query, key, value, roles, document_end, sample_key, settings)[0]
+
+
+def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
+    (b, t), k = query.shape[:2], key.shape[2]
+    role_ids = jnp.argmax(roles, -1).astype(jnp.int8)
+    key_end = roles_lib.key_end_from_roles(role_ids, window=settings.window, document_end=document_end)
+    index = jnp.arange(t, dtype=jnp.int32)
+    intervals = Intervals(jnp.broadcast_to(index, (b, t)), jnp.broadcast_to(index, (b, k, t)), key_end)
+    out, lse = _forward(query, key, value, intervals, settings)
+    witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
+    return _heads_last(out), (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
+
+
+def _nats_bwd(settings, residuals, dout):
+    query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse = residuals
+    columns = roles_lib.role_columns(role_ids, intervals.key_end, document_end)
+    inner_query, inner_key, inner_value = _heads_first(query, key, value)
+    rows = _rows(inner_query, out, lse, _rows_first(dout, key.shape[2]), None)
+    dquery, dkey, dvalue, sums = _visible_pass(rows, inner_key, inner_value, intervals, columns, settings)
+    if settings.sampled:
+        hidden = _masked_out_sums(rows, inner_key, inner_value, columns, sample_key, settings)
+        sums = RoleSums(*(x + y for x, y in zip(sums, hidden, strict=True)))
+    droles = roles_lib.role_gradient(sums, columns, document_end)
+    return (*_like((query, key, value), dquery, dkey, dvalue), droles.astype(witness.dtype), None, None)
+
+
+def _masked_out_sums(rows: Rows, key, value, columns: RoleColumns, sample_key, settings: Settings) -> RoleSums:
+    """The backend's masked-out pass over every query, or over a sample of them."""
+    length = key.shape[2]
+    if settings.sampled == 1:
+        chosen = SampledRows(jnp.arange(length, dtype=jnp.int32), jnp.ones(length, jnp.float32))
+    else:
+        chosen = draw_rows(sample_key, length=length, fraction=settings.sampled, run=settings.tiling.sampled_run)
+        rows = Rows(*(jnp.take(x, chosen.queries, axis=3) for x in rows))
+    sums = settings.backend.masked_out_pass(
+        rows, key, value, *chosen, columns, settings.scale, settings.window, settings.tiling
+    )
+    return sums._replace(row=jnp.zeros(key.shape[:3], jnp.float32))
+
+
+nats_attention.defvjp(_nats_fwd, _nats_bwd)

@@ -1,0 +1,50 @@
+"""Which queries stand for all of them when the role gradient of masked-out pairs is sampled.
+
+A stratified draw: the sequence's short runs of queries are cut into strata of (nearly) equal size, and one run is drawn
+from each.
+A run that stands for ``n`` runs gets the weight ``n``, so that every sum over queries keeps its expectation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class SampledRows(NamedTuple):
+    """The queries that are looked at, in index order.
+
+    Attributes:
+      queries: int32 ``[r]``, queries; those of a last run that is cut short repeat the last query with weight 0.
+      weight: float32 ``[r]``, how many queries each stands for.
+    """
+
+    queries: jax.Array
+    weight: jax.Array
+
+
+def num_strata(length: int, fraction: float, run: int) -> int:
+    """How many runs of ``run`` queries make up ``fraction`` of ``length``; at least one."""
+    runs = -(-length // run)
+    return min(runs, max(1, round(fraction * runs)))
+
+
+def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int) -> SampledRows:
+    """One stratified draw of queries.
+
+    Args:
+      key: PRNG key.
+      length: of the sequence, queries.
+      fraction: of the queries to be drawn, in (0, 1].
+      run: neighbouring queries that are drawn together.
+
+    Returns:
+      ``SampledRows`` of about ``fraction · length`` rows, a number that follows from the arguments alone.
+    """
+    runs, strata = -(-length // run), num_strata(length, fraction, run)
+    edges = jnp.arange(strata + 1, dtype=jnp.int32) * runs // strata
+    size = edges[1:] - edges[:-1]
+    drawn = edges[:-1] + jax.random.randint(key, (strata,), 0, size)
+    index = (drawn[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
+    weight = jnp.repeat(size.astype(jnp.float32), run, total_repeat_length=strata * run)
+    return SampledRows(jnp.minimum(index, length - 1), jnp.where(index < length, weight, 0))

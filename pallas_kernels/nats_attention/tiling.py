@@ -1,0 +1,66 @@
+"""How the work is cut into tiles: what every backend's tiling says, checked.
+
+None of it changes what is computed, only how fast and with how much memory. A backend may add fields of its own (it
+then subclasses ``Tiling``) and knows the defaults for a shape; ``autotune`` times candidates on the device at hand.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """The sizes that a tiling is chosen for.
+
+    Attributes:
+      batch: sequences.
+      queries, keys: tokens a sequence.
+      num_kv_heads: KV heads.
+      group: query heads per KV head.
+      head_dim: of query, key and value.
+      window: of SLIDING keys, tokens; 0 where there are no roles.
+      dtype: name of the dtype of query, key and value.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    window: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Tiles of attention and what goes into the gathered run.
+
+    Attributes:
+      query_block, key_block: rows (of each query head) and columns of a tile, tokens.
+      thresholds: lifetimes (queries), ascending, above which keys are gathered; empty: every key stays in place.
+      capacity: slots of the gathered run, as a share of the keys, in (0, 1].
+      sampled_run: neighbouring queries that ``Sampled`` draws together.
+    """
+
+    query_block: int
+    key_block: int
+    thresholds: tuple[int, ...] = ()
+    capacity: float = 0.5
+    sampled_run: int = 16
+
+    def __post_init__(self):
+        kind = type(self).__name__
+        for field in dataclasses.fields(self):
+            number = getattr(self, field.name)
+            if isinstance(number, int) and number < 1:
+                raise ValueError(f"{kind}({field.name}={number}): it must be at least 1.")
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"{kind}(capacity={self.capacity}): it must be in (0, 1].")
+        if list(self.thresholds) != sorted(set(self.thresholds)) or any(t < 1 for t in self.thresholds):
+            raise ValueError(f"{kind}(thresholds={self.thresholds}): ascending lifetimes of at least 1 were expected.")
+
+
+def least_padding(length: int, largest: int) -> int:
+    """The largest block of at most ``largest`` tokens that cuts ``length`` with the least padding."""
+    return math.ceil(length / math.ceil(length / largest))

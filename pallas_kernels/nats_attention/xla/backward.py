@@ -1,0 +1,299 @@
+"""Backward: the gradients through the visible pairs, and the role sums over visible and over masked-out ones.
+
+Everything is made of ``e[t, s] = ratio * (dp - delta)`` with ``ratio = min(exp(x - lse), 1)`` and ``dp = dout · value``
+(METHOD.md 3): for visible pairs it is the gradient of the logit, for the others what seeing the key would have been
+worth. A sum of e over *all* rows of a key needs no dp of its own, for dp is linear in the value:
+
+    sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
+
+where the first bracket is, over the visible pairs, the gradient of the value. So ``delta`` rides along as columns of
+``dout``, and only tiles in which a lifetime may end look at single e.
+
+Tiles are transposed, ``[p, s, m]`` with the keys before the rows: that is the orientation in which neither the products
+nor the sums over rows have to be transposed on a CPU.
+
+Axis letters as in ``lanes``; ``x`` the head dim and the columns of ``delta``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention.backend import Intervals, Rows
+from pallas_kernels.nats_attention.blocks import (
+    Tiles,
+    all_rows_read,
+    first_query,
+    last_query,
+    least,
+    most,
+    visible_tiles,
+)
+from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.xla.lanes import (
+    add_to_block,
+    block_of,
+    dot,
+    in_lanes,
+    interval_lanes,
+    lists_in_lanes,
+    num_lanes,
+    pad,
+    pad_intervals,
+    rows_of,
+)
+from pallas_kernels.nats_attention.xla.tilings import XlaTiling
+
+
+class _Block(NamedTuple):
+    """Rows of one query block: ``query``, ``dout [p, m, h]``, ``dout_delta [p, m, x]``, ``lse``, ``delta [p, m]``."""
+
+    query: jax.Array
+    dout: jax.Array
+    dout_delta: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def _rows_in_lanes(rows: Rows, block: int, lanes: int) -> Rows:
+    """``[b, k, g, t, …]`` → ``[n, p, g, t, …]``; padded rows give nothing."""
+    fill = (0, 0, jnp.inf, 0)
+    return Rows(*(in_lanes(pad(x, 3, block, value), lanes) for x, value in zip(rows, fill, strict=True)))
+
+
+def _block_of_rows(rows: Rows, i, block: int) -> _Block:
+    query, dout, lse, delta = (rows_of(x, i, block) for x in rows)
+    return _Block(query, dout, jnp.concatenate([dout, *_columns_of(delta, dout.dtype)], axis=-1), lse, delta)
+
+
+def _columns_of(delta: jax.Array, dtype) -> list[jax.Array]:
+    """``delta [p, m]`` as columns ``[p, m, 1]`` whose sum it is: one in float32, a leading part and the rest below."""
+    first = delta.astype(dtype)
+    if dtype == delta.dtype:
+        return [first[..., None]]
+    return [first[..., None], (delta - first.astype(delta.dtype)).astype(dtype)[..., None]]
+
+
+def _sum_of_e(value: jax.Array, weighted: jax.Array) -> jax.Array:
+    """``sum_t e`` of each key, ``[…, s]``, from ``weighted = sum_t ratio · [dout, delta] […, s, x]``."""
+    h = value.shape[-1]
+    return jnp.sum(value.astype(jnp.float32) * weighted[..., :h], -1) - jnp.sum(weighted[..., h:], -1)
+
+
+def _ratio(own: _Block, keys: jax.Array, scale: float) -> jax.Array:
+    """``min(exp(x - lse), 1)``, float32 ``[p, s, m]``. Visible pairs have x <= lse, masked-out ones may exceed it."""
+    return jnp.exp(jnp.minimum(scale * dot("psh,pmh->psm", keys, own.query) - own.lse[:, None], 0))
+
+
+def _e(own: _Block, ratio: jax.Array, values: jax.Array) -> jax.Array:
+    return ratio * (dot("psh,pmh->psm", values, own.dout) - own.delta[:, None])
+
+
+def _keep(x: jax.Array, where: jax.Array) -> jax.Array:
+    """``x [p, s, m]``, 0 where ``where [p, s, t]`` is false, in every head of the group."""
+    by_head = x.reshape(*x.shape[:2], -1, where.shape[-1])
+    return jnp.where(where[:, :, None], by_head, 0).reshape(x.shape)
+
+
+def _sum_group(e: jax.Array, query_block: int) -> jax.Array:
+    """``[p, s, m]`` → ``[p, s, query_block]``; behind a barrier, or it would be summed anew for every use."""
+    return jax.lax.optimization_barrier(jnp.sum(e.reshape(*e.shape[:2], -1, query_block), axis=2))
+
+
+def visible_pass(
+    rows: Rows,
+    key,
+    value,
+    intervals: Intervals,
+    columns: RoleColumns | None,
+    scale: float,
+    window: int,
+    tiling: XlaTiling,
+) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
+    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
+    b, k, g, t, h = rows.query.shape
+    length = key.shape[2]
+    bq, bk, lanes = tiling.query_block, tiling.key_block, num_lanes(tiling.lanes, b * k)
+    intervals = pad_intervals(intervals, bq, bk)
+    tiles = visible_tiles(intervals, bq, bk)
+    if columns is not None:
+        columns = RoleColumns(*(pad(x, 2, bk, 0) for x in columns))
+        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # behind it, only the full sum
+        far = most(settled, bk) < first_query(intervals.query_position, bq)
+        tiles = Tiles(tiles.alive, tiles.plain & far)
+        columns = RoleColumns(*(in_lanes(x, lanes) for x in columns))
+    lists = lists_in_lanes(tiles, lanes)
+    num_blocks = lists.num_alive.shape[-1]
+    rows = _rows_in_lanes(rows, bq, lanes)
+    key, value = (in_lanes(pad(x, 2, bk, 0), lanes) for x in (key, value))
+    num_columns = h + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
+
+    def group(arrays):
+        rows, key, value, intervals, columns, lists = arrays
+
+        transposed = jnp.swapaxes(key, 1, 2)
+
+        def query_block(by_key, i):
+            own = _block_of_rows(rows, i, bq)
+
+            def step(masked, position, carry):
+                dquery, row, dkey, weighted, sums = carry
+                j = lists.order[i, position]
+                keys, values = block_of(key, j, bk), block_of(value, j, bk)
+                ratio = _ratio(own, keys, scale)
+                if masked:
+                    tile = _Tile.of(intervals, i, j, bq, bk)
+                    ratio = _keep(ratio, tile.visible)
+                e = _e(own, ratio, values)
+                if masked and columns is not None:
+                    tile_sums, tile_row = _visible_sums(_sum_group(e, bq), tile, columns, j, bk, window)
+                    sums = [add_to_block(x, y, j) for x, y in zip(sums, tile_sums, strict=True)]
+                    row += tile_row
+                ds = (scale * e).astype(key.dtype)
+                dquery += dot("phs,psm->phm", block_of(transposed, j, bk, 2), ds)
+                dkey = add_to_block(dkey, dot("psm,pmh->psh", ds, own.query), j)
+                update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
+                return dquery, row, dkey, add_to_block(weighted, update, j), sums
+
+            carry = (jnp.zeros((lanes, h, g * bq), jnp.float32), jnp.zeros((lanes, bq), jnp.float32), *by_key)
+            carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
+            carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
+            dquery, row, *by_key = carry
+            return tuple(by_key), (dquery, row)
+
+        start = (
+            jnp.zeros(key.shape, jnp.float32),
+            jnp.zeros((*value.shape[:2], num_columns), jnp.float32),
+            [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
+        )
+        (dkey, weighted, sums), by_row = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
+        if columns is not None:
+            sums = [_sum_of_e(value, weighted), *sums]
+        return dkey, weighted[..., :h], sums, *by_row
+
+    arrays = (rows, key, value, interval_lanes(intervals, lanes), columns, lists)
+    dkey, dvalue, sums, dquery, row = jax.lax.map(group, arrays)
+    # dquery [n, q, p, h, m] → [b, k, g, t, h]; row [n, q, p, bq] → [b, k, t]
+    dquery = jnp.moveaxis(dquery.reshape(-1, num_blocks, lanes, h, g, bq), (1, 3), (3, 5))
+    dquery = dquery.reshape(b, k, g, num_blocks * bq, h)[:, :, :, :t]
+    dkey, dvalue = (x.reshape(b, k, *x.shape[2:])[:, :, :length] for x in (dkey, dvalue))
+    if columns is None:
+        return dquery, dkey, dvalue, None
+    row = jnp.moveaxis(row, 1, 2).reshape(b, k, num_blocks * bq)[:, :, :t]
+    every, at_own, local, sliding = (x.reshape(b, k, -1)[:, :, :length] for x in sums)
+    return dquery, dkey, dvalue, RoleSums(every, at_own, local, sliding, jnp.zeros_like(every), row)
+
+
+class _Tile(NamedTuple):
+    """The integers of a tile: ``at [p, 1, t]``, ``begin`` and ``end [p, s, 1]``."""
+
+    at: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+    @classmethod
+    def of(cls, intervals: Intervals, i, j, query_block: int, key_block: int) -> "_Tile":
+        """Tile (i, j) of one group of lanes."""
+        begin, end = (block_of(x, j, key_block)[:, :, None] for x in intervals[1:])
+        return cls(block_of(intervals.query_position, i, query_block)[:, None], begin, end)
+
+    @property
+    def visible(self) -> jax.Array:
+        """Bool ``[p, s, t]``."""
+        return (self.begin <= self.at) & (self.at < self.end)
+
+
+def _columns_of_block(columns: RoleColumns, j, key_block: int) -> RoleColumns:
+    return RoleColumns(*(block_of(x, j, key_block)[:, :, None] for x in columns))
+
+
+def _total(e: jax.Array, where: jax.Array, spec: str = "pst,t->ps") -> jax.Array:
+    """The sum of e where a condition holds, as a product with ones: XLA's CPU sums over the last axis are slow."""
+    return dot(spec, jnp.where(where, e, 0), jnp.ones(e.shape[2 if spec[4] == "t" else 1], e.dtype))
+
+
+def _visible_sums(e, tile: _Tile, columns: RoleColumns, j, key_block: int, window: int):
+    """``([own, local, sliding] of [p, s], row [p, t])`` of a tile; ``e [p, s, t]``, 0 where nothing is seen."""
+    column, at, begin = _columns_of_block(columns, j, key_block), tile.at, tile.begin
+    by_key = [
+        _total(e, at == begin),
+        _total(e, (begin < at) & (at <= column.next_global)),
+        _total(e, at <= begin + window),
+    ]
+    return by_key, _total(e, column.is_local & (begin < at), "pst,s->pt")
+
+
+def masked_out_pass(
+    rows: Rows, key, value, query_position, weight, columns: RoleColumns, scale: float, window: int, tiling: XlaTiling
+) -> RoleSums:
+    """The role sums over pairs that the mask hides: see ``Backend``."""
+    b, k, length, h = key.shape
+    bq, bk, lanes = tiling.query_block, tiling.key_block, num_lanes(tiling.lanes, b * k)
+    at = pad(jnp.broadcast_to(query_position, (b, *query_position.shape)), 1, bq, -1)
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, k, length))
+    intervals = pad_intervals(Intervals(at, index, columns.key_end), bq, bk)
+    is_global = columns.is_global
+    columns = RoleColumns(*(pad(x, 2, bk, 0) for x in columns))
+    lists = lists_in_lanes(_masked_out_tiles(intervals, columns, window, bq, bk), lanes)
+    num_blocks = lists.num_alive.shape[-1]
+    # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
+    dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
+    rows = _rows_in_lanes(rows._replace(dout=dout, delta=rows.delta * weight), bq, lanes)
+    key, value = (in_lanes(pad(x, 2, bk, 0), lanes) for x in (key, value))
+    num_columns = h + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
+
+    def group(arrays):
+        rows, key, value, intervals, columns, lists = arrays
+
+        def query_block(carry, i):
+            own = _block_of_rows(rows, i, bq)
+
+            def step(masked, position, carry):
+                weighted, sums = carry
+                j = lists.order[i, position]
+                ratio = _ratio(own, block_of(key, j, bk), scale)
+                if masked:
+                    tile = _Tile.of(intervals, i, j, bq, bk)
+                    column = _columns_of_block(columns, j, bk)
+                    hidden = (tile.begin <= tile.at) & (tile.at < column.reach) & (tile.at >= column.key_end)
+                    ratio = _keep(ratio, hidden)
+                    e = _sum_group(_e(own, ratio, block_of(value, j, bk)), bq)
+                    tile_sums = [
+                        _total(e, tile.at <= column.next_global),
+                        _total(e, tile.at <= tile.begin + window),
+                        _total(e, column.is_local & (tile.at <= column.second_global)),
+                    ]
+                    sums = [add_to_block(x, y, j) for x, y in zip(sums, tile_sums, strict=True)]
+                update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
+                return add_to_block(weighted, update, j), sums
+
+            carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
+            carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
+            return carry, None
+
+        start = (
+            jnp.zeros((*value.shape[:2], num_columns), jnp.float32),
+            [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
+        )
+        (weighted, sums), _ = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
+        return [_sum_of_e(value, weighted), *sums]
+
+    in_groups = RoleColumns(*(in_lanes(x, lanes) for x in columns))
+    sums = jax.lax.map(group, (rows, key, value, interval_lanes(intervals, lanes), in_groups, lists))
+    every, local, sliding, past = (x.reshape(b, k, -1)[:, :, :length] for x in sums)
+    # The plain tiles do not ask who is visible: there that can only be GLOBAL keys, and these have no hidden pair.
+    every = jnp.where(is_global, 0, every)
+    zeros = jnp.zeros_like(every)
+    return RoleSums(every, zeros, local, sliding, past, zeros)
+
+
+def _masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int, bq: int, bk: int) -> Tiles:
+    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left."""
+    first, last = (f(intervals.query_position, bq) for f in (first_query, last_query))
+    begin = intervals.key_position
+    reach = jnp.where(columns.is_global, 0, columns.reach)
+    alive = (least(begin, bk) <= last) & (most(reach, bk) > first)
+    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
+    plain = (most(settled, bk) < first) & (least(columns.reach, bk) > last)
+    return Tiles(alive, alive & plain & all_rows_read(intervals.query_position, bq))
