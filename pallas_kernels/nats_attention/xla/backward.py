@@ -31,18 +31,7 @@ from pallas_kernels.nats_attention.blocks import (
     visible_tiles,
 )
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
-from pallas_kernels.nats_attention.xla.lanes import (
-    add_to_block,
-    block_of,
-    dot,
-    in_lanes,
-    interval_lanes,
-    lists_in_lanes,
-    num_lanes,
-    pad,
-    pad_intervals,
-    rows_of,
-)
+from pallas_kernels.nats_attention.xla.lanes import Lanes, add, dot, take
 from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
@@ -56,14 +45,14 @@ class _Block(NamedTuple):
     delta: jax.Array
 
 
-def _rows_in_lanes(rows: Rows, block: int, lanes: int) -> Rows:
-    """``[b, k, g, t, …]`` → ``[n, p, g, t, …]``; padded rows give nothing."""
+def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
+    """``[b, k, g, t, …]`` → ``[n, a, g, t, …]``; padded rows give nothing."""
     fill = (0, 0, jnp.inf, 0)
-    return Rows(*(in_lanes(pad(x, 3, block, value), lanes) for x, value in zip(rows, fill, strict=True)))
+    return Rows(*(lanes.rows_in_groups(x, value) for x, value in zip(rows, fill, strict=True)))
 
 
-def _block_of_rows(rows: Rows, i, block: int) -> _Block:
-    query, dout, lse, delta = (rows_of(x, i, block) for x in rows)
+def _block_of_rows(rows: Rows, i, lanes: Lanes) -> _Block:
+    query, dout, lse, delta = (lanes.rows_of(x, i) for x in rows)
     return _Block(query, dout, jnp.concatenate([dout, *_columns_of(delta, dout.dtype)], axis=-1), lse, delta)
 
 
@@ -73,6 +62,11 @@ def _columns_of(delta: jax.Array, dtype) -> list[jax.Array]:
     if dtype == delta.dtype:
         return [first[..., None]]
     return [first[..., None], (delta - first.astype(delta.dtype)).astype(dtype)[..., None]]
+
+
+def _num_columns(value: jax.Array) -> int:
+    """The head dim and the columns of ``delta``."""
+    return value.shape[-1] + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
 
 
 def _sum_of_e(value: jax.Array, weighted: jax.Array) -> jax.Array:
@@ -112,76 +106,72 @@ def visible_pass(
     tiling: XlaTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
     """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
-    b, k, g, t, h = rows.query.shape
+    b, k, _, t, h = rows.query.shape
     length = key.shape[2]
-    bq, bk, lanes = tiling.query_block, tiling.key_block, num_lanes(tiling.lanes, b * k)
-    intervals = pad_intervals(intervals, bq, bk)
-    tiles = visible_tiles(intervals, bq, bk)
+    lanes = Lanes.of(tiling, b * k, t)
+    intervals = lanes.pad_intervals(intervals)
+    tiles = visible_tiles(intervals, lanes.query_block, lanes.key_block)
     if columns is not None:
-        columns = RoleColumns(*(pad(x, 2, bk, 0) for x in columns))
+        columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
         settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # behind it, only the full sum
-        far = most(settled, bk) < first_query(intervals.query_position, bq)
+        far = most(settled, lanes.key_block) < first_query(intervals.query_position, lanes.query_block)
         tiles = Tiles(tiles.alive, tiles.plain & far)
-        columns = RoleColumns(*(in_lanes(x, lanes) for x in columns))
-    lists = lists_in_lanes(tiles, lanes)
-    num_blocks = lists.num_alive.shape[-1]
-    rows = _rows_in_lanes(rows, bq, lanes)
-    key, value = (in_lanes(pad(x, 2, bk, 0), lanes) for x in (key, value))
-    num_columns = h + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
+        columns = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
+    lists = lanes.lists(tiles)
+    key, value = (lanes.keys_in_groups(x) for x in (key, value))
 
     def group(arrays):
         rows, key, value, intervals, columns, lists = arrays
-
         transposed = jnp.swapaxes(key, 1, 2)
 
-        def query_block(by_key, i):
-            own = _block_of_rows(rows, i, bq)
+        def query_blocks(by_key, i):
+            own, at = _block_of_rows(rows, i, lanes), lanes.positions_of(intervals.query_position, i)
 
             def step(masked, position, carry):
                 dquery, row, dkey, weighted, sums = carry
                 j = lists.order[i, position]
-                keys, values = block_of(key, j, bk), block_of(value, j, bk)
-                ratio = _ratio(own, keys, scale)
+                ratio = _ratio(own, take(key, j), scale)
                 if masked:
-                    tile = _Tile.of(intervals, i, j, bq, bk)
+                    tile = _Tile.of(at, intervals, j)
                     ratio = _keep(ratio, tile.visible)
-                e = _e(own, ratio, values)
+                e = _e(own, ratio, take(value, j))
                 if masked and columns is not None:
-                    tile_sums, tile_row = _visible_sums(_sum_group(e, bq), tile, columns, j, bk, window)
-                    sums = [add_to_block(x, y, j) for x, y in zip(sums, tile_sums, strict=True)]
+                    column = _columns_of_blocks(columns, j)
+                    tile_sums, tile_row = _visible_sums(_sum_group(e, lanes.query_block), tile, column, window)
+                    sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                     row += tile_row
                 ds = (scale * e).astype(key.dtype)
-                dquery += dot("phs,psm->phm", block_of(transposed, j, bk, 2), ds)
-                dkey = add_to_block(dkey, dot("psm,pmh->psh", ds, own.query), j)
+                dquery += dot("phs,psm->phm", take(transposed, j), ds)
+                dkey = add(dkey, j, dot("psm,pmh->psh", ds, own.query))
                 update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
-                return dquery, row, dkey, add_to_block(weighted, update, j), sums
+                return dquery, row, dkey, add(weighted, j, update), sums
 
-            carry = (jnp.zeros((lanes, h, g * bq), jnp.float32), jnp.zeros((lanes, bq), jnp.float32), *by_key)
+            dquery = jnp.zeros((own.query.shape[0], h, own.query.shape[1]), jnp.float32)
+            carry = (dquery, jnp.zeros(at.shape, jnp.float32), *by_key)
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             dquery, row, *by_key = carry
-            return tuple(by_key), (dquery, row)
+            return tuple(by_key), (jnp.swapaxes(dquery, 1, 2), row)
 
         start = (
             jnp.zeros(key.shape, jnp.float32),
-            jnp.zeros((*value.shape[:2], num_columns), jnp.float32),
+            jnp.zeros((*value.shape[:2], _num_columns(value)), jnp.float32),
             [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
         )
-        (dkey, weighted, sums), by_row = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
+        steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
+        (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, start, steps)
         if columns is not None:
             sums = [_sum_of_e(value, weighted), *sums]
         return dkey, weighted[..., :h], sums, *by_row
 
-    arrays = (rows, key, value, interval_lanes(intervals, lanes), columns, lists)
+    arrays = (_rows_in_groups(rows, lanes), key, value, lanes.intervals_in_groups(intervals), columns, lists)
     dkey, dvalue, sums, dquery, row = jax.lax.map(group, arrays)
-    # dquery [n, q, p, h, m] → [b, k, g, t, h]; row [n, q, p, bq] → [b, k, t]
-    dquery = jnp.moveaxis(dquery.reshape(-1, num_blocks, lanes, h, g, bq), (1, 3), (3, 5))
-    dquery = dquery.reshape(b, k, g, num_blocks * bq, h)[:, :, :, :t]
-    dkey, dvalue = (x.reshape(b, k, *x.shape[2:])[:, :, :length] for x in (dkey, dvalue))
+    dquery = lanes.by_head(dquery, (b, k), t)
+    dkey, dvalue = (lanes.keys_by_head(x, (b, k, length)) for x in (dkey, dvalue))
     if columns is None:
         return dquery, dkey, dvalue, None
-    row = jnp.moveaxis(row, 1, 2).reshape(b, k, num_blocks * bq)[:, :, :t]
-    every, at_own, local, sliding = (x.reshape(b, k, -1)[:, :, :length] for x in sums)
+    every, at_own, local, sliding = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
+    row = lanes.by_head(row, (b, k), t)[:, :, 0]
     return dquery, dkey, dvalue, RoleSums(every, at_own, local, sliding, jnp.zeros_like(every), row)
 
 
@@ -193,10 +183,10 @@ class _Tile(NamedTuple):
     end: jax.Array
 
     @classmethod
-    def of(cls, intervals: Intervals, i, j, query_block: int, key_block: int) -> "_Tile":
-        """Tile (i, j) of one group of lanes."""
-        begin, end = (block_of(x, j, key_block)[:, :, None] for x in intervals[1:])
-        return cls(block_of(intervals.query_position, i, query_block)[:, None], begin, end)
+    def of(cls, at: jax.Array, intervals: Intervals, j: jax.Array) -> "_Tile":
+        """The tile of each lane: queries at ``at [p, t]``, key blocks ``j [p]``."""
+        begin, end = (take(x, j)[:, :, None] for x in intervals[1:])
+        return cls(at[:, None], begin, end)
 
     @property
     def visible(self) -> jax.Array:
@@ -204,8 +194,9 @@ class _Tile(NamedTuple):
         return (self.begin <= self.at) & (self.at < self.end)
 
 
-def _columns_of_block(columns: RoleColumns, j, key_block: int) -> RoleColumns:
-    return RoleColumns(*(block_of(x, j, key_block)[:, :, None] for x in columns))
+def _columns_of_blocks(columns: RoleColumns, j: jax.Array) -> RoleColumns:
+    """What is known of the keys of each lane: ``[p, s, 1]``."""
+    return RoleColumns(*(take(x, j)[:, :, None] for x in columns))
 
 
 def _total(e: jax.Array, where: jax.Array, spec: str = "pst,t->ps") -> jax.Array:
@@ -213,9 +204,9 @@ def _total(e: jax.Array, where: jax.Array, spec: str = "pst,t->ps") -> jax.Array
     return dot(spec, jnp.where(where, e, 0), jnp.ones(e.shape[2 if spec[4] == "t" else 1], e.dtype))
 
 
-def _visible_sums(e, tile: _Tile, columns: RoleColumns, j, key_block: int, window: int):
+def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -> tuple[list[jax.Array], jax.Array]:
     """``([own, local, sliding] of [p, s], row [p, t])`` of a tile; ``e [p, s, t]``, 0 where nothing is seen."""
-    column, at, begin = _columns_of_block(columns, j, key_block), tile.at, tile.begin
+    at, begin = tile.at, tile.begin
     by_key = [
         _total(e, at == begin),
         _total(e, (begin < at) & (at <= column.next_global)),
@@ -228,60 +219,57 @@ def masked_out_pass(
     rows: Rows, key, value, query_position, weight, columns: RoleColumns, scale: float, window: int, tiling: XlaTiling
 ) -> RoleSums:
     """The role sums over pairs that the mask hides: see ``Backend``."""
-    b, k, length, h = key.shape
-    bq, bk, lanes = tiling.query_block, tiling.key_block, num_lanes(tiling.lanes, b * k)
-    at = pad(jnp.broadcast_to(query_position, (b, *query_position.shape)), 1, bq, -1)
+    b, k, length, _ = key.shape
+    lanes = Lanes.of(tiling, b * k, query_position.shape[0])
+    at = jnp.broadcast_to(query_position, (b, *query_position.shape))
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, k, length))
-    intervals = pad_intervals(Intervals(at, index, columns.key_end), bq, bk)
+    intervals = lanes.pad_intervals(Intervals(at, index, columns.key_end))
     is_global = columns.is_global
-    columns = RoleColumns(*(pad(x, 2, bk, 0) for x in columns))
-    lists = lists_in_lanes(_masked_out_tiles(intervals, columns, window, bq, bk), lanes)
-    num_blocks = lists.num_alive.shape[-1]
+    columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
+    lists = lanes.lists(_masked_out_tiles(intervals, columns, window, lanes.query_block, lanes.key_block))
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
-    rows = _rows_in_lanes(rows._replace(dout=dout, delta=rows.delta * weight), bq, lanes)
-    key, value = (in_lanes(pad(x, 2, bk, 0), lanes) for x in (key, value))
-    num_columns = h + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
+    rows = _rows_in_groups(rows._replace(dout=dout, delta=rows.delta * weight), lanes)
+    key, value = (lanes.keys_in_groups(x) for x in (key, value))
 
     def group(arrays):
         rows, key, value, intervals, columns, lists = arrays
 
-        def query_block(carry, i):
-            own = _block_of_rows(rows, i, bq)
+        def query_blocks(carry, i):
+            own, at = _block_of_rows(rows, i, lanes), lanes.positions_of(intervals.query_position, i)
 
             def step(masked, position, carry):
                 weighted, sums = carry
                 j = lists.order[i, position]
-                ratio = _ratio(own, block_of(key, j, bk), scale)
+                ratio = _ratio(own, take(key, j), scale)
                 if masked:
-                    tile = _Tile.of(intervals, i, j, bq, bk)
-                    column = _columns_of_block(columns, j, bk)
+                    tile, column = _Tile.of(at, intervals, j), _columns_of_blocks(columns, j)
                     hidden = (tile.begin <= tile.at) & (tile.at < column.reach) & (tile.at >= column.key_end)
                     ratio = _keep(ratio, hidden)
-                    e = _sum_group(_e(own, ratio, block_of(value, j, bk)), bq)
+                    e = _sum_group(_e(own, ratio, take(value, j)), lanes.query_block)
                     tile_sums = [
                         _total(e, tile.at <= column.next_global),
                         _total(e, tile.at <= tile.begin + window),
                         _total(e, column.is_local & (tile.at <= column.second_global)),
                     ]
-                    sums = [add_to_block(x, y, j) for x, y in zip(sums, tile_sums, strict=True)]
+                    sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                 update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
-                return add_to_block(weighted, update, j), sums
+                return add(weighted, j, update), sums
 
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             return carry, None
 
         start = (
-            jnp.zeros((*value.shape[:2], num_columns), jnp.float32),
+            jnp.zeros((*value.shape[:2], _num_columns(value)), jnp.float32),
             [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
         )
-        (weighted, sums), _ = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
+        (weighted, sums), _ = jax.lax.scan(query_blocks, start, jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32))
         return [_sum_of_e(value, weighted), *sums]
 
-    in_groups = RoleColumns(*(in_lanes(x, lanes) for x in columns))
-    sums = jax.lax.map(group, (rows, key, value, interval_lanes(intervals, lanes), in_groups, lists))
-    every, local, sliding, past = (x.reshape(b, k, -1)[:, :, :length] for x in sums)
+    in_groups = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
+    sums = jax.lax.map(group, (rows, key, value, lanes.intervals_in_groups(intervals), in_groups, lists))
+    every, local, sliding, past = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
     # The plain tiles do not ask who is visible: there that can only be GLOBAL keys, and these have no hidden pair.
     every = jnp.where(is_global, 0, every)
     zeros = jnp.zeros_like(every)

@@ -1,85 +1,156 @@
-"""Padding to whole tiles, and heads put into lanes: what the passes of this backend share.
+"""Padding to whole tiles, and tiles put side by side into lanes: what the passes of this backend share.
 
-Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim;
-``n`` group of lanes, ``p`` lane (``n · p = b · k``), ``m`` row of a tile (``g`` times the query block).
+A CPU's products and XLA's loops want more work at a time than one tile. So several KV heads, and where these are few
+several neighbouring query blocks of each, go through a loop together: one *lane* for each pair of head and query block,
+each with a list of key blocks of its own.
+
+Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``j``
+key block; ``n`` group of heads, ``a`` head in it (``n · a = b · k``), ``i`` step over the query blocks, ``p`` lane,
+``m`` row of a tile (``g`` times the query block).
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import LiveBlocks, Tiles, live_blocks
+from pallas_kernels.nats_attention.blocks import Tiles, live_blocks
 from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
-def pad(x: jax.Array, axis: int, block: int, value) -> jax.Array:
-    """``x`` lengthened along ``axis`` to a multiple of ``block``."""
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Which tiles go together: lane p is head ``p // blocks`` of the group and query block ``p % blocks`` of the step.
+
+    Attributes:
+      heads: KV heads of a group.
+      blocks: neighbouring query blocks of each.
+      query_block, key_block: rows of each query head, and columns, of a tile.
+    """
+
+    heads: int
+    blocks: int
+    query_block: int
+    key_block: int
+
+    @classmethod
+    def of(cls, tiling: XlaTiling, num_heads: int, num_queries: int) -> "Lanes":
+        """The lanes for ``num_heads = b · k``: heads first, then query blocks."""
+        heads = max(n for n in range(1, min(tiling.lanes, num_heads) + 1) if num_heads % n == 0)
+        blocks = min(tiling.lanes // heads, -(-num_queries // tiling.query_block))
+        return cls(heads, blocks, tiling.query_block, tiling.key_block)
+
+    @property
+    def rows(self) -> int:
+        """Queries of a head that a step takes."""
+        return self.blocks * self.query_block
+
+    def pad_rows(self, x: jax.Array, axis: int, value) -> jax.Array:
+        """``x`` lengthened to whole steps along an axis of queries."""
+        return _pad(x, axis, self.rows, value)
+
+    def pad_keys(self, x: jax.Array, value) -> jax.Array:
+        """``x [b, k, s, …]`` lengthened to whole blocks of keys."""
+        return _pad(x, 2, self.key_block, value)
+
+    def rows_in_groups(self, x: jax.Array, value) -> jax.Array:
+        """``[b, k, g, t, …]``, padded with ``value`` → ``[n, a, g, t, …]``."""
+        return self._in_groups(self.pad_rows(x, 3, value))
+
+    def keys_in_groups(self, x: jax.Array) -> jax.Array:
+        """``[b, k, s, …]``, padded → ``[n, a · j, key_block, …]``: the blocks that ``Lists.order`` numbers."""
+        x = self._in_groups(self.pad_keys(x, 0))
+        return x.reshape(x.shape[0], -1, self.key_block, *x.shape[3:])
+
+    def keys_by_head(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Back from ``keys_in_groups``: ``[n, a · j, key_block, …]`` → ``[b, k, s, …]``; ``shape = (b, k, s)``."""
+        return x.reshape(*shape[:2], -1, *x.shape[3:])[:, :, : shape[2]]
+
+    def _in_groups(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, self.heads, *x.shape[2:])
+
+    def pad_intervals(self, intervals: Intervals) -> Intervals:
+        """Padded rows read nothing and padded keys are read by none."""
+        return Intervals(
+            self.pad_rows(intervals.query_position, 1, -1),
+            self.pad_keys(intervals.key_position, NO_END),
+            self.pad_keys(intervals.key_end, 0),
+        )
+
+    def intervals_in_groups(self, intervals: Intervals) -> Intervals:
+        """Padded intervals by head and by block: int32 ``[n, a, t]`` and ``[n, a · j, key_block]`` twice."""
+        at, begin, end = intervals
+        at = jnp.broadcast_to(at[:, None], (*end.shape[:2], at.shape[-1]))
+        return Intervals(self._in_groups(at), self.keys_in_groups(begin), self.keys_in_groups(end))
+
+    def lists(self, tiles: Tiles) -> "Lists":
+        """The list of each lane; ``tiles [b, k, q, j]``, ``q`` a multiple of ``blocks``."""
+        order, num_plain, num_alive = live_blocks(tiles)
+        head = jnp.arange(order.shape[0] * order.shape[1], dtype=jnp.int32).reshape(order.shape[:2]) % self.heads
+        order += (head * order.shape[3])[:, :, None, None]
+
+        def by_step(x):  # [b, k, q, …] → [n, i, p, …]
+            x = self._in_groups(x)
+            x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, self.blocks, *x.shape[3:]), 2, 1)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        # [n, i, j, p]: a step of the loop takes the blocks of all lanes
+        order = jnp.swapaxes(by_step(order), 2, 3)
+        return Lists(order, jnp.min(by_step(num_plain), -1), jnp.max(by_step(num_alive), -1))
+
+    def rows_of(self, x: jax.Array, step) -> jax.Array:
+        """The rows of each lane, the group of query heads folded in: ``[a, g, t, …]`` → ``[p, m, …]``."""
+        part = jax.lax.dynamic_slice_in_dim(x, step * self.rows, self.rows, 2)
+        part = part.reshape(*part.shape[:2], self.blocks, self.query_block, *part.shape[3:])
+        return jnp.moveaxis(part, 2, 1).reshape(self.heads * self.blocks, -1, *part.shape[4:])
+
+    def positions_of(self, query_position: jax.Array, step) -> jax.Array:
+        """The indices of each lane's queries: ``[a, t]`` → ``[p, query_block]``."""
+        part = jax.lax.dynamic_slice_in_dim(query_position, step * self.rows, self.rows, 1)
+        return part.reshape(-1, self.query_block)
+
+    def by_head(self, x: jax.Array, shape: tuple[int, int], num_queries: int) -> jax.Array:
+        """What the steps gave by row: ``[n, i, p, r · query_block, …]`` → ``[b, k, r, t, …]``; ``shape = (b, k)``."""
+        n, i = x.shape[:2]
+        x = x.reshape(n, i, self.heads, self.blocks, -1, self.query_block, *x.shape[4:])
+        x = jnp.moveaxis(x, (1, 3), (3, 4))  # [n, a, r, i, blocks, query_block, …]
+        return x.reshape(*shape, x.shape[2], i * self.rows, *x.shape[6:])[:, :, :, :num_queries]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Key blocks of each lane: plain ones first, then those with a mask, then the dead, which the mask hides.
+
+    Attributes:
+      order: int32 ``[n, i, j, p]``, numbers of blocks among those of the group.
+      num_plain: int32 ``[n, i]``: as many as every lane of the step has.
+      num_alive: int32 ``[n, i]``: as many as any lane of the step has.
+    """
+
+    order: jax.Array
+    num_plain: jax.Array
+    num_alive: jax.Array
+
+
+jax.tree_util.register_dataclass(Lists)
+
+
+def take(blocks: jax.Array, which: jax.Array) -> jax.Array:
+    """The block of each lane: ``blocks [a · j, …]``, ``which`` int32 ``[p]`` → ``[p, …]``."""
+    return blocks.at[which].get(mode="promise_in_bounds")
+
+
+def add(blocks: jax.Array, which: jax.Array, update: jax.Array) -> jax.Array:
+    """``blocks [a · j, …]`` with ``update [p, …]`` added to the block of each lane; lanes may share one."""
+    return blocks.at[which].add(update, mode="promise_in_bounds")
+
+
+def _pad(x: jax.Array, axis: int, block: int, value) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths, constant_values=value)
-
-
-def pad_intervals(intervals: Intervals, query_block: int, key_block: int) -> Intervals:
-    """Padded rows read nothing and padded keys are read by none."""
-    return Intervals(
-        pad(intervals.query_position, 1, query_block, -1),
-        pad(intervals.key_position, 2, key_block, NO_END),
-        pad(intervals.key_end, 2, key_block, 0),
-    )
-
-
-def num_lanes(lanes: int, heads: int) -> int:
-    """The largest divisor of ``heads`` that is at most ``lanes``."""
-    return max(n for n in range(1, min(lanes, heads) + 1) if heads % n == 0)
-
-
-def in_lanes(x: jax.Array, lanes: int) -> jax.Array:
-    """``[b, k, …]`` → ``[n, p, …]``."""
-    return x.reshape(-1, lanes, *x.shape[2:])
-
-
-def interval_lanes(intervals: Intervals, lanes: int) -> Intervals:
-    """The intervals by lane: int32 ``[n, p, t]`` and ``[n, p, s]`` twice."""
-    at = intervals.query_position[:, None]
-    at = jnp.broadcast_to(at, (*intervals.key_end.shape[:2], at.shape[-1]))
-    return Intervals(*(in_lanes(x, lanes) for x in (at, intervals.key_position, intervals.key_end)))
-
-
-def lists_in_lanes(tiles: Tiles, lanes: int) -> LiveBlocks:
-    """One list for the lanes of a group: alive where any lane is, plain where all lanes are; ``[n, q, j]``."""
-    alive, plain = (in_lanes(x, lanes) for x in tiles)
-    return live_blocks(Tiles(jnp.any(alive, axis=1), jnp.all(plain, axis=1)))
-
-
-def block_of(x: jax.Array, index, block: int, axis: int = 1) -> jax.Array:
-    """The ``index``-th block along ``axis``."""
-    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis)
-
-
-def add_to_block(x: jax.Array, update: jax.Array, index, axis: int = 1) -> jax.Array:
-    """``x`` with ``update`` added to its ``index``-th block along ``axis``."""
-    start = index * update.shape[axis]
-    old = jax.lax.dynamic_slice_in_dim(x, start, update.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(x, old + update, start, axis)
-
-
-def rows_of(x: jax.Array, index, block: int) -> jax.Array:
-    """A query block of ``x [p, g, t, …]`` with the group folded into the rows: ``[p, m, …]``."""
-    part = block_of(x, index, block, 2)
-    return part.reshape(part.shape[0], -1, *part.shape[3:])
-
-
-def visible_pairs(intervals: Intervals, i, j, query_block: int, key_block: int) -> jax.Array:
-    """The mask of tile (i, j), bool ``[p, query_block, key_block]``; ``intervals`` of one group of lanes."""
-    at = block_of(intervals.query_position, i, query_block)[:, :, None]
-    begin, end = (block_of(x, j, key_block)[:, None, :] for x in intervals[1:])
-    return (begin <= at) & (at < end)
-
-
-def hide(x: jax.Array, visible: jax.Array, value) -> jax.Array:
-    """``x [p, m, s]`` with ``value`` where ``visible [p, query_block, s]`` is false, in every head of the group."""
-    by_head = x.reshape(x.shape[0], -1, *visible.shape[1:])
-    return jnp.where(visible[:, None], by_head, value).reshape(x.shape)
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
