@@ -61,7 +61,12 @@ class NatsConfig:
     initial_roles: tuple[float, ...] = setting(
         (1 / 3, 1 / 3, 1 / 3), "fractions of GLOBAL, LOCAL, SLIDING at step 0", minimum=1e-6, maximum=1
     )
-    mask_gradient: Literal["exact", "visible"] = setting("exact", "which pairs the role gradient is taken from")
+    mask_gradient: Literal["exact", "sampled", "visible"] = setting(
+        "exact", "role gradient from every causal pair, from a sample of the masked-out ones, or from none of these"
+    )
+    sampled_fraction: float = setting(
+        1 / 8, "of the queries whose masked-out pairs a sampled mask_gradient looks at", minimum=1e-3, maximum=1
+    )
     price_gradient: Literal["constant", "exact"] = setting(
         "constant", "of the price: lifetimes held constant, or with what a GLOBAL token ends"
     )

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from natsjax import token_types
 from natsjax.config import Config, ModelConfig, NatsConfig
-from pallas_kernels.nats_attention import interval_attention, nats_attention
+from pallas_kernels.nats_attention import MaskGradient, Sampled, Visible, interval_attention, nats_attention
 
 ROLES = "nats_roles"
 """Name under which every remat policy saves the sampled roles."""
@@ -172,10 +172,18 @@ class Attention(nnx.Module):
             roles,
             window=nats.window,
             document_end=inputs.document_end,
-            mask_gradient=nats.mask_gradient,
+            mask_gradient=self._mask_gradient(trained=choice.noise_key is not None),
+            sample_key=None if choice.noise_key is None else jax.random.fold_in(choice.noise_key, 1),
         )
         lifetime = token_types.lifetime_sum(roles, inputs.document_end, nats.window, nats.price_gradient)
         return out, Roles(ids, lifetime)
+
+    def _mask_gradient(self, trained: bool) -> MaskGradient | str:
+        nats = self.config.nats
+        if nats.mask_gradient != "sampled":
+            return nats.mask_gradient
+        # Without noise nothing is trained and no gradient asked for: then there is no key to draw with either.
+        return Sampled(nats.sampled_fraction) if trained else Visible()
 
     def _attend_by_interval(self, query, key, value, inputs, key_end):
         b, s, k, _ = key.shape
