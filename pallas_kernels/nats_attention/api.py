@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, reference, xla
+from pallas_kernels.nats_attention import differentiable, reference, tilings, xla
 from pallas_kernels.nats_attention.backend import Backend, Intervals
 from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
@@ -105,7 +105,7 @@ def _first_that_serves(
         if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):
             continue
         try:
-            chosen = backend.default_tiling(problem) if tiling is None else tiling
+            chosen = tilings.choose(name, backend, problem) if tiling is None else tiling
             backend.check(problem, chosen)
             return call_backend(backend, chosen)
         except NotImplementedError as refusal:

@@ -38,6 +38,22 @@ class LiveBlocks(NamedTuple):
     num_alive: jax.Array
 
 
+def pad_to_blocks(x: jax.Array, axis: int, block: int, value) -> jax.Array:
+    """``x`` lengthened with ``value`` along ``axis`` to a multiple of ``block``."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def pad_intervals(intervals: Intervals, query_block: int, key_block: int) -> Intervals:
+    """Intervals of whole blocks: padded rows read nothing and padded keys are read by none."""
+    return Intervals(
+        pad_to_blocks(intervals.query_position, 1, query_block, -1),
+        pad_to_blocks(intervals.key_position, 2, key_block, NO_END),
+        pad_to_blocks(intervals.key_end, 2, key_block, 0),
+    )
+
+
 def _blocks(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], -1, block)
 

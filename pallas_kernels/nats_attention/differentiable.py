@@ -10,7 +10,6 @@ head dim.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -60,22 +59,6 @@ def _heads_last(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 3, 1).reshape(b, t, k * g, *x.shape[4:])
 
 
-def _arrange(intervals: Intervals, tiling: Tiling) -> tuple[Layout | None, Intervals]:
-    """The rearrangement that the tiling asks for, and the intervals by slot."""
-    if not tiling.thresholds:
-        return None, intervals
-    length = intervals.key_end.shape[-1]
-    # Whole blocks: otherwise the keys in place would not begin at one.
-    blocks = math.ceil(tiling.capacity * length / tiling.key_block)
-    layout = layout_lib.arrange(
-        intervals.key_position,
-        intervals.key_end,
-        thresholds=tiling.thresholds,
-        capacity=blocks * tiling.key_block,
-    )
-    return layout, Intervals(intervals.query_position, *layout_lib.gather_intervals(layout, *intervals[1:]))
-
-
 def _by_slot(layout: Layout | None, *arrays):
     return arrays if layout is None else tuple(layout_lib.gather(layout, x) for x in arrays)
 
@@ -86,7 +69,7 @@ def _by_key(layout: Layout | None, x: jax.Array) -> jax.Array:
 
 def _forward(query, key, value, intervals: Intervals, settings: Settings):
     """``(out, lse)`` in the inner layout, and what the backward needs of the rearrangement."""
-    layout, by_slot = _arrange(intervals, settings.tiling)
+    layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     query, key, value = _heads_first(query, key, value)
     key, value = _by_slot(layout, key, value)
     return settings.backend.forward(query, key, value, by_slot, settings.scale, settings.tiling)
@@ -102,7 +85,7 @@ def _rows(query, out, lse, dout, dlse) -> Rows:
 
 def _visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None, settings: Settings):
     """The backend's visible pass on rearranged keys; results by key. ``key``, ``value`` ``[b, k, s, h]``."""
-    layout, by_slot = _arrange(intervals, settings.tiling)
+    layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     key, value = _by_slot(layout, key, value)
     if columns is not None:
         columns = RoleColumns(*_by_slot(layout, *columns))

@@ -11,13 +11,16 @@ nothing is dropped. The transpose takes a gradient by slot back to the keys.
 Axis letters: ``b`` batch, ``k`` KV head, ``s`` key, ``c`` slot of the rearranged keys (run first).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.tiling import Tiling
 
 
 class Layout(NamedTuple):
@@ -74,6 +77,22 @@ def arrange(key_position: jax.Array, key_end: jax.Array, *, thresholds: Sequence
     source = jnp.full((*classes.shape[:2], capacity), length, jnp.int32)
     source = source.at[(*batch, rank)].set(jnp.broadcast_to(index, rank.shape), mode="drop")
     return Layout(source, jnp.where(rank < capacity, rank, capacity + index))
+
+
+def arrange_for(intervals: Intervals, tiling: Tiling) -> tuple[Layout | None, Intervals]:
+    """The rearrangement that a tiling asks for (None: none), and the intervals by slot."""
+    if not tiling.thresholds:
+        return None, intervals
+    length = intervals.key_end.shape[-1]
+    # Whole blocks: otherwise the keys in place would not begin at one.
+    blocks = math.ceil(tiling.capacity * length / tiling.key_block)
+    layout = arrange(
+        intervals.key_position,
+        intervals.key_end,
+        thresholds=tiling.thresholds,
+        capacity=blocks * tiling.key_block,
+    )
+    return layout, Intervals(intervals.query_position, *gather_intervals(layout, *intervals[1:]))
 
 
 def gather(layout: Layout, x: jax.Array) -> jax.Array:

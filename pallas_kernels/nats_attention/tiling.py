@@ -61,6 +61,11 @@ class Tiling:
             raise ValueError(f"{kind}(thresholds={self.thresholds}): ascending lifetimes of at least 1 were expected.")
 
 
+def lifetime_thresholds(problem: Problem, key_block: int) -> tuple[int, ...]:
+    """``Tiling.thresholds`` for a problem: above the window and a block; none where there are few blocks to skip."""
+    return (max(problem.window + 1, key_block),) if problem.keys >= 4 * key_block else ()
+
+
 def least_padding(length: int, largest: int) -> int:
     """The largest block of at most ``largest`` tokens that cuts ``length`` with the least padding."""
     return math.ceil(length / math.ceil(length / largest))

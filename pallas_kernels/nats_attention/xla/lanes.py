@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import Tiles, live_blocks
-from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.blocks import Tiles, live_blocks, pad_intervals, pad_to_blocks
 from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
@@ -49,11 +48,11 @@ class Lanes:
 
     def pad_rows(self, x: jax.Array, axis: int, value) -> jax.Array:
         """``x`` lengthened to whole steps along an axis of queries."""
-        return _pad(x, axis, self.rows, value)
+        return pad_to_blocks(x, axis, self.rows, value)
 
     def pad_keys(self, x: jax.Array, value) -> jax.Array:
         """``x [b, k, s, …]`` lengthened to whole blocks of keys."""
-        return _pad(x, 2, self.key_block, value)
+        return pad_to_blocks(x, 2, self.key_block, value)
 
     def rows_in_groups(self, x: jax.Array, value) -> jax.Array:
         """``[b, k, g, t, …]``, padded with ``value`` → ``[n, a, g, t, …]``."""
@@ -72,12 +71,8 @@ class Lanes:
         return x.reshape(-1, self.heads, *x.shape[2:])
 
     def pad_intervals(self, intervals: Intervals) -> Intervals:
-        """Padded rows read nothing and padded keys are read by none."""
-        return Intervals(
-            self.pad_rows(intervals.query_position, 1, -1),
-            self.pad_keys(intervals.key_position, NO_END),
-            self.pad_keys(intervals.key_end, 0),
-        )
+        """Intervals of whole steps and whole key blocks."""
+        return pad_intervals(intervals, self.rows, self.key_block)
 
     def intervals_in_groups(self, intervals: Intervals) -> Intervals:
         """Padded intervals by head and by block: int32 ``[n, a, t]`` and ``[n, a · j, key_block]`` twice."""
@@ -145,12 +140,6 @@ def take(blocks: jax.Array, which: jax.Array) -> jax.Array:
 def add(blocks: jax.Array, which: jax.Array, update: jax.Array) -> jax.Array:
     """``blocks [a · j, …]`` with ``update [p, …]`` added to the block of each lane; lanes may share one."""
     return blocks.at[which].add(update, mode="promise_in_bounds")
-
-
-def _pad(x: jax.Array, axis: int, block: int, value) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths, constant_values=value)
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels.nats_attention.tiling import Problem, Tiling, least_padding
+from pallas_kernels.nats_attention.tiling import Problem, Tiling, least_padding, lifetime_thresholds
 
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
@@ -41,12 +41,11 @@ def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
 def _tiling(problem: Problem, largest_query_block: int, largest_key_block: int | None = None) -> XlaTiling:
     query_block = least_padding(problem.queries, largest_query_block)
     key_block = least_padding(problem.keys, largest_key_block or largest_query_block)
-    gathered = problem.keys >= 4 * key_block
     return XlaTiling(
         query_block=query_block,
         key_block=key_block,
         lanes=max(1, _TILE_PAIRS // (problem.group * query_block * key_block)),
-        thresholds=(max(problem.window + 1, key_block),) if gathered else (),
+        thresholds=lifetime_thresholds(problem, key_block),
     )
 
 

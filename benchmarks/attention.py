@@ -1,0 +1,358 @@
+"""How fast is attention whose cost follows the live keys? Forward and backward against dense and block-sparse rivals.
+
+    python -m benchmarks.attention --output=docs            the table of docs/attention.md, on a CPU or a GPU
+    python -m benchmarks.attention --lengths=8192 --global_fractions=0.01,0.05,0.2 --windows=64,256,1024
+
+Roles are scattered at random: a share of GLOBAL tokens, the rest half LOCAL, half SLIDING. Every round times each
+contestant once, so that whatever else the machine does hits all of them; a ratio is the median over rounds of
+rival / ours. On a CPU the rivals are ``torch`` (scaled_dot_product_attention, where PyTorch is installed) and ``jax``
+(``jax.nn.dot_product_attention``, as long as its logits fit); on a GPU ``cudnn`` (the same function) and ``flex``
+(torch FlexAttention). Rivals differentiate query, key and value; ours also the roles.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside XLA's
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from pallas_kernels import nats_attention as na
+from pallas_kernels.nats_attention import api, tilings
+from pallas_kernels.nats_attention.counting import count_pairs
+from pallas_kernels.nats_attention.tiling import Problem, Tiling
+
+MAX_DENSE_BYTES = 3 << 30  # of float32 logits: jax.nn's attention on a CPU holds them all
+PASSES = ("forward", "sampled", "exact", "visible")
+
+
+class Case(NamedTuple):
+    """One attention problem, batch 1.
+
+    Attributes:
+      length: tokens.
+      global_fraction: of the tokens that are GLOBAL.
+      window: of SLIDING tokens.
+      num_heads, num_kv_heads, head_dim: of the attention.
+      dtype: of query, key and value.
+    """
+
+    length: int
+    global_fraction: float
+    window: int
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: str = "float32"
+
+    @property
+    def problem(self) -> Problem:
+        """What a tiling is chosen for."""
+        group = self.num_heads // self.num_kv_heads
+        return Problem(
+            1, self.length, self.length, self.num_kv_heads, group, self.head_dim, self.window, dtype=self.dtype
+        )
+
+
+class Inputs(NamedTuple):
+    """float32 arrays of a case: ``query``, ``dout [1, t, n, h]``, ``key``, ``value [1, s, k, h]``, ``roles``."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    dout: np.ndarray
+    role_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """Something to be timed: ``call()`` returns when the result is there."""
+
+    name: str
+    call: Callable[[], object]
+
+
+def inputs(case: Case, seed: int = 0) -> Inputs:
+    """Random arrays and roles of a case."""
+    rng = np.random.default_rng(seed)
+    shape = (1, case.length, case.num_heads, case.head_dim)
+    query, dout = rng.normal(size=(2, *shape)).astype(np.float32)
+    key, value = rng.normal(size=(2, 1, case.length, case.num_kv_heads, case.head_dim)).astype(np.float32)
+    rest = (1 - case.global_fraction) / 2
+    ids = rng.choice(3, (1, case.num_kv_heads, case.length), p=[case.global_fraction, rest, rest])
+    return Inputs(query, key, value, dout, ids.astype(np.int32))
+
+
+def compiled_pass(case: Case, kind: str, implementation: str, tiling: Tiling):
+    """Ours, compiled: ``f(query, key, value, roles, dout, sample_key)``; gradients of all four but for "forward"."""
+
+    def attend(query, key, value, roles, sample_key):
+        gradient = "visible" if kind == "forward" else kind
+        return na.nats_attention(
+            *(query, key, value, roles),
+            window=case.window,
+            mask_gradient=gradient,
+            sample_key=sample_key,
+            implementation=implementation,
+            tiling=tiling,
+        )
+
+    def backward(query, key, value, roles, dout, sample_key):
+        out, pullback = jax.vjp(lambda *primal: attend(*primal, sample_key), query, key, value, roles)
+        return pullback(dout.astype(out.dtype))
+
+    def forward(query, key, value, roles, dout, sample_key):
+        return attend(query, key, value, roles, sample_key)
+
+    return jax.jit(forward if kind == "forward" else backward)
+
+
+def ours(case: Case, given: Inputs, kind: str, by_name: dict[str, Tiling], implementation: str):
+    """Our contestants of one pass, by tiling; also the bytes of temporaries that each compiled program takes."""
+    arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
+    arguments = (*arrays, jax.nn.one_hot(given.role_ids, 3), jnp.asarray(given.dout, case.dtype), jax.random.key(0))
+    contestants, temporaries = [], {}
+    for name, tiling in by_name.items():
+        program = compiled_pass(case, kind, implementation, tiling).lower(*arguments).compile()
+        contestants.append(Contestant(name, lambda f=program: jax.block_until_ready(f(*arguments))))
+        temporaries[name] = program.memory_analysis().temp_size_in_bytes
+    return contestants, temporaries
+
+
+def jax_rival(case: Case, given: Inputs, kind: str, platform: str) -> Contestant | None:
+    """``jax.nn.dot_product_attention``, causal: cuDNN's on a GPU, XLA's elsewhere as long as its logits fit."""
+    name, implementation = ("cudnn", "cudnn") if platform == "gpu" else ("jax", "xla")
+    if implementation == "xla" and 4 * case.num_heads * case.length**2 > MAX_DENSE_BYTES:
+        return None
+    dout = jnp.asarray(given.dout, case.dtype)
+    arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
+
+    def backward(*primal):
+        return jax.vjp(attend, *primal)[1](dout)
+
+    program = jax.jit(attend if kind == "forward" else backward)
+    return Contestant(name, lambda: jax.block_until_ready(program(*arrays)))
+
+
+def torch_rivals(case: Case, given: Inputs, kind: str, platform: str) -> Iterable[Contestant]:
+    """PyTorch's dense attention on a CPU, FlexAttention with the same mask on a GPU; none without PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    if platform == "gpu" and not torch.cuda.is_available():
+        return
+    device = "cuda" if platform == "gpu" else "cpu"
+    arrays = [torch.from_numpy(np.moveaxis(x, 1, 2).copy()).to(device, getattr(torch, case.dtype)) for x in given[:4]]
+    if platform == "gpu":
+        attend, name = _flex_attention(torch, case, given), "flex"
+    else:
+        name = "torch"
+        attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+
+    def call():
+        primal = [x.detach().requires_grad_(kind != "forward") for x in arrays[:3]]
+        out = attend(*primal)
+        if kind != "forward":
+            out.backward(arrays[3])
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    yield Contestant(name, call)
+
+
+def _flex_attention(torch: Any, case: Case, given: Inputs) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    end = np.asarray(na.key_end_from_roles(jnp.asarray(given.role_ids), window=case.window))
+    key_end = torch.from_numpy(end.copy()).cuda()
+    group = case.num_heads // case.num_kv_heads
+
+    def visible(b, head, t, s):
+        return (s <= t) & (t < key_end[b, head // group, s])
+
+    mask = create_block_mask(visible, 1, case.num_heads, case.length, case.length, device="cuda")
+    return functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
+
+
+def race(contestants: list[Contestant], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, after one call that is not timed."""
+    for contestant in contestants:
+        contestant.call()
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(repeats):
+        for contestant in contestants:
+            began = time.perf_counter()
+            contestant.call()
+            seconds[contestant.name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(rival: list[float], own: list[float]) -> float:
+    """Median over rounds of rival / own: how many times faster ``own`` is."""
+    return statistics.median(x / y for x, y in zip(rival, own, strict=True))
+
+
+def tilings_of(case: Case, implementation: str) -> dict[str, Tiling]:
+    """The tiling that is chosen without being asked ("tuned"), and the same with tiles of 128 tokens."""
+    backend = api.BACKENDS[implementation]
+    tuned = tilings.choose(implementation, backend, case.problem)
+    block = min(128, case.length)
+    small = dataclasses.replace(backend.default_tiling(case.problem), query_block=block, key_block=block)
+    return {"128": small, "tuned": tuned}
+
+
+def measure(case: Case, kind: str, arguments: argparse.Namespace, platform: str) -> dict[str, Any]:
+    """One row: seconds and ratios of a case and a pass."""
+    given = inputs(case)
+    by_name = tilings_of(case, arguments.implementation)
+    contestants, temporaries = ours(case, given, kind, by_name, arguments.implementation)
+    rivals = list(torch_rivals(case, given, kind, platform))
+    dense = jax_rival(case, given, kind, platform)
+    seconds = race([*contestants, *rivals], arguments.repeats)
+    if dense is not None:  # slow on a CPU: a round of its own, beside ours
+        both = race([*contestants, dense], arguments.repeats if platform == "gpu" else 1)
+        seconds[dense.name] = both[dense.name] * (1 if platform == "gpu" else arguments.repeats)
+        rivals.append(dense)
+    row: dict[str, Any] = {"case": case, "pass": kind, "temporaries": temporaries}
+    row["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+    row["ratio"] = {(r.name, own): ratio(seconds[r.name], seconds[own]) for r in rivals for own in by_name}
+    end = na.key_end_from_roles(jnp.asarray(given.role_ids), window=case.window)
+    row["pairs"] = {name: count_pairs(end, tiling) for name, tiling in by_name.items()}
+    return row
+
+
+def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> dict[str, float]:
+    """With all tokens GLOBAL: seconds of the roles' forward, of plain causal attention and of the rivals."""
+    given = inputs(case)._replace(role_ids=np.zeros((1, case.num_kv_heads, case.length), np.int32))
+    tuned = tilings.choose(arguments.implementation, api.BACKENDS[arguments.implementation], case.problem)
+    contestants, _ = ours(case, given, "forward", {"all GLOBAL": tuned}, arguments.implementation)
+    arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
+    end = jnp.full((1, case.num_kv_heads, case.length), na.NO_END, jnp.int32)
+    plain = dataclasses.replace(tuned, thresholds=())
+    attend = functools.partial(na.interval_attention, implementation=arguments.implementation, tiling=plain)
+    causal = jax.jit(attend)
+    contestants.append(Contestant("plain causal", lambda: jax.block_until_ready(causal(*arrays, end))))
+    rivals = list(torch_rivals(case, given, "forward", platform))
+    seconds = race([*contestants, *rivals], arguments.repeats)
+    return {name: ratio(values, seconds["all GLOBAL"]) for name, values in seconds.items() if name != "all GLOBAL"}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A line of the Markdown table."""
+    case, seconds = row["case"], row["seconds"]
+    rivals = dict.fromkeys(rival for rival, _ in row["ratio"])
+    faster = "; ".join(
+        f"{rival} {row['ratio'][rival, '128']:.2f}, {row['ratio'][rival, 'tuned']:.2f}" for rival in rivals
+    )
+    times = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+    pairs = ", ".join(f"{pairs.computed / pairs.live:.2f}" for pairs in row["pairs"].values())
+    memory = ", ".join(f"{size / 2**20:.0f}" for size in row["temporaries"].values())
+    print(
+        f"| {case.length} | {100 * case.global_fraction:g} % | {case.window} | {row['pass']} | {faster or '-'} | "
+        f"{times} | {pairs} | {memory} |",
+        flush=True,
+    )
+
+
+def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Times faster than each rival over the length, a line per pass, for the tuned tiling."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colors = dict(zip(PASSES, ("#0072b2", "#009e73", "#d55e00", "#999999"), strict=True))
+    markers = {"torch": "o", "jax": "s", "cudnn": "o", "flex": "^"}
+    first = rows[0]["case"]
+    chosen = [r for r in rows if r["case"]._replace(length=0) == first._replace(length=0)]
+    for kind in dict.fromkeys(row["pass"] for row in chosen):
+        for rival in dict.fromkeys(rival for row in chosen for rival, _ in row["ratio"]):
+            points = [
+                (row["case"].length, row["ratio"][rival, "tuned"])
+                for row in chosen
+                if row["pass"] == kind and (rival, "tuned") in row["ratio"]
+            ]
+            axes.plot(*zip(*points, strict=True), color=colors[kind], marker=markers[rival], label=f"{kind}: {rival}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    lengths = sorted({row["case"].length for row in chosen})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("times faster than the rival")
+    axes.set_title(f"{100 * first.global_fraction:g} % GLOBAL, window {first.window}, {first.dtype}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]  # noqa: E731
+    parser.add_argument("--lengths", type=numbers(int), default=[8192, 16384, 32768], help="tokens")
+    parser.add_argument("--global_fractions", type=numbers(float), default=[0.05], help="share of GLOBAL tokens")
+    parser.add_argument("--windows", type=numbers(int), default=[256], help="of SLIDING tokens")
+    parser.add_argument("--passes", type=numbers(str), default=["forward", "sampled", "exact"], help=", ".join(PASSES))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--dtype", default=None, help="float32 (default on a CPU) or bfloat16 (default elsewhere)")
+    parser.add_argument("--heads", type=numbers(int), default=[8, 2, 64], help="query heads, KV heads, head dim")
+    parser.add_argument(
+        "--implementation", default=None, choices=sorted(api.BACKENDS), help="backend (default: by platform)"
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for the picture")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.passes) - set(PASSES)
+    if unknown:
+        parser.error(f"--passes: {', '.join(sorted(unknown))} is none of {', '.join(PASSES)}.")
+    return arguments
+
+
+def main() -> None:
+    """Measures, prints, draws."""
+    arguments = parse()
+    platform = jax.default_backend()
+    if arguments.implementation is None:
+        arguments.implementation = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
+    dtype = arguments.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    heads = dict(zip(("num_heads", "num_kv_heads", "head_dim"), arguments.heads, strict=True))
+    cases = [
+        Case(length, fraction, window, **heads, dtype=dtype)
+        for fraction in arguments.global_fractions
+        for window in arguments.windows
+        for length in arguments.lengths
+    ]
+    print(
+        f"{arguments.implementation}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPUs, jax {jax.__version__}, {dtype}"
+    )
+    print("\n| tokens | GLOBAL | window | pass | times faster, 128 and tuned | seconds | computed / live | MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for case in cases:
+        for kind in arguments.passes:
+            rows.append(measure(case, kind, arguments, platform))
+            print_row(rows[-1])
+    print("\nAll tokens GLOBAL, forward: seconds of the other over ours\n")
+    for case in cases:
+        found = cost_of_layout(case, arguments, platform)
+        print(
+            f"* {case.length} tokens: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True
+        )
+    if arguments.output is not None:
+        draw(arguments.output / "attention.png", rows)
+
+
+if __name__ == "__main__":
+    main()

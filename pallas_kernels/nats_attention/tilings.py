@@ -1,0 +1,100 @@
+"""The tiling of a call that gives none: from the table of what was timed, else from the backend's own rule.
+
+``tilings.json`` holds what ``python -m pallas_kernels.nats_attention.autotune`` wrote: for a backend, a kind of device
+and a problem, the blocks that were fastest. An entry serves problems of the same dtype, head dim and group, the same
+number of batch · KV heads to a factor of 2, and the same length to a factor of √2; thresholds follow from the problem.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from pallas_kernels.nats_attention.backend import Backend
+from pallas_kernels.nats_attention.tiling import Problem, Tiling, lifetime_thresholds
+
+TABLE = pathlib.Path(__file__).with_name("tilings.json")
+_FACTORS = {"keys": math.sqrt(2), "queries": math.sqrt(2), "heads": 2.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+      backend: its name in ``api.BACKENDS``.
+      device: ``device_kind`` of what it was timed on.
+      problem: that was timed.
+      tiling: fields of the backend's tiling, without ``thresholds``.
+    """
+
+    backend: str
+    device: str
+    problem: Problem
+    tiling: dict[str, Any]
+
+    def distance(self, problem: Problem) -> float | None:
+        """How far a problem is from the timed one; None where this entry says nothing about it."""
+        mine, other = self.problem, problem
+        if (mine.dtype, mine.head_dim, mine.group) != (other.dtype, other.head_dim, other.group):
+            return None
+        distances = []
+        for name, factor in _FACTORS.items():
+            apart = abs(math.log(_size(mine, name) / _size(other, name)))
+            if apart > math.log(factor) + 1e-6:
+                return None
+            distances.append(apart)
+        return sum(distances)
+
+
+def _size(problem: Problem, name: str) -> int:
+    return problem.batch * problem.num_kv_heads if name == "heads" else getattr(problem, name)
+
+
+@functools.cache
+def read_table(path: pathlib.Path = TABLE) -> tuple[Entry, ...]:
+    """The entries of a table; none where there is no file."""
+    if not path.exists():
+        return ()
+    rows = json.loads(path.read_text())
+    return tuple(Entry(row["backend"], row["device"], Problem(**row["problem"]), row["tiling"]) for row in rows)
+
+
+def write_table(entries: list[Entry], path: pathlib.Path = TABLE) -> None:
+    """Writes a table that ``read_table`` reads."""
+    rows = [{**dataclasses.asdict(entry), "problem": entry.problem._asdict()} for entry in entries]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def device_kind() -> str:
+    """Of the mesh in use, which compilation ahead of time sets, or else of jax's default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def choose(name: str, backend: Backend, problem: Problem, table: tuple[Entry, ...] | None = None) -> Tiling:
+    """The tiling for a problem on the device in use.
+
+    Args:
+      name: of the backend in ``api.BACKENDS``.
+      backend: the backend.
+      problem: its sizes.
+      table: what was timed; None: ``tilings.json``.
+    """
+    default = backend.default_tiling(problem)
+    near = []
+    for entry in read_table() if table is None else table:
+        if (entry.backend, entry.device) != (name, device_kind()):
+            continue
+        distance = entry.distance(problem)
+        if distance is not None:
+            near.append((distance, entry))
+    if not near:
+        return default
+    _, entry = min(near, key=lambda pair: pair[0])
+    thresholds = lifetime_thresholds(problem, entry.tiling["key_block"])
+    return dataclasses.replace(default, **entry.tiling, thresholds=thresholds)
