@@ -222,13 +222,13 @@ def measure(case: Case, kind: str, arguments: argparse.Namespace, platform: str)
     rivals = list(torch_rivals(case, given, kind, platform))
     dense = jax_rival(case, given, kind, platform)
     seconds = race([*contestants, *rivals], arguments.repeats)
-    if dense is not None:  # slow on a CPU: a round of its own, beside ours
-        both = race([*contestants, dense], arguments.repeats if platform == "gpu" else 1)
-        seconds[dense.name] = both[dense.name] * (1 if platform == "gpu" else arguments.repeats)
-        rivals.append(dense)
-    row: dict[str, Any] = {"case": case, "pass": kind, "temporaries": temporaries}
+    ratios = {(r.name, own): ratio(seconds[r.name], seconds[own]) for r in rivals for own in by_name}
+    if dense is not None:  # so slow on a CPU that it gets a single round, beside ours
+        beside = race([*contestants, dense], arguments.repeats if platform == "gpu" else 1)
+        seconds[dense.name] = beside[dense.name]
+        ratios |= {(dense.name, own): ratio(beside[dense.name], beside[own]) for own in by_name}
+    row: dict[str, Any] = {"case": case, "pass": kind, "temporaries": temporaries, "ratio": ratios}
     row["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
-    row["ratio"] = {(r.name, own): ratio(seconds[r.name], seconds[own]) for r in rivals for own in by_name}
     end = na.key_end_from_roles(jnp.asarray(given.role_ids), window=case.window)
     row["pairs"] = {name: count_pairs(end, tiling) for name, tiling in by_name.items()}
     return row
@@ -254,9 +254,8 @@ def print_row(row: dict[str, Any]) -> None:
     """A line of the Markdown table."""
     case, seconds = row["case"], row["seconds"]
     rivals = dict.fromkeys(rival for rival, _ in row["ratio"])
-    faster = "; ".join(
-        f"{rival} {row['ratio'][rival, '128']:.2f}, {row['ratio'][rival, 'tuned']:.2f}" for rival in rivals
-    )
+    ratios = row["ratio"]
+    faster = "; ".join(f"{rival} {ratios[rival, '128']:.2f}, {ratios[rival, 'tuned']:.2f}" for rival in rivals)
     times = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
     pairs = ", ".join(f"{pairs.computed / pairs.live:.2f}" for pairs in row["pairs"].values())
     memory = ", ".join(f"{size / 2**20:.0f}" for size in row["temporaries"].values())
@@ -288,7 +287,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     axes.set_yscale("log", base=2)
     lengths = sorted({row["case"].length for row in chosen})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} times")
     axes.minorticks_off()
     axes.set_xlabel("tokens")
     axes.set_ylabel("times faster than the rival")
@@ -334,9 +333,8 @@ def main() -> None:
         for window in arguments.windows
         for length in arguments.lengths
     ]
-    print(
-        f"{arguments.implementation}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPUs, jax {jax.__version__}, {dtype}"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{arguments.implementation}, {device}, {os.cpu_count()} CPU cores, jax {jax.__version__}, {dtype}")
     print("\n| tokens | GLOBAL | window | pass | times faster, 128 and tuned | seconds | computed / live | MiB |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []

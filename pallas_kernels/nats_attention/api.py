@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,6 @@ class Visible:
 
 MaskGradient = Exact | Sampled | Visible
 _NAMES: dict[str, MaskGradient] = {"exact": Exact(), "sampled": Sampled(), "visible": Visible()}
-Implementation = Literal["xla", "reference"]
 
 
 def _mask_gradient(given: MaskGradient | str) -> MaskGradient:
@@ -124,7 +123,7 @@ def nats_attention(
     scale: float | None = None,
     mask_gradient: MaskGradient | str = Exact(),
     sample_key: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     tiling: Tiling | None = None,
 ) -> jax.Array:
     """Causal attention in which each key's role says until which query it can be read.
@@ -199,7 +198,7 @@ def interval_attention(
     key_position: jax.Array | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     tiling: Tiling | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.

@@ -9,6 +9,7 @@ machine does hits all of them; the fastest by the median over rounds wins.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -69,7 +70,7 @@ def time_tilings(
 
     programs = {}
     for tiling in candidates:
-        step = jax.jit(jax.grad(lambda *a, tiling=tiling: loss(*a, tiling), argnums=(0, 1, 2, 3)))
+        step = jax.jit(jax.grad(functools.partial(loss, tiling=tiling), argnums=(0, 1, 2, 3)))
         try:
             jax.block_until_ready(step(*arrays))
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as problem_found:
