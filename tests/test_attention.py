@@ -272,6 +272,7 @@ def test_no_array_of_size_length_squared():
     [
         ({"roles": jnp.zeros((1, 1, 6, 3))}, "roles"),
         ({"window": -1}, "window=-1"),
+        ({"scale": 0.0}, "scale=0.0"),
         ({"mask_gradient": "exakt"}, "exakt"),
         ({"implementation": "cuda"}, "cuda"),
         ({"document_end": jnp.zeros((1, 6), jnp.int32)}, "document_end"),

@@ -71,6 +71,14 @@ def _expect(name: str, array: jax.Array, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} has shape {array.shape}; {tuple(shape)} was expected.")
 
 
+def _scale(given: float | None, head_dim: int) -> float:
+    if given is None:
+        return head_dim**-0.5
+    if not 0 < given < float("inf"):
+        raise ValueError(f"scale={given}: a positive number was expected.")
+    return float(given)
+
+
 def _problem(query: jax.Array, key: jax.Array, window: int) -> Problem:
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     return Problem(b, t, s, k, n // k, h, window, query.dtype.name)
@@ -140,7 +148,7 @@ def nats_attention(
       window: tokens; 0 leaves a SLIDING key to its own query alone.
       document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 marks padding, whose
         rows are 0. None: one document.
-      scale: of the logits; default ``h ** -0.5``.
+      scale: of the logits, positive; default ``h ** -0.5``.
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
@@ -171,7 +179,7 @@ def nats_attention(
     mask_gradient = _mask_gradient(mask_gradient)
     if isinstance(mask_gradient, Sampled) and sample_key is None:
         raise ValueError("mask_gradient=Sampled needs a sample_key.")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, query.shape[-1])
 
     def call_backend(backend, chosen):
         sampled = {Exact: 1.0, Visible: 0.0}.get(type(mask_gradient), getattr(mask_gradient, "fraction", 1.0))
@@ -211,7 +219,7 @@ def interval_attention(
       key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding.
       query_position: int32 ``[b, t]``, index of each query; default ``0 … t-1``.
       key_position: int32 ``[b, k, s]``, index of each key; default ``0 … s-1``.
-      scale: of the logits; default ``h ** -0.5``.
+      scale: of the logits, positive; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
       implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
       tiling: how the work is cut; None: by the shapes.
@@ -236,7 +244,7 @@ def interval_attention(
         key_position = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, k, s))
     _expect("query_position", query_position, (b, t))
     _expect("key_position", key_position, (b, k, s))
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, query.shape[-1])
 
     def call_backend(backend, chosen):
         intervals = Intervals(query_position, key_position, key_end)

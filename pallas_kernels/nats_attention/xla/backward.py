@@ -140,7 +140,7 @@ def visible_pass(
                     tile_sums, tile_row = _visible_sums(_sum_group(e, lanes.query_block), tile, column, window)
                     sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                     row += tile_row
-                ds = (scale * e).astype(key.dtype)
+                ds = e.astype(key.dtype)  # of the logits before the scale, which is applied once at the end
                 dquery += dot("phs,psm->phm", take(transposed, j), ds)
                 dkey = add(dkey, j, dot("psm,pmh->psh", ds, own.query))
                 update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
@@ -151,7 +151,7 @@ def visible_pass(
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             dquery, row, *by_key = carry
-            return tuple(by_key), (jnp.swapaxes(dquery, 1, 2), row)
+            return tuple(by_key), (scale * jnp.swapaxes(dquery, 1, 2), row)
 
         start = (
             jnp.zeros(key.shape, jnp.float32),
@@ -162,7 +162,7 @@ def visible_pass(
         (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, start, steps)
         if columns is not None:
             sums = [_sum_of_e(value, weighted), *sums]
-        return dkey, weighted[..., :h], sums, *by_row
+        return scale * dkey, weighted[..., :h], sums, *by_row
 
     arrays = (_rows_in_groups(rows, lanes), key, value, lanes.intervals_in_groups(intervals), columns, lists)
     dkey, dvalue, sums, dquery, row = jax.lax.map(group, arrays)

@@ -29,14 +29,14 @@ def forward(
             def step(masked, position, carry):
                 top, total, acc = carry
                 j = lists.order[i, position]
-                logits = scale * dot("pmh,psh->pms", rows, take(key, j))
+                logits = dot("pmh,psh->pms", rows, take(key, j))  # scaled below: one pass over the tile less
                 if masked:
                     begin, end = (take(x, j)[:, None, :] for x in intervals[1:])
                     visible = (begin <= at[:, :, None]) & (at[:, :, None] < end)
                     logits = _hide(logits, visible)
                 new_top = jnp.maximum(top, jnp.max(logits, -1))
-                weights = jnp.exp(logits - new_top[..., None])
-                decay = jnp.exp(top - new_top)
+                weights = jnp.exp(scale * (logits - new_top[..., None]))
+                decay = jnp.exp(scale * (top - new_top))
                 update = dot("pms,psh->pmh", weights.astype(value.dtype), take(value, j))
                 return new_top, total * decay + jnp.sum(weights, -1), acc * decay[..., None] + update
 
@@ -49,7 +49,7 @@ def forward(
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             top, total, acc = carry
             out = acc / jnp.where(total == 0, 1, total)[..., None]
-            return out.astype(query.dtype), jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+            return out.astype(query.dtype), jnp.where(total == 0, -jnp.inf, scale * top + jnp.log(total))
 
         return jax.lax.map(query_blocks, jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32))
 
