@@ -7,8 +7,19 @@ Call these two, both with the conventions of ``jax.nn.dot_product_attention``:
 * ``interval_attention(query, key, value, key_end)``: the interval of each key is given; causal attention, packed
   documents, sliding windows and StreamingLLM are all values of ``key_end``.
 
-``roles`` holds what turns roles into intervals, ``api`` dispatches, ``xla`` is the backend for every platform and
-``reference`` the dense oracle that tests compare with.
+Both pick a backend for the platform; ``implementation="xla"`` (or another of ``api.BACKENDS``) names one, and
+``tiling=`` says how it cuts the work, which changes no result. How a call goes through the folder:
+
+1. ``api`` checks the arguments, asks ``tilings`` for a tiling (from ``tilings.json``, which ``autotune`` writes, or by
+   the backend's own rule) and tries the backends in turn.
+2. ``differentiable`` has the custom gradients: ``roles`` turns roles into intervals, ``layout`` gathers the long-lived
+   keys, and the backend's three passes (``backend.Backend``) do the work; ``sampling`` draws the queries of
+   ``Sampled``, and ``roles`` turns the sums that come back into the gradient of the roles.
+3. A backend (a folder: ``xla``, plain JAX for every platform, …) loops over the lists of live key blocks that
+   ``blocks`` makes.
+   ``counting`` says how many pairs that computes beside those that count.
+
+``reference`` is the dense oracle that tests compare with, and never a fallback.
 """
 
 from pallas_kernels.nats_attention.api import (
