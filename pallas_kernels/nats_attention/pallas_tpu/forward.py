@@ -9,7 +9,7 @@ from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
-from pallas_kernels.nats_attention.pallas_tpu.launch import Out, launch
+from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 
@@ -20,31 +20,36 @@ def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: TpuTiling
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the visible pairs: see ``Backend``."""
-    _, _, g, t, h = query.shape
+    b, k, g, t, h = query.shape
+    bq = tiling.query_block
     geometry = Geometry.of(g, h, tiling)
     dtype = jnp.result_type(query, key, value)
     intervals = packing.pad_intervals(intervals, geometry)
-    tiles = visible_tiles(intervals, tiling.query_block, tiling.key_block)
-    at = jnp.broadcast_to(intervals.query_position[:, None], (*key.shape[:2], intervals.query_position.shape[-1]))
+    tiles = visible_tiles(intervals, bq, tiling.key_block)
+    at = jnp.broadcast_to(intervals.query_position[:, None], (b, k, intervals.query_position.shape[-1]))
+    num_blocks = at.shape[-1] // bq
     out, lse = launch(
         functools.partial(_kernel, geometry=geometry, scale=scale),
         lists_lib.block_lists(tiles, None),
         resident=[
-            packing.row_blocks(packing.columns_to(query.astype(dtype), geometry.columns), geometry),
-            at.reshape(*at.shape[:2], -1, 1, tiling.query_block),
+            Tokens(packing.pad(packing.columns_to(query.astype(dtype), geometry.columns), 3, bq), bq),
+            Blocks(at.reshape(*at.shape[:2], -1, 1, bq)),
         ],
         streamed=[
-            packing.key_blocks(packing.pair(key.astype(dtype), value.astype(dtype), geometry), geometry),
-            packing.key_numbers(geometry, *intervals[1:]),
+            Blocks(packing.key_blocks(packing.pair(key.astype(dtype), value.astype(dtype), geometry), geometry)),
+            Blocks(packing.key_numbers(geometry, *intervals[1:])),
         ],
-        outs=[Out(geometry.rows, geometry.columns, query.dtype), Out(1, geometry.rows, jnp.float32)],
+        outs=[
+            Tokens(jax.ShapeDtypeStruct((b, k, g, num_blocks * bq, geometry.columns), query.dtype), bq),
+            Blocks(jax.ShapeDtypeStruct((b, k, num_blocks, 1, geometry.rows), jnp.float32)),
+        ],
         scratch=[(geometry.rows, 128), (geometry.rows, 128), (geometry.rows, geometry.columns)],
         flops_a_tile=4 * geometry.rows * geometry.key_block * geometry.columns,
         exps_a_tile=geometry.rows * geometry.key_block,
         name="nats_attention_forward",
         interpret=tiling.interpret,
     )
-    out = packing.second_of(packing.rows_from_blocks(out, geometry, t), geometry, h)
+    out = packing.second_of(out[:, :, :, :t], geometry, h)
     return out, packing.rows_from_blocks(lse[:, :, :, 0], geometry, t)
 
 
@@ -55,11 +60,12 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
     top_ref[...] = jnp.full_like(top_ref, _LOWEST)
     total_ref[...] = jnp.zeros_like(total_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
+    query = tile.rows_of(query_ref)
     at = tile.spread(tile.column(at_ref[...]), geometry.key_block)
 
     def visit(masked, pair_ref, numbers_ref):
         keys, values = tile.halves(pair_ref, geometry)
-        logits = scale * tile.dot_transposed(query_ref[...], keys)
+        logits = scale * tile.dot_transposed(query, keys)
         if masked:
             begin, end = numbers_ref[0:1], numbers_ref[1:2]
             logits = tile.add_by_head(logits, tile.bias((begin <= at) & (at < end)))
@@ -77,5 +83,5 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
 
     total = jnp.broadcast_to(jnp.sum(total_ref[...], axis=1, keepdims=True), total_ref.shape)
     out = acc_ref[...] / tile.spread(jnp.where(total == 0, 1, total), geometry.columns)
-    out_ref[...] = out.astype(out_ref.dtype)
+    out_ref[...] = out.astype(out_ref.dtype).reshape(out_ref.shape)
     lse_ref[...] = tile.as_row(jnp.where(total == 0, -jnp.inf, top_ref[...] + jnp.log(total)))

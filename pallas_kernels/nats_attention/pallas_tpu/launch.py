@@ -5,6 +5,7 @@ buffers in turn: the next one is on its way while a tile is computed. The number
 time, so that a dead tile costs nothing, not even an empty grid step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +18,64 @@ from pallas_kernels.nats_attention.pallas_tpu.lists import NUM_SEGMENTS
 from pallas_kernels.nats_attention.pallas_tpu.tilings import VMEM_LIMIT
 
 
+class Blocks(NamedTuple):
+    """An array that is cut along an axis of its own: ``[b, k, block, row, column]``."""
+
+    array: jax.Array | jax.ShapeDtypeStruct
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block."""
+        return self.array.shape[3:]
+
+    @property
+    def number(self) -> int:
+        """How many blocks there are."""
+        return self.array.shape[2]
+
+    def spec(self, memory_space=pltpu.VMEM) -> pl.BlockSpec:
+        """A grid step sees its own block."""
+        return pl.BlockSpec((None, None, None, *self.shape), lambda b, k, i: (b, k, i, 0, 0), memory_space=memory_space)
+
+    def at(self, ref, b, k, block):
+        """One block of a ref to the whole."""
+        return ref.at[b, k, block]
+
+
+class Tokens(NamedTuple):
+    """An array of query heads that is cut along the tokens: ``[b, k, g, t, h]``."""
+
+    array: jax.Array | jax.ShapeDtypeStruct
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one block."""
+        return self.array.shape[2], self.block, self.array.shape[4]
+
+    @property
+    def number(self) -> int:
+        """How many blocks there are."""
+        return self.array.shape[3] // self.block
+
+    def spec(self) -> pl.BlockSpec:
+        """A grid step sees its own block."""
+        return pl.BlockSpec((None, None, *self.shape), lambda b, k, i: (b, k, 0, i, 0))
+
+    def at(self, ref, b, k, block):
+        """One block of a ref to the whole."""
+        return ref.at[b, k, :, pl.ds(pl.multiple_of(block * self.block, self.block), self.block)]
+
+
 class Stream:
     """The blocks of a list, in order, each copied while the one before is worked on.
 
-    ``sources`` are refs ``[b, k, block, row, column]`` in HBM, ``buffers`` refs ``[2, row, column]`` in vector memory.
+    ``cuts`` say how the ``sources``, refs in HBM, are cut; ``buffers`` are refs ``[2, …]`` in vector memory.
     """
 
-    def __init__(self, blocks, sources: Sequence[Any], buffers: Sequence[Any], semaphores):
-        self._blocks, self._sources, self._buffers, self._semaphores = blocks, sources, buffers, semaphores
+    def __init__(self, blocks, cuts: Sequence[Blocks | Tokens], sources, buffers, semaphores):
+        self._blocks, self._semaphores = blocks, semaphores
+        self._cuts, self._sources, self._buffers = cuts, sources, buffers
         self._head = pl.program_id(0), pl.program_id(1)  # inside a loop the interpreter does not know them
         self._start_where(self._end(NUM_SEGMENTS - 1) > 0, 0)
 
@@ -34,8 +85,8 @@ class Stream:
     def _copies(self, position):
         slot, block = position & 1, self._blocks[0, NUM_SEGMENTS + position]
         return [
-            pltpu.make_async_copy(source.at[(*self._head, block)], buffer.at[slot], self._semaphores.at[slot, n])
-            for n, (source, buffer) in enumerate(zip(self._sources, self._buffers, strict=True))
+            pltpu.make_async_copy(cut.at(source, *self._head, block), buffer.at[slot], self._semaphores.at[slot, n])
+            for n, (cut, source, buffer) in enumerate(zip(self._cuts, self._sources, self._buffers, strict=True))
         ]
 
     def _start_where(self, condition, position) -> None:
@@ -58,21 +109,13 @@ class Stream:
         jax.lax.fori_loop(self._end(segment - 1) if segment else 0, self._end(segment), step, 0)
 
 
-class Out(NamedTuple):
-    """One block of an output ``[b, k, block, rows, columns]``."""
-
-    rows: int
-    columns: int
-    dtype: Any
-
-
 def launch(
     kernel: Callable[..., None],
     lists: jax.Array,
     *,
-    resident: Sequence[jax.Array],
-    streamed: Sequence[jax.Array],
-    outs: Sequence[Out],
+    resident: Sequence[Blocks | Tokens],
+    streamed: Sequence[Blocks | Tokens],
+    outs: Sequence[Blocks | Tokens],
     scratch: Sequence[tuple[int, int]],
     flops_a_tile: int,
     exps_a_tile: int,
@@ -82,11 +125,11 @@ def launch(
     """Runs ``kernel(stream, resident refs, out refs, scratch refs)`` for every list.
 
     Args:
-      kernel: writes its outputs from refs ``[row, column]``.
+      kernel: what a grid step does; refs are to one block.
       lists: int32 ``[b, k, block, 1, n]`` from ``lists.block_lists``.
-      resident: arrays ``[b, k, block, row, column]`` of which a grid step sees its own block.
-      streamed: arrays ``[b, k, other block, row, column]`` that the stream copies from.
-      outs: what is written for each block.
+      resident: of these a grid step sees its own block.
+      streamed: of these it sees one listed block after the other.
+      outs: shapes and dtypes of what is written, block by block.
       scratch: shapes of float32 accumulators.
       flops_a_tile, exps_a_tile: for the compiler's schedule, which is told that half of all tiles are computed: how
         many really are is known at run time alone.
@@ -94,7 +137,7 @@ def launch(
       interpret: as in ``TpuTiling``.
 
     Returns:
-      The outputs, ``[b, k, block, row, column]``.
+      The outputs, whole.
     """
     b, k, blocks = lists.shape[:3]
     num_resident, num_streamed, num_outs = len(resident), len(streamed), len(outs)
@@ -104,29 +147,23 @@ def launch(
         sources, refs = refs[:num_streamed], refs[num_streamed:]
         written, refs = refs[:num_outs], refs[num_outs:]
         buffers, semaphores, accumulators = refs[:num_streamed], refs[num_streamed], refs[num_streamed + 1 :]
-        kernel(Stream(list_ref, sources, buffers, semaphores), own, written, accumulators)
+        kernel(Stream(list_ref, streamed, sources, buffers, semaphores), own, written, accumulators)
 
-    def block_spec(rows, columns, memory_space=pltpu.VMEM):
-        return pl.BlockSpec(
-            (None, None, None, rows, columns), lambda b, k, i: (b, k, i, 0, 0), memory_space=memory_space
-        )
-
-    out_shapes = [jax.ShapeDtypeStruct((b, k, blocks, x.rows, x.columns), x.dtype) for x in outs]
-    tiles = b * k * blocks * streamed[0].shape[2] // 2
-    copied = sum(x.size * x.dtype.itemsize for x in [*resident, *out_shapes])
-    copied += tiles * sum(x.shape[3] * x.shape[4] * x.dtype.itemsize for x in streamed)
+    tiles = b * k * blocks * streamed[0].number // 2
+    copied = sum(x.array.size * x.array.dtype.itemsize for x in [*resident, *outs])
+    copied += tiles * sum(math.prod(x.shape) * x.array.dtype.itemsize for x in streamed)
     return pl.pallas_call(
         body,
         grid=(b, k, blocks),
         in_specs=[
-            block_spec(*lists.shape[3:], pltpu.SMEM),
-            *(block_spec(*x.shape[3:]) for x in resident),
+            Blocks(lists).spec(pltpu.SMEM),
+            *(x.spec() for x in resident),
             *(pl.BlockSpec(memory_space=pl.ANY) for _ in streamed),
         ],
-        out_specs=[block_spec(x.rows, x.columns) for x in outs],
-        out_shape=out_shapes,
+        out_specs=[x.spec() for x in outs],
+        out_shape=[x.array for x in outs],
         scratch_shapes=[
-            *(pltpu.VMEM((2, *x.shape[3:]), x.dtype) for x in streamed),
+            *(pltpu.VMEM((2, *x.shape), x.array.dtype) for x in streamed),
             pltpu.SemaphoreType.DMA((2, num_streamed)),
             *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
         ],
@@ -138,4 +175,4 @@ def launch(
         ),
         interpret=interpret,
         name=name,
-    )(lists, *resident, *streamed)
+    )(lists, *(x.array for x in resident), *(x.array for x in streamed))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
-from pallas_kernels.nats_attention.pallas_tpu.launch import Out, launch
+from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
@@ -37,21 +37,18 @@ def masked_out_pass(
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = rows._replace(dout=dout, delta=rows.delta * weight)
     row_pairs, row_numbers = packing.packed_rows(rows, intervals.query_position, key.dtype, geometry)
+    second_global = jnp.where(columns.is_local, columns.second_global, -1)  # -1: before every query
+    numbers = [*intervals[1:], columns.reach, columns.next_global, second_global]
+    num_blocks = intervals.key_end.shape[-1] // geometry.key_block
     (sums,) = launch(
         functools.partial(_kernel, geometry=geometry, scale=scale, window=window),
         lists_lib.block_lists(lists_lib.transposed(tiles), None),
         resident=[
-            packing.key_blocks(packing.pair(key, value, geometry), geometry).astype(row_pairs.dtype),
-            packing.key_numbers(
-                geometry,
-                *intervals[1:],
-                columns.reach,
-                columns.next_global,
-                jnp.where(columns.is_local, columns.second_global, -1),  # before every query
-            ),
+            Blocks(packing.key_blocks(packing.pair(key, value, geometry), geometry).astype(row_pairs.dtype)),
+            Blocks(packing.key_numbers(geometry, *numbers)),
         ],
-        streamed=[row_pairs, row_numbers],
-        outs=[Out(4, geometry.key_block, jnp.float32)],
+        streamed=[Tokens(row_pairs, tiling.query_block), Blocks(row_numbers)],
+        outs=[Blocks(jax.ShapeDtypeStruct((b, k, num_blocks, 4, geometry.key_block), jnp.float32))],
         scratch=[(geometry.key_block, geometry.columns), *[(geometry.key_block, 128)] * 4],
         flops_a_tile=4 * geometry.rows * geometry.key_block * geometry.columns,
         exps_a_tile=geometry.rows * geometry.key_block,

@@ -1,6 +1,7 @@
 """How arrays lie in memory: whole blocks, two operands side by side, and small numbers in rows.
 
-The kernels see five axes everywhere, ``[b, k, block, row, column]``, so that a block is one index and one copy.
+Query, its gradient and the output stay ``[b, k, g, t, h]``, of which a block is a slice of t: putting the heads of a
+block side by side in memory would be a copy of its own. Everything else is ``[b, k, block, row, column]``.
 
 *Pairs.* Key and value lie side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
 With head dim 128 each is a whole register wide and taken apart for nothing. With head dim 64 the pair is *one* register
@@ -10,8 +11,8 @@ would be padded to 128 in memory.
 
 *Numbers.* Positions, ends, log-sum-exps are rows of an int32 array, one column a token (floats by their bits).
 
-Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``m`` row
-of a block of queries (``g`` times the query block, head by head), ``i`` block.
+Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``m``
+row of a block of queries (``g`` times the query block, head by head), ``i`` block.
 """
 
 import dataclasses
@@ -85,18 +86,17 @@ def pad_intervals(intervals: Intervals, geometry: Geometry) -> Intervals:
 
 
 def row_blocks(x: jax.Array, geometry: Geometry, value=0) -> jax.Array:
-    """``[b, k, g, t, …]`` → ``[b, k, i, m, …]``."""
+    """Numbers ``[b, k, g, t]`` → ``[b, k, i, m]``."""
     x = pad(x, 3, geometry.query_block, value)
-    b, k, g, t = x.shape[:4]
-    x = x.reshape(b, k, g, t // geometry.query_block, geometry.query_block, *x.shape[4:])
-    return jnp.swapaxes(x, 2, 3).reshape(b, k, -1, geometry.rows, *x.shape[5:])
+    b, k, g, _ = x.shape
+    return jnp.swapaxes(x.reshape(b, k, g, -1, geometry.query_block), 2, 3).reshape(b, k, -1, geometry.rows)
 
 
 def rows_from_blocks(x: jax.Array, geometry: Geometry, length: int) -> jax.Array:
-    """``[b, k, i, m, …]`` → ``[b, k, g, t, …]``."""
-    b, k, i = x.shape[:3]
-    x = x.reshape(b, k, i, geometry.group, geometry.query_block, *x.shape[4:])
-    return jnp.swapaxes(x, 2, 3).reshape(b, k, geometry.group, -1, *x.shape[5:])[:, :, :, :length]
+    """Numbers ``[b, k, i, m]`` → ``[b, k, g, t]``."""
+    b, k, i, _ = x.shape
+    x = jnp.swapaxes(x.reshape(b, k, i, geometry.group, geometry.query_block), 2, 3)
+    return x.reshape(b, k, geometry.group, -1)[:, :, :, :length]
 
 
 def key_blocks(x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -141,10 +141,11 @@ def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geom
       geometry: of the tiles.
 
     Returns:
-      ``[query | dout] [b, k, i, m, 2 · half]`` and int32 ``[b, k, i, 3, m]``: position, lse and delta.
+      ``[query | dout] [b, k, g, t, 2 · half]``, padded to whole blocks, and int32 ``[b, k, i, 3, m]``: position, lse
+      and delta.
     """
     dtype = jnp.result_type(rows.query, rows.dout, key_dtype)
-    pairs = row_blocks(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), geometry)
+    pairs = pad(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), 3, geometry.query_block)
     b, k, g, _ = rows.lse.shape
     at = jnp.broadcast_to(query_position[:, None, None], (b, k, g, query_position.shape[-1]))
     lse, delta = row_blocks(rows.lse, geometry, jnp.inf), row_blocks(rows.delta, geometry)

@@ -30,19 +30,25 @@ def dot_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
     return _dot(x, y, 1)
 
 
+def rows_of(ref, columns: slice = slice(None)) -> jax.Array:
+    """Columns of a block ``[…, h]`` with all axes before the last folded into rows (as they lie: no copy)."""
+    x = ref[..., columns]
+    return x.reshape(-1, x.shape[-1])
+
+
 def halves(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """What to multiply with for the first and for the second array of a pair: slices, or the whole where it is shared."""
+    """What to multiply with for either array of a pair: slices, or twice the whole where they share a register."""
     if geometry.shared:
-        both = pair_ref[...]
+        both = rows_of(pair_ref)
         return both, both
-    return pair_ref[:, : geometry.half], pair_ref[:, geometry.half :]
+    return rows_of(pair_ref, slice(None, geometry.half)), rows_of(pair_ref, slice(geometry.half, None))
 
 
 def operands(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
     """Both arrays of a pair, with zeros for the other array where they share a register."""
     if not geometry.shared:
         return halves(pair_ref, geometry)
-    both = pair_ref[...].astype(jnp.float32)
+    both = rows_of(pair_ref).astype(jnp.float32)
     in_first = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1) < geometry.half
     first, second = jnp.where(in_first, both, 0), jnp.where(in_first, 0, both)
     return first.astype(pair_ref.dtype), second.astype(pair_ref.dtype)

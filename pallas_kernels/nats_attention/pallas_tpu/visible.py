@@ -14,7 +14,7 @@ from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
-from pallas_kernels.nats_attention.pallas_tpu.launch import Out, launch
+from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 from pallas_kernels.nats_attention.roles import NO_END, RoleColumns, RoleSums
@@ -45,34 +45,35 @@ def visible_pass(
     by_key, sums = _key_gradient(
         row_pairs, row_numbers, key_pairs, intervals, columns, tiles, window=window, **settings
     )
-    dquery = packing.rows_from_blocks(dquery, geometry, t)
+    dquery = dquery[:, :, :, :t]
     by_key = packing.keys_from_blocks(by_key, length)
-    gradients = packing.first_of(dquery, h), packing.first_of(by_key, h), packing.second_of(by_key, geometry, h)
-    gradients = tuple(x.astype(jnp.float32) for x in gradients)
+    gradients = [packing.first_of(dquery, h), packing.first_of(by_key, h), packing.second_of(by_key, geometry, h)]
+    dquery, dkey, dvalue = (x.astype(jnp.float32) for x in gradients)
     if sums is None:
-        return *gradients, None
+        return dquery, dkey, dvalue, None
     every, own, local, sliding = (packing.keys_from_blocks(sums[:, :, :, i], length) for i in range(4))
     row = packing.keys_from_blocks(row[:, :, :, 0], t)
-    return *gradients, RoleSums(every, own, local, sliding, jnp.zeros_like(every), row)
+    return dquery, dkey, dvalue, RoleSums(every, own, local, sliding, jnp.zeros_like(every), row)
 
 
 def _query_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, interpret):
-    """``dquery [b, k, i, m, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
+    """``dquery [b, k, g, t, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
     begin, end = intervals.key_position, intervals.key_end
     summed, numbers = None, [begin, end]
     if columns is not None:
         summed = lists_lib.with_local_keys(intervals, columns.is_local, geometry)
         numbers.append(jnp.where(columns.is_local, begin, NO_END))
+    (*head, _), bq = row_pairs.shape, geometry.query_block
+    outs: list[Blocks | Tokens] = [Tokens(jax.ShapeDtypeStruct((*head, geometry.columns), row_pairs.dtype), bq)]
+    if columns is not None:
+        outs.append(Blocks(jax.ShapeDtypeStruct((*row_numbers.shape[:3], 1, bq), jnp.float32)))
     dquery, *row = launch(
         functools.partial(_query_kernel, geometry=geometry, scale=scale),
         lists_lib.block_lists(tiles, summed),
-        resident=[row_pairs, row_numbers],
-        streamed=[key_pairs, packing.key_numbers(geometry, *numbers)],
-        outs=[
-            Out(geometry.rows, geometry.columns, row_pairs.dtype),
-            *([] if columns is None else [Out(1, geometry.query_block, jnp.float32)]),
-        ],
-        scratch=[(geometry.rows, geometry.columns), *([] if columns is None else [(geometry.query_block, 128)])],
+        resident=[Tokens(row_pairs, bq), Blocks(row_numbers)],
+        streamed=[Blocks(key_pairs), Blocks(packing.key_numbers(geometry, *numbers))],
+        outs=outs,
+        scratch=[(geometry.rows, geometry.columns), *([] if columns is None else [(bq, 128)])],
         flops_a_tile=6 * geometry.rows * geometry.key_block * geometry.columns,
         exps_a_tile=geometry.rows * geometry.key_block,
         name="nats_attention_query_gradient",
@@ -110,27 +111,28 @@ def _query_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale:
     if len(outs) > 1:
         stream.walk(lists_lib.SUMMED, functools.partial(visit, True, True))
         outs[1][...] = tile.sum_lanes_as_row(scratch[1][...])
-    dquery_ref[...] = (scale * acc_ref[...]).astype(dquery_ref.dtype)
+    dquery_ref[...] = (scale * acc_ref[...]).astype(dquery_ref.dtype).reshape(dquery_ref.shape)
 
 
 def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, window, interpret):
-    """``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key ``[b, k, j, 4, key_block]``:
-    all, own, local, sliding.
+    """``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key
+    ``[b, k, j, 4, key_block]``: all, own, local, sliding.
     """
     summed, numbers = None, list(intervals[1:])
     num_sums = 0 if columns is None else 4
     if columns is not None:
         summed = jnp.swapaxes(lists_lib.within_reach(intervals, columns, window, geometry), 2, 3)
         numbers.append(columns.next_global)
+    outs = [Blocks(jax.ShapeDtypeStruct(key_pairs.shape, key_pairs.dtype))]
+    if num_sums:
+        sums_shape = (*key_pairs.shape[:3], num_sums, geometry.key_block)
+        outs.append(Blocks(jax.ShapeDtypeStruct(sums_shape, jnp.float32)))
     by_key, *sums = launch(
         functools.partial(_key_kernel, geometry=geometry, scale=scale, window=window),
         lists_lib.block_lists(lists_lib.transposed(tiles), summed),
-        resident=[key_pairs, packing.key_numbers(geometry, *numbers)],
-        streamed=[row_pairs, row_numbers],
-        outs=[
-            Out(geometry.key_block, geometry.width, key_pairs.dtype),
-            *([Out(num_sums, geometry.key_block, jnp.float32)] if num_sums else []),
-        ],
+        resident=[Blocks(key_pairs), Blocks(packing.key_numbers(geometry, *numbers))],
+        streamed=[Tokens(row_pairs, geometry.query_block), Blocks(row_numbers)],
+        outs=outs,
         scratch=[*[(geometry.key_block, geometry.columns)] * 2, *[(geometry.key_block, 128)] * num_sums],
         flops_a_tile=8 * geometry.rows * geometry.key_block * geometry.columns,
         exps_a_tile=geometry.rows * geometry.key_block,
