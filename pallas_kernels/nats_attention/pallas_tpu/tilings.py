@@ -86,5 +86,5 @@ def check(problem: Problem, tiling: Any) -> None:
     if vmem_bytes(problem, tiling) > VMEM_LIMIT:
         raise ValueError(
             f"TpuTiling(query_block={tiling.query_block}, key_block={tiling.key_block}): with {problem.group} query "
-            f"heads per KV head a tile takes more than {VMEM_LIMIT >> 20} MiB of vector memory; smaller blocks were expected."
+            f"heads per KV head that takes over {VMEM_LIMIT >> 20} MiB of vector memory; smaller blocks were expected."
         )
