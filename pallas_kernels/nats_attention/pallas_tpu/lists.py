@@ -1,0 +1,70 @@
+"""The list of blocks that a grid step walks through, cut into segments by what has to be asked in a tile.
+
+A list is one row of int32: where each segment ends, then the blocks in order. All segments of a row are one stream of
+copies; only the arithmetic changes from one to the next.
+
+Axis letters: ``b`` batch, ``k`` KV head, ``q`` query block, ``j`` key block.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention.backend import Intervals
+from pallas_kernels.nats_attention.blocks import Tiles, all_rows_read, first_query, last_query, least, most
+from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
+from pallas_kernels.nats_attention.roles import RoleColumns
+
+PLAIN, MASKED, SUMMED = 0, 1, 2
+"""Segments: every pair counts; some do; some do, and the role sums ask about single ones."""
+NUM_SEGMENTS = 3
+
+
+def block_lists(tiles: Tiles, summed: jax.Array | None) -> jax.Array:
+    """Lists along the last axis.
+
+    Args:
+      tiles: bool ``[b, k, q, j]`` (or with the last two axes swapped).
+      summed: of the same shape (or one that broadcasts to it), tiles that the role sums ask about; None: no tile.
+
+    Returns:
+      int32 ``[b, k, q, 1, NUM_SEGMENTS + j]``.
+    """
+    alive, plain = tiles
+    state = jnp.where(plain, PLAIN, MASKED)
+    if summed is not None:
+        state = jnp.where(summed, SUMMED, state)
+    state = jnp.where(alive, state, NUM_SEGMENTS)
+    order = jnp.argsort(state, axis=-1, stable=True).astype(jnp.int32)
+    ends = [jnp.sum(state <= segment, axis=-1, keepdims=True, dtype=jnp.int32) for segment in range(NUM_SEGMENTS)]
+    return jnp.concatenate([*ends, order], axis=-1)[:, :, :, None]
+
+
+def transposed(tiles: Tiles) -> Tiles:
+    """``[b, k, q, j]`` → ``[b, k, j, q]``."""
+    return Tiles(*(jnp.swapaxes(x, 2, 3) for x in tiles))
+
+
+def with_local_keys(intervals: Intervals, is_local: jax.Array, geometry: Geometry) -> jax.Array:
+    """Whether a LOCAL key may be visible in a tile, bool ``[b, k, q, j]``: there the sums by row are asked for."""
+    begin = jnp.where(is_local, intervals.key_position, jnp.iinfo(jnp.int32).max)
+    end = jnp.where(is_local, intervals.key_end, 0)
+    first, last = (f(intervals.query_position, geometry.query_block) for f in (first_query, last_query))
+    return (least(begin, geometry.key_block) <= last) & (most(end, geometry.key_block) > first)
+
+
+def within_reach(intervals: Intervals, columns: RoleColumns, window: int, geometry: Geometry) -> jax.Array:
+    """Whether the sums for LOCAL or SLIDING reach into a tile, bool ``[b, k, q, j]``."""
+    settled = jnp.maximum(intervals.key_position + window, columns.next_global)
+    return most(settled, geometry.key_block) >= first_query(intervals.query_position, geometry.query_block)
+
+
+def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int, geometry: Geometry) -> Tiles:
+    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left."""
+    bq, bk = geometry.query_block, geometry.key_block
+    first, last = (f(intervals.query_position, bq) for f in (first_query, last_query))
+    begin = intervals.key_position
+    reach = jnp.where(columns.is_global, 0, columns.reach)
+    alive = (least(begin, bk) <= last) & (most(reach, bk) > first)
+    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
+    plain = (most(settled, bk) < first) & (least(columns.reach, bk) > last)
+    return Tiles(alive, alive & plain & all_rows_read(intervals.query_position, bq))

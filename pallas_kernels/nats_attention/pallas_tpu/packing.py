@@ -1,0 +1,158 @@
+"""How arrays lie in memory: whole blocks, two operands side by side, and small numbers in rows.
+
+Query, its gradient and the output stay ``[b, k, g, t, h]``, of which a block is a slice of t: putting the heads of a
+block side by side in memory would be a copy of its own. Everything else is ``[b, k, block, row, column]``.
+
+*Pairs.* Key and value lie side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
+With head dim 128 each is a whole register wide and taken apart for nothing. With head dim 64 the pair is *one* register
+wide and never taken apart: ``[q | 0] · [k | v]ᵀ`` is ``q · kᵀ``, and ``p · [k | v]`` has ``p · v`` in its second half.
+A matrix unit is 128 wide, so neither costs more than the product of 64 columns would; an array of 64 columns of its own
+would be padded to 128 in memory.
+
+*Numbers.* Positions, ends, log-sum-exps are rows of an int32 array, one column a token (floats by their bits).
+
+Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``m``
+row of a block of queries (``g`` times the query block, head by head), ``i`` block.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention.backend import Intervals, Rows
+from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.tiling import Tiling
+
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of a tile.
+
+    Attributes:
+      group: query heads per KV head.
+      query_block, key_block: tokens.
+      half: columns of one array of a pair: the head dim, padded.
+    """
+
+    group: int
+    query_block: int
+    key_block: int
+    half: int
+
+    @classmethod
+    def of(cls, group: int, head_dim: int, tiling: Tiling) -> "Geometry":
+        """Head dims up to 64 take 64 columns, larger ones a multiple of 128."""
+        half = 64 if head_dim <= 64 else -(-head_dim // _LANES) * _LANES
+        return cls(group, tiling.query_block, tiling.key_block, half)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block of queries."""
+        return self.group * self.query_block
+
+    @property
+    def width(self) -> int:
+        """Columns of a pair."""
+        return 2 * self.half
+
+    @property
+    def shared(self) -> bool:
+        """Whether a pair shares one register, so that what meets it has zeros in the other half."""
+        return self.half < _LANES
+
+    @property
+    def columns(self) -> int:
+        """Columns of what meets one array of a pair, and of a product with it."""
+        return max(self.half, _LANES)
+
+
+def pad(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:
+    """``x`` lengthened along ``axis`` to a multiple of ``block``."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def pad_intervals(intervals: Intervals, geometry: Geometry) -> Intervals:
+    """Padded rows read nothing and padded keys are read by none."""
+    return Intervals(
+        pad(intervals.query_position, 1, geometry.query_block, -1),
+        pad(intervals.key_position, 2, geometry.key_block, NO_END),
+        pad(intervals.key_end, 2, geometry.key_block, 0),
+    )
+
+
+def row_blocks(x: jax.Array, geometry: Geometry, value=0) -> jax.Array:
+    """Numbers ``[b, k, g, t]`` → ``[b, k, i, m]``."""
+    x = pad(x, 3, geometry.query_block, value)
+    b, k, g, _ = x.shape
+    return jnp.swapaxes(x.reshape(b, k, g, -1, geometry.query_block), 2, 3).reshape(b, k, -1, geometry.rows)
+
+
+def rows_from_blocks(x: jax.Array, geometry: Geometry, length: int) -> jax.Array:
+    """Numbers ``[b, k, i, m]`` → ``[b, k, g, t]``."""
+    b, k, i, _ = x.shape
+    x = jnp.swapaxes(x.reshape(b, k, i, geometry.group, geometry.query_block), 2, 3)
+    return x.reshape(b, k, geometry.group, -1)[:, :, :, :length]
+
+
+def key_blocks(x: jax.Array, geometry: Geometry) -> jax.Array:
+    """``[b, k, s, …]`` → ``[b, k, i, key_block, …]``."""
+    x = pad(x, 2, geometry.key_block)
+    return x.reshape(*x.shape[:2], -1, geometry.key_block, *x.shape[3:])
+
+
+def keys_from_blocks(x: jax.Array, length: int) -> jax.Array:
+    """``[b, k, i, key_block, …]`` → ``[b, k, s, …]``."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+
+
+def columns_to(x: jax.Array, columns: int) -> jax.Array:
+    """``x [..., h]`` with zeros behind it."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
+
+
+def pair(first: jax.Array, second: jax.Array, geometry: Geometry) -> jax.Array:
+    """Two arrays ``[…, h]`` side by side, ``[…, 2 · half]``."""
+    return jnp.concatenate([columns_to(x, geometry.half) for x in (first, second)], axis=-1)
+
+
+def first_of(x: jax.Array, head_dim: int) -> jax.Array:
+    """The first array of a pair, or what a product with the first array is: ``[…, h]``."""
+    return x[..., :head_dim]
+
+
+def second_of(x: jax.Array, geometry: Geometry, head_dim: int) -> jax.Array:
+    """The second array of a pair, or what a product with the second array is: ``[…, h]``."""
+    begin = geometry.half if x.shape[-1] > geometry.half else 0
+    return x[..., begin : begin + head_dim]
+
+
+def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """What a backward kernel reads of the queries; padded rows give nothing.
+
+    Args:
+      rows: of every query.
+      query_position: int32 ``[b, t]``, padded to whole blocks.
+      key_dtype: of key and value.
+      geometry: of the tiles.
+
+    Returns:
+      ``[query | dout] [b, k, g, t, 2 · half]``, padded to whole blocks, and int32 ``[b, k, i, 3, m]``: position, lse
+      and delta.
+    """
+    dtype = jnp.result_type(rows.query, rows.dout, key_dtype)
+    pairs = pad(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), 3, geometry.query_block)
+    b, k, g, _ = rows.lse.shape
+    at = jnp.broadcast_to(query_position[:, None, None], (b, k, g, query_position.shape[-1]))
+    lse, delta = row_blocks(rows.lse, geometry, jnp.inf), row_blocks(rows.delta, geometry)
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (lse, delta)]
+    return pairs, jnp.stack([row_blocks(at, geometry), *bits], axis=3)
+
+
+def key_numbers(geometry: Geometry, *by_key: jax.Array) -> jax.Array:
+    """int32 ``[b, k, i, len(by_key), key_block]`` of arrays ``[b, k, s]``, padded already."""
+    return jnp.stack([key_blocks(x.astype(jnp.int32), geometry) for x in by_key], axis=3)

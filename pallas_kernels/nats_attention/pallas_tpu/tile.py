@@ -1,0 +1,115 @@
+"""Arithmetic on one tile, in registers: products, numbers as columns, masks, sums over the lanes.
+
+What a grid step owns lies in the rows of a tile, what it walks through in the columns. So the streamed numbers are used
+as they come, one a lane, and the owned ones are turned into columns once a grid step.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
+
+_LANES = 128
+
+
+def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+    # One pass of bfloat16 is not what a caller with float32 arrays asks for.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dimensions = (((1,), (y_axis,)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x [m, s] · y [s, h]``, float32."""
+    return _dot(x, y, 0)
+
+
+def dot_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x [m, h] · y [s, h]ᵀ``, float32."""
+    return _dot(x, y, 1)
+
+
+def rows_of(ref, columns: slice = slice(None)) -> jax.Array:
+    """Columns of a block ``[…, h]`` with all axes before the last folded into rows (as they lie: no copy)."""
+    x = ref[..., columns]
+    return x.reshape(-1, x.shape[-1])
+
+
+def halves(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """What to multiply with for either array of a pair: slices, or twice the whole where they share a register."""
+    if geometry.shared:
+        both = rows_of(pair_ref)
+        return both, both
+    return rows_of(pair_ref, slice(None, geometry.half)), rows_of(pair_ref, slice(geometry.half, None))
+
+
+def operands(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """Both arrays of a pair, with zeros for the other array where they share a register."""
+    if not geometry.shared:
+        return halves(pair_ref, geometry)
+    both = rows_of(pair_ref).astype(jnp.float32)
+    in_first = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1) < geometry.half
+    first, second = jnp.where(in_first, both, 0), jnp.where(in_first, 0, both)
+    return first.astype(pair_ref.dtype), second.astype(pair_ref.dtype)
+
+
+def write_pair(pair_ref, first: jax.Array, second: jax.Array, geometry: Geometry) -> None:
+    """Writes products with the first and with the second array as a pair."""
+    if geometry.shared:
+        in_first = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1) < geometry.half
+        pair_ref[...] = jnp.where(in_first, first, second).astype(pair_ref.dtype)
+    else:
+        pair_ref[:, : geometry.half] = first.astype(pair_ref.dtype)
+        pair_ref[:, geometry.half :] = second.astype(pair_ref.dtype)
+
+
+def as_float(bits: jax.Array) -> jax.Array:
+    """float32 from its bits."""
+    return pltpu.bitcast(bits, jnp.float32)
+
+
+def column(row: jax.Array) -> jax.Array:
+    """``[1, n]`` → ``[n, 128]``, the same in every lane. (A reshape of a row to a column is refused.)"""
+    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T
+
+
+def as_row(column: jax.Array) -> jax.Array:
+    """``[n, 128]``, the same in every lane → ``[1, n]``."""
+    return column.T[:1]
+
+
+def spread(column: jax.Array, columns: int) -> jax.Array:
+    """``[n, 128]``, the same in every lane → ``[n, columns]``."""
+    return repeat_lanes(column, columns // _LANES)
+
+
+def repeat_lanes(x: jax.Array, times: int) -> jax.Array:
+    """``x`` beside itself."""
+    return x if times == 1 else jnp.concatenate([x] * times, axis=1)
+
+
+def fold_lanes(x: jax.Array, columns: int = _LANES) -> jax.Array:
+    """``[n, i · columns]`` → ``[n, columns]``, summed over i: whole registers added, no lane crosses over."""
+    return sum(x[:, i : i + columns] for i in range(columns, x.shape[1], columns)) + x[:, :columns]
+
+
+def sum_lanes_as_row(x: jax.Array) -> jax.Array:
+    """``[n, 128]`` → its sums over the lanes as a row ``[1, n]``."""
+    return jnp.sum(x.T, axis=0, keepdims=True)
+
+
+def bias(where: jax.Array) -> jax.Array:
+    """0 where pairs count and −∞ where they do not: what is added to a logit."""
+    return jnp.where(where, 0.0, -jnp.inf)
+
+
+def add_by_head(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """``x [m, s]`` plus ``mask [query_block, s]`` in every head of the group."""
+    by_head = x.reshape(-1, *mask.shape)
+    return (by_head + mask[None]).reshape(x.shape)
+
+
+def sum_heads(x: jax.Array, query_block: int) -> jax.Array:
+    """``[m, s]`` → ``[query_block, s]``."""
+    return jnp.sum(x.reshape(-1, query_block, x.shape[1]), axis=0)
