@@ -1,5 +1,5 @@
-"""The TPU kernels compiled for real chips, on a machine without one. It takes libtpu and some minutes, so it is a
-job of its own:
+"""The TPU kernels compiled for real chips, on a machine without one. It takes libtpu and some minutes, so it is a job
+of its own:
 
     pip install -e '.[test,tpu]'
     JAX_PLATFORMS=cpu python -m pytest -n 0 -m aot tests/test_attention_tpu_aot.py
