@@ -7,13 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, reference, xla
+from pallas_kernels.nats_attention import differentiable, pallas_gpu, reference, xla
 from pallas_kernels.nats_attention.backend import Backend, Intervals
 from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 
-BACKENDS: dict[str, Backend] = {"xla": xla}
+BACKENDS: dict[str, Backend] = {"pallas_gpu": pallas_gpu, "xla": xla}
 """Tried in this order, where the platform is theirs."""
 
 
@@ -44,7 +44,7 @@ class Visible:
 
 MaskGradient = Exact | Sampled | Visible
 _NAMES: dict[str, MaskGradient] = {"exact": Exact(), "sampled": Sampled(), "visible": Visible()}
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["pallas_gpu", "xla", "reference"]
 
 
 def _mask_gradient(given: MaskGradient | str) -> MaskGradient:
@@ -145,7 +145,8 @@ def nats_attention(
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
-      implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+      implementation: "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend of this
+        platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
 
     Returns:
@@ -214,7 +215,8 @@ def interval_attention(
       key_position: int32 ``[b, k, s]``, index of each key; default ``0 … s-1``.
       scale: of the logits; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
-      implementation: "xla", "reference" (dense, for tests), or None for the first backend that can serve the call.
+      implementation: "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend of this
+        platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
 
     Returns:

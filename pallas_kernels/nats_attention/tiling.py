@@ -53,7 +53,7 @@ class Tiling:
         kind = type(self).__name__
         for field in dataclasses.fields(self):
             number = getattr(self, field.name)
-            if isinstance(number, int) and number < 1:
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
                 raise ValueError(f"{kind}({field.name}={number}): it must be at least 1.")
         if not 0 < self.capacity <= 1:
             raise ValueError(f"{kind}(capacity={self.capacity}): it must be in (0, 1].")
