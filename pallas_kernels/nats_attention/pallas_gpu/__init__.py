@@ -8,7 +8,8 @@ from pallas_kernels.nats_attention.pallas_gpu.tilings import (
     check,
     default_tiling,
 )
-from pallas_kernels.nats_attention.xla.backward import masked_out_pass, visible_pass
+from pallas_kernels.nats_attention.pallas_gpu.visible import visible_pass
+from pallas_kernels.nats_attention.xla.backward import masked_out_pass
 
 __all__ = [
     "PLATFORMS",

@@ -6,6 +6,7 @@ second-level cache. Axis letters: ``n`` query head, ``m`` KV head (batch and hea
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,10 @@ def forward(
     key, value = (one_head_axis(pad(x, 2)) for x in (key, value))
     begin, end = (one_head_axis(x) for x in intervals[1:])
     out, lse = wg_lib.launch(
-        functools.partial(_kernel, tiling=tiling, heads=k * g, group=g, scale=scale * LOG2E),
-        (query, key, value, intervals.query_position, begin, end, *lists),
-        (query, jax.ShapeDtypeStruct(query.shape[:2], jnp.float32)),
-        _scratch(tiling, h, query.dtype),
+        functools.partial(_kernel, tiling=tiling, heads=k * g, scale=scale * LOG2E),
+        (query, key, value, Intervals(intervals.query_position, begin, end), lists),
+        [jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:2], jnp.float32)],
+        _Shared.of(tiling, h, query.dtype),
         (lists.num_alive.shape[1], query.shape[0]),
         tiling.interpret,
     )
@@ -46,96 +47,84 @@ def forward(
     return out, lse
 
 
-def _scratch(tiling: GpuTiling, head_dim: int, dtype):
-    streamed = wg_lib.tiles_in_shared_memory(tiling.stages, tiling.columns, head_dim, dtype=dtype)
-    return {
-        "rows": wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype),  # of the query, then of the output
-        "lse_rows": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-        "keys": streamed,
-        "values": streamed,
-        "left": wg_lib.left_operand(tiling, tiling.columns, dtype),
-        "rows_loaded": plgpu.Barrier(num_barriers=COMPUTE),
-        "keys_loaded": plgpu.Barrier(num_barriers=tiling.stages),
-        "values_loaded": plgpu.Barrier(num_barriers=tiling.stages),
-        "consumed": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
-    }
+class _Shared(NamedTuple):
+    """Shared memory: the rows of the query and later of the output, the streamed tiles, and what guards them."""
+
+    rows: Any
+    lse: Any
+    keys: Any
+    values: Any
+    left: Any
+    rows_loaded: Any
+    keys_loaded: Any
+    values_loaded: Any
+    consumed: Any
+
+    @classmethod
+    def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
+        """The types to allocate."""
+        streamed = wg_lib.tiles_in_shared_memory(tiling.stages, tiling.columns, head_dim, dtype=dtype)
+        return cls(
+            rows=wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype),
+            lse=plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
+            keys=streamed,
+            values=streamed,
+            left=wg_lib.left_operand(tiling, tiling.columns, dtype),
+            rows_loaded=plgpu.Barrier(num_barriers=COMPUTE),
+            keys_loaded=plgpu.Barrier(num_barriers=tiling.stages),
+            values_loaded=plgpu.Barrier(num_barriers=tiling.stages),
+            consumed=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
+        )
 
 
 def _kernel(
-    # global memory
-    query,
-    key,
-    value,
-    at,
-    begin,
-    end,
-    order,
-    num_plain,
-    num_alive,
-    out,
-    lse,
-    *,
-    # shared memory
-    rows,
-    lse_rows,
-    keys,
-    values,
-    left,
-    rows_loaded,
-    keys_loaded,
-    values_loaded,
-    consumed,
-    # static
-    tiling: GpuTiling,
-    heads: int,
-    group: int,
-    scale: float,
+    query, key, value, intervals, lists, out, lse, *, shared: _Shared, tiling: GpuTiling, heads: int, scale: float
 ):
     block, head = lax.axis_index("block"), lax.axis_index("head")
-    kv_head = lax.div(head, jnp.int32(group))
+    kv_head = lax.div(head, jnp.int32(query.shape[0] // key.shape[0]))
     columns, h = tiling.columns, query.shape[-1]
     parts = BLOCK // columns
-    num_items = num_alive[kv_head, block] * parts
+    num_plain, num_items = (x[kv_head, block] * parts for x in (lists.num_plain, lists.num_alive))
 
     def columns_of(item):
-        j = order[kv_head, block, lax.div(item, jnp.int32(parts))]
+        j = lists.order[kv_head, block, lax.div(item, jnp.int32(parts))]
         return pl.ds(j * BLOCK + lax.rem(item, jnp.int32(parts)) * columns, columns)
 
     def load(item, slot):
         where = columns_of(item)
-        plgpu.copy_gmem_to_smem(key.at[kv_head, where], keys.at[slot], keys_loaded.at[slot])
-        plgpu.copy_gmem_to_smem(value.at[kv_head, where], values.at[slot], values_loaded.at[slot])
+        plgpu.copy_gmem_to_smem(key.at[kv_head, where], shared.keys.at[slot], shared.keys_loaded.at[slot])
+        plgpu.copy_gmem_to_smem(value.at[kv_head, where], shared.values.at[slot], shared.values_loaded.at[slot])
 
     def compute(warpgroup):
         own = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
-        query_rows = rows.at[warpgroup]
-        plgpu.copy_gmem_to_smem(query.at[head, own], query_rows, rows_loaded.at[warpgroup])
-        own_at = wg_lib.vector(at.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
-        plgpu.barrier_wait(rows_loaded.at[warpgroup])
+        query_rows = shared.rows.at[warpgroup]
+        plgpu.copy_gmem_to_smem(query.at[head, own], query_rows, shared.rows_loaded.at[warpgroup])
+        own_at = wg_lib.vector(intervals.query_position.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
+        plgpu.barrier_wait(shared.rows_loaded.at[warpgroup])
 
         def step(masked, item, carry):
             top, total, acc = carry
             slot = lax.rem(item, jnp.int32(tiling.stages))
-            plgpu.barrier_wait(keys_loaded.at[slot])
-            logits = scale * wg_lib.product(query_rows, keys.at[slot].T, (ROWS, columns))
+            plgpu.barrier_wait(shared.keys_loaded.at[slot])
+            logits = scale * wg_lib.product(query_rows, shared.keys.at[slot].T, (ROWS, columns))
             if masked:
                 where = columns_of(item)
                 tile_at = to_rows(own_at, columns)
-                first, stop = (to_columns(wg_lib.vector(x.at[kv_head, where], PER_COLUMN), ROWS) for x in (begin, end))
+                first, stop = (to_columns(wg_lib.vector(x.at[kv_head, where], PER_COLUMN), ROWS) for x in intervals[1:])
                 logits = jnp.where((first <= tile_at) & (tile_at < stop), logits, -jnp.inf)
             new_top = lax.max(top, jnp.max(logits, axis=1))
             weights = jnp.exp2(logits - to_rows(new_top, columns))
             decay = jnp.exp2(top - new_top)
             total = total * decay + jnp.sum(weights, axis=1)
             narrow = weights.astype(value.dtype)
-            plgpu.barrier_wait(values_loaded.at[slot])
+            plgpu.barrier_wait(shared.values_loaded.at[slot])
 
             def multiply(update):
-                wg_lib.add_product(update, narrow, values.at[slot], left, warpgroup)
+                wg_lib.add_product(update, narrow, shared.values.at[slot], shared.left, warpgroup)
                 return update[...]
 
             update = pl.run_scoped(multiply, plgpu.ACC((ROWS, h), jnp.float32))
-            plgpu.barrier_arrive(consumed.at[slot])
+            plgpu.barrier_arrive(shared.consumed.at[slot])
             return new_top, total, acc * to_rows(decay, h) + update
 
         carry = (
@@ -143,15 +132,15 @@ def _kernel(
             wg_lib.zeros((ROWS,), PER_ROW),
             wg_lib.zeros((ROWS, h), plgpu.Layout.WGMMA),
         )
-        carry = wg_lib.plain_then_masked(step, num_plain[kv_head, block] * parts, num_items, carry)
+        carry = wg_lib.plain_then_masked(step, num_plain, num_items, carry)
         top, total, acc = carry
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
-        lse_rows[warpgroup] = jnp.where(empty, -jnp.inf, top * math.log(2) + jnp.log(total))
+        shared.lse[warpgroup] = jnp.where(empty, -jnp.inf, top * math.log(2) + jnp.log(total))
         query_rows[...] = (acc / to_rows(total, h)).astype(query.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(query_rows, out.at[head, own])
-        plgpu.copy_smem_to_gmem(lse_rows.at[warpgroup], lse.at[head, own])
+        plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[head, own])
         plgpu.wait_smem_to_gmem(0)
 
-    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, tiling.stages, consumed, load))
+    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, tiling.stages, shared.consumed, load))

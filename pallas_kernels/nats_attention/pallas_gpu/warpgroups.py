@@ -6,7 +6,7 @@ the last ones: otherwise the next use of the shared memory would begin with a ba
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E
 from pallas_kernels.nats_attention.pallas_gpu.tilings import GpuTiling
 
 ROWS = 64
@@ -80,6 +81,11 @@ def add_product(acc, left: jax.Array, right, buffer, warpgroup) -> None:
     plgpu.wgmma(acc, buffer, right)
 
 
+def clipped_ratio(logits: jax.Array, lse: jax.Array, scale: float) -> jax.Array:
+    """``min(exp(x - lse), 1)``, ``lse`` in base 2. Visible pairs have x <= lse, masked-out ones may exceed it."""
+    return jnp.exp2(lax.min(logits * (scale * LOG2E) - lse, jnp.zeros_like(lse)))
+
+
 def feed(num_items: jax.Array, stages: int, consumed, load: Callable[[jax.Array, jax.Array], None]) -> None:
     """The memory warpgroup's loop: ``load(item, slot)`` for every item, each when its slot is free."""
 
@@ -121,17 +127,17 @@ def plain_then_masked(step: Callable, num_plain: jax.Array, num_items: jax.Array
 
 def launch(
     body: Callable,
-    inputs: Sequence[jax.Array],
+    inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    scratch: Mapping[str, Any],
+    shared: Any,
     grid: tuple[int, int],
     interpret: bool,
 ) -> Sequence[jax.Array]:
-    """Runs ``body(*inputs, *outputs, **scratch)`` on every (block, head) of the grid."""
+    """Runs ``body(*inputs, *outputs, shared=shared)`` on every (block, head) of the grid."""
     return plgpu.kernel(
         body,
         out_type=tuple(outputs),
-        scratch_types=dict(scratch),
+        scratch_types={"shared": shared},
         grid=grid,
         grid_names=("block", "head"),
         num_threads=COMPUTE + 1,
