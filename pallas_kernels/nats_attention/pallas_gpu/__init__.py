@@ -1,6 +1,7 @@
 """The backend for Hopper GPUs: Mosaic GPU kernels in which one warpgroup copies live tiles for two that compute."""
 
 from pallas_kernels.nats_attention.pallas_gpu.forward import forward
+from pallas_kernels.nats_attention.pallas_gpu.masked_out import masked_out_pass
 from pallas_kernels.nats_attention.pallas_gpu.tilings import (
     PLATFORMS,
     GpuTiling,
@@ -9,7 +10,6 @@ from pallas_kernels.nats_attention.pallas_gpu.tilings import (
     default_tiling,
 )
 from pallas_kernels.nats_attention.pallas_gpu.visible import visible_pass
-from pallas_kernels.nats_attention.xla.backward import masked_out_pass
 
 __all__ = [
     "PLATFORMS",

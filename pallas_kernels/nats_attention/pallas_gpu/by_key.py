@@ -95,6 +95,12 @@ class _Key(NamedTuple):
     end: jax.Array
     next_global: jax.Array | None
 
+    @classmethod
+    def of(cls, intervals, next_global, where) -> "_Key":
+        """Read anew for every tile with a mask, which costs less than registers that the other tiles need."""
+        refs = (*intervals[1:], next_global)
+        return cls(*(None if x is None else wg_lib.vector(x.at[where], PER_ROW) for x in refs))
+
 
 def _kernel(
     rows,
@@ -120,9 +126,6 @@ def _kernel(
         keys, values, loaded = shared.keys.at[warpgroup], shared.values.at[warpgroup], shared.keys_loaded.at[warpgroup]
         plgpu.copy_gmem_to_smem(key.at[kv_head, own], keys, loaded)
         plgpu.copy_gmem_to_smem(value.at[kv_head, own], values, loaded)
-        known = _Key(
-            *(None if x is None else wg_lib.vector(x.at[kv_head, own], PER_ROW) for x in (*intervals[1:], next_global))
-        )
         plgpu.barrier_wait(loaded)
 
         def step(dkey_acc, dvalue_acc, masked, item, carry):
@@ -133,6 +136,7 @@ def _kernel(
             ratio = wg_lib.clipped_ratio(logits, to_columns(lse, ROWS), scale)
             if masked:
                 at = walk.positions(intervals.query_position, item)
+                known = _Key.of(intervals, next_global, (kv_head, own))
                 visible = (to_rows(known.begin, _STREAMED) <= at) & (at < to_rows(known.end, _STREAMED))
                 ratio = jnp.where(visible, ratio, 0.0)
             plgpu.barrier_wait(ring.dout_loaded.at[slot])

@@ -127,7 +127,6 @@ def _kernel(
         query_rows, dout_rows = shared.query.at[warpgroup], shared.dout.at[warpgroup]
         plgpu.copy_gmem_to_smem(rows.query.at[head, own], query_rows, shared.rows_loaded.at[warpgroup])
         plgpu.copy_gmem_to_smem(rows.dout.at[head, own], dout_rows, shared.rows_loaded.at[warpgroup])
-        own_at = wg_lib.vector(intervals.query_position.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
         own_lse, own_delta = (wg_lib.vector(x.at[head, own], PER_ROW) for x in (rows.lse, rows.delta))
         plgpu.barrier_wait(shared.rows_loaded.at[warpgroup])
 
@@ -138,6 +137,7 @@ def _kernel(
             ratio = wg_lib.clipped_ratio(logits, to_rows(own_lse, _COLUMNS), scale)
             if masked:
                 where = columns_of(item)
+                own_at = wg_lib.vector(intervals.query_position.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
                 tile_at = to_rows(own_at, _COLUMNS)
                 begin, end = (to_columns(wg_lib.vector(x.at[kv_head, where], PER_COLUMN), ROWS) for x in intervals[1:])
                 ratio = jnp.where((begin <= tile_at) & (tile_at < end), ratio, 0.0)

@@ -17,7 +17,7 @@ BLOCK = 128
 _OLDEST_JAX = (0, 11)
 _DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 128)
-_COLUMNS = (64, 128)
+_WIDTHS = (64, 128)
 _SHARED_MEMORY = 227 << 10  # bytes that a block of threads may have on Hopper
 _SMALL_BUFFERS = 8 << 10  # of these, what barriers, vectors and reductions may take
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
@@ -28,8 +28,9 @@ class GpuTiling(Tiling):
     """``Tiling`` of 128×128 blocks, how far copies run ahead, and whether the kernels are interpreted.
 
     Attributes:
-      columns: keys that the forward pass takes at once, 64 or 128; the backward passes, which hold more in registers,
-        take 64.
+      columns: keys that the forward pass takes at once, 64 or 128; the visible pass, which holds more in registers,
+        takes 64.
+      rows: queries that the masked-out pass takes at once, 64 or 128.
       stages: tiles in shared memory, those that are computed and those on their way.
       interpret: runs the kernels in Pallas' GPU interpreter on any platform, slowly: for tests. The interpreter knows
         no product with its left operand in registers, so that operand then goes through shared memory.
@@ -38,33 +39,35 @@ class GpuTiling(Tiling):
     query_block: int = BLOCK
     key_block: int = BLOCK
     columns: int = 128
+    rows: int = 64
     stages: int = 2
     interpret: bool = False
 
 
 def default_tiling(problem: Problem) -> GpuTiling:
     """The widest tiles. Keys are only gathered where there are blocks to skip."""
-    return _tiling(problem, 128, 2)
+    return _tiling(problem, columns=128, rows=64, stages=2)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[GpuTiling]:
     """Narrow and wide tiles, two to four of them in shared memory."""
-    wanted = [_tiling(problem, columns, stages) for columns, stages in itertools.product(_COLUMNS, (2, 3, 4))]
+    wanted = [_tiling(problem, *numbers) for numbers in itertools.product(_WIDTHS, _WIDTHS, (2, 3, 4))]
     return [x for x in wanted if shared_memory(problem.head_dim, x) <= _SHARED_MEMORY]
 
 
-def _tiling(problem: Problem, columns: int, stages: int) -> GpuTiling:
+def _tiling(problem: Problem, columns: int, rows: int, stages: int) -> GpuTiling:
     gathered = problem.keys >= 4 * BLOCK
-    return GpuTiling(columns=columns, stages=stages, thresholds=(max(problem.window + 1, BLOCK),) if gathered else ())
+    return GpuTiling(
+        columns=columns, rows=rows, stages=stages, thresholds=(max(problem.window + 1, BLOCK),) if gathered else ()
+    )
 
 
 def shared_memory(head_dim: int, tiling: GpuTiling) -> int:
     """Bytes that the widest kernel takes: resident and streamed tiles of 16 bits, and the left operands if they go
     through shared memory."""
-    forward = head_dim * (BLOCK + 2 * tiling.stages * tiling.columns)
-    backward = head_dim * (2 * BLOCK + 2 * tiling.stages * 64)
-    left = (BLOCK * tiling.columns, BLOCK * 64) if tiling.interpret else (0, 0)
-    return 2 * max(forward + left[0], backward + left[1]) + _SMALL_BUFFERS
+    own, widest = BLOCK * head_dim, max(tiling.columns, tiling.rows)
+    left = BLOCK * widest if tiling.interpret else 0
+    return 2 * (2 * own + 2 * tiling.stages * widest * head_dim + left) + _SMALL_BUFFERS
 
 
 def check(problem: Problem, tiling: Any) -> None:
@@ -77,15 +80,16 @@ def check(problem: Problem, tiling: Any) -> None:
         raise NotImplementedError(f"head dim {problem.head_dim} is not one of {_list(_HEAD_DIMS)}")
     if not isinstance(tiling, GpuTiling):
         raise ValueError(f"tiling={tiling}: implementation 'pallas_gpu' takes a GpuTiling.")
-    for name, allowed in (("query_block", (BLOCK,)), ("key_block", (BLOCK,)), ("columns", _COLUMNS)):
+    for name, allowed in (("query_block", (BLOCK,)), ("key_block", (BLOCK,)), ("columns", _WIDTHS), ("rows", _WIDTHS)):
         if getattr(tiling, name) not in allowed:
             raise ValueError(f"GpuTiling({name}={getattr(tiling, name)}): {_list(allowed, 'or')} was expected.")
     if tiling.stages < 2:
         raise ValueError(f"GpuTiling(stages={tiling.stages}): at least 2 were expected.")
     if shared_memory(problem.head_dim, tiling) > _SHARED_MEMORY:
+        numbers = f"columns={tiling.columns}, rows={tiling.rows}, stages={tiling.stages}"
         raise ValueError(
-            f"GpuTiling(columns={tiling.columns}, stages={tiling.stages}): at head dim {problem.head_dim} these take "
-            f"more than the {_SHARED_MEMORY >> 10} KiB of shared memory; fewer were expected."
+            f"GpuTiling({numbers}): at head dim {problem.head_dim} these take more than the {_SHARED_MEMORY >> 10} KiB of "
+            "shared memory; fewer were expected."
         )
     if not tiling.interpret:
         _check_device()
