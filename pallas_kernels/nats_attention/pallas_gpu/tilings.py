@@ -88,7 +88,7 @@ def check(problem: Problem, tiling: Any) -> None:
     if shared_memory(problem.head_dim, tiling) > _SHARED_MEMORY:
         numbers = f"columns={tiling.columns}, rows={tiling.rows}, stages={tiling.stages}"
         raise ValueError(
-            f"GpuTiling({numbers}): at head dim {problem.head_dim} these take more than the {_SHARED_MEMORY >> 10} KiB of "
+            f"GpuTiling({numbers}): at head dim {problem.head_dim} these take more than {_SHARED_MEMORY >> 10} KiB of "
             "shared memory; fewer were expected."
         )
     if not tiling.interpret:
