@@ -141,9 +141,10 @@ def _kernel(
                 ratio = jnp.where(visible, ratio, 0.0)
             plgpu.barrier_wait(ring.dout_loaded.at[slot])
             dout = ring.dout.at[slot]
-            wg_lib.add_product(dvalue_acc, ratio.astype(key.dtype), dout, shared.left, warpgroup)
             delta = to_columns(wg_lib.vector(ring.delta.at[slot], PER_COLUMN), ROWS)
             e = ratio * (wg_lib.product(values, dout.T, tile) - delta)
+            # Only now, as narrow operands: before, they would take registers beside the products that e is made of.
+            wg_lib.add_product(dvalue_acc, ratio.astype(key.dtype), dout, shared.left, warpgroup)
             wg_lib.add_product(dkey_acc, e.astype(key.dtype), ring.query.at[slot], shared.left, warpgroup)
             if sums is not None:
                 own_sums = _masked_sums(e, at, known, window) if masked else [jnp.sum(e, axis=1)]

@@ -10,7 +10,6 @@ from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     LiveBlocks,
     Tiles,
-    all_rows_read,
     first_query,
     last_query,
     least,
@@ -72,7 +71,7 @@ def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int) ->
     """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left.
 
     In a plain tile no pair is visible but those of GLOBAL keys, which have no hidden pair: their sums are cleared
-    afterwards.
+    afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
     """
     first, last = (f(intervals.query_position, BLOCK) for f in (first_query, last_query))
     begin = intervals.key_position
@@ -80,4 +79,4 @@ def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int) ->
     alive = (least(begin, BLOCK) <= last) & (most(reach, BLOCK) > first)
     settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
     plain = (most(settled, BLOCK) < first) & (least(columns.reach, BLOCK) > last)
-    return Tiles(alive, alive & plain & all_rows_read(intervals.query_position, BLOCK))
+    return Tiles(alive, alive & plain)

@@ -63,11 +63,9 @@ def _tiling(problem: Problem, columns: int, rows: int, stages: int) -> GpuTiling
 
 
 def shared_memory(head_dim: int, tiling: GpuTiling) -> int:
-    """Bytes that the widest kernel takes: resident and streamed tiles of 16 bits, and the left operands if they go
-    through shared memory."""
-    own, widest = BLOCK * head_dim, max(tiling.columns, tiling.rows)
-    left = BLOCK * widest if tiling.interpret else 0
-    return 2 * (2 * own + 2 * tiling.stages * widest * head_dim + left) + _SMALL_BUFFERS
+    """Bytes that the widest kernel takes: two resident tiles of 16 bits and two streamed ones in every stage."""
+    streamed = tiling.stages * max(tiling.columns, tiling.rows)
+    return 2 * 2 * (BLOCK + streamed) * head_dim + _SMALL_BUFFERS
 
 
 def check(problem: Problem, tiling: Any) -> None:
