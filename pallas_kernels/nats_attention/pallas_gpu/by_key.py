@@ -88,20 +88,6 @@ class _Shared(NamedTuple):
         )
 
 
-class _Key(NamedTuple):
-    """Integers of a warpgroup's keys, ``PER_ROW``."""
-
-    begin: jax.Array
-    end: jax.Array
-    next_global: jax.Array | None
-
-    @classmethod
-    def of(cls, intervals, next_global, where) -> "_Key":
-        """Read anew for every tile with a mask, which costs less than registers that the other tiles need."""
-        refs = (*intervals[1:], next_global)
-        return cls(*(None if x is None else wg_lib.vector(x.at[where], PER_ROW) for x in refs))
-
-
 def _kernel(
     rows,
     key,
@@ -128,6 +114,10 @@ def _kernel(
         plgpu.copy_gmem_to_smem(value.at[kv_head, own], values, loaded)
         plgpu.barrier_wait(loaded)
 
+        def of_keys(integers):
+            # Read anew for every tile with a mask, which costs less than registers that the other tiles need.
+            return to_rows(wg_lib.vector(integers.at[kv_head, own], PER_ROW), _STREAMED)
+
         def step(dkey_acc, dvalue_acc, masked, item, carry):
             slot = lax.rem(item, jnp.int32(tiling.stages))
             plgpu.barrier_wait(ring.query_loaded.at[slot])
@@ -136,8 +126,8 @@ def _kernel(
             ratio = wg_lib.clipped_ratio(logits, to_columns(lse, ROWS), scale)
             if masked:
                 at = walk.positions(intervals.query_position, item)
-                known = _Key.of(intervals, next_global, (kv_head, own))
-                visible = (to_rows(known.begin, _STREAMED) <= at) & (at < to_rows(known.end, _STREAMED))
+                begin, end = (of_keys(x) for x in intervals[1:])
+                visible = (begin <= at) & (at < end)
                 ratio = jnp.where(visible, ratio, 0.0)
             plgpu.barrier_wait(ring.dout_loaded.at[slot])
             dout = ring.dout.at[slot]
@@ -147,7 +137,9 @@ def _kernel(
             wg_lib.add_product(dvalue_acc, ratio.astype(key.dtype), dout, shared.left, warpgroup)
             wg_lib.add_product(dkey_acc, e.astype(key.dtype), ring.query.at[slot], shared.left, warpgroup)
             if sums is not None:
-                own_sums = _masked_sums(e, at, known, window) if masked else [jnp.sum(e, axis=1)]
+                own_sums = [jnp.sum(e, axis=1)]  # in a tile without a mask, the other sums are behind their reach
+                if masked:
+                    own_sums += _sums_in_reach(e, at, begin, of_keys(next_global), window)
                 carry = [x + y for x, y in zip(carry, own_sums, strict=False)] + carry[len(own_sums) :]
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(ring.consumed.at[slot])
@@ -175,10 +167,9 @@ def _kernel(
     wg_lib.by_role(compute, lambda: ring.feed(rows, walk, tiling.stages))
 
 
-def _masked_sums(e: jax.Array, at: jax.Array, known: _Key, window: int) -> list[jax.Array]:
-    """``all``, ``own``, ``local`` and ``sliding`` of a tile; ``e`` is 0 where nothing is seen."""
-    begin, next_global = (to_rows(x, e.shape[1]) for x in (known.begin, known.next_global))
-    own = at == begin
-    local = (begin < at) & (at <= next_global)
-    wheres = (own, local, at <= begin + window)
-    return [jnp.sum(e, axis=1), *(jnp.sum(jnp.where(where, e, 0.0), axis=1) for where in wheres)]
+def _sums_in_reach(
+    e: jax.Array, at: jax.Array, begin: jax.Array, next_global: jax.Array, window: int
+) -> list[jax.Array]:
+    """``own``, ``local`` and ``sliding`` of a tile; ``e`` is 0 where nothing is seen."""
+    wheres = (at == begin, (begin < at) & (at <= next_global), at <= begin + window)
+    return [jnp.sum(jnp.where(where, e, 0.0), axis=1) for where in wheres]

@@ -70,9 +70,11 @@ def masked_out_pass(
         sliding=begin + window,
         past=jnp.where(columns.is_local, columns.second_global, -1),
     )
+    key, value = (one_head_axis(pad(x, 2)) for x in (key, value))
     sums = _sums(
         lists_lib.kernel_rows(rows._replace(dout=dout, delta=rows.delta * weight)),
-        *(one_head_axis(pad(x, 2)) for x in (key, value)),
+        key,
+        value,
         intervals.query_position,
         _Ranges(*(one_head_axis(x) for x in ranges)),
         lists,

@@ -42,8 +42,8 @@ class Walk(NamedTuple):
         """The walk of this block of threads; refs of ``rows [n, t, …]``, ``key [m, s, h]`` and of lists by key."""
         block, kv_head = lax.axis_index("block"), lax.axis_index("head")
         group = rows.query.shape[0] // key.shape[0]
-        items = [x[kv_head, block] * (group * BLOCK // size) for x in (lists.num_plain, lists.num_alive)]
-        return cls(block, kv_head, *items, lists.order, size, group, key.shape[0] // batch)
+        num_plain, num_items = (x[kv_head, block] * (group * BLOCK // size) for x in (lists.num_plain, lists.num_alive))
+        return cls(block, kv_head, num_plain, num_items, lists.order, size, group, key.shape[0] // batch)
 
     def rows_of(self, item: jax.Array) -> tuple[jax.Array, Any]:
         """``(n, slice of t)``."""
