@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -60,6 +59,7 @@ def key_gradients(
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], key.shape[0]),
         tiling.interpret,
+        "key_gradients",
     )
     return results[0], results[1], None if next_global is None else results[2]
 
@@ -84,7 +84,7 @@ class _Shared(NamedTuple):
             sums=plgpu.SMEM((_NUM_SUMS, COMPUTE, ROWS), jnp.float32),
             left=wg_lib.left_operand(tiling, _STREAMED, dtype),
             keys_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-            ring=RowsRing.of(tiling.stages, _STREAMED, head_dim, dtype),
+            ring=RowsRing.of(tiling.slots(_STREAMED), _STREAMED, head_dim, dtype),
         )
 
 
@@ -105,7 +105,7 @@ def _kernel(
     window: int,
 ):
     walk = Walk.of(rows, key, lists, _STREAMED, intervals.query_position.shape[0])
-    ring, h, tile = shared.ring, key.shape[-1], (ROWS, _STREAMED)
+    ring, h, tile, slots = shared.ring, key.shape[-1], (ROWS, _STREAMED), tiling.slots(_STREAMED)
 
     def compute(warpgroup):
         kv_head, own = walk.kv_head, pl.ds(walk.block * BLOCK + warpgroup * ROWS, ROWS)
@@ -119,7 +119,7 @@ def _kernel(
             return to_rows(wg_lib.vector(integers.at[kv_head, own], PER_ROW), _STREAMED)
 
         def step(dkey_acc, dvalue_acc, masked, item, carry):
-            slot = lax.rem(item, jnp.int32(tiling.stages))
+            slot = wg_lib.slot_of(item, slots)
             plgpu.barrier_wait(ring.query_loaded.at[slot])
             logits = wg_lib.product(keys, ring.query.at[slot].T, tile)
             lse = wg_lib.vector(ring.lse.at[slot], PER_COLUMN)
@@ -164,7 +164,7 @@ def _kernel(
             plgpu.copy_smem_to_gmem(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own])
         plgpu.wait_smem_to_gmem(0)
 
-    wg_lib.by_role(compute, lambda: ring.feed(rows, walk, tiling.stages))
+    wg_lib.by_role(compute, lambda: ring.feed(rows, walk, slots))
 
 
 def _sums_in_reach(

@@ -56,6 +56,7 @@ def query_gradient(
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], rows.query.shape[0]),
         tiling.interpret,
+        "query_gradient",
     )
     return results[0], None if is_local is None else results[1]
 
@@ -78,7 +79,8 @@ class _Shared(NamedTuple):
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
         """The types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
-        streamed = wg_lib.tiles_in_shared_memory(tiling.stages, _COLUMNS, head_dim, dtype=dtype)
+        slots = tiling.slots(_COLUMNS)
+        streamed = wg_lib.tiles_in_shared_memory(slots, _COLUMNS, head_dim, dtype=dtype)
         return cls(
             query=own,
             dout=own,
@@ -87,9 +89,9 @@ class _Shared(NamedTuple):
             values=streamed,
             left=wg_lib.left_operand(tiling, _COLUMNS, dtype),
             rows_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-            keys_loaded=plgpu.Barrier(num_barriers=tiling.stages),
-            values_loaded=plgpu.Barrier(num_barriers=tiling.stages),
-            consumed=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
+            keys_loaded=plgpu.Barrier(num_barriers=slots),
+            values_loaded=plgpu.Barrier(num_barriers=slots),
+            consumed=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
         )
 
 
@@ -108,17 +110,18 @@ def _kernel(
     heads: int,
     scale: float,
 ):
-    block, head = lax.axis_index("block"), lax.axis_index("head")
+    # The last queries read most: they come first, so that short work is left for the end.
+    block, head = rows.query.shape[1] // BLOCK - 1 - lax.axis_index("block"), lax.axis_index("head")
     kv_head = lax.div(head, jnp.int32(rows.query.shape[0] // key.shape[0]))
-    h, parts, tile = key.shape[-1], BLOCK // _COLUMNS, (ROWS, _COLUMNS)
+    h, tile = key.shape[-1], (ROWS, _COLUMNS)
+    parts, slots = BLOCK // _COLUMNS, tiling.slots(_COLUMNS)
     num_plain, num_items = (x[kv_head, block] * parts for x in (lists.num_plain, lists.num_alive))
 
     def columns_of(item):
         j = lists.order[kv_head, block, lax.div(item, jnp.int32(parts))]
         return pl.ds(j * BLOCK + lax.rem(item, jnp.int32(parts)) * _COLUMNS, _COLUMNS)
 
-    def load(item, slot):
-        where = columns_of(item)
+    def load(where, slot):
         plgpu.copy_gmem_to_smem(key.at[kv_head, where], shared.keys.at[slot], shared.keys_loaded.at[slot])
         plgpu.copy_gmem_to_smem(value.at[kv_head, where], shared.values.at[slot], shared.values_loaded.at[slot])
 
@@ -131,7 +134,7 @@ def _kernel(
         plgpu.barrier_wait(shared.rows_loaded.at[warpgroup])
 
         def step(acc, masked, item, row_sum):
-            slot = lax.rem(item, jnp.int32(tiling.stages))
+            slot = wg_lib.slot_of(item, slots)
             plgpu.barrier_wait(shared.keys_loaded.at[slot])
             logits = wg_lib.product(query_rows, shared.keys.at[slot].T, tile)
             ratio = wg_lib.clipped_ratio(logits, to_rows(own_lse, _COLUMNS), scale)
@@ -166,4 +169,4 @@ def _kernel(
             plgpu.copy_smem_to_gmem(shared.row.at[warpgroup], row.at[head, own])
         plgpu.wait_smem_to_gmem(0)
 
-    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, tiling.stages, shared.consumed, load))
+    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, slots, shared.consumed, columns_of, load))

@@ -42,6 +42,7 @@ def forward(
         _Shared.of(tiling, h, query.dtype),
         (lists.num_alive.shape[1], query.shape[0]),
         tiling.interpret,
+        "forward",
     )
     out, lse = (x.reshape(b, k, g, *x.shape[1:])[:, :, :, :t] for x in (out, lse))
     return out, lse
@@ -63,7 +64,8 @@ class _Shared(NamedTuple):
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
         """The types to allocate."""
-        streamed = wg_lib.tiles_in_shared_memory(tiling.stages, tiling.columns, head_dim, dtype=dtype)
+        slots = tiling.slots(tiling.columns)
+        streamed = wg_lib.tiles_in_shared_memory(slots, tiling.columns, head_dim, dtype=dtype)
         return cls(
             rows=wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype),
             lse=plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
@@ -71,27 +73,27 @@ class _Shared(NamedTuple):
             values=streamed,
             left=wg_lib.left_operand(tiling, tiling.columns, dtype),
             rows_loaded=plgpu.Barrier(num_barriers=COMPUTE),
-            keys_loaded=plgpu.Barrier(num_barriers=tiling.stages),
-            values_loaded=plgpu.Barrier(num_barriers=tiling.stages),
-            consumed=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
+            keys_loaded=plgpu.Barrier(num_barriers=slots),
+            values_loaded=plgpu.Barrier(num_barriers=slots),
+            consumed=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
         )
 
 
 def _kernel(
     query, key, value, intervals, lists, out, lse, *, shared: _Shared, tiling: GpuTiling, heads: int, scale: float
 ):
-    block, head = lax.axis_index("block"), lax.axis_index("head")
+    # The last queries read most: they come first, so that short work is left for the end.
+    block, head = query.shape[1] // BLOCK - 1 - lax.axis_index("block"), lax.axis_index("head")
     kv_head = lax.div(head, jnp.int32(query.shape[0] // key.shape[0]))
     columns, h = tiling.columns, query.shape[-1]
-    parts = BLOCK // columns
+    parts, slots = BLOCK // columns, tiling.slots(columns)
     num_plain, num_items = (x[kv_head, block] * parts for x in (lists.num_plain, lists.num_alive))
 
     def columns_of(item):
         j = lists.order[kv_head, block, lax.div(item, jnp.int32(parts))]
         return pl.ds(j * BLOCK + lax.rem(item, jnp.int32(parts)) * columns, columns)
 
-    def load(item, slot):
-        where = columns_of(item)
+    def load(where, slot):
         plgpu.copy_gmem_to_smem(key.at[kv_head, where], shared.keys.at[slot], shared.keys_loaded.at[slot])
         plgpu.copy_gmem_to_smem(value.at[kv_head, where], shared.values.at[slot], shared.values_loaded.at[slot])
 
@@ -104,7 +106,7 @@ def _kernel(
 
         def step(masked, item, carry):
             top, total, acc = carry
-            slot = lax.rem(item, jnp.int32(tiling.stages))
+            slot = wg_lib.slot_of(item, slots)
             plgpu.barrier_wait(shared.keys_loaded.at[slot])
             logits = scale * wg_lib.product(query_rows, shared.keys.at[slot].T, (ROWS, columns))
             if masked:
@@ -143,4 +145,4 @@ def _kernel(
         plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[head, own])
         plgpu.wait_smem_to_gmem(0)
 
-    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, tiling.stages, shared.consumed, load))
+    wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, slots, shared.consumed, columns_of, load))

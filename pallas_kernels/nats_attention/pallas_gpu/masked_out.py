@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -106,6 +105,7 @@ def _sums(
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], key.shape[0]),
         tiling.interpret,
+        "masked_out",
     )
     return sums
 
@@ -130,7 +130,7 @@ class _Shared(NamedTuple):
             sums=plgpu.SMEM((_NUM_SUMS, COMPUTE, ROWS), jnp.float32),
             left=wg_lib.left_operand(tiling, tiling.rows, dtype),
             keys_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-            ring=RowsRing.of(tiling.stages, tiling.rows, head_dim, dtype),
+            ring=RowsRing.of(tiling.slots(tiling.rows), tiling.rows, head_dim, dtype),
         )
 
 
@@ -148,7 +148,7 @@ def _kernel(
     scale: float,
 ):
     walk = Walk.of(rows, key, lists, tiling.rows, query_position.shape[0])
-    ring, h, tile = shared.ring, key.shape[-1], (ROWS, tiling.rows)
+    ring, h, tile, slots = shared.ring, key.shape[-1], (ROWS, tiling.rows), tiling.slots(tiling.rows)
 
     def compute(warpgroup):
         kv_head, own = walk.kv_head, pl.ds(walk.block * BLOCK + warpgroup * ROWS, ROWS)
@@ -158,7 +158,7 @@ def _kernel(
         plgpu.barrier_wait(loaded)
 
         def step(weighted, masked, item, carry):
-            slot = lax.rem(item, jnp.int32(tiling.stages))
+            slot = wg_lib.slot_of(item, slots)
             plgpu.barrier_wait(ring.query_loaded.at[slot])
             logits = wg_lib.product(keys, ring.query.at[slot].T, tile)
             lse = wg_lib.vector(ring.lse.at[slot], PER_COLUMN)
@@ -196,7 +196,7 @@ def _kernel(
             plgpu.copy_smem_to_gmem(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own])
         plgpu.wait_smem_to_gmem(0)
 
-    wg_lib.by_role(compute, lambda: ring.feed(rows, walk, tiling.stages))
+    wg_lib.by_role(compute, lambda: ring.feed(rows, walk, slots))
 
 
 def _hidden_sums(e: jax.Array, at: jax.Array, known: _Ranges) -> list[jax.Array]:

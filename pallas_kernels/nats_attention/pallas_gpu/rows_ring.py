@@ -59,7 +59,7 @@ class Walk(NamedTuple):
 
 
 class RowsRing(NamedTuple):
-    """Shared memory for ``Rows`` and what guards it; ``stages`` slots of each."""
+    """Shared memory for ``Rows`` and what guards it, each with as many slots as items fit."""
 
     query: Any
     dout: Any
@@ -70,22 +70,21 @@ class RowsRing(NamedTuple):
     consumed: Any
 
     @classmethod
-    def of(cls, stages: int, size: int, head_dim: int, dtype) -> "RowsRing":
+    def of(cls, slots: int, size: int, head_dim: int, dtype) -> "RowsRing":
         """The types to allocate."""
-        tiles = wg_lib.tiles_in_shared_memory(stages, size, head_dim, dtype=dtype)
-        vectors = plgpu.SMEM((stages, size), jnp.float32)
-        loaded = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-        consumed = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)
+        tiles = wg_lib.tiles_in_shared_memory(slots, size, head_dim, dtype=dtype)
+        vectors = plgpu.SMEM((slots, size), jnp.float32)
+        loaded = plgpu.Barrier(num_arrivals=2, num_barriers=slots)
+        consumed = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
         return cls(tiles, tiles, vectors, vectors, loaded, loaded, consumed)
 
-    def feed(self, rows, walk: Walk, stages: int) -> None:
+    def feed(self, rows, walk: Walk, slots: int) -> None:
         """The memory warpgroup's work; refs of ``rows`` in global memory."""
 
-        def load(item, slot):
-            source = walk.rows_of(item)
+        def load(source, slot):
             plgpu.copy_gmem_to_smem(rows.query.at[source], self.query.at[slot], self.query_loaded.at[slot])
             plgpu.copy_gmem_to_smem(rows.lse.at[source], self.lse.at[slot], self.query_loaded.at[slot])
             plgpu.copy_gmem_to_smem(rows.dout.at[source], self.dout.at[slot], self.dout_loaded.at[slot])
             plgpu.copy_gmem_to_smem(rows.delta.at[source], self.delta.at[slot], self.dout_loaded.at[slot])
 
-        wg_lib.feed(walk.num_items, stages, self.consumed, load)
+        wg_lib.feed(walk.num_items, slots, self.consumed, walk.rows_of, load)

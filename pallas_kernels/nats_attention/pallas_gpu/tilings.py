@@ -31,7 +31,7 @@ class GpuTiling(Tiling):
       columns: keys that the forward pass takes at once, 64 or 128; the visible pass, which holds more in registers,
         takes 64.
       rows: queries that the masked-out pass takes at once, 64 or 128.
-      stages: tiles in shared memory, those that are computed and those on their way.
+      stages: blocks in shared memory, those that are computed and those on their way; twice as many halves of them.
       interpret: runs the kernels in Pallas' GPU interpreter on any platform, slowly: for tests. The interpreter knows
         no product with its left operand in registers, so that operand then goes through shared memory.
     """
@@ -39,18 +39,22 @@ class GpuTiling(Tiling):
     query_block: int = BLOCK
     key_block: int = BLOCK
     columns: int = 128
-    rows: int = 64
+    rows: int = 128
     stages: int = 2
     interpret: bool = False
 
+    def slots(self, width: int) -> int:
+        """Tiles of ``width`` tokens in shared memory."""
+        return self.stages * BLOCK // width
+
 
 def default_tiling(problem: Problem) -> GpuTiling:
-    """The widest tiles. Keys are only gathered where there are blocks to skip."""
-    return _tiling(problem, columns=128, rows=64, stages=2)
+    """Wide tiles, as many as fit. Keys are only gathered where there are blocks to skip."""
+    return _tiling(problem, columns=128, rows=128, stages=2 if problem.head_dim > 64 else 4)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[GpuTiling]:
-    """Narrow and wide tiles, two to four of them in shared memory."""
+    """Narrow and wide tiles, and as many of them in shared memory as may be of use."""
     wanted = [_tiling(problem, *numbers) for numbers in itertools.product(_WIDTHS, _WIDTHS, (2, 3, 4))]
     return [x for x in wanted if shared_memory(problem.head_dim, x) <= _SHARED_MEMORY]
 
@@ -64,8 +68,7 @@ def _tiling(problem: Problem, columns: int, rows: int, stages: int) -> GpuTiling
 
 def shared_memory(head_dim: int, tiling: GpuTiling) -> int:
     """Bytes that the widest kernel takes: two resident tiles of 16 bits and two streamed ones in every stage."""
-    streamed = tiling.stages * max(tiling.columns, tiling.rows)
-    return 2 * 2 * (BLOCK + streamed) * head_dim + _SMALL_BUFFERS
+    return 2 * 2 * (BLOCK + tiling.stages * BLOCK) * head_dim + _SMALL_BUFFERS
 
 
 def check(problem: Problem, tiling: Any) -> None:
@@ -81,13 +84,10 @@ def check(problem: Problem, tiling: Any) -> None:
     for name, allowed in (("query_block", (BLOCK,)), ("key_block", (BLOCK,)), ("columns", _WIDTHS), ("rows", _WIDTHS)):
         if getattr(tiling, name) not in allowed:
             raise ValueError(f"GpuTiling({name}={getattr(tiling, name)}): {_list(allowed, 'or')} was expected.")
-    if tiling.stages < 2:
-        raise ValueError(f"GpuTiling(stages={tiling.stages}): at least 2 were expected.")
     if shared_memory(problem.head_dim, tiling) > _SHARED_MEMORY:
-        numbers = f"columns={tiling.columns}, rows={tiling.rows}, stages={tiling.stages}"
         raise ValueError(
-            f"GpuTiling({numbers}): at head dim {problem.head_dim} these take more than {_SHARED_MEMORY >> 10} KiB of "
-            "shared memory; fewer were expected."
+            f"GpuTiling(stages={tiling.stages}): at head dim {problem.head_dim} these take more than "
+            f"{_SHARED_MEMORY >> 10} KiB of shared memory; fewer were expected."
         )
     if not tiling.interpret:
         _check_device()

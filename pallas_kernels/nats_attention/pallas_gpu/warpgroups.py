@@ -1,6 +1,6 @@
 """How a kernel's warpgroups share the work: two compute, one copies tiles ahead of them; layouts, buffers, launch.
 
-Streamed tiles go round a ring of ``stages`` slots in shared memory. The memory warpgroup fills a slot once both compute
+Streamed tiles go round a ring of slots in shared memory. The memory warpgroup fills a slot once both compute
 warpgroups have consumed what was in it; these wait until it is loaded. Every barrier's completion is observed, also
 the last ones: otherwise the next use of the shared memory would begin with a barrier in the wrong phase.
 """
@@ -86,22 +86,32 @@ def clipped_ratio(logits: jax.Array, lse: jax.Array, scale: float) -> jax.Array:
     return jnp.exp2(lax.min(logits * (scale * LOG2E) - lse, jnp.zeros_like(lse)))
 
 
-def feed(num_items: jax.Array, stages: int, consumed, load: Callable[[jax.Array, jax.Array], None]) -> None:
-    """The memory warpgroup's loop: ``load(item, slot)`` for every item, each when its slot is free."""
+def slot_of(item: jax.Array, slots: int) -> jax.Array:
+    """Where in the ring an item's tiles are."""
+    return lax.rem(item, jnp.int32(slots))
+
+
+def feed(
+    num_items: jax.Array, slots: int, consumed, find: Callable[[jax.Array], Any], load: Callable[[Any, jax.Array], None]
+) -> None:
+    """The memory warpgroup's loop: ``load(find(item), slot)`` for every item, each when its slot is free.
+
+    What an item is stands in a list in global memory: ``find`` reads it while the slot is still in use.
+    """
 
     @pl.loop(0, num_items)
     def _load(item):
-        slot = lax.rem(item, jnp.int32(stages))
+        slot, source = slot_of(item, slots), find(item)
 
-        @pl.when(item >= stages)
+        @pl.when(item >= slots)
         def _free():
             plgpu.barrier_wait(consumed.at[slot])
 
-        load(item, slot)
+        load(source, slot)
 
-    @pl.loop(lax.max(num_items - stages, jnp.int32(0)), num_items)
+    @pl.loop(lax.max(num_items - slots, jnp.int32(0)), num_items)
     def _drain(item):
-        plgpu.barrier_wait(consumed.at[lax.rem(item, jnp.int32(stages))])
+        plgpu.barrier_wait(consumed.at[slot_of(item, slots)])
 
 
 def by_role(compute: Callable[[jax.Array], None], memory: Callable[[], None]) -> None:
@@ -132,6 +142,7 @@ def launch(
     shared: Any,
     grid: tuple[int, int],
     interpret: bool,
+    name: str,
 ) -> Sequence[jax.Array]:
     """Runs ``body(*inputs, *outputs, shared=shared)`` on every (block, head) of the grid."""
     return plgpu.kernel(
@@ -142,6 +153,7 @@ def launch(
         grid_names=("block", "head"),
         num_threads=COMPUTE + 1,
         thread_name="wg",
+        kernel_name=f"nats_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs)
