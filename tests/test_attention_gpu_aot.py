@@ -51,11 +51,11 @@ def mesh():
     return jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
 
 
-def temporary_bytes(mesh, length, head_dim, mask_gradient, tiling=None):
+def temporary_bytes(mesh, length, head_dim, mask_gradient, tiling=None, dtype=jnp.bfloat16, wrap=lambda f: f):
     """Of 8 query heads over 2 KV heads; ``mask_gradient=None`` compiles the forward pass alone."""
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def array(*shape, dtype=jnp.bfloat16):
+    def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def attention(query, key, value, roles, sample_key):
@@ -72,7 +72,7 @@ def temporary_bytes(mesh, length, head_dim, mask_gradient, tiling=None):
         )
 
     def loss(*arguments):
-        return jnp.sum(attention(*arguments).astype(jnp.float32))
+        return jnp.sum(wrap(attention)(*arguments).astype(jnp.float32))
 
     key = array(1, length, 2, head_dim)
     arguments = (
@@ -102,3 +102,18 @@ def test_every_tiling_that_it_proposes_compiles(mesh, head_dim):
     problem = na.api.Problem(1, 2048, 2048, 2, 4, head_dim, 256, "bfloat16")
     for tiling in na.api.pallas_gpu.candidate_tilings(problem):
         temporary_bytes(mesh, 2048, head_dim, "exact", tiling)
+
+
+def test_float16_compiles(mesh):
+    temporary_bytes(mesh, 2048, 64, "exact", dtype=jnp.float16)
+
+
+def test_compiles_inside_shard_map(mesh):
+    """The axes along which arrays vary reach the gradients."""
+    spec = jax.sharding.PartitionSpec("x")
+
+    def wrap(attention):
+        in_specs = (*[spec] * 4, jax.sharding.PartitionSpec())
+        return jax.shard_map(attention, in_specs=in_specs, out_specs=spec)
+
+    temporary_bytes(mesh, 2048, 64, "exact", wrap=wrap)

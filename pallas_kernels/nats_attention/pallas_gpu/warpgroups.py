@@ -145,7 +145,7 @@ def launch(
     name: str,
 ) -> Sequence[jax.Array]:
     """Runs ``body(*inputs, *outputs, shared=shared)`` on every (block, head) of the grid."""
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=tuple(outputs),
         scratch_types={"shared": shared},
@@ -157,3 +157,8 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*inputs)
+    # The kernel forgets along which axes of a mesh its inputs vary (inside ``jax.shard_map``).
+    varying = tuple(
+        sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(inputs))))
+    )
+    return [lax.pcast(x, varying, to="varying") for x in results] if varying else results
