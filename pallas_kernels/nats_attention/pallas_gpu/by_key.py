@@ -120,12 +120,13 @@ def _kernel(
 
         def step(dkey_acc, dvalue_acc, masked, item, carry):
             slot = wg_lib.slot_of(item, slots)
+            where = walk.positions_of(item) if masked else None  # on its way while the rows are waited for
             plgpu.barrier_wait(ring.query_loaded.at[slot])
             logits = wg_lib.product(keys, ring.query.at[slot].T, tile)
             lse = wg_lib.vector(ring.lse.at[slot], PER_COLUMN)
             ratio = wg_lib.clipped_ratio(logits, to_columns(lse, ROWS), scale)
             if masked:
-                at = walk.positions(intervals.query_position, item)
+                at = to_columns(wg_lib.vector(intervals.query_position.at[where], PER_COLUMN), ROWS)
                 begin, end = (of_keys(x) for x in intervals[1:])
                 visible = (begin <= at) & (at < end)
                 ratio = jnp.where(visible, ratio, 0.0)

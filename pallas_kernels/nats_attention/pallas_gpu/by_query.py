@@ -135,11 +135,11 @@ def _kernel(
 
         def step(acc, masked, item, row_sum):
             slot = wg_lib.slot_of(item, slots)
+            where = columns_of(item) if masked else None  # on its way while the keys are waited for
             plgpu.barrier_wait(shared.keys_loaded.at[slot])
             logits = wg_lib.product(query_rows, shared.keys.at[slot].T, tile)
             ratio = wg_lib.clipped_ratio(logits, to_rows(own_lse, _COLUMNS), scale)
             if masked:
-                where = columns_of(item)
                 own_at = wg_lib.vector(intervals.query_position.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
                 tile_at = to_rows(own_at, _COLUMNS)
                 begin, end = (to_columns(wg_lib.vector(x.at[kv_head, where], PER_COLUMN), ROWS) for x in intervals[1:])

@@ -107,10 +107,10 @@ def _kernel(
         def step(masked, item, carry):
             top, total, acc = carry
             slot = wg_lib.slot_of(item, slots)
+            where = columns_of(item) if masked else None  # on its way while the keys are waited for
             plgpu.barrier_wait(shared.keys_loaded.at[slot])
             logits = scale * wg_lib.product(query_rows, shared.keys.at[slot].T, (ROWS, columns))
             if masked:
-                where = columns_of(item)
                 tile_at = to_rows(own_at, columns)
                 first, stop = (to_columns(wg_lib.vector(x.at[kv_head, where], PER_COLUMN), ROWS) for x in intervals[1:])
                 logits = jnp.where((first <= tile_at) & (tile_at < stop), logits, -jnp.inf)

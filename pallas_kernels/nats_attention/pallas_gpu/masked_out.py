@@ -159,6 +159,7 @@ def _kernel(
 
         def step(weighted, masked, item, carry):
             slot = wg_lib.slot_of(item, slots)
+            where = walk.positions_of(item) if masked else None  # on its way while the rows are waited for
             plgpu.barrier_wait(ring.query_loaded.at[slot])
             logits = wg_lib.product(keys, ring.query.at[slot].T, tile)
             lse = wg_lib.vector(ring.lse.at[slot], PER_COLUMN)
@@ -168,7 +169,7 @@ def _kernel(
             delta = to_columns(wg_lib.vector(ring.delta.at[slot], PER_COLUMN), ROWS)
             if masked:
                 e = ratio * (wg_lib.product(values, dout.T, tile) - delta)
-                at = walk.positions(query_position, item)
+                at = to_columns(wg_lib.vector(query_position.at[where], PER_COLUMN), ROWS)
                 known = _Ranges(*(wg_lib.vector(x.at[kv_head, own], PER_ROW) for x in ranges))
                 carry = [x + y for x, y in zip(carry, _hidden_sums(e, at, known), strict=True)]
             else:

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
 from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
-from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, ROWS, to_columns
+from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE
 
 
 class Walk(NamedTuple):
@@ -52,10 +52,9 @@ class Walk(NamedTuple):
         start = self.order[self.kv_head, self.block, entry] * BLOCK + lax.rem(rest, parts) * self.size
         return self.kv_head * self.group + lax.div(rest, parts), pl.ds(start, self.size)
 
-    def positions(self, query_position, item: jax.Array) -> jax.Array:
-        """``query_position [b, t]`` of the item's rows, as a tile with equal rows."""
-        batch = lax.div(self.kv_head, jnp.int32(self.heads))
-        return to_columns(wg_lib.vector(query_position.at[batch, self.rows_of(item)[1]], PER_COLUMN), ROWS)
+    def positions_of(self, item: jax.Array) -> tuple[jax.Array, Any]:
+        """Where in ``query_position [b, t]`` the positions of the item's rows are."""
+        return lax.div(self.kv_head, jnp.int32(self.heads)), self.rows_of(item)[1]
 
 
 class RowsRing(NamedTuple):
