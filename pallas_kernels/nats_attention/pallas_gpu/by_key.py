@@ -54,7 +54,7 @@ def key_gradients(
     sums = jax.ShapeDtypeStruct((_NUM_SUMS, *key.shape[:2]), jnp.float32)
     results = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale, window=window),
-        (rows, key, value, intervals, next_global, lists),
+        _Inputs(rows, key, value, intervals, next_global, lists),
         [gradient, gradient] if next_global is None else [gradient, gradient, sums],
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], key.shape[0]),
@@ -62,6 +62,17 @@ def key_gradients(
         "key_gradients",
     )
     return results[0], results[1], None if next_global is None else results[2]
+
+
+class _Inputs(NamedTuple):
+    """The arguments of ``key_gradients``; in the kernel, refs in global memory."""
+
+    rows: Rows
+    key: Any
+    value: Any
+    intervals: Intervals
+    next_global: Any
+    lists: LiveBlocks
 
 
 class _Shared(NamedTuple):
@@ -88,31 +99,16 @@ class _Shared(NamedTuple):
         )
 
 
-def _kernel(
-    rows,
-    key,
-    value,
-    intervals,
-    next_global,
-    lists,
-    dkey,
-    dvalue,
-    sums=None,
-    *,
-    shared: _Shared,
-    tiling: GpuTiling,
-    scale: float,
-    window: int,
-):
+def _kernel(inputs: _Inputs, dkey, dvalue, sums=None, *, shared: _Shared, tiling: GpuTiling, scale: float, window: int):
+    rows, key, value, intervals, next_global, lists = inputs
     walk = Walk.of(rows, key, lists, _STREAMED, intervals.query_position.shape[0])
     ring, h, tile, slots = shared.ring, key.shape[-1], (ROWS, _STREAMED), tiling.slots(_STREAMED)
 
     def compute(warpgroup):
         kv_head, own = walk.kv_head, pl.ds(walk.block * BLOCK + warpgroup * ROWS, ROWS)
-        keys, values, loaded = shared.keys.at[warpgroup], shared.values.at[warpgroup], shared.keys_loaded.at[warpgroup]
-        plgpu.copy_gmem_to_smem(key.at[kv_head, own], keys, loaded)
-        plgpu.copy_gmem_to_smem(value.at[kv_head, own], values, loaded)
-        plgpu.barrier_wait(loaded)
+        keys, values = shared.keys.at[warpgroup], shared.values.at[warpgroup]
+        sources = (key.at[kv_head, own], value.at[kv_head, own])
+        wg_lib.copy_in(sources, (keys, values), shared.keys_loaded.at[warpgroup])
 
         def of_keys(integers):
             # Read anew for every tile with a mask, which costs less than registers that the other tiles need.
@@ -158,12 +154,9 @@ def _kernel(
         values[...] = dvalue_rows.astype(key.dtype)
         for i, x in enumerate(own_sums):
             shared.sums[i, warpgroup] = x
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(keys, dkey.at[kv_head, own])
-        plgpu.copy_smem_to_gmem(values, dvalue.at[kv_head, own])
-        for i in range(len(own_sums)):
-            plgpu.copy_smem_to_gmem(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own])
-        plgpu.wait_smem_to_gmem(0)
+        results = [(keys, dkey.at[kv_head, own]), (values, dvalue.at[kv_head, own])]
+        results += [(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own]) for i in range(len(own_sums))]
+        wg_lib.copy_out(results)
 
     wg_lib.by_role(compute, lambda: ring.feed(rows, walk, slots))
 

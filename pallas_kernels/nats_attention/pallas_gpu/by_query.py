@@ -51,7 +51,7 @@ def query_gradient(
     heads = rows.query.shape[0] // intervals.query_position.shape[0]
     results = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, heads=heads, scale=scale),
-        (rows, key, value, intervals, is_local, lists),
+        _Inputs(rows, key, value, intervals, is_local, lists),
         [dquery] if is_local is None else [dquery, row],
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], rows.query.shape[0]),
@@ -59,6 +59,17 @@ def query_gradient(
         "query_gradient",
     )
     return results[0], None if is_local is None else results[1]
+
+
+class _Inputs(NamedTuple):
+    """The arguments of ``query_gradient``; in the kernel, refs in global memory."""
+
+    rows: Rows
+    key: Any
+    value: Any
+    intervals: Intervals
+    is_local: Any
+    lists: LiveBlocks
 
 
 class _Shared(NamedTuple):
@@ -95,21 +106,8 @@ class _Shared(NamedTuple):
         )
 
 
-def _kernel(
-    rows,
-    key,
-    value,
-    intervals,
-    is_local,
-    lists,
-    dquery,
-    row=None,
-    *,
-    shared: _Shared,
-    tiling: GpuTiling,
-    heads: int,
-    scale: float,
-):
+def _kernel(inputs: _Inputs, dquery, row=None, *, shared: _Shared, tiling: GpuTiling, heads: int, scale: float):
+    rows, key, value, intervals, is_local, lists = inputs
     # The last queries read most: they come first, so that short work is left for the end.
     block, head = rows.query.shape[1] // BLOCK - 1 - lax.axis_index("block"), lax.axis_index("head")
     kv_head = lax.div(head, jnp.int32(rows.query.shape[0] // key.shape[0]))
@@ -128,10 +126,9 @@ def _kernel(
     def compute(warpgroup):
         own = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
         query_rows, dout_rows = shared.query.at[warpgroup], shared.dout.at[warpgroup]
-        plgpu.copy_gmem_to_smem(rows.query.at[head, own], query_rows, shared.rows_loaded.at[warpgroup])
-        plgpu.copy_gmem_to_smem(rows.dout.at[head, own], dout_rows, shared.rows_loaded.at[warpgroup])
+        sources = (rows.query.at[head, own], rows.dout.at[head, own])
+        wg_lib.copy_in(sources, (query_rows, dout_rows), shared.rows_loaded.at[warpgroup])
         own_lse, own_delta = (wg_lib.vector(x.at[head, own], PER_ROW) for x in (rows.lse, rows.delta))
-        plgpu.barrier_wait(shared.rows_loaded.at[warpgroup])
 
         def step(acc, masked, item, row_sum):
             slot = wg_lib.slot_of(item, slots)
@@ -161,12 +158,10 @@ def _kernel(
 
         gradient, row_sum = pl.run_scoped(accumulate, plgpu.ACC((ROWS, h), jnp.float32))
         query_rows[...] = (scale * gradient).astype(key.dtype)
+        results = [(query_rows, dquery.at[head, own])]
         if row is not None:
             shared.row[warpgroup] = row_sum
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(query_rows, dquery.at[head, own])
-        if row is not None:
-            plgpu.copy_smem_to_gmem(shared.row.at[warpgroup], row.at[head, own])
-        plgpu.wait_smem_to_gmem(0)
+            results.append((shared.row.at[warpgroup], row.at[head, own]))
+        wg_lib.copy_out(results)
 
     wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, slots, shared.consumed, columns_of, load))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import visible_tiles
+from pallas_kernels.nats_attention.blocks import LiveBlocks, visible_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E, one_head_axis, pad
@@ -37,7 +37,7 @@ def forward(
     begin, end = (one_head_axis(x) for x in intervals[1:])
     out, lse = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, heads=k * g, scale=scale * LOG2E),
-        (query, key, value, Intervals(intervals.query_position, begin, end), lists),
+        _Inputs(query, key, value, Intervals(intervals.query_position, begin, end), lists),
         [jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(query.shape[:2], jnp.float32)],
         _Shared.of(tiling, h, query.dtype),
         (lists.num_alive.shape[1], query.shape[0]),
@@ -46,6 +46,16 @@ def forward(
     )
     out, lse = (x.reshape(b, k, g, *x.shape[1:])[:, :, :, :t] for x in (out, lse))
     return out, lse
+
+
+class _Inputs(NamedTuple):
+    """Query heads ``[n, t, h]``, KV heads ``[m, s, h]``, intervals and lists by KV head; in the kernel, refs."""
+
+    query: Any
+    key: Any
+    value: Any
+    intervals: Intervals
+    lists: LiveBlocks
 
 
 class _Shared(NamedTuple):
@@ -79,9 +89,8 @@ class _Shared(NamedTuple):
         )
 
 
-def _kernel(
-    query, key, value, intervals, lists, out, lse, *, shared: _Shared, tiling: GpuTiling, heads: int, scale: float
-):
+def _kernel(inputs: _Inputs, out, lse, *, shared: _Shared, tiling: GpuTiling, heads: int, scale: float):
+    query, key, value, intervals, lists = inputs
     # The last queries read most: they come first, so that short work is left for the end.
     block, head = query.shape[1] // BLOCK - 1 - lax.axis_index("block"), lax.axis_index("head")
     kv_head = lax.div(head, jnp.int32(query.shape[0] // key.shape[0]))
@@ -100,9 +109,8 @@ def _kernel(
     def compute(warpgroup):
         own = pl.ds(block * BLOCK + warpgroup * ROWS, ROWS)
         query_rows = shared.rows.at[warpgroup]
-        plgpu.copy_gmem_to_smem(query.at[head, own], query_rows, shared.rows_loaded.at[warpgroup])
+        wg_lib.copy_in([query.at[head, own]], [query_rows], shared.rows_loaded.at[warpgroup])
         own_at = wg_lib.vector(intervals.query_position.at[lax.div(head, jnp.int32(heads)), own], PER_ROW)
-        plgpu.barrier_wait(shared.rows_loaded.at[warpgroup])
 
         def step(masked, item, carry):
             top, total, acc = carry
@@ -140,9 +148,6 @@ def _kernel(
         total = jnp.where(empty, 1.0, total)
         shared.lse[warpgroup] = jnp.where(empty, -jnp.inf, top * math.log(2) + jnp.log(total))
         query_rows[...] = (acc / to_rows(total, h)).astype(query.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(query_rows, out.at[head, own])
-        plgpu.copy_smem_to_gmem(shared.lse.at[warpgroup], lse.at[head, own])
-        plgpu.wait_smem_to_gmem(0)
+        wg_lib.copy_out([(query_rows, out.at[head, own]), (shared.lse.at[warpgroup], lse.at[head, own])])
 
     wg_lib.by_role(compute, lambda: wg_lib.feed(num_items, slots, shared.consumed, columns_of, load))

@@ -100,7 +100,7 @@ def _sums(
     """``all``, ``local``, ``sliding`` and ``past`` of ``RoleSums``, float32 ``[4, m, s]``; ``all`` not for GLOBAL."""
     (sums,) = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale),
-        (rows, key, value, query_position, ranges, lists),
+        _Inputs(rows, key, value, query_position, ranges, lists),
         [jax.ShapeDtypeStruct((_NUM_SUMS, *key.shape[:2]), jnp.float32)],
         _Shared.of(tiling, key.shape[-1], key.dtype),
         (lists.num_alive.shape[1], key.shape[0]),
@@ -108,6 +108,17 @@ def _sums(
         "masked_out",
     )
     return sums
+
+
+class _Inputs(NamedTuple):
+    """The arguments of ``_sums``; in the kernel, refs in global memory."""
+
+    rows: Rows
+    key: Any
+    value: Any
+    query_position: Any
+    ranges: _Ranges
+    lists: LiveBlocks
 
 
 class _Shared(NamedTuple):
@@ -134,28 +145,16 @@ class _Shared(NamedTuple):
         )
 
 
-def _kernel(
-    rows,
-    key,
-    value,
-    query_position,
-    ranges,
-    lists,
-    sums,
-    *,
-    shared: _Shared,
-    tiling: GpuTiling,
-    scale: float,
-):
+def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale: float):
+    rows, key, value, query_position, ranges, lists = inputs
     walk = Walk.of(rows, key, lists, tiling.rows, query_position.shape[0])
     ring, h, tile, slots = shared.ring, key.shape[-1], (ROWS, tiling.rows), tiling.slots(tiling.rows)
 
     def compute(warpgroup):
         kv_head, own = walk.kv_head, pl.ds(walk.block * BLOCK + warpgroup * ROWS, ROWS)
-        keys, values, loaded = shared.keys.at[warpgroup], shared.values.at[warpgroup], shared.keys_loaded.at[warpgroup]
-        plgpu.copy_gmem_to_smem(key.at[kv_head, own], keys, loaded)
-        plgpu.copy_gmem_to_smem(value.at[kv_head, own], values, loaded)
-        plgpu.barrier_wait(loaded)
+        keys, values = shared.keys.at[warpgroup], shared.values.at[warpgroup]
+        sources = (key.at[kv_head, own], value.at[kv_head, own])
+        wg_lib.copy_in(sources, (keys, values), shared.keys_loaded.at[warpgroup])
 
         def step(weighted, masked, item, carry):
             slot = wg_lib.slot_of(item, slots)
@@ -192,10 +191,7 @@ def _kernel(
         own_sums[0] += jnp.sum(wide * weighted, axis=1)
         for i, x in enumerate(own_sums):
             shared.sums[i, warpgroup] = x
-        plgpu.commit_smem()
-        for i in range(_NUM_SUMS):
-            plgpu.copy_smem_to_gmem(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own])
-        plgpu.wait_smem_to_gmem(0)
+        wg_lib.copy_out([(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own]) for i in range(_NUM_SUMS)])
 
     wg_lib.by_role(compute, lambda: ring.feed(rows, walk, slots))
 

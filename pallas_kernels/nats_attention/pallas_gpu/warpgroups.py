@@ -60,6 +60,21 @@ def left_operand(tiling: GpuTiling, columns: int, dtype) -> Any:
     return tiles_in_shared_memory(COMPUTE, ROWS, columns, dtype=dtype) if tiling.interpret else None
 
 
+def copy_in(sources: Sequence[Any], targets: Sequence[Any], loaded) -> None:
+    """Copies from global into shared memory and waits; ``loaded`` is a barrier of as many arrivals."""
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_gmem_to_smem(source, target, loaded)
+    plgpu.barrier_wait(loaded)
+
+
+def copy_out(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Copies (source, target) from shared to global memory, sources that this warpgroup has just written."""
+    plgpu.commit_smem()
+    for source, target in pairs:
+        plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def product(left, right, shape: tuple[int, int]) -> jax.Array:
     """``left @ right`` of two tiles in shared memory, float32 ``shape``."""
 
@@ -137,14 +152,14 @@ def plain_then_masked(step: Callable, num_plain: jax.Array, num_items: jax.Array
 
 def launch(
     body: Callable,
-    inputs: Sequence[Any],
+    inputs: Any,
     outputs: Sequence[jax.ShapeDtypeStruct],
     shared: Any,
     grid: tuple[int, int],
     interpret: bool,
     name: str,
 ) -> Sequence[jax.Array]:
-    """Runs ``body(*inputs, *outputs, shared=shared)`` on every (block, head) of the grid."""
+    """Runs ``body(inputs, *outputs, shared=shared)`` on every (block, head) of the grid."""
     results = plgpu.kernel(
         body,
         out_type=tuple(outputs),
@@ -156,7 +171,7 @@ def launch(
         kernel_name=f"nats_attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*inputs)
+    )(inputs)
     # The kernel forgets along which axes of a mesh its inputs vary (inside ``jax.shard_map``).
     varying = tuple(
         sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(inputs))))
