@@ -7,8 +7,8 @@ Call these two, both with the conventions of ``jax.nn.dot_product_attention``:
 * ``interval_attention(query, key, value, key_end)``: the interval of each key is given; causal attention, packed
   documents, sliding windows and StreamingLLM are all values of ``key_end``.
 
-``roles`` holds what turns roles into intervals, ``api`` dispatches, ``xla`` is the backend for every platform and
-``reference`` the dense oracle that tests compare with.
+``roles`` holds what turns roles into intervals, ``api`` dispatches, ``xla`` is the backend for every platform,
+``pallas_gpu`` the one for Hopper GPUs and ``reference`` the dense oracle that tests compare with.
 """
 
 from pallas_kernels.nats_attention.api import (

@@ -22,7 +22,7 @@ ROWS = 64
 """Rows of a warpgroup's tile: those of one matrix product."""
 COMPUTE = 2
 """Compute warpgroups; the one behind them copies."""
-_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24  # a thread; together they fill the 65536 of a multiprocessor
+_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24  # a thread: 64512 of the 65536 of a multiprocessor
 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 """The layout of a vector with one number for each row of a product's result."""
@@ -90,6 +90,7 @@ def add_product(acc, left: jax.Array, right, buffer, warpgroup) -> None:
     if buffer is None:
         plgpu.wgmma(acc, left, right)
         return
+    # The one buffer can serve products that follow each other: the interpreter, for which it is, finishes each at once.
     buffer = buffer.at[warpgroup]
     buffer[...] = left
     plgpu.commit_smem()
