@@ -15,9 +15,9 @@ Both pick a backend for the platform; ``implementation="xla"`` (or another of ``
 2. ``differentiable`` has the custom gradients: ``roles`` turns roles into intervals, ``layout`` gathers the long-lived
    keys, and the backend's three passes (``backend.Backend``) do the work; ``sampling`` draws the queries of
    ``Sampled``, and ``roles`` turns the sums that come back into the gradient of the roles.
-3. A backend (a folder: ``xla``, plain JAX for every platform, …) loops over the lists of live key blocks that
-   ``blocks`` makes.
-   ``counting`` says how many pairs that computes beside those that count.
+3. A backend (a folder: ``pallas_tpu``, ``pallas_gpu`` for Hopper, ``xla`` in plain JAX for every platform) loops over
+   the lists of live key blocks that ``blocks`` makes. ``counting`` says how many pairs that computes beside those that
+   count.
 
 ``reference`` is the dense oracle that tests compare with, and never a fallback.
 """

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, pallas_tpu, reference, tilings, xla
+from pallas_kernels.nats_attention import differentiable, pallas_gpu, pallas_tpu, reference, tilings, xla
 from pallas_kernels.nats_attention.backend import Backend, Intervals
 from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 
-BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "xla": xla}
+BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "xla": xla}
 """Tried in this order, where the platform is theirs."""
 
 
@@ -152,8 +152,8 @@ def nats_attention(
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
-      implementation: "pallas_tpu", "xla", "reference" (dense, for tests), or None for the first backend of this
-        platform that can serve the call.
+      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
+        of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
 
     Returns:
@@ -222,8 +222,8 @@ def interval_attention(
       key_position: int32 ``[b, k, s]``, index of each key; default ``0 … s-1``.
       scale: of the logits, positive; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
-      implementation: "pallas_tpu", "xla", "reference" (dense, for tests), or None for the first backend of this
-        platform that can serve the call.
+      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
+        of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
 
     Returns:

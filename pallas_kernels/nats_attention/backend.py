@@ -105,7 +105,8 @@ class Backend(Protocol):
           tiling: of the backend.
 
         Returns:
-          ``(dquery [b, k, g, t, h], dkey, dvalue [b, k, s, h], sums)``, float32; 0 for keys that nothing reads.
+          ``(dquery [b, k, g, t, h], dkey, dvalue [b, k, s, h], sums)``, 0 for keys that nothing reads; float32, but
+          the gradients may come in the dtype of the operands, to which they are rounded in the end.
         """
         ...
 

@@ -1,0 +1,82 @@
+"""What the kernels are given of tiles: padded intervals and lists of blocks, by query block and by key block.
+
+Axis letters: ``b`` batch, ``k`` KV head, ``q`` query block, ``j`` key block, ``n`` head (batch and heads in one axis).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nats_attention.backend import Intervals, Rows
+from pallas_kernels.nats_attention.blocks import (
+    LiveBlocks,
+    Tiles,
+    first_query,
+    last_query,
+    least,
+    live_blocks,
+    most,
+)
+from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
+from pallas_kernels.nats_attention.roles import NO_END, RoleColumns
+
+LOG2E = 1.4426950408889634
+"""Exponentials are powers of two here, the one that the hardware has: ``exp(x) = exp2(LOG2E · x)``."""
+
+
+def pad(x: jax.Array, axis: int, value=0) -> jax.Array:
+    """``x`` lengthened along ``axis`` to whole blocks."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % BLOCK)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def pad_intervals(intervals: Intervals) -> Intervals:
+    """Padded rows read nothing and padded keys are read by none."""
+    return Intervals(
+        pad(intervals.query_position, 1, -1),
+        pad(intervals.key_position, 2, NO_END),
+        pad(intervals.key_end, 2, 0),
+    )
+
+
+def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:
+    """``[b, k, …]`` → ``[n, …]``, or more leading axes in one."""
+    return x.reshape(-1, *x.shape[axes:])
+
+
+def kernel_rows(rows: Rows) -> Rows:
+    """``[b, k, g, t, …]`` → ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows give nothing."""
+    fill = (0, 0, jnp.inf, 0)
+    padded = Rows(*(one_head_axis(pad(x, 3, value), 3) for x, value in zip(rows, fill, strict=True)))
+    return padded._replace(lse=padded.lse * LOG2E)
+
+
+def lists_by_query(tiles: Tiles) -> LiveBlocks:
+    """The key blocks of each query block: int32 ``[n, q, j]`` and ``[n, q]``."""
+    return LiveBlocks(*(one_head_axis(x) for x in live_blocks(tiles)))
+
+
+def lists_by_key(tiles: Tiles) -> LiveBlocks:
+    """The query blocks of each key block: int32 ``[n, j, q]`` and ``[n, j]``."""
+    return lists_by_query(Tiles(*(jnp.swapaxes(x, 2, 3) for x in tiles)))
+
+
+def beyond_reach(intervals: Intervals, columns: RoleColumns, window: int) -> jax.Array:
+    """Tiles whose rows lie behind the lifetimes of LOCAL and SLIDING, so that only the full sum is left there."""
+    settled = jnp.maximum(intervals.key_position + window, columns.next_global)
+    return most(settled, BLOCK) < first_query(intervals.query_position, BLOCK)
+
+
+def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int) -> Tiles:
+    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left.
+
+    In a plain tile no pair is visible but those of GLOBAL keys, which have no hidden pair: their sums are cleared
+    afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
+    """
+    first, last = (f(intervals.query_position, BLOCK) for f in (first_query, last_query))
+    begin = intervals.key_position
+    reach = jnp.where(columns.is_global, 0, columns.reach)
+    alive = (least(begin, BLOCK) <= last) & (most(reach, BLOCK) > first)
+    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
+    plain = (most(settled, BLOCK) < first) & (least(columns.reach, BLOCK) > last)
+    return Tiles(alive, alive & plain)
