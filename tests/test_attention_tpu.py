@@ -33,7 +33,7 @@ def attention(window, tiling, **options):
     [
         (SHAPE, GATHERED, "exact"),
         (Shape(2, 301, 2, 1, 128, 40), HIGH_ROWS, "exact"),
-        (Shape(1, 385, 1, 3, 32, 0), WIDE_KEYS, "visible"),
+        (Shape(1, 385, 1, 3, 32, 1), WIDE_KEYS, "visible"),
     ],
     ids=["head_dim_64", "head_dim_128", "head_dim_32_padded"],
 )
