@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.roles import NO_END, RoleColumns
 
 
 class Tiles(NamedTuple):
@@ -99,6 +99,29 @@ def visible_tiles(intervals: Intervals, query_block: int, key_block: int) -> Til
     alive = (least(begin, key_block) <= last) & (most(end, key_block) > first)
     full = (most(begin, key_block) <= first) & (least(end, key_block) > last)
     return Tiles(alive, alive & full & all_rows_read(intervals.query_position, query_block))
+
+
+def masked_out_tiles(
+    intervals: Intervals, columns: RoleColumns, window: int, query_block: int, key_block: int
+) -> Tiles:
+    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left.
+
+    In a plain tile no pair is visible but those of GLOBAL keys, which have no hidden pair: their sums are cleared
+    afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
+
+    Args:
+      intervals: lengths are multiples of the blocks; keys in index order.
+      columns: of every key, padded with 0.
+      window: of SLIDING keys.
+      query_block, key_block: rows and columns of a tile.
+    """
+    first, last = (f(intervals.query_position, query_block) for f in (first_query, last_query))
+    begin = intervals.key_position
+    reach = jnp.where(columns.is_global, 0, columns.reach)
+    alive = (least(begin, key_block) <= last) & (most(reach, key_block) > first)
+    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
+    plain = (most(settled, key_block) < first) & (least(columns.reach, key_block) > last)
+    return Tiles(alive, alive & plain)
 
 
 def live_blocks(tiles: Tiles) -> LiveBlocks:

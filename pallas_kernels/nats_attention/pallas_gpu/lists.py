@@ -11,8 +11,6 @@ from pallas_kernels.nats_attention.blocks import (
     LiveBlocks,
     Tiles,
     first_query,
-    last_query,
-    least,
     live_blocks,
     most,
 )
@@ -65,18 +63,3 @@ def beyond_reach(intervals: Intervals, columns: RoleColumns, window: int) -> jax
     """Tiles whose rows lie behind the lifetimes of LOCAL and SLIDING, so that only the full sum is left there."""
     settled = jnp.maximum(intervals.key_position + window, columns.next_global)
     return most(settled, BLOCK) < first_query(intervals.query_position, BLOCK)
-
-
-def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int) -> Tiles:
-    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left.
-
-    In a plain tile no pair is visible but those of GLOBAL keys, which have no hidden pair: their sums are cleared
-    afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
-    """
-    first, last = (f(intervals.query_position, BLOCK) for f in (first_query, last_query))
-    begin = intervals.key_position
-    reach = jnp.where(columns.is_global, 0, columns.reach)
-    alive = (least(begin, BLOCK) <= last) & (most(reach, BLOCK) > first)
-    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
-    plain = (most(settled, BLOCK) < first) & (least(columns.reach, BLOCK) > last)
-    return Tiles(alive, alive & plain)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import LiveBlocks
+from pallas_kernels.nats_attention.blocks import LiveBlocks, masked_out_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
 from pallas_kernels.nats_attention.pallas_gpu.lists import one_head_axis, pad
@@ -58,7 +58,7 @@ def masked_out_pass(
     intervals = lists_lib.pad_intervals(Intervals(at, index, columns.key_end))
     is_global = columns.is_global
     columns = RoleColumns(*(pad(x, 2) for x in columns))
-    lists = lists_lib.lists_by_key(lists_lib.masked_out_tiles(intervals, columns, window))
+    lists = lists_lib.lists_by_key(masked_out_tiles(intervals, columns, window, BLOCK, BLOCK))
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     begin = intervals.key_position

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import Tiles, all_rows_read, first_query, last_query, least, most
+from pallas_kernels.nats_attention.blocks import Tiles, first_query, last_query, least, most
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.roles import RoleColumns
 
@@ -56,15 +56,3 @@ def within_reach(intervals: Intervals, columns: RoleColumns, window: int, geomet
     """Whether the sums for LOCAL or SLIDING reach into a tile, bool ``[b, k, q, j]``."""
     settled = jnp.maximum(intervals.key_position + window, columns.next_global)
     return most(settled, geometry.key_block) >= first_query(intervals.query_position, geometry.query_block)
-
-
-def masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int, geometry: Geometry) -> Tiles:
-    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left."""
-    bq, bk = geometry.query_block, geometry.key_block
-    first, last = (f(intervals.query_position, bq) for f in (first_query, last_query))
-    begin = intervals.key_position
-    reach = jnp.where(columns.is_global, 0, columns.reach)
-    alive = (least(begin, bk) <= last) & (most(reach, bk) > first)
-    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
-    plain = (most(settled, bk) < first) & (least(columns.reach, bk) > last)
-    return Tiles(alive, alive & plain & all_rows_read(intervals.query_position, bq))

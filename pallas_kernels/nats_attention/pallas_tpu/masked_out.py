@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
+from pallas_kernels.nats_attention.blocks import masked_out_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
@@ -32,7 +33,7 @@ def masked_out_pass(
     intervals = packing.pad_intervals(Intervals(at, index, columns.key_end), geometry)
     is_global = columns.is_global
     columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
-    tiles = lists_lib.masked_out_tiles(intervals, columns, window, geometry)
+    tiles = masked_out_tiles(intervals, columns, window, geometry.query_block, geometry.key_block)
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = rows._replace(dout=dout, delta=rows.delta * weight)

@@ -23,10 +23,8 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     Tiles,
-    all_rows_read,
     first_query,
-    last_query,
-    least,
+    masked_out_tiles,
     most,
     visible_tiles,
 )
@@ -226,7 +224,7 @@ def masked_out_pass(
     intervals = lanes.pad_intervals(Intervals(at, index, columns.key_end))
     is_global = columns.is_global
     columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
-    lists = lanes.lists(_masked_out_tiles(intervals, columns, window, lanes.query_block, lanes.key_block))
+    lists = lanes.lists(masked_out_tiles(intervals, columns, window, lanes.query_block, lanes.key_block))
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = _rows_in_groups(rows._replace(dout=dout, delta=rows.delta * weight), lanes)
@@ -274,14 +272,3 @@ def masked_out_pass(
     every = jnp.where(is_global, 0, every)
     zeros = jnp.zeros_like(every)
     return RoleSums(every, zeros, local, sliding, past, zeros)
-
-
-def _masked_out_tiles(intervals: Intervals, columns: RoleColumns, window: int, bq: int, bk: int) -> Tiles:
-    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left."""
-    first, last = (f(intervals.query_position, bq) for f in (first_query, last_query))
-    begin = intervals.key_position
-    reach = jnp.where(columns.is_global, 0, columns.reach)
-    alive = (least(begin, bk) <= last) & (most(reach, bk) > first)
-    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
-    plain = (most(settled, bk) < first) & (least(columns.reach, bk) > last)
-    return Tiles(alive, alive & plain & all_rows_read(intervals.query_position, bq))
