@@ -8,6 +8,7 @@ from pallas_kernels.nats_attention.tiling import Problem, Tiling, least_padding,
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
 _TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, a core's share of the cache
+_SHORT = 1024  # tokens; what autotune found on two cores: docs/attention.md
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,13 @@ class XlaTiling(Tiling):
 
 
 def default_tiling(problem: Problem) -> XlaTiling:
-    """Blocks that divide the sequences with the least padding; short sequences put several heads into a tile.
+    """Blocks that divide the sequences with the least padding, as many side by side as fill a core's cache.
 
-    Keys are only gathered where there are blocks to skip.
+    Long sequences want large products (64 rows at a time cost half as much again at 8k tokens), short ones small tiles:
+    there the window and the diagonal decide how many pairs a tile wastes. Keys are only gathered where there are blocks
+    to skip.
     """
-    return _tiling(problem, 256)
+    return _tiling(problem, 256, 128) if problem.keys > _SHORT else _tiling(problem, 64)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
