@@ -6,13 +6,13 @@ worth. A sum of e over *all* rows of a key needs no dp of its own, for dp is lin
 
     sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
 
-where the first bracket is, over the visible pairs, the gradient of the value. So ``delta`` rides along as columns of
-``dout``, and only tiles in which a lifetime may end look at single e.
+where the first bracket is, over the visible pairs, the gradient of the value. So only tiles in which a lifetime may end
+look at single e.
 
 Tiles are transposed, ``[p, s, m]`` with the keys before the rows: that is the orientation in which neither the products
 nor the sums over rows have to be transposed on a CPU.
 
-Axis letters as in ``lanes``; ``x`` the head dim and the columns of ``delta``.
+Axis letters as in ``lanes``.
 """
 
 from typing import NamedTuple
@@ -34,13 +34,18 @@ from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
 class _Block(NamedTuple):
-    """Rows of one query block: ``query``, ``dout [p, m, h]``, ``dout_delta [p, m, x]``, ``lse``, ``delta [p, m]``."""
+    """Rows of one query block: ``query``, ``dout [p, m, h]``, ``lse``, ``delta``, ``at [p, m]``.
+
+    ``at`` is each row's index, once for every head of the group. The mask is made of it, row by row, outside the loop
+    over keys: were one mask of ``[p, s, t]`` spread over the group in there, XLA's CPU loops would find each row's
+    query by arithmetic on indices, and compute the exponentials around it one at a time.
+    """
 
     query: jax.Array
     dout: jax.Array
-    dout_delta: jax.Array
     lse: jax.Array
     delta: jax.Array
+    at: jax.Array
 
 
 def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
@@ -49,43 +54,44 @@ def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
     return Rows(*(lanes.rows_in_groups(x, value) for x, value in zip(rows, fill, strict=True)))
 
 
-def _block_of_rows(rows: Rows, i, lanes: Lanes) -> _Block:
+def _block_of_rows(rows: Rows, at: jax.Array, i, lanes: Lanes) -> _Block:
     query, dout, lse, delta = (lanes.rows_of(x, i) for x in rows)
-    return _Block(query, dout, jnp.concatenate([dout, *_columns_of(delta, dout.dtype)], axis=-1), lse, delta)
+    return _Block(query, dout, lse, delta, jnp.tile(at, lse.shape[-1] // at.shape[-1]))
 
 
-def _columns_of(delta: jax.Array, dtype) -> list[jax.Array]:
-    """``delta [p, m]`` as columns ``[p, m, 1]`` whose sum it is: one in float32, a leading part and the rest below."""
-    first = delta.astype(dtype)
-    if dtype == delta.dtype:
-        return [first[..., None]]
-    return [first[..., None], (delta - first.astype(delta.dtype)).astype(dtype)[..., None]]
+class _Weighted(NamedTuple):
+    """By key: ``dout``, ``sum_t ratio · dout [a · j, s, h]``, and ``delta``, ``sum_t ratio · delta [a · j, s]``."""
+
+    dout: jax.Array
+    delta: jax.Array
+
+    @classmethod
+    def zeros(cls, value: jax.Array) -> "_Weighted":
+        """Of keys of which nothing has been seen; ``value [a · j, s, h]``."""
+        return cls(jnp.zeros(value.shape, jnp.float32), jnp.zeros(value.shape[:2], jnp.float32))
+
+    def add(self, j: jax.Array, own: _Block, ratio: jax.Array) -> "_Weighted":
+        """With a tile of each lane added. As a column of ``dout``, ``delta`` would cost a CPU's product a quarter."""
+        update = dot("psm,pmh->psh", ratio.astype(own.dout.dtype), own.dout)
+        return _Weighted(add(self.dout, j, update), add(self.delta, j, dot("psm,pm->ps", ratio, own.delta)))
+
+    def sum_of_e(self, value: jax.Array) -> jax.Array:
+        """``sum_t e`` of each key, ``[a · j, s]``."""
+        return jnp.sum(value.astype(jnp.float32) * self.dout, -1) - self.delta
 
 
-def _num_columns(value: jax.Array) -> int:
-    """The head dim and the columns of ``delta``."""
-    return value.shape[-1] + len(_columns_of(jnp.zeros((1, 1)), value.dtype))
+def _ratio(own: _Block, keys: jax.Array, scale: float, counts: jax.Array | None = None) -> jax.Array:
+    """``min(exp(x - lse), 1)``, float32 ``[p, s, m]``, 0 where a pair does not count (None: all do).
 
-
-def _sum_of_e(value: jax.Array, weighted: jax.Array) -> jax.Array:
-    """``sum_t e`` of each key, ``[…, s]``, from ``weighted = sum_t ratio · [dout, delta] […, s, x]``."""
-    h = value.shape[-1]
-    return jnp.sum(value.astype(jnp.float32) * weighted[..., :h], -1) - jnp.sum(weighted[..., h:], -1)
-
-
-def _ratio(own: _Block, keys: jax.Array, scale: float) -> jax.Array:
-    """``min(exp(x - lse), 1)``, float32 ``[p, s, m]``. Visible pairs have x <= lse, masked-out ones may exceed it."""
-    return jnp.exp(jnp.minimum(scale * dot("psh,pmh->psm", keys, own.query) - own.lse[:, None], 0))
+    Visible pairs have x <= lse, masked-out ones may exceed it. The choice is made before the exponential: made behind
+    it, XLA's CPU loops would branch around each one.
+    """
+    exponent = jnp.minimum(scale * dot("psh,pmh->psm", keys, own.query) - own.lse[:, None], 0)
+    return jnp.exp(exponent if counts is None else jnp.where(counts, exponent, -jnp.inf))
 
 
 def _e(own: _Block, ratio: jax.Array, values: jax.Array) -> jax.Array:
     return ratio * (dot("psh,pmh->psm", values, own.dout) - own.delta[:, None])
-
-
-def _keep(x: jax.Array, where: jax.Array) -> jax.Array:
-    """``x [p, s, m]``, 0 where ``where [p, s, t]`` is false, in every head of the group."""
-    by_head = x.reshape(*x.shape[:2], -1, where.shape[-1])
-    return jnp.where(where[:, :, None], by_head, 0).reshape(x.shape)
 
 
 def _sum_group(e: jax.Array, query_block: int) -> jax.Array:
@@ -123,15 +129,14 @@ def visible_pass(
         transposed = jnp.swapaxes(key, 1, 2)
 
         def query_blocks(by_key, i):
-            own, at = _block_of_rows(rows, i, lanes), lanes.positions_of(intervals.query_position, i)
+            at = lanes.positions_of(intervals.query_position, i)
+            own = _block_of_rows(rows, at, i, lanes)
 
             def step(masked, position, carry):
                 dquery, row, dkey, weighted, sums = carry
                 j = lists.order[i, position]
-                ratio = _ratio(own, take(key, j), scale)
-                if masked:
-                    tile = _Tile.of(at, intervals, j)
-                    ratio = _keep(ratio, tile.visible)
+                tile = _Tile.of(at, intervals, j)
+                ratio = _ratio(own, take(key, j), scale, tile._replace(at=own.at[:, None]).visible if masked else None)
                 e = _e(own, ratio, take(value, j))
                 if masked and columns is not None:
                     column = _columns_of_blocks(columns, j)
@@ -141,8 +146,7 @@ def visible_pass(
                 ds = e.astype(key.dtype)  # of the logits before the scale, which is applied once at the end
                 dquery += dot("phs,psm->phm", take(transposed, j), ds)
                 dkey = add(dkey, j, dot("psm,pmh->psh", ds, own.query))
-                update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
-                return dquery, row, dkey, add(weighted, j, update), sums
+                return dquery, row, dkey, weighted.add(j, own, ratio), sums
 
             dquery = jnp.zeros((own.query.shape[0], h, own.query.shape[1]), jnp.float32)
             carry = (dquery, jnp.zeros(at.shape, jnp.float32), *by_key)
@@ -153,14 +157,14 @@ def visible_pass(
 
         start = (
             jnp.zeros(key.shape, jnp.float32),
-            jnp.zeros((*value.shape[:2], _num_columns(value)), jnp.float32),
+            _Weighted.zeros(value),
             [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
         )
         steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
         (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, start, steps)
         if columns is not None:
-            sums = [_sum_of_e(value, weighted), *sums]
-        return scale * dkey, weighted[..., :h], sums, *by_row
+            sums = [weighted.sum_of_e(value), *sums]
+        return scale * dkey, weighted.dout, sums, *by_row
 
     arrays = (_rows_in_groups(rows, lanes), key, value, lanes.intervals_in_groups(intervals), columns, lists)
     dkey, dvalue, sums, dquery, row = jax.lax.map(group, arrays)
@@ -234,16 +238,17 @@ def masked_out_pass(
         rows, key, value, intervals, columns, lists = arrays
 
         def query_blocks(carry, i):
-            own, at = _block_of_rows(rows, i, lanes), lanes.positions_of(intervals.query_position, i)
+            at = lanes.positions_of(intervals.query_position, i)
+            own = _block_of_rows(rows, at, i, lanes)
 
             def step(masked, position, carry):
                 weighted, sums = carry
                 j = lists.order[i, position]
-                ratio = _ratio(own, take(key, j), scale)
+                tile, column = _Tile.of(at, intervals, j), _columns_of_blocks(columns, j)
+                row = own.at[:, None]
+                hidden = (tile.begin <= row) & (row < column.reach) & (row >= column.key_end)
+                ratio = _ratio(own, take(key, j), scale, hidden if masked else None)
                 if masked:
-                    tile, column = _Tile.of(at, intervals, j), _columns_of_blocks(columns, j)
-                    hidden = (tile.begin <= tile.at) & (tile.at < column.reach) & (tile.at >= column.key_end)
-                    ratio = _keep(ratio, hidden)
                     e = _sum_group(_e(own, ratio, take(value, j)), lanes.query_block)
                     tile_sums = [
                         _total(e, tile.at <= column.next_global),
@@ -251,19 +256,18 @@ def masked_out_pass(
                         _total(e, column.is_local & (tile.at <= column.second_global)),
                     ]
                     sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
-                update = dot("psm,pmx->psx", ratio.astype(own.dout.dtype), own.dout_delta)
-                return add(weighted, j, update), sums
+                return weighted.add(j, own, ratio), sums
 
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             return carry, None
 
         start = (
-            jnp.zeros((*value.shape[:2], _num_columns(value)), jnp.float32),
+            _Weighted.zeros(value),
             [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
         )
         (weighted, sums), _ = jax.lax.scan(query_blocks, start, jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32))
-        return [_sum_of_e(value, weighted), *sums]
+        return [weighted.sum_of_e(value), *sums]
 
     in_groups = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
     sums = jax.lax.map(group, (rows, key, value, lanes.intervals_in_groups(intervals), in_groups, lists))
