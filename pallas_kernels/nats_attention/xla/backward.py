@@ -49,7 +49,7 @@ class _Block(NamedTuple):
 
 
 def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
-    """``[b, k, g, t, …]`` → ``[n, a, g, t, …]``; padded rows give nothing."""
+    """``[b, k, g, t, …]`` → ``[n, t, a, g, …]``; padded rows give nothing."""
     fill = (0, 0, jnp.inf, 0)
     return Rows(*(lanes.rows_in_groups(x, value) for x, value in zip(rows, fill, strict=True)))
 
@@ -153,7 +153,7 @@ def visible_pass(
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             dquery, row, *by_key = carry
-            return tuple(by_key), (scale * jnp.swapaxes(dquery, 1, 2), row)
+            return tuple(by_key), (lanes.by_query(scale * jnp.swapaxes(dquery, 1, 2)), lanes.by_query(row))
 
         start = (
             jnp.zeros(key.shape, jnp.float32),

@@ -49,7 +49,8 @@ def forward(
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             top, total, acc = carry
             out = acc / jnp.where(total == 0, 1, total)[..., None]
-            return out.astype(query.dtype), jnp.where(total == 0, -jnp.inf, scale * top + jnp.log(total))
+            lse = jnp.where(total == 0, -jnp.inf, scale * top + jnp.log(total))
+            return lanes.by_query(out.astype(query.dtype)), lanes.by_query(lse)
 
         return jax.lax.map(query_blocks, jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32))
 
@@ -59,7 +60,7 @@ def forward(
         lanes.intervals_in_groups(intervals),
         lists,
     )
-    out, lse = jax.lax.map(group, arrays)  # [n, i, p, m, …]
+    out, lse = jax.lax.map(group, arrays)  # [n, i, rows, a, g, …]
     return lanes.by_head(out, (b, k), t), lanes.by_head(lse, (b, k), t)
 
 

@@ -55,8 +55,12 @@ class Lanes:
         return pad_to_blocks(x, 2, self.key_block, value)
 
     def rows_in_groups(self, x: jax.Array, value) -> jax.Array:
-        """``[b, k, g, t, …]``, padded with ``value`` → ``[n, a, g, t, …]``."""
-        return self._in_groups(self.pad_rows(x, 3, value))
+        """``[b, k, g, t, …]``, padded with ``value`` → ``[n, t, a, g, …]``.
+
+        With the sequence in front of the heads again, as the caller's arrays have it: the transpositions cancel, and
+        a step brings its own rows into order instead of a copy of all of them.
+        """
+        return jnp.moveaxis(self._in_groups(self.pad_rows(x, 3, value)), 3, 1)
 
     def keys_in_groups(self, x: jax.Array) -> jax.Array:
         """``[b, k, s, …]``, padded → ``[n, a · j, key_block, …]``: the blocks that ``Lists.order`` numbers."""
@@ -96,22 +100,28 @@ class Lanes:
         return Lists(order, jnp.min(by_step(num_plain), -1), jnp.max(by_step(num_alive), -1))
 
     def rows_of(self, x: jax.Array, step) -> jax.Array:
-        """The rows of each lane, the group of query heads folded in: ``[a, g, t, …]`` → ``[p, m, …]``."""
-        part = jax.lax.dynamic_slice_in_dim(x, step * self.rows, self.rows, 2)
-        part = part.reshape(*part.shape[:2], self.blocks, self.query_block, *part.shape[3:])
-        return jnp.moveaxis(part, 2, 1).reshape(self.heads * self.blocks, -1, *part.shape[4:])
+        """The rows of each lane, the group of query heads folded in: ``[t, a, g, …]`` → ``[p, m, …]``."""
+        part = jax.lax.dynamic_slice_in_dim(x, step * self.rows, self.rows, 0)
+        part = part.reshape(self.blocks, self.query_block, *part.shape[1:])
+        part = jnp.moveaxis(part, (2, 0, 3, 1), (0, 1, 2, 3))
+        return part.reshape(self.heads * self.blocks, -1, *part.shape[4:])
 
     def positions_of(self, query_position: jax.Array, step) -> jax.Array:
         """The indices of each lane's queries: ``[a, t]`` → ``[p, query_block]``."""
         part = jax.lax.dynamic_slice_in_dim(query_position, step * self.rows, self.rows, 1)
         return part.reshape(-1, self.query_block)
 
+    def by_query(self, x: jax.Array) -> jax.Array:
+        """The opposite of ``rows_of``: ``[p, r · query_block, …]`` → ``[rows, a, r, …]``."""
+        x = x.reshape(self.heads, self.blocks, -1, self.query_block, *x.shape[2:])
+        x = jnp.moveaxis(x, (1, 3, 0, 2), (0, 1, 2, 3))
+        return x.reshape(self.rows, *x.shape[2:])
+
     def by_head(self, x: jax.Array, shape: tuple[int, int], num_queries: int) -> jax.Array:
-        """What the steps gave by row: ``[n, i, p, r · query_block, …]`` → ``[b, k, r, t, …]``; ``shape = (b, k)``."""
-        n, i = x.shape[:2]
-        x = x.reshape(n, i, self.heads, self.blocks, -1, self.query_block, *x.shape[4:])
-        x = jnp.moveaxis(x, (1, 3), (3, 4))  # [n, a, r, i, blocks, query_block, …]
-        return x.reshape(*shape, x.shape[2], i * self.rows, *x.shape[6:])[:, :, :, :num_queries]
+        """What the steps gave by query: ``[n, i, rows, a, r, …]`` → ``[b, k, r, t, …]``; ``shape = (b, k)``."""
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
+        x = jnp.moveaxis(x, 1, 3)
+        return x.reshape(*shape, *x.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
