@@ -83,8 +83,7 @@ class _Weighted(NamedTuple):
 def _ratio(own: _Block, keys: jax.Array, scale: float, counts: jax.Array | None = None) -> jax.Array:
     """``min(exp(x - lse), 1)``, float32 ``[p, s, m]``, 0 where a pair does not count (None: all do).
 
-    Visible pairs have x <= lse, masked-out ones may exceed it. The choice is made before the exponential: made behind
-    it, XLA's CPU loops would branch around each one.
+    Visible pairs have x <= lse, masked-out ones may exceed it.
     """
     exponent = jnp.minimum(scale * dot("psh,pmh->psm", keys, own.query) - own.lse[:, None], 0)
     return jnp.exp(exponent if counts is None else jnp.where(counts, exponent, -jnp.inf))
