@@ -8,9 +8,13 @@ contestant once, so that whatever else the machine does hits all of them; a rati
 rival / ours. On a CPU the rivals are ``torch`` (scaled_dot_product_attention, where PyTorch is installed) and ``jax``
 (``jax.nn.dot_product_attention``, as long as its logits fit); on a GPU ``cudnn`` (the same function) and ``flex``
 (torch FlexAttention). Rivals differentiate query, key and value; ours also the roles.
+
+XLA runs most of a program's operations one after the other, so a CPU is used best with a device for each core and the
+heads divided among them; that is what is measured unless ``--devices=1`` says otherwise. JAX's rivals run likewise.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -46,6 +50,7 @@ class Case(NamedTuple):
       window: of SLIDING tokens.
       num_heads, num_kv_heads, head_dim: of the attention.
       dtype: of query, key and value.
+      devices: that the heads are divided among.
     """
 
     length: int
@@ -55,14 +60,13 @@ class Case(NamedTuple):
     num_kv_heads: int = 2
     head_dim: int = 64
     dtype: str = "float32"
+    devices: int = 1
 
     @property
     def problem(self) -> Problem:
-        """What a tiling is chosen for."""
-        group = self.num_heads // self.num_kv_heads
-        return Problem(
-            1, self.length, self.length, self.num_kv_heads, group, self.head_dim, self.window, dtype=self.dtype
-        )
+        """What a tiling is chosen for: a device's share."""
+        heads, group = self.num_kv_heads // self.devices, self.num_heads // self.num_kv_heads
+        return Problem(1, self.length, self.length, heads, group, self.head_dim, self.window, dtype=self.dtype)
 
 
 class Inputs(NamedTuple):
@@ -94,8 +98,23 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
     return Inputs(query, key, value, dout, ids.astype(np.int32))
 
 
-def compiled_pass(case: Case, kind: str, implementation: str, tiling: Tiling):
-    """Ours, compiled: ``f(query, key, value, roles, dout, sample_key)``; gradients of all four but for "forward"."""
+_BY_HEAD = jax.P(None, None, "head")  # [b, t, n, h]; roles have their heads one axis further in front
+_ROLES_BY_HEAD = jax.P(None, "head")
+
+
+def _call(function: Callable[..., Any], case: Case, arguments: tuple[Any, ...], in_specs, out_specs):
+    """A call to be timed, heads divided among the case's devices; also the bytes of temporaries that it takes."""
+    if case.devices > 1:
+        mesh = jax.make_mesh((case.devices,), ("head",), devices=jax.devices()[: case.devices])
+        function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+        arguments = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in in_specs))
+    program = jax.jit(function).lower(*arguments).compile()
+    temporaries = case.devices * program.memory_analysis().temp_size_in_bytes
+    return lambda: jax.block_until_ready(program(*arguments)), temporaries
+
+
+def one_pass(case: Case, kind: str, implementation: str, tiling: Tiling) -> Callable[..., Any]:
+    """Ours: ``f(query, key, value, roles, dout, sample_key)``; gradients of all four but for "forward"."""
 
     def attend(query, key, value, roles, sample_key):
         gradient = "visible" if kind == "forward" else kind
@@ -115,18 +134,20 @@ def compiled_pass(case: Case, kind: str, implementation: str, tiling: Tiling):
     def forward(query, key, value, roles, dout, sample_key):
         return attend(query, key, value, roles, sample_key)
 
-    return jax.jit(forward if kind == "forward" else backward)
+    return forward if kind == "forward" else backward
 
 
 def ours(case: Case, given: Inputs, kind: str, by_name: dict[str, Tiling], implementation: str):
     """Our contestants of one pass, by tiling; also the bytes of temporaries that each compiled program takes."""
     arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
     arguments = (*arrays, jax.nn.one_hot(given.role_ids, 3), jnp.asarray(given.dout, case.dtype), jax.random.key(0))
+    specs = (*[_BY_HEAD] * 3, _ROLES_BY_HEAD, _BY_HEAD, jax.P())
+    results = _BY_HEAD if kind == "forward" else specs[:4]
     contestants, temporaries = [], {}
     for name, tiling in by_name.items():
-        program = compiled_pass(case, kind, implementation, tiling).lower(*arguments).compile()
-        contestants.append(Contestant(name, lambda f=program: jax.block_until_ready(f(*arguments))))
-        temporaries[name] = program.memory_analysis().temp_size_in_bytes
+        run = one_pass(case, kind, implementation, tiling)
+        call, temporaries[name] = _call(run, case, arguments, specs, results)
+        contestants.append(Contestant(name, call))
     return contestants, temporaries
 
 
@@ -135,15 +156,17 @@ def jax_rival(case: Case, given: Inputs, kind: str, platform: str) -> Contestant
     name, implementation = ("cudnn", "cudnn") if platform == "gpu" else ("jax", "xla")
     if implementation == "xla" and 4 * case.num_heads * case.length**2 > MAX_DENSE_BYTES:
         return None
-    dout = jnp.asarray(given.dout, case.dtype)
-    arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
+    arguments = tuple(jnp.asarray(x, case.dtype) for x in given[:4])
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
 
-    def backward(*primal):
-        return jax.vjp(attend, *primal)[1](dout)
+    def backward(query, key, value, dout):
+        return jax.vjp(attend, query, key, value)[1](dout)
 
-    program = jax.jit(attend if kind == "forward" else backward)
-    return Contestant(name, lambda: jax.block_until_ready(program(*arrays)))
+    def forward(query, key, value, dout):
+        return attend(query, key, value)
+
+    run, results = (forward, _BY_HEAD) if kind == "forward" else (backward, (_BY_HEAD,) * 3)
+    return Contestant(name, _call(run, case, arguments, (_BY_HEAD,) * 4, results)[0])
 
 
 def torch_rivals(case: Case, given: Inputs, kind: str, platform: str) -> Iterable[Contestant]:
@@ -242,9 +265,9 @@ def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> 
     arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
     end = jnp.full((1, case.num_kv_heads, case.length), na.NO_END, jnp.int32)
     plain = dataclasses.replace(tuned, thresholds=())
-    attend = functools.partial(na.interval_attention, implementation=arguments.implementation, tiling=plain)
-    causal = jax.jit(attend)
-    contestants.append(Contestant("plain causal", lambda: jax.block_until_ready(causal(*arrays, end))))
+    causal = functools.partial(na.interval_attention, implementation=arguments.implementation, tiling=plain)
+    call, _ = _call(causal, case, (*arrays, end), (*[_BY_HEAD] * 3, _ROLES_BY_HEAD), _BY_HEAD)
+    contestants.append(Contestant("plain causal", call))
     rivals = list(torch_rivals(case, given, "forward", platform))
     seconds = race([*contestants, *rivals], arguments.repeats)
     return {name: ratio(values, seconds["all GLOBAL"]) for name, values in seconds.items() if name != "all GLOBAL"}
@@ -311,30 +334,56 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--implementation", default=None, choices=sorted(api.BACKENDS), help="backend (default: by platform)"
     )
+    parser.add_argument("--devices", type=int, default=None, help="that share the heads (default: a CPU's cores)")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for the picture")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.passes) - set(PASSES)
     if unknown:
         parser.error(f"--passes: {', '.join(sorted(unknown))} is none of {', '.join(PASSES)}.")
+    num_kv_heads = arguments.heads[1]
+    if arguments.devices is not None and (arguments.devices < 1 or num_kv_heads % arguments.devices):
+        parser.error(f"--devices={arguments.devices}: {num_kv_heads} KV heads do not divide evenly among them.")
     return arguments
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    """How many devices share the heads; asks JAX for that many CPU devices, which it grants before it has any.
+
+    Raises:
+      SystemExit: there are not so many.
+    """
+    wanted = arguments.devices
+    if wanted is None:
+        num_kv_heads, cores = arguments.heads[1], os.cpu_count() or 1
+        wanted = max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= cores)
+    if wanted > 1:
+        with contextlib.suppress(RuntimeError):  # too late: what there is may be enough
+            jax.config.update("jax_num_cpu_devices", wanted)
+    if arguments.devices is None and jax.default_backend() != "cpu":
+        return 1
+    if jax.local_device_count() < wanted:
+        raise SystemExit(f"--devices={wanted}: JAX has {jax.local_device_count()} of them.")
+    return wanted
 
 
 def main() -> None:
     """Measures, prints, draws."""
     arguments = parse()
+    devices = _devices(arguments)
     platform = jax.default_backend()
     if arguments.implementation is None:
         arguments.implementation = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
     dtype = arguments.dtype or ("float32" if platform == "cpu" else "bfloat16")
     heads = dict(zip(("num_heads", "num_kv_heads", "head_dim"), arguments.heads, strict=True))
     cases = [
-        Case(length, fraction, window, **heads, dtype=dtype)
+        Case(length, fraction, window, **heads, dtype=dtype, devices=devices)
         for fraction in arguments.global_fractions
         for window in arguments.windows
         for length in arguments.lengths
     ]
     device = jax.devices()[0].device_kind
-    print(f"{arguments.implementation}, {device}, {os.cpu_count()} CPU cores, jax {jax.__version__}, {dtype}")
+    where = f"{devices} {device} device{'s' if devices > 1 else ''}, {os.cpu_count()} CPU cores"
+    print(f"{arguments.implementation}, {where}, jax {jax.__version__}, {dtype}")
     print("\n| tokens | GLOBAL | window | pass | times faster, 128 and tuned | seconds | computed / live | MiB |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []

@@ -76,10 +76,15 @@ def _forward(query, key, value, intervals: Intervals, settings: Settings):
 
 
 def _rows(query, out, lse, dout, dlse) -> Rows:
-    """``delta = dout · out`` is what the softmax's normalisation takes from a pair; a gradient of lse gives to it."""
+    """``delta = dout · out`` is what the softmax's normalisation takes from a pair; a gradient of lse gives to it.
+
+    ``query`` and ``lse`` in the inner layout, the others in the outer one: ``out``, ``dout [b, t, n, h]``,
+    ``dlse [b, t, n]`` or None. The sum is taken there, so that no copy of ``out`` in the inner layout is needed for it.
+    """
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    delta = delta if dlse is None else delta - dlse
+    delta = _rows_first(delta if dlse is None else delta - dlse, query.shape[1])
     empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever comes back for a log-sum-exp of -inf
+    dout = _rows_first(dout, query.shape[1])
     return Rows(query, dout, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta))
 
 
@@ -112,14 +117,14 @@ def interval_attention(query, key, value, intervals: Intervals, settings: Settin
 
 def _interval_fwd(query, key, value, intervals, settings):
     out, lse = _forward(query, key, value, intervals, settings)
-    return (_heads_last(out), _heads_last(lse)), (query, key, value, intervals, out, lse)
+    out = _heads_last(out)
+    return (out, _heads_last(lse)), (query, key, value, intervals, out, lse)
 
 
 def _interval_bwd(settings, residuals, cotangents):
     query, key, value, intervals, out, lse = residuals
-    dout, dlse = (_rows_first(x, key.shape[2]) for x in cotangents)
     inner_query, inner_key, inner_value = _heads_first(query, key, value)
-    rows = _rows(inner_query, out, lse, dout, dlse)
+    rows = _rows(inner_query, out, lse, *cotangents)
     dquery, dkey, dvalue, _ = _visible_pass(rows, inner_key, inner_value, intervals, None, settings)
     return (*_like((query, key, value), dquery, dkey, dvalue), None)
 
@@ -140,15 +145,16 @@ def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
     index = jnp.arange(t, dtype=jnp.int32)
     intervals = Intervals(jnp.broadcast_to(index, (b, t)), jnp.broadcast_to(index, (b, k, t)), key_end)
     out, lse = _forward(query, key, value, intervals, settings)
+    out = _heads_last(out)
     witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
-    return _heads_last(out), (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
+    return out, (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
 
 
 def _nats_bwd(settings, residuals, dout):
     query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse = residuals
     columns = roles_lib.role_columns(role_ids, intervals.key_end, document_end)
     inner_query, inner_key, inner_value = _heads_first(query, key, value)
-    rows = _rows(inner_query, out, lse, _rows_first(dout, key.shape[2]), None)
+    rows = _rows(inner_query, out, lse, dout, None)
     dquery, dkey, dvalue, sums = _visible_pass(rows, inner_key, inner_value, intervals, columns, settings)
     if settings.sampled:
         hidden = _masked_out_sums(rows, inner_key, inner_value, columns, sample_key, settings)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E
 from pallas_kernels.nats_attention.pallas_gpu.tilings import GpuTiling
 
@@ -174,7 +175,4 @@ def launch(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(inputs)
     # The kernel forgets along which axes of a mesh its inputs vary (inside ``jax.shard_map``).
-    varying = tuple(
-        sorted(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(inputs))))
-    )
-    return [lax.pcast(x, varying, to="varying") for x in results] if varying else results
+    return vary_like(list(results), inputs)

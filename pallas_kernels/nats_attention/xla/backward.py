@@ -15,6 +15,7 @@ nor the sums over rows have to be transposed on a CPU.
 Axis letters as in ``lanes``.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from pallas_kernels.nats_attention.blocks import (
     most,
     visible_tiles,
 )
+from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.xla.lanes import Lanes, add, dot, take
 from pallas_kernels.nats_attention.xla.tilings import XlaTiling
@@ -94,8 +96,12 @@ def _e(own: _Block, ratio: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _sum_group(e: jax.Array, query_block: int) -> jax.Array:
-    """``[p, s, m]`` → ``[p, s, query_block]``; behind a barrier, or it would be summed anew for every use."""
-    return jax.lax.optimization_barrier(jnp.sum(e.reshape(*e.shape[:2], -1, query_block), axis=2))
+    """``[p, s, m]`` → ``[p, s, query_block]``; behind a barrier, or it would be summed anew for every use.
+
+    Head by head: XLA would pull a product in front of a ``sum`` into it, which takes twice as long on a CPU.
+    """
+    heads = [e[:, :, start : start + query_block] for start in range(0, e.shape[2], query_block)]
+    return jax.lax.optimization_barrier(functools.reduce(jnp.add, heads))
 
 
 def visible_pass(
@@ -125,7 +131,6 @@ def visible_pass(
 
     def group(arrays):
         rows, key, value, intervals, columns, lists = arrays
-        transposed = jnp.swapaxes(key, 1, 2)
 
         def query_blocks(by_key, i):
             at = lanes.positions_of(intervals.query_position, i)
@@ -135,7 +140,8 @@ def visible_pass(
                 dquery, row, dkey, weighted, sums = carry
                 j = lists.order[i, position]
                 tile = _Tile.of(at, intervals, j)
-                ratio = _ratio(own, take(key, j), scale, tile._replace(at=own.at[:, None]).visible if masked else None)
+                keys = take(key, j)
+                ratio = _ratio(own, keys, scale, tile._replace(at=own.at[:, None]).visible if masked else None)
                 e = _e(own, ratio, take(value, j))
                 if masked and columns is not None:
                     column = _columns_of_blocks(columns, j)
@@ -143,12 +149,12 @@ def visible_pass(
                     sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                     row += tile_row
                 ds = e.astype(key.dtype)  # of the logits before the scale, which is applied once at the end
-                dquery += dot("phs,psm->phm", take(transposed, j), ds)
+                dquery += dot("psh,psm->phm", keys, ds)
                 dkey = add(dkey, j, dot("psm,pmh->psh", ds, own.query))
                 return dquery, row, dkey, weighted.add(j, own, ratio), sums
 
             dquery = jnp.zeros((own.query.shape[0], h, own.query.shape[1]), jnp.float32)
-            carry = (dquery, jnp.zeros(at.shape, jnp.float32), *by_key)
+            carry = (*vary_like((dquery, jnp.zeros(at.shape, jnp.float32)), arrays), *by_key)
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             dquery, row, *by_key = carry
@@ -160,7 +166,7 @@ def visible_pass(
             [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
         )
         steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
-        (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, start, steps)
+        (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, vary_like(start, arrays), steps)
         if columns is not None:
             sums = [weighted.sum_of_e(value), *sums]
         return scale * dkey, weighted.dout, sums, *by_row
@@ -200,9 +206,9 @@ def _columns_of_blocks(columns: RoleColumns, j: jax.Array) -> RoleColumns:
     return RoleColumns(*(take(x, j)[:, :, None] for x in columns))
 
 
-def _total(e: jax.Array, where: jax.Array, spec: str = "pst,t->ps") -> jax.Array:
-    """The sum of e where a condition holds, as a product with ones: XLA's CPU sums over the last axis are slow."""
-    return dot(spec, jnp.where(where, e, 0), jnp.ones(e.shape[2 if spec[4] == "t" else 1], e.dtype))
+def _total(e: jax.Array, where: jax.Array) -> jax.Array:
+    """``[p, s]``: e summed where a condition holds, as a product with ones: XLA's own sums are slow on a CPU."""
+    return dot("pst,t->ps", jnp.where(where, e, 0), jnp.ones(e.shape[2], e.dtype))
 
 
 def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -> tuple[list[jax.Array], jax.Array]:
@@ -213,7 +219,8 @@ def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -
         _total(e, (begin < at) & (at <= column.next_global)),
         _total(e, at <= begin + window),
     ]
-    return by_key, _total(e, column.is_local & (begin < at), "pst,s->pt")
+    of_local = jnp.where(column.is_local & (begin < at), e, 0)
+    return by_key, dot("ps,pst->pt", jnp.ones(e.shape[:2], e.dtype), of_local)  # in this order nothing is transposed
 
 
 def masked_out_pass(
@@ -261,11 +268,9 @@ def masked_out_pass(
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             return carry, None
 
-        start = (
-            _Weighted.zeros(value),
-            [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
-        )
-        (weighted, sums), _ = jax.lax.scan(query_blocks, start, jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32))
+        start = (_Weighted.zeros(value), [jnp.zeros(key.shape[:2], jnp.float32)] * 3)
+        steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
+        (weighted, sums), _ = jax.lax.scan(query_blocks, vary_like(start, arrays), steps)
         return [weighted.sum_of_e(value), *sums]
 
     in_groups = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import visible_tiles
+from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.xla.lanes import Lanes, dot, take
 from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
@@ -24,7 +25,9 @@ def forward(
         query, key, value, intervals, lists = arrays
 
         def query_blocks(i):
-            rows, at = lanes.rows_of(query, i), lanes.positions_of(intervals.query_position, i)
+            rows = lanes.rows_of(query, i)
+            at = lanes.positions_of(intervals.query_position, i)
+            at = jnp.tile(at, rows.shape[1] // at.shape[1])[:, :, None]  # of each row: one select without reshapes
 
             def step(masked, position, carry):
                 top, total, acc = carry
@@ -32,8 +35,7 @@ def forward(
                 logits = dot("pmh,psh->pms", rows, take(key, j))  # scaled below: one pass over the tile less
                 if masked:
                     begin, end = (take(x, j)[:, None, :] for x in intervals[1:])
-                    visible = (begin <= at[:, :, None]) & (at[:, :, None] < end)
-                    logits = _hide(logits, visible)
+                    logits = jnp.where((begin <= at) & (at < end), logits, -jnp.inf)
                 new_top = jnp.maximum(top, jnp.max(logits, -1))
                 weights = jnp.exp(scale * (logits - new_top[..., None]))
                 decay = jnp.exp(scale * (top - new_top))
@@ -45,6 +47,7 @@ def forward(
                 jnp.zeros(rows.shape[:2], jnp.float32),
                 jnp.zeros((*rows.shape[:2], value.shape[-1]), jnp.float32),
             )
+            carry = vary_like(carry, arrays)
             carry = jax.lax.fori_loop(0, lists.num_plain[i], lambda *a: step(False, *a), carry)
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             top, total, acc = carry
@@ -62,9 +65,3 @@ def forward(
     )
     out, lse = jax.lax.map(group, arrays)  # [n, i, rows, a, g, …]
     return lanes.by_head(out, (b, k), t), lanes.by_head(lse, (b, k), t)
-
-
-def _hide(logits: jax.Array, visible: jax.Array) -> jax.Array:
-    """``logits [p, m, s]``, -inf where ``visible [p, query_block, s]`` is false, in every head of the group."""
-    by_head = logits.reshape(logits.shape[0], -1, *visible.shape[1:])
-    return jnp.where(visible[:, None], by_head, -jnp.inf).reshape(logits.shape)

@@ -1,14 +1,19 @@
 """Tilings of this backend, and what it serves: everything."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
+
+import jax
 
 from pallas_kernels.nats_attention.tiling import Problem, Tiling, least_padding, lifetime_thresholds
 
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
-_TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, a core's share of the cache
-_SHORT = 1024  # tokens; what autotune found on two cores: docs/attention.md
+# What autotune found on two cores, one device or two: docs/attention.md.
+_TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, two cores' share of the cache
+_TILE_PAIRS_OF_ONE_CORE = 1 << 16
+_SHORT = 1024  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,31 +28,46 @@ class XlaTiling(Tiling):
     lanes: int = 1
 
 
-def default_tiling(problem: Problem) -> XlaTiling:
-    """Blocks that divide the sequences with the least padding, as many side by side as fill a core's cache.
+def _one_core_each() -> bool:
+    """Whether the CPU devices of this process are as many as its cores.
 
-    Long sequences want large products (64 rows at a time cost half as much again at 8k tokens), short ones small tiles:
-    there the window and the diagonal decide how many pairs a tile wastes. Keys are only gathered where there are blocks
-    to skip.
+    Then each device's program runs beside the others on a core of its own, and products need not be so large that two
+    cores can share them.
     """
-    return _tiling(problem, 256, 128) if problem.keys > _SHORT else _tiling(problem, 64)
+    if jax.default_backend() != "cpu":
+        return False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return jax.local_device_count() >= (cores or 1)
+
+
+def default_tiling(problem: Problem) -> XlaTiling:
+    """Blocks that divide the sequences with the least padding, as many side by side as fill the cache.
+
+    Where several cores share a device, long sequences want large products (64 rows at a time cost half as much again at
+    8k tokens) and short ones small tiles: there the window and the diagonal decide how many pairs a tile wastes. A core
+    that has a device to itself wants tiles of 128. Keys are only gathered where there are blocks to skip.
+    """
+    if problem.keys <= _SHORT:
+        return _tiling(problem, 64, 64)
+    return _tiling(problem, 128 if _one_core_each() else 256, 128)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
     """Tiles of 64 to 512, square and twice as wide as high or as high as wide."""
     blocks = (64, 128, 256, 512)
     pairs = [(q, s) for q in blocks for s in blocks if q <= 2 * s and s <= 2 * q]
-    wanted = [_tiling(problem, q, s) for q, s in pairs]
+    wanted = [_tiling(problem, *pair) for pair in pairs]
     return list(dict.fromkeys(wanted))
 
 
-def _tiling(problem: Problem, largest_query_block: int, largest_key_block: int | None = None) -> XlaTiling:
+def _tiling(problem: Problem, largest_query_block: int, largest_key_block: int) -> XlaTiling:
     query_block = least_padding(problem.queries, largest_query_block)
-    key_block = least_padding(problem.keys, largest_key_block or largest_query_block)
+    key_block = least_padding(problem.keys, largest_key_block)
+    pairs = _TILE_PAIRS_OF_ONE_CORE if _one_core_each() else _TILE_PAIRS
     return XlaTiling(
         query_block=query_block,
         key_block=key_block,
-        lanes=max(1, _TILE_PAIRS // (problem.group * query_block * key_block)),
+        lanes=max(1, pairs // (problem.group * query_block * key_block)),
         thresholds=lifetime_thresholds(problem, key_block),
     )
 
