@@ -92,11 +92,13 @@ def _check_overrides(argv: Sequence[str]) -> None:
         path, _, value = argument.removeprefix(_OVERRIDE).partition("=")
         group: type = Config
         kind: type | None = None
+        above = ""
         for name in path.split("."):
             fields = typing.get_type_hints(group) if dataclasses.is_dataclass(group) else {}
             if name not in fields:
-                raise UserError(f"unknown config field {path}{nearest(name, fields) if fields else ''}.")
+                raise UserError(f"unknown config field {path}{nearest(name, fields, above) if fields else ''}.")
             group = kind = fields[name]
+            above += f"{name}."
         if dataclasses.is_dataclass(kind):
             raise UserError(
                 f"config field {path} is a group of fields; set one of them, as in --config.{path}.NAME=VALUE."

@@ -219,7 +219,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         raise UserError(f"{where} is {values!r}; a group of fields was expected.")
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"unknown config field {path}{name}{nearest(name, fields)}.")
+            raise UserError(f"unknown config field {path}{name}{nearest(name, fields, path)}.")
         if dataclasses.is_dataclass(types[name]):
             arguments[name] = _build(typing.cast(type, types[name]), value, f"{path}{name}.")
         else:
@@ -227,11 +227,11 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     return cls(**arguments)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``"; did you mean X?"`` without the question mark, or what there is."""
+def nearest(name: str, known: typing.Iterable[str], path: str = "") -> str:
+    """``"; did you mean X?"`` without the question mark, or what there is; ``path`` is put before X."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}" if close else f"; known here: {', '.join(known)}"
+    return f"; did you mean {path}{close[0]}" if close else f"; known here: {', '.join(known)}"
 
 
 def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:

@@ -61,7 +61,7 @@ def test_round_trip_through_json_and_config_dict():
         ("model", "attention", "densee", "'densee'"),
         ("model", "width", 1.5, "int was expected"),
         ("model", "width", True, "int was expected"),
-        ("model", "widht", 8, "did you mean width"),
+        ("model", "widht", 8, "did you mean model.width"),
         ("nats", "initial_roles", (0.5, 0.2, 0.2), "add up to 1"),
         ("nats", "kv_budget", 0, "at least"),
         ("nats", "kv_price", 50.0, "max_kv_price"),
@@ -83,7 +83,7 @@ def test_wrong_values_are_named(group, field, value, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.optimizer.peak_learing_rate=1"], "did you mean peak_learning_rate"),
+        (["--config.optimizer.peak_learing_rate=1"], "did you mean optimizer.peak_learning_rate"),
         (["--config.optimiser.peak_learning_rate=1"], "did you mean optimizer"),
         (["--config.train.num_steps=many"], "num_steps is 'many'; int was expected"),
         (["--config.train.num_steps=1.5"], "int was expected"),

@@ -275,5 +275,5 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown config field train.num_step; did you mean num_steps.\n"
+    assert done.stderr == "error: unknown config field train.num_step; did you mean train.num_steps.\n"
     assert not list(tmp_path.iterdir())

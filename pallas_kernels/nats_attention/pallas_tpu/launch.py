@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.nats_attention.manual_axes import vary_like, varying_axes
 from pallas_kernels.nats_attention.pallas_tpu.lists import NUM_SEGMENTS
 from pallas_kernels.nats_attention.pallas_tpu.tilings import VMEM_LIMIT
 
@@ -152,6 +153,8 @@ def launch(
     tiles = b * k * blocks * streamed[0].number // 2
     copied = sum(x.array.size * x.array.dtype.itemsize for x in [*resident, *outs])
     copied += tiles * sum(math.prod(x.shape) * x.array.dtype.itemsize for x in streamed)
+    inputs = [lists, *(x.array for x in [*resident, *streamed])]
+    varying = jax.sharding.ManualAxisType(varying=varying_axes(inputs))
     return pl.pallas_call(
         body,
         grid=(b, k, blocks),
@@ -161,7 +164,7 @@ def launch(
             *(pl.BlockSpec(memory_space=pl.ANY) for _ in streamed),
         ],
         out_specs=[x.spec() for x in outs],
-        out_shape=[x.array for x in outs],
+        out_shape=[jax.ShapeDtypeStruct(x.array.shape, x.array.dtype, manual_axis_type=varying) for x in outs],
         scratch_shapes=[
             *(pltpu.VMEM((2, *x.shape), x.array.dtype) for x in streamed),
             pltpu.SemaphoreType.DMA((2, num_streamed)),
@@ -175,4 +178,4 @@ def launch(
         ),
         interpret=interpret,
         name=name,
-    )(lists, *(x.array for x in resident), *(x.array for x in streamed))
+    )(*vary_like(inputs, inputs))

@@ -1,0 +1,116 @@
+"""Attention inside ``jax.shard_map``: batch and heads divided among devices give what one device gives."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention_oracle import inputs, relative_error, value_and_gradients
+from cases import Shape, document_ends, role_ids
+
+from pallas_kernels import nats_attention as na
+from pallas_kernels.nats_attention import xla
+from pallas_kernels.nats_attention.tiling import Problem
+
+TESTS = pathlib.Path(__file__).parent
+BY_HEAD, ROLES, BY_BATCH = jax.P("data", None, "tensor"), jax.P("data", "tensor"), jax.P("data")
+
+
+def arguments_of(shape):
+    rng = np.random.default_rng(0)
+    q, k, v, weight = inputs(shape, spread=3.0)
+    roles = jax.nn.one_hot(role_ids("random", shape, rng), 3)
+    return q, k, v, roles, jnp.asarray(document_ends("packed", shape, rng)), weight
+
+
+def error_of_sharding(mesh, shape, **options):
+    """The largest error of values and gradients over a mesh, against the same call without one."""
+
+    def attention(q, k, v, roles, end):
+        draw = jax.random.key(3)  # one draw a call, the same on every device
+        return na.nats_attention(q, k, v, roles, window=shape.window, document_end=end, sample_key=draw, **options)
+
+    specs = (BY_HEAD, BY_HEAD, BY_HEAD, ROLES, BY_BATCH)
+    sharded = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=BY_HEAD)
+    arguments = arguments_of(shape)
+    expected = jax.jit(value_and_gradients, static_argnums=0)(attention, *arguments)
+    placed = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in (*specs, BY_HEAD)))
+    got = jax.jit(value_and_gradients, static_argnums=0)(sharded, *placed)
+    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def mesh_of(*sizes):
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(sizes, ("data", "tensor"), axis_types=automatic)
+
+
+def error_of_intervals(mesh, shape):
+    """The error of the gradient through values and log-sum-exp, against the call without a mesh."""
+    q, k, v, _, end, _ = arguments_of(shape)
+    key_end = jnp.broadcast_to(end[:, None], (shape.b, shape.k, shape.length))
+
+    def attend(*arrays):
+        return na.interval_attention(*arrays, return_lse=True, implementation="xla")
+
+    def gradient(attend):
+        def loss(*arrays):
+            out, lse = attend(*arrays, key_end)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    specs = (BY_HEAD, BY_HEAD, BY_HEAD, ROLES)
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(BY_HEAD, BY_HEAD))
+    return max(relative_error(x, y) for x, y in zip(gradient(sharded), gradient(attend), strict=True))
+
+
+def run_with_devices(*command):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+
+
+def test_four_devices_give_what_one_gives():
+    run = run_with_devices(__file__)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "4 devices\n"
+
+
+def test_the_benchmark_divides_heads_among_devices():
+    few = ["--lengths=40", "--passes=sampled", "--windows=4", "--repeats=1", "--heads=4,2,8"]
+    run = run_with_devices("-m", "benchmarks.attention", *few, "--devices=2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("xla, 2 cpu devices")
+    run = run_with_devices("-m", "benchmarks.attention", *few, "--devices=3")
+    assert run.returncode == 2
+    assert "2 KV heads do not divide evenly among them" in run.stderr
+
+
+def test_a_core_that_has_a_device_to_itself_gets_smaller_tiles(monkeypatch):
+    problem = Problem(1, 8192, 8192, 2, 4, 64, 256, "float32")
+
+    def pairs(devices):
+        monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+        tiling = xla.default_tiling(problem)
+        return tiling.query_block * tiling.key_block * tiling.lanes
+
+    assert pairs(10**6) < pairs(0)
+
+
+def main():
+    jax.config.update("jax_num_cpu_devices", 4)
+    shape = Shape(2, 70, 4, 2, 8, 5)
+    for sizes, mask_gradient in (((2, 2), "exact"), ((1, 4), "sampled")):
+        error = error_of_sharding(mesh_of(*sizes), shape, mask_gradient=mask_gradient, implementation="xla")
+        assert error < 1e-5, f"{sizes} {mask_gradient}: {error}"
+    error = error_of_intervals(mesh_of(2, 2), shape)
+    assert error < 1e-5, f"interval_attention: {error}"
+    print(f"{jax.device_count()} devices")
+
+
+if __name__ == "__main__":
+    main()
