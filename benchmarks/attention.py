@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.counting import count_pairs
-from pallas_kernels.nats_attention.tiling import Problem, Tiling
+from pallas_kernels.nats_attention.tiling import Problem, Tiling, num_cores
 
 MAX_DENSE_BYTES = 3 << 30  # of float32 logits: jax.nn's attention on a CPU holds them all
 PASSES = ("forward", "sampled", "exact", "visible")
@@ -352,15 +352,17 @@ def _devices(arguments: argparse.Namespace) -> int:
     Raises:
       SystemExit: there are not so many.
     """
-    wanted = arguments.devices
-    if wanted is None:
-        num_kv_heads, cores = arguments.heads[1], os.cpu_count() or 1
-        wanted = max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= cores)
+    num_kv_heads = arguments.heads[1]
+
+    def most(limit):
+        return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= limit)
+
+    wanted = arguments.devices or most(num_cores())
     if wanted > 1:
         with contextlib.suppress(RuntimeError):  # too late: what there is may be enough
             jax.config.update("jax_num_cpu_devices", wanted)
-    if arguments.devices is None and jax.default_backend() != "cpu":
-        return 1
+    if arguments.devices is None:
+        return most(min(num_cores(), jax.local_device_count())) if jax.default_backend() == "cpu" else 1
     if jax.local_device_count() < wanted:
         raise SystemExit(f"--devices={wanted}: JAX has {jax.local_device_count()} of them.")
     return wanted
@@ -382,7 +384,7 @@ def main() -> None:
         for length in arguments.lengths
     ]
     device = jax.devices()[0].device_kind
-    where = f"{devices} {device} device{'s' if devices > 1 else ''}, {os.cpu_count()} CPU cores"
+    where = f"{devices} {device} device{'s' if devices > 1 else ''}, {num_cores()} CPU cores"
     print(f"{arguments.implementation}, {where}, jax {jax.__version__}, {dtype}")
     print("\n| tokens | GLOBAL | window | pass | times faster, 128 and tuned | seconds | computed / live | MiB |")
     print("|---|---|---|---|---|---|---|---|")

@@ -57,7 +57,7 @@ def test_closed_form_equals_autodiff_of_the_relaxed_mask(x64, name):
 
 
 @pytest.mark.parametrize("mask_gradient", ["exact", "visible"])
-@pytest.mark.parametrize("name", ["tiny", "grouped", "no_window", "two_blocks"])
+@pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "two_blocks"])
 def test_xla_equals_the_oracle(name, mask_gradient):
     shape, rng = SHAPES[name], np.random.default_rng(2)
     q, k, v, weight = inputs(shape, spread=3.0)
@@ -78,20 +78,15 @@ def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones():
     ids = np.full((shape.b, shape.k, shape.length), na.SLIDING, np.int32)
     k = k.at[:, 0].set(400 * jnp.sign(q[:, -1, :: shape.g]))  # key 0 ended long before the last query
     roles = jax.nn.one_hot(ids, 3)
-    got = compiled(nats(shape.window, implementation="xla"), q, k, v, roles, None, weight)
-    assert all(np.isfinite(np.asarray(x)).all() for x in got)
-    end = na.key_end_from_roles(jnp.asarray(ids), window=shape.window)
     logits_last = jnp.einsum("bnh,bskh->bs", q[:, -1], k[..., :])  # the masked-out key really dominates
     assert (jnp.argmax(jnp.abs(logits_last), -1) == 0).all()
-    expected, _ = reference.interval_attention(
-        q[:, -1:],
-        k[:, 5:],
-        v[:, 5:],
-        end[:, :, 5:],
-        query_position=jnp.full((shape.b, 1), shape.length - 1),
-        key_position=jnp.broadcast_to(jnp.arange(5, shape.length), end[:, :, 5:].shape),
-    )
-    np.testing.assert_allclose(got[0][:, -1:], expected, rtol=1e-5, atol=1e-6)
+    arguments = (q, k, v, roles, None, weight)
+    got = compiled(nats(shape.window, implementation="xla"), *arguments)
+    with jax.enable_x64(True):
+        wide = [None if x is None else np.asarray(x, np.float64) for x in arguments]
+        expected = compiled(nats(shape.window, implementation="reference"), *wide)
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < 1e-4
 
 
 def test_bfloat16_is_close_and_keeps_dtypes():
@@ -134,6 +129,16 @@ def test_key_end_is_the_definition(length, window, seed, documents):
             na.SLIDING: s + window + 1,
         }[int(ids[b, k, s])]
         assert got[b, k, s] == (expected if end is None else min(expected, end[b, s]))
+
+
+def test_a_window_beyond_int32_keeps_every_key():
+    end = na.key_end_from_roles(jnp.full((1, 1, 6), na.SLIDING), window=na.NO_END)
+    assert (np.asarray(end) > 6).all()
+    shape = SHAPES["tiny"]
+    q, k, v, _ = inputs(shape)
+    roles = jax.nn.one_hot(jnp.full((shape.b, shape.k, shape.length), na.SLIDING), 3)
+    out, expected = (na.nats_attention(q, k, v, roles, window=window) for window in (na.NO_END, shape.length))
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_key_end_of_the_example_in_the_definition():
@@ -232,9 +237,12 @@ def test_no_array_of_size_length_squared():
     ("change", "message"),
     [
         ({"roles": jnp.zeros((1, 1, 6, 3))}, "roles"),
+        ({"value": jnp.zeros((2, 6, 1, 3))}, "value"),
         ({"window": -1}, "window=-1"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"mask_gradient": "exakt"}, "exakt"),
+        ({"mask_gradient": na.Visible}, "Visible"),
+        ({"mask_gradient": None}, "None"),
         ({"implementation": "cuda"}, "cuda"),
         ({"document_end": jnp.zeros((1, 6), jnp.int32)}, "document_end"),
         ({"mask_gradient": "sampled"}, "sample_key"),
@@ -243,9 +251,9 @@ def test_no_array_of_size_length_squared():
 def test_wrong_arguments_are_named(change, message):
     shape = SHAPES["tiny"]
     q, k, v, _ = inputs(shape)
-    arguments = {"roles": jnp.zeros((2, 1, 6, 3)), "window": 1} | change
+    arguments = {"value": v, "roles": jnp.zeros((2, 1, 6, 3)), "window": 1} | change
     with pytest.raises(ValueError, match=message):
-        na.nats_attention(q, k, v, **arguments)
+        na.nats_attention(q, k, **arguments)
 
 
 def test_a_call_that_no_backend_serves_says_all_reasons(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from cases import Shape, document_ends, role_ids
 
 from pallas_kernels import nats_attention as na
-from pallas_kernels.nats_attention import reference
+from pallas_kernels.nats_attention import reference, sampling
 from pallas_kernels.nats_attention.xla import XlaTiling
 
 SHAPE = Shape(2, 47, 2, 2, 8, 3)
@@ -112,3 +112,14 @@ def test_keys_of_both_kinds_can_be_given():
     new = gradients(na.Sampled(0.25), *given, jax.random.key(7))
     old = gradients(na.Sampled(0.25), *given, jax.random.PRNGKey(7))
     np.testing.assert_array_equal(new[3], old[3])
+
+
+def test_the_edges_of_many_strata_stay_in_range():
+    """They come from a product that int32 does not hold, as with 2 ** 21 queries in runs of 16 and an eighth of them."""
+    length = 100_000
+    rows = sampling.draw_rows(jax.random.key(0), length=length, fraction=0.5, run=1)
+    queries = np.asarray(rows.queries)
+    assert (np.diff(queries) > 0).all()
+    assert queries[0] >= 0
+    assert queries[-1] < length
+    assert np.asarray(rows.weight, np.float64).sum() == length

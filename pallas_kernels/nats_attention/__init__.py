@@ -8,7 +8,8 @@ Call these two, both with the conventions of ``jax.nn.dot_product_attention``:
   documents, sliding windows and StreamingLLM are all values of ``key_end``.
 
 Both pick a backend for the platform; ``implementation="xla"`` (or another of ``api.BACKENDS``) names one, and
-``tiling=`` says how it cuts the work, which changes no result. How a call goes through the folder:
+``tiling=`` says how it cuts the work, which changes no result but for what ``Sampled`` draws together. How a call goes
+through the folder:
 
 1. ``api`` checks the arguments, asks ``tilings`` for a tiling (from ``tilings.json``, which ``autotune`` writes, or by
    the backend's own rule) and tries the backends in turn.

@@ -47,15 +47,25 @@ _NAMES: dict[str, MaskGradient] = {"exact": Exact(), "sampled": Sampled(), "visi
 
 
 def _mask_gradient(given: MaskGradient | str) -> MaskGradient:
-    if isinstance(given, str):
-        if given not in _NAMES:
-            raise ValueError(f"mask_gradient={given!r}: one of {', '.join(map(repr, _NAMES))} was expected.")
+    if isinstance(given, MaskGradient):
+        return given
+    if isinstance(given, str) and given in _NAMES:
         return _NAMES[given]
-    return given
+    expected = ", ".join([*map(repr, _NAMES), "Exact()", "Sampled(fraction)", "Visible()"])
+    raise ValueError(f"mask_gradient={given!r}: one of {expected} was expected.")
+
+
+def _share_of_masked_out(mask_gradient: MaskGradient) -> float:
+    match mask_gradient:
+        case Sampled(fraction):
+            return fraction
+        case Visible():
+            return 0.0
+    return 1.0
 
 
 def _check(query, key, value) -> None:
-    if query.ndim != 4 or key.ndim != 4 or value.shape[:3] != key.shape[:3]:
+    if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
         raise ValueError(
             f"query {query.shape}, key {key.shape}, value {value.shape}: [b, t, n, h], [b, s, k, h] and [b, s, k, h] "
             "were expected."
@@ -139,7 +149,8 @@ def nats_attention(
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
     of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
     gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
-    with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs.
+    with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
+    ``jax.shard_map``, batch and heads divided.
 
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
@@ -175,6 +186,7 @@ def nats_attention(
     _expect("roles", roles, (b, key.shape[2], t, NUM_ROLES))
     if window < 0:
         raise ValueError(f"window={window}: it must be 0 or more tokens.")
+    window = min(window, t)  # a longer one is the same, and int32 has an end
     if document_end is not None:
         _expect("document_end", document_end, (b, t))
     mask_gradient = _mask_gradient(mask_gradient)
@@ -183,8 +195,7 @@ def nats_attention(
     scale = _scale(scale, query.shape[-1])
 
     def call_backend(backend, chosen):
-        sampled = {Exact: 1.0, Visible: 0.0}.get(type(mask_gradient), getattr(mask_gradient, "fraction", 1.0))
-        settings = Settings(backend, chosen, scale, window, sampled)
+        settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient))
         return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
 
     def call_reference():
@@ -212,7 +223,8 @@ def interval_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
-    Differentiable in query, key and value (and through the log-sum-exp).
+    Differentiable in query, key and value (and through the log-sum-exp). On a mesh call it inside ``jax.shard_map``,
+    batch and heads divided.
 
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.

@@ -43,8 +43,7 @@ class Rows(NamedTuple):
 
 
 class Backend(Protocol):
-    """The passes of a backend; ``differentiable`` puts them together. One that cannot serve a call raises
-    ``NotImplementedError("reason")`` while it is traced.
+    """The passes of a backend; ``differentiable`` puts them together. ``check`` says what one cannot serve.
 
     Attributes:
       PLATFORMS: the platforms ("cpu", "gpu", "tpu") that it is tried on when no implementation is named.

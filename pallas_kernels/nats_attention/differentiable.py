@@ -18,6 +18,7 @@ from pallas_kernels.nats_attention import layout as layout_lib
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.backend import Backend, Intervals, Rows
 from pallas_kernels.nats_attention.layout import Layout
+from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 from pallas_kernels.nats_attention.tiling import Tiling
@@ -68,7 +69,7 @@ def _by_key(layout: Layout | None, x: jax.Array) -> jax.Array:
 
 
 def _forward(query, key, value, intervals: Intervals, settings: Settings):
-    """``(out, lse)`` in the inner layout, and what the backward needs of the rearrangement."""
+    """``(out, lse)`` in the inner layout."""
     layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     query, key, value = _heads_first(query, key, value)
     key, value = _by_slot(layout, key, value)
@@ -109,9 +110,16 @@ def _like(primals, dquery, dkey, dvalue):
     return tuple(x.astype(primal.dtype) for x, primal in zip(outer, primals, strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("settings",))
 def interval_attention(query, key, value, intervals: Intervals, settings: Settings):
     """``(out [b, t, n, h], lse float32 [b, t, n])`` as ``api.interval_attention`` defines them."""
+    primals = (query, key, value)
+    # An operand that shards share has a gradient that is summed over them: the transpose of this.
+    primals = vary_like(primals, (primals, intervals))
+    return _interval_attention(*primals, intervals, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("settings",))
+def _interval_attention(query, key, value, intervals, settings):
     return _interval_fwd(query, key, value, intervals, settings)[0]
 
 
@@ -129,12 +137,18 @@ def _interval_bwd(settings, residuals, cotangents):
     return (*_like((query, key, value), dquery, dkey, dvalue), None)
 
 
-interval_attention.defvjp(_interval_fwd, _interval_bwd)
+_interval_attention.defvjp(_interval_fwd, _interval_bwd)
+
+
+def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings):
+    """``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end`` and ``sample_key`` may be None."""
+    primals = (query, key, value, roles)
+    primals = vary_like(primals, (primals, document_end, sample_key))
+    return _nats_attention(*primals, document_end, sample_key, settings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("settings",))
-def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings):
-    """``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end`` and ``sample_key`` may be None."""
+def _nats_attention(query, key, value, roles, document_end, sample_key, settings):
     return _nats_fwd(query, key, value, roles, document_end, sample_key, settings)[0]
 
 
@@ -177,4 +191,4 @@ def _masked_out_sums(rows: Rows, key, value, columns: RoleColumns, sample_key, s
     return sums._replace(row=jnp.zeros(key.shape[:3], jnp.float32))
 
 
-nats_attention.defvjp(_nats_fwd, _nats_bwd)
+_nats_attention.defvjp(_nats_fwd, _nats_bwd)

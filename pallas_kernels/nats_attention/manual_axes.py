@@ -23,3 +23,8 @@ def vary_like(tree: Any, like: Any) -> Any:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, tree)
+
+
+def vary_alike(tree: Any) -> Any:
+    """``tree`` with every array marked as varying over the axes that any of them varies over."""
+    return vary_like(tree, tree)

@@ -120,7 +120,7 @@ def key_end_from_roles(role_ids: jax.Array, *, window: int, document_end: jax.Ar
     following = _following_global(role_ids == GLOBAL)
     local_end = jnp.where(following < length, following + 1, NO_END)
     key_end = jnp.where(role_ids == LOCAL, local_end, NO_END)
-    key_end = jnp.where(role_ids == SLIDING, index + window + 1, key_end)
+    key_end = jnp.where(role_ids == SLIDING, index + min(window, NO_END - length) + 1, key_end)
     if document_end is not None:
         key_end = jnp.minimum(key_end, document_end[:, None, :])
     return key_end.astype(jnp.int32)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class SampledRows(NamedTuple):
@@ -42,9 +43,9 @@ def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int) -> Samp
       ``SampledRows`` of about ``fraction · length`` rows, a number that follows from the arguments alone.
     """
     runs, strata = -(-length // run), num_strata(length, fraction, run)
-    edges = jnp.arange(strata + 1, dtype=jnp.int32) * runs // strata
+    edges = (np.arange(strata + 1, dtype=np.int64) * runs // strata).astype(np.int32)  # the product may be beyond int32
     size = edges[1:] - edges[:-1]
     drawn = edges[:-1] + jax.random.randint(key, (strata,), 0, size)
     index = (drawn[:, None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(-1)
-    weight = jnp.repeat(size.astype(jnp.float32), run, total_repeat_length=strata * run)
+    weight = jnp.asarray(np.repeat(size.astype(np.float32), run))
     return SampledRows(jnp.minimum(index, length - 1), jnp.where(index < length, weight, 0))

@@ -1,12 +1,16 @@
 """How the work is cut into tiles: what every backend's tiling says, checked.
 
-None of it changes what is computed, only how fast and with how much memory. A backend may add fields of its own (it
+None of it changes what is computed, only how fast and with how much memory; but for ``sampled_run``, which says what
+``Sampled`` draws together. A backend may add fields of its own (it
 then subclasses ``Tiling``) and knows the defaults for a shape; ``autotune`` times candidates on the device at hand.
 """
 
 import dataclasses
 import math
+import os
 from typing import NamedTuple
+
+import jax
 
 
 class Problem(NamedTuple):
@@ -69,3 +73,17 @@ def lifetime_thresholds(problem: Problem, key_block: int) -> tuple[int, ...]:
 def least_padding(length: int, largest: int) -> int:
     """The largest block of at most ``largest`` tokens that cuts ``length`` with the least padding."""
     return math.ceil(length / math.ceil(length / largest))
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_core_each() -> bool:
+    """Whether the CPU devices of this process are as many as its cores.
+
+    Then each device's program runs beside the others on a core of its own, and products need not be so large that
+    several cores can share them.
+    """
+    return jax.default_backend() == "cpu" and jax.local_device_count() >= num_cores()

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.nats_attention.backend import Backend
-from pallas_kernels.nats_attention.tiling import Problem, Tiling, lifetime_thresholds
+from pallas_kernels.nats_attention.tiling import Problem, Tiling, lifetime_thresholds, one_core_each
 
 TABLE = pathlib.Path(__file__).with_name("tilings.json")
 _FACTORS = {"keys": math.sqrt(2), "queries": math.sqrt(2), "heads": 2.0}
@@ -27,7 +27,7 @@ class Entry:
 
     Attributes:
       backend: its name in ``api.BACKENDS``.
-      device: ``device_kind`` of what it was timed on.
+      device: ``device_kind()`` of what it was timed on.
       problem: that was timed.
       tiling: fields of the backend's tiling, without ``thresholds``.
     """
@@ -71,9 +71,13 @@ def write_table(entries: list[Entry], path: pathlib.Path = TABLE) -> None:
 
 
 def device_kind() -> str:
-    """Of the mesh in use, which compilation ahead of time sets, or else of jax's default device."""
+    """Of the mesh in use, which compilation ahead of time sets, or else of jax's default device.
+
+    "cpu core" where each CPU device has a core to itself: other tiles are fast there than on one device of many cores.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return "cpu core" if kind == "cpu" and one_core_each() else kind
 
 
 def choose(name: str, backend: Backend, problem: Problem, table: tuple[Entry, ...] | None = None) -> Tiling:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.nats_attention.manual_axes import vary_like, varying_axes
+from pallas_kernels.nats_attention.manual_axes import vary_alike, varying_axes
 from pallas_kernels.nats_attention.pallas_tpu.lists import NUM_SEGMENTS
 from pallas_kernels.nats_attention.pallas_tpu.tilings import VMEM_LIMIT
 
@@ -178,4 +178,4 @@ def launch(
         ),
         interpret=interpret,
         name=name,
-    )(*vary_like(inputs, inputs))
+    )(*vary_alike(inputs))

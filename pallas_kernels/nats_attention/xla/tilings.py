@@ -1,16 +1,19 @@
 """Tilings of this backend, and what it serves: everything."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
-import jax
-
-from pallas_kernels.nats_attention.tiling import Problem, Tiling, least_padding, lifetime_thresholds
+from pallas_kernels.nats_attention.tiling import (
+    Problem,
+    Tiling,
+    least_padding,
+    lifetime_thresholds,
+    one_core_each,
+)
 
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
-# What autotune found on two cores, one device or two: docs/attention.md.
+# Chosen from what was timed on two cores: docs/attention.md.
 _TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, two cores' share of the cache
 _TILE_PAIRS_OF_ONE_CORE = 1 << 16
 _SHORT = 1024  # tokens
@@ -18,26 +21,14 @@ _SHORT = 1024  # tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaTiling(Tiling):
-    """``Tiling``, and how many heads share a tile.
+    """``Tiling``, and how many tiles go through a loop side by side.
 
     Attributes:
-      lanes: heads (of batch · KV heads) that go through a tile together and share its list of live blocks; it is
-        lowered to the next divisor of their number.
+      lanes: pairs of a head (of batch · KV heads) and a query block that take a step together, each with a list of its
+        own; heads first, lowered to the next divisor of their number, then neighbouring query blocks.
     """
 
     lanes: int = 1
-
-
-def _one_core_each() -> bool:
-    """Whether the CPU devices of this process are as many as its cores.
-
-    Then each device's program runs beside the others on a core of its own, and products need not be so large that two
-    cores can share them.
-    """
-    if jax.default_backend() != "cpu":
-        return False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return jax.local_device_count() >= (cores or 1)
 
 
 def default_tiling(problem: Problem) -> XlaTiling:
@@ -49,7 +40,7 @@ def default_tiling(problem: Problem) -> XlaTiling:
     """
     if problem.keys <= _SHORT:
         return _tiling(problem, 64, 64)
-    return _tiling(problem, 128 if _one_core_each() else 256, 128)
+    return _tiling(problem, 128 if one_core_each() else 256, 128)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
@@ -63,7 +54,7 @@ def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
 def _tiling(problem: Problem, largest_query_block: int, largest_key_block: int) -> XlaTiling:
     query_block = least_padding(problem.queries, largest_query_block)
     key_block = least_padding(problem.keys, largest_key_block)
-    pairs = _TILE_PAIRS_OF_ONE_CORE if _one_core_each() else _TILE_PAIRS
+    pairs = _TILE_PAIRS_OF_ONE_CORE if one_core_each() else _TILE_PAIRS
     return XlaTiling(
         query_block=query_block,
         key_block=key_block,
