@@ -115,7 +115,7 @@ def test_keys_of_both_kinds_can_be_given():
 
 
 def test_the_edges_of_many_strata_stay_in_range():
-    """They come from a product that int32 does not hold, as with 2 ** 21 queries in runs of 16 and an eighth of them."""
+    """They come from a product beyond int32, as with 2 ** 21 queries in runs of 16 and an eighth of them."""
     length = 100_000
     rows = sampling.draw_rows(jax.random.key(0), length=length, fraction=0.5, run=1)
     queries = np.asarray(rows.queries)
