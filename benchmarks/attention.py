@@ -17,197 +17,33 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside XLA's
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.attention_contestants import (
+    BY_HEAD,
+    ROLES_BY_HEAD,
+    Case,
+    Contestant,
+    inputs,
+    jax_rival,
+    ours,
+    timed_call,
+    torch_rivals,
+)
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.counting import count_pairs
-from pallas_kernels.nats_attention.tiling import Problem, Tiling, num_cores
+from pallas_kernels.nats_attention.tiling import Tiling, num_cores
 
-MAX_DENSE_BYTES = 3 << 30  # of float32 logits: jax.nn's attention on a CPU holds them all
 PASSES = ("forward", "sampled", "exact", "visible")
-
-
-class Case(NamedTuple):
-    """One attention problem, batch 1.
-
-    Attributes:
-      length: tokens.
-      global_fraction: of the tokens that are GLOBAL.
-      window: of SLIDING tokens.
-      num_heads, num_kv_heads, head_dim: of the attention.
-      dtype: of query, key and value.
-      devices: that the heads are divided among.
-    """
-
-    length: int
-    global_fraction: float
-    window: int
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    dtype: str = "float32"
-    devices: int = 1
-
-    @property
-    def problem(self) -> Problem:
-        """What a tiling is chosen for: a device's share."""
-        heads, group = self.num_kv_heads // self.devices, self.num_heads // self.num_kv_heads
-        return Problem(1, self.length, self.length, heads, group, self.head_dim, self.window, dtype=self.dtype)
-
-
-class Inputs(NamedTuple):
-    """float32 arrays of a case: ``query``, ``dout [1, t, n, h]``, ``key``, ``value [1, s, k, h]``, ``roles``."""
-
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    dout: np.ndarray
-    role_ids: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """Something to be timed: ``call()`` returns when the result is there."""
-
-    name: str
-    call: Callable[[], object]
-
-
-def inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random arrays and roles of a case."""
-    rng = np.random.default_rng(seed)
-    shape = (1, case.length, case.num_heads, case.head_dim)
-    query, dout = rng.normal(size=(2, *shape)).astype(np.float32)
-    key, value = rng.normal(size=(2, 1, case.length, case.num_kv_heads, case.head_dim)).astype(np.float32)
-    rest = (1 - case.global_fraction) / 2
-    ids = rng.choice(3, (1, case.num_kv_heads, case.length), p=[case.global_fraction, rest, rest])
-    return Inputs(query, key, value, dout, ids.astype(np.int32))
-
-
-_BY_HEAD = jax.P(None, None, "head")  # [b, t, n, h]; roles have their heads one axis further in front
-_ROLES_BY_HEAD = jax.P(None, "head")
-
-
-def _call(function: Callable[..., Any], case: Case, arguments: tuple[Any, ...], in_specs, out_specs):
-    """A call to be timed, heads divided among the case's devices; also the bytes of temporaries that it takes."""
-    if case.devices > 1:
-        mesh = jax.make_mesh((case.devices,), ("head",), devices=jax.devices()[: case.devices])
-        function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-        arguments = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in in_specs))
-    program = jax.jit(function).lower(*arguments).compile()
-    temporaries = case.devices * program.memory_analysis().temp_size_in_bytes
-    return lambda: jax.block_until_ready(program(*arguments)), temporaries
-
-
-def one_pass(case: Case, kind: str, implementation: str, tiling: Tiling) -> Callable[..., Any]:
-    """Ours: ``f(query, key, value, roles, dout, sample_key)``; gradients of all four but for "forward"."""
-
-    def attend(query, key, value, roles, sample_key):
-        gradient = "visible" if kind == "forward" else kind
-        return na.nats_attention(
-            *(query, key, value, roles),
-            window=case.window,
-            mask_gradient=gradient,
-            sample_key=sample_key,
-            implementation=implementation,
-            tiling=tiling,
-        )
-
-    def backward(query, key, value, roles, dout, sample_key):
-        out, pullback = jax.vjp(lambda *primal: attend(*primal, sample_key), query, key, value, roles)
-        return pullback(dout.astype(out.dtype))
-
-    def forward(query, key, value, roles, dout, sample_key):
-        return attend(query, key, value, roles, sample_key)
-
-    return forward if kind == "forward" else backward
-
-
-def ours(case: Case, given: Inputs, kind: str, by_name: dict[str, Tiling], implementation: str):
-    """Our contestants of one pass, by tiling; also the bytes of temporaries that each compiled program takes."""
-    arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
-    arguments = (*arrays, jax.nn.one_hot(given.role_ids, 3), jnp.asarray(given.dout, case.dtype), jax.random.key(0))
-    specs = (*[_BY_HEAD] * 3, _ROLES_BY_HEAD, _BY_HEAD, jax.P())
-    results = _BY_HEAD if kind == "forward" else specs[:4]
-    contestants, temporaries = [], {}
-    for name, tiling in by_name.items():
-        run = one_pass(case, kind, implementation, tiling)
-        call, temporaries[name] = _call(run, case, arguments, specs, results)
-        contestants.append(Contestant(name, call))
-    return contestants, temporaries
-
-
-def jax_rival(case: Case, given: Inputs, kind: str, platform: str) -> Contestant | None:
-    """``jax.nn.dot_product_attention``, causal: cuDNN's on a GPU, XLA's elsewhere as long as its logits fit."""
-    name, implementation = ("cudnn", "cudnn") if platform == "gpu" else ("jax", "xla")
-    if implementation == "xla" and 4 * case.num_heads * case.length**2 > MAX_DENSE_BYTES:
-        return None
-    arguments = tuple(jnp.asarray(x, case.dtype) for x in given[:4])
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
-
-    def backward(query, key, value, dout):
-        return jax.vjp(attend, query, key, value)[1](dout)
-
-    def forward(query, key, value, dout):
-        return attend(query, key, value)
-
-    run, results = (forward, _BY_HEAD) if kind == "forward" else (backward, (_BY_HEAD,) * 3)
-    return Contestant(name, _call(run, case, arguments, (_BY_HEAD,) * 4, results)[0])
-
-
-def torch_rivals(case: Case, given: Inputs, kind: str, platform: str) -> Iterable[Contestant]:
-    """PyTorch's dense attention on a CPU, FlexAttention with the same mask on a GPU; none without PyTorch."""
-    if importlib.util.find_spec("torch") is None:
-        return
-    import torch
-
-    if platform == "gpu" and not torch.cuda.is_available():
-        return
-    device = "cuda" if platform == "gpu" else "cpu"
-    arrays = [torch.from_numpy(np.moveaxis(x, 1, 2).copy()).to(device, getattr(torch, case.dtype)) for x in given[:4]]
-    if platform == "gpu":
-        attend, name = _flex_attention(torch, case, given), "flex"
-    else:
-        name = "torch"
-        attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-
-    def call():
-        primal = [x.detach().requires_grad_(kind != "forward") for x in arrays[:3]]
-        out = attend(*primal)
-        if kind != "forward":
-            out.backward(arrays[3])
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    yield Contestant(name, call)
-
-
-def _flex_attention(torch: Any, case: Case, given: Inputs) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    end = np.asarray(na.key_end_from_roles(jnp.asarray(given.role_ids), window=case.window))
-    key_end = torch.from_numpy(end.copy()).cuda()
-    group = case.num_heads // case.num_kv_heads
-
-    def visible(b, head, t, s):
-        return (s <= t) & (t < key_end[b, head // group, s])
-
-    mask = create_block_mask(visible, 1, case.num_heads, case.length, case.length, device="cuda")
-    return functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
 
 
 def race(contestants: list[Contestant], repeats: int) -> dict[str, list[float]]:
@@ -266,7 +102,7 @@ def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> 
     end = jnp.full((1, case.num_kv_heads, case.length), na.NO_END, jnp.int32)
     plain = dataclasses.replace(tuned, thresholds=())
     causal = functools.partial(na.interval_attention, implementation=arguments.implementation, tiling=plain)
-    call, _ = _call(causal, case, (*arrays, end), (*[_BY_HEAD] * 3, _ROLES_BY_HEAD), _BY_HEAD)
+    call, _ = timed_call(causal, case, (*arrays, end), (*[BY_HEAD] * 3, ROLES_BY_HEAD), BY_HEAD)
     contestants.append(Contestant("plain causal", call))
     rivals = list(torch_rivals(case, given, "forward", platform))
     seconds = race([*contestants, *rivals], arguments.repeats)

@@ -86,7 +86,8 @@ def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones():
         wide = [None if x is None else np.asarray(x, np.float64) for x in arguments]
         expected = compiled(nats(shape.window, implementation="reference"), *wide)
     for x, y in zip(got, expected, strict=True):
-        assert relative_error(x, y) < 1e-4
+        assert relative_error(x, y) < 1e-4  # early queries do read key 0: float32 rounds logits near 1000 to 5e-5
+    np.testing.assert_allclose(got[0][:, -1], expected[0][:, -1], rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_is_close_and_keeps_dtypes():
