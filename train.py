@@ -2,23 +2,27 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.GROUP.FIELD=VALUE …]
 
-Run the same command again after an interruption: it goes on where it was.
+Run the same command again after an interruption: it goes on where it was. On several machines run it on all of them,
+with the same workdir (docs/clusters.md).
 """
 
 import sys
 
-from natsjax import train
-from natsjax.command_line import parse_train_flags, run_command
+from natsjax import processes, train
+from natsjax.command_line import join_processes, parse_train_flags, run_command, train_help
 
 
 def main() -> None:
     """Flags to config to run."""
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__.strip())
+        print(train_help(__doc__))
         return
-    config, workdir = parse_train_flags(sys.argv)
-    evaluation = train.run(config, workdir)
-    print(evaluation.summary())
+    join_processes(sys.argv)
+    with processes.stop_together():
+        config, workdir = parse_train_flags(sys.argv)
+        evaluation = train.run(config, workdir)
+        if processes.is_main():
+            print(evaluation.summary())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Checkpoints of a run by step, through Orbax: each appears whole or not at all."""
+"""Checkpoints of a run by step, through Orbax: whole or not there, on any mesh and any number of processes.
+
+Saving copies the state off the devices and goes on writing while training does. What a process that was killed left
+unfinished is passed over.
+"""
 
 import pathlib
 import shutil
-from typing import TypeVar
+import sys
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,7 +18,7 @@ State = TypeVar("State")
 
 
 class Checkpoints:
-    """The checkpoints in a folder.
+    """The checkpoints in a folder; with several processes all of them see the same folder and call alike.
 
     Args:
       folder: made when something is saved.
@@ -23,11 +28,13 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep_last: int = 1, read_only: bool = False):
         self.folder = folder
+        self._read_only = read_only
+        self._saving: int | None = None
         if not read_only:
             self._remove_unfinished()  # of a killed process: the workdir is locked, so nobody is writing them
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=not read_only,
             create=not read_only,
             read_only=read_only,
         )
@@ -35,51 +42,107 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return max((step for step in self._manager.all_steps() if step != self._saving), default=None)
 
     def save(self, step: int, state) -> None:
-        """Saves the state, a pytree of arrays, as that of ``step``; once more is nothing.
+        """Begins to save the state, a pytree of arrays, as that of ``step``; once more is nothing.
+
+        The arrays may be donated or deleted after this.
 
         Raises:
-          UserError: it cannot be written; the earlier checkpoints stay as they are.
+          UserError: this or the save before it cannot be written; the earlier checkpoints stay as they are.
         """
-        last = self.latest_step()
-        if last == step:
+        self.wait()
+        if self.latest_step() == step:
             return
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.PyTreeSave(state))
+            self._saving = step
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's own errors are ValueErrors
-            self._remove_unfinished()
-            usable = "there is none yet" if last is None else f"the run can go on from step {last}"
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {error}; {usable}."
-            ) from error
+            raise self._unwritten(step, error) from error
 
-    def restore(self, abstract: State, step: int | None = None) -> State:
-        """The state saved as that of ``step`` (the newest, if None).
-
-        Args:
-          abstract: shapes and dtypes of the state, ``jax.ShapeDtypeStruct``.
-          step: which one.
+    def wait(self) -> None:
+        """Waits for the save that is going on.
 
         Raises:
-          UserError: there is no checkpoint, or it is not one of such a state.
+          UserError: it cannot be written.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise UserError(f"{self.folder} holds no complete checkpoint.")
-        # Onto this process's device, whatever kind of device it was saved from.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+        if self._saving is None:
+            return
+        step = self._saving
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # Orbax raises bare exceptions for damaged files
-            reason = str(error).split("\n")[0]
-            raise UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {reason}.") from error
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(step, error) from error
+        self._saving = None
+
+    def _unwritten(self, step: int, error: Exception) -> UserError:
+        self._saving = None
+        self._manager.reload()
+        self._remove_unfinished()
+        last = max((saved for saved in self._manager.all_steps() if saved != step), default=None)
+        usable = "there is none yet" if last is None else f"the run can go on from step {last}"
+        reason = str(error).split("\n")[0]
+        return UserError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; {usable}.")
+
+    def restore(self, abstract: State) -> State:
+        """The newest state that can be read.
+
+        Args:
+          abstract: shapes and dtypes of the state, ``jax.ShapeDtypeStruct``, with shardings where it is to be divided
+            among devices (it may have been saved on others); nested dicts may leave out what is not wanted.
+
+        Raises:
+          UserError: there is no checkpoint, or the newest is not one of such a state and there is no older one.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            raise UserError(f"{self.folder} holds no complete checkpoint.")
+        # Without a sharding: onto this process's device, whatever kind of device it was saved from.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), abstract)
+        failures: list[UserError] = []
+        for step in steps:
+            try:
+                state = self._read(step, abstract)
+            except Exception as error:  # Orbax raises bare exceptions for damaged files
+                reason = str(error).split("\n")[0]
+                failure = UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {reason}.")
+                failure.__cause__ = error
+                failures.append(failure)
+                continue
+            for failure in failures:
+                print(failure, file=sys.stderr)
+            if failures:
+                print(f"going back to step {step}", file=sys.stderr, flush=True)
+                self._set_aside([later for later in steps if later > step])
+            return state
+        raise failures[0]
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        state = self._manager.restore(step, args=arguments)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+            raise ValueError("it is not one of such a state")  # a partial restore passes over what is not there
+        return state
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames what cannot be read, so that these steps can be saved anew and nothing is lost."""
+        if self._read_only:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
+        self._manager.reload()
 
     def _remove_unfinished(self) -> None:
-        for path in self.folder.glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Lets go of the folder."""

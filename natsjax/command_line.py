@@ -1,4 +1,4 @@
-"""Flags of ``train.py``: a config file and overrides of its fields, every mistake one sentence."""
+"""Flags of ``train.py``: a config file, overrides of its fields and who else trains; every mistake one sentence."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -15,11 +16,14 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from natsjax import processes
 from natsjax.config import Config, nearest
 from natsjax.errors import UserError
 
 _OVERRIDE = "--config."
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"
+_CONFIG_HELP = "the experiment: a file of configs/, or one of your own"
+_WORKDIR_HELP = "where the run lives: the same folder for all processes"
 
 
 def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
@@ -29,19 +33,79 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
       UserError: a flag, file, field or value that does not fit; the message says which.
     """
     values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=list(argv))
-    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
+    flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
+    _define_process_flags(values)
     read_config_file(_config_file(argv))  # ml_collections reads it again, but hides what is wrong with it
     _check_overrides(argv)
     try:
         rest = values(list(argv))
     except (flags.Error, TypeError) as error:
-        raise UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {_USAGE}.") from error
+        raise _flag_error(error) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; {_USAGE}.")
     if not values["workdir"].value:
         raise UserError(f"--workdir is missing; {_USAGE}.")
     return Config.from_dict(flag.value), pathlib.Path(values["workdir"].value)
+
+
+def join_processes(argv: Sequence[str]) -> None:
+    """``processes.initialize`` as the command line says; before the rest of it is read, and before any device is.
+
+    A mistake in the rest is then made by processes that know each other, and said once.
+
+    Raises:
+      UserError: the flags do not fit, or a process did not join in time.
+    """
+    values = flags.FlagValues()
+    _define_process_flags(values)
+    try:
+        values(list(argv), known_only=True)
+    except flags.Error as error:
+        raise _flag_error(error) from error
+    processes.initialize(
+        values["coordinator_address"].value,
+        values["num_processes"].value,
+        values["process_id"].value,
+        timeout=values["initialization_timeout"].value,
+    )
+
+
+def train_help(text: str) -> str:
+    """What ``--help`` shows: a text, and every flag."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
+    flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
+    flags.DEFINE_string("config.GROUP.FIELD", None, "a field of the config, set to another value", flag_values=values)
+    _define_process_flags(values)
+    lines = [text.strip(), "", "Flags:"]
+    for name in values:
+        default = "" if values[name].default is None else f" (default: {values[name].default})"
+        lines += textwrap.wrap(
+            f"{values[name].help}{default}", 116, initial_indent=f"  --{name}: ", subsequent_indent="      "
+        )
+    return "\n".join(lines)
+
+
+def _define_process_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0, the same for all processes; this and the next two are for clusters that JAX does not "
+        "detect (it does Cloud TPU, GKE, Slurm and Open MPI)",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "how many processes train together; 1 turns detection off", flag_values=values
+    )
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "initialization_timeout", 300, "seconds that the processes wait for each other", flag_values=values
+    )
+
+
+def _flag_error(error: Exception) -> UserError:
+    return UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {_USAGE}.")
 
 
 def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -113,7 +177,10 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; a ``UserError`` becomes one sentence on standard error and exit status 2."""
+    """Runs a command; a ``UserError`` becomes one sentence on standard error and exit status 2.
+
+    What goes wrong inside ``processes.stop_together`` with others around is shown there, once, and does not come here.
+    """
     # Orbax reports every part of a save at INFO and, without a cluster, missing coordination at WARNING.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -122,5 +189,5 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        processes.say("interrupted")
         sys.exit(130)

@@ -141,12 +141,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; training on several is not implemented yet, so each is 1."""
+    """Devices along each axis of the mesh (``natsjax.partition``); one of them may be -1, what the others leave."""
 
-    data: int = setting(1, "replicas", minimum=1, resume=True)
-    fsdp: int = setting(1, "shards of parameters and optimizer state", minimum=1, resume=True)
-    tensor: int = setting(1, "shards of heads, MLP and vocabulary", minimum=1, resume=True)
-    context: int = setting(1, "shards of the sequence", minimum=1, resume=True)
+    data: int = setting(1, "replicas, across slices too; -1: the rest", minimum=-1, resume=True)
+    fsdp: int = setting(-1, "shards of parameters and optimizer state; -1: the rest", minimum=-1, resume=True)
+    tensor: int = setting(1, "shards of heads, MLP and vocabulary; -1: the rest", minimum=-1, resume=True)
+    context: int = setting(1, "shards of the sequence; -1: the rest", minimum=-1, resume=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,9 +298,12 @@ def validate(config: Config) -> None:
             f"optimizer.peak_learning_rate = {config.optimizer.peak_learning_rate}."
         )
     sizes = dataclasses.asdict(config.mesh)
-    if any(size != 1 for size in sizes.values()):
-        name, size = next((name, size) for name, size in sizes.items() if size != 1)
-        raise UserError(f"mesh.{name} = {size}: training on several devices is not implemented yet; it must be 1.")
+    if 0 in sizes.values():
+        name = next(name for name, size in sizes.items() if size == 0)
+        raise UserError(f"mesh.{name} = 0: a number of devices was expected, or -1 for the rest.")
+    if list(sizes.values()).count(-1) > 1:
+        names = " and ".join(f"mesh.{name}" for name, size in sizes.items() if size == -1)
+        raise UserError(f"{names} are -1: only one axis can be the rest.")
 
 
 def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:

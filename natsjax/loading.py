@@ -4,14 +4,16 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from natsjax import partition
 from natsjax.checkpoint import Checkpoints
-from natsjax.config import Config
+from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
-from natsjax.model import Transformer
+from natsjax.model import Transformer, model_structure
 from natsjax.run_data import RunData, open_data
-from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 
 
@@ -23,9 +25,10 @@ class LoadedRun:
       workdir: its folder.
       config: of the run.
       structure: with ``parameters``, what ``nnx.merge`` makes the model of.
-      parameters: nested dict of float32 arrays.
+      parameters: nested dict of float32 arrays, divided along the mesh.
       step: optimizer steps that the parameters have had.
       data: what it learned from; ``data.vocabulary`` is the tokenizer.
+      mesh: of the parameters.
     """
 
     workdir: Workdir
@@ -34,11 +37,15 @@ class LoadedRun:
     parameters: Any
     step: int
     data: RunData
+    mesh: Mesh
 
     @property
     def model(self) -> Transformer:
-        """The model, ``model(Inputs(…))``."""
-        return nnx.merge(self.structure, self.parameters)
+        """The model, ``model(Inputs(…))``; on several devices it is called under ``jax.set_mesh(run.mesh)``."""
+        parameters = self.parameters
+        if self.mesh.size == 1:  # then an ordinary function on that device
+            parameters = jax.device_put(parameters, jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0]))
+        return nnx.merge(self.structure, parameters)
 
     @property
     def tokenizer(self):
@@ -46,12 +53,14 @@ class LoadedRun:
         return self.data.vocabulary
 
 
-def load(path: str | os.PathLike[str], *, progress: bool = False) -> LoadedRun:
+def load(path: str | os.PathLike[str], *, progress: bool = False, mesh_config: MeshConfig | None = None) -> LoadedRun:
     """The newest checkpoint of a run.
 
     Args:
       path: the workdir.
       progress: show progress where the corpus has to be prepared again.
+      mesh_config: how parameters are divided among the devices here; None: as the run was trained, where the devices
+        are as many, else all along ``fsdp``.
 
     Raises:
       UserError: there is no run, no checkpoint, or the data is gone.
@@ -66,10 +75,29 @@ def load(path: str | os.PathLike[str], *, progress: bool = False) -> LoadedRun:
         raise UserError(f"{workdir.path} holds no checkpoint yet: train it with train.py first.")
     data = open_data(config, workdir, progress=progress)
     workdir.compare_data(data.fingerprint)
-    trainer = Trainer(config, data.vocabulary.vocab_size)
+    mesh = _mesh(config, mesh_config)
+    partition.check_arrays(config, data.vocabulary.vocab_size, mesh)
+    model = model_structure(config, data.vocabulary.vocab_size)
+    parameters = jax.tree.map(
+        lambda x, axes: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=partition.named_sharding(mesh, partition.storage_spec(axes))
+        ),
+        model.parameters,
+        model.axes,
+    )
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:
-        state = checkpoints.restore(trainer.abstract_state())
+        state = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), "parameters": parameters})
     finally:
         checkpoints.close()
-    return LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data)
+    return LoadedRun(workdir, config, model.structure, state["parameters"], int(state["step"]), data, mesh)
+
+
+def _mesh(config: Config, asked: MeshConfig | None) -> Mesh:
+    """The mesh asked for, or the run's own where it has as many devices as are here, or one that divides parameters."""
+    if asked is not None:
+        return partition.make_mesh(asked)
+    try:
+        return partition.make_mesh(config.mesh)
+    except UserError:
+        return partition.make_mesh(MeshConfig())

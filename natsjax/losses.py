@@ -9,9 +9,14 @@ from flax import nnx
 from natsjax import token_types
 from natsjax.config import Config
 from natsjax.model import Inputs, RoleChoice
+from natsjax.vocabulary_loss import loss_totals
 
 Batch = dict[str, jax.Array]
 """A batch of ``natsjax.data``: arrays ``[b, t]`` by field."""
+
+
+BATCH_FIELDS = ("inputs", "targets", "loss_weight", "positions", "document_end")
+"""What the step reads of a batch: ``loss_weight`` float32, the others int32."""
 
 
 class BatchTotals(NamedTuple):
@@ -58,12 +63,6 @@ def model_inputs(batch: Batch) -> Inputs:
     return Inputs(batch["inputs"], batch["positions"], batch["document_end"])
 
 
-def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target, nats: float32 ``[b, t]`` from ``[b, t, v]`` and int ``[b, t]``."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
 def loss(
     parameters, structure: nnx.GraphDef, config: Config, batch: Batch, totals: BatchTotals, noise_key, kv_price
 ) -> tuple[jax.Array, LossSums]:
@@ -81,11 +80,12 @@ def loss(
     Returns:
       ``(loss, sums)``.
     """
-    logits, roles = nnx.merge(structure, parameters)(model_inputs(batch), RoleChoice(noise_key=noise_key))
-    weight = batch["loss_weight"]
+    model = nnx.merge(structure, parameters)
+    x, roles = model.hidden(model_inputs(batch), RoleChoice(noise_key=noise_key))
+    totals_here = loss_totals(x, model.output_weight(), batch["targets"], batch["loss_weight"])
     sums = LossSums(
-        nll=jnp.sum(weight * token_nll(logits, batch["targets"])),
-        correct=jnp.sum(weight * (jnp.argmax(logits, -1) == batch["targets"])),
+        nll=totals_here.nll,
+        correct=totals_here.correct,
         lifetime=roles.lifetime,
         role_counts=_role_counts(roles.ids, batch["document_end"] > 0),
     )

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from natsjax import losses
+from natsjax import losses, partition
 from natsjax.data import Row
 from natsjax.loading import LoadedRun
 from natsjax.metrics import perplexity
 from natsjax.model import RoleChoice
 from natsjax.policies import Policy
+from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
@@ -215,36 +216,49 @@ class _BatchResult(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("structure", "window"))
 def _forward(parameters, batch: losses.Batch, choice: RoleChoice, *, structure, window: int) -> _BatchResult:
-    """One batch, arrays ``[b, t]``; ``window`` is that of SLIDING keys."""
-    logits, roles = nnx.merge(structure, parameters)(losses.model_inputs(batch), choice)
-    document_end = batch["document_end"]
-    if choice.key_end is None:
-        key_end = jax.vmap(lambda ids: key_end_from_roles(ids, window=window, document_end=document_end))(roles.ids)
-    else:
-        key_end = jnp.broadcast_to(jnp.minimum(choice.key_end, document_end[:, None, :]), roles.ids.shape)
-    live = live_keys(key_end)
-    return _BatchResult(
-        nll=losses.token_nll(logits, batch["targets"]),
-        correct=jnp.argmax(logits, axis=-1) == batch["targets"],
+    """One batch, arrays ``[b, t]``; ``window`` is that of SLIDING keys. The result is whole on every device."""
+    model = nnx.merge(structure, parameters)
+    x, roles = model.hidden(losses.model_inputs(batch), choice)
+    predicted = token_losses(x, model.output_weight(), batch["targets"])
+    key_end = None if choice.key_end is None else jnp.broadcast_to(choice.key_end, roles.ids.shape[1:])
+
+    def count(ids, document_end, key_end):
+        if key_end is None:
+            key_end = jax.vmap(lambda ids: key_end_from_roles(ids, window=window, document_end=document_end))(ids)
+        else:
+            key_end = jnp.broadcast_to(jnp.minimum(key_end, document_end[:, None, :]), ids.shape)
+        return live_keys(key_end)
+
+    by_head = (None, "batch", "kv_heads", None)
+    live = partition.shard_map(count, (by_head, ("batch", None), by_head[1:]), by_head)(
+        roles.ids, batch["document_end"], key_end
+    )
+    result = _BatchResult(
+        nll=predicted.nll,
+        correct=predicted.correct,
         # By context and in floats: a batch of long contexts has more pairs than an int32 counts.
         live_pairs=jnp.sum(live, axis=-1, dtype=jnp.float32),
         live_max=jnp.max(live, axis=(1, 3)),
         role_ids=roles.ids,
     )
+    return partition.replicate(result)
 
 
 def _forward_batches(run: LoadedRun, contexts: Row, policy: Policy) -> Iterator[_BatchResult]:
     """The contexts in batches of one shape: the last is filled up with padding."""
-    size = run.config.eval.batch_size
+    shards = math.prod(run.mesh.shape[axis] for axis in partition.BATCH)
+    size = -(-run.config.eval.batch_size // shards) * shards
     for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
         # Zeros are padding: document_end = 0.
-        batch = {name: jnp.asarray(_pad_rows(contexts[name][begin : begin + size], size)) for name in _MODEL_FIELDS}
-        choice = policy.choice(losses.model_inputs(batch), run.config.nats)
-        if choice.key_end is None and run.config.model.attention != "nats":
-            raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
-        if choice.noise_key is not None:
-            choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
-        yield _forward(run.parameters, batch, choice, structure=run.structure, window=run.config.nats.window)
+        rows = {name: _pad_rows(contexts[name][begin : begin + size], size) for name in _MODEL_FIELDS}
+        batch = partition.put_batch(run.mesh, rows, size)
+        with jax.set_mesh(run.mesh):
+            choice = policy.choice(losses.model_inputs(batch), run.config.nats)
+            if choice.key_end is None and run.config.model.attention != "nats":
+                raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
+            if choice.noise_key is not None:
+                choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
+            yield _forward(run.parameters, batch, choice, structure=run.structure, window=run.config.nats.window)
 
 
 def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:

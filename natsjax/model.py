@@ -1,7 +1,8 @@
 """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 One ``lax.scan`` runs over the layers, whose parameters carry a leading axis ``l``. Nothing is mutated in a call:
-noise keys go in, roles and what they cost come out.
+noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
+``natsjax.partition`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k·g``, ``h`` head
 dim, ``d`` width, ``f`` MLP width, ``v`` vocabulary, ``l`` layer.
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from natsjax import token_types
+from natsjax import partition, token_types
 from natsjax.config import Config, ModelConfig, NatsConfig
+from natsjax.layers import MLP, RMSNorm, matrix, residual_gain, rotate, vector, weight
 from pallas_kernels.nats_attention import MaskGradient, Sampled, Visible, interval_attention, nats_attention
 
 ROLES = "nats_roles"
@@ -49,47 +51,6 @@ class Inputs(NamedTuple):
     document_end: jax.Array
 
 
-def _matrix(
-    key: jax.Array, shape: tuple[int, ...], fan_in: int, *, gain: float = 1.0, weight_decay: bool = True
-) -> nnx.Param:
-    """A weight of standard deviation ``gain / sqrt(fan_in)``; the optimizer reads whether weight decay applies."""
-    value = gain * fan_in**-0.5 * jax.random.normal(key, shape, jnp.float32)
-    return nnx.Param(value, weight_decay=weight_decay)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation with a learned scale, in float32."""
-
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), weight_decay=False)
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[…, d]`` → ``[…, d]`` in the dtype of ``x``."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale[...]).astype(x.dtype)
-
-
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding: the pair ``(x[i], x[i + h/2])`` turns by ``position · base^(-2i/h)``.
-
-    Args:
-      x: ``[b, t, …, h]``.
-      positions: int32 ``[b, t]``.
-      base: of the wavelengths.
-
-    Source: arXiv:2104.09864.
-    """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    angle = angle.reshape(*positions.shape, *[1] * (x.ndim - 3), half)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
 class Scorer(nnx.Module):
     """Three logits per token and KV head, one for each role (METHOD.md 2).
 
@@ -99,19 +60,19 @@ class Scorer(nnx.Module):
 
     def __init__(self, model: ModelConfig, nats: NatsConfig):
         shape = (model.width, model.num_kv_heads, token_types.NUM_ROLES)
-        self.weight = nnx.Param(jnp.zeros(shape, jnp.float32), weight_decay=False)
+        self.weight = vector(jnp.zeros(shape, jnp.float32), ("width", "kv_heads", None))
         bias = token_types.scorer_bias(nats.initial_roles)
-        self.bias = nnx.Param(jnp.broadcast_to(bias, shape[1:]), weight_decay=False)
+        self.bias = vector(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[b, s, d]`` → float32 ``[b, k, s, 3]``."""
         logits = jnp.einsum(
             "bsd,dkr->bksr",
             x.astype(jnp.float32),
-            self.weight[...],
+            weight(self.weight, jnp.float32),
             precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply float32 in bfloat16 or TF32
         )
-        return logits + self.bias[...][:, None, :]
+        return logits + weight(self.bias, jnp.float32)[:, None, :]
 
 
 class Attention(nnx.Module):
@@ -122,22 +83,23 @@ class Attention(nnx.Module):
         d, k, h = model.width, model.num_kv_heads, model.head_dim
         g = model.num_heads // k
         self.config = config
-        self.query = _matrix(rngs.params(), (d, k, g, h), d)
-        self.key = _matrix(rngs.params(), (d, k, h), d)
-        self.value = _matrix(rngs.params(), (d, k, h), d)
-        self.output = _matrix(rngs.params(), (k, g, h, d), k * g * h, gain=_residual_gain(model))
+        self.query = matrix(rngs.params(), (d, k, g, h), ("width", "kv_heads", None, None), d)
+        self.key = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
+        self.value = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
+        output_axes = ("kv_heads", None, None, "width")
+        self.output = matrix(rngs.params(), (k, g, h, d), output_axes, k * g * h, gain=residual_gain(model))
         if model.qkv_bias:
             # At zero the query's and the key's bias would be a saddle point of their product.
-            self.query_bias = _matrix(rngs.params(), (k, g, h), 1, weight_decay=False)
-            self.key_bias = _matrix(rngs.params(), (k, h), 1, weight_decay=False)
-            self.value_bias = nnx.Param(jnp.zeros((k, h), jnp.float32), weight_decay=False)
+            query_axes, key_axes = ("kv_heads", None, None), ("kv_heads", None)
+            self.query_bias = matrix(rngs.params(), (k, g, h), query_axes, 1, weight_decay=False)
+            self.key_bias = matrix(rngs.params(), (k, h), key_axes, 1, weight_decay=False)
+            self.value_bias = vector(jnp.zeros((k, h), jnp.float32), key_axes)
         if model.attention == "nats":
             self.scorer = Scorer(model, config.nats)
 
     def __call__(self, x, inputs: Inputs, choice: "RoleChoice") -> tuple[jax.Array, Roles]:
         """``x [b, t, d]`` → ``(out [b, t, d], roles)`` of this layer (without the axis ``l``)."""
         model = self.config.model
-        b, t, _ = x.shape
         query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
         key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
         value = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.value))
@@ -146,36 +108,57 @@ class Attention(nnx.Module):
                 y + self._cast(bias)
                 for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias))
             )
-        query = rotate(query, inputs.positions, model.rope_base).reshape(b, t, model.num_heads, model.head_dim)
+        query = rotate(query, inputs.positions, model.rope_base)
         key = rotate(key, inputs.positions, model.rope_base)
         if model.attention == "nats" and choice.key_end is None:
             out, roles = self._attend_by_roles(query, key, value, x, inputs, choice)
         else:
             out, roles = self._attend_by_interval(query, key, value, inputs, choice.key_end)
-        out = out.reshape(b, t, model.num_kv_heads, -1, model.head_dim)
-        return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output)), roles
+        out_sharding = partition.compute_sharding("batch", "sequence", None)
+        return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding), roles
 
     def _attend_by_roles(self, query, key, value, x, inputs, choice):
         nats = self.config.nats
         logits = self.scorer(x)
         if choice.noise_key is not None:
-            logits += jax.random.gumbel(choice.noise_key, logits.shape, jnp.float32)
+            # Drawn for the whole batch: every mesh draws the same.
+            sharding = partition.compute_sharding(*_BY_HEAD, None)
+            logits += jax.random.gumbel(choice.noise_key, logits.shape, jnp.float32, out_sharding=sharding)
         if choice.bias is not None:
             logits += choice.bias
         first = token_types.first_of_document(inputs.positions)
         ids = checkpoint_name(token_types.choose_roles(logits, first), ROLES)
         roles = token_types.straight_through(logits, ids, first, nats.temperature)
-        out = nats_attention(
+
+        def attend(query, key, value, roles, document_end, sample_key):
+            return nats_attention(
+                _merge_heads(query),
+                key,
+                value,
+                roles,
+                window=nats.window,
+                document_end=document_end,
+                mask_gradient=self._mask_gradient(trained=sample_key is not None),
+                sample_key=sample_key,
+                axis_name=partition.sequence_axis(),
+            ).reshape(query.shape)
+
+        def lifetime_sum(roles, document_end):
+            lifetime = token_types.lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
+            return partition.psum(lifetime, "batch")
+
+        axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), ())
+        out = partition.shard_map(attend, axes, _QUERY)(
             query,
             key,
             value,
             roles,
-            window=nats.window,
-            document_end=inputs.document_end,
-            mask_gradient=self._mask_gradient(trained=choice.noise_key is not None),
-            sample_key=None if choice.noise_key is None else jax.random.fold_in(choice.noise_key, 1),
+            inputs.document_end,
+            None if choice.noise_key is None else jax.random.fold_in(choice.noise_key, 1),
         )
-        lifetime = token_types.lifetime_sum(roles, inputs.document_end, nats.window, nats.price_gradient)
+        # Lifetimes are read off the whole sequence, as O(L) integers.
+        whole = (("batch", "kv_heads", None, None), ("batch", None))
+        lifetime = partition.shard_map(lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
         return out, Roles(ids, lifetime)
 
     def _mask_gradient(self, trained: bool) -> MaskGradient | str:
@@ -188,33 +171,30 @@ class Attention(nnx.Module):
     def _attend_by_interval(self, query, key, value, inputs, key_end):
         b, s, k, _ = key.shape
         end = inputs.document_end[:, None, :] if key_end is None else key_end
-        end = jnp.broadcast_to(jnp.minimum(end, inputs.document_end[:, None, :]), (b, k, s)).astype(jnp.int32)
+        end = jnp.minimum(end, inputs.document_end[:, None, :])
+        end = jnp.broadcast_to(end, (b, k, s), out_sharding=partition.compute_sharding(*_BY_HEAD)).astype(jnp.int32)
+
+        def attend(query, key, value, end):
+            out = interval_attention(_merge_heads(query), key, value, end, axis_name=partition.sequence_axis())
+            return out.reshape(query.shape)
+
+        out = partition.shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
         lifetime = jnp.sum(token_types.lifetimes(end, inputs.document_end), axis=(0, 2), dtype=jnp.float32)
-        ids = jnp.full((b, k, s), token_types.GLOBAL, jnp.int8)
-        return interval_attention(query, key, value, end), Roles(ids, lifetime)
+        return out, Roles(jnp.full_like(end, token_types.GLOBAL, jnp.int8), lifetime)
 
     def _cast(self, parameter: nnx.Param) -> jax.Array:
-        return parameter[...].astype(self.config.model.dtype)
+        return weight(parameter, self.config.model.dtype)
 
 
-class MLP(nnx.Module):
-    """SwiGLU (arXiv:2002.05202)."""
-
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        d, f = model.width, model.mlp_width
-        self.gate = _matrix(rngs.params(), (d, f), d)
-        self.up = _matrix(rngs.params(), (d, f), d)
-        self.down = _matrix(rngs.params(), (f, d), f, gain=_residual_gain(model))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, t, d]`` → ``[b, t, d]``."""
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+_QUERY: partition.Axes = ("batch", "sequence", "kv_heads", None, None)
+_KEY: partition.Axes = ("batch", "sequence", "kv_heads", None)
+_BY_HEAD: partition.Axes = ("batch", "kv_heads", "sequence")
 
 
-def _residual_gain(model: ModelConfig) -> float:
-    """Keeps the variance of the residual stream of order 1 at initialisation however many branches add to it."""
-    return (2 * model.num_layers) ** -0.5
+def _merge_heads(query: jax.Array) -> jax.Array:
+    """``[b, t, k, g, h]`` → ``[b, t, n, h]``: on each device's own heads, where nothing divided is merged."""
+    b, t, k, g, h = query.shape
+    return query.reshape(b, t, k * g, h)
 
 
 class Block(nnx.Module):
@@ -262,9 +242,10 @@ class Transformer(nnx.Module):
         self.config = config
         # Stored in the scale of an output layer, so that it can be tied; as input it is multiplied by sqrt(d) to
         # unit size, which the blocks' outputs have too.
-        self.embedding = _matrix(rngs.params(), (vocab_size, model.width), model.width, weight_decay=False)
+        shape, axes = (vocab_size, model.width), ("vocab", "width")
+        self.embedding = matrix(rngs.params(), shape, axes, model.width, weight_decay=False)
         if not model.tie_embeddings:
-            self.unembedding = _matrix(rngs.params(), (vocab_size, model.width), model.width, weight_decay=False)
+            self.unembedding = matrix(rngs.params(), shape, axes, model.width, weight_decay=False)
         structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), model.num_layers)
         self.blocks = nnx.merge(structure, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(key))))(keys))
@@ -280,6 +261,11 @@ class Transformer(nnx.Module):
         Returns:
           ``(logits, roles)``: float32 ``[b, t, v]`` and ``Roles``.
         """
+        x, roles = self.hidden(inputs, choice)
+        return jnp.einsum("btd,vd->btv", x, self.output_weight(), preferred_element_type=jnp.float32), roles
+
+    def hidden(self, inputs: Inputs, choice: RoleChoice | None = None) -> tuple[jax.Array, Roles]:
+        """What the output layer reads, ``[b, t, d]`` (a loss need not have all logits at once), and ``Roles``."""
         choice = RoleChoice() if choice is None else choice
         model = self.config.model
         structure, layers = nnx.split(self.blocks)
@@ -289,11 +275,16 @@ class Transformer(nnx.Module):
             state, noise_key = scanned
             return nnx.merge(structure, state)(x, inputs, choice._replace(noise_key=noise_key))
 
-        x = self.embedding[...].astype(model.dtype)[inputs.tokens] * jnp.asarray(math.sqrt(model.width), model.dtype)
+        sharding = partition.compute_sharding("batch", "sequence", None)
+        x = weight(self.embedding, model.dtype).at[inputs.tokens].get(out_sharding=sharding)
+        x *= jnp.asarray(math.sqrt(model.width), model.dtype)
         x, roles = jax.lax.scan(_remat(layer, model.remat), x, (layers, noise_keys))
-        x = self.final_norm(x)
-        output = (self.embedding if model.tie_embeddings else self.unembedding)[...].astype(x.dtype)
-        return jnp.einsum("btd,vd->btv", x, output, preferred_element_type=jnp.float32), roles
+        return self.final_norm(x), roles
+
+    def output_weight(self) -> jax.Array:
+        """Of the output layer, ``[v, d]``."""
+        model = self.config.model
+        return weight(self.embedding if model.tie_embeddings else self.unembedding, model.dtype)
 
 
 def _remat(function, policy: str):
@@ -318,16 +309,35 @@ def init_parameters(config: Config, vocab_size: int, key: jax.Array) -> tuple[nn
     return structure, nnx.to_pure_dict(state)
 
 
-def model_structure(config: Config, vocab_size: int) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model without values: nothing is computed.
+class ModelStructure(NamedTuple):
+    """The model without values; the last three are nested dicts alike.
 
-    Returns:
-      ``(structure, parameters, decayed)``: the second as ``jax.ShapeDtypeStruct``; ``decayed`` has the same nesting
-      and says of each whether weight decay applies to it.
+    Attributes:
+      structure: what ``nnx.merge`` makes a model of, with parameters.
+      parameters: ``jax.ShapeDtypeStruct``.
+      axes: the names of each parameter's axes (``natsjax.partition``).
+      decayed: whether weight decay applies.
     """
+
+    structure: nnx.GraphDef
+    parameters: Any
+    axes: Any
+    decayed: Any
+
+
+def model_structure(config: Config, vocab_size: int) -> ModelStructure:
+    """The model without values: nothing is computed."""
     abstract = nnx.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(0)))
     structure, state = nnx.split(abstract)
-    decayed = jax.tree.map(
-        lambda parameter: parameter.get_metadata("weight_decay"), state, is_leaf=lambda x: isinstance(x, nnx.Param)
+
+    def read(function):
+        parameters = jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Param))
+        return nnx.to_pure_dict(parameters)
+
+    def axes(parameter) -> partition.Axes:
+        named = parameter.get_metadata("axes")
+        return (None,) * (len(parameter.get_value().shape) - len(named)) + named  # the layers' axis comes first
+
+    return ModelStructure(
+        structure, nnx.to_pure_dict(state), read(axes), read(lambda parameter: parameter.get_metadata("weight_decay"))
     )
-    return structure, nnx.to_pure_dict(state), nnx.to_pure_dict(decayed)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from natsjax import evaluate, token_types
+from natsjax import evaluate, partition, token_types
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
@@ -54,7 +54,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         workdir.record(config, data.fingerprint)
         trainer = Trainer(config, data.vocabulary.vocab_size)
         state = _train(config, workdir, data, trainer)
-        loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data)
+        loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
         return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
 
 
@@ -89,7 +89,8 @@ def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) ->
         if start >= config.train.num_steps:
             return state
         loop = _Loop(config, workdir, trainer, checkpoints, start)
-        dataset = train_dataset(data.source, batch_size=config.train.batch_size)
+        rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
+        dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
         with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
             return loop.run(state, batches)
 
@@ -145,7 +146,7 @@ class _Loop:
         pending: StepMetrics | None = None
         with _stop_requests() as requests:
             while step < last:
-                state, metrics = self._trainer.step(state, next(batches))
+                state, metrics = self._trainer.step(state, self._trainer.put_batch(next(batches)))
                 if pending is not None:
                     self._handle(step, pending)
                 step, pending = step + 1, metrics

@@ -4,9 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import Mesh
 
-from natsjax import losses, optim, token_types
+from natsjax import losses, optim, partition, token_types
 from natsjax.config import Config
 from natsjax.losses import Batch, BatchTotals, LossSums
 from natsjax.model import init_parameters, model_structure
@@ -46,28 +49,96 @@ class StepMetrics(NamedTuple):
 
 
 class Trainer:
-    """The step of one config: ``init``, and ``step`` compiled once.
+    """The step of one config on one mesh: ``init``, and ``step`` compiled once.
 
     Args:
       config: of the run.
       vocab_size: of the data.
+      mesh: of ``partition.make_mesh``; by default the config's, over all devices.
+
+    Attributes:
+      model: ``model.ModelStructure``.
+      shardings: of the state at rest, ``NamedSharding`` nested as ``TrainState``.
+
+    Raises:
+      UserError: the config's sizes cannot be divided along the mesh.
     """
 
-    def __init__(self, config: Config, vocab_size: int):
+    def __init__(self, config: Config, vocab_size: int, mesh: Mesh | None = None):
         self.config = config
         self.vocab_size = vocab_size
-        self.structure, self.abstract_parameters, decayed = model_structure(config, vocab_size)
-        self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, decayed)
+        self.mesh = partition.make_mesh(config.mesh) if mesh is None else mesh
+        partition.check(config, vocab_size, self.mesh)
+        self.model = model_structure(config, vocab_size)
+        self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, self.model.decayed)
         self.schedule = optim.learning_rate(config.optimizer, config.train.num_steps)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.shardings = self._shardings()
+        self.compiled_step = jax.jit(self._step, donate_argnums=0)
+
+    @property
+    def structure(self) -> nnx.GraphDef:
+        """What ``nnx.merge`` makes a model of, with parameters."""
+        return self.model.structure
 
     def init(self) -> TrainState:
-        """The state before the first step, from ``train.seed``."""
-        return jax.jit(self._init)()
+        """The state before the first step, from ``train.seed``; the same on every mesh."""
+        return jax.jit(self._init, out_shardings=self.shardings)()
 
     def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state; nothing is computed."""
-        return jax.eval_shape(self._init)
+        """Shapes, dtypes and shardings of the state; nothing is computed."""
+
+        def sharded(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(sharded, jax.eval_shape(self._init), self.shardings)
+
+    def put_batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        """The global batch on the devices, from this process's rows of it (``partition.batch_rows``)."""
+        rows = {name: rows[name] for name in losses.BATCH_FIELDS}
+        return partition.put_batch(self.mesh, rows, self.config.train.batch_size)
+
+    def step(self, state: TrainState, batch: Batch | dict[str, np.ndarray]) -> tuple[TrainState, StepMetrics]:
+        """The state after a step, and what it reports.
+
+        Args:
+          state: is consumed.
+          batch: from ``put_batch``, or numpy arrays that ``put_batch`` is called with here.
+        """
+        if any(isinstance(x, np.ndarray) for x in batch.values()):
+            batch = self.put_batch(batch)
+        with jax.set_mesh(self.mesh):
+            return self.compiled_step(state, batch)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a global batch."""
+        shape = (self.config.train.batch_size, self.config.data.context_length)
+        spec = partition.compute_spec(("batch", "sequence"))
+        sharding = partition.named_sharding(self.mesh, spec)
+        kinds = {name: jnp.float32 if name == "loss_weight" else jnp.int32 for name in losses.BATCH_FIELDS}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for this mesh, whose devices need not be here, from shapes alone."""
+        with jax.set_mesh(self.mesh):
+            return self.compiled_step.lower(self.abstract_state(), self.abstract_batch())
+
+    def _shardings(self) -> TrainState:
+        abstract = jax.eval_shape(self._init)
+        replicated = partition.named_sharding(self.mesh, partition.storage_spec(()))
+        parameters = jax.tree.map(
+            lambda _, axes: partition.named_sharding(self.mesh, partition.storage_spec(axes)),
+            self.model.parameters,
+            self.model.axes,
+        )
+        optimizer = optax.tree.map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            abstract.optimizer,
+            parameters,
+            transform_non_params=lambda _: replicated,
+        )
+        controller = jax.tree.map(lambda _: replicated, abstract.controller)
+        return TrainState(replicated, parameters, optimizer, controller)
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
@@ -102,7 +173,7 @@ class Trainer:
             optimizer_state,
             controller,
         )
-        return new_state, metrics
+        return new_state, partition.replicate(metrics)
 
     def _gradients(self, state, batch: Batch, totals: BatchTotals, price) -> tuple[Any, jax.Array, LossSums]:
         """Gradients, loss and sums of the whole batch, gone through in microbatches."""
@@ -113,17 +184,21 @@ class Trainer:
         def microbatch(index, part):
             noise_key = jax.random.fold_in(key, index)
             (loss, sums), gradients = gradient(
-                state.parameters, self.structure, self.config, part, totals, noise_key, price
+                state.parameters, self.model.structure, self.config, part, totals, noise_key, price
             )
             return gradients, loss, sums
 
         if count == 1:
             return microbatch(0, batch)
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        # Each device's rows are dealt out to all microbatches, so that none has to move.
+        dealt = partition.compute_sharding("batch", None, "sequence")
+        parts = jax.tree.map(
+            lambda x: jnp.reshape(x, (-1, count, *x.shape[1:]), out_sharding=dealt).swapaxes(0, 1), batch
+        )
 
         def add(total, scanned):
             return jax.tree.map(jnp.add, total, microbatch(*scanned)), None
 
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=partition.sharding_of(x)), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]

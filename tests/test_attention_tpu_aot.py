@@ -111,8 +111,7 @@ def passes(length, head_dim, dtype):
     def run(rows, key, value, intervals, columns, weight):
         out = pallas_tpu.forward(rows.query, key, value, intervals, scale, tiling)
         visible = pallas_tpu.visible_pass(rows, key, value, intervals, columns, scale, WINDOW, tiling)
-        position = intervals.query_position[0]
-        hidden = pallas_tpu.masked_out_pass(rows, key, value, position, weight, columns, scale, WINDOW, tiling)
+        hidden = pallas_tpu.masked_out_pass(rows, key, value, intervals, weight, columns, scale, WINDOW, tiling)
         return out, visible, hidden
 
     return run, (

@@ -25,11 +25,8 @@ def load(path):
 def test_every_config_builds_and_steps_under_eval_shape(path):
     config = load(path)
     trainer = Trainer(config, 97 if config.data.source == "recall" else config.data.vocab_size)
-    shape = (config.train.batch_size, config.data.context_length)
-    fields = dict.fromkeys(("inputs", "targets", "positions", "document_end"), jax.numpy.int32)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in fields.items()}
-    batch["loss_weight"] = jax.ShapeDtypeStruct(shape, jax.numpy.float32)
-    state, metrics = jax.eval_shape(trainer._step, trainer.abstract_state(), batch)
+    with jax.set_mesh(trainer.mesh):
+        state, metrics = jax.eval_shape(trainer.compiled_step, trainer.abstract_state(), trainer.abstract_batch())
     assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state())
     assert metrics.loss.shape == ()
 
@@ -39,7 +36,7 @@ def test_the_papers_pair():
     assert dataclasses.replace(nats, model=dense.model, nats=dense.nats) == dense
     assert dataclasses.replace(nats.model, attention="dense") == dense.model
     assert dense.train.batch_size * dense.data.context_length == 2**19
-    parameters = Trainer(dense, dense.data.vocab_size).abstract_parameters
+    parameters = Trainer(dense, dense.data.vocab_size).model.parameters
     assert 120e6 < sum(x.size for x in jax.tree.leaves(parameters)) < 130e6
 
 
@@ -89,7 +86,7 @@ def test_wrong_values_are_named(group, field, value, message):
         (["--config.train.num_steps=1.5"], "int was expected"),
         (["--config.train.progress=perhaps"], "true or false"),
         (["--config.optimizer=3"], "group of fields"),
-        (["--config.mesh.fsdp=2"], "several devices"),
+        (["--config.mesh.fsdp=0"], "mesh.fsdp = 0: a number of devices"),
         (["--workdri=x"], "workdri"),
         (["extra"], "unexpected argument 'extra'"),
     ],

@@ -42,17 +42,18 @@ def trained(attention):
     if attention == "nats":
         scorer = parameters["blocks"]["attention"]["scorer"]
         scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
-    return config, trainer.structure, parameters
+    return config, trainer, parameters
 
 
 def make_run(path, attention="nats", **changes):
     """A run in memory; ``changes`` replace fields of ``eval``, or of the config where they name a group of it."""
-    config, structure, parameters = trained(attention)
+    config, trainer, parameters = trained(attention)
     groups = {name: value for name, value in changes.items() if hasattr(config, name)}
     numbers = {name: value for name, value in changes.items() if name not in groups}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **numbers), **groups)
     workdir = Workdir(path)
-    return LoadedRun(workdir, config, structure, parameters, 7, open_data(config, workdir, progress=False))
+    data = open_data(config, workdir, progress=False)
+    return LoadedRun(workdir, config, trainer.structure, parameters, 7, data, trainer.mesh)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
-    ("errors", "config", "command_line"),
-    ("token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
-    ("model", "policies"),
-    ("losses", "train_step", "loading"),
+    ("errors", "config", "process_line", "processes", "command_line"),
+    ("partition", "token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
+    ("layers", "model", "policies"),
+    ("vocabulary_loss", "losses", "train_step", "loading"),
     ("report", "measure", "matching", "twin", "evaluate"),
     ("train",),
 )

@@ -74,7 +74,7 @@ def make_run(attention="nats"):
         scorer = parameters["blocks"]["attention"]["scorer"]
         scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
     data = RunData(tokenizer, types.SimpleNamespace(), lambda split, count: {}, np.array([8]), "bytes", "0" * 64)
-    return LoadedRun(Workdir("unused"), config, trainer.structure, parameters, 0, data)
+    return LoadedRun(Workdir("unused"), config, trainer.structure, parameters, 0, data, trainer.mesh)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import losses, model, token_types
+from natsjax import layers, losses, model, token_types
 from natsjax.model import Inputs, RoleChoice
 from pallas_kernels.nats_attention import NO_END
 
@@ -125,6 +125,10 @@ def test_rematerialisation_changes_nothing(remat):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+def token_nll(logits, targets):
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
 def count_mismatches(monkeypatch, config, policy=None):
     """Roles that the attention's backward sees and that its forward did not choose."""
     seen = []
@@ -148,7 +152,7 @@ def count_mismatches(monkeypatch, config, policy=None):
     def loss(parameters):
         choice = RoleChoice(noise_key=jax.random.key(5))
         logits, roles = nnx.merge(structure, parameters)(losses.model_inputs(batch), choice)
-        return jnp.sum(losses.token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
+        return jnp.sum(token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
 
     _, ids = jax.jit(jax.grad(loss, has_aux=True))(spread_scorer(parameters))
     jax.effects_barrier()
@@ -239,7 +243,7 @@ def test_parameters_are_float32_and_logits_too(tie, dtype):
 
 
 def test_weight_decay_goes_by_role():
-    _, _, decayed = model.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
+    *_, decayed = model.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
     block = decayed["blocks"]
     assert block["attention"]["query"]
     assert block["attention"]["output"]
@@ -251,7 +255,7 @@ def test_weight_decay_goes_by_role():
 def test_rotary_logits_depend_on_distance_alone():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
     at = lambda q, k: float(  # noqa: E731
-        jnp.sum(model.rotate(x, jnp.array([[q]]), 100.0) * model.rotate(y, jnp.array([[k]]), 100.0))
+        jnp.sum(layers.rotate(x, jnp.array([[q]]), 100.0) * layers.rotate(y, jnp.array([[k]]), 100.0))
     )
     assert at(7, 3) == pytest.approx(at(104, 100), rel=1e-4)
     assert at(7, 3) != pytest.approx(at(8, 3), rel=1e-2)

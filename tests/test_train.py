@@ -129,11 +129,13 @@ from natsjax.checkpoint import Checkpoints
 from natsjax.errors import UserError
 checkpoints = Checkpoints(pathlib.Path({str(tmp_path)!r}))
 checkpoints.save(5, {{"w": jnp.arange(3.0)}})
+checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 import numpy as np
 noise = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)))
 try:
     checkpoints.save(10, {{"w": noise}})
+    checkpoints.wait()
 except UserError as error:
     print(error)
 """
@@ -150,6 +152,7 @@ except UserError as error:
 def test_a_checkpoint_of_another_kind_of_device_is_read(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"w": jnp.arange(3.0)})
+    checkpoints.close()
     for file in tmp_path.rglob("_sharding"):
         text = file.read_text()
         assert "cpu" in text.lower()

@@ -40,7 +40,7 @@ def config(**groups) -> Config:
     values = copy.deepcopy(_BASE)
     for group, fields in groups.items():
         for name, value in fields.items():
-            values[group][name] = value
+            values.setdefault(group, {})[name] = value
     return Config.from_dict(values)
 
 

@@ -134,30 +134,38 @@ class PackedSource:
 
 
 class _GlobalBatches:
-    """Batch `step` of a source, for Grain."""
+    """Batch `step` of a source, or this process's rows of it, for Grain."""
 
-    def __init__(self, source: RowSource, batch_size: int, num_steps: int | None):
+    def __init__(self, source: RowSource, batch_size: int, num_steps: int | None, rows: slice | None):
         self._source = source
         self._batch_size = batch_size
+        self._first, stop, _ = (rows or slice(None)).indices(batch_size)
+        self._count = stop - self._first
         self._num_steps = sys.maxsize if num_steps is None else num_steps  # `len` allows no more
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, step: int) -> Row:
-        return self._source.rows(step * self._batch_size, self._batch_size)
+        return self._source.rows(step * self._batch_size + self._first, self._count)
 
 
-def train_dataset(source: RowSource, *, batch_size: int, num_steps: int | None = None) -> grain.MapDataset:
+def train_dataset(
+    source: RowSource, *, batch_size: int, num_steps: int | None = None, rows: slice | None = None
+) -> grain.MapDataset:
     """The batches of a run: `ds[step]` is the global batch of that step, whatever was read before.
+
+    Processes that share a batch read their own rows of it: the sequence of global batches does not depend on how many
+    they are.
 
     Args:
       source: `PackedSource`, or a synthetic task.
       batch_size: rows in a global batch, `b`.
       num_steps: length of the dataset; endless if None. (Grain wraps an index beyond the end.)
+      rows: which rows of each global batch to read; None: all of them.
 
     Returns:
-      A Grain dataset of rows `step·b … step·b+b-1` of the source, arrays `[b, t]`.
+      A Grain dataset of rows `step·b … step·b+b-1` of the source, arrays `[b, t]` (or `[r, t]`, the `rows` of them).
 
     Raises:
       UserError: `batch_size` or `num_steps` is below 1.
@@ -166,7 +174,7 @@ def train_dataset(source: RowSource, *, batch_size: int, num_steps: int | None =
         raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
     if num_steps is not None and num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; it must be at least 1, or None for an endless stream.")
-    return grain.MapDataset.source(_GlobalBatches(source, batch_size, num_steps))
+    return grain.MapDataset.source(_GlobalBatches(source, batch_size, num_steps, rows))
 
 
 def iterate(

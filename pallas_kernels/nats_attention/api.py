@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, pallas_gpu, pallas_tpu, reference, tilings, xla
+from pallas_kernels.nats_attention import differentiable, pallas_gpu, pallas_tpu, reference, ring, tilings, xla
 from pallas_kernels.nats_attention.backend import Backend, Intervals
 from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
@@ -89,6 +89,11 @@ def _scale(given: float | None, head_dim: int) -> float:
     return float(given)
 
 
+def _check_divided(length: int, axis_name: str | None) -> None:
+    if axis_name is not None and length % 2:
+        raise ValueError(f"axis_name={axis_name!r}: a device's part is {length} tokens; an even number was expected.")
+
+
 def _problem(query: jax.Array, key: jax.Array, window: int) -> Problem:
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
     return Problem(b, t, s, k, n // k, h, window, query.dtype.name)
@@ -143,6 +148,7 @@ def nats_attention(
     sample_key: jax.Array | None = None,
     implementation: str | None = None,
     tiling: Tiling | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Causal attention in which each key's role says until which query it can be read.
 
@@ -150,7 +156,7 @@ def nats_attention(
     of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
     gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
     with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
-    ``jax.shard_map``, batch and heads divided.
+    ``jax.shard_map``, batch and heads divided, and with ``axis_name`` the sequence.
 
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
@@ -166,6 +172,8 @@ def nats_attention(
       implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
         of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
+      axis_name: inside ``jax.shard_map``, the axis of the mesh that the sequence is divided along: ``t`` is then this
+        device's part, of an even number of tokens, and the parts are one sequence in the order of the axis.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``.
@@ -186,7 +194,9 @@ def nats_attention(
     _expect("roles", roles, (b, key.shape[2], t, NUM_ROLES))
     if window < 0:
         raise ValueError(f"window={window}: it must be 0 or more tokens.")
-    window = min(window, t)  # a longer one is the same, and int32 has an end
+    _check_divided(t, axis_name)
+    length = t if axis_name is None else t * jax.lax.axis_size(axis_name)
+    window = min(window, length)  # a longer one is the same, and int32 has an end
     if document_end is not None:
         _expect("document_end", document_end, (b, t))
     mask_gradient = _mask_gradient(mask_gradient)
@@ -196,9 +206,13 @@ def nats_attention(
 
     def call_backend(backend, chosen):
         settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient))
+        if axis_name is not None:
+            return ring.nats_attention(query, key, value, roles, document_end, sample_key, settings, axis_name)
         return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
 
     def call_reference():
+        if axis_name is not None:
+            raise NotImplementedError("the reference knows no divided sequence")
         if isinstance(mask_gradient, Sampled):
             raise NotImplementedError("it has no sampled role gradients; use Exact() or Visible()")
         return reference.closed_form_attention(
@@ -220,6 +234,7 @@ def interval_attention(
     return_lse: bool = False,
     implementation: str | None = None,
     tiling: Tiling | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
@@ -237,6 +252,7 @@ def interval_attention(
       implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
         of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
+      axis_name: as in ``nats_attention``; without positions.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``. A query without a
@@ -252,6 +268,9 @@ def interval_attention(
     _check(query, key, value)
     (b, t), (s, k) = query.shape[:2], key.shape[1:3]
     _expect("key_end", key_end, (b, k, s))
+    _check_divided(t, axis_name)
+    if axis_name is not None and not (s == t and query_position is None and key_position is None):
+        raise ValueError(f"axis_name={axis_name!r}: queries and keys are those of one sequence, without positions.")
     if query_position is None:
         query_position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     if key_position is None:
@@ -261,10 +280,14 @@ def interval_attention(
     scale = _scale(scale, query.shape[-1])
 
     def call_backend(backend, chosen):
+        if axis_name is not None:
+            return ring.interval_attention(query, key, value, key_end, Settings(backend, chosen, scale), axis_name)
         intervals = Intervals(query_position, key_position, key_end)
         return differentiable.interval_attention(query, key, value, intervals, Settings(backend, chosen, scale))
 
     def call_reference():
+        if axis_name is not None:
+            raise NotImplementedError("the reference knows no divided sequence")
         return reference.interval_attention(
             query, key, value, key_end, query_position=query_position, key_position=key_position, scale=scale
         )

@@ -114,7 +114,7 @@ class Backend(Protocol):
         rows: Rows,
         key: jax.Array,
         value: jax.Array,
-        query_position: jax.Array,
+        intervals: Intervals,
         weight: jax.Array,
         columns: RoleColumns,
         scale: float,
@@ -125,8 +125,8 @@ class Backend(Protocol):
 
         Args:
           rows: of the queries that are looked at, all of them or a sample, in ascending order.
-          key, value: ``[b, k, s, h]``, in index order.
-          query_position: int32 ``[t]``, index of each row.
+          key, value: ``[b, k, s, h]``, in any order.
+          intervals: who reads whom.
           weight: float32 ``[t]``, how many queries each row stands for.
           columns: of every key.
           scale: of the logits.

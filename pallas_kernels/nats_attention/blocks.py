@@ -110,7 +110,7 @@ def masked_out_tiles(
     afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
 
     Args:
-      intervals: lengths are multiples of the blocks; keys in index order.
+      intervals: lengths are multiples of the blocks.
       columns: of every key, padded with 0.
       window: of SLIDING keys.
       query_block, key_block: rows and columns of a tile.

@@ -43,18 +43,18 @@ class Settings:
     sampled: float = 1.0
 
 
-def _heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
+def heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
     """To the inner layout: ``[b, t, n, h]`` → ``[b, k, g, t, h]`` and ``[b, s, k, h]`` → ``[b, k, s, h]``."""
-    return _rows_first(query, key.shape[2]), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    return rows_first(query, key.shape[2]), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
 
 
-def _rows_first(x: jax.Array, num_kv_heads: int) -> jax.Array:
+def rows_first(x: jax.Array, num_kv_heads: int) -> jax.Array:
     """``[b, t, n, …]`` → ``[b, k, g, t, …]``."""
     b, t, n = x.shape[:3]
     return jnp.moveaxis(x.reshape(b, t, num_kv_heads, n // num_kv_heads, *x.shape[3:]), 1, 3)
 
 
-def _heads_last(x: jax.Array) -> jax.Array:
+def heads_last(x: jax.Array) -> jax.Array:
     """``[b, k, g, t, …]`` → ``[b, t, n, …]``."""
     b, k, g, t = x.shape[:4]
     return jnp.moveaxis(x, 3, 1).reshape(b, t, k * g, *x.shape[4:])
@@ -68,28 +68,28 @@ def _by_key(layout: Layout | None, x: jax.Array) -> jax.Array:
     return x if layout is None else layout_lib.scatter_back(layout, x)
 
 
-def _forward(query, key, value, intervals: Intervals, settings: Settings):
+def attend(query, key, value, intervals: Intervals, settings: Settings):
     """``(out, lse)`` in the inner layout."""
     layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
-    query, key, value = _heads_first(query, key, value)
+    query, key, value = heads_first(query, key, value)
     key, value = _by_slot(layout, key, value)
     return settings.backend.forward(query, key, value, by_slot, settings.scale, settings.tiling)
 
 
-def _rows(query, out, lse, dout, dlse) -> Rows:
+def rows_of(query, out, lse, dout, dlse) -> Rows:
     """``delta = dout · out`` is what the softmax's normalisation takes from a pair; a gradient of lse gives to it.
 
     ``query`` and ``lse`` in the inner layout, the others in the outer one: ``out``, ``dout [b, t, n, h]``,
     ``dlse [b, t, n]`` or None. The sum is taken there, so that no copy of ``out`` in the inner layout is needed for it.
     """
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    delta = _rows_first(delta if dlse is None else delta - dlse, query.shape[1])
+    delta = rows_first(delta if dlse is None else delta - dlse, query.shape[1])
     empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever comes back for a log-sum-exp of -inf
-    dout = _rows_first(dout, query.shape[1])
+    dout = rows_first(dout, query.shape[1])
     return Rows(query, dout, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta))
 
 
-def _visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None, settings: Settings):
+def visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None, settings: Settings):
     """The backend's visible pass on rearranged keys; results by key. ``key``, ``value`` ``[b, k, s, h]``."""
     layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     key, value = _by_slot(layout, key, value)
@@ -106,7 +106,7 @@ def _visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None
 
 def _like(primals, dquery, dkey, dvalue):
     """Gradients in the outer layout and in the dtype of what they are the gradient of."""
-    outer = (_heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
+    outer = (heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
     return tuple(x.astype(primal.dtype) for x, primal in zip(outer, primals, strict=True))
 
 
@@ -124,16 +124,16 @@ def _interval_attention(query, key, value, intervals, settings):
 
 
 def _interval_fwd(query, key, value, intervals, settings):
-    out, lse = _forward(query, key, value, intervals, settings)
-    out = _heads_last(out)
-    return (out, _heads_last(lse)), (query, key, value, intervals, out, lse)
+    out, lse = attend(query, key, value, intervals, settings)
+    out = heads_last(out)
+    return (out, heads_last(lse)), (query, key, value, intervals, out, lse)
 
 
 def _interval_bwd(settings, residuals, cotangents):
     query, key, value, intervals, out, lse = residuals
-    inner_query, inner_key, inner_value = _heads_first(query, key, value)
-    rows = _rows(inner_query, out, lse, *cotangents)
-    dquery, dkey, dvalue, _ = _visible_pass(rows, inner_key, inner_value, intervals, None, settings)
+    inner_query, inner_key, inner_value = heads_first(query, key, value)
+    rows = rows_of(inner_query, out, lse, *cotangents)
+    dquery, dkey, dvalue, _ = visible_pass(rows, inner_key, inner_value, intervals, None, settings)
     return (*_like((query, key, value), dquery, dkey, dvalue), None)
 
 
@@ -158,8 +158,8 @@ def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
     key_end = roles_lib.key_end_from_roles(role_ids, window=settings.window, document_end=document_end)
     index = jnp.arange(t, dtype=jnp.int32)
     intervals = Intervals(jnp.broadcast_to(index, (b, t)), jnp.broadcast_to(index, (b, k, t)), key_end)
-    out, lse = _forward(query, key, value, intervals, settings)
-    out = _heads_last(out)
+    out, lse = attend(query, key, value, intervals, settings)
+    out = heads_last(out)
     witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
     return out, (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
 
@@ -167,28 +167,44 @@ def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
 def _nats_bwd(settings, residuals, dout):
     query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse = residuals
     columns = roles_lib.role_columns(role_ids, intervals.key_end, document_end)
-    inner_query, inner_key, inner_value = _heads_first(query, key, value)
-    rows = _rows(inner_query, out, lse, dout, None)
-    dquery, dkey, dvalue, sums = _visible_pass(rows, inner_key, inner_value, intervals, columns, settings)
+    inner_query, inner_key, inner_value = heads_first(query, key, value)
+    rows = rows_of(inner_query, out, lse, dout, None)
+    dquery, dkey, dvalue, sums = visible_pass(rows, inner_key, inner_value, intervals, columns, settings)
     if settings.sampled:
-        hidden = _masked_out_sums(rows, inner_key, inner_value, columns, sample_key, settings)
+        chosen = _sample(sample_key, query.shape[1], settings)
+        hidden = masked_out_sums(rows, inner_key, inner_value, intervals, columns, chosen, settings)
         sums = RoleSums(*(x + y for x, y in zip(sums, hidden, strict=True)))
     droles = roles_lib.role_gradient(sums, columns, document_end)
     return (*_like((query, key, value), dquery, dkey, dvalue), droles.astype(witness.dtype), None, None)
 
 
-def _masked_out_sums(rows: Rows, key, value, columns: RoleColumns, sample_key, settings: Settings) -> RoleSums:
-    """The backend's masked-out pass over every query, or over a sample of them."""
-    length = key.shape[2]
+def _sample(key, length: int, settings: Settings) -> SampledRows | None:
+    """The queries that the masked-out pass looks at; None: all of them."""
     if settings.sampled == 1:
-        chosen = SampledRows(jnp.arange(length, dtype=jnp.int32), jnp.ones(length, jnp.float32))
+        return None
+    return draw_rows(key, length=length, fraction=settings.sampled, run=settings.tiling.sampled_run)
+
+
+def masked_out_sums(
+    rows: Rows,
+    key,
+    value,
+    intervals: Intervals,
+    columns: RoleColumns,
+    chosen: SampledRows | None,
+    settings: Settings,
+) -> RoleSums:
+    """The backend's masked-out pass over every query, or over the chosen ones (by their place among the rows)."""
+    if chosen is None:
+        weight = jnp.ones(rows.query.shape[3], jnp.float32)
     else:
-        chosen = draw_rows(sample_key, length=length, fraction=settings.sampled, run=settings.tiling.sampled_run)
+        weight = chosen.weight
         rows = Rows(*(jnp.take(x, chosen.queries, axis=3) for x in rows))
+        intervals = intervals._replace(query_position=jnp.take(intervals.query_position, chosen.queries, axis=1))
     sums = settings.backend.masked_out_pass(
-        rows, key, value, *chosen, columns, settings.scale, settings.window, settings.tiling
+        rows, key, value, intervals, weight, columns, settings.scale, settings.window, settings.tiling
     )
-    return sums._replace(row=jnp.zeros(key.shape[:3], jnp.float32))
+    return sums._replace(row=jnp.zeros((), jnp.float32))
 
 
 _nats_attention.defvjp(_nats_fwd, _nats_bwd)

@@ -24,13 +24,13 @@ class SampledRows(NamedTuple):
     weight: jax.Array
 
 
-def num_strata(length: int, fraction: float, run: int) -> int:
-    """How many runs of ``run`` queries make up ``fraction`` of ``length``; at least one."""
+def num_strata(length: int, fraction: float, run: int, parts: int = 1) -> int:
+    """How many runs of ``run`` queries make up ``fraction`` of ``length``; at least one for each of ``parts``."""
     runs = -(-length // run)
-    return min(runs, max(1, round(fraction * runs)))
+    return min(runs, -(-max(1, round(fraction * runs)) // parts) * parts)
 
 
-def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int) -> SampledRows:
+def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int, parts: int = 1) -> SampledRows:
     """One stratified draw of queries.
 
     Args:
@@ -38,11 +38,15 @@ def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int) -> Samp
       length: of the sequence, queries.
       fraction: of the queries to be drawn, in (0, 1].
       run: neighbouring queries that are drawn together.
+      parts: equal parts of the sequence, each a multiple of ``run`` long if they are several, that get as many rows
+        each, one after the other.
 
     Returns:
       ``SampledRows`` of about ``fraction · length`` rows, a number that follows from the arguments alone.
     """
-    runs, strata = -(-length // run), num_strata(length, fraction, run)
+    if parts > 1 and length % (parts * run):
+        raise ValueError(f"{length} queries are not {parts} parts of whole runs of {run}.")
+    runs, strata = -(-length // run), num_strata(length, fraction, run, parts)
     edges = (np.arange(strata + 1, dtype=np.int64) * runs // strata).astype(np.int32)  # the product may be beyond int32
     size = edges[1:] - edges[:-1]
     drawn = edges[:-1] + jax.random.randint(key, (strata,), 0, size)

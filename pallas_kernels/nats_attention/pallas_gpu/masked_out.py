@@ -44,7 +44,7 @@ def masked_out_pass(
     rows: Rows,
     key: jax.Array,
     value: jax.Array,
-    query_position: jax.Array,
+    intervals: Intervals,
     weight: jax.Array,
     columns: RoleColumns,
     scale: float,
@@ -53,9 +53,7 @@ def masked_out_pass(
 ) -> RoleSums:
     """The role sums over pairs that the mask hides: see ``Backend``."""
     b, k, length, _ = key.shape
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, k, length))
-    at = jnp.broadcast_to(query_position, (b, *query_position.shape))
-    intervals = lists_lib.pad_intervals(Intervals(at, index, columns.key_end))
+    intervals = lists_lib.pad_intervals(intervals)
     is_global = columns.is_global
     columns = RoleColumns(*(pad(x, 2) for x in columns))
     lists = lists_lib.lists_by_key(masked_out_tiles(intervals, columns, window, BLOCK, BLOCK))

@@ -23,14 +23,20 @@ from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 
 
 def masked_out_pass(
-    rows: Rows, key, value, query_position, weight, columns: RoleColumns, scale: float, window: int, tiling: TpuTiling
+    rows: Rows,
+    key,
+    value,
+    intervals: Intervals,
+    weight,
+    columns: RoleColumns,
+    scale: float,
+    window: int,
+    tiling: TpuTiling,
 ) -> RoleSums:
     """The role sums over pairs that the mask hides: see ``Backend``."""
     b, k, length, h = key.shape
     geometry = Geometry.of(rows.query.shape[2], h, tiling)
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, k, length))
-    at = jnp.broadcast_to(query_position, (b, *query_position.shape))
-    intervals = packing.pad_intervals(Intervals(at, index, columns.key_end), geometry)
+    intervals = packing.pad_intervals(intervals, geometry)
     is_global = columns.is_global
     columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
     tiles = masked_out_tiles(intervals, columns, window, geometry.query_block, geometry.key_block)

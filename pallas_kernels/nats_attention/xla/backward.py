@@ -224,14 +224,20 @@ def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -
 
 
 def masked_out_pass(
-    rows: Rows, key, value, query_position, weight, columns: RoleColumns, scale: float, window: int, tiling: XlaTiling
+    rows: Rows,
+    key,
+    value,
+    intervals: Intervals,
+    weight,
+    columns: RoleColumns,
+    scale: float,
+    window: int,
+    tiling: XlaTiling,
 ) -> RoleSums:
     """The role sums over pairs that the mask hides: see ``Backend``."""
     b, k, length, _ = key.shape
-    lanes = Lanes.of(tiling, b * k, query_position.shape[0])
-    at = jnp.broadcast_to(query_position, (b, *query_position.shape))
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (b, k, length))
-    intervals = lanes.pad_intervals(Intervals(at, index, columns.key_end))
+    lanes = Lanes.of(tiling, b * k, rows.query.shape[3])
+    intervals = lanes.pad_intervals(intervals)
     is_global = columns.is_global
     columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
     lists = lanes.lists(masked_out_tiles(intervals, columns, window, lanes.query_block, lanes.key_block))

@@ -1,0 +1,137 @@
+"""Where the time of an optimizer step goes: by part of the model, from a profile of the compiled program.
+
+XLA's profiler says how long each operation of the program ran; the program's text says from which functions of ours
+each operation came. A fusion counts for the function of its last operation, and what the compiler added (copies, the
+zeros in which a scan stacks what its backward needs) has no source. Times are those of the threads that started an
+operation: where it is divided among more threads, the others' share is not seen.
+"""
+
+import collections
+import glob
+import re
+import tempfile
+from typing import Any
+
+import jax
+
+PARTS = (  # (part, what its innermost function of ours matches: "folder/file.py:function")
+    ("attention", r"pallas_kernels/|nats_attention/|xla/"),
+    ("roles", r"token_types\.py:|:Scorer\.|:Attention\._attend|:_role_counts"),
+    ("projections and rotary", r":Attention\.|:rotate"),
+    ("MLP", r":MLP\."),
+    ("norms", r":RMSNorm\."),
+    ("logits and loss", r"losses\.py:|vocabulary_loss\.py:|:Transformer\.output_weight"),
+    ("optimizer", r"optax/|transforms/|_src/|schedules/|tree_utils/"),
+    ("residual stream", r":Block\."),
+    ("embedding and scan over layers", r":Transformer\.|:_weight|partition\.py:"),
+)
+REST = "no source, and the rest"
+
+
+class Sources:
+    """From which function each operation of a compiled program came."""
+
+    def __init__(self, text: str):
+        tables = {name: _table(text, name) for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")}
+        self._files = {number: line.strip('"') for number, line in tables["FileNames"].items()}
+        self._functions = {number: line.strip('"') for number, line in tables["FunctionNames"].items()}
+        self._locations = {number: _fields(line) for number, line in tables["FileLocations"].items()}
+        self._frames = {number: _fields(line) for number, line in tables["StackFrames"].items()}
+        found = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = [^\n]*?stack_frame_id=(\d+)", text, re.MULTILINE)
+        self._frame_of = {operation: int(frame) for operation, frame in found}
+
+    def stack(self, operation: str) -> list[str]:
+        """``folder/file.py:function``, the innermost first."""
+        names = []
+        number = self._frame_of.get(operation, 0)
+        while number in self._frames:
+            frame = self._frames[number]
+            location = self._locations[frame["file_location_id"]]
+            folder_and_file = "/".join(self._files[location["file_name_id"]].split("/")[-2:])
+            names.append(f"{folder_and_file}:{self._functions[location['function_name_id']]}")
+            parent = frame.get("parent_frame_id", 0)
+            number = parent if parent != number else 0
+        return names
+
+    def part(self, operation: str) -> str:
+        """Of ``PARTS``, by the innermost function that belongs to one; or ``REST``."""
+        for name in self.stack(operation):
+            for part, pattern in PARTS:
+                if re.search(pattern, name):
+                    return part
+        return REST
+
+
+def _table(text: str, name: str) -> dict[int, str]:
+    """The numbered lines below a heading."""
+    found = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+    lines = found.group(1).splitlines() if found else []
+    return {int(line.split(" ", 1)[0]): line.split(" ", 1)[1] for line in lines}
+
+
+def _fields(line: str) -> dict[str, int]:
+    return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", line)}
+
+
+def seconds_by_operation(folder: str) -> dict[str, float]:
+    """What a profile says of each operation: seconds without those of the operations inside it."""
+    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    nanoseconds: dict[str, float] = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        for line in plane.lines:
+            events = [(event.start_ns, event.end_ns, dict(event.stats).get("hlo_op")) for event in line.events]
+            open_events: list[tuple[float, str]] = []  # (end, operation)
+            for start, end, operation in sorted((e for e in events if e[2]), key=lambda e: (e[0], -e[1])):
+                while open_events and open_events[-1][0] <= start:
+                    open_events.pop()
+                if open_events:
+                    nanoseconds[open_events[-1][1]] -= min(end, open_events[-1][0]) - start
+                nanoseconds[operation] += end - start
+                open_events.append((end, operation))
+    return {operation: time / 1e9 for operation, time in nanoseconds.items()}
+
+
+def breakdown(step: Any, steps: int = 3) -> dict[str, float]:
+    """Seconds a step by part, of a ``train_step.Ours`` that has been called before; the largest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                step()
+        times = seconds_by_operation(folder)
+    sources = Sources(step.trainer.lower().compile().as_text())
+    by_part: dict[str, float] = collections.Counter()
+    for operation, time in times.items():
+        by_part[sources.part(operation)] += time / steps
+    return dict(sorted(by_part.items(), key=lambda item: -item[1]))
+
+
+TORCH_PARTS = (
+    ("attention", r"scaled_dot_product"),
+    ("products of matrices", r"aten::(mm|addmm|bmm)$"),
+    ("optimizer", r"adamw|Optimizer|linalg_vector_norm|aten::mul_$"),
+    ("fused operations", r"CompiledFxGraph|cpp_fused"),
+)
+
+
+def torch_breakdown(step: Any, steps: int = 3) -> dict[str, float]:
+    """Seconds a step by kind of operation, of a ``train_step_torch.Step`` that has been called before."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            step()
+    by_part: dict[str, float] = collections.Counter()
+    for event in profile.key_averages():
+        part = next((part for part, pattern in TORCH_PARTS if re.search(pattern, event.key)), REST)
+        by_part[part] += event.self_cpu_time_total / 1e6 / steps
+    return dict(sorted(by_part.items(), key=lambda item: -item[1]))
+
+
+def print_breakdown(steps: dict[str, Any]) -> None:
+    """A Markdown table a contestant; ``steps`` by name, of ``train_step.measure``."""
+    for name, step in steps.items():
+        by_part = torch_breakdown(step) if name.startswith("torch") else breakdown(step)
+        total = sum(by_part.values())
+        print(f"\n| {name} | ms a step, summed over threads that start operations | share |\n|---|---|---|")
+        for part, seconds in by_part.items():
+            print(f"| {part} | {1000 * seconds:.0f} | {100 * seconds / total:.0f} % |")

@@ -1,0 +1,94 @@
+"""What transformers have in common: parameters that know their axes, normalisation, rotary positions, the MLP.
+
+Axis letters as in ``natsjax.model``.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from natsjax import partition
+from natsjax.config import ModelConfig
+
+
+def matrix(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    axes: partition.Axes,
+    fan_in: int,
+    *,
+    gain: float = 1.0,
+    weight_decay: bool = True,
+) -> nnx.Param:
+    """A weight of standard deviation ``gain / sqrt(fan_in)``.
+
+    The optimizer reads whether weight decay applies, the mesh reads the axes (without the layers').
+    """
+    value = gain * fan_in**-0.5 * jax.random.normal(key, shape, jnp.float32)
+    return nnx.Param(value, axes=axes, weight_decay=weight_decay)
+
+
+def vector(value: jax.Array, axes: partition.Axes) -> nnx.Param:
+    """A scale or bias, without weight decay."""
+    return nnx.Param(value, axes=axes, weight_decay=False)
+
+
+def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
+    """A parameter in the dtype and the layout that it is used in; rounded first, so that less is moved."""
+    axes = parameter.get_metadata("axes")
+    return partition.reshard(parameter[...].astype(dtype), *axes)
+
+
+def residual_gain(model: ModelConfig) -> float:
+    """Keeps the variance of the residual stream of order 1 at initialisation however many branches add to it."""
+    return (2 * model.num_layers) ** -0.5
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale, in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = vector(jnp.ones((width,), jnp.float32), (None,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[…, d]`` → ``[…, d]`` in the dtype of ``x``."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding: the pair ``(x[i], x[i + h/2])`` turns by ``position · base^(-2i/h)``.
+
+    Args:
+      x: ``[b, t, …, h]``.
+      positions: int32 ``[b, t]``.
+      base: of the wavelengths.
+
+    Source: arXiv:2104.09864.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = jnp.expand_dims(angle, tuple(range(2, x.ndim - 1)))
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        d, f = model.width, model.mlp_width
+        self.gate = matrix(rngs.params(), (d, f), ("width", "mlp"), d)
+        self.up = matrix(rngs.params(), (d, f), ("width", "mlp"), d)
+        self.down = matrix(rngs.params(), (f, d), ("mlp", "width"), f, gain=residual_gain(model))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[b, t, d]`` → ``[b, t, d]``."""
+        gate, up, down = (weight(parameter, x.dtype) for parameter in (self.gate, self.up, self.down))
+        hidden = jax.nn.silu(x @ gate) * (x @ up)
+        out_sharding = partition.compute_sharding("batch", "sequence", None)
+        return jnp.einsum("btf,fd->btd", hidden, down, out_sharding=out_sharding)

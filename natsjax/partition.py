@@ -1,0 +1,262 @@
+"""Where arrays live on many devices: the mesh, and one table of which axis of an array lies along which axis of it.
+
+The mesh has four axes. ``data`` holds replicas (across slices of a pod too), ``fsdp`` shards of parameters and
+optimizer state, both divide the batch; ``tensor`` divides heads, the MLP and the vocabulary; ``context`` divides the
+sequence. Shardings are part of the arrays' types (``AxisType.Explicit``): what does not fit is an error when a program
+is traced, and no compiler guesses.
+
+Arrays name their axes by what they are ("width", "kv_heads", …). Two layouts map these names to the mesh: *storage*,
+parameters and optimizer state at rest, and *compute*, parameters where they are used and activations. Without a mesh
+(``jax.set_mesh``) everything here does nothing: the model is then an ordinary function on one device.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from natsjax.config import Config, MeshConfig
+from natsjax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+"""Of the mesh, from those that communicate least to those that do most."""
+
+BATCH = ("data", "fsdp")
+"""The axes of the mesh that divide the batch."""
+
+Axes = tuple[str | None, ...]
+"""The names of an array's axes; None: no name, not divided."""
+
+_COMPUTE: dict[str, str | tuple[str, ...]] = {
+    "batch": BATCH,
+    "sequence": "context",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+_STORAGE = _COMPUTE | {"width": "fsdp"}
+
+
+def storage_spec(axes: Axes) -> PartitionSpec:
+    """Where an array with these axes lies at rest."""
+    return PartitionSpec(*(_STORAGE.get(name) if name else None for name in axes))
+
+
+def compute_spec(axes: Axes) -> PartitionSpec:
+    """Where an array with these axes lies when it is used."""
+    return PartitionSpec(*(_COMPUTE.get(name) if name else None for name in axes))
+
+
+# --- the mesh ---
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Devices along each of ``AXES``.
+
+    Args:
+      config: a size for each; -1, once, is what the others leave.
+      num_devices: how many there are.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, name) for name in AXES]
+    asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        if num_devices % known:
+            raise UserError(f"{asked}: {known} does not divide the number of devices, {num_devices}.")
+        sizes[sizes.index(-1)] = num_devices // known
+    elif known != num_devices:
+        raise UserError(f"{asked} make {known} devices, and there are {num_devices}; -1 stands for the rest.")
+    return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run: all devices of all processes, neighbours along the axes that communicate most.
+
+    Where the devices come in slices that only the data-centre network joins, the slices lie along ``data``.
+
+    Args:
+      config: its sizes.
+      devices: by default ``jax.devices()``.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or ``data`` cannot be divided among the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(devices))
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
+        if sizes[0] % num_slices:
+            raise UserError(
+                f"mesh.data = {sizes[0]} cannot be divided among {num_slices} slices; make it a multiple, so that only "
+                "replicas talk across the data-centre network."
+            )
+        within = (sizes[0] // num_slices, *sizes[1:])
+        across = (num_slices, *(1 for _ in sizes[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
+    """Whether a run can be trained on the mesh.
+
+    Raises:
+      UserError: the batch or an array cannot be divided; the message names the field and what works.
+    """
+    size = dict(mesh.shape)
+    train = config.train
+    shards = size["data"] * size["fsdp"]
+    sequences = train.batch_size // train.num_microbatches
+    if sequences % shards:
+        parts = "" if train.num_microbatches == 1 else " / train.num_microbatches"
+        raise UserError(
+            f"train.batch_size{parts} = {sequences} sequences cannot be divided among mesh.data * mesh.fsdp = {shards} "
+            f"devices; make train.batch_size a multiple of {shards * train.num_microbatches}."
+        )
+    check_arrays(config, vocab_size, mesh)
+
+
+def check_arrays(config: Config, vocab_size: int, mesh: Mesh) -> None:
+    """Whether parameters and sequences can be divided along the mesh.
+
+    Raises:
+      UserError: one of them cannot; the message names the field and a size that works.
+    """
+    size = dict(mesh.shape)
+    for field, count, axis in (
+        ("model.num_kv_heads", config.model.num_kv_heads, "tensor"),
+        ("model.mlp_width", config.model.mlp_width, "tensor"),
+        ("the vocabulary's size", vocab_size, "tensor"),
+        ("model.width", config.model.width, "fsdp"),
+    ):
+        if count % size[axis]:
+            raise UserError(
+                f"{field} = {count} cannot be divided by mesh.{axis} = {size[axis]}; the largest mesh.{axis} below it "
+                f"that divides it is {max(n for n in range(1, size[axis]) if count % n == 0)}."
+            )
+    if size["context"] > 1 and config.data.context_length % (2 * size["context"]):
+        raise UserError(
+            f"data.context_length = {config.data.context_length} must be a multiple of 2 * mesh.context = "
+            f"{2 * size['context']}: each device takes an early and a late part of the sequence."
+        )
+
+
+# --- inside a program ---
+
+
+def _mesh() -> Any:
+    """The mesh that a program is traced under, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) else None
+
+
+def compute_sharding(*axes: str | None) -> PartitionSpec | None:
+    """For the ``out_sharding`` of jax functions; None without a mesh."""
+    return None if _mesh() is None else compute_spec(axes)
+
+
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """``x`` in the compute layout; its gradient comes back in the layout of ``x``."""
+    return x if _mesh() is None else jax.sharding.reshard(x, compute_spec(axes))
+
+
+def sharding_of(x: jax.Array | jax.ShapeDtypeStruct) -> PartitionSpec | None:
+    """Of a traced array or its shape, for the ``out_sharding`` of jax functions; None without a mesh."""
+    return None if _mesh() is None else x.sharding.spec
+
+
+def replicate(tree: Any) -> Any:
+    """All arrays whole on every device, where every process can read them."""
+    return tree if _mesh() is None else jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), tree)
+
+
+def shard_map(function: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
+    """``function`` on each device's part of its arguments, arrays; itself without a mesh.
+
+    Args:
+      function: of arrays, positional.
+      in_axes: the axes of each argument.
+      out_axes: those of its result, or a list of them.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return function
+    in_specs = tuple(compute_spec(axes) for axes in in_axes)
+    out_specs = tuple(map(compute_spec, out_axes)) if isinstance(out_axes, list) else compute_spec(out_axes)
+
+    def mapped(*arrays):
+        placed = [x if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, in_specs, strict=True)]
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*placed)
+
+    return mapped
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh that divide an activation's axis, for collectives inside ``shard_map``; () without one."""
+    if _mesh() is None:
+        return ()
+    axes = _COMPUTE.get(name, ())
+    return (axes,) if isinstance(axes, str) else axes
+
+
+def sequence_axis() -> str | None:
+    """The axis of the mesh that divides the sequence, None where it is whole."""
+    mesh = _mesh()
+    return "context" if mesh is not None and mesh.shape["context"] > 1 else None
+
+
+def psum(x: jax.Array, *names: str) -> jax.Array:
+    """Inside ``shard_map``: the sum over the devices that share out these axes of activations."""
+    axes = tuple(axis for name in names for axis in mesh_axes(name))
+    return jax.lax.psum(x, axes) if axes else x
+
+
+# --- from the host to the devices ---
+
+
+def named_sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """The sharding of an array on this mesh."""
+    return NamedSharding(mesh, spec)
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch, of ``batch_size``, that this process's devices hold (with what lies between)."""
+    sharding = NamedSharding(mesh, compute_spec(("batch",)))
+    parts = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+
+def put_batch(mesh: Mesh, rows: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """The global batch, divided among the devices, from the rows that this process has.
+
+    Args:
+      mesh: of the run.
+      rows: arrays ``[r, t]``, the rows ``batch_rows(mesh, batch_size)``, or all of them.
+      batch_size: of the global batch.
+
+    Returns:
+      Arrays ``[batch_size, t]``.
+    """
+    sharding = NamedSharding(mesh, compute_spec(("batch", "sequence")))
+    first = batch_rows(mesh, batch_size).start if len(next(iter(rows.values()))) < batch_size else 0
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return x[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: put(x) for name, x in rows.items()}
+
+
+def axes_of(mesh: Mesh) -> Iterator[tuple[str, int]]:
+    """The axes that divide something, with their sizes."""
+    return ((name, size) for name, size in mesh.shape.items() if size > 1)

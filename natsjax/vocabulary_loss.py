@@ -1,0 +1,199 @@
+"""Cross-entropy over a vocabulary that is divided among devices, without the logits of all tokens at once.
+
+The output layer's product, the softmax and their gradients go through the tokens in chunks; what is kept is a number
+for each token. For the gradient the chunk's logits are used while they are there (nothing is computed twice), which is
+possible because the loss is a plain weighted sum.
+
+Axis letters: ``b`` batch, ``t`` token, ``d`` width, ``v`` vocabulary; ``n`` tokens of a device.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natsjax import partition
+
+_CHUNK_BYTES = 1 << 25
+"""Of a chunk's float32 logits on a device."""
+
+
+class TokenLosses(NamedTuple):
+    """Of each token, ``[b, t]``.
+
+    Attributes:
+      nll: float32, negative log-likelihood of the target, nats.
+      correct: bool, the most likely token is the target (of equal ones, the first).
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+
+
+class LossTotals(NamedTuple):
+    """Weighted sums over tokens, float32 scalars.
+
+    Attributes:
+      nll: nats.
+      correct: tokens.
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+
+
+_X: partition.Axes = ("batch", "sequence", None)
+_TOKEN: partition.Axes = ("batch", "sequence")
+_WEIGHT: partition.Axes = ("vocab", None)
+
+
+def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array) -> TokenLosses:
+    """What each token's prediction cost; not meant to be differentiated.
+
+    Args:
+      x: ``[b, t, d]``, what the output layer reads.
+      output_weight: ``[v, d]``, in the dtype of ``x``.
+      targets: int32 ``[b, t]``.
+
+    Returns:
+      ``TokenLosses``.
+    """
+
+    def local(x, weight, targets):
+        nll, correct = _by_chunk(_losses, weight, _flat(x), targets.reshape(-1))
+        return nll.reshape(targets.shape), correct.reshape(targets.shape)
+
+    return TokenLosses(*partition.shard_map(local, (_X, _WEIGHT, _TOKEN), [_TOKEN, _TOKEN])(x, output_weight, targets))
+
+
+def loss_totals(x: jax.Array, output_weight: jax.Array, targets: jax.Array, weight: jax.Array) -> LossTotals:
+    """Sums over all tokens; ``nll`` is differentiable in ``x`` and ``output_weight``.
+
+    Args:
+      x: ``[b, t, d]``, what the output layer reads.
+      output_weight: ``[v, d]``, in the dtype of ``x``.
+      targets: int32 ``[b, t]``.
+      weight: float32 ``[b, t]``, of each token.
+
+    Returns:
+      ``LossTotals``.
+    """
+
+    def local(x, output_weight, targets, weight):
+        axes = tuple(axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name))
+        if axes:  # each device adds its share to the gradients of what it has in common with others
+            x, output_weight = (_vary(y, axes) for y in (x, output_weight))
+        nll, correct = _weighted(_flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
+        return tuple(partition.psum(total, "batch", "sequence") for total in (nll, correct))
+
+    totals = partition.shard_map(local, (_X, _WEIGHT, _TOKEN, _TOKEN), [(), ()])
+    return LossTotals(*totals(x, output_weight, targets, weight))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+@jax.custom_vjp
+def _weighted(x, output_weight, targets, weight):
+    """``(sum weight · nll, sum weight · correct)`` of ``x [n, d]``."""
+    nll, correct = _by_chunk(_losses, output_weight, x, targets)
+    return jnp.sum(weight * nll), jnp.sum(weight * correct)
+
+
+def _weighted_fwd(x, output_weight, targets, weight):
+    nll, correct, dx, dweight = _by_chunk(_losses_and_gradients, output_weight, x, targets, weight)
+    return (jnp.sum(weight * nll), jnp.sum(weight * correct)), (dx, dweight.astype(output_weight.dtype))
+
+
+def _weighted_bwd(residuals, cotangents):
+    dx, dweight = residuals
+    dnll = cotangents[0]
+    return (dx * dnll).astype(dx.dtype), (dweight * dnll).astype(dweight.dtype), None, None
+
+
+_weighted.defvjp(_weighted_fwd, _weighted_bwd)
+
+
+class _Softmax(NamedTuple):
+    """Of a chunk's logits; ``exp`` is this device's share of the vocabulary, the others are of all of it.
+
+    Attributes:
+      exp: float32 ``[n, v]``, ``exp(logit - max)``.
+      total: float32 ``[n]``, its sum.
+      nll: float32 ``[n]``.
+      correct: bool ``[n]``.
+      is_target: bool ``[n, v]``.
+    """
+
+    exp: jax.Array
+    total: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    is_target: jax.Array
+
+
+def _softmax(x, output_weight, targets) -> _Softmax:
+    axes = partition.mesh_axes("vocab")
+    logits = jnp.einsum("nd,vd->nv", x, output_weight, preferred_element_type=jnp.float32)
+    size = logits.shape[-1]
+    ids = jnp.arange(size, dtype=jnp.int32)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    largest = jnp.max(logits, axis=-1)
+    if axes:
+        first = jax.lax.axis_index(axes) * size
+        ids += first
+        mine, largest = largest, jax.lax.pmax(largest, axes)
+        best = jax.lax.pmin(jnp.where(mine == largest, best + first, jnp.iinfo(jnp.int32).max), axes)
+    exp = jnp.exp(logits - largest[:, None])
+    is_target = ids == targets[:, None]
+    total = jnp.sum(exp, axis=-1)
+    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    if axes:
+        total, chosen = jax.lax.psum((total, chosen), axes)
+    return _Softmax(exp, total, jnp.log(total) + largest - chosen, best == targets, is_target)
+
+
+def _losses(output_weight, carry, x, targets):
+    softmax = _softmax(x, output_weight, targets)
+    return carry, (softmax.nll, softmax.correct)
+
+
+def _losses_and_gradients(output_weight, carry, x, targets, weight):
+    """Also ``dx [n, d]``, this device's share, and the gradient of the output layer added to the carry."""
+    softmax = _softmax(x, output_weight, targets)
+    dlogits = weight[:, None] * (softmax.exp / softmax.total[:, None] - softmax.is_target)
+    dlogits = dlogits.astype(x.dtype)
+    dx = jnp.einsum("nv,vd->nd", dlogits, output_weight)
+    carry += jnp.einsum("nv,nd->vd", dlogits, x, preferred_element_type=jnp.float32)
+    return carry, (softmax.nll, softmax.correct, dx)
+
+
+def _by_chunk(function, output_weight, x, *of_token):
+    """``function(output_weight, carry, x, …)`` over chunks of tokens; padding has weight 0.
+
+    Returns:
+      Its results joined; for gradients the final carry is the last of them.
+    """
+    count = x.shape[0]
+    chunks = max(1, -(-count * output_weight.shape[0] * 4 // _CHUNK_BYTES))
+    size = -(-count // chunks)
+    with_gradients = function is _losses_and_gradients
+    carry = jnp.zeros(output_weight.shape, jnp.float32) if with_gradients else None
+    if axes := tuple(axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name)):
+        carry = None if carry is None else _vary(carry, axes)
+    step = functools.partial(function, output_weight)
+    if chunks == 1:
+        carry, results = step(carry, x, *of_token)
+    else:
+        parts = [jnp.pad(y, [(0, chunks * size - count)] + [(0, 0)] * (y.ndim - 1)) for y in (x, *of_token)]
+        parts = [y.reshape(chunks, size, *y.shape[1:]) for y in parts]
+        carry, results = jax.lax.scan(lambda c, part: step(c, *part), carry, parts)
+        results = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], results)
+    return (*results, carry) if with_gradients else results
