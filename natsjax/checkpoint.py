@@ -6,12 +6,12 @@ unfinished is passed over.
 
 import pathlib
 import shutil
-import sys
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
+from natsjax import processes
 from natsjax.errors import UserError
 
 State = TypeVar("State")
@@ -112,9 +112,9 @@ class Checkpoints:
                 failures.append(failure)
                 continue
             for failure in failures:
-                print(failure, file=sys.stderr)
+                processes.say(str(failure))
             if failures:
-                print(f"going back to step {step}", file=sys.stderr, flush=True)
+                processes.say(f"going back to step {step}")
                 self._set_aside([later for later in steps if later > step])
             return state
         raise failures[0]

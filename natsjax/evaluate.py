@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from natsjax import report, token_types
+from natsjax import processes, report, token_types
 from natsjax.command_line import run_command
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
@@ -122,6 +122,7 @@ def run(
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")
       >>> print(natsjax.report.format_table(evaluation.rows))
     """
+    progress = progress and processes.is_main()
     this = load(workdir, progress=progress) if loaded is None else loaded
     twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
@@ -137,7 +138,9 @@ def run(
         contract = _contract(this, held_out, rows)
         samples = _samples(this, held_out, Nats(contract["dial"]))
     run_info = _run_info(this, _command(workdir, budgets, dense_workdir), measured[0], held_out, dial_contexts, notes)
-    paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
+    paths = []
+    if processes.is_main():  # all of several processes measure, one writes
+        paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
     return Evaluation(rows, contract, samples, run_info, paths, notes)
 
 

@@ -9,6 +9,7 @@ dim, ``d`` width, ``f`` MLP width, ``v`` vocabulary, ``l`` layer.
 """
 
 import math
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -175,8 +176,9 @@ class Attention(nnx.Module):
         end = jnp.broadcast_to(end, (b, k, s), out_sharding=partition.compute_sharding(*_BY_HEAD)).astype(jnp.int32)
 
         def attend(query, key, value, end):
-            out = interval_attention(_merge_heads(query), key, value, end, axis_name=partition.sequence_axis())
-            return out.reshape(query.shape)
+            heads = _merge_heads(query)
+            out = interval_attention(heads, key, value, end, axis_name=partition.sequence_axis())
+            return typing.cast(jax.Array, out).reshape(query.shape)
 
         out = partition.shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
         lifetime = jnp.sum(token_types.lifetimes(end, inputs.document_end), axis=(0, 2), dtype=jnp.float32)

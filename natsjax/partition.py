@@ -167,9 +167,10 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if _mesh() is None else jax.sharding.reshard(x, compute_spec(axes))
 
 
-def sharding_of(x: jax.Array | jax.ShapeDtypeStruct) -> PartitionSpec | None:
-    """Of a traced array or its shape, for the ``out_sharding`` of jax functions; None without a mesh."""
-    return None if _mesh() is None else x.sharding.spec
+def sharding_of(shape: jax.ShapeDtypeStruct) -> PartitionSpec | None:
+    """Of what ``jax.eval_shape`` returns, for the ``out_sharding`` of jax functions; None without a mesh."""
+    sharding = shape.sharding
+    return sharding.spec if _mesh() is not None and isinstance(sharding, NamedSharding) else None
 
 
 def replicate(tree: Any) -> Any:
@@ -229,7 +230,8 @@ def named_sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
 def batch_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch, of ``batch_size``, that this process's devices hold (with what lies between)."""
     sharding = NamedSharding(mesh, compute_spec(("batch",)))
-    parts = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    parts = [place[0].indices(batch_size) for place in places if place is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
@@ -248,7 +250,7 @@ def put_batch(mesh: Mesh, rows: dict[str, np.ndarray], batch_size: int) -> dict[
     first = batch_rows(mesh, batch_size).start if len(next(iter(rows.values()))) < batch_size else 0
 
     def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return x[start - first : stop - first, index[1]]
 

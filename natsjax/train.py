@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from natsjax import evaluate, partition, token_types
+from natsjax import evaluate, partition, processes, token_types
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
@@ -23,13 +22,13 @@ from natsjax.run_data import RunData, open_data
 from natsjax.train_step import StepMetrics, Trainer, TrainState
 from natsjax.workdir import Workdir
 
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and saved."""
+Interrupted = processes.Interrupted
 
 
 def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     """Trains to the last step, going on from the newest checkpoint in the workdir, and evaluates.
+
+    Several processes (``natsjax.processes``) call it alike, with the same workdir; the first of them writes in it.
 
     Args:
       config: of the run.
@@ -43,23 +42,37 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
     workdir = Workdir(path)
-    with workdir.lock():
+    with _locked(workdir):
         for line in workdir.compare_config(config):
-            _say(f"resuming with {line}")
-        data = open_data(config, workdir, progress=config.train.progress)
+            processes.say(f"resuming with {line}")
+        data = _open_data(config, workdir)
         workdir.compare_data(data.fingerprint)
-        _say(f"data: {data.description}")
+        processes.say(f"data: {data.description}")
         _check_budget(config, data)
         evaluate.check(config, data)
-        workdir.record(config, data.fingerprint)
         trainer = Trainer(config, data.vocabulary.vocab_size)
+        processes.wait_for_all("the checks of the workdir")
+        if processes.is_main():
+            workdir.record(config, data.fingerprint)
         state = _train(config, workdir, data, trainer)
         loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
         return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _locked(workdir: Workdir) -> Iterator[None]:
+    """Holds the workdir for all processes."""
+    with workdir.lock() if processes.is_main() else contextlib.nullcontext():
+        processes.wait_for_all("the lock of the workdir")
+        yield
+
+
+def _open_data(config: Config, workdir: Workdir) -> RunData:
+    """The data; where it has to be prepared, one process does it, and the others wait."""
+    if processes.is_main():
+        data = open_data(config, workdir, progress=config.train.progress)
+    processes.wait_for_all("the data")
+    return data if processes.is_main() else open_data(config, workdir, progress=False)
 
 
 def _check_budget(config: Config, data: RunData) -> None:
@@ -71,7 +84,7 @@ def _check_budget(config: Config, data: RunData) -> None:
     if config.model.attention != "nats":
         return
     smallest = token_types.smallest_kv_fraction(data.piece_lengths, config.nats.window)
-    _say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
+    processes.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(
             f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
@@ -100,10 +113,16 @@ def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, config: Config)
     if latest is None:
         state = trainer.init()
         size = sum(x.size for x in jax.tree.leaves(state.parameters))
-        _say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps")
+        processes.say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
         return state
-    _say(f"going on from step {latest}")
-    return checkpoints.restore(trainer.abstract_state())
+    state = checkpoints.restore(trainer.abstract_state())
+    processes.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
+    return state
+
+
+def _on_devices(trainer: Trainer) -> str:
+    axes = ", ".join(f"{name}={size}" for name, size in partition.axes_of(trainer.mesh))
+    return f" on {trainer.mesh.size} devices: {axes}" if axes else ""
 
 
 @contextlib.contextmanager
@@ -133,13 +152,14 @@ class _Loop:
 
     def __init__(self, config: Config, workdir: Workdir, trainer: Trainer, checkpoints: Checkpoints, start: int):
         self._config, self._trainer, self._checkpoints = config, trainer, checkpoints
-        self._writer = MetricsWriter(workdir, start)
-        self._progress = Progress(config.train.num_steps, start, config.train.progress)
+        self._writer = MetricsWriter(workdir, start) if processes.is_main() else None
+        self._progress = Progress(config.train.num_steps, start, config.train.progress and processes.is_main())
         self._logged_step, self._logged_time = start, time.monotonic()
 
     def close(self) -> None:
         self._progress.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def run(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
         step, last = int(state.step), self._config.train.num_steps
@@ -150,20 +170,26 @@ class _Loop:
                 if pending is not None:
                     self._handle(step, pending)
                 step, pending = step + 1, metrics
-                if step % self._config.checkpoint.save_every == 0 or step == last or requests:
+                stop = processes.any_process(bool(requests))
+                if step % self._config.checkpoint.save_every == 0 or step == last or stop:
                     self._handle(step, pending)  # never save what a non-finite loss has spoilt
                     pending = None
-                    self._writer.flush()
+                    if self._writer is not None:
+                        self._writer.flush()
                     self._checkpoints.save(step, state)
-                if requests:
-                    _say(f"{requests[0]}: saved step {step}; run the same command again to go on")
+                if stop:
+                    self._checkpoints.wait()
+                    why = requests[0] if requests else "asked to stop on another host"
+                    processes.say(f"{why}: saved step {step}; run the same command again to go on")
                     raise Interrupted
+            self._checkpoints.wait()
         return state
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:
         """Checks and shows the metrics of a step."""
         values: StepMetrics = jax.device_get(metrics)
         if not (math.isfinite(values.loss) and math.isfinite(values.gradient_norm)):
+            self._checkpoints.wait()
             saved = self._checkpoints.latest_step()
             where = (
                 "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
@@ -179,7 +205,8 @@ class _Loop:
         tokens = self._config.train.batch_size * self._config.data.context_length * (step - self._logged_step)
         tokens_per_second = tokens / max(now - self._logged_time, 1e-9)
         self._logged_step, self._logged_time = step, now
-        self._writer.write(step, _loggable(values, tokens_per_second))
+        if self._writer is not None:
+            self._writer.write(step, _loggable(values, tokens_per_second))
         self._progress.update(
             step, float(values.loss), float(values.cross_entropy), float(values.kv_fraction), tokens_per_second
         )

@@ -104,12 +104,12 @@ class Trainer:
           state: is consumed.
           batch: from ``put_batch``, or numpy arrays that ``put_batch`` is called with here.
         """
-        if any(isinstance(x, np.ndarray) for x in batch.values()):
-            batch = self.put_batch(batch)
+        if not all(isinstance(x, jax.Array) for x in batch.values()):
+            batch = self.put_batch({name: np.asarray(x) for name, x in batch.items()})
         with jax.set_mesh(self.mesh):
             return self.compiled_step(state, batch)
 
-    def abstract_batch(self) -> Batch:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch."""
         shape = (self.config.train.batch_size, self.config.data.context_length)
         spec = partition.compute_spec(("batch", "sequence"))
@@ -122,7 +122,7 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             return self.compiled_step.lower(self.abstract_state(), self.abstract_batch())
 
-    def _shardings(self) -> TrainState:
+    def _shardings(self) -> Any:
         abstract = jax.eval_shape(self._init)
         replicated = partition.named_sharding(self.mesh, partition.storage_spec(()))
         parameters = jax.tree.map(
@@ -138,7 +138,7 @@ class Trainer:
             transform_non_params=lambda _: replicated,
         )
         controller = jax.tree.map(lambda _: replicated, abstract.controller)
-        return TrainState(replicated, parameters, optimizer, controller)
+        return abstract._replace(step=replicated, parameters=parameters, optimizer=optimizer, controller=controller)
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)

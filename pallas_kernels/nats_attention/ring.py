@@ -126,9 +126,9 @@ def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> t
     """``(out [b, t, n, h], lse [b, k, g, t])`` of balanced parts; ``key_end [b, k, L]``."""
 
     def visit(carry, _, keys, device):
-        out, lse = carry
+        (out, lse), (key, value) = carry, keys
         intervals = _intervals(query, key_end, device, axis_name)
-        more, more_lse = one_device.attend(query, *keys, intervals, settings)
+        more, more_lse = one_device.attend(query, key, value, intervals, settings)
         both = jnp.logaddexp(lse, more_lse)
         shares = (jnp.where(jnp.isneginf(x), 0, jnp.exp(x - both))[..., None] for x in (lse, more_lse))
         return (sum(share * x.astype(jnp.float32) for share, x in zip(shares, (out, more), strict=True)), both), None
@@ -143,15 +143,15 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
     """``(dquery, dkey, dvalue [b, …] inner layout, sums)`` of balanced parts; ``columns`` of ``[b, k, L]``, or None."""
 
     def visit(carry, gathered, keys, device):
-        dquery, row = carry
+        (dquery, row), (key, value) = carry, keys
         intervals = _intervals(query, key_end, device, axis_name)
         of_keys = None if columns is None else RoleColumns(*(_part_of(x, device, axis_name) for x in columns))
-        more, *to_keys, sums = one_device.visible_pass(rows, *keys, intervals, of_keys, settings)
+        more, *to_keys, sums = one_device.visible_pass(rows, key, value, intervals, of_keys, settings)
         if sums is not None:
             row += sums.row
             to_keys += sums[:-1]
             if settings.sampled:
-                hidden = one_device.masked_out_sums(rows, *keys, intervals, of_keys, chosen, settings)
+                hidden = one_device.masked_out_sums(rows, key, value, intervals, of_keys, chosen, settings)
                 to_keys[2:] = [x + y for x, y in zip(to_keys[2:], hidden[:-1], strict=True)]
         return (dquery + more, row), [x + y for x, y in zip(gathered, to_keys, strict=True)]
 
@@ -161,7 +161,7 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
     carry = (jnp.zeros(rows.query.shape, jnp.float32), by_key[..., 0])
     start = vary_like((carry, [by_key, by_key, *sums]), (rows, inner_key, inner_value, key_end))
     (dquery, row), (dkey, dvalue, *sums) = _go_round(visit, start[0], (inner_key, inner_value), start[1], axis_name)
-    return dquery, dkey, dvalue, None if columns is None else RoleSums(*sums, row)
+    return dquery, dkey, dvalue, None if columns is None else RoleSums(*[*sums, row])
 
 
 def _like(primals, dquery, dkey, dvalue, axis_name):
@@ -196,8 +196,8 @@ def _interval_bwd(settings, axis_name, residuals, cotangents):
     query, key, value, key_end, out, lse = residuals
     dout, dlse = (_balance(x, axis_name, 1) for x in cotangents)
     rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, dlse)
-    gradients = _gradients(rows, query, key, value, key_end, None, None, settings, axis_name)
-    return (*_like((query, key, value), *gradients[:3], axis_name), None)
+    dquery, dkey, dvalue, _ = _gradients(rows, query, key, value, key_end, None, None, settings, axis_name)
+    return (*_like((query, key, value), dquery, dkey, dvalue, axis_name), None)
 
 
 _interval_attention.defvjp(_interval_fwd, _interval_bwd)
