@@ -70,6 +70,56 @@ def error_of_intervals(mesh, shape):
     return max(relative_error(x, y) for x, y in zip(gradient(sharded), gradient(attend), strict=True))
 
 
+def error_of_divided_sequence(mask_gradient, length):
+    """The largest error of values and gradients where the sequence is divided among four devices."""
+    mesh = jax.make_mesh((1, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    shape = Shape(2, length, 4, 2, 8, 5)
+    rows, roles = jax.P("data", "context"), jax.P("data", None, "context")
+
+    def attention(q, k, v, roles, end, axis_name=None):
+        draw = jax.random.key(3)
+        options = {"mask_gradient": mask_gradient, "sample_key": draw, "axis_name": axis_name}
+        return na.nats_attention(q, k, v, roles, window=shape.window, document_end=end, implementation="xla", **options)
+
+    def divided(*arrays):
+        return attention(*arrays, axis_name="context")
+
+    specs = (rows, rows, rows, roles, rows)
+    sharded = jax.shard_map(divided, mesh=mesh, in_specs=specs, out_specs=rows)
+    arguments = arguments_of(shape)
+    expected = jax.jit(value_and_gradients, static_argnums=0)(attention, *arguments)
+    placed = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in (*specs, rows)))
+    got = jax.jit(value_and_gradients, static_argnums=0)(sharded, *placed)
+    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def error_of_divided_intervals():
+    """The same of interval_attention, its gradients through values and log-sum-exp."""
+    mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    shape = Shape(2, 48, 4, 2, 8, 5)
+    q, k, v, _, end, _ = arguments_of(shape)
+    sliding = jnp.minimum(end[:, None], jnp.arange(shape.length, dtype=jnp.int32) + 9)
+    key_end = jnp.broadcast_to(sliding, (shape.b, shape.k, shape.length))
+    rows = jax.P(None, "context")
+
+    def gradient(axis_name):
+        def attend(*arrays):
+            return na.interval_attention(*arrays, return_lse=True, implementation="xla", axis_name=axis_name)
+
+        if axis_name is not None:
+            specs = (rows, rows, rows, jax.P(None, None, "context"))
+            attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(rows, rows))
+
+        def loss(*arrays):
+            out, lse = attend(*arrays, key_end)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    got, expected = (jax.tree.leaves(gradient(name)) for name in ("context", None))
+    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
+
+
 def run_with_devices(*command):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     return subprocess.run(
@@ -119,6 +169,12 @@ def main():
         assert error < 1e-5, f"{mesh} {mask_gradient}: {error}"
     error = error_of_intervals(mesh_of(2, 2), shape)
     assert error < 1e-5, f"interval_attention: {error}"
+    # A draw whose strata the pieces do not cut is the draw of one device.
+    for mask_gradient, length in (("exact", 72), (na.Sampled(0.5), 256)):
+        error = error_of_divided_sequence(mask_gradient, length)
+        assert error < 1e-5, f"sequence {mask_gradient}: {error}"
+    error = error_of_divided_intervals()
+    assert error < 1e-5, f"interval_attention, sequence: {error}"
     print(f"{jax.device_count()} devices")
 
 

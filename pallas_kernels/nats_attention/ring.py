@@ -147,7 +147,7 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
         intervals = _intervals(query, key_end, device, axis_name)
         of_keys = None if columns is None else RoleColumns(*(_part_of(x, device, axis_name) for x in columns))
         more, *to_keys, sums = one_device.visible_pass(rows, key, value, intervals, of_keys, settings)
-        if sums is not None:
+        if sums is not None and of_keys is not None:
             row += sums.row
             to_keys += sums[:-1]
             if settings.sampled:

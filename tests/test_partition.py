@@ -1,0 +1,209 @@
+"""One config, any mesh: the same losses on one device, on eight in four arrangements, and in two processes."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from natsjax import partition
+from natsjax.config import Config, MeshConfig
+from natsjax.errors import UserError
+from natsjax.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "context=2,fsdp=4")
+TOLERANCE = {"dense": 1e-5, "nats": 1e-4}  # a rounding can flip a role
+NUM_STEPS = 50
+
+
+def config_of(attention, mesh="fsdp=-1", **train):
+    """The tiny config, with heads, width and batch that eight devices can share."""
+    sizes = dict.fromkeys(partition.AXES, 1) | {
+        name: int(size) for name, size in (part.split("=") for part in mesh.split(","))
+    }
+    return tiny.config(
+        model={"attention": attention},
+        mesh=sizes,
+        train={"num_steps": NUM_STEPS, "batch_size": 8} | train,
+        checkpoint={"save_every": 10},
+    )
+
+
+CURVES = """
+import json, sys
+import jax, numpy as np
+from natsjax import partition
+from natsjax.config import Config
+from natsjax.data import RecallTask
+from natsjax.train_step import Trainer
+
+configs = [Config.from_dict(values) for values in json.load(sys.stdin)]
+for config in configs:
+    task = RecallTask(config.data.context_length, 2, 5, 5, 5)
+    count = 1 if config.mesh == configs[0].mesh else 8
+    trainer = Trainer(config, task.vocab_size, partition.make_mesh(config.mesh, jax.devices()[:count]))
+    state, losses, size = trainer.init(), [], config.train.batch_size
+    for step in range(config.train.num_steps):
+        state, metrics = trainer.step(state, task.rows(step * size, size))
+        losses.append(float(metrics.loss))
+    print(json.dumps([repr(dict(trainer.mesh.shape)), losses]), flush=True)
+"""
+
+
+def environment(devices, **more):
+    launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | more
+
+
+@pytest.mark.parametrize("attention", ["dense", "nats"])
+def test_every_mesh_gives_the_losses_of_one_device(attention):
+    configs = [config_of(attention)] + [config_of(attention, mesh) for mesh in MESHES]
+    # One of them with activations recomputed.
+    configs[-1] = Config.from_dict(
+        configs[-1].to_dict() | {"model": configs[-1].to_dict()["model"] | {"remat": "full"}}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", CURVES],
+        input=json.dumps([config.to_dict() for config in configs]),
+        env=environment(8),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (_, expected), *others = [json.loads(line) for line in done.stdout.splitlines()]
+    assert expected[-1] < 0.8 * expected[0]  # something was learned, so that a wrong gradient would show
+    assert len(others) == len(MESHES)
+    for mesh, losses in others:
+        np.testing.assert_allclose(losses, expected, rtol=TOLERANCE[attention], err_msg=mesh)
+
+
+# The command, without the evaluation at its end.
+TRAIN = """
+import json, sys
+from natsjax import evaluate, processes, train
+from natsjax.command_line import join_processes, run_command
+from natsjax.config import Config
+
+def main():
+    join_processes(sys.argv)
+    with processes.stop_together():
+        config = Config.from_dict(json.loads(sys.argv[1]))
+        evaluate.run = lambda *a, **k: None
+        train.run(config, sys.argv[2])
+
+run_command(main)
+"""
+
+
+def start(workdir, config, *, processes, devices):
+    """``train.run`` in that many processes."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        port = one.getsockname()[1]
+    flags = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, json.dumps(config.to_dict()), str(workdir)]
+            + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
+            # What was compiled once is not compiled again.
+            env=environment(devices, JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "compiled")),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(running):
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), errors
+    return errors
+
+
+def losses_of(workdir):
+    return [(line["step"], line["loss"], line["kv_fraction"]) for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
+    config = config_of("nats", "data=2,fsdp=2,tensor=2")
+    whole, cut, alone = (tmp_path / name for name in ("whole", "cut", "alone"))
+    _, silent = finish(start(whole, config, processes=2, devices=4))
+    assert "parameters" not in silent  # process 0 speaks for both
+    expected = losses_of(whole)
+    assert [step for step, *_ in expected] == list(range(1, NUM_STEPS + 1))
+
+    running = start(cut, config, processes=2, devices=4)
+    deadline = time.monotonic() + 200
+    while not (cut / "checkpoints/10").exists():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in running), [p.communicate()[1] for p in running]
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGKILL)
+    for process in running:
+        process.communicate(timeout=120)
+    assert running[0].returncode != 0
+    shutil.copytree(cut, alone)
+
+    errors = finish(start(cut, config, processes=2, devices=4))
+    assert "going on from step" in errors[0]
+    assert losses_of(cut) == expected  # bit for bit
+
+    one_device = config_of("nats")
+    errors = finish(start(alone, one_device, processes=1, devices=1))
+    assert "going on from step" in errors[0]
+    np.testing.assert_allclose(losses_of(alone), expected, rtol=TOLERANCE["nats"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        ({"fsdp": 3}, 8, "mesh.data = 1, mesh.fsdp = 3, .* make 3 devices, and there are 8"),
+        ({"fsdp": -1, "tensor": 3}, 8, "3 does not divide the number of devices, 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, message):
+    with pytest.raises(UserError, match=message):
+        partition.mesh_sizes(MeshConfig(**mesh), devices)
+
+
+def test_the_rest_is_what_the_others_leave():
+    assert partition.mesh_sizes(MeshConfig(), 8) == (1, 8, 1, 1)
+    assert partition.mesh_sizes(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2, 1)
+
+
+class FakeMesh:
+    def __init__(self, **sizes):
+        self.shape = dict.fromkeys(partition.AXES, 1) | sizes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ({"fsdp": 8}, {"train": {"batch_size": 4}}, "train.batch_size = 4 sequences .* a multiple of 8"),
+        (
+            {"fsdp": 4},
+            {"train": {"batch_size": 8, "num_microbatches": 4}},
+            r"train.batch_size / train.num_microbatches = 2 .* a multiple of 16",
+        ),
+        ({"tensor": 4}, {}, "model.num_kv_heads = 2 cannot be divided by mesh.tensor = 4; .* divides it is 2"),
+        ({"fsdp": 4}, {"model": {"width": 18}}, "model.width = 18 .* mesh.fsdp = 4; .* divides it is 3"),
+        ({"context": 8}, {}, "data.context_length = 24 must be a multiple of 2 . mesh.context = 16"),
+    ],
+)
+def test_what_cannot_be_divided_is_named(mesh, changes, message):
+    config = tiny.config(**changes)
+    with pytest.raises(UserError, match=message):
+        partition.check(config, tiny.VOCAB_SIZE, FakeMesh(**mesh))
