@@ -8,7 +8,8 @@ Axis letters: ``b`` batch, ``t`` token, ``d`` width, ``v`` vocabulary; ``n`` tok
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array) -> 
     """
 
     def local(x, weight, targets):
-        nll, correct = _by_chunk(_losses, weight, _flat(x), targets.reshape(-1))
+        step = functools.partial(_losses, weight)
+        _, (nll, correct) = _by_chunk(step, None, len(weight), _flat(x), targets.reshape(-1))
         return nll.reshape(targets.shape), correct.reshape(targets.shape)
 
     return TokenLosses(*partition.shard_map(local, (_X, _WEIGHT, _TOKEN), [_TOKEN, _TOKEN])(x, output_weight, targets))
@@ -81,9 +83,8 @@ def loss_totals(x: jax.Array, output_weight: jax.Array, targets: jax.Array, weig
     """
 
     def local(x, output_weight, targets, weight):
-        axes = tuple(axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name))
-        if axes:  # each device adds its share to the gradients of what it has in common with others
-            x, output_weight = (_vary(y, axes) for y in (x, output_weight))
+        # Each device adds its share to the gradients of what it has in common with others.
+        x, output_weight = (_vary(y) for y in (x, output_weight))
         nll, correct = _weighted(_flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
         return tuple(partition.psum(total, "batch", "sequence") for total in (nll, correct))
 
@@ -95,7 +96,9 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _vary(x: jax.Array) -> jax.Array:
+    """``x`` marked as another on every device that shares the work."""
+    axes = [axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name)]
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -103,12 +106,15 @@ def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 @jax.custom_vjp
 def _weighted(x, output_weight, targets, weight):
     """``(sum weight · nll, sum weight · correct)`` of ``x [n, d]``."""
-    nll, correct = _by_chunk(_losses, output_weight, x, targets)
+    step = functools.partial(_losses, output_weight)
+    _, (nll, correct) = _by_chunk(step, None, len(output_weight), x, targets)
     return jnp.sum(weight * nll), jnp.sum(weight * correct)
 
 
 def _weighted_fwd(x, output_weight, targets, weight):
-    nll, correct, dx, dweight = _by_chunk(_losses_and_gradients, output_weight, x, targets, weight)
+    step = functools.partial(_losses_and_gradients, output_weight)
+    start = _vary(jnp.zeros(output_weight.shape, jnp.float32))
+    dweight, (nll, correct, dx) = _by_chunk(step, start, len(output_weight), x, targets, weight)
     return (jnp.sum(weight * nll), jnp.sum(weight * correct)), (dx, dweight.astype(output_weight.dtype))
 
 
@@ -175,25 +181,24 @@ def _losses_and_gradients(output_weight, carry, x, targets, weight):
     return carry, (softmax.nll, softmax.correct, dx)
 
 
-def _by_chunk(function, output_weight, x, *of_token):
-    """``function(output_weight, carry, x, …)`` over chunks of tokens; padding has weight 0.
+def _by_chunk(step: Callable, carry: Any, vocab_size: int, *of_token: jax.Array) -> tuple[Any, Any]:
+    """``step(carry, *chunk) → (carry, results)`` over chunks of tokens; a last one that is cut short is padded with 0.
+
+    Args:
+      step: on arrays ``[c, …]``.
+      carry: what it begins with.
+      vocab_size: of this device's share, which says how long chunks may be.
+      of_token: arrays ``[n, …]``.
 
     Returns:
-      Its results joined; for gradients the final carry is the last of them.
+      The last carry, and the results joined, ``[n, …]``.
     """
-    count = x.shape[0]
-    chunks = max(1, -(-count * output_weight.shape[0] * 4 // _CHUNK_BYTES))
-    size = -(-count // chunks)
-    with_gradients = function is _losses_and_gradients
-    carry = jnp.zeros(output_weight.shape, jnp.float32) if with_gradients else None
-    if axes := tuple(axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name)):
-        carry = None if carry is None else _vary(carry, axes)
-    step = functools.partial(function, output_weight)
+    count = of_token[0].shape[0]
+    chunks = max(1, -(-count * vocab_size * 4 // _CHUNK_BYTES))
     if chunks == 1:
-        carry, results = step(carry, x, *of_token)
-    else:
-        parts = [jnp.pad(y, [(0, chunks * size - count)] + [(0, 0)] * (y.ndim - 1)) for y in (x, *of_token)]
-        parts = [y.reshape(chunks, size, *y.shape[1:]) for y in parts]
-        carry, results = jax.lax.scan(lambda c, part: step(c, *part), carry, parts)
-        results = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], results)
-    return (*results, carry) if with_gradients else results
+        return step(carry, *of_token)
+    size = -(-count // chunks)
+    padded = (jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)) for x in of_token)
+    parts = [x.reshape(chunks, size, *x.shape[1:]) for x in padded]
+    carry, results = jax.lax.scan(lambda carry, part: step(carry, *part), carry, parts)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)

@@ -1,0 +1,70 @@
+"""Cross-entropy in chunks of tokens: the sums and gradients of the plain formula, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from natsjax import vocabulary_loss
+
+B, T, D, V = 3, 7, 5, 11
+
+
+def plain(x, output_weight, targets, weight):
+    logits = jnp.einsum("btd,vd->btv", x, output_weight)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jnp.sum(weight * (jax.nn.logsumexp(logits, -1) - chosen)), logits
+
+
+@pytest.fixture(params=[1, 4, 21], ids="{} tokens a chunk".format)
+def arguments(request, monkeypatch):
+    """Random ones, some of weight 0, and chunks that divide the tokens or do not."""
+    monkeypatch.setattr(vocabulary_loss, "_CHUNK_BYTES", request.param * V * 4)
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 3, (B, T)).astype(np.float32)
+    x, output_weight = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (V, D)))
+    return x, output_weight, rng.integers(0, V, (B, T)).astype(np.int32), weight
+
+
+def test_sums_and_gradients_are_those_of_the_plain_formula(arguments):
+    def loss(x, output_weight):
+        totals = vocabulary_loss.loss_totals(x, output_weight, *arguments[2:])
+        return 3 * totals.nll, totals.correct
+
+    (nll, correct), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arguments[:2])
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in arguments[:2]]
+        (expected, logits), wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(*wide, *arguments[2:])
+        expected, logits, *wanted = (np.asarray(x) for x in (expected, logits, *wanted))
+    np.testing.assert_allclose(nll, 3 * expected, rtol=1e-5)
+    assert float(correct) == np.sum(arguments[3] * (np.argmax(logits, -1) == arguments[2]))
+    for got, right in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(got, 3 * right, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_tokens_add_up(arguments):
+    x, output_weight, targets, weight = arguments
+    each = vocabulary_loss.token_losses(x, output_weight, targets)
+    totals = vocabulary_loss.loss_totals(*arguments)
+    assert each.nll.shape == each.correct.shape == (B, T)
+    np.testing.assert_allclose(np.sum(weight * each.nll), totals.nll, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(weight * each.correct), totals.correct)
+
+
+def test_huge_logits_stay_finite(arguments):
+    x, output_weight, targets, weight = arguments
+    totals, gradient = jax.value_and_grad(lambda x: vocabulary_loss.loss_totals(x, output_weight, targets, weight).nll)(
+        1e4 * x
+    )
+    assert np.isfinite(totals)
+    assert np.isfinite(gradient).all()
+
+
+def test_the_gradients_chunk_never_holds_all_logits():
+    tokens, vocab = 4096, 8192
+    assert 4 * tokens * vocab > 2 * vocabulary_loss._CHUNK_BYTES
+    gradient = jax.grad(lambda x, w, t, weight: vocabulary_loss.loss_totals(x, w, t, weight).nll, argnums=(0, 1))
+    shapes = [((4, tokens // 4, 8), jnp.float32), ((vocab, 8), jnp.float32)]
+    shapes += [((4, tokens // 4), jnp.int32), ((4, tokens // 4), jnp.float32)]
+    compiled = jax.jit(gradient).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * vocabulary_loss._CHUNK_BYTES
