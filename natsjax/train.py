@@ -101,6 +101,9 @@ def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) ->
         start = int(state.step)
         if start >= config.train.num_steps:
             return state
+        if trainer.mesh.size > 1:  # a collective gives up on a process that still compiles (Gloo: after 30 s)
+            trainer.compile()
+            processes.wait_for_all("the compiled step")
         loop = _Loop(config, workdir, trainer, checkpoints, start)
         rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
         dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)

@@ -74,6 +74,7 @@ class Trainer:
         self.schedule = optim.learning_rate(config.optimizer, config.train.num_steps)
         self.shardings = self._shardings()
         self.compiled_step = jax.jit(self._step, donate_argnums=0)
+        self._executable: jax.stages.Compiled | None = None
 
     @property
     def structure(self) -> nnx.GraphDef:
@@ -107,7 +108,11 @@ class Trainer:
         if not all(isinstance(x, jax.Array) for x in batch.values()):
             batch = self.put_batch({name: np.asarray(x) for name, x in batch.items()})
         with jax.set_mesh(self.mesh):
-            return self.compiled_step(state, batch)
+            return (self._executable or self.compiled_step)(state, batch)
+
+    def compile(self) -> None:
+        """Compiles the step now, so that processes can wait for each other before they meet in its collectives."""
+        self._executable = self.lower().compile()
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch."""

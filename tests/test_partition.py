@@ -59,10 +59,10 @@ for config in configs:
 """
 
 
-def environment(devices, **more):
+def environment(devices):
     launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)} | more
+    return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("attention", ["dense", "nats"])
@@ -117,8 +117,7 @@ def start(workdir, config, *, processes, devices):
         subprocess.Popen(
             [sys.executable, "-c", TRAIN, json.dumps(config.to_dict()), str(workdir)]
             + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
-            # What was compiled once is not compiled again.
-            env=environment(devices, JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "compiled")),
+            env=environment(devices),
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
