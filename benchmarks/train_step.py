@@ -11,7 +11,7 @@ whatever else the machine does hits all of them; a ratio is the median over roun
 
 Contestants: ``dense``; ``nats`` with ``nats.mask_gradient`` "exact"; ``sampled`` with "sampled"; and ``torch``, the
 dense model as an ``nn.Module`` under ``torch.compile``, where PyTorch is installed (``benchmarks.train_step_torch``).
-It takes over the parameters of ``dense`` and must give the same losses, or the program stops.
+It takes over the parameters of ``dense`` and must give the same losses and norms of the gradient, or the program stops.
 
 A fresh scorer would keep far more keys than a trained one. ``nats.initial_roles`` is therefore set to fractions (some
 GLOBAL, the rest half LOCAL, half SLIDING) that keep about ``nats.kv_budget`` at the context's length; the KV fraction
@@ -44,7 +44,7 @@ from natsjax.train_step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores
 
 MAX_DIFFERENCE = 1e-4
-"""Of the losses of ``dense`` and ``torch``, relative."""
+"""Of the losses and the gradients' norms of ``dense`` and ``torch``, relative."""
 
 NATS_MOST = {1024: 1.25, 8192: 1.0}
 """Tokens of a context to the largest seconds of ``nats`` over those of ``dense`` that the project allows itself."""
@@ -184,7 +184,7 @@ def torch_rival(dense: Ours) -> tuple[str, Any] | None:
     """``(name, step)`` of PyTorch's from the state of ``dense`` on, compiled or else eager; None without PyTorch.
 
     Raises:
-      SystemExit: its losses are not ours.
+      SystemExit: its losses or gradients are not ours.
     """
     if importlib.util.find_spec("torch") is None:
         print("torch: not installed, not timed.")
@@ -201,16 +201,21 @@ def torch_rival(dense: Ours) -> tuple[str, Any] | None:
 
     name, step = "torch", start(True)
     try:
-        found = [step()]
+        found = step()
     except RuntimeError as error:  # of torch.compile: no C++ compiler, say
         reason = str(error).strip().splitlines()[0]
         print(f"torch.compile does not work here ({type(error).__name__}: {reason}); timed eagerly instead.")
         name, step = "torch (eager)", start(False)
-        found = [step()]
-    found.append(step())
-    for theirs, mine in zip(found, [dense(), dense()], strict=True):
-        if abs(theirs - mine) > MAX_DIFFERENCE * abs(mine):
-            raise SystemExit(f"the losses differ: {mine} of dense, {theirs} of {name}; the timings would say nothing.")
+        found = step()
+    for count in (0, 1):
+        theirs = {"loss": step() if count else found, "gradient's norm": step.gradient_norm}
+        mine = {"loss": dense(), "gradient's norm": float(dense.metrics[-1].gradient_norm)}
+        for what, value in mine.items():
+            if not abs(theirs[what] - value) <= MAX_DIFFERENCE * abs(value):
+                raise SystemExit(
+                    f"the {what} of step {count} is {value} of dense and {theirs[what]} of {name}: their times would "
+                    "not be of the same work."
+                )
     return name, step
 
 

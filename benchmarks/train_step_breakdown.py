@@ -23,8 +23,9 @@ PARTS = (  # (part, what its innermost function of ours matches: "folder/file.py
     ("logits and loss", r"losses\.py:|vocabulary_loss\.py:|:Transformer\.output_weight"),
     ("optimizer", r"optax/|transforms/|_src/|schedules/|tree_utils/"),
     ("residual stream", r":Block\."),
-    ("embedding and scan over layers", r":Transformer\.|:_weight|partition\.py:"),
+    ("embedding and scan over layers", r":Transformer\."),
 )
+COLLECTIVES = "collectives, waiting for other devices included"
 REST = "no source, and the rest"
 
 
@@ -54,7 +55,9 @@ class Sources:
         return names
 
     def part(self, operation: str) -> str:
-        """Of ``PARTS``, by the innermost function that belongs to one; or ``REST``."""
+        """Of ``PARTS``, by the innermost function that belongs to one; or ``COLLECTIVES`` or ``REST``."""
+        if re.match(r"all-|reduce-scatter|collective-|psum|pmax|pmin", operation):
+            return COLLECTIVES
         for name in self.stack(operation):
             for part, pattern in PARTS:
                 if re.search(pattern, name):

@@ -133,7 +133,7 @@ def take_over(module: Transformer, parameters: Mapping[str, Any]) -> None:
 
 
 class Step:
-    """One optimizer step after another: ``step()`` returns the loss before it, a float.
+    """One optimizer step after another: ``step()`` returns the loss before it, ``gradient_norm`` is before the clip.
 
     Args:
       config: of our dense run.
@@ -152,6 +152,7 @@ class Step:
         self.clip_norm = config.optimizer.clip_norm
         self.optimizer = _adamw(self.module, config.optimizer)
         self.schedule, self.count = schedule, 0
+        self.gradient_norm = float("nan")
 
     def __call__(self) -> float:
         """Takes a step."""
@@ -160,10 +161,10 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(self.tokens, self.targets)
         loss.backward()
-        if self.clip_norm:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm or float("inf"))
         self.optimizer.step()
         self.count += 1
+        self.gradient_norm = norm.item()
         return loss.item()
 
 

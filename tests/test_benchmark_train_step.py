@@ -111,9 +111,18 @@ def test_it_prints_a_table_and_writes_what_it_measured(dense, monkeypatch, capsy
             benchmark.main([flag])
 
 
-def test_losses_that_differ_stop_it(dense, rival, monkeypatch):
-    monkeypatch.setattr(rival, "Step", lambda *_: lambda: 1.0)
-    with pytest.raises(SystemExit, match="the losses differ"):
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_a_rival_that_computes_something_else_stops_it(dense, rival, monkeypatch, what):
+    call = rival.Step.__call__
+
+    def wrong(step):
+        loss = call(step)
+        step.gradient_norm *= 1.001 if what == "gradient's norm" else 1
+        return loss * (1.001 if what == "loss" else 1)
+
+    monkeypatch.setattr(rival.Step, "__call__", wrong)
+    monkeypatch.setattr(rival.torch, "compile", lambda module: module)
+    with pytest.raises(SystemExit, match=f"the {what} of step 0"):
         benchmark.torch_rival(dense)
 
 
@@ -134,7 +143,7 @@ def test_the_breakdown_knows_the_parts_of_a_step(dense):
     dense()
     by_part = train_step_breakdown.breakdown(dense, steps=1)
     known = {part for part, _ in train_step_breakdown.PARTS}
-    assert set(by_part) <= known | {train_step_breakdown.REST}
+    assert set(by_part) <= known | {train_step_breakdown.COLLECTIVES, train_step_breakdown.REST}
     assert {"attention", "MLP", "logits and loss", "optimizer"} <= set(by_part)
     assert by_part["attention"] > 0
     assert by_part.get(train_step_breakdown.REST, 0) < 0.7 * sum(by_part.values())
