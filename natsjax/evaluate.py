@@ -1,6 +1,6 @@
 """Perplexity against KV budget: measures a run under its dial and under fixed policies, and writes the report.
 
-    python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR]
+    python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR] [--prepared_dir=DIR]
 
 Everything is teacher-forced on a fixed slice of held-out contexts, with masks. What has to be set to meet a budget (the
 dial, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
@@ -9,7 +9,6 @@ dial, the windows) is set on training-split contexts, so that the held-out text 
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -28,11 +27,8 @@ from natsjax.data import Row, piece_lengths
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
 from natsjax.matching import (
-    check_budgets,
-    dense_budgets,
     dial_for_budget,
-    interval_fractions,
-    nats_budgets,
+    wanted_budgets,
     window_for_budget,
 )
 from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, measure
@@ -40,6 +36,7 @@ from natsjax.metrics import perplexity
 from natsjax.policies import FullAttention, Nats, Policy, SampledNats, SlidingWindow, StreamingLLM
 from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
+from natsjax.workdir import natsjax_version
 
 TOLERANCE = 0.1
 """Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""
@@ -99,6 +96,7 @@ def run(
     *,
     budgets: Sequence[float] | None = None,
     dense_workdir: str | os.PathLike[str] | None = None,
+    prepared_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     loaded: LoadedRun | None = None,
 ) -> Evaluation:
@@ -109,9 +107,10 @@ def run(
     last three.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
       dense_workdir: of a dense run on the same data, for a NAtS run.
+      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
 
@@ -123,11 +122,11 @@ def run(
       >>> print(natsjax.report.format_table(evaluation.rows))
     """
     progress = progress and processes.is_main()
-    this = load(workdir, progress=progress) if loaded is None else loaded
+    this = load(workdir, prepared_dir=prepared_dir, progress=progress) if loaded is None else loaded
     twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
     dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
-    wanted = _budgets(this.config, budgets, this.data.piece_lengths)
+    wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
     notes = [] if twin is None else twin_notes(this, twin)
     settings = _settings(this, twin, dial_contexts, wanted, notes, progress)
 
@@ -137,7 +136,8 @@ def run(
     if this.config.model.attention == "nats":
         contract = _contract(this, held_out, rows)
         samples = _samples(this, held_out, Nats(contract["dial"]))
-    run_info = _run_info(this, _command(workdir, budgets, dense_workdir), measured[0], held_out, dial_contexts, notes)
+    command = _command(workdir, budgets, dense_workdir, prepared_dir)
+    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, notes)
     paths = []
     if processes.is_main():  # all of several processes measure, one writes
         paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
@@ -151,30 +151,11 @@ def check(config: Config, data: RunData) -> None:
       UserError: there is no held-out text, or a budget of ``eval.budgets`` cannot be.
     """
     data.contexts("validation", config.eval.num_contexts)
-    _budgets(config, None, data.piece_lengths)
+    wanted_budgets(config, None, data.piece_lengths)
 
 
 def _bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
     return iter(tqdm(items, desc=title, disable=not progress, file=sys.stderr, leave=False))
-
-
-def _budgets(config: Config, asked: Sequence[float] | None, pieces: np.ndarray) -> list[float]:
-    """KV fractions to measure, ascending; for a NAtS run ``nats.kv_budget`` is among them.
-
-    Raises:
-      UserError: somebody asked for one that cannot be.
-    """
-    asked = config.eval.budgets if asked is None else asked
-    if config.model.attention == "nats":
-        smallest = token_types.smallest_kv_fraction(pieces, config.nats.window)
-        why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
-        if asked:
-            return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
-        return nats_budgets(config.nats.kv_budget, smallest)
-    smallest = float(interval_fractions(pieces, num_sinks=0)[0])
-    if asked:
-        return check_budgets(asked, smallest, f"with data.context_length = {config.data.context_length}")
-    return dense_budgets(smallest)
 
 
 def _settings(
@@ -338,22 +319,16 @@ def _run_info(
         "window": config.nats.window if config.model.attention == "nats" else None,
         "show_accuracy": this.data.vocabulary.token_bytes is None,  # without text, being right is what counts
         "evaluation": " ".join([evaluation, *notes]),
-        "natsjax_version": _version(),
+        "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("natsjax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _command(
     workdir: str | os.PathLike[str],
     budgets: Sequence[float] | None,
     dense_workdir: str | os.PathLike[str] | None,
+    prepared_dir: str | os.PathLike[str] | None,
 ) -> str:
     """The command that does the same."""
     words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
@@ -361,6 +336,8 @@ def _command(
         words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
     if dense_workdir is not None:
         words.append(f"--dense_workdir={os.fspath(dense_workdir)}")
+    if prepared_dir is not None:
+        words.append(f"--prepared_dir={os.fspath(prepared_dir)}")
     return shlex.join(words)
 
 
@@ -383,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
         "(one line a setting), pareto.png (the curve) and report.html (curve, table, and text coloured by role).",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py, or an export"
+    )
     parser.add_argument(
         "--budgets",
         metavar="F,F,…",
@@ -394,11 +373,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
     )
     parser.add_argument(
+        "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
+    )
+    parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
     )
     flags = parser.parse_args(argv)
     budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
-    evaluation = run(flags.workdir, budgets=budgets, dense_workdir=flags.dense_workdir, progress=flags.progress)
+    evaluation = run(
+        flags.workdir,
+        budgets=budgets,
+        dense_workdir=flags.dense_workdir,
+        prepared_dir=flags.prepared_dir,
+        progress=flags.progress,
+    )
     print(evaluation.summary())
 
 

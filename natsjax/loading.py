@@ -19,7 +19,7 @@ from natsjax.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What a workdir holds.
+    """What a workdir or an export holds.
 
     Attributes:
       workdir: its folder.
@@ -27,7 +27,7 @@ class LoadedRun:
       structure: with ``parameters``, what ``nnx.merge`` makes the model of.
       parameters: nested dict of float32 arrays, divided along the mesh.
       step: optimizer steps that the parameters have had.
-      data: what it learned from; ``data.vocabulary`` is the tokenizer.
+      data: what it learned from; ``data.vocabulary`` is the tokenizer. An export away from its corpus has no more.
       mesh: of the parameters.
     """
 
@@ -53,11 +53,18 @@ class LoadedRun:
         return self.data.vocabulary
 
 
-def load(path: str | os.PathLike[str], *, progress: bool = False, mesh_config: MeshConfig | None = None) -> LoadedRun:
-    """The newest checkpoint of a run.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    prepared_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    mesh_config: MeshConfig | None = None,
+) -> LoadedRun:
+    """The newest checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
 
     Args:
-      path: the workdir.
+      path: the workdir, or the export.
+      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
       progress: show progress where the corpus has to be prepared again.
       mesh_config: how parameters are divided among the devices here; None: as the run was trained, where the devices
         are as many, else all along ``fsdp``.
@@ -73,7 +80,9 @@ def load(path: str | os.PathLike[str], *, progress: bool = False, mesh_config: M
     config = workdir.read_config()
     if not workdir.has_checkpoint():
         raise UserError(f"{workdir.path} holds no checkpoint yet: train it with train.py first.")
-    data = open_data(config, workdir, progress=progress)
+    if workdir.is_export:
+        workdir.read_export()  # whether this natsjax reads it
+    data = open_data(config, workdir, prepared_dir=prepared_dir, progress=progress)
     workdir.compare_data(data.fingerprint)
     mesh = _mesh(config, mesh_config)
     partition.check_arrays(config, data.vocabulary.vocab_size, mesh)

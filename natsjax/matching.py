@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from natsjax import token_types
+from natsjax.config import Config
 from natsjax.errors import UserError
 
 NUM_BUDGETS = 6
@@ -102,6 +104,30 @@ def interval_fractions(piece_lengths: np.ndarray, num_sinks: int) -> np.ndarray:
     sinks = np.minimum(lengths, num_sinks)
     sink_pairs = np.sum(sinks * lengths - sinks * (sinks - 1) // 2)
     return (sink_pairs + np.cumsum(gained)) / np.sum(lengths * (lengths + 1) // 2)
+
+
+def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.ndarray) -> list[float]:
+    """KV fractions to measure, ascending; for a NAtS run ``nats.kv_budget`` is among them.
+
+    Args:
+      config: of the run; ``eval.budgets`` are asked for where ``asked`` is None, and where that is empty, a range.
+      asked: KV fractions that somebody asked for.
+      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+
+    Raises:
+      UserError: somebody asked for one that cannot be.
+    """
+    asked = config.eval.budgets if asked is None else asked
+    if config.model.attention == "nats":
+        smallest = token_types.smallest_kv_fraction(pieces, config.nats.window)
+        why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
+        if asked:
+            return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
+        return nats_budgets(config.nats.kv_budget, smallest)
+    smallest = float(interval_fractions(pieces, num_sinks=0)[0])
+    if asked:
+        return check_budgets(asked, smallest, f"with data.context_length = {config.data.context_length}")
+    return dense_budgets(smallest)
 
 
 def window_for_budget(piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0) -> int | None:

@@ -42,6 +42,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
     workdir = Workdir(path)
+    workdir.refuse_export()
     with _locked(workdir):
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")

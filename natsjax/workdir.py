@@ -6,18 +6,29 @@ metrics.jsonl        a line of metrics every ``train.log_every`` steps
 tensorboard/         the same for TensorBoard
 checkpoints/         Orbax checkpoints by step
 corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
+compiled/            compiled steps, where ``train.compilation_cache`` puts them here
 report/              what evaluation wrote
+
+An export (``natsjax.export``) is such a folder too, without what belongs to training: ``config.json``, ``data.json``,
+``checkpoints/`` with the parameters of one step, and
+
+export.json          where it came from; what tells an export from a run
+tokenizer/           the tokenizer, unless the data is the recall task
 """
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from natsjax.config import Config, differences
 from natsjax.errors import UserError
+
+EXPORT_FORMAT = 1
 
 
 class Workdir:
@@ -35,7 +46,15 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.corpus = self.path / "corpus"
+        self.compiled = self.path / "compiled"
         self.report = self.path / "report"
+        self.export_file = self.path / "export.json"
+        self.tokenizer = self.path / "tokenizer"
+
+    @property
+    def is_export(self) -> bool:
+        """Whether the folder holds parameters alone, to be read and not trained on."""
+        return self.export_file.exists()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -112,20 +131,70 @@ class Workdir:
         """
         if not self.data_file.exists() or not self.has_checkpoint():
             return
+        known = self.read_data_fingerprint()
+        if known != fingerprint:
+            instead = f"(fingerprint {fingerprint[:12]}… instead of {known[:12]}…)"
+            if self.is_export:
+                raise UserError(
+                    f"the corpus is not the one that {self.path} was trained on {instead}; give that one as "
+                    "--prepared_dir."
+                )
+            raise UserError(
+                f"the data is not what {self.path} was started with {instead}; restore it or use another --workdir."
+            )
+
+    def read_data_fingerprint(self) -> str:
+        """What the data was.
+
+        Raises:
+          UserError: it is not written here.
+        """
         try:
-            known = json.loads(self.data_file.read_text())["fingerprint"]
+            return str(json.loads(self.data_file.read_text())["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.data_file} cannot be read: {error}.") from error
-        if known != fingerprint:
+
+    def read_export(self) -> dict[str, Any]:
+        """What ``export.json`` says (``natsjax.export`` has the fields).
+
+        Raises:
+          UserError: it cannot be read, or another natsjax wrote it.
+        """
+        try:
+            values = json.loads(self.export_file.read_text())
+            version = values["format_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.export_file} cannot be read: {error}.") from error
+        if version != EXPORT_FORMAT:
             raise UserError(
-                f"the data is not what {self.path} was started with (fingerprint {fingerprint[:12]}… instead of "
-                f"{known[:12]}…); restore it or use another --workdir."
+                f"{self.export_file} has format_version {version!r}, and this natsjax reads version {EXPORT_FORMAT}."
+            )
+        return values
+
+    def refuse_export(self) -> None:
+        """For training.
+
+        Raises:
+          UserError: the folder is an export.
+        """
+        if self.is_export:
+            raise UserError(
+                f"--workdir={self.path} is an export, parameters that no training can go on from; name it as "
+                "train.initial_parameters, with a new --workdir."
             )
 
     def record(self, config: Config, fingerprint: str) -> None:
         """Writes what the run is: called when all checks are passed, so that a mistake leaves no trace."""
         write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
         write_atomically(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
+
+
+def natsjax_version() -> str:
+    """Of the installed package, for the record."""
+    try:
+        return importlib.metadata.version("natsjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -14,7 +14,7 @@ RANKS = (
     ("partition", "token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "policies"),
     ("vocabulary_loss", "losses", "train_step", "loading"),
-    ("report", "measure", "matching", "twin", "evaluate"),
+    ("report", "measure", "matching", "twin", "evaluate", "export"),
     ("train",),
 )
 ORDER = [name for row in RANKS for name in row]
@@ -79,7 +79,7 @@ def test_importing_touches_no_device():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate"])
+@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export"])
 def test_commands_explain_themselves_without_a_warning(command):
     code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     run = subprocess.run(code, check=False, cwd=ROOT, capture_output=True, text=True)
