@@ -134,6 +134,12 @@ class TrainConfig:
     num_steps: int = setting(1000, "optimizer steps", minimum=1, resume=True)
     batch_size: int = setting(32, "sequences in a step, over all microbatches and devices", minimum=1)
     num_microbatches: int = setting(1, "parts that a batch is gone through in (gradient accumulation)", minimum=1)
+    initial_parameters: str = setting(
+        "", "workdir or export that a new run takes its parameters from, into step 0; empty: initialised from seed"
+    )
+    fresh_scorer: bool = setting(
+        False, "initialise the scorer and take the rest from initial_parameters: from dense to nats, say"
+    )
     seed: int = setting(0, "of initialisation, role noise and data order", minimum=0, maximum=2**31 - 1)
     log_every: int = setting(10, "steps between lines of metrics", minimum=1, resume=True)
     progress: bool = setting(True, "show a progress bar", resume=True)
@@ -287,6 +293,10 @@ def validate(config: Config) -> None:
             f"train.batch_size = {train.batch_size} is not a multiple of train.num_microbatches = "
             f"{train.num_microbatches}."
         )
+    if train.fresh_scorer and not train.initial_parameters:
+        raise UserError("train.fresh_scorer = True goes with train.initial_parameters, which is empty.")
+    if train.fresh_scorer and model.attention != "nats":
+        raise UserError(f"train.fresh_scorer = True: model.attention = {model.attention!r} has no scorer.")
     if config.optimizer.warmup_steps > train.num_steps:
         raise UserError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.num_steps = "

@@ -16,6 +16,7 @@ from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.errors import UserError
+from natsjax.initial_parameters import InitialParameters
 from natsjax.loading import LoadedRun
 from natsjax.metrics import MetricsWriter, Progress, perplexity
 from natsjax.run_data import RunData, open_data
@@ -52,10 +53,11 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         _check_budget(config, data)
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
+        initial = _initial_parameters(config, workdir, data, trainer)
         processes.wait_for_all("the checks of the workdir")
         if processes.is_main():
             workdir.record(config, data.fingerprint)
-        state = _train(config, workdir, data, trainer)
+        state = _train(config, workdir, data, trainer, initial)
         loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
         return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
 
@@ -94,11 +96,20 @@ def _check_budget(config: Config, data: RunData) -> None:
         )
 
 
-def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> TrainState:
+def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> InitialParameters | None:
+    """What a run that begins takes from another one."""
+    if not config.train.initial_parameters or workdir.has_checkpoint():
+        return None
+    return InitialParameters(config, trainer.model, data.vocabulary)
+
+
+def _train(
+    config: Config, workdir: Workdir, data: RunData, trainer: Trainer, initial: InitialParameters | None
+) -> TrainState:
     """Steps from the newest checkpoint to the end."""
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last)
     with contextlib.closing(checkpoints):
-        state = _restore_or_init(trainer, checkpoints, config)
+        state = _restore_or_init(trainer, checkpoints, config, initial)
         start = int(state.step)
         if start >= config.train.num_steps:
             return state
@@ -112,10 +123,14 @@ def _train(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) ->
             return loop.run(state, batches)
 
 
-def _restore_or_init(trainer: Trainer, checkpoints: Checkpoints, config: Config) -> TrainState:
+def _restore_or_init(
+    trainer: Trainer, checkpoints: Checkpoints, config: Config, initial: InitialParameters | None
+) -> TrainState:
     latest = checkpoints.latest_step()
     if latest is None:
         state = trainer.init()
+        if initial is not None:
+            state = state._replace(parameters=initial.put_into(state.parameters))
         size = sum(x.size for x in jax.tree.leaves(state.parameters))
         processes.say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
         return state

@@ -15,27 +15,11 @@ import tiny
 
 import natsjax
 from natsjax import evaluate, export, train
-from natsjax.checkpoint import Checkpoints
 from natsjax.errors import UserError
 from natsjax.loading import load
-from natsjax.run_data import open_data
-from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def make_run(path, config, step=7):
-    """A workdir as training leaves it, with fresh parameters."""
-    workdir = Workdir(path)
-    workdir.path.mkdir(parents=True)
-    data = open_data(config, workdir, progress=False)
-    workdir.record(config, data.fingerprint)
-    state = Trainer(config, data.vocabulary.vocab_size).init()
-    checkpoints = Checkpoints(workdir.checkpoints)
-    checkpoints.save(step, state._replace(step=jnp.int32(step)))
-    checkpoints.close()
-    return load(path)
 
 
 def write_texts(folder):
@@ -49,12 +33,12 @@ def write_texts(folder):
 @pytest.fixture(scope="module")
 def corpus_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    return make_run(folder / "run", tiny.config(data=write_texts(folder / "texts")))
+    return tiny.make_run(folder / "run", tiny.config(data=write_texts(folder / "texts")))
 
 
 @pytest.fixture(scope="module")
 def recall_run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("recall") / "run", tiny.config())
+    return tiny.make_run(tmp_path_factory.mktemp("recall") / "run", tiny.config())
 
 
 def equal(one, other):
@@ -102,7 +86,7 @@ def test_without_its_corpus_it_loads_and_says_what_evaluation_needs(corpus_run, 
         assert len(run.data.contexts("validation", 2)["inputs"]) == 2
         assert load(corpus_run.workdir.path, prepared_dir=gone).step == 7
 
-        other = make_run(
+        other = tiny.make_run(
             tmp_path / "other", tiny.config(data=write_texts(tmp_path / "texts") | {"held_out_fraction": 0.5})
         )
         with pytest.raises(UserError, match=r"is not the one that .*out was trained on .* as --prepared_dir"):

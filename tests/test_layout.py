@@ -13,7 +13,7 @@ RANKS = (
     ("errors", "config", "process_line", "processes", "command_line"),
     ("partition", "token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "policies"),
-    ("vocabulary_loss", "losses", "train_step", "loading"),
+    ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters"),
     ("report", "measure", "matching", "twin", "evaluate", "export"),
     ("train",),
 )

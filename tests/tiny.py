@@ -1,10 +1,16 @@
-"""Tiny configs and batches that several tests share."""
+"""Tiny configs, batches and runs that several tests share."""
 
 import copy
 
+import jax.numpy as jnp
 import numpy as np
 
+from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
+from natsjax.loading import LoadedRun, load
+from natsjax.run_data import open_data
+from natsjax.train_step import Trainer
+from natsjax.workdir import Workdir
 
 _BASE = {
     "model": {
@@ -64,3 +70,16 @@ def packed_batch(seed=0, batch=3, length=24, vocab_size=VOCAB_SIZE) -> dict[str,
         "positions": positions,
         "document_end": document_end,
     }
+
+
+def make_run(path, config, step=7) -> LoadedRun:
+    """A workdir as training leaves it, with fresh parameters."""
+    workdir = Workdir(path)
+    workdir.path.mkdir(parents=True)
+    data = open_data(config, workdir, progress=False)
+    workdir.record(config, data.fingerprint)
+    state = Trainer(config, data.vocabulary.vocab_size).init()
+    checkpoints = Checkpoints(workdir.checkpoints)
+    checkpoints.save(step, state._replace(step=jnp.int32(step)))
+    checkpoints.close()
+    return load(path)

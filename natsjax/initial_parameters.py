@@ -1,0 +1,141 @@
+"""Parameters that a new run starts from: those of another run or of an export (``train.initial_parameters``).
+
+A NAtS run may so begin where a dense one ended: ``train.fresh_scorer`` says that the scorer, which a dense run lacks,
+is initialised as in any new run. Everything else must fit. The optimizer and the KV price start afresh, at step 0.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from natsjax import processes
+from natsjax.checkpoint import Checkpoints
+from natsjax.config import Config
+from natsjax.data import Vocabulary
+from natsjax.errors import UserError
+from natsjax.model import ModelStructure, model_structure
+from natsjax.run_data import open_vocabulary, token_meaning
+from natsjax.workdir import Workdir
+
+_SCORER = "scorer"  # the name of that module in its block
+_MAX_NAMED = 6  # parameters in a message
+
+
+class InitialParameters:
+    """What ``train.initial_parameters`` names, found to fit; nothing is read before ``put_into``.
+
+    Args:
+      config: of the new run.
+      model: of the new run.
+      vocabulary: of the new run.
+
+    Raises:
+      UserError: there is no run, no checkpoint or no tokenizer, or it is one with other tokens or other parameters; the
+        message lists what differs.
+    """
+
+    def __init__(self, config: Config, model: ModelStructure, vocabulary: Vocabulary):
+        self._field = f"train.initial_parameters = {config.train.initial_parameters}"
+        self._workdir = Workdir(config.train.initial_parameters)
+        self._fresh_scorer = config.train.fresh_scorer
+        try:
+            self._config = self._workdir.read_config()
+            if not self._workdir.has_checkpoint():
+                raise UserError(f"{self._workdir.path} holds no checkpoint.")
+            theirs = open_vocabulary(self._config, self._workdir)
+        except UserError as error:
+            raise UserError(f"{self._field}: {error}") from error
+        _check_tokens(self._field, theirs, vocabulary)
+        self._check_parameters(config, model, vocabulary.vocab_size)
+
+    def put_into(self, parameters: Any) -> Any:
+        """The parameters of a new run with the values from there, each process reading its shards of them.
+
+        Args:
+          parameters: nested dict of initialised arrays; the scorer's stay where it is to be fresh.
+
+        Raises:
+          UserError: the checkpoint cannot be read.
+        """
+        wanted = _without_scorer(parameters) if self._fresh_scorer else parameters
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+        checkpoints = Checkpoints(self._workdir.checkpoints, read_only=True)
+        try:
+            read = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), "parameters": abstract})
+        finally:
+            checkpoints.close()
+        scorer = ", the scorer fresh" if self._fresh_scorer else ""
+        attention = self._config.model.attention
+        processes.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
+        return _merged(parameters, read["parameters"])
+
+    def _check_parameters(self, config: Config, model: ModelStructure, vocab_size: int) -> None:
+        ours = _by_name(model.parameters)
+        theirs = _by_name(model_structure(self._config, vocab_size).parameters)
+        if self._fresh_scorer:
+            ours, theirs = ({name: x for name, x in side.items() if not _is_scorer(name)} for side in (ours, theirs))
+        missing = [name for name in ours if name not in theirs]
+        others = [f"{name} is there and not here" for name in theirs if name not in ours]
+        others += [
+            f"{name} is {theirs[name].shape} there and {x.shape} here"
+            for name, x in ours.items()
+            if name in theirs and theirs[name].shape != x.shape
+        ]
+        fields = _differing_fields(self._config, config)
+        if missing and not others and all(map(_is_scorer, missing)):
+            raise UserError(
+                f"{self._field} holds a dense model, which lacks {' and '.join(missing)}; train.fresh_scorer = True "
+                "initialises them."
+            )
+        others += [f"{name} is here and not there" for name in missing]
+        if others:
+            more = f"; {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
+            raise UserError(
+                f"{self._field} does not fit this run ({', '.join(fields)}): {'; '.join(others[:_MAX_NAMED])}{more}."
+            )
+        if fields:  # of the same shapes, and perhaps what somebody wants
+            processes.say(f"starting from a model with {', '.join(fields)}")
+
+
+def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:
+    if token_meaning(theirs) != token_meaning(ours):
+        raise UserError(
+            f"{field} has other tokens ({token_meaning(theirs)}) than this run's data ({token_meaning(ours)}); prepare "
+            "the text with the tokenizer of that run (data.tokenizer may name a folder)."
+        )
+
+
+def _differing_fields(theirs: Config, ours: Config) -> list[str]:
+    """``model.FIELD = X there and Y here``, of all that belongs to the model itself."""
+    free = ("remat", "dtype")
+    return [
+        f"model.{field.name} = {x!r} there and {y!r} here"
+        for field in dataclasses.fields(ours.model)
+        if field.name not in free and (x := getattr(theirs.model, field.name)) != (y := getattr(ours.model, field.name))
+    ]
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _is_scorer(name: str) -> bool:
+    return _SCORER in name.split(".")
+
+
+def _without_scorer(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_scorer(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if name != _SCORER
+    }
+
+
+def _merged(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the leaves that ``values`` has."""
+    return {
+        name: value if name not in values else _merged(value, values[name]) if isinstance(value, dict) else values[name]
+        for name, value in tree.items()
+    }
