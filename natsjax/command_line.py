@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import logging
 import os
 import pathlib
@@ -22,7 +23,7 @@ from natsjax.errors import UserError
 
 _OVERRIDE = "--config."
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"
-_CONFIG_HELP = "the experiment: a file of configs/, or one of your own"
+_CONFIG_HELP = "the experiment: a file of configs/, or one of your own; FILE.py:WORD gives its get_config a word"
 _WORKDIR_HELP = "where the run lives: the same folder for all processes"
 
 
@@ -33,20 +34,35 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
       UserError: a flag, file, field or value that does not fit; the message says which.
     """
     values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
     _define_process_flags(values)
-    read_config_file(_config_file(argv))  # ml_collections reads it again, but hides what is wrong with it
+    config = parse_config_flags(argv, values, _USAGE)
+    if not values["workdir"].value:
+        raise UserError(f"--workdir is missing; {_USAGE}.")
+    return config, pathlib.Path(values["workdir"].value)
+
+
+def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> Config:
+    """The config that ``--config=FILE`` and ``--config.GROUP.FIELD=VALUE`` give.
+
+    Args:
+      argv: the command line (``argv[0]`` is the program).
+      values: the other flags that there are; they are read into it.
+      usage: the last part of a message about flags.
+
+    Raises:
+      UserError: a flag, file, field or value that does not fit; the message says which.
+    """
+    flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
+    read_config_file(_config_file(argv, usage))  # ml_collections reads it again, but hides what is wrong with it
     _check_overrides(argv)
     try:
         rest = values(list(argv))
     except (flags.Error, TypeError) as error:
-        raise _flag_error(error) from error
+        raise _flag_error(error, usage) from error
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; {_USAGE}.")
-    if not values["workdir"].value:
-        raise UserError(f"--workdir is missing; {_USAGE}.")
-    return Config.from_dict(flag.value), pathlib.Path(values["workdir"].value)
+        raise UserError(f"unexpected argument {rest[1]!r}; {usage}.")
+    return Config.from_dict(flag.value)
 
 
 def join_processes(argv: Sequence[str]) -> None:
@@ -62,7 +78,7 @@ def join_processes(argv: Sequence[str]) -> None:
     try:
         values(list(argv), known_only=True)
     except flags.Error as error:
-        raise _flag_error(error) from error
+        raise _flag_error(error, _USAGE) from error
     processes.initialize(
         values["coordinator_address"].value,
         values["num_processes"].value,
@@ -74,10 +90,15 @@ def join_processes(argv: Sequence[str]) -> None:
 def train_help(text: str) -> str:
     """What ``--help`` shows: a text, and every flag."""
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
     flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
-    flags.DEFINE_string("config.GROUP.FIELD", None, "a field of the config, set to another value", flag_values=values)
     _define_process_flags(values)
+    return flag_help(text, values)
+
+
+def flag_help(text: str, values: flags.FlagValues) -> str:
+    """What ``--help`` shows of a command with a config: a text, and every flag; ``values`` holds the command's own."""
+    flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
+    flags.DEFINE_string("config.GROUP.FIELD", None, "a field of the config, set to another value", flag_values=values)
     lines = [text.strip(), "", "Flags:"]
     for name in values:
         default = "" if values[name].default is None else f" (default: {values[name].default})"
@@ -104,17 +125,18 @@ def _define_process_flags(values: flags.FlagValues) -> None:
     )
 
 
-def _flag_error(error: Exception) -> UserError:
-    return UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {_USAGE}.")
+def _flag_error(error: Exception, usage: str) -> UserError:
+    return UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {usage}.")
 
 
 def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """What ``get_config()`` of a config file returns.
+    """What ``get_config()`` of a config file returns; of ``FILE.py:WORD``, ``get_config("WORD")``.
 
     Raises:
       UserError: there is no such file, or something in it is wrong; the message names the line.
     """
-    path = pathlib.Path(path)
+    name, separator, word = os.fspath(path).partition(".py:")
+    path = pathlib.Path(f"{name}.py" if separator else name)
     if not path.is_file():
         raise UserError(f"--config={path}: there is no such file.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -123,7 +145,11 @@ def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        if separator and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"--config={path}:{word}: the get_config of this file takes no word, {word!r}.")
+        return module.get_config(word) if separator else module.get_config()
+    except UserError:
+        raise
     except Exception as error:  # the file is the user's own code, which may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
@@ -141,10 +167,10 @@ def _explained(error: Exception) -> str:
     return f"{type(error).__name__}: {text}".rstrip(".")
 
 
-def _config_file(argv: Sequence[str]) -> str:
+def _config_file(argv: Sequence[str], usage: str) -> str:
     names = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     if not names:
-        raise UserError(f"--config=FILE is missing; {_USAGE}.")
+        raise UserError(f"--config=FILE is missing; {usage}.")
     return names[-1]
 
 
@@ -176,18 +202,20 @@ def _check_overrides(argv: Sequence[str]) -> None:
             raise UserError(f"config field {path} is {value!r}; true or false was expected.")
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; a ``UserError`` becomes one sentence on standard error and exit status 2.
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command, whose result is the exit status; a ``UserError`` becomes one sentence and exit status 2.
 
     What goes wrong inside ``processes.stop_together`` with others around is shown there, once, and does not come here.
     """
     # Orbax reports every part of a save at INFO and, without a cluster, missing coordination at WARNING.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        main()
+        status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         processes.say("interrupted")
         sys.exit(130)
+    if status:
+        sys.exit(status)

@@ -1,0 +1,50 @@
+"""1B parameters with learned roles, in Llama's shape: 16 layers, width 2048, 16 heads over 8 KV heads of 128.
+
+    python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128
+    python train.py --config=configs/nats_1b.py:v5p-128 --workdir=DIR --config.data.prepared_dir=CORPUS
+
+The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without one it is
+v5p-128. The dense twin: --config.model.attention=dense. Hardware: compiled for all four (docs/scaling.md has what a
+step takes); no accelerator has trained it yet. 20,000 steps of 1M tokens are 21B tokens, twenty a parameter.
+"""
+
+from natsjax.config import default_config
+from natsjax.errors import UserError
+
+NUM_MICROBATCHES = {"v5e-16": 4, "v5p-128": 1, "v6e-256": 1, "h100-8": 4}
+"""By hardware: as many as make a step fit."""
+
+
+def get_config(hardware="v5p-128"):
+    if hardware not in NUM_MICROBATCHES:
+        raise UserError(f"--config=configs/nats_1b.py:{hardware}: one of {', '.join(NUM_MICROBATCHES)} was expected.")
+    config = default_config()
+    config.model.attention = "nats"
+    config.model.num_layers = 16
+    config.model.width = 2048
+    config.model.num_heads = 16
+    config.model.num_kv_heads = 8
+    config.model.head_dim = 128
+    config.model.mlp_width = 8192
+    config.model.tie_embeddings = True
+    config.model.rope_base = 500_000.0
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.nats.window = 64
+    config.nats.kv_budget = 0.1
+    config.nats.budget_ramp_steps = 2000
+    config.data.prepared_dir = "data/corpus"
+    config.data.vocab_size = 32_768
+    config.data.context_length = 4096
+    config.optimizer.peak_learning_rate = 3e-4
+    config.optimizer.end_learning_rate = 3e-5
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.train.num_steps = 20000
+    config.train.batch_size = 256
+    config.train.num_microbatches = NUM_MICROBATCHES[hardware]
+    config.checkpoint.save_every = 500
+    config.eval.num_contexts = 512
+    return config

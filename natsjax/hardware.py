@@ -1,0 +1,204 @@
+"""Accelerators to plan for: what a chip can do, and the devices of a topology by its name, without having any.
+
+Peak figures are the vendors'. Devices come from the compilers, which describe hardware that is not here: libtpu, and the
+CUDA plugin for an H100.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from natsjax.config import nearest
+from natsjax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one JAX device can do at most; a TPU7x chip is two devices.
+
+    Attributes:
+      name: as in a topology's name.
+      memory: bytes that a program can have, as the compiler says.
+      flops: of bfloat16 products a second.
+      memory_bandwidth: bytes a second.
+      interconnect: bytes a second that a device can send over all its links to others of its slice or node.
+      network: bytes a second that a device can send to other slices or nodes.
+      source: of the figures.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    interconnect: float
+    network: float
+    source: str
+
+
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # The pages give the interconnect in both directions together, and the data-centre network in bits.
+        Chip("v5e", 15.75 * GIB, 197e12, 819e9, 400e9 / 2, 25e9 / 8, _TPU + "v5e"),
+        Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, _TPU + "v5p"),
+        Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2, 100e9 / 8, _TPU + "v6e"),
+        Chip("tpu7x", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, 100e9 / 8 / 2, _TPU + "tpu7x"),
+        # Of 79.6 GiB that the driver shows, JAX's allocator takes what XLA_PYTHON_CLIENT_MEM_FRACTION says; 0.9 here.
+        Chip(
+            "h100", 0.9 * 84929347584, 989e12, 3352e9, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h100/ (SXM)"
+        ),
+    )
+}
+"""By name."""
+
+# Cloud TPU's accelerator types count chips, those of v5p count TensorCores, two a chip.
+_SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SHAPES_V5P = {
+    8: "2x2x1",
+    16: "2x2x2",
+    32: "2x2x4",
+    64: "2x4x4",
+    128: "4x4x4",
+    256: "4x4x8",
+    512: "4x8x8",
+    1024: "8x8x8",
+    2048: "8x8x16",
+    4096: "8x16x16",
+    8192: "16x16x16",
+    12288: "16x16x24",
+}
+_BY_COUNT = {"v5e": _SHAPES_2D, "v6e": _SHAPES_2D, "v5p": _SHAPES_V5P}
+_GPUS_A_NODE = 8
+
+# What XLA has to know of an H100 to compile for it.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+      name: as asked for, with the shape where that was not the name.
+      devices: of ``jax.experimental.topologies``, or ``jax.devices()``.
+      chip: what they can do; None where that is not known.
+      domains: of each device the number of its slice or node, within which ``Chip.interconnect`` joins them.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    chip: Chip | None
+    domains: tuple[int, ...]
+
+
+def known_topologies() -> str:
+    """The names that ``topology`` takes, for people."""
+    counts = "; ".join(f"{chip}-N with N = {', '.join(map(str, shapes))}" for chip, shapes in _BY_COUNT.items())
+    return (
+        f"{counts}; v5p:XxYxZ, tpu7x:XxYxZ, v5e:XxY or v6e:XxY, as in v5p:4x4x4; h100-N with N = 1, 2, 4 or a multiple "
+        f"of {_GPUS_A_NODE}; local, this machine's devices"
+    )
+
+
+def topology(name: str, num_slices: int = 1) -> Topology:
+    """The devices of a topology.
+
+    Args:
+      name: see ``known_topologies``.
+      num_slices: how many such TPU slices the data-centre network joins.
+
+    Raises:
+      UserError: an unknown name (the known ones are listed), or the compiler is not installed.
+    """
+    if num_slices < 1:
+        raise UserError(f"--num_slices={num_slices}: it must be at least 1.")
+    if name == "local":
+        return _local(num_slices)
+    gpus = re.fullmatch(r"h100-(\d+)", name)
+    if gpus:
+        return _h100(name, int(gpus[1]), num_slices)
+    return _tpu(name, num_slices)
+
+
+def _unknown(name: str) -> UserError:
+    chip = re.split(r"[-:]", name)[0]
+    hint = "" if chip in CHIPS else nearest(chip, CHIPS).replace("known here", "chips")
+    return UserError(f"unknown topology {name!r}{hint}; known are {known_topologies()}.")
+
+
+def _local(num_slices: int) -> Topology:
+    if num_slices > 1:
+        raise UserError("--num_slices is for TPU slices; the devices of this machine are what they are.")
+    devices = jax.devices()
+    domains = tuple(device.process_index for device in devices)
+    return Topology(f"local ({len(devices)} x {devices[0].device_kind})", devices, None, domains)
+
+
+def _tpu(name: str, num_slices: int) -> Topology:
+    chip, separator, size = name.replace("v5litepod", "v5e").partition(":")
+    if not separator:
+        chip, _, count = chip.partition("-")
+        size = _BY_COUNT.get(chip, {}).get(int(count) if count.isdecimal() else 0, "")
+    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+        raise _unknown(name)
+    # Before libtpu is loaded: it would ask the cloud which machine this is, and refuse to be loaded twice.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={name} needs the TPUs' compiler, no TPU: pip install 'natsjax[tpu]'.")
+    shape = f"{chip}:{size}"
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if size == "1x1":  # a host's share is 2x2 chips otherwise
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
+    except Exception as error:  # libtpu's own, whose class is private
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--topology={name}: {reason}; known are {known_topologies()}.") from error
+    devices = list(found.devices)
+    domains = tuple(getattr(device, "slice_index", 0) for device in devices)
+    label = name if name == shape else f"{name} ({shape})"
+    return Topology(f"{num_slices} x {label}" if num_slices > 1 else label, devices, CHIPS[chip], domains)
+
+
+def _h100(name: str, count: int, num_slices: int) -> Topology:
+    if num_slices > 1:
+        raise UserError(f"--num_slices is for TPU slices; {num_slices} times the GPUs are h100-{num_slices * count}.")
+    if count not in (1, 2, 4) and (count < 1 or count % _GPUS_A_NODE):
+        raise _unknown(name)
+    nodes, gpus = (1, count) if count < _GPUS_A_NODE else (count // _GPUS_A_NODE, _GPUS_A_NODE)
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=name, topology=f"1x{nodes}x{gpus}", target_config=_H100
+        )
+    except Exception as error:  # the plugin's own, or that it is not there, or too old a jax
+        reason, version = str(error).split("\n")[0], jax.__version__
+        raise UserError(
+            f"--topology={name} needs jax >= 0.11 and XLA's compiler for CUDA, no GPU: pip install --no-deps "
+            f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} ({reason})."
+        ) from error
+    devices = list(found.devices)
+    label = f"{name} ({nodes} node{'s' if nodes > 1 else ''})"
+    return Topology(label, devices, CHIPS["h100"], tuple(index // gpus for index in range(len(devices))))

@@ -1,0 +1,251 @@
+"""What a compiled program says of itself: XLA's text, read into computations and instructions.
+
+``jax.stages.Compiled.as_text()`` is the one public view of what the compiler made of a step: which collectives, over
+which devices, in which loops. Layouts name memory spaces; ``S(0)``, left out in the text, is the device's memory.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_BITS = re.compile(r"[a-z]+(\d+)")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+
+
+class Array(NamedTuple):
+    """One array of a type.
+
+    Attributes:
+      dtype: XLA's name, as "bf16".
+      shape: on one device.
+      in_memory: it lies in the device's memory, not in a faster one.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_memory: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes, without padding."""
+        bits = _BITS.match(self.dtype)
+        return math.prod(self.shape) * max(1, int(bits[1]) // 8 if bits else 1)
+
+
+class Instruction(NamedTuple):
+    """One operation.
+
+    Attributes:
+      name: unique in its computation.
+      opcode: as "all-reduce".
+      results: the arrays of its type; several for a tuple.
+      operands: names.
+      arguments: what stands in the brackets, as the number of a constant or a parameter.
+      attributes: the rest of the line.
+      is_root: its value is the computation's.
+    """
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The name of a computation that an attribute gives, as ``body=%region.1``."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+"""Instructions by name, in their order."""
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the one that runs.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a compiled program (``jax.stages.Compiled.as_text()``).
+
+    Raises:
+      ValueError: it is none.
+    """
+    computations: dict[str, Computation] = {}
+    entry = ""
+    current: Computation = {}
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found:
+            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+    if not entry:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+    return Program(computations, entry)
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays that a type is made of."""
+    return tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), not re.search(r"S\([1-9]\d*\)", layout))
+        for dtype, shape, layout in _ARRAY.findall(text)
+    )
+
+
+def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opcode, _, rest = text[end:].lstrip().partition("(")
+    close = _closing(f"({rest}", 0) - 1
+    arguments = rest[:close]
+    operands = tuple(_NAME.findall(arguments))
+    return Instruction(name, opcode, arrays(text[:end]), operands, arguments, rest[close + 1 :], is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """The index of the bracket that closes the one at ``start``."""
+    depth = 0
+    for match in re.finditer(r"[()]", text[start:]):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return start + match.start()
+    raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+# --- loops ---
+
+
+class Execution(NamedTuple):
+    """A computation that runs as it stands.
+
+    Attributes:
+      computation: its name.
+      times: how often in one run of the program.
+      certain: the lengths of all loops around it are known; an unknown one counts as 1.
+    """
+
+    computation: str
+    times: int
+    certain: bool
+
+
+def executions(program: Program) -> Iterator[Execution]:
+    """The entry and what it calls and loops over, but not what is fused into one operation."""
+    todo = [Execution(program.entry, 1, True)]
+    while todo:
+        here = todo.pop()
+        yield here
+        for instruction in program.computations[here.computation].values():
+            if instruction.opcode == "while":
+                length = loop_length(program, instruction)
+                inner = Execution(
+                    instruction.attribute("body") or "", here.times * (length or 1), here.certain and length is not None
+                )
+                todo.append(inner)
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                todo += [
+                    Execution(name, here.times, here.certain)
+                    for name in _NAME.findall(_called(instruction))
+                    if name in program.computations
+                ]
+
+
+def _called(instruction: Instruction) -> str:
+    pattern = r"(?:calls|to_apply|true_computation|false_computation)=%[\w.\-]+|branch_computations=\{[^}]*\}"
+    return " ".join(re.findall(pattern, instruction.attributes))
+
+
+def loop_length(program: Program, loop: Instruction) -> int | None:
+    """How often a ``while`` runs; None where the program does not say.
+
+    XLA writes it down on some platforms; else a loop that counts up to the only number in its condition, from 0 in
+    steps of 1, as JAX's loops over known ranges do, is taken to run so often.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = program.computations.get(loop.attribute("condition") or "", {})
+    inner = [program.computations.get(i.attribute("calls") or "", {}) for i in condition.values()]
+    instructions = [i for computation in [condition, *inner] for i in computation.values()]
+    bounds = {int(i.arguments) for i in instructions if i.opcode == "constant" and i.arguments.isdecimal()}
+    less = any(i.opcode == "compare" and "direction=LT" in i.attributes for i in instructions)
+    return bounds.pop() if less and len(bounds) == 1 else None
+
+
+# --- devices ---
+
+
+def device_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
+    """The devices that a collective runs among, by their place in the mesh: int ``[groups, size]``.
+
+    For a permutation, the pairs of sender and receiver.
+
+    Raises:
+      ValueError: a notation that is not understood.
+    """
+    text = instruction.attributes
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
+    found = re.search(r"replica_groups=(.*)", text)
+    if pairs or (found and found[1].startswith("{{")):
+        lists = re.findall(r"\{([\d,]+)\}", pairs[1] if pairs else found[1].split("}}")[0] + "}")  # type: ignore[index]
+        return np.array([[int(n) for n in group.split(",")] for group in lists])
+    if found is None or found[1].startswith("{}"):
+        return np.arange(num_devices)[None]
+    tiled = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", found[1])
+    if tiled:
+        return _iota(tiled[2], tiled[3]).reshape(_numbers(tiled[1]))
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(\[[\d,]+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", found[1])
+    if mesh is None:
+        raise ValueError(f"replica groups in a notation that is not understood: {found[1][:120]}")
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    order = np.arange(num_devices) if mesh[2] is None else _iota(mesh[2], mesh[3]).reshape(-1)
+    return _groups_of_axes(order, sizes, mesh[4])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(shape: str, transposition: str | None) -> np.ndarray:
+    sizes = _numbers(shape)
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids if transposition is None else ids.transpose(_numbers(transposition))
+
+
+def _groups_of_axes(order: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarray:
+    """``axes`` names whole axes, ``'a'``, or a part of one, ``'a':(m)k``: the k within m within the whole."""
+    chosen = {name: (m, k) for name, m, k in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    split: list[int] = []
+    grouped: list[int] = []
+    for name, size in sizes.items():
+        if name not in chosen:
+            split.append(size)
+        elif not chosen[name][1]:
+            grouped.append(len(split))
+            split.append(size)
+        else:
+            before, part = (int(n) for n in chosen[name])
+            grouped.append(len(split) + 1)
+            split += [before, part, size // (before * part)]
+    ids = order.reshape(split)
+    group = math.prod(split[axis] for axis in grouped)
+    return np.moveaxis(ids, grouped, range(ids.ndim - len(grouped), ids.ndim)).reshape(-1, group)
