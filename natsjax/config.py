@@ -143,6 +143,12 @@ class TrainConfig:
     seed: int = setting(0, "of initialisation, role noise and data order", minimum=0, maximum=2**31 - 1)
     log_every: int = setting(10, "steps between lines of metrics", minimum=1, resume=True)
     progress: bool = setting(True, "show a progress bar", resume=True)
+    compilation_cache: str = setting(
+        "auto",
+        "folder of compiled steps, or none; auto: compiled/ in the workdir, but none on CPUs, which a cache takes for "
+        "all alike; JAX_COMPILATION_CACHE_DIR goes before it",
+        resume=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,10 @@
-"""The loop: resume, step, log, save, stop when asked to, evaluate."""
+"""The loop: resume, step, log, save, stop when asked to, evaluate.
+
+A line of ``metrics.jsonl`` has what a step reports (``train_step.StepMetrics``), ``perplexity``, ``tokens_per_second``,
+and ``goodput`` and ``input_wait`` (``metrics.WallTime.shares``). The first line of each start also has
+``time_to_first_step``, seconds from the call of ``run`` until the metrics of its first step were there, and
+``compile_time``, the seconds of these that compiling the step took, or loading it (``train.compilation_cache``).
+"""
 
 import contextlib
 import math
@@ -6,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -13,12 +20,14 @@ import numpy as np
 
 from natsjax import evaluate, partition, processes, token_types
 from natsjax.checkpoint import Checkpoints
+from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.errors import UserError
 from natsjax.initial_parameters import InitialParameters
 from natsjax.loading import LoadedRun
-from natsjax.metrics import MetricsWriter, Progress, perplexity
+from natsjax.losses import Batch
+from natsjax.metrics import MetricsWriter, Progress, WallTime, perplexity
 from natsjax.run_data import RunData, open_data
 from natsjax.train_step import StepMetrics, Trainer, TrainState
 from natsjax.workdir import Workdir
@@ -42,9 +51,14 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.
       Interrupted: SIGINT or SIGTERM came; the state was saved.
     """
+    wall_time = WallTime()
     workdir = Workdir(path)
     workdir.refuse_export()
-    with _locked(workdir):
+    with (
+        contextlib.closing(wall_time),
+        _locked(workdir),
+        compilation_cache(config.train.compilation_cache, workdir),
+    ):
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")
         data = _open_data(config, workdir)
@@ -57,7 +71,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         processes.wait_for_all("the checks of the workdir")
         if processes.is_main():
             workdir.record(config, data.fingerprint)
-        state = _train(config, workdir, data, trainer, initial)
+        state = _train(config, workdir, data, trainer, initial, wall_time)
         loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
         return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
 
@@ -104,7 +118,12 @@ def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer
 
 
 def _train(
-    config: Config, workdir: Workdir, data: RunData, trainer: Trainer, initial: InitialParameters | None
+    config: Config,
+    workdir: Workdir,
+    data: RunData,
+    trainer: Trainer,
+    initial: InitialParameters | None,
+    wall_time: WallTime,
 ) -> TrainState:
     """Steps from the newest checkpoint to the end."""
     checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last)
@@ -113,10 +132,11 @@ def _train(
         start = int(state.step)
         if start >= config.train.num_steps:
             return state
-        if trainer.mesh.size > 1:  # a collective gives up on a process that still compiles (Gloo: after 30 s)
+        with wall_time.spent_on("compiling"):
             trainer.compile()
-            processes.wait_for_all("the compiled step")
-        loop = _Loop(config, workdir, trainer, checkpoints, start)
+        # A collective gives up on a process that still compiles (Gloo: after 30 s).
+        processes.wait_for_all("the compiled step")
+        loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time)
         rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
         dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
         with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
@@ -167,13 +187,27 @@ def _stop_requests() -> Iterator[list[str]]:
 
 
 class _Loop:
-    """Steps, with the metrics of step n-1 read while step n runs."""
+    """Steps, each dispatched before the one before it is looked at.
 
-    def __init__(self, config: Config, workdir: Workdir, trainer: Trainer, checkpoints: Checkpoints, start: int):
-        self._config, self._trainer, self._checkpoints = config, trainer, checkpoints
+    While the devices do step n, the host fetches batch n+1 and sends it on its way, and only then reads the metrics of
+    step n-1: neither input nor metrics hold the devices up, as long as they take less time than a step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Workdir,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        start: int,
+        wall_time: WallTime,
+    ):
+        self._config, self._trainer, self._checkpoints, self._wall_time = config, trainer, checkpoints, wall_time
         self._writer = MetricsWriter(workdir, start) if processes.is_main() else None
         self._progress = Progress(config.train.num_steps, start, config.train.progress and processes.is_main())
         self._logged_step, self._logged_time = start, time.monotonic()
+        self._first_step: int | None = start + 1  # until its metrics are read
+        self._once: dict[str, float] = {}  # for the next line of metrics alone
 
     def close(self) -> None:
         self._progress.close()
@@ -184,8 +218,13 @@ class _Loop:
         step, last = int(state.step), self._config.train.num_steps
         pending: StepMetrics | None = None
         with _stop_requests() as requests:
+            self._wall_time.begin_steps()
+            batch = self._next(batches, None)
             while step < last:
-                state, metrics = self._trainer.step(state, self._trainer.put_batch(next(batches)))
+                state, metrics = self._trainer.step(state, batch)
+                running = self._wall_time.when_done(metrics.loss)
+                if step + 1 < last:
+                    batch = self._next(batches, running)
                 if pending is not None:
                     self._handle(step, pending)
                 step, pending = step + 1, metrics
@@ -193,16 +232,27 @@ class _Loop:
                 if step % self._config.checkpoint.save_every == 0 or step == last or stop:
                     self._handle(step, pending)  # never save what a non-finite loss has spoilt
                     pending = None
-                    if self._writer is not None:
-                        self._writer.flush()
-                    self._checkpoints.save(step, state)
+                    self._save(step, state)
                 if stop:
-                    self._checkpoints.wait()
+                    with self._wall_time.spent_on("saving"):
+                        self._checkpoints.wait()
                     why = requests[0] if requests else "asked to stop on another host"
                     processes.say(f"{why}: saved step {step}; run the same command again to go on")
                     raise Interrupted
             self._checkpoints.wait()
         return state
+
+    def _next(self, batches: Iterator[dict[str, np.ndarray]], running: Future[float] | None) -> Batch:
+        """The next batch, on its way to the devices, which may still be running a step."""
+        with self._wall_time.waiting_for_input(running):
+            rows = next(batches)
+        return self._trainer.put_batch(rows)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        with self._wall_time.spent_on("saving"):
+            if self._writer is not None:
+                self._writer.flush()
+            self._checkpoints.save(step, state)
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:
         """Checks and shows the metrics of a step."""
@@ -218,6 +268,8 @@ class _Loop:
                 f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm in a new "
                 "--workdir may help."
             )
+        if step == self._first_step:
+            self._say_first_step()
         if step % self._config.train.log_every and step != self._config.train.num_steps:
             return
         now = time.monotonic()
@@ -225,10 +277,20 @@ class _Loop:
         tokens_per_second = tokens / max(now - self._logged_time, 1e-9)
         self._logged_step, self._logged_time = step, now
         if self._writer is not None:
-            self._writer.write(step, _loggable(values, tokens_per_second))
+            extra = self._wall_time.shares() | self._once
+            self._writer.write(step, _loggable(values, tokens_per_second) | extra)
+            self._once = {}
         self._progress.update(
             step, float(values.loss), float(values.cross_entropy), float(values.kv_fraction), tokens_per_second
         )
+
+    def _say_first_step(self) -> None:
+        """How long it took until the first step of this start was done."""
+        seconds, compiling = self._wall_time.since_start, self._wall_time.compiling
+        self._first_step = None
+        self._once = {"time_to_first_step": seconds, "compile_time": compiling}
+        share = 100 * compiling / seconds
+        self._progress.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
 
 
 def _loggable(values: StepMetrics, tokens_per_second: float) -> dict[str, Any]:

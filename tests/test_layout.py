@@ -11,10 +11,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
     ("errors", "config", "process_line", "processes", "command_line"),
-    ("partition", "token_types", "data", "workdir", "run_data", "optim", "checkpoint", "metrics"),
+    ("hardware", "program_text", "program_costs"),
+    ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "policies"),
     ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters"),
-    ("report", "measure", "matching", "twin", "evaluate", "export"),
+    ("report", "measure", "matching", "twin", "evaluate", "export", "plan"),
     ("train",),
 )
 ORDER = [name for row in RANKS for name in row]
@@ -79,7 +80,7 @@ def test_importing_touches_no_device():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export"])
+@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export", "natsjax.plan"])
 def test_commands_explain_themselves_without_a_warning(command):
     code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     run = subprocess.run(code, check=False, cwd=ROOT, capture_output=True, text=True)

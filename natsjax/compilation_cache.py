@@ -1,0 +1,52 @@
+"""Compiled programs on disk, so that a run that goes on loads its step instead of compiling it again.
+
+It is JAX's persistent cache, which is global to the process: it is set for as long as a run lasts, and put back. With
+several processes all read the folder and process 0 writes it. Whoever can write the folder decides what runs: it
+belongs to the workdir, which is trusted as much.
+
+On CPUs there is none unless a folder is named. JAX's key knows the kind of an accelerator, but of a CPU nothing: a
+workdir taken to another machine would run code made for the first one's instructions, where XLA warns of SIGILL
+(https://github.com/jax-ml/jax/issues/38445; on some Intel CPUs it warns, or compiles again, on the very machine).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from natsjax.workdir import Workdir
+
+AUTO, NONE = "auto", "none"
+
+
+@contextlib.contextmanager
+def compilation_cache(setting: str, workdir: Workdir) -> Iterator[None]:
+    """Keeps what is compiled in the block, unless JAX has a cache already (``JAX_COMPILATION_CACHE_DIR``).
+
+    Args:
+      setting: ``train.compilation_cache``.
+      workdir: of the run.
+    """
+    folder = _folder(setting, workdir)
+    known: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder is None or known is not None:
+        yield
+        return
+    _use(str(folder.absolute()))
+    try:
+        yield
+    finally:
+        _use(None)
+
+
+def _folder(setting: str, workdir: Workdir) -> Path | None:
+    if setting == AUTO:
+        return None if jax.default_backend() == "cpu" else workdir.compiled
+    return None if setting in (NONE, "") else Path(setting)
+
+
+def _use(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax_cache.reset_cache()  # JAX looks at the setting once

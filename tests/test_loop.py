@@ -1,0 +1,223 @@
+"""The loop keeps the devices busy, and says where the time went."""
+
+import concurrent.futures
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from natsjax import evaluate, train
+from natsjax.data import RecallTask
+from natsjax.metrics import WallTime, read_metrics
+from natsjax.run_data import open_data
+from natsjax.train_step import StepMetrics, Trainer
+from natsjax.workdir import Workdir
+
+
+class Result:
+    """A step's loss on a device that does one step after the other."""
+
+    def __init__(self, number, ready_at, log):
+        self._number, self._ready_at, self._log = number, ready_at, log
+
+    def block_until_ready(self):
+        time.sleep(max(0.0, self._ready_at - time.monotonic()))
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        self._log.append(f"read {self._number}")
+        return np.float32(1.0)
+
+
+class Device:
+    """In the place of a ``Trainer``: each step takes so many seconds, and whoever dispatches it does not wait."""
+
+    def __init__(self, seconds, log):
+        self._seconds, self._log, self._busy_until = seconds, log, 0.0
+
+    def put_batch(self, rows):
+        self._log.append(f"put {rows}")
+        return rows
+
+    def step(self, state, number):
+        self._log.append(f"step {number}")
+        self._busy_until = max(self._busy_until, time.monotonic()) + self._seconds
+        one = np.float32(1)
+        metrics = StepMetrics(*[one] * len(StepMetrics._fields))._replace(
+            loss=Result(number, self._busy_until, self._log)
+        )
+        return state, metrics
+
+
+class Checkpoints:
+    def __init__(self, seconds=0.0):
+        self._seconds = seconds
+
+    def save(self, step, state):
+        time.sleep(self._seconds)
+
+    def wait(self):
+        pass
+
+
+@dataclasses.dataclass
+class State:
+    step: int = 0
+
+
+def simulate(tmp_path, *, step_seconds, batch_seconds, save_seconds=0.0, num_steps=12, save_every=1000):
+    """``(seconds, last line of metrics, log)`` of the real loop around a device and an input that take so long."""
+    log = []
+
+    def batches():
+        for number in range(1, 1000):
+            time.sleep(batch_seconds)
+            yield number
+
+    config = tiny.config(train={"num_steps": num_steps}, checkpoint={"save_every": save_every})
+    wall_time = WallTime()
+    loop = train._Loop(config, Workdir(tmp_path), Device(step_seconds, log), Checkpoints(save_seconds), 0, wall_time)
+    began = time.monotonic()
+    loop.run(State(), batches())
+    seconds = time.monotonic() - began
+    loop.close()
+    wall_time.close()
+    return seconds, read_metrics(tmp_path / "metrics.jsonl")[-1], log
+
+
+def test_the_next_batch_is_on_its_way_before_the_metrics_of_any_running_step_are_read(tmp_path):
+    _, _, log = simulate(tmp_path, step_seconds=0.001, batch_seconds=0, num_steps=4, save_every=3)
+    expected = ["put 1", "step 1", "put 2", "step 2", "put 3", "read 1", "step 3", "put 4", "read 2"]
+    expected += ["read 3", "step 4", "read 4"]  # the third is saved, so it is read before the fourth begins
+    assert log == expected
+
+
+def test_input_is_hidden_behind_steps_that_take_longer(tmp_path):
+    seconds, line, _ = simulate(tmp_path, step_seconds=0.1, batch_seconds=0.06)
+    assert 1.2 < seconds < 1.6  # one after the other they would take 1.92 s
+    assert line["input_wait"] < 0.15
+    assert line["goodput"] > 0.75
+
+
+def test_input_that_takes_longer_is_seen(tmp_path):
+    """Of each 0.1 s the device has nothing to do for 0.06."""
+    _, line, _ = simulate(tmp_path, step_seconds=0.04, batch_seconds=0.1)
+    assert line["input_wait"] == pytest.approx(0.6, abs=0.15)
+    assert line["goodput"] == pytest.approx(0.4, abs=0.15)
+
+
+def test_saving_that_holds_the_loop_up_is_no_step(tmp_path):
+    _, line, _ = simulate(tmp_path, step_seconds=0.05, batch_seconds=0, save_seconds=0.05, save_every=1)
+    assert line["goodput"] == pytest.approx(0.5, abs=0.15)
+    assert line["input_wait"] < 0.1
+
+
+def test_what_counts_as_what():
+    now = 0.0
+    wall_time = WallTime(lambda: now)
+    assert wall_time.shares() == {"goodput": 0, "input_wait": 0}
+    with wall_time.spent_on("compiling"):
+        now += 30
+    now += 10
+    assert wall_time.compiling == 30
+    wall_time.begin_steps()
+
+    def wait(seconds, done_at):
+        nonlocal now
+        step = concurrent.futures.Future()
+        if done_at is not None and done_at <= now + seconds:
+            step.set_result(done_at)
+        with wall_time.waiting_for_input(step):
+            now += seconds
+
+    with wall_time.waiting_for_input(None):
+        now += 5  # the first batch: nothing runs
+    now += 15  # a step
+    wait(10, done_at=now + 20)  # hidden
+    wait(10, done_at=now + 4)  # 6 of it are not
+    wait(10, done_at=now - 3)  # none of it is
+    with wall_time.spent_on("saving"):
+        now += 10
+    assert wall_time.since_start == 100
+    assert wall_time.shares() == {"goodput": pytest.approx(0.29), "input_wait": pytest.approx(0.21)}
+    wall_time.close()
+
+
+def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
+    hits, used = [], []
+    jax.monitoring.register_event_listener(listener := lambda name, **_: hits.append(name.endswith("/cache_hits")))
+    real = train._Loop._handle
+
+    def stop_at_2(self, step, metrics):
+        real(self, step, metrics)
+        used.append(jax.config.jax_compilation_cache_dir)
+        if step == 2:
+            raise RuntimeError("killed")
+
+    cache = tmp_path / "cache"
+    config = tiny.config(
+        train={"num_steps": 4, "log_every": 2, "compilation_cache": str(cache)}, checkpoint={"save_every": 1}
+    )
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train._Loop, "_handle", stop_at_2)
+            with pytest.raises(RuntimeError):
+                train.run(config, tmp_path / "run")
+        assert jax.config.jax_compilation_cache_dir is None
+        assert set(used) == {str(cache)}
+        assert [path for path in cache.iterdir() if path.name.startswith("jit__step")]
+        assert not any(hits)
+        first = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+        jax.clear_caches()
+        train.run(config, tmp_path / "run")
+        assert any(hits)
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
+    second, third = read_metrics(tmp_path / "run/metrics.jsonl")
+    for line in (first, second):
+        assert 0 < line["compile_time"] < line["time_to_first_step"]
+        assert 0 < line["goodput"] < 1
+        assert 0 <= line["input_wait"] < 1
+    assert second["compile_time"] < first["compile_time"]
+    assert third.keys() == second.keys() - {"compile_time", "time_to_first_step"}
+    assert capfd.readouterr().err.count("first step after") == 2
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    """``auto`` is none on the CPUs that tests run on; what JAX was told already stands."""
+    workdir = Workdir(tmp_path)
+
+    def found(setting):
+        with train.compilation_cache(setting, workdir):
+            return jax.config.jax_compilation_cache_dir
+
+    assert found("auto") is None
+    assert found("none") is None
+    assert found(str(tmp_path / "mine")) == str(tmp_path / "mine")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert found("auto") == str(tmp_path / "compiled")
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of-the-cluster"))
+    try:
+        assert found("auto") == found("none") == str(tmp_path / "of-the-cluster")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_the_step_takes_its_state_over(tmp_path):
+    """Donated: the new state lies where the old one was, but for scalars at most."""
+    config = tiny.config()
+    data = open_data(config, Workdir(tmp_path))
+    assert isinstance(data.vocabulary, RecallTask)
+    trainer = Trainer(config, data.vocabulary.vocab_size)
+    trainer.compile()
+    state = trainer.init()
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert size - 64 <= trainer._executable.memory_analysis().alias_size_in_bytes <= size
+    trainer.step(state, data.source.rows(0, 4))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
