@@ -3,9 +3,10 @@
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128
     python train.py --config=configs/nats_1b.py:v5p-128 --workdir=DIR --config.data.prepared_dir=CORPUS
 
-The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without one it is
-v5p-128. The dense twin: --config.model.attention=dense. Hardware: compiled for all four (docs/scaling.md has what a
-step takes); no accelerator has trained it yet. 20,000 steps of 1M tokens are 21B tokens, twenty a parameter.
+The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
+one it is v5p-128. The dense twin: --config.model.attention=dense. Hardware: compiled for all four
+(docs/scaling.md has what a step takes); no accelerator has trained it yet.
+20,000 steps of 1M tokens are 21B tokens, twenty a parameter.
 """
 
 from natsjax.config import default_config

@@ -3,9 +3,10 @@
     python -m natsjax.plan --config=configs/nats_7b.py:v6e-256 --topology=v6e-256
     python train.py --config=configs/nats_7b.py:v6e-256 --workdir=DIR --config.data.prepared_dir=CORPUS
 
-The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without one it is
-v6e-256. The dense twin: --config.model.attention=dense. Hardware: compiled for all four (docs/scaling.md has what a
-step takes); no accelerator has trained it yet. 35,000 steps of 4M tokens are 147B tokens, twenty a parameter.
+The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
+one it is v6e-256. The dense twin: --config.model.attention=dense. Hardware: compiled for all four
+(docs/scaling.md has what a step takes); no accelerator has trained it yet.
+35,000 steps of 4M tokens are 147B tokens, twenty a parameter.
 """
 
 from natsjax.config import default_config

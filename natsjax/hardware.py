@@ -1,7 +1,7 @@
 """Accelerators to plan for: what a chip can do, and the devices of a topology by its name, without having any.
 
-Peak figures are the vendors'. Devices come from the compilers, which describe hardware that is not here: libtpu, and the
-CUDA plugin for an H100.
+Peak figures are the vendors'. Devices come from the compilers, which describe hardware that is not here: libtpu, and
+XLA's plugin for CUDA.
 """
 
 import dataclasses
@@ -53,7 +53,13 @@ CHIPS = {
         Chip("tpu7x", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, 100e9 / 8 / 2, _TPU + "tpu7x"),
         # Of 79.6 GiB that the driver shows, JAX's allocator takes what XLA_PYTHON_CLIENT_MEM_FRACTION says; 0.9 here.
         Chip(
-            "h100", 0.9 * 84929347584, 989e12, 3352e9, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h100/ (SXM)"
+            "h100",
+            0.9 * 84929347584,
+            989e12,
+            3352e9,
+            450e9,
+            50e9,
+            "https://www.nvidia.com/en-us/data-center/h100/ (SXM)",
         ),
     )
 }

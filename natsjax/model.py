@@ -290,14 +290,22 @@ class Transformer(nnx.Module):
 
 
 def _remat(function, policy: str):
-    """The layer under a named rematerialisation policy; every one saves the roles."""
+    """The layer under a named rematerialisation policy; every one saves the roles, none the gathered weights."""
     if policy == "none":
-        return function
+        return (
+            jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False) if partition.gathers() else function
+        )
     saved = jax.checkpoint_policies.save_only_these_names(ROLES)
     if policy == "dots":
         matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         saved = jax.checkpoint_policies.save_from_both_policies(matmuls, saved)
     return jax.checkpoint(function, policy=saved, prevent_cse=False)
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    """What a block leaves for its backward where weights are gathered; else each device would keep those of all layers.
+    """
+    return primitive.name != "reshard"
 
 
 def init_parameters(config: Config, vocab_size: int, key: jax.Array) -> tuple[nnx.GraphDef, Any]:

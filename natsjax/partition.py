@@ -213,6 +213,12 @@ def sequence_axis() -> str | None:
     return "context" if mesh is not None and mesh.shape["context"] > 1 else None
 
 
+def gathers() -> bool:
+    """Whether parameters are divided at rest along an axis that they are gathered along for use."""
+    mesh = _mesh()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 def psum(x: jax.Array, *names: str) -> jax.Array:
     """Inside ``shard_map``: the sum over the devices that share out these axes of activations."""
     axes = tuple(axis for name in names for axis in mesh_axes(name))

@@ -2,9 +2,9 @@
 
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128 [--config.GROUP.FIELD=VALUE …]
 
-The step is the very one that ``train.py`` runs, compiled by the accelerator's own compiler: memory is what that compiler
-allocates, collectives are what it put into the program. Products of matrices are counted from the model's sizes, and
-times are roofline bounds: no run is faster, most are slower. ``--topology=local`` plans for the devices of this machine.
+The step is the very one that ``train.py`` runs, compiled by the accelerator's own compiler: memory is what that
+compiler allocates, collectives are what it put into the program. Products of matrices are counted from the model's
+sizes, and times are roofline bounds: no run is faster, most are slower. ``--topology=local`` is this machine's devices.
 """
 
 import dataclasses
@@ -122,6 +122,7 @@ class Plan:
       flops: of a step.
       costs: of a step, for each device; None where the compiler refused.
       roofline: None where the chip is not known, or the compiler refused.
+      program: the compiled program's text; empty where the compiler refused.
       kv_bytes: of one sequence of the context's length in decoding, all layers and heads: full attention's, and live at
         ``nats.kv_budget`` of it.
       compile_seconds: it took here.
@@ -136,6 +137,7 @@ class Plan:
     flops: Flops
     costs: ProgramCosts | None
     roofline: Roofline | None
+    program: str
     kv_bytes: tuple[float, float]
     compile_seconds: float
 
@@ -166,11 +168,14 @@ def plan(config: Config, topology: Topology, vocab_size: int | None = None) -> P
     seconds = time.monotonic() - began
     memory = _memory(trainer, compiled, refusal)
     flops = step_flops(config, vocab_size)
-    costs = roofline = None
+    costs: ProgramCosts | None = None
+    roofline: Roofline | None = None
+    text = ""
     if compiled is not None:
+        text = compiled.as_text() or ""
         domain = dict(zip(topology.devices, topology.domains, strict=True))
         domains = [domain[device] for device in mesh.devices.flat]
-        costs = program_costs.program_costs(program_text.parse(compiled.as_text()), mesh, domains)
+        costs = program_costs.program_costs(program_text.parse(text), mesh, domains)
         roofline = None if topology.chip is None else _roofline(topology.chip, flops, costs, mesh.size)
     return Plan(
         config=config,
@@ -182,6 +187,7 @@ def plan(config: Config, topology: Topology, vocab_size: int | None = None) -> P
         flops=flops,
         costs=costs,
         roofline=roofline,
+        program=text,
         kv_bytes=_kv_bytes(config),
         compile_seconds=seconds,
     )
@@ -218,7 +224,7 @@ def _memory(trainer: Trainer, compiled: jax.stages.Compiled | None, refusal: str
         asked = _bytes_asked_for(refusal or "")
         known = 0 if "temporaries" in (refusal or "") else parameters + others + batch
         return Memory(parameters, others, batch, activations, max(0.0, asked - activations - known), 0.0)
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     # Padding of arguments, and results that do not replace them, go with the temporaries.
     arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     rest = found.temp_size_in_bytes + arguments - parameters - others - batch
@@ -281,18 +287,19 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
 def step_flops(config: Config, vocab_size: int) -> Flops:
     """Products of one optimizer step, from the sizes alone; two operations each multiply-and-add.
 
-    A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward ("dots" only its
-    attention's). Attention costs 2 products of ``head_dim`` forward and 7 backward (the logits and the values' products
-    are made in both of its kernels) for each live pair, and 2 for each pair that the roles' gradient looks at
-    (KERNELS.md, ``pallas_kernels/nats_attention``).
+    A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward but for its last
+    product, "dots" only its attention's. Attention costs 2 products of ``head_dim`` forward and 7 backward (both of its
+    kernels make the logits and the values' products) for each live pair, and 2 for each pair that the roles' gradient
+    looks at (``pallas_kernels/nats_attention``).
     """
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
     qkvo = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     scorer = 3 * model.width * model.num_kv_heads if model.attention == "nats" else 0
-    block = qkvo + scorer + 3 * model.width * model.mlp_width
-    repeats = 8 if model.remat == "full" else 6
-    weights = tokens * (repeats * block * model.num_layers + 6 * model.width * vocab_size)
+    mlp = model.width * model.mlp_width
+    repeated = qkvo + scorer + 2 * mlp if model.remat == "full" else 0
+    block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated
+    weights = tokens * (block * model.num_layers + 6 * model.width * vocab_size)
     length = config.data.context_length
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
     live, looked_at = 1.0, 0.0
@@ -339,7 +346,8 @@ def _what(plan: Plan) -> list[str]:
     tokens = train.batch_size * config.data.context_length
     parts = f" in {train.num_microbatches} microbatches" if train.num_microbatches > 1 else ""
     return [
-        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.attention} attention, on {plan.topology.name}: {mesh}",
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.attention} attention, on {plan.topology.name}: "
+        f"{mesh}",
         f"a step: {train.batch_size} contexts of {config.data.context_length} ({tokens:,} tokens){parts}, "
         f"model.remat={config.model.remat}; compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
     ]
@@ -374,7 +382,7 @@ def _time_lines(plan: Plan) -> list[str]:
     lines.append("collectives of a step        axes of the mesh          times    GB sent by a device")
     for c in costs.collectives:
         axes = ", ".join(c.axes) + (" (between slices or nodes)" if c.crosses else "")
-        lines.append(f"  {c.kind:<26} {axes:<25} {c.count:>5} {c.bytes_sent / 1e9:>15.3f}")
+        lines.append(f"  {c.kind:<26} {axes:<25} {c.times:>5} {c.bytes_sent / 1e9:>15.3f}")
     lines.append(f"to and from a device's memory: {costs.memory_traffic / 1e9:.1f} GB a step")
     if costs.unknown_loops:
         lines.append(f"  ({costs.unknown_loops} loops of unknown length count as one turn)")
@@ -383,13 +391,17 @@ def _time_lines(plan: Plan) -> list[str]:
     seconds = ", ".join(f"{name} {value:.4f}" for name, value in roofline._asdict().items() if value)
     tokens = plan.config.train.batch_size * plan.config.data.context_length
     total = tokens * plan.config.train.num_steps
-    days = roofline.seconds * plan.config.train.num_steps / 86400
+    hours = roofline.seconds * plan.config.train.num_steps / 3600
     return [
         *lines,
         f"roofline, seconds a step: {seconds}: at least {roofline.seconds:.4f}, bound by {roofline.bound}",
-        f"at most {tokens / roofline.seconds:,.0f} tokens/s; {total / 1e9:.1f}B tokens in at least {days:.1f} days, "
-        f"{days / LIKELY:.1f} at {100 * LIKELY:.0f} % of it",
+        f"at most {tokens / roofline.seconds:,.0f} tokens/s; {total / 1e9:.1f}B tokens in at least {_duration(hours)}, "
+        f"in {_duration(hours / LIKELY)} at {100 * LIKELY:.0f} % of that speed",
     ]
+
+
+def _duration(hours: float) -> str:
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
 
 
 def _kv_lines(plan: Plan) -> list[str]:
@@ -439,21 +451,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_string("topology", None, hardware.known_topologies(), flag_values=values)
     flags.DEFINE_integer("num_slices", 1, "TPU slices joined by the data-centre network", flag_values=values)
     flags.DEFINE_string("json", None, "also write all numbers to this file", flag_values=values)
+    flags.DEFINE_string("program", None, "also write the compiled program's text to this file", flag_values=values)
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
     config = parse_config_flags(argv, values, _USAGE)
     if not values["topology"].value:
         raise UserError(f"--topology is missing: {hardware.known_topologies()}.")
-    output = values["json"].value
-    if output and not pathlib.Path(output).absolute().parent.is_dir():
-        raise UserError(f"--json={output}: there is no such folder.")
+    files = {name: pathlib.Path(values[name].value) for name in ("json", "program") if values[name].value}
+    for name, path in files.items():
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--{name}={path}: there is no such folder.")
     if values["topology"].value != "local":
         jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
     made = plan(config, hardware.topology(values["topology"].value, values["num_slices"].value))
     print(summary(made))
-    if output:
-        write_atomically(pathlib.Path(output), json.dumps(as_json(made), indent=2) + "\n")
+    texts = {"json": json.dumps(as_json(made), indent=2) + "\n", "program": made.program}
+    for name, path in files.items():
+        write_atomically(path, texts[name])
     return 1 if made.fits is False else 0
 
 

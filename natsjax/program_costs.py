@@ -20,7 +20,7 @@ class Collective(NamedTuple):
       kind: of ``KINDS``; what XLA made of it: a gather that it turned into an all-reduce is an all-reduce.
       axes: of the mesh, those along which its devices lie.
       crosses: some of its devices are in different slices or nodes.
-      count: how many run.
+      times: how many run.
       bytes_sent: by each device, over all of them, in the cheapest way: a gather of V bytes among n devices sends
         V (n - 1) / n, so does a reduce-scatter or an all-to-all of V bytes, an all-reduce twice that.
     """
@@ -28,7 +28,7 @@ class Collective(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     crosses: bool
-    count: int
+    times: int
     bytes_sent: float
 
 
@@ -55,7 +55,8 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
       mesh: that it was compiled for.
       domains: of each device of ``mesh``, in order, the slice or node.
     """
-    found: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    counts: dict[tuple[str, tuple[str, ...], bool], int] = collections.Counter()
+    bytes_sent: dict[tuple[str, tuple[str, ...], bool], float] = collections.defaultdict(float)
     traffic = 0.0
     unknown = 0
     shape = tuple(mesh.shape.values())
@@ -69,11 +70,9 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
                 groups = program_text.device_groups(collective, mesh.size)
                 axes = _axes(groups, mesh.axis_names, shape)
                 crosses = any(len({domains[device] for device in group}) > 1 for group in groups)
-                sent = _bytes_sent(kind, collective, inside, groups.shape[-1])
-                entry = found[kind, axes, crosses]
-                entry[0] += run.times
-                entry[1] += run.times * sent
-    collected = [Collective(*key, int(count), sent) for key, (count, sent) in found.items()]
+                counts[kind, axes, crosses] += run.times
+                bytes_sent[kind, axes, crosses] += run.times * _bytes_sent(kind, collective, inside, groups.shape[-1])
+    collected = [Collective(*kind, count, bytes_sent[kind]) for kind, count in counts.items()]
     return ProgramCosts(tuple(sorted(collected, key=lambda c: -c.bytes_sent)), traffic, unknown)
 
 

@@ -213,11 +213,15 @@ def device_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
     tiled = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", found[1])
     if tiled:
         return _iota(tiled[2], tiled[3]).reshape(_numbers(tiled[1]))
-    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(\[[\d,]+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", found[1])
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?\]|[\d,]+)(?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", found[1])
     if mesh is None:
         raise ValueError(f"replica groups in a notation that is not understood: {found[1][:120]}")
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-    order = np.arange(num_devices) if mesh[2] is None else _iota(mesh[2], mesh[3]).reshape(-1)
+    order = np.arange(num_devices)
+    if mesh[2] is not None and "[" in mesh[2]:
+        order = _iota(mesh[2].rpartition("[")[2].rstrip("]"), mesh[3]).reshape(-1)
+    elif mesh[2] is not None:
+        order = np.array(_numbers(mesh[2]))
     return _groups_of_axes(order, sizes, mesh[4])
 
 

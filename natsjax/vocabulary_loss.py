@@ -17,7 +17,11 @@ import jax.numpy as jnp
 from natsjax import partition
 
 _CHUNK_BYTES = 1 << 25
-"""Of a chunk's float32 logits on a device."""
+"""Of a chunk's float32 logits on a device, about; but see below."""
+
+_LEAST_TOKENS = 1024
+"""In a chunk. A chunk reads the output layer twice and its gradient once, and writes the latter: 12 bytes an entry for
+6 operations a token. With fewer tokens an accelerator waits for its memory (``python -m natsjax.plan`` tells)."""
 
 
 class TokenLosses(NamedTuple):
@@ -194,7 +198,7 @@ def _by_chunk(step: Callable, carry: Any, vocab_size: int, *of_token: jax.Array)
       The last carry, and the results joined, ``[n, …]``.
     """
     count = of_token[0].shape[0]
-    chunks = max(1, -(-count * vocab_size * 4 // _CHUNK_BYTES))
+    chunks = max(1, -(-count // max(_LEAST_TOKENS, _CHUNK_BYTES // (4 * vocab_size))))
     if chunks == 1:
         return step(carry, *of_token)
     size = -(-count // chunks)

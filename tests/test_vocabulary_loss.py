@@ -20,6 +20,7 @@ def plain(x, output_weight, targets, weight):
 def arguments(request, monkeypatch):
     """Random ones, some of weight 0, and chunks that divide the tokens or do not."""
     monkeypatch.setattr(vocabulary_loss, "_CHUNK_BYTES", request.param * V * 4)
+    monkeypatch.setattr(vocabulary_loss, "_LEAST_TOKENS", 1)
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 3, (B, T)).astype(np.float32)
     x, output_weight = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, D), (V, D)))

@@ -1,0 +1,308 @@
+"""Plans: memory is the compiler's, products are those that the step traces, and a mistake is a sentence."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from natsjax import hardware, model, plan
+from natsjax.errors import UserError
+from natsjax.train_step import Trainer
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHIP = dataclasses.replace(hardware.CHIPS["v5e"], name="test")
+
+
+def here(chip=CHIP):
+    """This machine's device, as if it were a chip that is known."""
+    return dataclasses.replace(hardware.topology("local"), chip=chip)
+
+
+def test_local_is_this_machine():
+    topology = hardware.topology("local")
+    assert topology.devices == jax.devices()
+    assert topology.chip is None
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("name", "num_slices", "message"),
+    [
+        ("v5q-16", 1, "unknown topology 'v5q-16'; did you mean v5p; known are v5e-N with N = 1, 4, .*local"),
+        ("v5p-100", 1, "unknown topology 'v5p-100'; known are"),
+        ("v5e:", 1, "unknown topology"),
+        ("", 1, "unknown topology ''; chips: v5e"),
+        ("h100-12", 1, "unknown topology 'h100-12'; known are"),
+        ("h100-0", 1, "unknown topology"),
+        ("h100-8", 2, "--num_slices is for TPU slices; 2 times the GPUs are h100-16"),
+        ("local", 2, "--num_slices is for TPU slices"),
+        ("v5e-16", 0, "--num_slices=0: it must be at least 1"),
+    ],
+)
+def test_a_topology_that_is_not_known_is_named(name, num_slices, message):
+    with pytest.raises(UserError, match=message):
+        hardware.topology(name, num_slices)
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--topology=v5p-128 needs the TPUs' compiler, no TPU: pip install"):
+        hardware.topology("v5p-128")
+
+    def fail(**_):
+        raise NotImplementedError("topology not implemented for cuda\nmore")
+
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", fail)
+    with pytest.raises(UserError, match=r"--topology=h100-8 needs .* jax-cuda13-plugin==.* \(topology not implemented"):
+        hardware.topology("h100-8")
+
+
+@pytest.mark.parametrize(
+    "size", [*hardware._SHAPES_2D.items(), *((n // 2, s) for n, s in hardware._SHAPES_V5P.items())]
+)
+def test_shapes_multiply_to_their_chips(size):
+    assert math.prod(int(n) for n in size[1].split("x")) == size[0]
+
+
+# --- one plan, compiled once ---
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A plan for this machine, and the program that it was read off."""
+    compiled = []
+    compile_step = plan._compile
+
+    def remember(trainer):
+        result = compile_step(trainer)
+        compiled.append(result[0])
+        return result
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(plan, "_compile", remember)
+    made = plan.plan(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
+    patch.undo()
+    return made, compiled[0]
+
+
+def test_memory_is_what_the_compiler_says(planned):
+    made, compiled = planned
+    found = compiled.memory_analysis()
+    whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    assert made.memory.total == whole + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+    assert made.memory.parameters == 4 * made.num_parameters
+    assert 8 * made.num_parameters <= made.memory.optimizer <= 8 * made.num_parameters + 64
+    assert made.memory.batch == 5 * 4 * 4 * 24  # five arrays of 4 bytes
+    assert min(made.memory) >= 0
+    assert made.memory.activations > 0
+
+
+def test_it_says_what_there_is_to_know(planned):
+    text = plan.summary(planned[0])
+    for part in ("it fits", "parameters", "roofline", "bound by", "tokens/s", "live at nats.kv_budget = 0.4"):
+        assert part in text
+    numbers = json.loads(json.dumps(plan.as_json(planned[0])))
+    assert numbers["memory"]["total"] == planned[0].memory.total
+    assert numbers["fits"] is True
+    assert numbers["roofline"]["bound"] in ("compute", "memory")
+
+
+def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
+    small = dataclasses.replace(CHIP, memory=planned[0].memory.total - 1)
+    made = dataclasses.replace(planned[0], topology=here(small))
+    assert made.fits is False
+    text = plan.summary(made)
+    assert "IT DOES NOT FIT" in text
+    assert "most is taken by temporaries; what would shrink it: train.num_microbatches" in text
+
+
+def test_every_class_of_memory_has_a_way_to_shrink_it():
+    assert set(plan._SHRINK) == set(plan.Memory._fields)
+
+
+def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
+    arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(plan, "plan", lambda config, topology: planned[0])
+    assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
+    small = here(dataclasses.replace(CHIP, memory=1.0))
+    monkeypatch.setattr(plan, "plan", lambda config, topology: dataclasses.replace(planned[0], topology=small))
+    assert plan.main(arguments) == 1
+    assert "IT DOES NOT FIT" in capsys.readouterr().out
+    for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
+        with pytest.raises(UserError, match=message):
+            plan.main([argument for index, argument in enumerate(arguments) if index != missing])
+    with pytest.raises(UserError, match=r"--json=nowhere/x: there is no such folder"):
+        plan.main([*arguments, "--json=nowhere/x"])
+
+
+# --- a compiler that refuses ---
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (33.11G) exceeds available", 33.11),
+        ("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+    ],
+)
+def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}\nmore")
+
+    class Lowered:
+        compile = refuse
+
+    monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
+    made = plan.plan(tiny.config(), here())
+    assert made.fits is False
+    assert made.costs is None
+    assert made.refusal == said
+    known = made.memory.parameters + made.memory.optimizer + made.memory.batch if "Used" in said else 0
+    assert made.memory.temporaries + made.memory.activations + known == pytest.approx(asked * 2**30)
+    text = plan.summary(made)
+    assert f"the compiler: {said}" in text
+    assert "most is taken by temporaries" in text
+    assert plan.as_json(made)["roofline"] is None
+
+
+def test_other_errors_of_the_compiler_are_not_hidden(monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        plan.plan(tiny.config(), here())
+
+
+# --- products ---
+
+
+def products(jaxpr, times=1):
+    """Operations of the matrix products of a traced function, loops of known length counted out."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            size = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += times * 2 * size * math.prod(equation.outvars[0].aval.shape)
+        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += products(inner, times * turns)
+    return total
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("attention", ["dense", "nats"])
+def test_products_with_weights_are_those_that_the_step_traces(attention, remat, monkeypatch):
+    def no_attention(query, key, value, *_, **__):
+        return query + key.sum() + value.sum()
+
+    monkeypatch.setattr(model, "nats_attention", no_attention)
+    monkeypatch.setattr(model, "interval_attention", no_attention)
+    config = tiny.config(model={"attention": attention, "remat": remat}, train={"num_microbatches": 2})
+    trainer = Trainer(config, tiny.VOCAB_SIZE)
+    with jax.set_mesh(trainer.mesh):
+        traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
+    assert plan.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
+
+
+def test_attention_counts_pairs():
+    dense = tiny.config(model={"attention": "dense"})
+    pairs = 4 * 2 * 4 * 24 * 25 / 2  # batch, layers, heads, causal pairs
+    assert plan.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
+    exact = tiny.config()  # 40 % of them live, all looked at
+    assert plan.step_flops(exact, 16).attention == pytest.approx(pairs * (0.4 * 9 + 2) * 2 * 4)
+    sampled = tiny.config(nats={"mask_gradient": "sampled", "sampled_fraction": 0.25}, model={"remat": "full"})
+    assert plan.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
+
+
+def test_the_vocabulary_without_the_data():
+    assert plan.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
+    corpus = {"source": "corpus", "input": "folder", "vocab_size": 1000}
+    assert plan.vocab_size_of(tiny.config(data=corpus)) == 1000
+    assert plan.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
+
+
+# --- eight devices: what the program moves ---
+
+SHARDED = """
+import json, sys
+import jax
+from natsjax import hardware, partition, plan, program_costs, program_text
+from natsjax.train_step import Trainer
+
+for values in json.load(sys.stdin):
+    config = Config.from_dict(values)
+    trainer = Trainer(config, 16, partition.make_mesh(config.mesh))
+    compiled = trainer.lower().compile()
+    program = program_text.parse(compiled.as_text())
+    costs = program_costs.program_costs(program, trainer.mesh, [0] * 8)
+    whole = [(kind, array.shape) for kind, array in program_costs.collective_results(program)]
+    shapes = {array.shape for c in program.computations.values() for i in c.values() for array in i.results}
+    memory = compiled.memory_analysis()
+    print(json.dumps({
+        "collectives": [[c.kind, c.axes] for c in costs.collectives],
+        "gathered": [shape for kind, shape in whole if kind in ("all-gather", "all-to-all")],
+        "shapes": sorted(shapes),
+        "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+        "saved": [x.shape for x in plan.saved_activations(trainer)],
+    }), flush=True)
+"""
+LENGTH = 1024
+
+
+def sharded_config(attention, **mesh):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | mesh
+    return tiny.config(
+        model={"attention": attention, "num_layers": 3},
+        data={"context_length": LENGTH},
+        train={"batch_size": 8},
+        mesh=sizes,
+    ).to_dict()
+
+
+def test_no_whole_activations_and_nothing_quadratic_in_the_program():
+    """The issue's bars, in the program that XLA makes for eight CPU devices."""
+    configs = [
+        sharded_config("nats", fsdp=4, tensor=2),
+        sharded_config("dense", fsdp=4, tensor=2),
+        sharded_config("nats", context=2, fsdp=4),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        input=json.dumps(configs),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    nats, dense, ring = (json.loads(line) for line in run.stdout.splitlines())
+    width, rows = 16, 2  # of an activation, and of a batch on a device
+    for found in (nats, dense, ring):
+        # Weights are gathered, and a few integers for each token; never a layer's activations.
+        assert any(math.prod(shape) >= width * width // 4 for shape in found["gathered"])
+        assert max(map(math.prod, found["gathered"])) < rows * LENGTH * width // 2
+        assert not [shape for shape in found["shapes"] if sum(size >= LENGTH for size in shape) > 1]
+        # Nor are the gathered weights of all layers kept for the backward.
+        assert not [shape for shape in found["saved"] if tuple(shape) in {(3, 16, 24), (3, 24, 16), (3, 16, 12)}]
+    assert ["collective-permute", ["context"]] in ring["collectives"]
+    assert {tuple(axes) for _, axes in nats["collectives"]} >= {("fsdp",), ("tensor",)}
+    assert {"fsdp", "tensor"} >= {axis for _, axes in nats["collectives"] for axis in axes}

@@ -1,0 +1,121 @@
+"""Steps of the large configs compiled for pods, on a machine without one: do they fit, and what do they move?
+
+    pip install -e '.[test,tpu]'
+    JAX_PLATFORMS=cpu python -m pytest -n 0 -m aot tests/test_plan_aot.py
+
+A minute or two for each program on two cores.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import pathlib
+import time
+
+import pytest
+
+from natsjax import hardware, plan, program_costs, program_text
+from natsjax.command_line import read_config_file
+from natsjax.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: jax[tpu] has it"),
+]
+MOST_SECONDS = 600
+CASES = [("nats_1b:v5p-128", "v5p:4x4x4"), ("nats_7b:v6e-256", "v5p:8x8x8"), ("nats_7b:v6e-256", "v6e:16x16")]
+by_case = pytest.mark.parametrize(("name", "topology"), CASES, ids=lambda value: value)
+
+
+def config_of(name, **mesh):
+    file, _, word = name.partition(":")
+    config = Config.from_dict(read_config_file(ROOT / f"configs/{file}.py:{word}"))
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+
+
+@functools.cache
+def planned(name, topology, attention="nats"):
+    """The plan, the seconds that it took, and what the compiler itself says of the memory."""
+    config = config_of(name)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    programs = []
+    compile_step = plan._compile
+
+    def remember(trainer):
+        result = compile_step(trainer)
+        programs.append(result[0])
+        return result
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(plan, "_compile", remember)
+    began = time.monotonic()
+    made = plan.plan(config, hardware.topology(topology))
+    seconds = time.monotonic() - began
+    patch.undo()
+    return made, seconds, programs[0].memory_analysis()
+
+
+@by_case
+def test_it_fits_soon_and_the_memory_is_the_compilers(name, topology):
+    made, seconds, memory = planned(name, topology)
+    assert made.fits is True
+    assert seconds < MOST_SECONDS
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    whole = arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    assert made.memory.total == whole
+    devices = len(made.topology.devices)
+    assert made.memory.parameters == pytest.approx(4 * made.num_parameters / devices, rel=0.02)
+
+
+@by_case
+def test_roles_take_no_more_memory_than_the_dense_twin(name, topology):
+    nats, dense = (planned(name, topology, attention)[0] for attention in ("nats", "dense"))
+    print(f"{name} on {topology}: {nats.memory.total / dense.memory.total:.4f} of the dense twin's memory")
+    assert nats.memory.total <= 1.05 * dense.memory.total
+
+
+@by_case
+def test_no_whole_activations_are_gathered(name, topology):
+    made = planned(name, topology)[0]
+    config = made.config
+    length, width = config.data.context_length, config.model.width
+    rows = config.train.batch_size // len(made.topology.devices)
+    results = program_costs.collective_results(program_text.parse(made.program))
+    moved = [array.shape for kind, array in results if kind != "collective-permute"]
+    largest_weight = width * max(config.model.mlp_width, config.data.vocab_size)
+    assert largest_weight // 2 <= max(map(math.prod, moved)) <= largest_weight
+    assert not [shape for shape in moved if len(shape) >= 3 and shape[-3:] == (rows, length, width)]
+    assert made.costs.unknown_loops == 0
+
+
+def test_nothing_is_quadratic_in_the_context():
+    """In the model none of whose sizes is the context's length; forward, backward and roles' gradient."""
+    made = planned(*CASES[0])[0]
+    length = made.config.data.context_length
+    computations = program_text.parse(made.program).computations.values()
+    shapes = {array.shape for c in computations for i in c.values() for array in i.results}
+    assert any(length in shape for shape in shapes)
+    assert not [shape for shape in shapes if shape.count(length) > 1]
+    rows = made.config.train.batch_size // len(made.topology.devices)
+    assert max(map(math.prod, shapes)) < rows * made.config.model.num_heads * length**2
+
+
+def test_slices_talk_across_the_network_about_gradients_alone():
+    """Two slices: what crosses lies along ``data``, and is a gradient's worth for each device."""
+    config = config_of("nats_1b:v5p-128", data=2)
+    made = plan.plan(config, hardware.topology("v5p:2x2x2", num_slices=2))
+    crossing = [c for c in made.costs.collectives if c.crosses]
+    assert crossing
+    assert {c.axes for c in crossing} <= {("data",), ("data", "fsdp")}
+    assert made.roofline.network > 0
+
+
+def test_a_sequence_that_goes_round_a_ring_compiles_for_a_pod():
+    config = config_of("nats_1b:v5p-128", context=4)
+    made = plan.plan(config, hardware.topology("v5p:4x4x4"))
+    assert made.mesh == {"fsdp": 16, "context": 4}
+    ring = [c for c in made.costs.collectives if c.kind == "collective-permute" and c.axes == ("context",)]
+    assert ring
+    assert made.fits is True
