@@ -1,7 +1,7 @@
 """Checkpoints of a run by step, through Orbax: whole or not there, on any mesh and any number of processes.
 
 Saving copies the state off the devices and goes on writing while training does. What a process that was killed left
-unfinished is passed over.
+unfinished is passed over, and said.
 """
 
 import pathlib
@@ -30,8 +30,8 @@ class Checkpoints:
         self.folder = folder
         self._read_only = read_only
         self._saving: int | None = None
-        if not read_only:
-            self._remove_unfinished()  # of a killed process: the workdir is locked, so nobody is writing them
+        # Of a killed process: the workdir is locked, so nobody is writing them.
+        unfinished = [] if read_only else self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
             enable_async_checkpointing=not read_only,
@@ -39,6 +39,13 @@ class Checkpoints:
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        if unfinished:
+            latest = self.latest_step()
+            newest = "there is no complete one" if latest is None else f"the newest complete one is of step {latest}"
+            processes.say(
+                f"the checkpoint of step {', '.join(unfinished)} in {folder} is unfinished: a process was killed while "
+                f"it saved; {newest}"
+            )
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -139,10 +146,12 @@ class Checkpoints:
                 (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
         self._manager.reload()
 
-    def _remove_unfinished(self) -> None:
-        if jax.process_index() == 0:
-            for path in self.folder.glob("*orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+    def _remove_unfinished(self) -> list[str]:
+        """Their steps, in process 0, which speaks for all."""
+        paths = sorted(self.folder.glob("*orbax-checkpoint-tmp*")) if jax.process_index() == 0 else []
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name.split(".")[0] for path in paths]
 
     def close(self) -> None:
         """Lets go of the folder."""

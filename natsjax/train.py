@@ -155,6 +155,7 @@ def _restore_or_init(
         processes.say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
         return state
     state = checkpoints.restore(trainer.abstract_state())
+    processes.wait_for_all(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
     processes.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
     return state
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import signal
 import time
 
 import jax
@@ -221,3 +222,32 @@ def test_the_step_takes_its_state_over(tmp_path):
     assert size - 64 <= trainer._executable.memory_analysis().alias_size_in_bytes <= size
     trainer.step(state, data.source.rows(0, 4))
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
+    log = []
+
+    class Signalling(Device):
+        def step(self, state, step):
+            if step == 3:
+                signal.raise_signal(number)
+            return super().step(state, step)
+
+    class Saving(Checkpoints):
+        def save(self, step, state):
+            log.append(f"save {step}")
+
+        def wait(self):
+            log.append("saved")
+
+    wall_time = WallTime()
+    loop = train._Loop(tiny.config(), Workdir(tmp_path), Signalling(0.001, log), Saving(), 0, wall_time)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(train.Interrupted):
+        loop.run(State(), iter(range(1, 100)))
+    loop.close()
+    wall_time.close()
+    assert log[-3:] == ["read 3", "save 3", "saved"]
+    assert capfd.readouterr().err.endswith(f"{number.name}: saved step 3; run the same command again to go on\n")
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

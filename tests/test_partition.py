@@ -1,5 +1,6 @@
 """One config, any mesh: the same losses on one device, on eight in four arrangements, and in two processes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -166,6 +167,21 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     np.testing.assert_allclose(losses_of(alone), expected, rtol=TOLERANCE["nats"])
 
 
+def test_sigterm_at_one_of_two_processes_leads_to_a_save_in_both(tmp_path):
+    running = start(tmp_path, config_of("dense", "fsdp=2", num_steps=100_000), processes=2, devices=1)
+    deadline = time.monotonic() + 200
+    while len(losses_of(tmp_path)) < 3:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in running), [p.communicate()[1] for p in running]
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [130, 130], errors
+    last = losses_of(tmp_path)[-1][0]
+    assert f"asked to stop on another host: saved step {last}; run the same command again to go on" in errors[0]
+    assert (tmp_path / f"checkpoints/{last}").exists()
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "message"),
     [
@@ -206,3 +222,22 @@ def test_what_cannot_be_divided_is_named(mesh, changes, message):
     config = tiny.config(**changes)
     with pytest.raises(UserError, match=message):
         partition.check(config, tiny.VOCAB_SIZE, FakeMesh(**mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """One of a slice that only the data-centre network joins to others."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_lie_along_data():
+    devices = [FakeDevice(index, index // 4) for index in range(8)]
+    mesh = partition.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"mesh.data = 1 cannot be divided among 2 slices; make it a multiple"):
+        partition.make_mesh(MeshConfig(fsdp=8), devices)

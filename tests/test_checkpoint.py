@@ -1,0 +1,160 @@
+"""Checkpoints: an unfinished one is passed over and said; they are restored on other devices and by other processes."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from natsjax import partition
+from natsjax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+KILLED_WHILE_SAVING = """
+import os, pathlib, sys
+import jax.numpy as jnp
+from natsjax.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]))
+if len(sys.argv) > 2:
+    checkpoints.save(5, {"w": jnp.arange(3.0)})
+    checkpoints.wait()
+os.rename = os.replace = lambda *_, **__: os._exit(9)  # all is written; what makes it complete is not done any more
+checkpoints.save(10, {"w": jnp.ones(3)})
+checkpoints.wait()
+"""
+
+
+def killed_while_saving(folder, *earlier):
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(folder), *earlier], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    assert [path.name for path in folder.glob("10*")] == ["10.orbax-checkpoint-tmp"]
+
+
+def test_an_unfinished_checkpoint_is_passed_over_and_said(tmp_path, capfd):
+    killed_while_saving(tmp_path, "earlier")
+    capfd.readouterr()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.latest_step() == 5
+    assert [path.name for path in tmp_path.glob("10*")]  # who only reads leaves everything as it is
+    reader.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert capfd.readouterr().err == (
+        f"the checkpoint of step 10 in {tmp_path} is unfinished: a process was killed while it saved; the newest "
+        "complete one is of step 5\n"
+    )
+    state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(state["w"], np.arange(3.0))
+    checkpoints.save(10, {"w": jnp.ones(3)})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["10"]
+
+
+def test_the_first_one_unfinished(tmp_path, capfd):
+    killed_while_saving(tmp_path)
+    capfd.readouterr()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() is None
+    assert capfd.readouterr().err.endswith("a process was killed while it saved; there is no complete one\n")
+    checkpoints.close()
+
+
+def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (5, 10):
+        checkpoints.save(step, {"w": jnp.full(3, float(step))})
+    checkpoints.wait()
+    for file in tmp_path.glob("10/default/**/*"):
+        if file.is_file() and file.parent.name != "default":
+            file.unlink()  # the numbers are gone
+    state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(state["w"], np.full(3, 5.0))
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: ")
+    assert said[-1] == "going back to step 5"
+    assert checkpoints.latest_step() == 5
+    assert (tmp_path / "10.unreadable").exists()
+    checkpoints.close()
+
+
+# Restores the state if there is one, compares every shard, and saves it as that of the next step; nothing is compiled.
+HAND_ON = """
+import json, pathlib, sys
+import jax, numpy as np
+from natsjax.checkpoint import Checkpoints
+from natsjax.command_line import join_processes, run_command
+from natsjax.config import Config
+from natsjax.train_step import Trainer
+
+def main():
+    join_processes(sys.argv)
+    trainer = Trainer(Config.from_dict(json.loads(sys.argv[1])), 16)
+    abstract = trainer.abstract_state()
+    count = iter(range(1000))
+    values = jax.tree.map(
+        lambda x: (1000 * next(count) + np.arange(x.size)).reshape(x.shape).astype(x.dtype), abstract
+    )
+    checkpoints = Checkpoints(pathlib.Path(sys.argv[2]), keep_last=1)
+    latest = checkpoints.latest_step()
+    if latest is None:
+        latest = 0
+        def put(x, value):
+            return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
+
+        state = jax.tree.map(put, abstract, values)
+    else:
+        state = checkpoints.restore(abstract)
+    assert jax.tree.map(lambda x: x.sharding, state) == trainer.shardings
+    for x, value in zip(jax.tree.leaves(state), jax.tree.leaves(values), strict=True):
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(shard.data, value[shard.index])
+    checkpoints.save(latest + 1, state)
+    checkpoints.close()
+    print(latest, len(state.parameters["embedding"].sharding.device_set), jax.process_count())
+
+run_command(main)
+"""
+
+
+def hand_on(folder, *, processes, devices, **mesh):
+    """``step devices processes`` of what was restored, in each process."""
+    config = tiny.config(mesh=dict.fromkeys(partition.AXES, 1) | mesh, train={"batch_size": 8})
+    with socket.socket() as one:
+        one.bind(("", 0))
+        port = one.getsockname()[1]
+    launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    environment = clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    flags = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", HAND_ON, json.dumps(config.to_dict()), str(folder)]
+            + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    return [out.split()[-3:] for out, _ in outputs]
+
+
+def test_the_state_travels_across_devices_and_processes(tmp_path):
+    """All of it, optimizer and price too: 2 devices, 1, 8, two processes of 2, and one process again."""
+    assert hand_on(tmp_path, processes=1, devices=2, fsdp=2) == [["0", "2", "1"]]
+    assert hand_on(tmp_path, processes=1, devices=1) == [["1", "1", "1"]]
+    assert hand_on(tmp_path, processes=1, devices=8, fsdp=4, tensor=2) == [["2", "8", "1"]]
+    assert hand_on(tmp_path, processes=1, devices=1) == [["3", "1", "1"]]
+    assert hand_on(tmp_path, processes=2, devices=2, fsdp=2, tensor=2) == [["4", "4", "2"]] * 2
+    assert hand_on(tmp_path, processes=1, devices=2, data=2) == [["5", "2", "1"]]
