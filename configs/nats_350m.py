@@ -1,4 +1,4 @@
-"""0.35B parameters with learned roles, in Llama's shape: 24 layers, width 1024, 16 heads over 4 KV heads of 64.
+"""0.36B parameters with learned roles, in Llama's shape: 24 layers, width 1024, 16 heads over 4 KV heads of 64.
 
     python -m natsjax.plan --config=configs/nats_350m.py:v5e-16 --topology=v5e-16
     python train.py --config=configs/nats_350m.py:v5e-16 --workdir=DIR --config.data.prepared_dir=CORPUS
@@ -26,7 +26,7 @@ def get_config(hardware="v5e-16"):
     config.model.num_heads = 16
     config.model.num_kv_heads = 4
     config.model.head_dim = 64
-    config.model.mlp_width = 3072
+    config.model.mlp_width = 3584
     config.model.tie_embeddings = True
     config.model.rope_base = 500_000.0
     config.model.dtype = "bfloat16"

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import types
 
 import jax
 import pytest
 import tiny
 
+from natsjax import partition
 from natsjax.command_line import parse_train_flags, read_config_file
 from natsjax.config import Config, default_config, differences
 from natsjax.errors import UserError
+from natsjax.model import model_structure
 from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 
@@ -29,6 +33,28 @@ def test_every_config_builds_and_steps_under_eval_shape(path):
         state, metrics = jax.eval_shape(trainer.compiled_step, trainer.abstract_state(), trainer.abstract_batch())
     assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state())
     assert metrics.loss.shape == ()
+
+
+@pytest.mark.parametrize("name", ["nats_350m", "nats_1b", "nats_7b"])
+def test_large_configs_fit_the_hardware_that_they_name(name):
+    path = next(path for path in CONFIGS if path.stem == name)
+    devices = {"v5e-16": 16, "v5p-128": 64, "v6e-256": 256, "h100-8": 8}
+    for word, count in devices.items():
+        config = load(f"{path}:{word}")
+        mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": count, "tensor": 1, "context": 1})
+        partition.check(config, config.data.vocab_size, mesh)
+    with pytest.raises(UserError, match=f"{name}.py:v5e-17: one of v5e-16, v5p-128, v6e-256, h100-8 was expected"):
+        load(f"{path}:v5e-17")
+    billions = sum(math.prod(x.shape) for x in jax.tree.leaves(model_structure(config, 32_768).parameters)) / 1e9
+    expected = {"nats_350m": 0.35, "nats_1b": 1.0, "nats_7b": 7.0}[name]
+    assert billions == pytest.approx(expected, rel=0.1)
+    tokens = config.train.num_steps * config.train.batch_size * config.data.context_length
+    assert tokens == pytest.approx(20e9 * billions, rel=0.1)
+
+
+def test_a_word_for_a_config_that_takes_none():
+    with pytest.raises(UserError, match=r"smoke.py:fast: the get_config of this file takes no word, 'fast'"):
+        load(f"{CONFIGS[0].parent / 'smoke.py'}:fast")
 
 
 def test_the_papers_pair():
