@@ -3,7 +3,7 @@
     python -m benchmarks.plans --output=docs                       with libtpu: pip install 'natsjax[tpu]'
     python -m benchmarks.plans --output=docs --hardware=h100-8     with XLA's compiler for CUDA, jax >= 0.11
 
-Compiles every step, of NAtS and of its dense twin, by ``natsjax.plan``; a minute or two each on two CPU cores. The
+Compiles every step, of NAtS and of its dense twin, by ``natsjax.planning``; a minute or two each on two CPU cores. The
 numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
 """
 
@@ -19,7 +19,8 @@ from natsjax.command_line import read_config_file, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
-from natsjax.plan import as_json, plan, summary
+from natsjax.plan import as_json, summary
+from natsjax.planning import plan_step
 from natsjax.workdir import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def measure(config: str, word: str, topology: str, attention: str) -> dict:
     """The row of a case."""
     values = read_config_file(ROOT / f"configs/{config}.py:{word}")
     values.model.attention = attention
-    made = plan(Config.from_dict(values), hardware.topology(topology))
+    made = plan_step(Config.from_dict(values), hardware.topology(topology))
     print(f"\n## {config}:{word} on {topology}, {attention}\n{summary(made)}", flush=True)
     return {"config": config, "word": word, "asked": topology} | as_json(made)
 

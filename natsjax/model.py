@@ -303,8 +303,7 @@ def _remat(function, policy: str):
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:
-    """What a block leaves for its backward where weights are gathered; else each device would keep those of all layers.
-    """
+    """What a block leaves for its backward where weights are gathered; else a device would keep those of all layers."""
     return primitive.name != "reshard"
 
 

@@ -14,7 +14,7 @@ RANKS = (
     ("hardware", "program_text", "program_costs"),
     ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "policies"),
-    ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters"),
+    ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters", "planning"),
     ("report", "measure", "matching", "twin", "evaluate", "export", "plan"),
     ("train",),
 )

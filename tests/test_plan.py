@@ -12,7 +12,7 @@ import jax
 import pytest
 import tiny
 
-from natsjax import hardware, model, plan
+from natsjax import hardware, model, plan, planning
 from natsjax.errors import UserError
 from natsjax.train_step import Trainer
 
@@ -80,7 +80,7 @@ def test_shapes_multiply_to_their_chips(size):
 def planned():
     """A plan for this machine, and the program that it was read off."""
     compiled = []
-    compile_step = plan._compile
+    compile_step = planning._compile
 
     def remember(trainer):
         result = compile_step(trainer)
@@ -88,8 +88,8 @@ def planned():
         return result
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(plan, "_compile", remember)
-    made = plan.plan(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
+    patch.setattr(planning, "_compile", remember)
+    made = planning.plan_step(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
     patch.undo()
     return made, compiled[0]
 
@@ -126,17 +126,17 @@ def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
-    assert set(plan._SHRINK) == set(plan.Memory._fields)
+    assert set(plan._SHRINK) == set(planning.Memory._fields)
 
 
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan, "plan", lambda config, topology: planned[0])
+    monkeypatch.setattr(plan, "plan_step", lambda config, topology: planned[0])
     assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
     small = here(dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(plan, "plan", lambda config, topology: dataclasses.replace(planned[0], topology=small))
+    monkeypatch.setattr(plan, "plan_step", lambda config, topology: dataclasses.replace(planned[0], topology=small))
     assert plan.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
@@ -144,6 +144,30 @@ def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
             plan.main([argument for index, argument in enumerate(arguments) if index != missing])
     with pytest.raises(UserError, match=r"--json=nowhere/x: there is no such folder"):
         plan.main([*arguments, "--json=nowhere/x"])
+
+
+def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(planned, monkeypatch, capsys):
+    fewest = {"none": 8, "dots": 4, "full": 1}  # nothing fits with "none": 8 contexts have no 16 microbatches
+    tried = []
+
+    def plan_step(config, topology):
+        remat, count = config.model.remat, config.train.num_microbatches
+        tried.append((remat, count))
+        fits = count >= fewest[remat] and remat != "none"
+        memory = planned[0].memory._replace(temporaries=0.0 if fits else 1e15)
+        seconds = planning.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
+        return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds)
+
+    monkeypatch.setattr(plan, "plan_step", plan_step)
+    monkeypatch.chdir(ROOT)
+    arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=8"]
+    assert plan.main([*arguments, "--search"]) == 0
+    assert tried == [("none", n) for n in (1, 2, 4, 8)] + [("dots", n) for n in (1, 2, 4)] + [("full", 1)]
+    rows = [line.split() for line in capsys.readouterr().out.split("at least")[-1].splitlines() if line.strip()]
+    assert [row[:2] for row in rows[-3:]] == [["dots", "4"], ["full", "1"], ["none", "8"]]
+    assert "does not fit" in " ".join(rows[-1])
+    with pytest.raises(UserError, match="leave out --search"):
+        plan.main([*arguments, "--search", "--json=x"])
 
 
 # --- a compiler that refuses ---
@@ -164,7 +188,7 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
         compile = refuse
 
     monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
-    made = plan.plan(tiny.config(), here())
+    made = planning.plan_step(tiny.config(), here())
     assert made.fits is False
     assert made.costs is None
     assert made.refusal == said
@@ -183,7 +207,7 @@ def test_other_errors_of_the_compiler_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        plan.plan(tiny.config(), here())
+        planning.plan_step(tiny.config(), here())
 
 
 # --- products ---
@@ -218,24 +242,24 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     with jax.set_mesh(trainer.mesh):
         traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
-    assert plan.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
+    assert planning.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
 
 
 def test_attention_counts_pairs():
     dense = tiny.config(model={"attention": "dense"})
     pairs = 4 * 2 * 4 * 24 * 25 / 2  # batch, layers, heads, causal pairs
-    assert plan.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
+    assert planning.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
     exact = tiny.config()  # 40 % of them live, all looked at
-    assert plan.step_flops(exact, 16).attention == pytest.approx(pairs * (0.4 * 9 + 2) * 2 * 4)
+    assert planning.step_flops(exact, 16).attention == pytest.approx(pairs * (0.4 * 9 + 2) * 2 * 4)
     sampled = tiny.config(nats={"mask_gradient": "sampled", "sampled_fraction": 0.25}, model={"remat": "full"})
-    assert plan.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
+    assert planning.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
 
 
 def test_the_vocabulary_without_the_data():
-    assert plan.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
+    assert planning.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
     corpus = {"source": "corpus", "input": "folder", "vocab_size": 1000}
-    assert plan.vocab_size_of(tiny.config(data=corpus)) == 1000
-    assert plan.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
+    assert planning.vocab_size_of(tiny.config(data=corpus)) == 1000
+    assert planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
 
 
 # --- eight devices: what the program moves ---
@@ -243,7 +267,7 @@ def test_the_vocabulary_without_the_data():
 SHARDED = """
 import json, sys
 import jax
-from natsjax import hardware, partition, plan, program_costs, program_text
+from natsjax import hardware, partition, planning, program_costs, program_text
 from natsjax.train_step import Trainer
 
 for values in json.load(sys.stdin):
@@ -260,7 +284,7 @@ for values in json.load(sys.stdin):
         "gathered": [shape for kind, shape in whole if kind in ("all-gather", "all-to-all")],
         "shapes": sorted(shapes),
         "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-        "saved": [x.shape for x in plan.saved_activations(trainer)],
+        "saved": [x.shape for x in planning.saved_activations(trainer)],
     }), flush=True)
 """
 LENGTH = 1024

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from natsjax import hardware, plan, program_costs, program_text
+from natsjax import hardware, planning, program_costs, program_text
 from natsjax.command_line import read_config_file
 from natsjax.config import Config
 
@@ -41,7 +41,7 @@ def planned(name, topology, attention="nats"):
     config = config_of(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     programs = []
-    compile_step = plan._compile
+    compile_step = planning._compile
 
     def remember(trainer):
         result = compile_step(trainer)
@@ -49,9 +49,9 @@ def planned(name, topology, attention="nats"):
         return result
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(plan, "_compile", remember)
+    patch.setattr(planning, "_compile", remember)
     began = time.monotonic()
-    made = plan.plan(config, hardware.topology(topology))
+    made = planning.plan_step(config, hardware.topology(topology))
     seconds = time.monotonic() - began
     patch.undo()
     return made, seconds, programs[0].memory_analysis()
@@ -105,7 +105,7 @@ def test_nothing_is_quadratic_in_the_context():
 def test_slices_talk_across_the_network_about_gradients_alone():
     """Two slices: what crosses lies along ``data``, and is a gradient's worth for each device."""
     config = config_of("nats_1b:v5p-128", data=2)
-    made = plan.plan(config, hardware.topology("v5p:2x2x2", num_slices=2))
+    made = planning.plan_step(config, hardware.topology("v5p:2x2x2", num_slices=2))
     crossing = [c for c in made.costs.collectives if c.crosses]
     assert crossing
     assert {c.axes for c in crossing} <= {("data",), ("data", "fsdp")}
@@ -114,7 +114,7 @@ def test_slices_talk_across_the_network_about_gradients_alone():
 
 def test_a_sequence_that_goes_round_a_ring_compiles_for_a_pod():
     config = config_of("nats_1b:v5p-128", context=4)
-    made = plan.plan(config, hardware.topology("v5p:4x4x4"))
+    made = planning.plan_step(config, hardware.topology("v5p:4x4x4"))
     assert made.mesh == {"fsdp": 16, "context": 4}
     ring = [c for c in made.costs.collectives if c.kind == "collective-permute" and c.axes == ("context",)]
     assert ring
