@@ -2,10 +2,10 @@
 
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128 [--config.GROUP.FIELD=VALUE …]
 
-Memory is what the accelerator's own compiler allocates for the step that ``train.py`` runs, and collectives are what
-it put into the program (``natsjax.planning``). Times are roofline bounds: no run is faster, most are slower.
 Memory is what the accelerator's own compiler allocates for the step of ``train.py``, and collectives are what it put
 into the program (``natsjax.planning``). Times are roofline bounds: no run is faster, most are slower.
+``--topology=local`` is this machine's devices. ``--search`` compiles the step under every rematerialisation policy,
+each with the fewest microbatches that fit. TPU flags in LIBTPU_INIT_ARGS count, as they do for a run.
 """
 
 import dataclasses
