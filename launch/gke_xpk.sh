@@ -24,5 +24,4 @@ xpk workload create \
   --max-restarts=20 \
   --termination-grace-period-seconds=300 \
   --env="JAX_PLATFORMS=tpu,cpu" \
-  --env="JAX_COMPILATION_CACHE_DIR=$WORKDIR/compiled" \
   --command="exec python train.py$flags"

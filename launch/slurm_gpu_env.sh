@@ -2,8 +2,7 @@
 # Environment of the GPU jobs, sourced by slurm_per_node.sh and slurm_per_gpu.sh.
 
 export JAX_PLATFORMS=cuda # without it a node whose GPUs do not come up would go on with its CPUs
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$WORKDIR/compiled} # a restart does not compile again
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}     # the rest is for NCCL and CUDA
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} # the rest is for NCCL and CUDA
 # Collectives of the next layer run beside the arithmetic of this one.
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 

@@ -25,11 +25,10 @@ setup)
   ;;
 start)
   # JAX_PLATFORMS: without it a host whose TPU does not come up would go on with its CPU.
-  # JAX_COMPILATION_CACHE_DIR: a restart loads what it compiled before; shared, as process 0 alone writes there.
   # setsid, nohup: the run outlives the ssh session.
   # XLA flags for TPUs go into LIBTPU_INIT_ARGS, not XLA_FLAGS; libtpu's defaults are the ones to begin with.
   flags=$(printf ' %q' "--workdir=${WORKDIR:?}" "$@")
-  on all "cd natsjax && export JAX_PLATFORMS=tpu,cpu JAX_COMPILATION_CACHE_DIR=$WORKDIR/compiled &&
+  on all "cd natsjax && export JAX_PLATFORMS=tpu,cpu &&
     (setsid nohup .venv/bin/python train.py$flags > ~/natsjax.log 2>&1 < /dev/null & echo \$! > ~/natsjax.pid)"
   ;;
 log)

@@ -64,6 +64,7 @@ def test_a_nats_run_begins_with_all_of_a_dense_one_but_the_scorer(dense, tmp_pat
 
     config = config_from(tmp_path / "exported", fresh_scorer=True, num_steps=3)
     with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compile", lambda self: None)
         patch.setattr(Trainer, "step", first_state)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path / "run")
