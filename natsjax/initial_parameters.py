@@ -94,8 +94,10 @@ class InitialParameters:
             raise UserError(
                 f"{self._field} does not fit this run ({', '.join(fields)}): {'; '.join(others[:_MAX_NAMED])}{more}."
             )
-        if fields:  # of the same shapes, and perhaps what somebody wants
-            processes.say(f"starting from a model with {', '.join(fields)}")
+        # Of the same shapes, and perhaps what somebody wants; put_into says what attention it was.
+        silent = [field for field in fields if not field.startswith("model.attention")]
+        if silent:
+            processes.say(f"starting from a model with {', '.join(silent)}")
 
 
 def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:
