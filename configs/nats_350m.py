@@ -13,7 +13,7 @@ from natsjax.config import default_config
 from natsjax.errors import UserError
 
 NUM_MICROBATCHES = {"v5e-16": 1, "v5p-128": 1, "v6e-256": 1, "h100-8": 1}
-"""By hardware: as many as make a step fit."""
+"""By hardware: so many that a step fits with room to spare (docs/scaling.md)."""
 
 
 def get_config(hardware="v5e-16"):
