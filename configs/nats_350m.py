@@ -12,13 +12,18 @@ one it is v5e-16. The dense twin: --config.model.attention=dense. Hardware: comp
 from natsjax.config import default_config
 from natsjax.errors import UserError
 
-NUM_MICROBATCHES = {"v5e-16": 1, "v5p-128": 1, "v6e-256": 1, "h100-8": 1}
-"""By hardware: so many that a step fits with room to spare (docs/scaling.md)."""
+HARDWARE = {
+    "v5e-16": {"train.num_microbatches": 1},
+    "v5p-128": {"train.num_microbatches": 1},
+    "v6e-256": {"train.num_microbatches": 1},
+    "h100-8": {"train.num_microbatches": 1},
+}
+"""So that a step fits with room to spare (docs/scaling.md)."""
 
 
 def get_config(hardware="v5e-16"):
-    if hardware not in NUM_MICROBATCHES:
-        raise UserError(f"--config=configs/nats_350m.py:{hardware}: one of {', '.join(NUM_MICROBATCHES)} was expected.")
+    if hardware not in HARDWARE:
+        raise UserError(f"--config=configs/nats_350m.py:{hardware}: one of {', '.join(HARDWARE)} was expected.")
     config = default_config()
     config.model.attention = "nats"
     config.model.num_layers = 24
@@ -45,7 +50,7 @@ def get_config(hardware="v5e-16"):
     config.optimizer.beta2 = 0.95
     config.train.num_steps = 14000
     config.train.batch_size = 256
-    config.train.num_microbatches = NUM_MICROBATCHES[hardware]
+    config.update_from_flattened_dict(HARDWARE[hardware])
     config.checkpoint.save_every = 500
     config.eval.num_contexts = 512
     return config

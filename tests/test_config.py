@@ -41,7 +41,8 @@ def test_large_configs_fit_the_hardware_that_they_name(name):
     devices = {"v5e-16": 16, "v5p-128": 64, "v6e-256": 256, "h100-8": 8}
     for word, count in devices.items():
         config = load(f"{path}:{word}")
-        mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": count, "tensor": 1, "context": 1})
+        sizes = partition.mesh_sizes(config.mesh, count)
+        mesh = types.SimpleNamespace(shape=dict(zip(partition.AXES, sizes, strict=True)))
         partition.check(config, config.data.vocab_size, mesh)
     with pytest.raises(UserError, match=f"{name}.py:v5e-17: one of v5e-16, v5p-128, v6e-256, h100-8 was expected"):
         load(f"{path}:v5e-17")
