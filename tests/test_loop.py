@@ -146,7 +146,9 @@ def test_what_counts_as_what():
     wall_time.close()
 
 
-def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(tmp_path, monkeypatch, capfd):
+def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
+    tmp_path, monkeypatch, capfd, nothing_compiled_before
+):
     monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
     hits, used = [], []
     jax.monitoring.register_event_listener(listener := lambda name, **_: hits.append(name.endswith("/cache_hits")))
@@ -187,7 +189,7 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(tmp_
     assert capfd.readouterr().err.count("first step after") == 2
 
 
-def test_where_the_cache_is(tmp_path, monkeypatch):
+def test_where_the_cache_is(tmp_path, monkeypatch, nothing_compiled_before):
     """``auto`` is none on the CPUs that tests run on; what JAX was told already stands."""
     workdir = Workdir(tmp_path)
 

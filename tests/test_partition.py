@@ -62,7 +62,8 @@ for config in configs:
 
 def environment(devices):
     launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of conftest.py
+    clean = {name: x for name, x in os.environ.items() if not name.startswith(launcher) or name in kept}
     return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
 
 

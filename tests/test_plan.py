@@ -268,6 +268,7 @@ SHARDED = """
 import json, sys
 import jax
 from natsjax import hardware, partition, planning, program_costs, program_text
+from natsjax.config import Config
 from natsjax.train_step import Trainer
 
 for values in json.load(sys.stdin):

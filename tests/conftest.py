@@ -1,0 +1,36 @@
+"""What compiles takes most of the suite's time, so a test run keeps compiled programs, and its processes share them."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """Before jax is imported, here and in the workers, which inherit the environment."""
+    if _FOLDER not in os.environ:
+        config.compiled = os.environ[_FOLDER] = tempfile.mkdtemp(prefix="natsjax-tests-compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+@pytest.fixture
+def nothing_compiled_before(monkeypatch):
+    """For tests of the cache itself and of compiling: no folder of compiled programs is in use."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    known = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv(_FOLDER, raising=False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", known)
+    compilation_cache.reset_cache()
