@@ -3,6 +3,7 @@
     python -m benchmarks.train_step --output=docs             the table of docs/scaling.md, and docs/train_step.json
     python -m benchmarks.train_step --devices=2               a CPU device for each of two cores
     python -m benchmarks.train_step --breakdown               also where the time of each step goes
+    python -m benchmarks.train_step --remat                   also NAtS with every rematerialisation policy
 
 The model is that of ``configs/quickstart.py``; a step has ``--tokens`` tokens, so that a longer context means a smaller
 batch. Every row of a batch is one document of random tokens, all of them predicted. A step is the whole of it: forward,
@@ -12,6 +13,7 @@ whatever else the machine does hits all of them; a ratio is the median over roun
 Contestants: ``dense``; ``nats`` with ``nats.mask_gradient`` "exact"; ``sampled`` with "sampled"; and ``torch``, the
 dense model as an ``nn.Module`` under ``torch.compile``, where PyTorch is installed (``benchmarks.train_step_torch``).
 It takes over the parameters of ``dense`` and must give the same losses and norms of the gradient, or the program stops.
+With ``--remat`` also ``nats`` with ``model.remat`` "dots" and "full" (it is "none" otherwise), under these names.
 
 A fresh scorer would keep far more keys than a trained one. ``nats.initial_roles`` is therefore set to fractions (some
 GLOBAL, the rest half LOCAL, half SLIDING) that keep about ``nats.kv_budget`` at the context's length; the KV fraction
@@ -131,8 +133,8 @@ def base_config() -> ml_collections.ConfigDict:
     return quickstart.get_config()
 
 
-def configs_of(case: Case) -> dict[str, Config]:
-    """Config by contestant of ours.
+def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
+    """Config by contestant of ours; with ``remat`` those of the rematerialisation policies too.
 
     Raises:
       UserError: the case cannot be run on its devices.
@@ -144,11 +146,15 @@ def configs_of(case: Case) -> dict[str, Config]:
         config.mesh[axis] = size
     config.nats.initial_roles = roles_for(config.nats.kv_budget, case.length, config.nats.window)
     nats = Config.from_dict(config)
-    return {
+    configs = {
         "dense": dataclasses.replace(nats, model=dataclasses.replace(nats.model, attention="dense")),
         "nats": dataclasses.replace(nats, nats=dataclasses.replace(nats.nats, mask_gradient="exact")),
         "sampled": dataclasses.replace(nats, nats=dataclasses.replace(nats.nats, mask_gradient="sampled")),
     }
+    for policy in ("dots", "full") if remat else ():
+        model = dataclasses.replace(nats.model, remat=policy)
+        configs[policy] = dataclasses.replace(configs["nats"], model=model)
+    return configs
 
 
 def batch_of(case: Case, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -243,9 +249,9 @@ class OtherLoad:
         return time.perf_counter(), busy, time.process_time()
 
 
-def measure(case: Case, repeats: int) -> tuple[Row, dict[str, Any]]:
+def measure(case: Case, repeats: int, remat: bool = False) -> tuple[Row, dict[str, Any]]:
     """A row of the table, and the contestants with which it was measured."""
-    configs = configs_of(case)
+    configs = configs_of(case, remat)
     vocab_size = configs["dense"].data.vocab_size
     batch = batch_of(case, vocab_size)
     steps: dict[str, Any] = {name: Ours(config, vocab_size, batch) for name, config in configs.items()}
@@ -311,6 +317,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
     parser.add_argument("--devices", type=int, default=1, help="that share a step; of a CPU, best one for each core")
     parser.add_argument("--breakdown", action="store_true", help="also print where the time of each step goes")
+    parser.add_argument("--remat", action="store_true", help="also time NAtS with every rematerialisation policy")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for train_step.json")
     arguments = parser.parse_args(argv)
     for name in ("tokens", "repeats", "devices"):
@@ -352,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for length in arguments.lengths:
             case = Case(length, max(1, arguments.tokens // length), arguments.devices)
-            row, steps = measure(case, arguments.repeats)
+            row, steps = measure(case, arguments.repeats, arguments.remat)
             rows.append(row)
             if arguments.breakdown:
                 from benchmarks import train_step_breakdown

@@ -85,9 +85,16 @@ def test_other_devices_than_there_are_end_with_a_sentence():
 
 
 def test_contestants_differ_in_attention_and_mask_gradient_alone():
-    configs = benchmark.configs_of(benchmark.Case(length=1024, batch=8))
-    assert [config.model.attention for config in configs.values()] == ["dense", "nats", "nats"]
-    assert [configs[name].nats.mask_gradient for name in ("nats", "sampled")] == ["exact", "sampled"]
+    configs = benchmark.configs_of(benchmark.Case(length=1024, batch=8), remat=True)
+    assert {name: config.model.remat for name, config in configs.items()} == {
+        "dense": "none",
+        "nats": "none",
+        "sampled": "none",
+        "dots": "dots",
+        "full": "full",
+    }
+    assert [config.model.attention for config in configs.values()] == ["dense"] + 4 * ["nats"]
+    assert [configs[name].nats.mask_gradient for name in ("nats", "sampled", "dots")] == ["exact", "sampled", "exact"]
     for config in configs.values():
         assert (config.data.context_length, config.train.batch_size, config.data.vocab_size) == (1024, 8, 2048)
         assert (config.model.num_layers, config.model.width, config.model.dtype) == (4, 128, "float32")
