@@ -10,17 +10,13 @@ numbers go to plans.json; rows that are there and were not asked for again stay,
 import argparse
 import json
 import pathlib
-import sys
 
-import jax
-
-from natsjax import hardware
 from natsjax.command_line import read_config_file, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
 from natsjax.plan import as_json, summary
-from natsjax.planning import plan_step
+from natsjax.planning import CompilerCrashed, plan_apart
 from natsjax.workdir import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,11 +32,20 @@ def cases(configs: list[str], chosen: list[str]) -> list[tuple[str, str, str]]:
     return [case for case in every if case[0] in configs and case[2] in chosen]
 
 
-def measure(config: str, word: str, topology: str, attention: str) -> dict:
-    """The row of a case."""
+def config_of(config: str, word: str, attention: str) -> Config:
+    """The config of a case."""
     values = read_config_file(ROOT / f"configs/{config}.py:{word}")
     values.model.attention = attention
-    made = plan_step(Config.from_dict(values), hardware.topology(topology))
+    return Config.from_dict(values)
+
+
+def measure(config: str, word: str, topology: str, attention: str) -> dict:
+    """The row of a case.
+
+    Raises:
+      UserError: a compiler that is not there, or that crashed.
+    """
+    made = plan_apart(config_of(config, word, attention), topology)
     print(f"\n## {config}:{word} on {topology}, {attention}\n{summary(made)}", flush=True)
     return {"config": config, "word": word, "asked": topology} | as_json(made)
 
@@ -50,35 +55,42 @@ def key(row: dict) -> tuple[str, str, str]:
     return row["config"], row["asked"], row["attention"]
 
 
+def is_current(row: dict) -> bool:
+    """Whether a row is of the config as it is now."""
+    train = config_of(row["config"], row["word"], row["attention"]).train
+    return (row["num_microbatches"], row["batch_size"]) == (train.num_microbatches, train.batch_size)
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: NAtS rows, with the dense twin's memory beside them."""
+    """Markdown: NAtS rows, with the dense twin's memory beside them where it was planned alike."""
     lines = [
-        "| config | hardware, mesh | micro-batches | GiB a device: parameters + optimizer, activations, temporaries | "
-        "all, of what there is | dense twin | seconds a step at least: products, memory, interconnect | "
-        "at most tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| config | hardware, mesh | micro-batches | parameters + optimizer, activations, temporaries | "
+        "all, of what there is | dense twin | products, memory, interconnect | tokens/s at most | jax |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     by_key = {key(row): row for row in rows}
-    order = [(config, topology) for config, _, topology in cases(list(CONFIGS), [*HARDWARE, "v5p:8x8x8"])]
-    for config, topology in order:
-        row, dense = by_key.get((config, topology, "nats")), by_key.get((config, topology, "dense"))
+    for config, _, topology in cases(list(CONFIGS), [*HARDWARE, *(topology for _, _, topology in LARGER)]):
+        row, dense = (by_key.get((config, topology, attention)) for attention in ("nats", "dense"))
         if row is None:
             continue
-        memory = row["memory"]
-        kept = memory["parameters"] + memory["optimizer"]
-        mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
-        total = f"{memory['total'] / GIB:.2f} of {row['memory_available'] / GIB:.2f}"
-        twin = "" if dense is None else f"{dense['memory']['total'] / GIB:.2f}"
-        parts = " ".join(f"{x / GIB:.2f}" for x in (kept, memory["activations"], memory["temporaries"]))
-        line = f"| {config} | {row['topology']}: {mesh} | {row['num_microbatches']} | {parts} | "
-        line += total if row["fits"] else f"{total}: does not fit"
-        roofline = row["roofline"]
-        if roofline is None:
-            lines.append(f"{line} | {twin} | | |")
-            continue
-        seconds = [roofline[name] for name in ("compute", "memory", "interconnect")]
-        tokens = row["batch_size"] * row["context_length"] / max([*seconds, roofline["network"]])
-        lines.append(f"{line} | {twin} | {', '.join(f'{x:.3f}' for x in seconds)} | {tokens:,.0f} |")
+        memory, roofline = row["memory"], row["roofline"]
+        parts = (memory["parameters"] + memory["optimizer"], memory["activations"], memory["temporaries"])
+        alike = dense is not None and all(dense[name] == row[name] for name in ("mesh", "num_microbatches"))
+        seconds = [] if roofline is None else [roofline[name] for name in ("compute", "memory", "interconnect")]
+        tokens = row["batch_size"] * row["context_length"]
+        cells = [
+            config,
+            f"{row['topology']}: {', '.join(f'{axis} {size}' for axis, size in row['mesh'].items())}",
+            row["num_microbatches"],
+            ", ".join(f"{x / GIB:.2f}" for x in parts),
+            f"{memory['total'] / GIB:.2f} of {row['memory_available'] / GIB:.2f}"
+            + ("" if row["fits"] else ": does not fit"),
+            f"{dense['memory']['total'] / GIB:.2f}" if dense is not None and alike else "",
+            ", ".join(f"{x:.3f}" for x in seconds),
+            "" if roofline is None else f"{tokens / max([*seconds, roofline['network']]):,.0f}",
+            row["jax"] + ("" if is_current(row) else ", an older config"),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -96,21 +108,26 @@ def main() -> None:
     parser.add_argument("--attention", type=names, default=["nats", "dense"], help="nats, dense")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder of plans.json")
     flags = parser.parse_args()
+    for name, known in (("configs", CONFIGS), ("hardware", (*tpus, "h100-8")), ("attention", ("nats", "dense"))):
+        unknown = [value for value in getattr(flags, name) if value not in known]
+        if unknown:
+            raise UserError(f"--{name}={','.join(unknown)}: {', '.join(known)} were expected.")
     todo = cases(flags.configs, flags.hardware)
-    if not todo:
-        raise UserError(f"nothing to plan for --configs={flags.configs} and --hardware={flags.hardware}.")
     if flags.output is not None and not flags.output.is_dir():
         raise UserError(f"--output={flags.output}: there is no such folder.")
-    jax.config.update("jax_platforms", "cpu")
     path = None if flags.output is None else flags.output / "plans.json"
     rows = json.loads(path.read_text()) if path is not None and path.exists() else []
     for config, word, topology in todo:
         for attention in flags.attention:
-            row = measure(config, word, topology, attention)
+            try:
+                row = measure(config, word, topology, attention)
+            except CompilerCrashed as crash:
+                print(f"\n## {config}:{word} on {topology}, {attention}\n{crash}", flush=True)
+                continue
             rows = [other for other in rows if key(other) != key(row)] + [row]
             if path is not None:
                 write_atomically(path, json.dumps(sorted(rows, key=key), indent=1) + "\n")
-    print(f"\njax {jax.__version__}, Python {sys.version.split()[0]}\n\n{table(rows)}")
+    print(f"\n{table(rows)}")
 
 
 if __name__ == "__main__":

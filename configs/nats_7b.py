@@ -14,7 +14,7 @@ from natsjax.errors import UserError
 
 HARDWARE = {
     "v5e-16": {"train.num_microbatches": 128, "mesh.tensor": 2},
-    "v5p-128": {"train.num_microbatches": 1},
+    "v5p-128": {"train.num_microbatches": 2},
     "v6e-256": {"train.num_microbatches": 1},
     "h100-8": {"train.num_microbatches": 16},
 }

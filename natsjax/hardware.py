@@ -25,7 +25,7 @@ class Chip:
 
     Attributes:
       name: as in a topology's name.
-      memory: bytes that a program can have, as the compiler says.
+      memory: bytes that a program can have, as the TPUs' compiler says; of a GPU all that it has.
       flops: of bfloat16 products a second.
       memory_bandwidth: bytes a second.
       interconnect: bytes a second that a device can send over all its links to others of its slice or node.
@@ -51,16 +51,7 @@ CHIPS = {
         Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, _TPU + "v5p"),
         Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2, 100e9 / 8, _TPU + "v6e"),
         Chip("tpu7x", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, 100e9 / 8 / 2, _TPU + "tpu7x"),
-        # Of 79.6 GiB that the driver shows, JAX's allocator takes what XLA_PYTHON_CLIENT_MEM_FRACTION says; 0.9 here.
-        Chip(
-            "h100",
-            0.9 * 84929347584,
-            989e12,
-            3352e9,
-            450e9,
-            50e9,
-            "https://www.nvidia.com/en-us/data-center/h100/ (SXM)",
-        ),
+        Chip("h100", 84929347584, 989e12, 3352e9, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h100/ (SXM)"),
     )
 }
 """By name."""
@@ -82,7 +73,11 @@ _SHAPES_V5P = {
     12288: "16x16x24",
 }
 _BY_COUNT = {"v5e": _SHAPES_2D, "v6e": _SHAPES_2D, "v5p": _SHAPES_V5P}
+_TORUS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
+"""Dimensions."""
 _GPUS_A_NODE = 8
+_GPU_SHARE = 0.75
+"""Of its memory that JAX takes of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another."""
 
 # What XLA has to know of an H100 to compile for it.
 _H100 = """
@@ -122,7 +117,7 @@ def known_topologies() -> str:
     """The names that ``topology`` takes, for people."""
     counts = "; ".join(f"{chip}-N with N = {', '.join(map(str, shapes))}" for chip, shapes in _BY_COUNT.items())
     return (
-        f"{counts}; v5p:XxYxZ, tpu7x:XxYxZ, v5e:XxY or v6e:XxY, as in v5p:4x4x4; h100-N with N = 1, 2, 4 or a multiple "
+        f"{counts}; v5p:XxYxZ, tpu7x:XxYxZ, v5e:XxY or v6e:XxY, as v5p:4x4x4; h100-N with N = 1, 2, 4 or a multiple "
         f"of {_GPUS_A_NODE}; local, this machine's devices"
     )
 
@@ -166,7 +161,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
     if not separator:
         chip, _, count = chip.partition("-")
         size = _BY_COUNT.get(chip, {}).get(int(count) if count.isdecimal() else 0, "")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+    if chip not in _TORUS or not re.fullmatch(r"\d+" + r"x\d+" * (_TORUS[chip] - 1), size):
         raise _unknown(name)
     # Before libtpu is loaded: it would ask the cloud which machine this is, and refuse to be loaded twice.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -206,5 +201,19 @@ def _h100(name: str, count: int, num_slices: int) -> Topology:
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} ({reason})."
         ) from error
     devices = list(found.devices)
-    label = f"{name} ({nodes} node{'s' if nodes > 1 else ''})"
-    return Topology(label, devices, CHIPS["h100"], tuple(index // gpus for index in range(len(devices))))
+    share = _gpu_share()
+    chip = dataclasses.replace(CHIPS["h100"], memory=share * CHIPS["h100"].memory)
+    label = f"{name} ({nodes} node{'s' if nodes > 1 else ''}, {100 * share:g} % of the memory)"
+    return Topology(label, devices, chip, tuple(index // gpus for index in range(len(devices))))
+
+
+def _gpu_share() -> float:
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    text = os.environ.get(name, str(_GPU_SHARE))
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise UserError(f"{name} = {text!r}; a share of the memory was expected, as 0.9.") from error
+    if not 0 < share <= 1:
+        raise UserError(f"{name} = {text}; it must lie above 0 and up to 1.")
+    return share

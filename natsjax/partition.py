@@ -78,7 +78,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run: all devices of all processes, neighbours along the axes that communicate most.
 
-    Where the devices come in slices that only the data-centre network joins, the slices lie along ``data``.
+    Where TPUs come in slices that only the data-centre network joins, the slices lie along ``data``. Nodes of GPUs may
+    share parameters: their network is meant for it, and their order puts them along the first axes anyhow.
 
     Args:
       config: its sizes.
@@ -89,7 +90,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
     if num_slices > 1:
         if sizes[0] % num_slices:
             raise UserError(

@@ -22,8 +22,8 @@ from natsjax import hardware
 from natsjax.command_line import flag_help, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.hardware import GIB, Topology
-from natsjax.planning import Plan, plan_step
+from natsjax.hardware import GIB
+from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.workdir import write_atomically
 
 _USAGE = (
@@ -54,25 +54,25 @@ def _what(plan: Plan) -> list[str]:
     tokens = train.batch_size * config.data.context_length
     parts = f" in {train.num_microbatches} microbatches" if train.num_microbatches > 1 else ""
     return [
-        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.attention} attention, on {plan.topology.name}: "
-        f"{mesh}",
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.attention} attention, on {plan.topology}: {mesh}",
         f"a step: {train.batch_size} contexts of {config.data.context_length} ({tokens:,} tokens){parts}, "
         f"model.remat={config.model.remat}; compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
     ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    memory, chip = plan.memory, plan.topology.chip
+    memory, chip = plan.memory, plan.chip
     lines = ["memory of a device, GiB"]
     for name, size in memory._asdict().items():
-        unknown = plan.refusal is not None and size == 0
+        unknown = plan.refusal is not None and not size
         lines.append(f"  {name:<12} {'?' if unknown else f'{size / GIB:.3f}':>9}")
     available = "" if chip is None else f" of {chip.memory / GIB:.2f}"
     verdict = {True: "it fits", False: "IT DOES NOT FIT", None: "what there is, is not known"}[plan.fits]
-    lines.append(f"  {'total':<12} {memory.total / GIB:>9.3f}{available}: {verdict}")
+    least = "at least " if plan.refusal is not None else ""
+    lines.append(f"  {'total':<12} {least}{memory.total / GIB:>9.3f}{available}: {verdict}")
     if plan.refusal is not None:
         lines.append(f"  the compiler: {plan.refusal}")
-    if plan.fits is False:
+    if plan.fits is False and memory.total > 0 and (plan.refusal is None or memory.temporaries):
         largest = max(memory._asdict().items(), key=lambda item: item[1])[0]
         lines.append(f"  most is taken by {largest}; what would shrink it: {_SHRINK[largest]}")
     return lines
@@ -80,17 +80,19 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     flops, costs, roofline = plan.flops, plan.costs, plan.roofline
-    devices = len(plan.topology.devices)
+    devices = plan.num_devices
     lines = [
         f"products of a step: {flops.total:.3e} FLOPs ({flops.weights:.3e} with weights, {flops.attention:.3e} in "
         f"attention), {flops.total / devices:.3e} a device"
     ]
     if costs is None:
         return lines
-    lines.append("collectives of a step        axes of the mesh          times    GB sent by a device")
+    across = any(c.bytes_across for c in costs.collectives)
+    more = "   and to other slices or nodes" if across else ""
+    lines.append(f"collectives of a step     axes of the mesh         times   GB sent by a device{more}")
     for c in costs.collectives:
-        axes = ", ".join(c.axes) + (" (between slices or nodes)" if c.crosses else "")
-        lines.append(f"  {c.kind:<26} {axes:<25} {c.times:>5} {c.bytes_sent / 1e9:>15.3f}")
+        text = f"  {c.kind:<23} {', '.join(c.axes):<22} {c.times:>7} {c.bytes_inside / 1e9:>21.3f}"
+        lines.append(text + (f" {c.bytes_across / 1e9:>30.3f}" if across else ""))
     lines.append(f"to and from a device's memory: {costs.memory_traffic / 1e9:.1f} GB a step")
     if costs.unknown_loops:
         lines.append(f"  ({costs.unknown_loops} loops of unknown length count as one turn)")
@@ -109,7 +111,9 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
 
 
 def _kv_lines(plan: Plan) -> list[str]:
@@ -125,8 +129,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """The plan's numbers by name, for ``json``."""
     costs = plan.costs
     return {
-        "topology": plan.topology.name,
-        "devices": len(plan.topology.devices),
+        "topology": plan.topology,
+        "devices": plan.num_devices,
         "mesh": plan.mesh,
         "attention": plan.config.model.attention,
         "remat": plan.config.model.remat,
@@ -136,7 +140,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "num_parameters": plan.num_parameters,
         "fits": plan.fits,
         "memory": plan.memory._asdict() | {"total": plan.memory.total},
-        "memory_available": None if plan.topology.chip is None else plan.topology.chip.memory,
+        "memory_available": None if plan.chip is None else plan.chip.memory,
         "refusal": plan.refusal,
         "flops": plan.flops._asdict(),
         "collectives": None if costs is None else [c._asdict() for c in costs.collectives],
@@ -151,33 +155,34 @@ def as_json(plan: Plan) -> dict[str, Any]:
 # --- trying out ---
 
 
-def search(config: Config, topology: Topology) -> Iterator[Plan]:
+def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
     """Plans with every rematerialisation policy, each with the fewest microbatches that fit, or the most there are.
 
     Args:
       config: of the run; ``model.remat`` and ``train.num_microbatches`` are what is tried.
-      topology: of ``hardware.topology``.
+      name: of the topology, for ``hardware.topology``.
+      num_slices: for the same.
 
     Raises:
-      UserError: see ``planning.plan_step``.
+      UserError: see ``planning.plan_apart``.
     """
     for remat in ("none", "dots", "full"):
-        count = 1
-        while True:
-            made = plan_step(
-                dataclasses.replace(
-                    config,
-                    model=dataclasses.replace(config.model, remat=remat),
-                    train=dataclasses.replace(config.train, num_microbatches=count),
-                ),
-                topology,
-            )
+        model = dataclasses.replace(config.model, remat=remat)
+        shards, made = 1, None
+        for count in range(1, config.train.batch_size + 1):
+            if config.train.batch_size % (count * shards):
+                continue
+            train = dataclasses.replace(config.train, num_microbatches=count)
+            try:
+                made = plan_apart(dataclasses.replace(config, model=model, train=train), name, num_slices)
+            except CompilerCrashed as crash:
+                print(f"model.remat = {remat}, train.num_microbatches = {count}: {crash}\n", flush=True)
+                continue
             shards = made.mesh.get("data", 1) * made.mesh.get("fsdp", 1)
-            following = 2 * count
-            if made.fits is not False or config.train.batch_size % (following * shards):
-                yield made
+            if made.fits is not False:
                 break
-            count = following
+        if made is not None:
+            yield made
 
 
 def search_table(plans: Sequence[Plan]) -> str:
@@ -220,18 +225,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name}={path}: there is no such folder.")
     if files and values["search"].value:
         raise UserError("--json and --program are of one plan; leave out --search.")
-    if values["topology"].value != "local":
-        jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
-    topology = hardware.topology(values["topology"].value, values["num_slices"].value)
+    topology = (values["topology"].value, values["num_slices"].value)
     if values["search"].value:
         plans = []
-        for made in search(config, topology):
+        for made in search(config, *topology):
             print(f"{summary(made)}\n", flush=True)
             plans.append(made)
         print(search_table(plans))
         return 0 if any(made.fits is not False for made in plans) else 1
-    made = plan_step(config, topology)
+    made = plan_apart(config, *topology)
     print(summary(made))
+    if made.refusal is not None and "program" in files:
+        print(f"--program={files.pop('program')} is not written: there is no program.")
     texts = {"json": json.dumps(as_json(made), indent=2) + "\n", "program": made.program}
     for name, path in files.items():
         write_atomically(path, texts[name])

@@ -5,9 +5,14 @@ compiler allocates, collectives and traffic are read off its program. Products o
 sizes; a test counts those that the step traces.
 """
 
+import concurrent.futures.process
 import dataclasses
 import math
+import multiprocessing
+import os
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -16,10 +21,16 @@ import jax.numpy as jnp
 
 from natsjax import hardware, losses, partition, program_costs, program_text
 from natsjax.config import Config
-from natsjax.data import ByteTokenizer, RecallTask
+from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
+from natsjax.data.corpus import CORPUS_FILE
+from natsjax.errors import UserError
 from natsjax.hardware import Topology
 from natsjax.program_costs import ProgramCosts
 from natsjax.train_step import Trainer
+
+
+class CompilerCrashed(UserError):
+    """A compiler ended the process that it ran in."""
 
 
 class Memory(NamedTuple):
@@ -97,7 +108,9 @@ class Plan:
 
     Attributes:
       config: of the run.
-      topology: that it was compiled for.
+      topology: its name.
+      num_devices: of it.
+      chip: what they can do; None where that is not known.
       mesh: axes and sizes.
       num_parameters: of the model.
       memory: on each device.
@@ -113,7 +126,9 @@ class Plan:
     """
 
     config: Config
-    topology: Topology
+    topology: str
+    num_devices: int
+    chip: hardware.Chip | None
     mesh: dict[str, int]
     num_parameters: int
     memory: Memory
@@ -130,7 +145,7 @@ class Plan:
         """Whether the step fits into a device's memory; None where that is not known."""
         if self.refusal is not None:
             return False
-        return None if self.topology.chip is None else self.memory.total <= self.topology.chip.memory
+        return None if self.chip is None else self.memory.total <= self.chip.memory
 
 
 def plan_step(config: Config, topology: Topology, vocab_size: int | None = None) -> Plan:
@@ -163,7 +178,9 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
         roofline = None if topology.chip is None else _roofline(topology.chip, flops, costs, mesh.size)
     return Plan(
         config=config,
-        topology=topology,
+        topology=topology.name,
+        num_devices=len(topology.devices),
+        chip=topology.chip,
         mesh=dict(partition.axes_of(mesh)),
         num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.parameters)),
         memory=memory,
@@ -177,12 +194,54 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
     )
 
 
+def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
+    """``plan_step`` in a process of its own, which a compiler may take down with it; what that one prints is not shown.
+
+    Args:
+      config: of the run.
+      name: of the topology, for ``hardware.topology``.
+      num_slices: for the same.
+
+    Raises:
+      UserError: an unknown topology, or a config that cannot be divided along its mesh.
+      CompilerCrashed: the compiler did.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = pathlib.Path(folder) / "stderr"
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(_plan_here, config, name, num_slices, log).result()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+                fatal = next((line.partition("] ")[2] for line in lines if line.startswith("F")), "")
+                raise CompilerCrashed(
+                    f"--topology={name}: the compiler crashed on this step{f' ({fatal.strip()})' if fatal else ''}; "
+                    "another train.num_microbatches, model.remat or mesh may pass."
+                ) from error
+
+
+def _plan_here(config: Config, name: str, num_slices: int, log: pathlib.Path) -> Plan:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)  # of the compilers too, which are not Python
+    if name != "local":
+        jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
+    return plan_step(config, hardware.topology(name, num_slices))
+
+
 def vocab_size_of(config: Config) -> int:
-    """The vocabulary's size, without the data; of a trained BPE the size that is asked for."""
+    """The vocabulary's size: of the prepared corpus or the tokenizer where they are here, else as the config says.
+
+    Raises:
+      UserError: ``data.tokenizer`` names a folder that holds none.
+    """
     data = config.data
     if data.source == "recall":
         return RecallTask(data.context_length, **dataclasses.asdict(data.recall)).vocab_size
-    return ByteTokenizer().vocab_size if data.tokenizer == "byte" else data.vocab_size
+    if data.prepared_dir and (pathlib.Path(data.prepared_dir) / CORPUS_FILE).exists():
+        return Corpus.load(data.prepared_dir).tokenizer.vocab_size
+    if data.tokenizer == "bpe":
+        return data.vocab_size
+    return ByteTokenizer().vocab_size if data.tokenizer == "byte" else load_tokenizer(data.tokenizer).vocab_size
 
 
 # --- memory ---
@@ -226,8 +285,8 @@ def _bytes(tree: Any) -> float:
 
 
 def _bytes_asked_for(refusal: str) -> float:
-    """What a compiler that ran out of memory says it would have needed."""
-    found = re.search(r"\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])", refusal)
+    """What a compiler that ran out of a device's memory says it would have needed; 0 where it says nothing of that."""
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", refusal)
     if found is None:
         return 0.0
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
@@ -254,8 +313,13 @@ def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
 
     with jax.set_mesh(trainer.mesh):
         saved = jax.eval_shape(residuals, parameters, batch)
-    same = {(x.shape, x.dtype) for x in jax.tree.leaves(parameters)}
-    return [x for x in saved if (x.shape, x.dtype) not in same]
+    same = {_kind(x) for x in jax.tree.leaves(parameters)}
+    return [x for x in saved if _kind(x) not in same]
+
+
+def _kind(x: jax.ShapeDtypeStruct) -> tuple:
+    """By which a saved parameter is known; one that is gathered has another share on each device."""
+    return x.shape, x.dtype, x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
 def _kv_bytes(config: Config) -> tuple[float, float]:
@@ -296,8 +360,8 @@ def step_flops(config: Config, vocab_size: int) -> Flops:
 
 
 def _roofline(chip: hardware.Chip, flops: Flops, costs: ProgramCosts, num_devices: int) -> Roofline:
-    inside = sum(c.bytes_sent for c in costs.collectives if not c.crosses)
-    across = sum(c.bytes_sent for c in costs.collectives if c.crosses)
+    inside = sum(c.bytes_inside for c in costs.collectives)
+    across = sum(c.bytes_across for c in costs.collectives)
     return Roofline(
         compute=flops.total / num_devices / chip.flops,
         memory=costs.memory_traffic / chip.memory_bandwidth,

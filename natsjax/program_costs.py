@@ -1,7 +1,7 @@
 """What a compiled step moves: between devices, by kind of collective and axis of the mesh, and to and from memory."""
 
-import collections
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +16,23 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 class Collective(NamedTuple):
     """Collectives of one kind along the same axes, of one device in one run of the program.
 
+    What each device sends in the cheapest way: for a gather of V bytes among n devices V (n - 1) / n, and as much for a
+    reduce-scatter or an all-to-all of V bytes, for an all-reduce twice that. Of n devices in d slices or nodes a gather
+    sends V (d - 1) / n across, between devices at the same place in each, and V (n - d) / n inside.
+
     Attributes:
       kind: of ``KINDS``; what XLA made of it: a gather that it turned into an all-reduce is an all-reduce.
       axes: of the mesh, those along which its devices lie.
-      crosses: some of its devices are in different slices or nodes.
       times: how many run.
-      bytes_sent: by each device, over all of them, in the cheapest way: a gather of V bytes among n devices sends
-        V (n - 1) / n, so does a reduce-scatter or an all-to-all of V bytes, an all-reduce twice that.
+      bytes_inside: sent within a slice or node, over all of them.
+      bytes_across: sent to others.
     """
 
     kind: str
     axes: tuple[str, ...]
-    crosses: bool
     times: int
-    bytes_sent: float
+    bytes_inside: float
+    bytes_across: float
 
 
 class ProgramCosts(NamedTuple):
@@ -38,7 +41,8 @@ class ProgramCosts(NamedTuple):
     Attributes:
       collectives: of all kinds, largest first.
       memory_traffic: bytes read from and written to the device's memory: the operands and results of each operation,
-        fused ones as one, of a slice only the slice. Tiles that a kernel reads more than once count once.
+        fused ones as one, of a slice only the slice. Tiles that a kernel reads more than once count once; of a
+        conditional all branches count.
       unknown_loops: loops whose length the program does not say; they count as one turn.
     """
 
@@ -55,8 +59,7 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
       mesh: that it was compiled for.
       domains: of each device of ``mesh``, in order, the slice or node.
     """
-    counts: dict[tuple[str, tuple[str, ...], bool], int] = collections.Counter()
-    bytes_sent: dict[tuple[str, tuple[str, ...], bool], float] = collections.defaultdict(float)
+    found: dict[tuple[str, tuple[str, ...]], Collective] = {}
     traffic = 0.0
     unknown = 0
     shape = tuple(mesh.shape.values())
@@ -66,17 +69,34 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
             if instruction.opcode == "while" and program_text.loop_length(program, instruction) is None:
                 unknown += 1
             traffic += run.times * _memory_traffic(program, computation, instruction)
-            for kind, collective, inside in _collectives(program, computation, instruction):
-                groups = program_text.device_groups(collective, mesh.size)
-                axes = _axes(groups, mesh.axis_names, shape)
-                crosses = any(len({domains[device] for device in group}) > 1 for group in groups)
-                counts[kind, axes, crosses] += run.times
-                bytes_sent[kind, axes, crosses] += run.times * _bytes_sent(kind, collective, inside, groups.shape[-1])
-    collected = [Collective(*kind, count, bytes_sent[kind]) for kind, count in counts.items()]
-    return ProgramCosts(tuple(sorted(collected, key=lambda c: -c.bytes_sent)), traffic, unknown)
+        for kind, collective, given in _collectives_of(program, computation):
+            groups = program_text.device_groups(collective, mesh.size)
+            axes = _axes(groups, mesh.axis_names, shape)
+            inside, across = _bytes_sent(kind, given, groups, domains)
+            _, _, times, *sent = found.get((kind, axes), Collective(kind, axes, 0, 0.0, 0.0))
+            times, inside, across = times + run.times, sent[0] + run.times * inside, sent[1] + run.times * across
+            found[kind, axes] = Collective(kind, axes, times, inside, across)
+    collected = sorted(found.values(), key=lambda c: -(c.bytes_inside + c.bytes_across))
+    return ProgramCosts(tuple(collected), traffic, unknown)
 
 
-def _collectives(program: Program, computation: Computation, instruction: Instruction):
+def _collectives_of(program: Program, computation: Computation) -> Iterator[tuple[str, Instruction, int]]:
+    """``(kind, instruction, bytes given to it)`` of each collective that a computation runs.
+
+    XLA for TPUs fuses one into what starts it, what runs meanwhile and what ends it: pieces that share a channel.
+    """
+    seen = set()
+    for instruction in computation.values():
+        for kind, collective, inside in _fused_collectives(program, computation, instruction):
+            channel = re.search(r"channel_id=\d+", collective.attributes)
+            piece = (kind, channel and channel[0], *(array.shape for array in collective.results))
+            if inside is not computation and piece in seen:
+                continue
+            seen.add(piece)
+            yield kind, collective, sum(x.size for name in collective.operands for x in _results(inside, name))
+
+
+def _fused_collectives(program: Program, computation: Computation, instruction: Instruction):
     """``(kind, instruction, its computation)`` of each collective that an operation is, or has fused into it."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
@@ -85,7 +105,7 @@ def _collectives(program: Program, computation: Computation, instruction: Instru
     if instruction.opcode in ("fusion", "custom-call") and called in program.computations:
         inner = program.computations[called]
         for fused in inner.values():
-            for kind, collective, inside in _collectives(program, inner, fused):
+            for kind, collective, inside in _fused_collectives(program, inner, fused):
                 # XLA for TPUs writes a reduce-scatter as an all-reduce that is fused with the slice taken of it.
                 scatters = kind == "all-reduce" and "all-reduce-scatter" in called
                 yield "reduce-scatter" if scatters else kind, collective, inside
@@ -96,8 +116,7 @@ def collective_results(program: Program) -> list[tuple[str, Array]]:
     return [
         (kind, array)
         for run in program_text.executions(program)
-        for instruction in program.computations[run.computation].values()
-        for kind, collective, _ in _collectives(program, program.computations[run.computation], instruction)
+        for kind, collective, _ in _collectives_of(program, program.computations[run.computation])
         for array in collective.results
     ]
 
@@ -108,16 +127,19 @@ def _axes(groups: np.ndarray, names: Sequence[str], shape: Sequence[int]) -> tup
     return tuple(name for name, along in zip(names, varies, strict=True) if along)
 
 
-def _bytes_sent(kind: str, instruction: Instruction, inside: Computation, size: int) -> float:
-    given = sum(array.size for name in instruction.operands for array in _results(inside, name))
-    match kind:
-        case "all-gather":
-            return given * (size - 1)
-        case "all-reduce":
-            return 2 * given * (size - 1) / size
-        case "collective-permute":
-            return given
-    return given * (size - 1) / size
+def _bytes_sent(kind: str, given: int, groups: np.ndarray, domains: Sequence[int]) -> tuple[float, float]:
+    """By each device, inside its slice or node and across, of ``given`` bytes that each gives."""
+    places = np.asarray(domains)[groups]
+    size = groups.shape[-1]
+    if kind == "collective-permute":
+        crossing = float(np.mean(places[:, 0] != places[:, 1]))
+        return given * (1 - crossing), given * crossing
+    parts = max(len(set(group)) for group in places.tolist())
+    if kind == "all-to-all":
+        return given * (1 / parts - 1 / size), given * (1 - 1 / parts)
+    whole = given * size if kind == "all-gather" else given
+    rounds = 2 if kind == "all-reduce" else 1
+    return rounds * whole * (size - parts) / size, rounds * whole * (parts - 1) / size
 
 
 def _results(computation: Computation, name: str) -> tuple[Array, ...]:
@@ -143,28 +165,40 @@ _FREE = {
 }
 """Operations that move nothing themselves."""
 
+_SLICES = {"slice", "dynamic-slice", "gather"}
+"""Operations that read as much of their first operand as they give."""
+
 
 def _memory_traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
-    if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or instruction.name.startswith("async-collective-done"):
         return 0
-    if instruction.opcode.endswith("-start"):  # its type holds both its operands and its results
-        return _in_memory(instruction.results)
+    if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        return 0
+    results = instruction.results
+    if opcode.endswith("-start"):  # its type holds its operands, then its results
+        results = results[sum(len(_results(computation, name)) for name in instruction.operands) :]
+        opcode = opcode.removesuffix("-start")
     called = program.computations.get(instruction.attribute("calls") or "")
-    if instruction.opcode == "fusion" and called:
-        return _fusion_traffic(program, computation, instruction, called)
-    if instruction.opcode == "dynamic-slice":
-        return 2 * _in_memory(instruction.results)
-    if instruction.opcode == "dynamic-update-slice":
+    if opcode == "fusion" and called:
+        return _fusion_traffic(program, computation, instruction, called, results)
+    if opcode in _SLICES:
+        return results[0].size + _in_memory(results[:1])
+    if opcode == "dynamic-update-slice":
         return 2 * _in_memory(_results(computation, instruction.operands[1]))
+    if instruction.opcode == "copy-start":  # its type holds its result, then its operand
+        return _in_memory(instruction.results)
     operands = sum(_in_memory(_results(computation, name)) for name in instruction.operands)
-    return operands + _in_memory(instruction.results)
+    return operands + _in_memory(results)
 
 
 def _in_memory(arrays: Sequence[Array]) -> float:
     return sum(array.size for array in arrays if array.in_memory)
 
 
-def _fusion_traffic(program: Program, computation: Computation, fusion: Instruction, fused: Computation) -> float:
+def _fusion_traffic(
+    program: Program, computation: Computation, fusion: Instruction, fused: Computation, results: Sequence[Array]
+) -> float:
     """Of a fusion: its operands, where only slices of them are read these, and its results, of updates the updates."""
     total = 0.0
     for index, name in enumerate(fusion.operands):
@@ -174,10 +208,10 @@ def _fusion_traffic(program: Program, computation: Computation, fusion: Instruct
     if len(roots) == 1 and roots[0].opcode == "tuple":
         roots = [fused[name] for name in roots[0].operands if name in fused]
     updated = [_updated(fused, root) for root in roots]
-    if len(updated) == len(fusion.results):
-        pairs = zip(fusion.results, updated, strict=True)
+    if len(updated) == len(results):
+        pairs = zip(results, updated, strict=True)
         return total + sum(min(a.size, part) if part is not None else a.size for a, part in pairs if a.in_memory)
-    return total + _in_memory(fusion.results)
+    return total + _in_memory(results)
 
 
 def _parameter(computation: Computation, index: int) -> str:
@@ -197,7 +231,7 @@ def _part_read(program: Program, fused: Computation, name: str, whole: float) ->
         elif user.opcode == "fusion" and inner:
             places = [index for index, operand in enumerate(user.operands) if operand == name]
             part += sum(_part_read(program, inner, _parameter(inner, index), whole) for index in places)
-        elif user.opcode == "dynamic-slice" and user.operands[0] == name:
+        elif user.opcode in _SLICES and user.operands[0] == name:
             part += sum(array.size for array in user.results)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             part += 0  # what is not updated stays where it is

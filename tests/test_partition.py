@@ -227,18 +227,32 @@ def test_what_cannot_be_divided_is_named(mesh, changes, message):
 
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
-    """One of a slice that only the data-centre network joins to others."""
+    """One of a slice or node that only a network joins to others."""
 
     id: int
     slice_index: int
+    platform: str
+    coords: tuple[int, ...]
     process_index: int = 0
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    core_on_chip: int = 0
+    device_kind: str = "fake"
+
+
+def fake_devices(platform):
+    """Two slices of 2x2 chips, or nodes."""
+    return [FakeDevice(index, index // 4, platform, (index % 2, index % 4 // 2, 0)) for index in range(8)]
 
 
 def test_slices_lie_along_data():
-    devices = [FakeDevice(index, index // 4) for index in range(8)]
+    devices = fake_devices("tpu")
     mesh = partition.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match=r"mesh.data = 1 cannot be divided among 2 slices; make it a multiple"):
         partition.make_mesh(MeshConfig(fsdp=8), devices)
+
+
+def test_nodes_of_gpus_may_share_parameters():
+    mesh = partition.make_mesh(MeshConfig(fsdp=8), fake_devices("gpu"))
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    mesh = partition.make_mesh(MeshConfig(data=2, fsdp=4), fake_devices("gpu"))
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from natsjax import hardware, model, plan, planning
+from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.train_step import Trainer
 
@@ -43,6 +44,9 @@ def test_local_is_this_machine():
         ("", 1, "unknown topology ''; chips: v5e"),
         ("h100-12", 1, "unknown topology 'h100-12'; known are"),
         ("h100-0", 1, "unknown topology"),
+        ("v5p:4x4", 1, "unknown topology 'v5p:4x4'; known are"),
+        ("v5e:4x4x4", 1, "unknown topology"),
+        ("h100:2x2", 1, "unknown topology"),
         ("h100-8", 2, "--num_slices is for TPU slices; 2 times the GPUs are h100-16"),
         ("local", 2, "--num_slices is for TPU slices"),
         ("v5e-16", 0, "--num_slices=0: it must be at least 1"),
@@ -118,7 +122,7 @@ def test_it_says_what_there_is_to_know(planned):
 
 def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
     small = dataclasses.replace(CHIP, memory=planned[0].memory.total - 1)
-    made = dataclasses.replace(planned[0], topology=here(small))
+    made = dataclasses.replace(planned[0], chip=small)
     assert made.fits is False
     text = plan.summary(made)
     assert "IT DOES NOT FIT" in text
@@ -132,11 +136,11 @@ def test_every_class_of_memory_has_a_way_to_shrink_it():
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan, "plan_step", lambda config, topology: planned[0])
+    monkeypatch.setattr(plan, "plan_apart", lambda config, name, num_slices: planned[0])
     assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
-    small = here(dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(plan, "plan_step", lambda config, topology: dataclasses.replace(planned[0], topology=small))
+    small = dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0))
+    monkeypatch.setattr(plan, "plan_apart", lambda config, name, num_slices: small)
     assert plan.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
@@ -147,24 +151,28 @@ def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
 
 
 def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(planned, monkeypatch, capsys):
-    fewest = {"none": 8, "dots": 4, "full": 1}  # nothing fits with "none": 8 contexts have no 16 microbatches
+    fewest = {"none": 100, "dots": 6, "full": 1}  # nothing fits with "none": 24 contexts, 2 at a time
     tried = []
 
-    def plan_step(config, topology):
+    def plan_apart(config, name, num_slices):
         remat, count = config.model.remat, config.train.num_microbatches
         tried.append((remat, count))
-        fits = count >= fewest[remat] and remat != "none"
+        if (remat, count) == ("dots", 4):
+            raise planning.CompilerCrashed("the compiler crashed")
+        fits = count >= fewest[remat]
         memory = planned[0].memory._replace(temporaries=0.0 if fits else 1e15)
         seconds = planning.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
-        return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds)
+        return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds, mesh={"fsdp": 2})
 
-    monkeypatch.setattr(plan, "plan_step", plan_step)
+    monkeypatch.setattr(plan, "plan_apart", plan_apart)
     monkeypatch.chdir(ROOT)
-    arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=8"]
+    arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=24"]
     assert plan.main([*arguments, "--search"]) == 0
-    assert tried == [("none", n) for n in (1, 2, 4, 8)] + [("dots", n) for n in (1, 2, 4)] + [("full", 1)]
-    rows = [line.split() for line in capsys.readouterr().out.split("at least")[-1].splitlines() if line.strip()]
-    assert [row[:2] for row in rows[-3:]] == [["dots", "4"], ["full", "1"], ["none", "8"]]
+    assert tried == [("none", n) for n in (1, 2, 3, 4, 6, 12)] + [("dots", n) for n in (1, 2, 3, 4, 6)] + [("full", 1)]
+    shown = capsys.readouterr().out
+    assert "model.remat = dots, train.num_microbatches = 4: the compiler crashed" in shown
+    rows = [line.split() for line in shown.splitlines() if line.strip()]
+    assert [row[:2] for row in rows[-3:]] == [["dots", "6"], ["full", "1"], ["none", "12"]]
     assert "does not fit" in " ".join(rows[-1])
     with pytest.raises(UserError, match="leave out --search"):
         plan.main([*arguments, "--search", "--json=x"])
@@ -178,6 +186,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
     [
         ("Ran out of memory on HBM, the total memory required for HLO temporaries (33.11G) exceeds available", 33.11),
         ("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+        ("Ran out of memory in memory space vmem while allocating on stack. Used 132.0M of 16.0M vmem.", None),
     ],
 )
 def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
@@ -192,12 +201,45 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
     assert made.fits is False
     assert made.costs is None
     assert made.refusal == said
-    known = made.memory.parameters + made.memory.optimizer + made.memory.batch if "Used" in said else 0
-    assert made.memory.temporaries + made.memory.activations + known == pytest.approx(asked * 2**30)
     text = plan.summary(made)
     assert f"the compiler: {said}" in text
-    assert "most is taken by temporaries" in text
+    assert "total        at least" in text
     assert plan.as_json(made)["roofline"] is None
+    if asked is None:
+        assert "temporaries          ?" in text
+        assert "most is taken" not in text
+        return
+    known = made.memory.parameters + made.memory.optimizer + made.memory.batch if "Used" in said else 0
+    assert made.memory.temporaries + made.memory.activations + known == pytest.approx(asked * 2**30)
+    assert "most is taken by temporaries" in text
+
+
+def crash(config, name, num_slices, log):
+    """What libtpu does where one of its checks fails."""
+    log.write_text("W1 a.cc:1] a warning\nF2 b.cc:2] Check failed: 1 vs. 8\n*** stack\n")
+    os.abort()
+
+
+def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(planning, "_plan_here", crash)
+    expected = (
+        r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.num_micro"
+    )
+    with pytest.raises(planning.CompilerCrashed, match=expected):
+        planning.plan_apart(tiny.config(), "v5e-16")
+
+
+def test_the_command_plans_for_this_machine():
+    """From the command line to the text, through a process of its own."""
+    words = [sys.executable, "-m", "natsjax.plan", "--config=configs/smoke.py", "--topology=local"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "memory of a device, GiB" in run.stdout
+    assert "what there is, is not known" in run.stdout
+    run = subprocess.run([*words, "--config.mesh.fsdp=3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: mesh.data = 1, mesh.fsdp = 3")
+    assert run.stderr.count("\n") == 1
 
 
 def test_other_errors_of_the_compiler_are_not_hidden(monkeypatch):
@@ -255,11 +297,15 @@ def test_attention_counts_pairs():
     assert planning.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
 
 
-def test_the_vocabulary_without_the_data():
+def test_the_vocabulary_without_the_data(tmp_path):
     assert planning.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
     corpus = {"source": "corpus", "input": "folder", "vocab_size": 1000}
     assert planning.vocab_size_of(tiny.config(data=corpus)) == 1000
     assert planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
+    with pytest.raises(UserError, match="nowhere"):
+        planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "nowhere"}))
+    ByteTokenizer().save(tmp_path)
+    assert planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": str(tmp_path)})) == 258
 
 
 # --- eight devices: what the program moves ---
@@ -285,7 +331,7 @@ for values in json.load(sys.stdin):
         "gathered": [shape for kind, shape in whole if kind in ("all-gather", "all-to-all")],
         "shapes": sorted(shapes),
         "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-        "saved": [x.shape for x in planning.saved_activations(trainer)],
+        "saved": [x.sharding.shard_shape(x.shape) for x in planning.saved_activations(trainer) if x.sharding],
     }), flush=True)
 """
 LENGTH = 1024
@@ -325,9 +371,12 @@ def test_no_whole_activations_and_nothing_quadratic_in_the_program():
         # Weights are gathered, and a few integers for each token; never a layer's activations.
         assert any(math.prod(shape) >= width * width // 4 for shape in found["gathered"])
         assert max(map(math.prod, found["gathered"])) < rows * LENGTH * width // 2
-        assert not [shape for shape in found["shapes"] if sum(size >= LENGTH for size in shape) > 1]
-        # Nor are the gathered weights of all layers kept for the backward.
-        assert not [shape for shape in found["saved"] if tuple(shape) in {(3, 16, 24), (3, 24, 16), (3, 16, 12)}]
+        part = LENGTH // 2 if found is ring else LENGTH
+        assert not [shape for shape in found["shapes"] if sum(size >= part for size in shape) > 1]
+        # Nor are the gathered weights of all layers kept for the backward: none is as large on a device as it is whole.
+        saved = {tuple(shape) for shape in found["saved"]}
+        assert saved
+        assert not saved & {(3, 16, 12), (3, 12, 16), (3, 16, 24), (3, 24, 16)}
     assert ["collective-permute", ["context"]] in ring["collectives"]
     assert {tuple(axes) for _, axes in nats["collectives"]} >= {("fsdp",), ("tensor",)}
     assert {"fsdp", "tensor"} >= {axis for _, axes in nats["collectives"] for axis in axes}

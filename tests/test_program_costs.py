@@ -107,13 +107,71 @@ def test_loops_memory_spaces_and_fused_collectives_of_a_tpu_program():
     mesh = FakeMesh(data=2, fsdp=2)
     costs = program_costs.program_costs(program_text.parse(TPU_TEXT), mesh, [0, 0, 1, 1])
     size = 8 * 128 * 2
-    assert {(c.kind, c.axes, c.crosses, c.times, c.bytes_sent) for c in costs.collectives} == {
-        ("all-reduce", ("fsdp",), False, 16, 16 * 2 * size / 2),
-        ("reduce-scatter", ("data", "fsdp"), True, 16, 16 * size * 3 / 4),
+    # The reduce-scatter runs among four devices in two slices: half inside, a quarter across.
+    assert {tuple(c) for c in costs.collectives} == {
+        ("all-reduce", ("fsdp",), 16, 16 * 2 * size / 2, 0.0),
+        ("reduce-scatter", ("data", "fsdp"), 16, 16 * size / 2, 16 * size / 4),
     }
     # The product lies in fast memory: it is read from memory, and the all-reduce writes there; then the fusion.
     assert costs.memory_traffic == 16 * (2 * size + size + (size + size // 4))
     assert costs.unknown_loops == 0
+
+
+PIECES = """
+HloModule jit_f, is_scheduled=true
+
+%start (q: bf16[8,128]) -> (bf16[8,128], bf16[32,128]) {
+  %q = bf16[8,128]{1,0} parameter(0)
+  %gathered = bf16[32,128]{1,0} all-gather(%q), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %both = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) tuple(%q, %gathered)
+}
+
+%meanwhile (r: bf16[8,128]) -> bf16[8,128] {
+  %r = bf16[8,128]{1,0} parameter(0)
+  %gathered = bf16[32,128]{1,0} all-gather(%r), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %product = bf16[8,128]{1,0} multiply(%r, %r)
+}
+
+ENTRY %main (a: bf16[8,128], w: bf16[64,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[64,128]{1,0} parameter(1)
+  %async-collective-start.1 = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %near = (bf16[64,128]{1,0}, bf16[4,128]{1,0S(1)}, u32[]{S(2)}) slice-start(%w), slice={[0:4], [0:128]}
+  %product = bf16[8,128]{1,0} fusion(%a), kind=kCustom, calls=%meanwhile
+  %async-collective-done.1 = bf16[32,128]{1,0} fusion(%async-collective-start.1), kind=kCustom, calls=%start
+  %second = bf16[32,128]{1,0} all-gather(%product), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %last = bf16[8,128]{1,0} slice(%second), slice={[0:8], [0:128]}
+}
+"""
+
+
+def test_a_collective_in_pieces_is_one_and_of_a_slice_only_the_slice_moves():
+    costs = program_costs.program_costs(program_text.parse(PIECES), FakeMesh(fsdp=4), [0] * 4)
+    share = 8 * 128 * 2
+    assert [tuple(c) for c in costs.collectives] == [("all-gather", ("fsdp",), 2, 2 * 3 * share, 0.0)]
+    starts, product, second = share + 5 * share, 2 * share, share + 4 * share
+    assert costs.memory_traffic == starts + share // 2 + product + second + 2 * share
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "across"),
+    [
+        # Of 16 devices in two nodes, each giving 160 bytes.
+        ("all-gather", 2560 * 14 / 16, 2560 / 16),
+        ("reduce-scatter", 160 * 14 / 16, 160 / 16),
+        ("all-reduce", 2 * 160 * 14 / 16, 2 * 160 / 16),
+        ("all-to-all", 160 * (1 / 2 - 1 / 16), 80),
+    ],
+)
+def test_little_of_a_collective_crosses_the_network(kind, inside, across):
+    groups, domains = np.arange(16)[None], [0] * 8 + [1] * 8
+    assert program_costs._bytes_sent(kind, 160, groups, domains) == pytest.approx((inside, across))
+    assert program_costs._bytes_sent(kind, 160, groups, [0] * 16)[1] == 0
+
+
+def test_of_a_permutation_the_pairs_that_cross_count():
+    ring = np.array([[index, (index + 1) % 4] for index in range(4)])
+    assert program_costs._bytes_sent("collective-permute", 100, ring, [0, 0, 1, 1]) == (50, 50)
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_said():
@@ -143,7 +201,7 @@ spec = jax.P(("data", "fsdp", "context"))
 mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 text = jax.jit(mapped).lower(x).compile().as_text()
 costs = program_costs.program_costs(program_text.parse(text), mesh, [0] * 8)
-print(json.dumps([[c.kind, c.axes, c.times, c.bytes_sent] for c in costs.collectives]))
+print(json.dumps([[c.kind, c.axes, c.times, c.bytes_inside] for c in costs.collectives]))
 """
 
 
