@@ -147,11 +147,12 @@ class Checkpoints:
         self._manager.reload()
 
     def _remove_unfinished(self) -> list[str]:
-        """Their steps, in process 0, which speaks for all."""
-        paths = sorted(self.folder.glob("*orbax-checkpoint-tmp*")) if jax.process_index() == 0 else []
+        """Their steps, from the first to the last, in process 0, which speaks for all."""
+        paths = list(self.folder.glob("*orbax-checkpoint-tmp*")) if jax.process_index() == 0 else []
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
-        return [path.name.split(".")[0] for path in paths]
+        # By length before text: the order of numbers, and of any other name that Orbax may begin to use.
+        return sorted((path.name.split(".")[0] for path in paths), key=lambda step: (len(step), step))
 
     def close(self) -> None:
         """Lets go of the folder."""

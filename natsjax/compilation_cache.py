@@ -10,12 +10,15 @@ workdir taken to another machine would run code made for the first one's instruc
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+from natsjax import processes
+from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 
 AUTO, NONE = "auto", "none"
@@ -28,12 +31,18 @@ def compilation_cache(setting: str, workdir: Workdir) -> Iterator[None]:
     Args:
       setting: ``train.compilation_cache``.
       workdir: of the run.
+
+    Raises:
+      UserError: the folder cannot be made or written. Process 0 alone looks, and alone raises it: the others compile
+        nothing before they wait for it (``processes.wait_for_all``), which then ends them.
     """
     folder = _folder(setting, workdir)
     known: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder is None or known is not None:
         yield
         return
+    if processes.is_main():
+        _check(setting, folder)
     _use(str(folder.absolute()))
     try:
         yield
@@ -45,6 +54,19 @@ def _folder(setting: str, workdir: Workdir) -> Path | None:
     if setting == AUTO:
         return None if jax.default_backend() == "cpu" else workdir.compiled
     return None if setting in (NONE, "") else Path(setting)
+
+
+def _check(setting: str, folder: Path) -> None:
+    """Where JAX would warn and compile without it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"train.compilation_cache = {setting}: {folder} is no folder that can be written ({error.strerror}); name "
+            "one that can be, or none."
+        ) from error
 
 
 def _use(folder: str | None) -> None:

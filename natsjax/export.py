@@ -13,12 +13,13 @@ tokenizer/           the tokenizer, unless the data is the recall task, which is
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -69,21 +70,44 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected.")
     target = Workdir(output)
-    _check_replaceable(target)
-    run = load(workdir, prepared_dir=prepared_dir)
     folder = target.path.absolute()
     replaced = folder.parent / f".{folder.name}.replaced"
-    try:
-        with folder_lock(folder), new_folder(folder) as temporary:
-            _write(run, Workdir(temporary), dtype, prepared_dir)
-            _check_replaceable(target)
-            if target.is_export:
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
+    with _errors_of(target):
+        if replaced.exists():  # an export was killed between its two renames, or is between them now
+            with folder_lock(folder):
+                _put_back(replaced, folder)
+    _check_replaceable(target)
+    run = load(workdir, prepared_dir=prepared_dir)
+    with _errors_of(target), folder_lock(folder):
+        try:
+            with new_folder(folder) as temporary:
+                _write(run, Workdir(temporary), dtype, prepared_dir)
+                _check_replaceable(target)
+                if target.is_export:
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    folder.rename(replaced)
+        finally:
+            _put_back(replaced, folder)
         shutil.rmtree(replaced, ignore_errors=True)
+    return run
+
+
+@contextlib.contextmanager
+def _errors_of(target: Workdir) -> Iterator[None]:
+    """Whatever the system refuses, as a sentence about the output."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--output={target.path} cannot be written: {error.strerror or error}.") from error
-    return run
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    """Gives the export that was set aside its name again, where no other has taken it.
+
+    One without ``export.json`` was being deleted, when its successor was in place, by a process that was killed.
+    """
+    if Workdir(replaced).is_export and not folder.exists():
+        replaced.rename(folder)
 
 
 def _check_replaceable(target: Workdir) -> None:

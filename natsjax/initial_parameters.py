@@ -31,8 +31,8 @@ class InitialParameters:
       vocabulary: of the new run.
 
     Raises:
-      UserError: there is no run, no checkpoint or no tokenizer, or it is one with other tokens or other parameters; the
-        message lists what differs.
+      UserError: there is no run, no checkpoint or no tokenizer, it is an export that another natsjax wrote, or one with
+        other tokens or other parameters; the message lists what differs.
     """
 
     def __init__(self, config: Config, model: ModelStructure, vocabulary: Vocabulary):
@@ -40,6 +40,8 @@ class InitialParameters:
         self._workdir = Workdir(config.train.initial_parameters)
         self._fresh_scorer = config.train.fresh_scorer
         try:
+            if self._workdir.is_export:
+                self._workdir.read_export()  # whether this natsjax reads it, before its config is taken for one of ours
             self._config = self._workdir.read_config()
             if not self._workdir.has_checkpoint():
                 raise UserError(f"{self._workdir.path} holds no checkpoint.")

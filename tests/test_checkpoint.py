@@ -66,6 +66,14 @@ def test_the_first_one_unfinished(tmp_path, capfd):
     checkpoints.close()
 
 
+def test_unfinished_ones_are_said_in_their_order(tmp_path, capfd):
+    for step in (100, 5, 10):
+        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+    Checkpoints(tmp_path).close()
+    assert f"the checkpoint of step 5, 10, 100 in {tmp_path} is unfinished" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*orbax*"))
+
+
 def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in (5, 10):

@@ -147,6 +147,40 @@ def test_a_failure_leaves_what_was_there(recall_run, tmp_path, monkeypatch):
     assert Workdir(tmp_path / "out").read_export()["dtype"] == "float32"
 
 
+def test_where_the_new_one_cannot_take_its_place_the_old_one_is_put_back(recall_run, tmp_path, monkeypatch):
+    export.export(recall_run.workdir.path, tmp_path / "out")
+    rename = pathlib.Path.rename
+
+    def fail_for_the_new_one(path, target):
+        if path.name == ".out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail_for_the_new_one)
+    with pytest.raises(UserError, match="out cannot be written: Input/output error"):
+        export.export(recall_run.workdir.path, tmp_path / "out", dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Workdir(tmp_path / "out").read_export()["dtype"] == "float32"
+    equal(load(tmp_path / "out").parameters, recall_run.parameters)
+
+
+def test_what_a_killed_export_set_aside_is_put_back(recall_run, tmp_path):
+    out, replaced = tmp_path / "out", tmp_path / ".out.replaced"
+    export.export(recall_run.workdir.path, out)
+    out.rename(replaced)  # what is left of it between the two renames
+    with pytest.raises(UserError, match="nowhere holds no run"):
+        export.export(tmp_path / "nowhere", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    out.rename(replaced)
+    export.export(out, out, dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Workdir(out).read_export()["dtype"] == "bfloat16"
+    out.rename(replaced)
+    (replaced / "export.json").unlink()  # half deleted: not an export, and in nobody's way
+    export.export(recall_run.workdir.path, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_export_is_not_trained_on(recall_run, tmp_path):
     export.export(recall_run.workdir.path, tmp_path / "out")
     with pytest.raises(UserError, match=r"is an export, .* name it as train.initial_parameters, with a new --workdir"):

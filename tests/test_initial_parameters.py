@@ -179,6 +179,18 @@ def test_where_there_is_nothing_to_begin_with(tmp_path, nats):
     assert Config.from_dict(values).train.initial_parameters == str(nats.workdir.path)
 
 
+def test_an_export_of_another_natsjax_is_refused(dense, tmp_path):
+    export(dense.workdir.path, tmp_path / "exported")
+    file = tmp_path / "exported/export.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    (tmp_path / "exported/config.json").write_text('{"of": "that version"}')
+    with pytest.raises(
+        UserError,
+        match=r"train.initial_parameters = .*exported: .* has format_version 2, and this natsjax reads version 1\.$",
+    ):
+        check(config_from(tmp_path / "exported", fresh_scorer=True))
+
+
 ON_EIGHT_DEVICES = """
 import json, sys
 import jax

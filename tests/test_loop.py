@@ -3,31 +3,75 @@
 import concurrent.futures
 import dataclasses
 import signal
-import time
+import threading
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, train
+from natsjax import evaluate, processes, train
+from natsjax.errors import UserError
 from natsjax.metrics import WallTime, read_metrics
 from natsjax.train_step import StepMetrics, Trainer
 from natsjax.workdir import Workdir
 
 
+class Clock:
+    """A time that passes only while the loop sleeps, so that a busy machine changes nothing."""
+
+    def __init__(self):
+        self._now, self._moved, self._watched = 0.0, threading.Condition(), []
+
+    def __call__(self):
+        return self._now
+
+    def sleep_until(self, end):
+        """Of the loop's thread; whoever watches a step that ends meanwhile sees the clock stand at that moment."""
+        while self._watched and self._watched[0][0] <= end:
+            ready_at, seen = self._watched.pop(0)
+            self._set(ready_at)
+            seen.result(timeout=60)
+        self._set(max(end, self._now))
+
+    def wait_until(self, end):
+        """Of another thread."""
+        with self._moved:
+            assert self._moved.wait_for(lambda: self._now >= end, timeout=60)
+
+    def watch(self, ready_at, seen):
+        self._watched.append((ready_at, seen))
+
+    def _set(self, now):
+        with self._moved:
+            self._now = now
+            self._moved.notify_all()
+
+
+class ClockedWallTime(WallTime):
+    def __init__(self, clock):
+        super().__init__(clock)
+        self._watch = clock.watch
+
+    def when_done(self, result):
+        seen = super().when_done(result)
+        self._watch(result.ready_at, seen)
+        return seen
+
+
 class Result:
     """A step's loss on a device that does one step after the other."""
 
-    def __init__(self, number, ready_at, log):
-        self._number, self._ready_at, self._log = number, ready_at, log
+    def __init__(self, clock, number, ready_at, log):
+        self.ready_at = ready_at
+        self._clock, self._number, self._log = clock, number, log
 
     def block_until_ready(self):
-        time.sleep(max(0.0, self._ready_at - time.monotonic()))
+        self._clock.wait_until(self.ready_at)
         return self
 
     def __array__(self, dtype=None, copy=None):
-        self.block_until_ready()
+        self._clock.sleep_until(self.ready_at)
         self._log.append(f"read {self._number}")
         return np.float32(1.0)
 
@@ -35,8 +79,8 @@ class Result:
 class Device:
     """In the place of a ``Trainer``: each step takes so many seconds, and whoever dispatches it does not wait."""
 
-    def __init__(self, seconds, log):
-        self._seconds, self._log, self._busy_until = seconds, log, 0.0
+    def __init__(self, clock, seconds, log):
+        self._clock, self._seconds, self._log, self._busy_until = clock, seconds, log, 0.0
 
     def put_batch(self, rows):
         self._log.append(f"put {rows}")
@@ -44,20 +88,20 @@ class Device:
 
     def step(self, state, number):
         self._log.append(f"step {number}")
-        self._busy_until = max(self._busy_until, time.monotonic()) + self._seconds
+        self._busy_until = max(self._busy_until, self._clock()) + self._seconds
         one = np.float32(1)
         metrics = StepMetrics(*[one] * len(StepMetrics._fields))._replace(
-            loss=Result(number, self._busy_until, self._log)
+            loss=Result(self._clock, number, self._busy_until, self._log)
         )
         return state, metrics
 
 
 class Checkpoints:
-    def __init__(self, seconds=0.0):
-        self._seconds = seconds
+    def __init__(self, clock, seconds=0.0):
+        self._clock, self._seconds = clock, seconds
 
     def save(self, step, state):
-        time.sleep(self._seconds)
+        self._clock.sleep_until(self._clock() + self._seconds)
 
     def wait(self):
         pass
@@ -70,22 +114,21 @@ class State:
 
 def simulate(tmp_path, *, step_seconds, batch_seconds, save_seconds=0.0, num_steps=12, save_every=1000):
     """``(seconds, last line of metrics, log)`` of the real loop around a device and an input that take so long."""
-    log = []
+    log, clock = [], Clock()
 
     def batches():
         for number in range(1, 1000):
-            time.sleep(batch_seconds)
+            clock.sleep_until(clock() + batch_seconds)
             yield number
 
     config = tiny.config(train={"num_steps": num_steps}, checkpoint={"save_every": save_every})
-    wall_time = WallTime()
-    loop = train._Loop(config, Workdir(tmp_path), Device(step_seconds, log), Checkpoints(save_seconds), 0, wall_time)
-    began = time.monotonic()
+    wall_time = ClockedWallTime(clock)
+    device, checkpoints = Device(clock, step_seconds, log), Checkpoints(clock, save_seconds)
+    loop = train._Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time)
     loop.run(State(), batches())
-    seconds = time.monotonic() - began
     loop.close()
     wall_time.close()
-    return seconds, read_metrics(tmp_path / "metrics.jsonl")[-1], log
+    return clock(), read_metrics(tmp_path / "metrics.jsonl")[-1], log
 
 
 def test_the_next_batch_is_on_its_way_before_the_metrics_of_any_running_step_are_read(tmp_path):
@@ -97,22 +140,24 @@ def test_the_next_batch_is_on_its_way_before_the_metrics_of_any_running_step_are
 
 def test_input_is_hidden_behind_steps_that_take_longer(tmp_path):
     seconds, line, _ = simulate(tmp_path, step_seconds=0.1, batch_seconds=0.06)
-    assert 1.2 < seconds < 1.6  # one after the other they would take 1.92 s
-    assert line["input_wait"] < 0.15
-    assert line["goodput"] > 0.75
+    assert seconds == pytest.approx(1.26)  # the first batch and 12 steps; one after the other they would take 1.92 s
+    assert line["input_wait"] == pytest.approx(0.06 / 1.26)
+    assert line["goodput"] == pytest.approx(1.2 / 1.26)
 
 
 def test_input_that_takes_longer_is_seen(tmp_path):
     """Of each 0.1 s the device has nothing to do for 0.06."""
-    _, line, _ = simulate(tmp_path, step_seconds=0.04, batch_seconds=0.1)
-    assert line["input_wait"] == pytest.approx(0.6, abs=0.15)
-    assert line["goodput"] == pytest.approx(0.4, abs=0.15)
+    seconds, line, _ = simulate(tmp_path, step_seconds=0.04, batch_seconds=0.1)
+    assert seconds == pytest.approx(1.24)
+    assert line["input_wait"] == pytest.approx((0.1 + 11 * 0.06) / 1.24)
+    assert line["goodput"] == pytest.approx(12 * 0.04 / 1.24)
 
 
 def test_saving_that_holds_the_loop_up_is_no_step(tmp_path):
-    _, line, _ = simulate(tmp_path, step_seconds=0.05, batch_seconds=0, save_seconds=0.05, save_every=1)
-    assert line["goodput"] == pytest.approx(0.5, abs=0.15)
-    assert line["input_wait"] < 0.1
+    seconds, line, _ = simulate(tmp_path, step_seconds=0.05, batch_seconds=0, save_seconds=0.05, save_every=1)
+    assert seconds == pytest.approx(1.2)
+    assert line["goodput"] == pytest.approx(0.6 / 1.15)  # the last line is written before the last save
+    assert line["input_wait"] == 0
 
 
 def test_what_counts_as_what():
@@ -171,12 +216,13 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
                 train.run(config, tmp_path / "run")
         assert jax.config.jax_compilation_cache_dir is None
         assert set(used) == {str(cache)}
-        assert [path for path in cache.iterdir() if path.name.startswith("jit__step")]
+        assert (steps := set(cache.glob("jit__step*-cache")))
         assert not any(hits)
         first = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
         jax.clear_caches()
         train.run(config, tmp_path / "run")
         assert any(hits)
+        assert set(cache.glob("jit__step*-cache")) == steps
     finally:
         jax.monitoring.unregister_event_listener(listener)
     second, third = read_metrics(tmp_path / "run/metrics.jsonl")
@@ -184,7 +230,6 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
         assert 0 < line["compile_time"] < line["time_to_first_step"]
         assert 0 < line["goodput"] < 1
         assert 0 <= line["input_wait"] < 1
-    assert second["compile_time"] < first["compile_time"]
     assert third.keys() == second.keys() - {"compile_time", "time_to_first_step"}
     assert capfd.readouterr().err.count("first step after") == 2
 
@@ -210,6 +255,23 @@ def test_where_the_cache_is(tmp_path, monkeypatch, nothing_compiled_before):
         jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_is_a_sentence_of_process_0(
+    tmp_path, monkeypatch, nothing_compiled_before, name
+):
+    (tmp_path / "file").touch()
+    config = tiny.config(train={"compilation_cache": str(tmp_path / name)})
+    with pytest.raises(
+        UserError,
+        match=rf"^train.compilation_cache = {tmp_path / name}: .* is no folder that can be written \([\w ]+\)",
+    ):
+        train.run(config, tmp_path / "run")
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(processes, "is_main", lambda: False)  # the others go on to where they wait for it
+    with train.compilation_cache(config.train.compilation_cache, Workdir(tmp_path / "run")):
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / name)
+
+
 def test_the_step_takes_its_state_over():
     """Donated: the new state lies where the old one was."""
     trainer = Trainer(tiny.config(model={"attention": "dense"}), tiny.VOCAB_SIZE)
@@ -219,7 +281,7 @@ def test_the_step_takes_its_state_over():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
-    log = []
+    log, clock = [], Clock()
 
     class Signalling(Device):
         def step(self, state, step):
@@ -234,8 +296,8 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
         def wait(self):
             log.append("saved")
 
-    wall_time = WallTime()
-    loop = train._Loop(tiny.config(), Workdir(tmp_path), Signalling(0.001, log), Saving(), 0, wall_time)
+    wall_time = ClockedWallTime(clock)
+    loop = train._Loop(tiny.config(), Workdir(tmp_path), Signalling(clock, 0.001, log), Saving(clock), 0, wall_time)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(train.Interrupted):
         loop.run(State(), iter(range(1, 100)))
