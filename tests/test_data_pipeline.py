@@ -206,6 +206,32 @@ def test_a_step_is_the_same_by_index_by_iteration_and_after_resuming():
             _assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 12])
+def test_global_batches_do_not_depend_on_how_many_share_them(processes):
+    """Each process reads its rows, on from any step: put together they are the batch of one process, bit for bit."""
+    size, start = 12, 5
+    whole = train_dataset(_source(LENGTHS, 16, seed=2), batch_size=size, num_steps=9)
+    share = size // processes
+    parts = [
+        iterate(
+            train_dataset(
+                _source(LENGTHS, 16, seed=2),
+                batch_size=size,
+                num_steps=9,
+                rows=slice(rank * share, (rank + 1) * share),
+            ),
+            start,
+        )
+        for rank in range(processes)
+    ]
+    for step in range(start, 9):
+        shares = [next(part) for part in parts]
+        together = {name: np.concatenate([rows[name] for rows in shares]) for name in FIELDS}
+        _assert_equal(together, whole[step])
+    for part in parts:
+        part.close()
+
+
 def test_an_endless_dataset_reaches_far_and_needs_no_threads():
     dataset = train_dataset(_source(LENGTHS, 16), batch_size=4)
     far = 10**12
