@@ -70,7 +70,10 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
                 unknown += 1
             traffic += run.times * _memory_traffic(program, computation, instruction)
         for kind, collective, given in _collectives_of(program, computation):
-            groups = program_text.device_groups(collective, mesh.size)
+            if collective.opcode == "send":
+                groups = _same_place(domains)
+            else:
+                groups = program_text.device_groups(collective, mesh.size)
             axes = _axes(groups, mesh.axis_names, shape)
             inside, across = _bytes_sent(kind, given, groups, domains)
             _, _, times, *sent = found.get((kind, axes), Collective(kind, axes, 0, 0.0, 0.0))
@@ -87,6 +90,12 @@ def _collectives_of(program: Program, computation: Computation) -> Iterator[tupl
     """
     seen = set()
     for instruction in computation.values():
+        # Between TPU slices hosts do it, for devices at the same place in each, as "ALL_REDUCE" or one to one, say.
+        host = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        if instruction.opcode == "send" and host:
+            kind = host[1].lower().replace("_", "-")
+            given = sum(array.size for array in _results(computation, instruction.operands[0]))
+            yield kind if kind in KINDS else "collective-permute", instruction, given
         for kind, collective, inside in _fused_collectives(program, computation, instruction):
             channel = re.search(r"channel_id=\d+", collective.attributes)
             piece = (kind, channel and channel[0], *(array.shape for array in collective.results))
@@ -119,6 +128,11 @@ def collective_results(program: Program) -> list[tuple[str, Array]]:
         for kind, collective, _ in _collectives_of(program, program.computations[run.computation])
         for array in collective.results
     ]
+
+
+def _same_place(domains: Sequence[int]) -> np.ndarray:
+    """The devices at the same place in each slice: int ``[groups, slices]``."""
+    return np.stack([np.flatnonzero(np.asarray(domains) == domain) for domain in sorted(set(domains))], axis=-1)
 
 
 def _axes(groups: np.ndarray, names: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:

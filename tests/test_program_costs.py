@@ -153,6 +153,32 @@ def test_a_collective_in_pieces_is_one_and_of_a_slice_only_the_slice_moves():
     assert costs.memory_traffic == starts + share // 2 + product + second + 2 * share
 
 
+SLICES = """
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[8,128]{1,0}, u32[], token[]) send(%a, %token), channel_id=3, is_host_transfer=true, ATTRIBUTES
+  %recv = (bf16[8,128]{1,0}, u32[], token[]) recv(%token), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  ROOT %done = (bf16[8,128]{1,0}, token[]) recv-done(%recv), channel_id=2
+}
+""".replace(
+    "ATTRIBUTES", 'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+)
+
+
+def test_what_hosts_carry_between_slices_is_read():
+    mesh = FakeMesh(data=2, fsdp=4)
+    size = 8 * 128 * 2
+    costs = program_costs.program_costs(program_text.parse(SLICES), mesh, [0] * 4 + [1] * 4)
+    assert [tuple(c) for c in costs.collectives] == [("all-reduce", ("data",), 1, 0.0, 2 * size / 2)]
+    other = program_text.parse(SLICES.replace("ALL_REDUCE", "ONE_TO_ONE"))
+    costs = program_costs.program_costs(other, mesh, [0] * 4 + [1] * 4)
+    assert [tuple(c)[:3] for c in costs.collectives] == [("collective-permute", ("data",), 1)]
+    assert costs.collectives[0].bytes_across == size
+
+
 @pytest.mark.parametrize(
     ("kind", "inside", "across"),
     [
