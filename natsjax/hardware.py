@@ -51,6 +51,7 @@ CHIPS = {
         Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, _TPU + "v5p"),
         Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2, 100e9 / 8, _TPU + "v6e"),
         Chip("tpu7x", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, 100e9 / 8 / 2, _TPU + "tpu7x"),
+        # NVLink is given in both directions together; a network of 400 Gb/s for each GPU.
         Chip("h100", 84929347584, 989e12, 3352e9, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h100/ (SXM)"),
     )
 }
@@ -175,7 +176,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
-    except Exception as error:  # libtpu's own, whose class is private
+    except jax.errors.JaxRuntimeError as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--topology={name}: {reason}; known are {known_topologies()}.") from error
     devices = list(found.devices)
@@ -194,7 +195,7 @@ def _h100(name: str, count: int, num_slices: int) -> Topology:
         found = topologies.get_topology_desc(
             platform="cuda", topology_name=name, topology=f"1x{nodes}x{gpus}", target_config=_H100
         )
-    except Exception as error:  # the plugin's own, or that it is not there, or too old a jax
+    except RuntimeError as error:  # the plugin's own; NotImplementedError where it is not there, or jax is too old
         reason, version = str(error).split("\n")[0], jax.__version__
         raise UserError(
             f"--topology={name} needs jax >= 0.11 and XLA's compiler for CUDA, no GPU: pip install --no-deps "

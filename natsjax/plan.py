@@ -3,7 +3,7 @@
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128 [--config.GROUP.FIELD=VALUE …]
 
 Memory is what the accelerator's own compiler allocates for the step of ``train.py``, and collectives are what it put
-into the program (``natsjax.planning``). Times are roofline bounds: no run is faster, most are slower.
+into the program (``natsjax.planning``). Times are roofline estimates, by the vendors' peaks: most runs are slower.
 ``--topology=local`` is this machine's devices. ``--search`` compiles the step under every rematerialisation policy,
 each with the fewest microbatches that fit. TPU flags in LIBTPU_INIT_ARGS count, as they do for a run.
 """
@@ -30,7 +30,7 @@ _USAGE = (
     "usage: python -m natsjax.plan --config=configs/NAME.py[:HARDWARE] --topology=NAME [--config.GROUP.FIELD=VALUE …]"
 )
 LIKELY = 0.4
-"""Of the roofline's speed: what well-tuned training reaches, for the second estimate of time."""
+"""Of the roofline's speed, an assumption: for the second estimate of time."""
 
 _SHRINK = {
     "parameters": "mesh.fsdp (mesh.data only makes copies)",

@@ -81,7 +81,7 @@ class Roofline(NamedTuple):
 
     Attributes:
       compute: products at the chip's peak.
-      memory: traffic to and from the device's memory.
+      memory: traffic to and from the device's memory; no bound where a cache serves a part of it, as a GPU's may.
       interconnect: collectives inside a slice or node, over all links.
       network: collectives between slices or nodes.
     """

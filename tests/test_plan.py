@@ -11,6 +11,7 @@ import sys
 import jax
 import pytest
 import tiny
+from planned import plan_and_program
 
 from natsjax import hardware, model, plan, planning
 from natsjax.data import ByteTokenizer
@@ -83,19 +84,7 @@ def test_shapes_multiply_to_their_chips(size):
 @pytest.fixture(scope="module")
 def planned():
     """A plan for this machine, and the program that it was read off."""
-    compiled = []
-    compile_step = planning._compile
-
-    def remember(trainer):
-        result = compile_step(trainer)
-        compiled.append(result[0])
-        return result
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(planning, "_compile", remember)
-    made = planning.plan_step(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
-    patch.undo()
-    return made, compiled[0]
+    return plan_and_program(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
 
 
 def test_memory_is_what_the_compiler_says(planned):

@@ -14,6 +14,7 @@ import pathlib
 import time
 
 import pytest
+from planned import plan_and_program
 
 from natsjax import hardware, planning, program_costs, program_text
 from natsjax.command_line import read_config_file
@@ -40,21 +41,9 @@ def planned(name, topology, attention="nats"):
     """The plan, the seconds that it took, and what the compiler itself says of the memory."""
     config = config_of(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
-    programs = []
-    compile_step = planning._compile
-
-    def remember(trainer):
-        result = compile_step(trainer)
-        programs.append(result[0])
-        return result
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(planning, "_compile", remember)
     began = time.monotonic()
-    made = planning.plan_step(config, hardware.topology(topology))
-    seconds = time.monotonic() - began
-    patch.undo()
-    return made, seconds, programs[0].memory_analysis()
+    made, compiled = plan_and_program(config, hardware.topology(topology))
+    return made, time.monotonic() - began, compiled.memory_analysis()
 
 
 @by_case
