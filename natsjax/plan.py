@@ -36,7 +36,7 @@ _SHRINK = {
     "parameters": "mesh.fsdp (mesh.data only makes copies)",
     "optimizer": "mesh.fsdp (mesh.data only makes copies)",
     "batch": "train.batch_size",
-    "activations": "train.num_microbatches (larger), model.remat = 'full' or mesh.context",
+    "activations": "train.num_microbatches (larger), model.remat (up to 'full') or mesh.context",
     "temporaries": "train.num_microbatches (larger), mesh.tensor or mesh.context",
     "program": "model.num_layers",
 }
