@@ -33,7 +33,7 @@ from natsjax.matching import (
 )
 from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, measure
 from natsjax.metrics import perplexity
-from natsjax.policies import FullAttention, Nats, Policy, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StaticPolicy, StreamingLLM
 from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
 from natsjax.workdir import natsjax_version
@@ -87,7 +87,7 @@ class _Setting:
 
     run: LoadedRun
     weights: str
-    policy: Policy
+    policy: StaticPolicy
     budget: float | None = None
 
 
@@ -180,7 +180,7 @@ def _settings(
 
 def _dials(
     this: LoadedRun, contexts: Row, budgets: Sequence[float], notes: list[str], progress: bool
-) -> list[tuple[Policy, float | None]]:
+) -> list[tuple[StaticPolicy, float | None]]:
     """The dial for each budget, and dial 0, ascending; budgets that share a dial share an entry."""
     seen: dict[float, float] = {}
     found = {}
@@ -199,9 +199,9 @@ def _dials(
 
 def _interval_policies(
     config: Config, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
-) -> list[tuple[Policy, float | None]]:
+) -> list[tuple[StaticPolicy, float | None]]:
     """Full attention, and the fixed policies at each budget that they can meet."""
-    policies: list[tuple[Policy, float | None]] = [(FullAttention(), None)]
+    policies: list[tuple[StaticPolicy, float | None]] = [(FullAttention(), None)]
     for budget in budgets:
         window = window_for_budget(pieces, budget)
         if window is None:
@@ -276,7 +276,7 @@ def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) ->
     }
 
 
-def _samples(this: LoadedRun, held_out: Row, policy: Policy) -> list[dict[str, Any]]:
+def _samples(this: LoadedRun, held_out: Row, policy: StaticPolicy) -> list[dict[str, Any]]:
     """Held-out text with the roles that the policy chose, from evenly spaced contexts."""
     count = len(held_out["inputs"])
     chosen = sorted({(2 * n + 1) * count // (2 * _NUM_SAMPLES) for n in range(_NUM_SAMPLES)})

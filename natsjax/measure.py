@@ -21,7 +21,7 @@ from natsjax.data import Row
 from natsjax.loading import LoadedRun
 from natsjax.metrics import perplexity
 from natsjax.model import RoleChoice
-from natsjax.policies import Policy
+from natsjax.policies import StaticPolicy
 from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
 
@@ -103,7 +103,7 @@ class Measurement:
         return float(self.documents.correct.sum() / self.documents.tokens.sum())
 
 
-def measure(run: LoadedRun, contexts: Row, policy: Policy) -> Measurement:
+def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
     """Predicts every token of the contexts with the keys that the policy leaves.
 
     Args:
@@ -132,7 +132,7 @@ def measure(run: LoadedRun, contexts: Row, policy: Policy) -> Measurement:
     )
 
 
-def chosen_roles(run: LoadedRun, contexts: Row, policy: Policy) -> np.ndarray:
+def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndarray:
     """The role of every token.
 
     Args:
@@ -244,7 +244,7 @@ def _forward(parameters, batch: losses.Batch, choice: RoleChoice, *, structure, 
     return partition.replicate(result)
 
 
-def _forward_batches(run: LoadedRun, contexts: Row, policy: Policy) -> Iterator[_BatchResult]:
+def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Iterator[_BatchResult]:
     """The contexts in batches of one shape: the last is filled up with padding."""
     shards = math.prod(run.mesh.shape[axis] for axis in partition.BATCH)
     size = -(-run.config.eval.batch_size // shards) * shards
@@ -253,7 +253,7 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: Policy) -> Iterator[
         rows = {name: _pad_rows(contexts[name][begin : begin + size], size) for name in _MODEL_FIELDS}
         batch = partition.put_batch(run.mesh, rows, size)
         with jax.set_mesh(run.mesh):
-            choice = policy.choice(losses.model_inputs(batch), run.config.nats)
+            choice = policy.choice(losses.model_inputs(batch), run.config)
             if choice.key_end is None and run.config.model.attention != "nats":
                 raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
             if choice.noise_key is not None:

@@ -100,6 +100,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x, inputs: Inputs, choice: "RoleChoice") -> tuple[jax.Array, Roles]:
         """``x [b, t, d]`` → ``(out [b, t, d], roles)`` of this layer (without the axis ``l``)."""
+        query, key, value = self.project(x, inputs.positions)
+        if self.config.model.attention == "nats" and choice.key_end is None:
+            out, roles = self._attend_by_roles(query, key, value, x, inputs, choice)
+        else:
+            out, roles = self._attend_by_interval(query, key, value, inputs, choice.key_end)
+        return self.merge(out), roles
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``x [b, t, d]``, int32 ``positions [b, t]`` → query ``[b, t, k, g, h]``, key and value ``[b, t, k, h]``."""
         model = self.config.model
         query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
         key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
@@ -109,14 +118,17 @@ class Attention(nnx.Module):
                 y + self._cast(bias)
                 for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias))
             )
-        query = rotate(query, inputs.positions, model.rope_base)
-        key = rotate(key, inputs.positions, model.rope_base)
-        if model.attention == "nats" and choice.key_end is None:
-            out, roles = self._attend_by_roles(query, key, value, x, inputs, choice)
-        else:
-            out, roles = self._attend_by_interval(query, key, value, inputs, choice.key_end)
+        return rotate(query, positions, model.rope_base), rotate(key, positions, model.rope_base), value
+
+    def merge(self, out: jax.Array) -> jax.Array:
+        """What the heads read, ``[b, t, k, g, h]`` → ``[b, t, d]``."""
         out_sharding = partition.compute_sharding("batch", "sequence", None)
-        return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding), roles
+        return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding)
+
+    def choose_roles(self, logits: jax.Array, first: jax.Array, choice: "RoleChoice") -> jax.Array:
+        """int8 ``[b, k, s]``: the roles that are given, or those of the largest logit, GLOBAL where ``first``."""
+        ids = token_types.choose_roles(logits, first)
+        return ids if choice.role_ids is None else choice.role_ids.astype(jnp.int8)
 
     def _attend_by_roles(self, query, key, value, x, inputs, choice):
         nats = self.config.nats
@@ -128,7 +140,7 @@ class Attention(nnx.Module):
         if choice.bias is not None:
             logits += choice.bias
         first = token_types.first_of_document(inputs.positions)
-        ids = checkpoint_name(token_types.choose_roles(logits, first), ROLES)
+        ids = checkpoint_name(self.choose_roles(logits, first, choice), ROLES)
         roles = token_types.straight_through(logits, ids, first, nats.temperature)
 
         def attend(query, key, value, roles, document_end, sample_key):
@@ -223,11 +235,13 @@ class RoleChoice(NamedTuple):
       noise_key: Gumbel noise is drawn with it (training).
       bias: float32 ``[3]``, added to the logits (the dial).
       key_end: int32, broadcast against ``[b, k, s]``: no roles, these intervals (full attention is ``NO_END``).
+      role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits say.
     """
 
     noise_key: jax.Array | None = None
     bias: jax.Array | None = None
     key_end: jax.Array | None = None
+    role_ids: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -274,14 +288,19 @@ class Transformer(nnx.Module):
         noise_keys = None if choice.noise_key is None else jax.random.split(choice.noise_key, model.num_layers)
 
         def layer(x, scanned):
-            state, noise_key = scanned
-            return nnx.merge(structure, state)(x, inputs, choice._replace(noise_key=noise_key))
+            state, noise_key, role_ids = scanned
+            return nnx.merge(structure, state)(x, inputs, choice._replace(noise_key=noise_key, role_ids=role_ids))
 
-        sharding = partition.compute_sharding("batch", "sequence", None)
-        x = weight(self.embedding, model.dtype).at[inputs.tokens].get(out_sharding=sharding)
-        x *= jnp.asarray(math.sqrt(model.width), model.dtype)
-        x, roles = jax.lax.scan(_remat(layer, model.remat), x, (layers, noise_keys))
+        scanned = (layers, noise_keys, choice.role_ids)
+        x, roles = jax.lax.scan(_remat(layer, model.remat), self.embed(inputs.tokens), scanned)
         return self.final_norm(x), roles
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 ``[b, t]`` → what the first layer reads, ``[b, t, d]``."""
+        model = self.config.model
+        sharding = partition.compute_sharding("batch", "sequence", None)
+        x = weight(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
+        return x * jnp.asarray(math.sqrt(model.width), model.dtype)
 
     def output_weight(self) -> jax.Array:
         """Of the output layer, ``[v, d]``."""

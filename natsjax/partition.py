@@ -10,10 +10,12 @@ parameters and optimizer state at rest, and *compute*, parameters where they are
 (``jax.set_mesh``) everything here does nothing: the model is then an ordinary function on one device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -196,6 +198,36 @@ def shard_map(function: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Cal
     def mapped(*arrays):
         placed = [x if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, in_specs, strict=True)]
         return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*placed)
+
+    return mapped
+
+
+def by_rank(function: Callable, axes: Mapping[int, Axes]) -> Callable:
+    """``function`` on each device's part of trees of arrays whose rank says what their axes are.
+
+    Args:
+      function: of trees, to a tree.
+      axes: of an array, by its number of axes; arguments and results have no others.
+    """
+
+    @functools.wraps(function)
+    def mapped(*args, **kwargs):
+        if _mesh() is None:
+            return function(*args, **kwargs)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves = [jnp.asarray(x) for x in leaves]
+
+        def flat(*leaves):
+            args, kwargs = jax.tree.unflatten(structure, leaves)
+            return tuple(jax.tree.leaves(function(*args, **kwargs)))
+
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+            args_structs, kwargs_structs = jax.tree.unflatten(structure, structs)
+            out = jax.eval_shape(function, *args_structs, **kwargs_structs)
+        out_leaves, out_structure = jax.tree.flatten(out)
+        results = shard_map(flat, [axes[x.ndim] for x in leaves], [axes[x.ndim] for x in out_leaves])(*leaves)
+        return jax.tree.unflatten(out_structure, results)
 
     return mapped
 

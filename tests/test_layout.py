@@ -13,8 +13,9 @@ RANKS = (
     ("errors", "config", "process_line", "processes", "command_line"),
     ("hardware", "program_text", "program_costs"),
     ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
-    ("layers", "model", "policies"),
+    ("layers", "model", "capacity", "kv_buffer", "policies"),
     ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters", "planning"),
+    ("decode_step", "sampling", "decode_loop", "decoder", "decode"),
     ("report", "measure", "matching", "twin", "evaluate", "export", "plan"),
     ("train",),
 )

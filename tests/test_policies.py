@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.config import NatsConfig
+from natsjax.config import Config, NatsConfig
 from natsjax.model import Inputs
 from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
 
 LENGTH = 12
-NATS = NatsConfig()
+CONFIG = Config()
 
 
 def packed(rows):
@@ -64,7 +64,7 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
         (StreamingLLM(num_sinks, window), lambda distance, position: distance <= window or position < num_sinks),
     ]
     for policy, is_read in cases:
-        choice = policy.choice(inputs, NATS)
+        choice = policy.choice(inputs, CONFIG)
         assert choice.noise_key is None
         assert choice.bias is None
         assert choice.key_end.dtype == jnp.int32
@@ -76,13 +76,13 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
 
 def test_without_sinks_streaming_llm_is_a_sliding_window():
     inputs = packed([[7, 5], [12]])
-    a, b = SlidingWindow(3).choice(inputs, NATS), StreamingLLM(0, 3).choice(inputs, NATS)
+    a, b = SlidingWindow(3).choice(inputs, CONFIG), StreamingLLM(0, 3).choice(inputs, CONFIG)
     np.testing.assert_array_equal(a.key_end, b.key_end)
 
 
 @pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
 def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
-    choice = Nats(0.5).choice(packed([[3]]), NatsConfig(dial=roles))
+    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(dial=roles)))
     np.testing.assert_array_equal(choice.bias, bias)
     assert choice.key_end is None
     assert choice.noise_key is None
@@ -90,10 +90,10 @@ def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
 
 def test_sampled_roles_have_noise_and_no_bias():
     inputs = packed([[3]])
-    keys = [jax.random.key_data(SampledNats(seed).choice(inputs, NATS).noise_key) for seed in (1, 1, 2)]
+    keys = [jax.random.key_data(SampledNats(seed).choice(inputs, CONFIG).noise_key) for seed in (1, 1, 2)]
     assert (keys[0] == keys[1]).all()
     assert (keys[0] != keys[2]).any()
-    assert SampledNats().choice(inputs, NATS).bias is None
+    assert SampledNats().choice(inputs, CONFIG).bias is None
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_one_compilation_serves_every_setting(policies):
         return choice
 
     for policy in policies:
-        consume(policy.choice(inputs, NATS))
+        consume(policy.choice(inputs, CONFIG))
     assert len(traces) == 1
 
 

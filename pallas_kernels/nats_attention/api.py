@@ -12,6 +12,7 @@ from pallas_kernels.nats_attention.backend import Backend, Intervals
 from pallas_kernels.nats_attention.differentiable import Settings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
+from pallas_kernels.platforms import current_platform
 
 BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "xla": xla}
 """Tried in this order, where the platform is theirs."""
@@ -99,15 +100,6 @@ def _problem(query: jax.Array, key: jax.Array, window: int) -> Problem:
     return Problem(b, t, s, k, n // k, h, window, query.dtype.name)
 
 
-def _platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh in use, which compilation ahead of time sets, or else jax's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        platform = device.platform
-        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
-    return jax.default_backend()
-
-
 def _first_that_serves(
     implementation: str | None,
     problem: Problem,
@@ -121,7 +113,7 @@ def _first_that_serves(
     if implementation is not None and implementation not in BACKENDS:
         known = ", ".join(map(repr, [*BACKENDS, "reference"]))
         raise ValueError(f"implementation={implementation!r}: one of {known} was expected.")
-    platform = _platform()
+    platform = current_platform()
     refusals = []
     for name, backend in BACKENDS.items():
         if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):

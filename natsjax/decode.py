@@ -1,0 +1,299 @@
+"""Generation: prompts in chunks into a KV buffer, then one compiled loop that draws tokens.
+
+    decoder = Decoder.of_run(natsjax.load("runs/quickstart"))
+    found = generate(decoder, [tokenizer.encode("Fellow citizens")], max_new_tokens=64)
+
+Nothing live is dropped silently: where a head needs more slots than there are, the run moves to a larger buffer with
+everything kept, or, with ``max_kv``, a named rule evicts, and what it evicts is counted.
+
+Axis letters: ``b`` batch, ``t`` token, ``d`` width.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natsjax import decode_loop, kv_buffer
+from natsjax.decode_loop import Loop, Segment
+from natsjax.decoder import NO_LIMIT, Cache, Decoder
+from natsjax.errors import UserError
+from natsjax.policies import FullAttention, ObservingPolicy
+from natsjax.sampling import Sampling
+
+OnTokens = Callable[[int, list[int], list[float]], None]
+"""``on_tokens(sequence, tokens, log-probabilities)``: what has been drawn, as soon as it is here."""
+
+_WASTE = 1.25
+"""Slots are compacted where attention reads this many times as many as are live."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated, and what it took.
+
+    Attributes:
+      tokens: of each prompt; where a stop token came, it is the last.
+      logprobs: the log-probability that the model gave each of them, at temperature 1 and before any filter.
+      prompt_tokens: of all prompts together.
+      first_token_seconds: until the first token of every sequence was here, compilation included.
+      seconds: until the last one.
+      steady_seconds, steady_tokens: without the prompts and the loop's first segment, which compiles.
+      kv_live: mean live keys of a head that the queries of generated tokens read; NaN where the loop did not run.
+      kv_live_max: most live slots of a head that were seen between segments.
+      kv_allocated: slots that the buffer has in the end, over all layers, sequences and heads.
+      kv_allocated_bytes: what it takes in memory, on all devices together.
+      kv_full: slots that full attention would fill with the same tokens.
+      evicted: live keys that ``max_kv`` or an ``ObservingPolicy`` evicted, over all layers, sequences and heads.
+      capacities: slots of a head, by layer, in the end.
+      moves: how often the run moved to a larger buffer while it generated.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    prompt_tokens: int
+    first_token_seconds: float
+    seconds: float
+    steady_seconds: float
+    steady_tokens: int
+    kv_live: float
+    kv_live_max: int
+    kv_allocated: int
+    kv_allocated_bytes: int
+    kv_full: int
+    evicted: int
+    capacities: list[int]
+    moves: int
+
+
+def unpad(tokens: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
+    """The prompts of a padded batch, wherever the padding is: ``tokens`` and bool ``is_token`` are ``[b, t]``."""
+    return [row[used] for row, used in zip(np.asarray(tokens), np.asarray(is_token, bool), strict=True)]
+
+
+def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0) -> tuple[Cache, jax.Array]:
+    """Reads prompts in chunks; memory grows with the chunk and the live keys.
+
+    Args:
+      decoder: whose model.
+      prompts: token ids; a row without any stays without (rows are padded so to whole batches).
+      num_new: tokens that each sequence will get, at most, where that is known.
+
+    Returns:
+      The cache, and what the output layer reads after each prompt's last token, ``[b, d]``.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    longest = int(lengths.max(initial=1))
+    chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
+    cache = decoder.start(len(prompts), longest + num_new)
+    policy, observed_from, waits = decoder.policy, None, False
+    if isinstance(policy, ObservingPolicy):
+        observed_from = np.maximum(lengths - policy.observed, 0)
+        waits = not policy.every_token
+    model = decoder.config.model
+    with jax.set_mesh(decoder.mesh):
+        hidden = jnp.zeros((len(prompts), model.width), model.dtype)
+        hidden = jax.device_put(hidden, decoder.sharding("batch", None))
+    for begin in range(0, max(1, longest), chunk):
+        tokens = np.zeros((len(prompts), chunk), np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[begin : begin + chunk]
+            tokens[row, : len(part)] = part
+        count = np.clip(lengths - begin, 0, chunk)
+        cache, read = decoder.read(cache, tokens, count, observed_from=observed_from, evict=not waits)
+        with jax.set_mesh(decoder.mesh):
+            hidden = _last_hidden(read.hidden, decoder.put_rows(count), hidden)
+    if waits:
+        cache = decoder.evict(cache)
+    return cache, hidden
+
+
+_last_hidden = jax.jit(decode_loop.last_hidden)
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] = (),
+    on_tokens: OnTokens | None = None,
+    first_sequence: int = 0,
+) -> Generation:
+    """Continues every prompt.
+
+    Args:
+      decoder: whose model.
+      prompts: token ids, at least one each.
+      max_new_tokens: of each sequence, 1 or more.
+      sampling: None: greedy.
+      stop_tokens: a sequence ends after one of them.
+      on_tokens: called with the first token of each sequence while the others are being drawn, and so on.
+      first_sequence: the number of the first prompt, for its draws: a prompt's tokens do not depend on the batch.
+
+    Raises:
+      UserError: no prompt, an empty one, a token outside the vocabulary, or no token to draw.
+    """
+    started = time.perf_counter()
+    sampling = Sampling() if sampling is None else sampling
+    new = _checked(decoder, prompts, max_new_tokens)
+    run = _Run(decoder, prompts, new, sampling, stop_tokens, on_tokens, first_sequence)
+    first_token_seconds = time.perf_counter() - started
+    run.finish()
+    return run.result(sum(map(len, prompts)), first_token_seconds, time.perf_counter() - started)
+
+
+def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
+    """Tokens to draw for each prompt."""
+    if not prompts:
+        raise UserError("there is no prompt.")
+    vocab_size = decoder.vocab_size
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number + 1} has no token: give at least the one that begins a document.")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise UserError(f"prompt {number + 1} has a token outside 0 … {vocab_size - 1}.")
+    new = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),))
+    if new.min() < 1:
+        raise UserError(f"max_new_tokens={new.min()}: it must be 1 or more.")
+    return new
+
+
+class _Run:
+    """A generation under way: the loop on the devices, and on the host what has come of it."""
+
+    def __init__(self, decoder: Decoder, prompts, new, sampling: Sampling, stop_tokens, on_tokens, first_sequence):
+        self.decoder, self.on_tokens, self.num_prompts = decoder, on_tokens, len(prompts)
+        self.stop = np.asarray(sorted(set(stop_tokens)), np.int32)
+        self.numbers, self.static = sampling.numbers, {"structure": decoder.structure, "kind": sampling.kind}
+        # After the prompt, what observed it alone keeps everything.
+        waits = isinstance(decoder.policy, ObservingPolicy) and not decoder.policy.every_token
+        self.policy = FullAttention() if waits else decoder.policy
+        rows = -(-len(prompts) // decoder.shards) * decoder.shards
+        padding = rows - len(prompts)
+        new = np.pad(new, (0, padding))
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.logprobs: list[list[float]] = [[] for _ in range(rows)]
+        self.queries, self.live_max, self.moves, self.steady_seconds, self.steady_tokens = 0, 0, 0, 0.0, 0
+
+        cache, hidden = prefill(decoder, [*prompts, *[()] * padding], int(new.max()) - 1)
+        with jax.set_mesh(decoder.mesh):
+            sequence = decoder.put_rows(first_sequence + np.arange(rows))
+            drawn = decode_loop.first_token(
+                decoder.parameters, hidden, sequence, cache.num_tokens, self.numbers, **self.static
+            )
+            token, logprob = (np.asarray(x) for x in decoder.fetch(drawn))
+            self._emit(token[:, None], logprob[:, None], np.minimum(new, 1))
+            done = np.isin(token, self.stop) | (new <= 1)
+            if not done.all():
+                cache = decoder.settle(cache, decoder.need(cache), int(new.max()) - 1)
+            self.loop = Loop(
+                cache.buffer,
+                decoder.put_rows(token),
+                cache.num_tokens,
+                sequence,
+                decoder.put_rows(np.maximum(new - 1, 0)),
+                decoder.put_rows(done).astype(bool),
+                cache.evicted,
+                decoder.put_rows(np.zeros(rows)).astype(jnp.float32),
+            )
+        self.done = bool(done.all())
+
+    def finish(self) -> None:
+        """Runs the loop to its end; a segment is under way while the one before it is looked at."""
+        if self.done:
+            return
+        with jax.set_mesh(self.decoder.mesh):
+            ahead, steady_since = self._dispatch(), None
+            while True:
+                current, ahead = ahead, self._dispatch()
+                segment = self._receive(current)
+                now = time.perf_counter()
+                if steady_since is not None:
+                    self.steady_seconds = now - steady_since
+                    self.steady_tokens += int(segment.num_drawn[: self.num_prompts].sum())
+                steady_since = now if steady_since is None else steady_since
+                if segment.all_done:
+                    return
+                if segment.lacks_room.any():
+                    self._receive(ahead)  # it stopped before its first step
+                    self._make_room(segment)
+                    ahead = self._dispatch()
+                elif self._is_wasteful(segment):
+                    buffer, _ = decode_loop.compact(self.loop.buffer, self.loop.at)
+                    self.loop = self.loop._replace(buffer=buffer)
+
+    def _dispatch(self) -> Segment:
+        """Starts the next segment and does not wait."""
+        decoder = self.decoder
+        limits = (decoder.eviction, decoder.limit) if decoder.evicts_in_loop else (None, NO_LIMIT)
+        self.loop, segment = decode_loop.decode_segment(
+            decoder.parameters,
+            self.loop,
+            self.policy,
+            self.numbers,
+            self.stop,
+            limits[0],
+            jnp.int32(limits[1]),
+            length=decoder.settings.segment,
+            **self.static,
+        )
+        return segment
+
+    def _receive(self, segment: Segment) -> Segment:
+        """Waits for a segment; its tokens go to whoever waits for them."""
+        segment = self.decoder.fetch(segment)
+        self._emit(*(np.asarray(x) for x in (segment.tokens, segment.logprobs, segment.num_drawn)))
+        self.queries += int(segment.num_drawn.sum())
+        self.live_max = max(self.live_max, int(segment.need.max()))
+        return segment
+
+    def _emit(self, tokens: np.ndarray, logprobs: np.ndarray, count: np.ndarray) -> None:
+        for row in range(self.num_prompts):
+            if count[row]:
+                new = tokens[row, : count[row]].tolist(), logprobs[row, : count[row]].tolist()
+                self.tokens[row] += new[0]
+                self.logprobs[row] += new[1]
+                if self.on_tokens is not None:
+                    self.on_tokens(row, *new)
+
+    def _make_room(self, segment: Segment) -> None:
+        """A larger buffer for the groups that lack room; nothing is lost."""
+        groups = [group.num_layers for group in self.loop.buffer]
+        lacks = np.repeat(segment.lacks_room, groups)
+        cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted)
+        need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
+        self.loop = self.loop._replace(buffer=self.decoder.enlarge(cache, need).buffer)
+        self.moves += 1
+
+    def _is_wasteful(self, segment: Segment) -> bool:
+        """Whether attention reads many slots that are free."""
+        slack = self.decoder.settings.block * len(segment.need) / 2
+        return int(segment.occupied.sum()) > _WASTE * int(segment.need.sum()) + slack
+
+    def result(self, prompt_tokens: int, first_token_seconds: float, seconds: float) -> Generation:
+        """After the end."""
+        buffer, model = self.loop.buffer, self.decoder.config.model
+        heads = model.num_layers * model.num_kv_heads
+        read, evicted, index = self.decoder.fetch((self.loop.read, self.loop.evicted, self.loop.at))
+        return Generation(
+            tokens=self.tokens[: self.num_prompts],
+            logprobs=self.logprobs[: self.num_prompts],
+            prompt_tokens=prompt_tokens,
+            first_token_seconds=first_token_seconds,
+            seconds=seconds,
+            steady_seconds=self.steady_seconds,
+            steady_tokens=self.steady_tokens,
+            kv_live=float(read.sum()) / (self.queries * heads) if self.queries else float("nan"),
+            kv_live_max=self.live_max,
+            kv_allocated=kv_buffer.allocated_slots(buffer),
+            kv_allocated_bytes=kv_buffer.allocated_bytes(buffer),
+            kv_full=int(index[: self.num_prompts].sum()) * heads,
+            evicted=int(evicted.sum()),
+            capacities=Cache(buffer, self.loop.at, self.loop.evicted).capacities,
+            moves=self.moves,
+        )

@@ -1,0 +1,272 @@
+"""The compiled programs of decoding: read a chunk, write its keys, and a loop that generates.
+
+Each compiles once for the shapes of the buffer. The loop stops by itself where a head has no free slot, before anything
+is written, so that the host can move the run to a larger buffer.
+
+Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d`` width.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from natsjax import kv_buffer, partition, sampling
+from natsjax.decode_step import Chunk, DecodingPolicy, forward_chunk
+from natsjax.kv_buffer import Eviction, KVBuffer, NewKeys
+from natsjax.model import Transformer
+from natsjax.policies import ObservingPolicy
+
+
+class ReadChunk(NamedTuple):
+    """What reading a chunk gave; nothing is written yet.
+
+    Attributes:
+      hidden: ``[b, t, d]``.
+      new: the keys to write, by group.
+      live: int32 ``[num_layers, b, k, t]``, how many keys each query read, or None.
+      need: int32 ``[num_layers]``, slots that the fullest head of each layer needs.
+    """
+
+    hidden: jax.Array
+    new: tuple[NewKeys, ...]
+    live: jax.Array | None
+    need: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "count_live"))
+def read_chunk(
+    parameters: Any,
+    buffer: KVBuffer,
+    chunk: Chunk,
+    policy: DecodingPolicy,
+    *,
+    structure: nnx.GraphDef,
+    count_live: bool,
+) -> ReadChunk:
+    """See ``decode_step.forward_chunk``."""
+    model = nnx.merge(structure, parameters)
+    reads = forward_chunk(model, buffer, chunk, policy, count_live=count_live)
+    pairs = zip(buffer, reads.new, strict=True)
+    need = jnp.concatenate([fullest(kv_buffer.need(group, new, chunk.next_index)) for group, new in pairs])
+    return ReadChunk(reads.hidden, reads.new, reads.live, partition.replicate(need))
+
+
+def fullest(live: jax.Array) -> jax.Array:
+    """int32 ``[l, b, k]`` → ``[l]``: of each layer's fullest head."""
+    return jnp.max(live, axis=(1, 2))
+
+
+@functools.partial(jax.jit, donate_argnames=("buffer",))
+def write_chunk(
+    buffer: KVBuffer, new: tuple[NewKeys, ...], at: jax.Array, eviction: Eviction | None, limit: jax.Array | None
+) -> tuple[KVBuffer, jax.Array]:
+    """See ``kv_buffer.write_chunk``; also the evicted keys, int32 ``[num_layers, b, k]``."""
+    pairs = [kv_buffer.write_chunk(group, keys, at, eviction, limit) for group, keys in zip(buffer, new, strict=True)]
+    return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
+
+
+@functools.partial(jax.jit, donate_argnames=("buffer",))
+def compact(
+    buffer: KVBuffer, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
+) -> tuple[KVBuffer, jax.Array]:
+    """See ``kv_buffer.compact``; also the evicted keys, int32 ``[num_layers, b, k]``."""
+    pairs = [kv_buffer.compact(group, at, eviction, limit) for group in buffer]
+    return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
+
+
+def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
+    """Of each sequence's last token so far: ``[b, d]``.
+
+    Args:
+      hidden: ``[b, t, d]``, of a chunk.
+      count: int32 ``[b]``, tokens in it.
+      before: ``[b, d]``, of the chunks before, for sequences without a token in this one.
+    """
+    is_last = jnp.arange(hidden.shape[1], dtype=jnp.int32) == count[:, None] - 1
+    last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, dtype=hidden.dtype)
+    return jnp.where((count > 0)[:, None], last, before)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "kind"))
+def first_token(
+    parameters: Any,
+    hidden: jax.Array,
+    sequence: jax.Array,
+    index: jax.Array,
+    numbers: sampling.Numbers,
+    *,
+    structure: nnx.GraphDef,
+    kind: sampling.Kind,
+) -> tuple[jax.Array, jax.Array]:
+    """The token after the prompt and its log-probability, from ``hidden [b, d]``."""
+    return _next_token(nnx.merge(structure, parameters), hidden, sequence, index, kind, numbers)
+
+
+def _next_token(model: Transformer, hidden, sequence, index, kind, numbers):
+    logits = jnp.einsum("bd,vd->bv", hidden, model.output_weight(), preferred_element_type=jnp.float32)
+    return sampling.sample(logits, sequence, index, kind, numbers)
+
+
+class Loop(NamedTuple):
+    """Where generation stands.
+
+    Attributes:
+      buffer: of all tokens before ``token``.
+      token: int32 ``[b]``, drawn and not yet read.
+      at: int32 ``[b]``, its index.
+      sequence: int32 ``[b]``, the number of each sequence, for its draws.
+      remaining: int32 ``[b]``, tokens that may still be drawn after ``token``.
+      done: bool ``[b]``: nothing is drawn any more.
+      evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
+      read: float32 ``[b]``, live keys that queries have read, over all layers and heads.
+    """
+
+    buffer: KVBuffer
+    token: jax.Array
+    at: jax.Array
+    sequence: jax.Array
+    remaining: jax.Array
+    done: jax.Array
+    evicted: jax.Array
+    read: jax.Array
+
+
+class Segment(NamedTuple):
+    """What a segment of the loop gave to the host.
+
+    Attributes:
+      tokens: int32 ``[b, n]``, those that were drawn, at the front.
+      logprobs: float32 ``[b, n]``.
+      num_drawn: int32 ``[b]``, how many there are.
+      all_done: bool.
+      lacks_room: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
+      need: int32 ``[num_layers]``, live slots of the fullest head.
+      live: int32 ``[b]``, live slots of each sequence, over all layers and heads.
+      occupied: int32 ``[num_layers]``, the longest prefix of a layer's heads that attention reads.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    num_drawn: jax.Array
+    all_done: jax.Array
+    lacks_room: jax.Array
+    need: jax.Array
+    live: jax.Array
+    occupied: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "kind", "length"), donate_argnames=("loop",))
+def decode_segment(
+    parameters: Any,
+    loop: Loop,
+    policy: DecodingPolicy,
+    numbers: sampling.Numbers,
+    stop: jax.Array,
+    eviction: Eviction | None,
+    limit: jax.Array,
+    *,
+    structure: nnx.GraphDef,
+    kind: sampling.Kind,
+    length: int,
+) -> tuple[Loop, Segment]:
+    """Up to ``length`` tokens for each sequence.
+
+    Args:
+      parameters: in the compute layout.
+      loop: where generation stands.
+      policy: how long keys live.
+      numbers: of the ``Sampling``.
+      stop: int32 ``[m]``: after one of these tokens a sequence is done.
+      eviction: what goes where a head has no free slot; None: the loop stops there.
+      limit: int32 scalar, slots of a head that may be used.
+      structure: of the model.
+      kind: of the ``Sampling``.
+      length: tokens, n.
+    """
+    model = nnx.merge(structure, parameters)
+    tokens = partition.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)
+    carry = (loop, _free(loop, limit), jnp.int32(0), tokens, tokens.astype(jnp.float32), 0 * loop.at)
+
+    def goes_on(carry):
+        loop, slots, step, *_ = carry
+        may = (step < length) & ~jnp.all(loop.done)
+        return may if eviction is not None else may & ~jnp.any(_lacks_room(loop, slots))
+
+    def body(carry):
+        loop, slots, step, tokens, logprobs, count = carry
+        chunk = Chunk(loop.token[:, None], (~loop.done).astype(jnp.int32), loop.at, 0 * loop.at)
+        reads = forward_chunk(model, loop.buffer, chunk, policy)
+        at = chunk.next_index
+        groups, evicted = [], []
+        for group, new, slot in zip(loop.buffer, reads.new, slots, strict=True):
+            if isinstance(policy, ObservingPolicy):
+                group, lost = kv_buffer.write_chunk(group, new, at, eviction, limit)
+            else:
+                group, lost = _write(group, new, slot, loop, eviction, limit)
+            groups.append(group)
+            evicted.append(lost)
+        token, logprob = _next_token(model, reads.hidden[:, 0], loop.sequence, at, kind, numbers)
+        token = jnp.where(loop.done, loop.token, token)
+        remaining = loop.remaining - chunk.num_tokens
+        is_stop = jnp.any(token[:, None] == stop, axis=-1)
+        loop = Loop(
+            tuple(groups),
+            token,
+            at,
+            loop.sequence,
+            remaining,
+            loop.done | is_stop | (remaining <= 0),
+            loop.evicted + jnp.concatenate(evicted),
+            loop.read + jnp.where(loop.done, 0, _live(loop.buffer, loop.at) + _num_heads(loop.buffer)),
+        )
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
+        logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, logprob[:, None], step, 1)
+        return loop, _free(loop, limit), step + 1, tokens, logprobs, count + chunk.num_tokens
+
+    loop, slots, _, tokens, logprobs, count = jax.lax.while_loop(goes_on, body, carry)
+    live = kv_buffer.occupancy(loop.buffer, loop.at)
+    segment = Segment(
+        tokens,
+        logprobs,
+        count,
+        jnp.all(loop.done),
+        _lacks_room(loop, slots) if eviction is None else jnp.zeros(len(slots), bool),
+        fullest(live),
+        jnp.sum(live, axis=(0, 2)),
+        jnp.concatenate([fullest(group.length) for group in loop.buffer]),
+    )
+    return loop, partition.replicate(segment)
+
+
+def _write(group, new, slot, loop, eviction, limit):
+    """One key into its slot; the live keys that had to go for it are counted."""
+    lost = 0 * slot
+    if eviction is not None:
+        full = (slot == group.capacity) & ~loop.done[:, None]
+        slot = jnp.where(full, kv_buffer.slot_to_evict(group, eviction, loop.at, limit), slot)
+        lost = full.astype(jnp.int32)
+    slot = jnp.where(loop.done[:, None], group.capacity, slot)
+    return kv_buffer.write_token(kv_buffer.expire(group, new.local_end), new, slot), lost
+
+
+def _free(loop: Loop, limit) -> tuple[jax.Array, ...]:
+    return tuple(kv_buffer.free_slot(group, loop.at, limit) for group in loop.buffer)
+
+
+def _lacks_room(loop: Loop, slots) -> jax.Array:
+    """bool ``[num_groups]``."""
+    pairs = zip(loop.buffer, slots, strict=True)
+    return jnp.stack([jnp.any((slot >= group.capacity) & ~loop.done[:, None]) for group, slot in pairs])
+
+
+def _live(buffer: KVBuffer, at: jax.Array) -> jax.Array:
+    """Live slots of each sequence, over all layers and heads: float32 ``[b]``."""
+    return jnp.sum(kv_buffer.occupancy(buffer, at).astype(jnp.float32), axis=(0, 2))
+
+
+def _num_heads(buffer: KVBuffer) -> int:
+    """Over all layers: each has the token's own key."""
+    return sum(group.num_layers * group.key_end.shape[2] for group in buffer)

@@ -1,0 +1,358 @@
+"""A model that reads sequences chunk by chunk into a KV buffer, which is given the room that it needs.
+
+The buffer's capacity is known in advance for a policy that fixes lifetimes from indices; else it follows what heads
+need, from the smallest size upward. Layers with different needs get capacities of their own.
+
+Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from natsjax import capacity, decode_loop, kv_buffer, partition
+from natsjax.config import Config
+from natsjax.decode_loop import ReadChunk
+from natsjax.decode_step import Chunk, DecodingPolicy
+from natsjax.errors import UserError
+from natsjax.kv_buffer import Eviction, KVBuffer
+from natsjax.loading import LoadedRun
+from natsjax.model import ModelStructure, model_structure
+from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy
+from pallas_kernels.decode_attention import storage_format
+
+NO_LIMIT = int(np.iinfo(np.int32).max)
+"""Slots of a head where nothing limits them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """How decoding uses the machine; none of it changes what is generated, but for ``max_kv``.
+
+    Attributes:
+      chunk: prompt tokens of a sequence that are read at once.
+      segment: tokens that are drawn between two looks at the host, which streams, compacts and enlarges.
+      block: capacities are multiples of it (slots).
+      max_groups: layers are divided into at most so many groups of one capacity each.
+      max_kv: the most live keys of a head, hard; None: as many as the policy keeps.
+      eviction: what goes first where ``max_kv`` is reached (``policies.EVICTIONS``).
+
+    Raises:
+      UserError: a number below 1, or an unknown eviction.
+    """
+
+    chunk: int = 512
+    segment: int = 16
+    block: int = 128
+    max_groups: int = 4
+    max_kv: int | None = None
+    eviction: str = "soonest_end"
+
+    def __post_init__(self):
+        for name in ("chunk", "segment", "block", "max_groups", "max_kv"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: it must be 1 or more.")
+        if self.eviction not in EVICTIONS:
+            raise UserError(f"eviction={self.eviction!r}: one of {', '.join(map(repr, EVICTIONS))} was expected.")
+
+
+class Cache(NamedTuple):
+    """Sequences that have been read.
+
+    Attributes:
+      buffer: their live keys.
+      num_tokens: int32 ``[b]``, how many each has.
+      evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
+    """
+
+    buffer: KVBuffer
+    num_tokens: jax.Array
+    evicted: jax.Array
+
+    @property
+    def capacities(self) -> list[int]:
+        """Slots of a head, by layer."""
+        return [group.capacity for group in self.buffer for _ in range(group.num_layers)]
+
+
+class Decoder:
+    """A model and a policy, ready to read; ``natsjax.decode.generate`` generates with it.
+
+    Args:
+      config: of the run.
+      model: its structure.
+      parameters: nested dict of float32 arrays.
+      mesh: on which to decode: batch over ``data`` and ``fsdp``, KV heads over ``tensor``.
+      policy: how long keys live; None: the model's roles, or full attention for a dense model.
+      settings: of decoding.
+
+    Raises:
+      UserError: the policy needs roles and the model has none, or the mesh divides sequences.
+
+    Example:
+      >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(dial=-0.3))
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelStructure,
+        parameters: Any,
+        mesh: Mesh,
+        policy: DecodingPolicy | None = None,
+        settings: DecodeSettings | None = None,
+    ):
+        is_dense = config.model.attention == "dense"
+        self.config, self.structure, self.mesh = config, model.structure, mesh
+        self.vocab_size = model.parameters["embedding"].shape[0]
+        self.policy = policy if policy is not None else FullAttention() if is_dense else Nats()
+        self.settings = DecodeSettings() if settings is None else settings
+        if is_dense and isinstance(self.policy, Nats):
+            raise UserError("a dial reads the roles of tokens, and a model with dense attention has none.")
+        check_mesh(mesh)
+        self.eviction: Eviction | None = None
+        self.limit = NO_LIMIT
+        if self.settings.max_kv is not None:
+            if isinstance(self.policy, ObservingPolicy):
+                raise UserError(f"max_kv={self.settings.max_kv} and {self.policy} are two limits; choose one.")
+            self.eviction, self.limit = EVICTIONS[self.settings.eviction], self.settings.max_kv
+        elif isinstance(self.policy, ObservingPolicy):
+            self.eviction, self.limit = self.policy, self.policy.num_keys
+        self.parameters = serving_parameters(parameters, model, config, mesh)
+
+    @classmethod
+    def of_run(
+        cls, run: LoadedRun, policy: DecodingPolicy | None = None, settings: DecodeSettings | None = None
+    ) -> "Decoder":
+        """For a trained run, on its mesh."""
+        model = model_structure(run.config, run.data.vocabulary.vocab_size)
+        return cls(run.config, model, run.parameters, run.mesh, policy, settings)
+
+    @property
+    def shards(self) -> int:
+        """Batches are multiples of it."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    # --- reading ---
+
+    def start(self, batch: int, length: int | None = None) -> Cache:
+        """An empty cache.
+
+        Args:
+          batch: sequences, a multiple of ``shards``.
+          length: tokens that a sequence will have, at most, where that is known.
+        """
+        slots = self.settings.block
+        if isinstance(self.policy, IntervalPolicy) and length is not None:
+            slots = most_live(self.policy, length, self.config.model.num_kv_heads)
+        elif isinstance(self.policy, ObservingPolicy) and self.policy.every_token:
+            slots = self.limit
+        slots = capacity.round_up(min(slots, self.limit), self.settings.block)
+        layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
+        with jax.set_mesh(self.mesh):
+            evicted = self.put(np.zeros((layers, batch, heads), np.int32), None, "batch", "kv_heads")
+            return Cache(self.allocate([layers], [slots], batch), self.put_rows(np.zeros(batch)), evicted)
+
+    def read(
+        self,
+        cache: Cache,
+        tokens: np.ndarray,
+        count: np.ndarray,
+        *,
+        observed_from: np.ndarray | None = None,
+        role_ids: np.ndarray | None = None,
+        count_live: bool = False,
+        evict: bool = True,
+    ) -> tuple[Cache, ReadChunk]:
+        """Reads a chunk and keeps the keys that live on; the buffer grows where they need more slots.
+
+        Args:
+          cache: of the tokens before; its buffer is used up.
+          tokens: int ``[b, t]``; those of a row are at its front.
+          count: int ``[b]``, tokens of each row.
+          observed_from: int ``[b]``, index of the first query that an ``ObservingPolicy`` looks at; None: all.
+          role_ids: int8 ``[num_layers, b, k, t]``, instead of the model's own.
+          count_live: whether ``ReadChunk.live`` is asked for.
+          evict: False: an ``ObservingPolicy`` waits.
+        """
+        with jax.set_mesh(self.mesh):
+            observed_from = np.zeros(len(count)) if observed_from is None else observed_from
+            roles = None if role_ids is None else self.put(role_ids, None, "batch", "kv_heads", None)
+            rows = self.put_rows(count), cache.num_tokens, self.put_rows(observed_from)
+            chunk = Chunk(self.put(tokens, "batch", "sequence"), *rows, roles)
+            read = decode_loop.read_chunk(
+                self.parameters, cache.buffer, chunk, self.policy, structure=self.structure, count_live=count_live
+            )
+            eviction, need = self.eviction if evict else None, np.asarray(read.need)
+            need = need if eviction is None else np.minimum(need, self.limit)
+            if np.any(need > cache.capacities):
+                cache = self.enlarge(cache, need)
+            buffer, evicted = decode_loop.write_chunk(
+                cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
+            )
+            return Cache(buffer, chunk.next_index, cache.evicted + evicted), read
+
+    # --- room ---
+
+    def enlarge(self, cache: Cache, need: np.ndarray) -> Cache:
+        """Larger capacities for the groups that have a layer without room; everything is kept.
+
+        Args:
+          cache: its buffer is used up.
+          need: int ``[num_layers]``, slots of each layer's fullest head.
+        """
+        first, slots = 0, []
+        for group in cache.buffer:
+            most = int(np.max(need[first : first + group.num_layers]))
+            slots.append(self._enlarged(most) if most > group.capacity else group.capacity)
+            first += group.num_layers
+        return self._move(cache, [group.num_layers for group in cache.buffer], slots)
+
+    def settle(self, cache: Cache, need: np.ndarray, num_tokens: int) -> Cache:
+        """Groups and capacities for what comes after the prompt.
+
+        Args:
+          cache: compacted; its buffer is used up.
+          need: int ``[num_layers]``, slots of each layer's fullest head.
+          num_tokens: that a sequence will still read, at most.
+        """
+        if isinstance(self.policy, IntervalPolicy):
+            return cache  # what it takes was known from the start
+        # Evicting begins where there is no free slot: that must not be before the limit.
+        most = self.limit if self.evicts_in_loop else np.array([self._enlarged(int(n)) for n in need])
+        need = np.minimum(need + num_tokens, most)
+        layers = capacity.layer_groups(need, self.settings.max_groups)
+        bounds = np.cumsum([0, *layers])
+        slots = [int(np.max(need[a:b])) for a, b in itertools.pairwise(bounds)]
+        return self._move(cache, layers, [capacity.round_up(n, self.settings.block) for n in slots])
+
+    def evict(self, cache: Cache) -> Cache:
+        """Cuts an ``ObservingPolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
+        with jax.set_mesh(self.mesh):
+            buffer, evicted = decode_loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
+            return Cache(buffer, cache.num_tokens, cache.evicted + evicted)
+
+    def need(self, cache: Cache) -> np.ndarray:
+        """Live slots of each layer's fullest head, int ``[num_layers]``."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(_need(cache.buffer, cache.num_tokens))
+
+    @property
+    def evicts_in_loop(self) -> bool:
+        """Whether keys are evicted while tokens are generated."""
+        return self.eviction is not None and getattr(self.policy, "every_token", True)
+
+    def _enlarged(self, need: int) -> int:
+        slots = capacity.enlarged(need, self.settings.block)
+        return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.limit != NO_LIMIT else slots
+
+    def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
+        with jax.set_mesh(self.mesh):
+            target = self.allocate(layers, slots, cache.num_tokens.shape[0])
+            return cache._replace(buffer=_regroup(cache.buffer, target))
+
+    def allocate(self, layers: list[int], slots: list[int], batch: int) -> KVBuffer:
+        """An empty buffer: layers and slots of each group, and sequences."""
+        model = self.config.model
+        return _empty(
+            tuple(layers),
+            tuple(slots),
+            batch=batch,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            format=storage_format(self.mesh.devices.flat[0].platform),
+            block=self.settings.block,
+            observed=isinstance(self.policy, ObservingPolicy),
+        )
+
+    # --- from the host ---
+
+    def put(self, values: np.ndarray, *axes: str | None) -> jax.Array:
+        """An int array on the devices, divided along its axes."""
+        values = np.asarray(values)
+        values = values if values.dtype == np.int8 else values.astype(np.int32)
+        return jax.make_array_from_callback(values.shape, self.sharding(*axes), lambda index: values[index])
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Of an array with these axes."""
+        return NamedSharding(self.mesh, partition.compute_spec(axes))
+
+    def fetch(self, tree: Any) -> Any:
+        """The values, whole, on the host of every process."""
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(_replicate(tree))
+
+    def put_rows(self, values: np.ndarray) -> jax.Array:
+        """One number for each sequence, int32 ``[b]``."""
+        return self.put(values, "batch")
+
+
+_replicate = jax.jit(partition.replicate)
+_need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
+_regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_buffer.regroup)
+_empty = functools.partial(
+    jax.jit,
+    static_argnames=(
+        "num_layers",
+        "capacity",
+        "batch",
+        "num_kv_heads",
+        "head_dim",
+        "dtype",
+        "format",
+        "block",
+        "observed",
+    ),
+)(kv_buffer.empty)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Whether decoding runs on the mesh.
+
+    Raises:
+      UserError: it divides sequences.
+    """
+    if mesh.shape["context"] > 1:
+        raise UserError(
+            f"mesh.context = {mesh.shape['context']}: decoding divides batch and heads, not sequences; make it 1."
+        )
+
+
+def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
+    """The most keys of a head that are live at once in a sequence of ``length`` tokens."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    ends = np.asarray(policy.key_end(positions, num_kv_heads)).reshape(-1, length)
+    most = 0
+    for end in ends:
+        ended = np.bincount(np.minimum(end, length), minlength=length + 1)
+        most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
+    return most
+
+
+def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+    """Parameters in the layout and, where that is how they are used, the dtype of the forward pass.
+
+    Every step of decoding uses all of them: they are gathered and rounded once. The scorer and the norms stay float32.
+    """
+    wide = ("scorer", "scale")
+
+    def place(path, axes):
+        is_wide = any(getattr(key, "key", None) in wide for key in path)
+        sharding = NamedSharding(mesh, partition.compute_spec(axes))
+        return sharding, "float32" if is_wide else config.model.dtype
+
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    places = jax.tree_util.tree_map_with_path(place, model.axes, is_leaf=is_axes)
+    leaves, structure = jax.tree.flatten(parameters)
+    shardings, dtypes = zip(*jax.tree.leaves(places, is_leaf=is_axes), strict=True)
+    cast = jax.jit(lambda xs: [x.astype(d) for x, d in zip(xs, dtypes, strict=True)], out_shardings=list(shardings))
+    with jax.set_mesh(mesh):
+        return jax.tree.unflatten(structure, cast(leaves))

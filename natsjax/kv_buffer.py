@@ -1,0 +1,406 @@
+"""The KV buffer: keys and values in slots of static shape, each with the query that first cannot read it any more.
+
+A buffer is a tuple of ``LayerGroup``, neighbouring layers with one capacity. Every function here is pure and compiles
+once for a shape. A slot is *free* from the query ``key_end`` on, and writing takes free slots first. ``length`` is a
+high-water mark: slots from there on are free, attention reads what lies before. Where arrays lie on several devices,
+each device works on its own sequences and heads.
+
+A LOCAL key whose GLOBAL token has not come yet has ``key_end = UNTIL_GLOBAL``; ``expire`` sets its end.
+
+How keys and values lie in memory is the business of ``pallas_kernels.decode_attention.storage`` and of no reader.
+
+Axis letters: ``l`` layer of a group, ``b`` batch, ``k`` KV head, ``c`` slot, ``t`` token of a chunk, ``h`` head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from natsjax import capacity as capacities
+from natsjax import partition
+from pallas_kernels.decode_attention import Format, Storage
+from pallas_kernels.nats_attention import NO_END
+
+AXES: dict[int, partition.Axes] = {
+    6: (None, None, "batch", "kv_heads", None, None),  # storage
+    5: (None, "batch", "kv_heads", None, None),
+    4: (None, "batch", "kv_heads", None),
+    3: (None, "batch", "kv_heads"),
+    1: ("batch",),
+    0: (),
+}
+"""What the axes of arrays here are, by their number."""
+
+UNTIL_GLOBAL = NO_END - 1
+"""``key_end`` of a LOCAL key until its head's next GLOBAL token comes."""
+
+
+def by_shard(function: Callable) -> Callable:
+    """``function`` on each device's own sequences and heads, where there are several devices."""
+    return partition.by_rank(function, AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Slots of some neighbouring layers.
+
+    Attributes:
+      storage: keys, with the rotary phase of their own position, and values, ``[l, b, k, c, h]`` each.
+      key_position: int32 ``[l, b, k, c]``, index of each key in its sequence.
+      key_end: int32 ``[l, b, k, c]``, the first query that cannot read the slot, which is then free; 0: never used.
+      length: int32 ``[l, b, k]``, all slots from here on are free.
+      mass: float32 ``[l, b, k, c]``, attention that each key has received, for the policies that observe it, or None.
+    """
+
+    storage: Storage
+    key_position: jax.Array
+    key_end: jax.Array
+    length: jax.Array
+    mass: jax.Array | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """l."""
+        return self.key_end.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """c."""
+        return self.key_end.shape[3]
+
+    @property
+    def keys(self) -> jax.Array:
+        """``[l, b, k, c, h]``, in the order of the slots: a copy."""
+        return jax.lax.map(lambda layer: self.storage.layer(layer)[0], jnp.arange(self.num_layers))
+
+    @property
+    def values(self) -> jax.Array:
+        """``[l, b, k, c, h]``, in the order of the slots: a copy."""
+        return jax.lax.map(lambda layer: self.storage.layer(layer)[1], jnp.arange(self.num_layers))
+
+
+jax.tree_util.register_dataclass(
+    LayerGroup, data_fields=["storage", "key_position", "key_end", "length", "mass"], meta_fields=[]
+)
+KVBuffer = tuple[LayerGroup, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NewKeys:
+    """Keys and values on their way into the slots of a group.
+
+    Attributes:
+      keys, values: ``[l, b, k, t, h]``.
+      key_position, key_end: int32 ``[l, b, k, t]``; ``key_end = 0`` where there is no token.
+      local_end: int32 ``[l, b, k]``, the end of the LOCAL keys that were waiting: one behind the first GLOBAL token
+        among these, ``UNTIL_GLOBAL`` where there is none.
+      mass, seen: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention that these keys, and those in the slots, have
+        received from the queries of the chunk; None where nobody asks.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    key_position: jax.Array
+    key_end: jax.Array
+    local_end: jax.Array
+    mass: jax.Array | None = None
+    seen: jax.Array | None = None
+
+
+jax.tree_util.register_dataclass(
+    NewKeys,
+    data_fields=["keys", "values", "key_position", "key_end", "local_end", "mass", "seen"],
+    meta_fields=[],
+)
+
+
+class Eviction(Protocol):
+    """Which live keys go first where there may be no more than so many."""
+
+    def order(
+        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What slots are sorted by, the first before the second; the smallest goes first.
+
+        Args:
+          key_position, key_end, mass: ``[b, k, c]``, of live slots.
+          at: int32 ``[b, 1, 1]``, index of the next query.
+        """
+        ...
+
+
+def empty(
+    num_layers: Sequence[int],
+    capacity: Sequence[int],
+    *,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    format: Format,
+    block: int,
+    observed: bool = False,
+) -> KVBuffer:
+    """A buffer without keys.
+
+    Args:
+      num_layers, capacity: layers and slots of each group; slots are a multiple of ``block``.
+      batch: sequences.
+      num_kv_heads: k.
+      head_dim: h.
+      dtype: of keys and values.
+      format: how they lie in memory (``decode_attention.storage_format``).
+      block: slots that are read together, at least.
+      observed: with ``mass``.
+    """
+
+    def group(layers: int, slots: int) -> LayerGroup:
+        shape = (layers, batch, num_kv_heads, slots)
+        storage_block = capacities.storage_block(slots, block)
+        group = LayerGroup(
+            Storage.empty((*shape, head_dim), dtype, format, storage_block),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape[:3], jnp.int32),
+            jnp.zeros(shape, jnp.float32) if observed else None,
+        )
+        return jax.tree.map(lambda x: partition.reshard(x, *AXES[x.ndim]), group)
+
+    return tuple(group(layers, slots) for layers, slots in zip(num_layers, capacity, strict=True))
+
+
+@by_shard
+def expire(group: LayerGroup, local_end: jax.Array) -> LayerGroup:
+    """Sets the end of the LOCAL keys that were waiting for it.
+
+    Args:
+      group: of the buffer.
+      local_end: int32 ``[l, b, k]``: after a GLOBAL token at t it is ``t + 1``, for its own query still reads them;
+        else ``UNTIL_GLOBAL``.
+    """
+    return dataclasses.replace(group, key_end=_expired(group.key_end, local_end))
+
+
+def _expired(key_end: jax.Array, local_end: jax.Array) -> jax.Array:
+    return jnp.where(key_end == UNTIL_GLOBAL, local_end[..., None], key_end)
+
+
+@by_shard
+def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
+    """The first free slot of every head, the capacity where there is none.
+
+    Args:
+      group: of the buffer.
+      at: int32 ``[b]``, index of the next query.
+      limit: int32 scalar: only slots before it count.
+
+    Returns:
+      int32 ``[l, b, k]``.
+    """
+    slot = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3)
+    is_free = (group.key_end <= at[:, None, None]) & (slot < limit)
+    return jnp.min(jnp.where(is_free, slot, group.capacity), axis=-1)
+
+
+@by_shard
+def slot_to_evict(group: LayerGroup, eviction: Eviction, at: jax.Array, limit: jax.Array) -> jax.Array:
+    """The slot whose key goes first: int32 ``[l, b, k]``; arguments as in ``free_slot``."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3)
+
+    def layer(arrays):
+        key_position, key_end, mass = arrays
+        return eviction.order(key_position, key_end, mass, at[:, None, None])
+
+    candidates = slot < limit
+    for key in jax.lax.map(layer, (group.key_position, group.key_end, group.mass)):
+        key = jnp.where(candidates, key, _highest(key.dtype))
+        candidates &= key == jnp.min(key, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(candidates, slot, group.capacity), axis=-1)
+
+
+def _highest(dtype) -> jax.Array:
+    return jnp.asarray(jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
+
+
+@by_shard
+def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
+    """One key of each head into a slot, after ``expire``.
+
+    Args:
+      group: of the buffer.
+      new: with one token (t = 1); its ``local_end`` is not looked at.
+      slot: int32 ``[l, b, k]``, from ``free_slot``; a key for the slot ``c`` is not written.
+    """
+    here = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3) == slot[..., None]
+
+    def put(x, y):
+        return x if x is None or y is None else jnp.where(here, y, x)
+
+    return LayerGroup(
+        group.storage.put(slot, new.keys[..., 0, :], new.values[..., 0, :]),
+        put(group.key_position, new.key_position),
+        put(group.key_end, new.key_end),
+        jnp.where(slot < group.capacity, jnp.maximum(group.length, slot + 1), group.length),
+        put(group.mass, new.mass),
+    )
+
+
+@by_shard
+def need(group: LayerGroup, new: NewKeys | None, at: jax.Array) -> jax.Array:
+    """Live slots of every head, with the new keys: int32 ``[l, b, k]``; ``at`` is int32 ``[b]``, the next query."""
+    at = at[:, None, None]
+    if new is None:
+        return jnp.sum(group.key_end > at, axis=-1, dtype=jnp.int32)
+    live = jnp.sum(_expired(group.key_end, new.local_end) > at, axis=-1, dtype=jnp.int32)
+    return live + jnp.sum(new.key_end > at, axis=-1, dtype=jnp.int32)
+
+
+@by_shard
+def write_chunk(
+    group: LayerGroup, new: NewKeys, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
+) -> tuple[LayerGroup, jax.Array]:
+    """The chunk's keys that live on join the live ones, which move to the front.
+
+    Args:
+      group: of the buffer, of at least ``need`` slots (or ``limit``).
+      new: the chunk's keys.
+      at: int32 ``[b]``, the first query behind the chunk.
+      eviction: what goes where more than ``limit`` would be live; None: nothing.
+      limit: int32 scalar, at most the capacity.
+
+    Returns:
+      The group, in which every slot before ``length`` is live, and int32 ``[l, b, k]``, how many live keys were evicted.
+    """
+    key_end = _expired(group.key_end, new.local_end)
+    mass = group.mass if group.mass is None or new.seen is None else group.mass + new.seen
+    group = dataclasses.replace(group, key_end=key_end, mass=mass)
+    return _keep(group, new, at, eviction, limit)
+
+
+@by_shard
+def compact(
+    group: LayerGroup, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
+) -> tuple[LayerGroup, jax.Array]:
+    """Live slots to the front, in their order, ``length`` down to what they take; the rest as in ``write_chunk``."""
+    return _keep(group, None, at, eviction, limit)
+
+
+def _keep(group, new, at, eviction, limit):
+    """What lives among the slots and the new keys, gathered layer by layer."""
+    at = at[:, None, None]
+
+    def joined(x, y, layer):
+        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        return x if y is None else jnp.concatenate([x, y[layer].astype(x.dtype)], axis=2)
+
+    def step(layer, carry):
+        storage, key_position, key_end, length, mass, evicted = carry
+        position = joined(key_position, None if new is None else new.key_position, layer)
+        end = joined(key_end, None if new is None else new.key_end, layer)
+        weight = None if mass is None else joined(mass, None if new is None else new.mass, layer)
+        is_live = end > at
+        live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
+        if eviction is not None:
+            is_live &= _rank(eviction.order(position, end, weight, at), is_live) >= live[..., None] - limit
+        kept = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
+        order = jnp.argsort(~is_live, axis=-1, stable=True)[..., : group.capacity]
+
+        def gather(x):
+            return jnp.take_along_axis(x, order if x.ndim == 3 else order[..., None], axis=2)
+
+        keys, values = storage.layer(layer)
+        if new is not None:
+            keys = jnp.concatenate([keys, new.keys[layer].astype(keys.dtype)], axis=2)
+            values = jnp.concatenate([values, new.values[layer].astype(values.dtype)], axis=2)
+        used = jnp.arange(group.capacity) < kept[..., None]
+
+        def put(x, y):
+            return jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), layer, 0)
+
+        return (
+            storage.set_layer(layer, gather(keys), gather(values)),
+            put(key_position, gather(position)),
+            put(key_end, jnp.where(used, gather(end), 0)),
+            put(length, jnp.minimum(kept, group.capacity)),
+            None if weight is None else put(mass, gather(weight)),
+            put(evicted, live - jnp.minimum(kept, group.capacity)),
+        )
+
+    carry = (group.storage, group.key_position, group.key_end, group.length, group.mass, 0 * group.length)
+    storage, key_position, key_end, length, mass, evicted = jax.lax.fori_loop(0, group.num_layers, step, carry)
+    return LayerGroup(storage, key_position, key_end, length, mass), evicted
+
+
+def _rank(order: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:
+    """How many live slots go before each live one: int32 ``[b, k, c]``."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, is_live.shape, is_live.ndim - 1)
+    sorted_slots = jax.lax.sort((~is_live, *order, slot), num_keys=3)[-1]
+    return jnp.argsort(sorted_slots, axis=-1)
+
+
+@by_shard
+def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.Array, count: jax.Array) -> LayerGroup:
+    """``target`` with ``count`` layers of ``source``, from ``start``, put from ``first`` on; slots beyond are cut."""
+
+    def fit(x, axis):
+        missing = target.capacity - x.shape[axis]
+        widths = [(0, max(missing, 0)) if n == axis else (0, 0) for n in range(x.ndim)]
+        return jax.lax.slice_in_dim(jnp.pad(x, widths), 0, target.capacity, axis=axis)
+
+    def step(n, target):
+        def put(x, y):
+            if x is None:
+                return None
+            y = jax.lax.dynamic_index_in_dim(y, start + n, 0, keepdims=False)
+            y = y if y.ndim == 2 else fit(y, 2)
+            return jax.lax.dynamic_update_index_in_dim(x, y, first + n, 0)
+
+        keys, values = (fit(x, 2) for x in source.storage.layer(start + n))
+        return LayerGroup(
+            target.storage.set_layer(first + n, keys, values),
+            put(target.key_position, source.key_position),
+            put(target.key_end, source.key_end),
+            put(target.length, source.length),
+            put(target.mass, source.mass),
+        )
+
+    return jax.lax.fori_loop(0, count, step, target)
+
+
+def regroup(buffer: KVBuffer, target: KVBuffer) -> KVBuffer:
+    """All slots in other groups, of other capacities.
+
+    Args:
+      buffer: ``length`` nowhere above the capacity that its layer gets (``compact`` it first).
+      target: an empty one, of as many layers.
+    """
+    result, first = [], 0
+    for group in target:
+        at = 0  # layers before the source
+        for source in buffer:
+            begin, end = max(first, at), min(first + group.num_layers, at + source.num_layers)
+            if begin < end:
+                numbers = (jnp.int32(n) for n in (begin - first, begin - at, end - begin))
+                group = _move(source, group, *numbers)
+            at += source.num_layers
+        result.append(group)
+        first += group.num_layers
+    return tuple(result)
+
+
+def occupancy(buffer: KVBuffer, at: jax.Array) -> jax.Array:
+    """Live slots of every layer and head: int32 ``[num_layers, b, k]``; ``at`` is int32 ``[b]``, the next query."""
+    return jnp.concatenate([need(group, None, at) for group in buffer])
+
+
+def allocated_slots(buffer: KVBuffer) -> int:
+    """Slots of all layers, sequences and heads."""
+    return sum(group.key_end.size for group in buffer)
+
+
+def allocated_bytes(buffer: KVBuffer) -> int:
+    """What keys, values and the numbers beside them take, on all devices together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(buffer))

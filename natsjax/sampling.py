@@ -1,0 +1,129 @@
+"""The next token from logits: greedy, or drawn with a temperature from the likeliest ones.
+
+Draws depend on the seed, the sequence's number and the token's index alone: not on the batch, nor on the mesh.
+
+Axis letters: ``b`` batch, ``v`` vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natsjax import partition
+from natsjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Filters apply in this order, each to what the ones before left; the likeliest always stays.
+
+    Attributes:
+      temperature: of the softmax; 0 takes the likeliest token (of several the one with the smallest id).
+      top_k: how many of the likeliest tokens may be drawn; 0: all.
+      top_p: as many of the likeliest tokens as reach this share of the probability, the last one included
+        (arXiv:1904.09751).
+      min_p: those with at least this share of the likeliest one's probability (arXiv:2407.01082).
+      seed: of the draws.
+
+    Raises:
+      UserError: a number is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, value, fits, expected in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and up to 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("seed", self.seed, 0 <= self.seed < 2**31, "between 0 and 2**31 - 1"),
+        ):
+            if not fits:
+                raise UserError(f"{name}={value}: it must be {expected}.")
+
+    @property
+    def kind(self) -> "Kind":
+        """What has to be compiled for it."""
+        is_filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return Kind(self.temperature == 0, is_filtered and self.temperature > 0)
+
+    @property
+    def numbers(self) -> "Numbers":
+        """What a compiled program takes."""
+        return Numbers(
+            jnp.float32(self.temperature),
+            jnp.int32(self.top_k),
+            jnp.float32(self.top_p),
+            jnp.float32(self.min_p),
+            jnp.int32(self.seed),
+        )
+
+
+class Kind(NamedTuple):
+    """Whether the likeliest token is taken, and whether the vocabulary has to be sorted."""
+
+    is_greedy: bool
+    is_filtered: bool
+
+
+class Numbers(NamedTuple):
+    """The fields of ``Sampling``, scalars on device."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    seed: jax.Array
+
+
+def sample(
+    logits: jax.Array, sequence: jax.Array, index: jax.Array, kind: Kind, numbers: Numbers
+) -> tuple[jax.Array, jax.Array]:
+    """One token for each sequence.
+
+    Args:
+      logits: float32 ``[b, v]``.
+      sequence: int32 ``[b]``, the number of each sequence.
+      index: int32 ``[b]``, of the token that is drawn.
+      kind: of the ``Sampling``.
+      numbers: of the ``Sampling``.
+
+    Returns:
+      int32 ``[b]`` and float32 ``[b]``: the token, and the log-probability that the model gave it (at temperature 1,
+      before any filter).
+    """
+
+    def on_device(logits, sequence, index, *numbers):
+        given = Numbers(*numbers)
+        if kind.is_greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            token = jax.vmap(lambda x, s, i: _draw(x, s, i, kind, given))(logits, sequence, index)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        return token, logprob
+
+    axes = (("batch", None), ("batch",), ("batch",), *((),) * len(numbers))
+    return partition.shard_map(on_device, axes, [("batch",), ("batch",)])(logits, sequence, index, *numbers)
+
+
+def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
+    """One token from logits ``[v]``."""
+    key = jax.random.key(numbers.seed)
+    key = jax.random.fold_in(jax.random.fold_in(key, sequence), index)
+    scaled = logits / numbers.temperature
+    if not kind.is_filtered:
+        return jax.random.categorical(key, scaled).astype(jnp.int32)
+    scaled, ids = jax.lax.top_k(scaled, scaled.shape[0])
+    rank = jnp.arange(scaled.shape[0])
+    kept = (rank == 0) | (numbers.top_k == 0) | (rank < numbers.top_k)
+    probability = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf))
+    kept &= (rank == 0) | (jnp.cumsum(probability) - probability < numbers.top_p)
+    kept &= scaled - scaled[0] >= jnp.log(numbers.min_p)
+    return ids[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)

@@ -1,0 +1,111 @@
+"""What to call: checks the arguments, picks a backend, adds the token's own key."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention import cudnn, pallas_tpu, reference, xla
+from pallas_kernels.decode_attention.backend import Backend
+from pallas_kernels.decode_attention.storage import Format, Storage
+from pallas_kernels.platforms import current_platform
+
+BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "cudnn": cudnn, "xla": xla}
+"""Tried in this order, where the platform is theirs."""
+
+
+def storage_format(platform: str | None = None) -> Format:
+    """The format that buffers should have on a platform ("cpu", "gpu" or "tpu"); None: the current one."""
+    platform = current_platform() if platform is None else platform
+    if platform == "cpu":
+        return "transposed"
+    return next(backend.READS[0] for backend in BACKENDS.values() if platform in backend.PLATFORMS)
+
+
+def decode_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    storage: Storage,
+    *,
+    key_end: jax.Array,
+    length: jax.Array,
+    position: jax.Array,
+    layer: jax.Array | int = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """One token of each sequence reads its own key and the live slots of a KV buffer.
+
+    A slot is read when ``position < key_end``; from ``length`` on there is none. The buffer holds the past: the token's
+    own key is written after. On a mesh call it inside ``jax.shard_map``, batch and heads divided.
+
+    Args:
+      query: ``[b, n, h]``, float; the query heads of one KV head are neighbours.
+      key, value: ``[b, k, h]``, of the same tokens.
+      storage: keys and values of some layers.
+      key_end: int32 ``[l, b, k, c]``, exclusive; 0 in a free slot.
+      length: int32 ``[l, b, k]``: from this slot on all are free, ``key_end <= position``.
+      position: int32 ``[b]``, index of each token.
+      layer: int32 scalar, which layer.
+      scale: of the logits, positive; default ``h ** -0.5``.
+      implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense, for tests), or None for the first backend of
+        this platform that can serve the call.
+
+    Returns:
+      ``[b, n, h]`` in the dtype of ``query``.
+
+    Raises:
+      ValueError: shapes or names that do not fit.
+      NotImplementedError: no backend can serve the call; the message has each one's reason.
+
+    Example:
+      >>> storage = Storage.of(keys, values, storage_format(), block=128)  # [l, b, k, c, h]
+      >>> out = decode_attention(q, k, v, storage, key_end=key_end, length=length, position=t, layer=3)
+    """
+    layers, b, k, c, h = storage.shape
+    if query.ndim != 3 or query.shape[0] != b or query.shape[2] != h or query.shape[1] % k:
+        raise ValueError(f"query {query.shape} does not fit a buffer of batch {b}, {k} KV heads of {h}.")
+    for name, array, shape in (
+        ("key", key, (b, k, h)),
+        ("value", value, (b, k, h)),
+        ("key_end", key_end, (layers, b, k, c)),
+        ("length", length, (layers, b, k)),
+        ("position", position, (b,)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}; {shape} was expected.")
+    scale = h**-0.5 if scale is None else float(scale)
+    grouped = query.reshape(b, k, -1, h)
+    out, lse = _first_that_serves(
+        implementation, (grouped, storage, key_end, length, position, jnp.asarray(layer, jnp.int32), scale)
+    )
+    # The own key, in the precision of the backend's results.
+    wide = [x.astype(lse.dtype) for x in (grouped, key, value)]
+    own = scale * jnp.einsum("bkgh,bkh->bkg", wide[0], wide[1], precision=jax.lax.Precision.HIGHEST)
+    top = jnp.maximum(lse, own)
+    past, new = jnp.exp(lse - top)[..., None], jnp.exp(own - top)[..., None]
+    out = (past * out + new * wide[2][:, :, None]) / (past + new)
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def _first_that_serves(implementation: str | None, arguments: Sequence) -> tuple[jax.Array, jax.Array]:
+    if implementation == "reference":  # dense: for tests, and only when asked for by name
+        return reference.attend(*arguments)
+    if implementation is not None and implementation not in BACKENDS:
+        known = ", ".join(map(repr, [*BACKENDS, "reference"]))
+        raise ValueError(f"implementation={implementation!r}: one of {known} was expected.")
+    platform = current_platform()
+    storage: Storage = arguments[1]
+    refusals = []
+    for name, backend in BACKENDS.items():
+        if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):
+            continue
+        try:
+            if storage.format not in backend.READS:
+                raise NotImplementedError(f"the buffer is {storage.format}, it reads {' or '.join(backend.READS)}")
+            backend.check(storage)
+            return backend.attend(*arguments)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("no backend can serve this call; " + "; ".join(refusals))

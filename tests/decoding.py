@@ -1,0 +1,108 @@
+"""Random models that decode, and the masked forward pass that they must agree with; tests share them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from natsjax import partition
+from natsjax.config import Config, MeshConfig
+from natsjax.decoder import Decoder, DecodeSettings
+from natsjax.model import Inputs, RoleChoice, init_parameters, model_structure
+from natsjax.policies import Nats
+from pallas_kernels.nats_attention import NO_END
+
+SMALL = DecodeSettings(chunk=8, segment=4, block=8)
+
+
+def config(**groups) -> Config:
+    """Three layers that differ, with grouped heads."""
+    model = {"num_layers": 3, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8} | groups.pop("model", {})
+    return tiny.config(model=model, **groups)
+
+
+def parameters_of(config: Config, seed=0, scorer_scale=1.0):
+    """Random ones; the scorer's too, and logits far enough apart that rounding flips no argmax by accident."""
+    _, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
+    parameters["embedding"] *= 4.0
+    if config.model.attention == "nats":
+        scorer = parameters["blocks"]["attention"]["scorer"]
+        scorer["weight"] = scorer_scale * jax.random.normal(jax.random.key(seed + 1), scorer["weight"].shape)
+    return parameters
+
+
+def decoder(config: Config, parameters, policy=None, settings=SMALL, mesh=None) -> Decoder:
+    """On the first device, or on a mesh of ``MeshConfig`` fields."""
+    devices = jax.devices()[:1] if mesh is None else jax.devices()
+    made = partition.make_mesh(MeshConfig(**(mesh or {"fsdp": 1})), devices)
+    return Decoder(config, model_structure(config, tiny.VOCAB_SIZE), parameters, made, policy, settings)
+
+
+def prompts(lengths, seed=0) -> list[list[int]]:
+    """Random tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, tiny.VOCAB_SIZE, length).tolist() for length in lengths]
+
+
+def padded(rows, length=None):
+    """int32 ``[b, t]``, padded behind, and the lengths."""
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.zeros((len(rows), length or max(1, lengths.max())), np.int32)
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)] = row
+    return tokens, lengths
+
+
+def masked_logits(config: Config, parameters, rows, policy=None, role_ids=None):
+    """float32 logits ``[b, t, v]`` of the whole sequences with masks, and the roles int8 ``[l, b, k, t]``.
+
+    A policy of intervals or of roles, or the given roles.
+    """
+    tokens, lengths = padded(rows)
+    structure = model_structure(config, tiny.VOCAB_SIZE).structure
+
+    @jax.jit
+    def forward(parameters, tokens, lengths, choice):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        end = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
+        # Keys that outlive the sequence have no end.
+        return nnx.merge(structure, parameters)(Inputs(tokens, positions, end), choice)
+
+    if role_ids is not None:
+        choice = RoleChoice(role_ids=jnp.asarray(role_ids))
+    elif policy is None:
+        choice = RoleChoice() if config.model.attention == "nats" else RoleChoice(key_end=jnp.full((1, 1, 1), NO_END))
+    elif isinstance(policy, Nats):
+        choice = policy.choice(None, config)
+    else:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        choice = RoleChoice(key_end=policy.key_end(positions, config.model.num_kv_heads))
+    logits, roles = forward(parameters, jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), choice)
+    return np.asarray(logits), np.asarray(roles.ids)
+
+
+def chunked_logits(decoder: Decoder, rows, chunk, role_ids=None):
+    """The logits by reading chunks into the buffer; rows may be shorter than others. And the cache."""
+    tokens, lengths = padded(rows, -(-max(map(len, rows)) // chunk) * chunk)
+    padding = tokens.shape[1] - (0 if role_ids is None else role_ids.shape[-1])
+    roles = None if role_ids is None else np.pad(role_ids, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    cache, found = decoder.start(len(rows), tokens.shape[1]), []
+    weight = decoder.parameters["embedding"]
+    for begin in range(0, tokens.shape[1], chunk):
+        part = slice(begin, begin + chunk)
+        cache, read = decoder.read(
+            cache,
+            tokens[:, part],
+            np.clip(lengths - begin, 0, chunk),
+            role_ids=None if roles is None else roles[..., part],
+        )
+        hidden, weight = (np.asarray(jax.device_get(x), np.float32) for x in (read.hidden, weight))
+        found.append(np.einsum("btd,vd->btv", hidden, weight))
+    return np.concatenate(found, axis=1)[:, : lengths.max()], cache
+
+
+def error(got, expected, rows) -> float:
+    """max |Δ| over max |expected|, where there are tokens."""
+    is_token = np.arange(got.shape[1]) < np.array([len(row) for row in rows])[:, None]
+    return float(np.abs(got - expected)[is_token].max() / np.abs(expected[is_token]).max())
