@@ -6,8 +6,8 @@ masked forward pass of the whole sequence give the same logits, up to rounding (
 Sequences in a batch may have different lengths: in a chunk each has ``num_tokens[b]`` of them, at the front, and
 the first has the index ``begin[b]``.
 
-Axis letters: ``b`` batch, ``t`` token of the chunk, ``k`` KV head, ``g`` query heads per KV head, ``n = k·g``, ``h`` head
-dim, ``d`` width, ``l`` layer of a group, ``c`` slot.
+Axis letters: ``b`` batch, ``t`` token of the chunk, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim,
+``d`` width, ``l`` layer of a group, ``c`` slot.
 """
 
 import typing

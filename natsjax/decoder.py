@@ -239,6 +239,11 @@ class Decoder:
             buffer, evicted = decode_loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
             return Cache(buffer, cache.num_tokens, cache.evicted + evicted)
 
+    def forget(self, cache: Cache) -> Cache:
+        """Without the attention that keys have received so far; the buffer of ``cache`` is used up."""
+        with jax.set_mesh(self.mesh):
+            return cache._replace(buffer=_forget(cache.buffer))
+
     def need(self, cache: Cache) -> np.ndarray:
         """Live slots of each layer's fullest head, int ``[num_layers]``."""
         with jax.set_mesh(self.mesh):
@@ -297,6 +302,9 @@ class Decoder:
 
 _replicate = jax.jit(partition.replicate)
 _need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
+_forget = functools.partial(jax.jit, donate_argnames=("buffer",))(
+    lambda buffer: tuple(dataclasses.replace(group, mass=0 * group.mass) for group in buffer)
+)
 _regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_buffer.regroup)
 _empty = functools.partial(
     jax.jit,

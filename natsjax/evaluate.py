@@ -2,7 +2,8 @@
 
     python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR] [--prepared_dir=DIR]
 
-Everything is teacher-forced on a fixed slice of held-out contexts, with masks. What has to be set to meet a budget (the
+Everything is teacher-forced on a fixed slice of held-out contexts: with masks, or, with ``--mode=decode``, as it is
+served: chunk by chunk through a KV buffer that frees what a policy drops. What has to be set to meet a budget (the
 dial, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
 """
 
@@ -11,35 +12,30 @@ import dataclasses
 import datetime
 import os
 import shlex
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from natsjax import processes, report, token_types
 from natsjax.command_line import run_command
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
+from natsjax.decode_step import DecodingPolicy
 from natsjax.errors import UserError
+from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of
 from natsjax.loading import LoadedRun, load
-from natsjax.matching import (
-    dial_for_budget,
-    wanted_budgets,
-    window_for_budget,
-)
+from natsjax.matching import wanted_budgets
 from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, measure
+from natsjax.measure_decode import DEFAULT_CHUNK, measure_decoding
 from natsjax.metrics import perplexity
-from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StaticPolicy, StreamingLLM
+from natsjax.policies import Nats, SampledNats, StaticPolicy
 from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
 from natsjax.workdir import natsjax_version
-
-TOLERANCE = 0.1
-"""Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""
 
 _NUM_SAMPLES = 3  # contexts for the role reader
 
@@ -81,16 +77,6 @@ class Evaluation:
         return "\n\n".join(parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """One row to be: a policy on some weights, for a budget or for none."""
-
-    run: LoadedRun
-    weights: str
-    policy: StaticPolicy
-    budget: float | None = None
-
-
 def run(
     workdir: str | os.PathLike[str],
     *,
@@ -99,6 +85,8 @@ def run(
     prepared_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     loaded: LoadedRun | None = None,
+    mode: Literal["masked", "decode"] = "masked",
+    chunk: int = DEFAULT_CHUNK,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
 
@@ -113,14 +101,19 @@ def run(
       prepared_dir: where the prepared corpus lies by now; None: where the run had it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
+      mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
+        policies and random keys too; rows then say what was allocated.
+      chunk: tokens that are decoded at once.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget cannot be, or the twin does not fit.
+      UserError: there is no run or no held-out text, a budget or a chunk cannot be, or the twin does not fit.
 
     Example:
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")
       >>> print(natsjax.report.format_table(evaluation.rows))
     """
+    if chunk < 1:
+        raise UserError(f"--chunk={chunk}: it must be 1 or more tokens.")
     progress = progress and processes.is_main()
     this = load(workdir, prepared_dir=prepared_dir, progress=progress) if loaded is None else loaded
     twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
@@ -128,16 +121,17 @@ def run(
     dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
     notes = [] if twin is None else twin_notes(this, twin)
-    settings = _settings(this, twin, dial_contexts, wanted, notes, progress)
+    decoded = chunk if mode == "decode" else None
+    settings = settings_of(this, twin, dial_contexts, wanted, notes, progress, decoded)
 
-    measured = [measure(s.run, held_out, s.policy) for s in _bar(settings, "measuring", progress)]
+    measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
     rows = [_row(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
     contract, samples = None, []
     if this.config.model.attention == "nats":
         contract = _contract(this, held_out, rows)
         samples = _samples(this, held_out, Nats(contract["dial"]))
-    command = _command(workdir, budgets, dense_workdir, prepared_dir)
-    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, notes)
+    command = _command(workdir, budgets, dense_workdir, prepared_dir, decoded)
+    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, notes, decoded)
     paths = []
     if processes.is_main():  # all of several processes measure, one writes
         paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
@@ -154,74 +148,14 @@ def check(config: Config, data: RunData) -> None:
     wanted_budgets(config, None, data.piece_lengths)
 
 
-def _bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
-    return iter(tqdm(items, desc=title, disable=not progress, file=sys.stderr, leave=False))
+def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
+    """With masks, or in chunks through a KV buffer."""
+    if chunk is None:
+        return measure(setting.run, contexts, typing.cast(StaticPolicy, setting.policy))
+    return measure_decoding(setting.run, contexts, typing.cast(DecodingPolicy, setting.policy), chunk=chunk)
 
 
-def _settings(
-    this: LoadedRun,
-    twin: LoadedRun | None,
-    dial_contexts: Row,
-    budgets: Sequence[float],
-    notes: list[str],
-    progress: bool,
-) -> list[_Setting]:
-    """What to measure; ``notes`` gets what cannot be."""
-    attention = this.config.model.attention
-    fixed = _interval_policies(this.config, piece_lengths(dial_contexts), budgets, notes)
-    policies = [*_dials(this, dial_contexts, budgets, notes, progress), *fixed] if attention == "nats" else fixed
-    weights = f"this run ({attention}, step {this.step})"
-    settings = [_Setting(this, weights, policy, budget) for policy, budget in policies]
-    if twin is not None:
-        weights = f"dense twin {twin.workdir.path} (step {twin.step})"
-        settings += [_Setting(twin, weights, policy, budget) for policy, budget in fixed]
-    return settings
-
-
-def _dials(
-    this: LoadedRun, contexts: Row, budgets: Sequence[float], notes: list[str], progress: bool
-) -> list[tuple[StaticPolicy, float | None]]:
-    """The dial for each budget, and dial 0, ascending; budgets that share a dial share an entry."""
-    seen: dict[float, float] = {}
-    found = {}
-    for budget in _bar(budgets, "setting the dial", progress):
-        found[budget] = dial_for_budget(lambda dial: measure(this, contexts, Nats(dial)).kv_fraction, budget, seen)
-        if abs(found[budget].kv_fraction - budget) > TOLERANCE * budget:
-            notes.append(
-                f"No dial gives a KV fraction of {budget:.4g} on training-split text; the closest is "
-                f"{found[budget].kv_fraction:.4g}, at dial {found[budget].dial:.4g}."
-            )
-    # A dial that several budgets ended at is listed under the contract's, or else the closest: the last one wins.
-    order = sorted(found, key=lambda b: (b == this.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
-    dials: dict[float, float | None] = {0.0: None} | {found[budget].dial: budget for budget in order}
-    return [(Nats(dial), dials[dial]) for dial in sorted(dials)]
-
-
-def _interval_policies(
-    config: Config, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
-) -> list[tuple[StaticPolicy, float | None]]:
-    """Full attention, and the fixed policies at each budget that they can meet."""
-    policies: list[tuple[StaticPolicy, float | None]] = [(FullAttention(), None)]
-    for budget in budgets:
-        window = window_for_budget(pieces, budget)
-        if window is None:
-            notes.append(f"No sliding window is as small as the KV budget {budget:.4g}.")
-        else:
-            policies.append((SlidingWindow(window), budget))
-    num_sinks = config.eval.num_sinks
-    for budget in budgets:
-        window = window_for_budget(pieces, budget, num_sinks=num_sinks)
-        if window is None:
-            notes.append(
-                f"StreamingLLM is left out at the KV budget {budget:.4g}: its {num_sinks} sinks and each query's own "
-                "key take more."
-            )
-        else:
-            policies.append((StreamingLLM(num_sinks, window), budget))
-    return policies
-
-
-def _row(setting: _Setting, found: Measurement, config: Config) -> dict[str, Any]:
+def _row(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
     """A row of the report."""
     sums = found.documents
 
@@ -241,6 +175,7 @@ def _row(setting: _Setting, found: Measurement, config: Config) -> dict[str, Any
         "kv_fraction": found.kv_fraction,
         "kv_live_mean": float(found.live_mean.mean()),
         "kv_live_max": int(found.live_max.max()),
+        "kv_allocated": None if found.allocated is None else float(found.allocated.mean()),
         "mean_context": found.mean_context,
         "kv_live_mean_per_head": found.live_mean.tolist(),
         "kv_live_max_per_head": found.live_max.tolist(),
@@ -298,7 +233,13 @@ def _samples(this: LoadedRun, held_out: Row, policy: StaticPolicy) -> list[dict[
 
 
 def _run_info(
-    this: LoadedRun, command: str, any_found: Measurement, held_out: Row, dial_contexts: Row, notes: Sequence[str]
+    this: LoadedRun,
+    command: str,
+    any_found: Measurement,
+    held_out: Row,
+    dial_contexts: Row,
+    notes: Sequence[str],
+    chunk: int | None,
 ) -> dict[str, Any]:
     """Where the numbers come from."""
     config = this.config
@@ -308,6 +249,8 @@ def _run_info(
         f"bootstrap intervals by document. Dials and windows were set on {len(dial_contexts['inputs'])} contexts of "
         "the training split."
     )
+    if chunk is not None:
+        evaluation += f" Decoded in chunks of {chunk} tokens through a KV buffer."
     return {
         "name": this.workdir.path.resolve().name,
         "command": command,
@@ -329,6 +272,7 @@ def _command(
     budgets: Sequence[float] | None,
     dense_workdir: str | os.PathLike[str] | None,
     prepared_dir: str | os.PathLike[str] | None,
+    chunk: int | None,
 ) -> str:
     """The command that does the same."""
     words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
@@ -338,6 +282,8 @@ def _command(
         words.append(f"--dense_workdir={os.fspath(dense_workdir)}")
     if prepared_dir is not None:
         words.append(f"--prepared_dir={os.fspath(prepared_dir)}")
+    if chunk is not None:
+        words += ["--mode=decode", f"--chunk={chunk}"]
     return shlex.join(words)
 
 
@@ -376,6 +322,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
     )
     parser.add_argument(
+        "--mode",
+        choices=("masked", "decode"),
+        default="masked",
+        help="whole contexts with masks (the default), or chunk by chunk through a KV buffer, H2O and SnapKV too",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=DEFAULT_CHUNK,
+        metavar="N",
+        help="tokens that --mode=decode reads at once (%(default)s)",
+    )
+    parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
     )
     flags = parser.parse_args(argv)
@@ -386,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dense_workdir=flags.dense_workdir,
         prepared_dir=flags.prepared_dir,
         progress=flags.progress,
+        mode=flags.mode,
+        chunk=flags.chunk,
     )
     print(evaluation.summary())
 

@@ -272,7 +272,8 @@ def write_chunk(
       limit: int32 scalar, at most the capacity.
 
     Returns:
-      The group, in which every slot before ``length`` is live, and int32 ``[l, b, k]``, how many live keys were evicted.
+      The group, in which every slot before ``length`` is live, and the live keys that were evicted: int32
+      ``[l, b, k]``.
     """
     key_end = _expired(group.key_end, new.local_end)
     mass = group.mass if group.mass is None or new.seen is None else group.mass + new.seen

@@ -148,6 +148,51 @@ def window_for_budget(piece_lengths: np.ndarray, budget: float, *, num_sinks: in
     return int(np.argmin(np.abs(fractions - budget)))
 
 
+def share_for_budget(piece_lengths: np.ndarray, budget: float, window: int) -> tuple[float | None, int]:
+    """The share of keys that ``RandomKeys`` keeps to meet a budget on average, and its window.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      budget: KV fraction.
+      window: tokens, wherever the budget has room for it; else 0.
+
+    Returns:
+      ``(share, window)``; the share is None where the first keys and each query's own take more.
+    """
+    fractions = interval_fractions(piece_lengths, num_sinks=1)
+    window = min(window, len(fractions) - 1)
+    window = window if fractions[window] < budget else 0
+    rest = 1 - fractions[window]
+    if fractions[window] > budget or rest == 0:
+        return None, window
+    return float((budget - fractions[window]) / rest), window
+
+
+def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int) -> int | None:
+    """How many keys of a head a policy may keep behind each chunk to meet a budget.
+
+    A query reads what was kept before its chunk, and the chunk's keys up to its own.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      budget: KV fraction.
+      chunk: tokens that are read at once.
+
+    Returns:
+      The number whose KV fraction is closest; None where the chunks alone take more.
+    """
+    lengths = np.asarray(piece_lengths, np.int64)
+    begins = np.arange(0, int(lengths.max()), chunk)
+    queries = np.clip(lengths[:, None] - begins, 0, chunk)  # of each chunk of each piece
+    causal = np.sum(lengths * (lengths + 1) // 2)
+    within = np.sum(queries * (queries + 1) // 2)
+    by_begin = queries.sum(axis=0)
+    numbers = np.arange(int(lengths.max()) + 1)
+    kept = np.array([np.sum(by_begin * np.minimum(begins, number)) for number in numbers])
+    fractions = (within + kept) / causal
+    return None if fractions[0] > budget else int(np.argmin(np.abs(fractions - budget)))
+
+
 def dial_for_budget(
     kv_fraction_at: Callable[[float], float], budget: float, seen: dict[float, float] | None = None
 ) -> DialMatch:

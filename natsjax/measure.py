@@ -57,6 +57,7 @@ class Measurement:
       live_max: int64 ``[l, k]``, the most keys that one query can read.
       causal_pairs: pairs that full attention reads, per layer and KV head.
       num_queries: tokens.
+      allocated: int64 ``[l]``, the most slots of a head that a KV buffer had; None where masks stand for it.
     """
 
     documents: DocumentSums
@@ -64,6 +65,7 @@ class Measurement:
     live_max: np.ndarray
     causal_pairs: int
     num_queries: int
+    allocated: np.ndarray | None = None
 
     @property
     def kv_fraction(self) -> float:
@@ -122,7 +124,7 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
         most.append(np.asarray(result.live_max, np.int64))
     count, valid = len(contexts["inputs"]), contexts["document_end"] > 0
     return Measurement(
-        documents=_sum_by_document(
+        documents=sum_by_document(
             contexts, np.concatenate(nll)[:count], np.concatenate(correct)[:count], run.data.vocabulary.token_bytes
         ),
         live_pairs=np.sum(pairs, axis=0),
@@ -265,7 +267,7 @@ def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
     return np.pad(values, ((0, count - len(values)), (0, 0)))
 
 
-def _sum_by_document(
+def sum_by_document(
     contexts: Row, nll: np.ndarray, correct: np.ndarray, token_bytes: np.ndarray | None
 ) -> DocumentSums:
     """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``, ``token_bytes`` int32 ``[vocab_size]``."""

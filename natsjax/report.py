@@ -3,7 +3,8 @@
 This module only draws. `natsjax.evaluate` measures, and hands over plain dicts and lists:
 
 * a *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
-  context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `*_low` and `*_high` bound the
+  context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
+  that a KV buffer had, None where masks stood for it; `*_low` and `*_high` bound the
   95 % bootstrap interval by document; `weights` says which weights ran.
 * the *contract* (METHOD.md 4; `CONTRACT_FIELDS`) sets the sampled, the argmax and the dialled KV fraction
   against the budget. A dense run has none.
@@ -42,8 +43,8 @@ Row = Mapping[str, Any]
 
 # fmt: off
 ROW_FIELDS = (
-    "method", "weights", "setting", "budget", "kv_fraction", "kv_live_mean", "kv_live_max", "mean_context",
-    "kv_live_mean_per_head", "kv_live_max_per_head", "perplexity", "perplexity_low", "perplexity_high",
+    "method", "weights", "setting", "budget", "kv_fraction", "kv_live_mean", "kv_live_max", "kv_allocated",
+    "mean_context", "kv_live_mean_per_head", "kv_live_max_per_head", "perplexity", "perplexity_low", "perplexity_high",
     "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "accuracy", "num_tokens", "num_documents",
 )
 RUN_FIELDS = (
@@ -71,6 +72,9 @@ METHOD_STYLES = {
     "full": MethodStyle("full attention", "#333333", "D"),
     "sliding_window": MethodStyle("sliding window", "#0072b2", "s"),
     "streaming_llm": MethodStyle("StreamingLLM", "#009e73", "^"),
+    "random": MethodStyle("random keys", "#777777", ">"),
+    "h2o": MethodStyle("H2O", "#cc79a7", "P"),
+    "snapkv": MethodStyle("SnapKV", "#e69f00", "<"),
 }
 _LINE_STYLES = ("solid", "dashed", "dotted", "dashdot")
 _LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
@@ -134,11 +138,12 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     """
     if show_accuracy is None:
         show_accuracy = any(row["accuracy"] is not None for row in rows)
-    numbers = ["budget", "KV", "live keys (max)", "perplexity [95 %]", "bits/byte"]
+    show_allocated = any(row["kv_allocated"] is not None for row in rows)
+    numbers = ["budget", "KV", "live keys (max)"] + ["slots"] * show_allocated + ["perplexity [95 %]", "bits/byte"]
     header = ["method", "setting", "weights", *numbers]
     lines = [header + ["accuracy"] * show_accuracy]
     for weights in dict.fromkeys(row["weights"] for row in rows):
-        lines += [_table_cells(row, show_accuracy) for row in rows if row["weights"] == weights]
+        lines += [_table_cells(row, show_accuracy, show_allocated) for row in rows if row["weights"] == weights]
     lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = "<<<" + ">" * (len(widths) - 3)  # text to the left, numbers to the right
@@ -148,7 +153,7 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     return "\n".join("| " + " | ".join(line) + " |" for line in [aligned[0], rule, *aligned[1:]])
 
 
-def _table_cells(row: Row, show_accuracy: bool) -> list[str]:
+def _table_cells(row: Row, show_accuracy: bool, show_allocated: bool) -> list[str]:
     low, high = (_significant(row[f"perplexity_{end}"], 4) for end in ("low", "high"))
     setting = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["setting"].items()]
     cells = [
@@ -158,6 +163,7 @@ def _table_cells(row: Row, show_accuracy: bool) -> list[str]:
         _percent(row["budget"]),
         _percent(row["kv_fraction"]),
         f"{_significant(row['kv_live_mean'], 3)} ({row['kv_live_max']})",
+        *([_significant(row["kv_allocated"], 3)] if show_allocated else []),
         f"{_significant(row['perplexity'], 4)} [{low}, {high}]",
         _significant(row["bits_per_byte"], 4),
     ]
@@ -361,7 +367,7 @@ def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float
 
 
 def _style(method: str) -> MethodStyle:
-    return METHOD_STYLES.get(method, MethodStyle(method, "#cc79a7", "v"))
+    return METHOD_STYLES.get(method, MethodStyle(method, "#7b5bd6", "v"))
 
 
 def _is_drawable(row: Row, metric: str) -> bool:

@@ -16,7 +16,7 @@ RANKS = (
     ("layers", "model", "capacity", "kv_buffer", "policies"),
     ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters", "planning"),
     ("decode_step", "sampling", "decode_loop", "decoder", "decode"),
-    ("report", "measure", "matching", "twin", "evaluate", "export", "plan"),
+    ("report", "measure", "measure_decode", "matching", "twin", "eval_settings", "evaluate", "export", "plan"),
     ("train",),
 )
 ORDER = [name for row in RANKS for name in row]
