@@ -266,6 +266,10 @@ class Decoder:
     def allocate(self, layers: list[int], slots: list[int], batch: int) -> KVBuffer:
         """An empty buffer: layers and slots of each group, and sequences."""
         model = self.config.model
+        format = storage_format(self.mesh.devices.flat[0].platform)
+        if format == "plain":  # the library takes a layer as an array of its own
+            slots = [c for number, c in zip(layers, slots, strict=True) for _ in range(number)]
+            layers = [1] * len(slots)
         return _empty(
             tuple(layers),
             tuple(slots),
@@ -273,7 +277,7 @@ class Decoder:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             dtype=model.dtype,
-            format=storage_format(self.mesh.devices.flat[0].platform),
+            format=format,
             block=self.settings.block,
             observed=isinstance(self.policy, ObservingPolicy),
         )
@@ -346,21 +350,25 @@ def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
 
 
 def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """Parameters in the layout and, where that is how they are used, the dtype of the forward pass.
+    """Parameters as ``serving_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
+    layout = serving_layout(model, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, layout)
+    cast = jax.jit(lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), p, layout), out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return cast(parameters)
 
-    Every step of decoding uses all of them: they are gathered and rounded once. The scorer and the norms stay float32.
+
+def serving_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+    """The layout and, where that is how they are used, the dtype of the forward pass; scorer and norms stay float32.
+
+    Returns:
+      Nested dict of ``jax.ShapeDtypeStruct`` with shardings.
     """
     wide = ("scorer", "scale")
 
-    def place(path, axes):
+    def place(path, x, axes):
         is_wide = any(getattr(key, "key", None) in wide for key in path)
         sharding = NamedSharding(mesh, partition.compute_spec(axes))
-        return sharding, "float32" if is_wide else config.model.dtype
+        return jax.ShapeDtypeStruct(x.shape, "float32" if is_wide else config.model.dtype, sharding=sharding)
 
-    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-    places = jax.tree_util.tree_map_with_path(place, model.axes, is_leaf=is_axes)
-    leaves, structure = jax.tree.flatten(parameters)
-    shardings, dtypes = zip(*jax.tree.leaves(places, is_leaf=is_axes), strict=True)
-    cast = jax.jit(lambda xs: [x.astype(d) for x, d in zip(xs, dtypes, strict=True)], out_shardings=list(shardings))
-    with jax.set_mesh(mesh):
-        return jax.tree.unflatten(structure, cast(leaves))
+    return jax.tree_util.tree_map_with_path(place, model.parameters, model.axes)

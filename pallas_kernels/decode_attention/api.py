@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention import cudnn, pallas_tpu, reference, xla
 from pallas_kernels.decode_attention.backend import Backend
 from pallas_kernels.decode_attention.storage import Format, Storage
-from pallas_kernels.platforms import current_platform
+from pallas_kernels.platforms import current_platform, general_name
 
 BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "cudnn": cudnn, "xla": xla}
 """Tried in this order, where the platform is theirs."""
 
 
 def storage_format(platform: str | None = None) -> Format:
-    """The format that buffers should have on a platform ("cpu", "gpu" or "tpu"); None: the current one."""
-    platform = current_platform() if platform is None else platform
+    """The format that buffers should have on a platform ("cpu", "gpu", "cuda" or "tpu"); None: the current one."""
+    platform = current_platform() if platform is None else general_name(platform)
     if platform == "cpu":
         return "transposed"
     return next(backend.READS[0] for backend in BACKENDS.values() if platform in backend.PLATFORMS)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention.storage import FORMATS, Format, Storage
 from pallas_kernels.nats_attention.manual_axes import vary_like
 
-PLATFORMS = ("cpu", "gpu", "tpu")
+PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 READS: Sequence[Format] = FORMATS
 
 _LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN

@@ -1,0 +1,382 @@
+"""Attention of one token over a KV buffer: every backend against the dense oracle, and the buffer's formats."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import relative_error
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import decode_attention as da
+from pallas_kernels.decode_attention import cudnn, pallas_tpu, reference, xla
+from pallas_kernels.decode_attention.storage import FORMATS
+
+TESTS = pathlib.Path(__file__).parent
+
+
+class Shape(NamedTuple):
+    """Layers, batch, KV heads, query heads per KV head, slots, head dim, slots in a block."""
+
+    layers: int
+    b: int
+    k: int
+    g: int
+    c: int
+    h: int
+    u: int
+
+
+class Case(NamedTuple):
+    """What ``decode_attention`` takes, keys and values as ``[l, b, k, c, h]``."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    key_end: np.ndarray
+    length: np.ndarray
+    position: np.ndarray
+
+
+def case_of(shape: Shape, seed=0) -> Case:
+    """Ragged lengths, one of 0 and one full, dead slots among the live, a head of dead slots alone."""
+    layers, b, k, g, c, h, _ = shape
+    rng = np.random.default_rng(seed)
+    query = 3 * rng.normal(size=(b, k * g, h))
+    key, value = rng.normal(size=(2, b, k, h))
+    keys, values = rng.normal(size=(2, layers, b, k, c, h))
+    length = rng.integers(0, c + 1, (layers, b, k))
+    length[:, 0, 0], length[:, -1, -1], length[0, -1, 0] = 0, c, c // 3
+    position = rng.integers(c, 2 * c, b)
+    key_end = np.where(
+        rng.random((layers, b, k, c)) < 0.3, position[:, None, None] - rng.integers(0, 9, (layers, b, k, c)), 4 * c
+    )
+    key_end[0, -1, 0] = position[-1]
+    key_end = np.where(np.arange(c) < length[..., None], key_end, 0)
+    return Case(query, key, value, keys, values, *(x.astype(np.int32) for x in (key_end, length, position)))
+
+
+def cast(case: Case, dtype) -> Case:
+    floats = case._fields.index("key_end")
+    return Case(*(x.astype(dtype) for x in case[:floats]), *case[floats:])
+
+
+@functools.partial(jax.jit, static_argnames=("format", "block", "implementation"))
+def run(case: Case, layer, format, block, implementation):
+    storage = da.Storage.of(case.keys, case.values, format, block)
+    numbers = {"key_end": case.key_end, "length": case.length, "position": case.position}
+    return da.decode_attention(
+        case.query, case.key, case.value, storage, **numbers, layer=layer, implementation=implementation
+    )
+
+
+def expected_of(case: Case, layer):
+    with jax.enable_x64(True):
+        return np.asarray(run(cast(case, np.float64), layer, "plain", None, "reference"))
+
+
+def error_of(shape, format, implementation, dtype=np.float32):
+    case = cast(case_of(shape), dtype)
+    errors = []
+    for layer in range(shape.layers):
+        got = run(case, layer, format, shape.u, implementation)
+        assert got.dtype == dtype
+        errors.append(relative_error(got, expected_of(case, layer)))
+    return max(errors)
+
+
+def interpreted(monkeypatch, interpret=True):
+    """The TPU kernel runs here when it is named."""
+    monkeypatch.setattr(pallas_tpu, "attend", functools.partial(pallas_tpu.attend, interpret=interpret))
+    run.clear_cache()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 2, 2, 3, 60, 8, 20), Shape(1, 3, 1, 8, 128, 64, 128), Shape(3, 1, 4, 1, 24, 16, 8)],
+    ids=["blocks", "one_block", "one_sequence"],
+)
+def test_xla_equals_the_oracle(shape, format):
+    assert error_of(shape, format, "xla") < 2e-5
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 2, 4, 1, 512, 64, 128),
+        Shape(1, 3, 3, 8, 384, 128, 128),
+        Shape(1, 2, 1, 3, 512, 64, 256),
+        Shape(1, 1, 5, 9, 256, 256, 128),
+    ],
+    ids=["heads_side_by_side", "head_dim_128", "one_head", "head_dim_256"],
+)
+def test_the_tpu_kernel_equals_the_oracle(shape, monkeypatch):
+    interpreted(monkeypatch)
+    assert error_of(shape, "packed", "pallas_tpu") < 2e-5
+
+
+@pytest.mark.parametrize(("mode", "heads"), [("on_wait", 4), ("eager", 2), ("on_wait", 1)])
+def test_copies_and_semaphores_as_a_tpu_has_them(mode, heads, monkeypatch):
+    """The emulation starts with NaN in every buffer: a block that is read before its copy has come would show, and so
+    would one that no copy brings.
+    """
+    interpreted(monkeypatch, pltpu.InterpretParams(dma_execution_mode=mode))
+    assert error_of(Shape(1, 4, heads, 2, 384, 64, 128), "packed", "pallas_tpu") < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("format", "implementation", "h"), [("transposed", "xla", 16), ("packed", "xla", 64), ("packed", "pallas_tpu", 64)]
+)
+def test_bfloat16_is_close(format, implementation, h, monkeypatch):
+    interpreted(monkeypatch)
+    # The result is rounded by up to 2^-9, and so are weights, which are many.
+    assert error_of(Shape(1, 2, 2, 3, 256, h, 128), format, implementation, jnp.bfloat16) < 4e-3
+
+
+def test_a_wide_query_is_not_rounded_to_a_narrow_buffer(monkeypatch):
+    shape = Shape(1, 2, 2, 3, 256, 64, 128)
+    case = cast(case_of(shape), np.float32)
+    keys, values = (x.astype(jnp.bfloat16) for x in (case.keys, case.values))
+    case = case._replace(keys=keys, values=values)
+    interpreted(monkeypatch)
+    for implementation in ("xla", "pallas_tpu"):
+        got = run(case, 0, "packed", shape.u, implementation)
+        assert relative_error(got, expected_of(case, 0)) < 2e-5, implementation
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_what_no_slot_below_the_length_is_in_is_not_read(implementation, monkeypatch):
+    """Blocks behind the longest prefix (of the head, on a TPU) can hold anything."""
+    shape = Shape(1, 2, 2, 1, 512, 64, 128)
+    case = cast(case_of(shape), np.float32)
+    length = np.array([[[0, 200], [256, 129]]], np.int32)
+    below = np.arange(shape.c) < length[..., None]
+    case = case._replace(length=length, key_end=np.where(below, 4 * shape.c, 0).astype(np.int32))
+    occupied = -(-length // shape.u) * shape.u if implementation == "pallas_tpu" else 256
+    kept = (np.arange(shape.c) < np.broadcast_to(occupied, length.shape)[..., None])[..., None]
+    broken = case._replace(keys=np.where(kept, case.keys, np.nan), values=np.where(kept, case.values, np.nan))
+    interpreted(monkeypatch)
+    got = run(broken, 0, "packed", shape.u, implementation)
+    assert relative_error(got, expected_of(case, 0)) < 2e-5
+
+
+def attend_of(module, case: Case, storage, layer=0, **options):
+    b, k, _ = case.key.shape
+    query = case.query.reshape(b, k, -1, case.query.shape[-1])
+    numbers = (jnp.asarray(x) for x in (case.key_end, case.length, case.position, np.int32(layer)))
+    return jax.jit(functools.partial(module.attend, scale=0.3, **options))(query, storage, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("module", "format", "options"),
+    [(xla, "plain", {}), (pallas_tpu, "packed", {"interpret": True}), (cudnn, "plain", {})],
+)
+def test_log_sum_exp_and_zeros_where_nothing_is_read(module, format, options, monkeypatch):
+    """cuDNN's function is stood in for by jax's own of the same arguments: what is around it is tested."""
+    stand_in_for_cudnn(monkeypatch)
+    shape = Shape(2, 2, 2, 3, 256, 64, 128)
+    case = cast(case_of(shape), np.float32)
+    storage = da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), format, shape.u)
+    for layer in range(shape.layers):
+        out, lse = attend_of(module, case, storage, layer, **options)
+        expected, expected_lse = attend_of(reference, case, storage, layer)
+        assert out.dtype == lse.dtype == jnp.float32
+        nothing = np.isneginf(expected_lse)
+        assert nothing[0, 0].all()
+        assert nothing.any(axis=-1).sum() == (2 if layer == 0 else 1)
+        np.testing.assert_array_equal(np.isneginf(lse), nothing)
+        assert not np.asarray(out)[nothing].any()
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+
+
+def stand_in_for_cudnn(monkeypatch):
+    def call(query, keys, values, mask, length, scale):
+        options = {"mask": mask, "key_value_seq_lengths": length, "scale": scale, "return_residual": True}
+        out, lse = jax.nn.dot_product_attention(query, keys, values, **options, implementation="xla")
+        return out, jnp.swapaxes(lse, 1, 2)
+
+    monkeypatch.setattr(cudnn, "_call", call)
+
+
+def cudnn_arguments():
+    shape = Shape(1, 2, 2, 3, 256, 64, 256)
+    case = cast(case_of(shape), jnp.bfloat16)
+    return case, da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), "plain", shape.u)
+
+
+def test_cudnn_is_asked_for_lengths_a_mask_and_a_float32_log_sum_exp(monkeypatch):
+    monkeypatch.setattr(cudnn._library, "check_cudnn_version", lambda: 91200)
+    case, storage = cudnn_arguments()
+    b, k, _ = case.key.shape
+    query = case.query.reshape(b, k, -1, case.query.shape[-1])
+    numbers = (jnp.asarray(x) for x in (case.key_end, case.length, case.position, np.int32(0)))
+    cudnn.check(storage)
+    traced = jax.jit(functools.partial(cudnn.attend, scale=0.3)).trace(query, storage, *numbers)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert "PADDING" in call
+    assert "fmhaScaleBiasSoftmax" in call
+    assert "tensor<4x3x1xf32>" in call
+
+
+def test_without_cudnn_the_reason_is_named():
+    case, storage = cudnn_arguments()
+    with pytest.raises(NotImplementedError, match="cuDNN"):
+        attend_of(cudnn, case, storage)
+
+
+def test_what_cudnn_cannot_serve_is_refused_with_the_reason(monkeypatch):
+    for dtype, h, reason in ((np.float32, 64, "float32"), (jnp.bfloat16, 12, "head dim 12")):
+        zeros = jnp.zeros((1, 1, 1, 128, h), dtype)
+        with pytest.raises(NotImplementedError, match=reason):
+            cudnn.check(da.Storage.of(zeros, zeros, "plain", 128))
+    blocks = da.Storage((jnp.zeros((1, 2, 1, 1, 128, 64), jnp.bfloat16),) * 2, "plain")
+    with pytest.raises(NotImplementedError, match="2 blocks"):
+        cudnn.check(blocks)
+    case, storage = cudnn_arguments()
+    with pytest.raises(NotImplementedError, match="the query is float32"):
+        attend_of(cudnn, case._replace(query=case.query.astype(np.float32)), storage)
+    monkeypatch.setattr(cudnn, "_library", None)
+    with pytest.raises(NotImplementedError, match="where it is looked for"):
+        cudnn.check(storage)
+
+
+@pytest.mark.parametrize(
+    ("u", "h", "dtype", "reason"),
+    [
+        (128, 64, jnp.float16, "float16"),
+        (128, 96, jnp.bfloat16, "head dim 96"),
+        (64, 64, jnp.bfloat16, "blocks of 64 slots"),
+        (1 << 16, 128, jnp.float32, "vector memory"),
+    ],
+)
+def test_what_the_tpu_kernel_cannot_serve_is_refused_with_the_reason(u, h, dtype, reason):
+    storage = da.Storage((jax.ShapeDtypeStruct((1, 1, 1, 1, u, 2 * h), dtype),), "packed")
+    with pytest.raises(NotImplementedError, match=reason):
+        pallas_tpu.check(storage)
+
+
+def test_the_default_is_the_first_backend_that_can_serve():
+    shape = Shape(1, 1, 1, 2, 16, 8, 8)
+    case = cast(case_of(shape), np.float32)
+    np.testing.assert_array_equal(
+        run(case, 0, "transposed", 8, None),
+        run(case, 0, "transposed", 8, "xla"),
+    )
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        run(case, 0, "transposed", 8, "fast")
+    with pytest.raises(NotImplementedError, match="pallas_tpu: the buffer is plain, it reads packed"):
+        run(case, 0, "plain", 8, "pallas_tpu")
+
+
+@pytest.mark.parametrize(("platform", "format"), [("cpu", "transposed"), ("tpu", "packed"), ("gpu", "plain")])
+def test_every_platform_has_its_format(platform, format):
+    assert da.storage_format(platform) == format
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("query", lambda x: x[:, :3]),
+        ("query", lambda x: x[..., :4]),
+        ("key", lambda x: x[:1]),
+        ("value", lambda x: x[..., :4]),
+        ("key_end", lambda x: x[0]),
+        ("length", lambda x: x[..., None]),
+        ("position", lambda x: x[:1]),
+    ],
+)
+def test_a_wrong_shape_is_named(name, change):
+    case = case_of(Shape(2, 2, 2, 2, 16, 8, 8))
+    with pytest.raises(ValueError, match=f"^{name} "):
+        run(case._replace(**{name: change(getattr(case, name))}), 0, "plain", 16, None)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_storage_gives_back_what_it_holds(format):
+    shape = Shape(2, 3, 2, 1, 24, 4, 8)
+    case = case_of(shape)
+    storage = da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), format, shape.u)
+    u = shape.c if format == "plain" else shape.u
+    assert storage.shape == (shape.layers, shape.b, shape.k, shape.c, shape.h)
+    assert (storage.block_size, storage.num_blocks, storage.capacity) == (u, shape.c // u, shape.c)
+    for layer in range(shape.layers):
+        for got, expected in zip(storage.layer(layer), (case.keys, case.values), strict=True):
+            np.testing.assert_array_equal(got, expected[layer].astype(np.float32))
+        for number in range(storage.num_blocks):
+            slots = slice(number * u, (number + 1) * u)
+            keys, values = storage.block(layer, number)
+            np.testing.assert_array_equal(keys, np.swapaxes(case.keys[layer, :, :, slots], -1, -2).astype(np.float32))
+            np.testing.assert_array_equal(values, case.values[layer, :, :, slots].astype(np.float32))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_put_writes_a_slot_of_every_head_and_nothing_outside(format):
+    shape = Shape(2, 2, 2, 1, 24, 4, 8)
+    case = cast(case_of(shape), np.float32)
+    storage = da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), format, shape.u)
+    slot = np.array([[[0, 23], [7, 8]], [[-1, 24], [1000, 15]]], np.int32)
+    key, value = np.random.default_rng(1).normal(size=(2, shape.layers, shape.b, shape.k, shape.h)).astype(np.float32)
+    written = jax.jit(da.Storage.put)(storage, slot, key, value)
+    keys, values = case.keys.copy(), case.values.copy()
+    for at in np.ndindex(slot.shape):
+        if 0 <= slot[at] < shape.c:
+            keys[*at, slot[at]], values[*at, slot[at]] = key[at], value[at]
+    for layer in range(shape.layers):
+        for got, expected in zip(written.layer(layer), (keys, values), strict=True):
+            np.testing.assert_array_equal(got, expected[layer])
+
+
+def test_storage_refuses_slots_that_fill_no_block():
+    zeros = jnp.zeros((1, 1, 1, 20, 4))
+    with pytest.raises(ValueError, match="20 slots"):
+        da.Storage.of(zeros, zeros, "packed", 8)
+
+
+def test_four_devices_give_what_one_gives():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "4 devices\n"
+
+
+def main():
+    """Batch and heads divided, inside ``jax.shard_map``: run as a script, which may choose the number of devices."""
+    jax.config.update("jax_num_cpu_devices", 4)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shape = Shape(2, 2, 4, 2, 256, 64, 128)
+    case = cast(case_of(shape), np.float32)
+    row, slots = jax.P("data", "tensor"), jax.P(None, "data", "tensor")
+    pallas_tpu.attend = functools.partial(pallas_tpu.attend, interpret=True)
+
+    for format, implementation in (("transposed", "xla"), ("packed", "xla"), ("packed", "pallas_tpu")):
+
+        def attend(query, key, value, storage, key_end, length, position, implementation=implementation):
+            numbers = {"key_end": key_end, "length": length, "position": position}
+            return da.decode_attention(query, key, value, storage, **numbers, layer=1, implementation=implementation)
+
+        blocks = jax.P(None, None, "data", "tensor")
+        specs = (row, row, row, blocks, slots, slots, jax.P("data"))
+        storage = da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), format, shape.u)
+        # The interpreter forgets along which axes arrays vary; what the kernel says is checked when it is compiled.
+        checked = implementation != "pallas_tpu"
+        sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=row, check_vma=checked))
+        got = sharded(*case[:3], storage, *case[5:])
+        error = relative_error(got, expected_of(case, 1))
+        assert error < 2e-5, f"{format} {implementation}: {error}"
+    print(f"{jax.device_count()} devices")
+
+
+if __name__ == "__main__":
+    main()
