@@ -199,7 +199,7 @@ class _Run:
                 decoder.put_rows(np.maximum(new - 1, 0)),
                 decoder.put_rows(done).astype(bool),
                 cache.evicted,
-                decoder.put_rows(np.zeros(rows)).astype(jnp.float32),
+                0.0 * cache.evicted,
             )
         self.done = bool(done.all())
 

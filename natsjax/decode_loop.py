@@ -121,7 +121,7 @@ class Loop(NamedTuple):
       remaining: int32 ``[b]``, tokens that may still be drawn after ``token``.
       done: bool ``[b]``: nothing is drawn any more.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
-      read: float32 ``[b]``, live keys that queries have read, over all layers and heads.
+      read: float32 ``[num_layers, b, k]``, live keys that the queries have read.
     """
 
     buffer: KVBuffer
@@ -220,7 +220,7 @@ def decode_segment(
             remaining,
             loop.done | is_stop | (remaining <= 0),
             loop.evicted + jnp.concatenate(evicted),
-            loop.read + jnp.where(loop.done, 0, _live(loop.buffer, loop.at) + _num_heads(loop.buffer)),
+            loop.read + jnp.where(loop.done[:, None], 0, kv_buffer.occupancy(loop.buffer, loop.at) + 1),
         )
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
         logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, logprob[:, None], step, 1)
@@ -261,12 +261,3 @@ def _lacks_room(loop: Loop, slots) -> jax.Array:
     pairs = zip(loop.buffer, slots, strict=True)
     return jnp.stack([jnp.any((slot >= group.capacity) & ~loop.done[:, None]) for group, slot in pairs])
 
-
-def _live(buffer: KVBuffer, at: jax.Array) -> jax.Array:
-    """Live slots of each sequence, over all layers and heads: float32 ``[b]``."""
-    return jnp.sum(kv_buffer.occupancy(buffer, at).astype(jnp.float32), axis=(0, 2))
-
-
-def _num_heads(buffer: KVBuffer) -> int:
-    """Over all layers: each has the token's own key."""
-    return sum(group.num_layers * group.key_end.shape[2] for group in buffer)

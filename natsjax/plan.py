@@ -6,6 +6,9 @@ Memory is what the accelerator's own compiler allocates for the step of ``train.
 into the program (``natsjax.planning``). Times are roofline estimates, by the vendors' peaks: most runs are slower.
 ``--topology=local`` is this machine's devices. ``--search`` compiles the step under every rematerialisation policy,
 each with the fewest microbatches that fit. TPU flags in LIBTPU_INIT_ARGS count, as they do for a run.
+
+``--decode`` compiles the loop that decodes instead (``natsjax.planning_decode``), on a mesh for serving unless
+``--config.mesh.*`` is given.
 """
 
 import dataclasses
@@ -24,6 +27,8 @@ from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
+from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
+from natsjax.program_costs import Collective
 from natsjax.workdir import write_atomically
 
 _USAGE = (
@@ -40,11 +45,17 @@ _SHRINK = {
     "temporaries": "train.num_microbatches (larger), mesh.tensor or mesh.context",
     "program": "model.num_layers",
 }
+_SHRINK_DECODING = {
+    "parameters": "mesh.tensor",
+    "buffer": "--decode_batch, --decode_kv or mesh.tensor",
+    "temporaries": "mesh.tensor or --decode_batch",
+    "program": "model.num_layers",
+}
 
 
 def summary(plan: Plan) -> str:
     """The plan as text."""
-    lines = [*_what(plan), "", *_memory_lines(plan), "", *_time_lines(plan), "", *_kv_lines(plan)]
+    lines = [*_what(plan), "", *_memory_lines(plan, _SHRINK), "", *_time_lines(plan), "", *_kv_lines(plan)]
     return "\n".join(lines)
 
 
@@ -60,7 +71,7 @@ def _what(plan: Plan) -> list[str]:
     ]
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan | DecodePlan, shrink: dict[str, str]) -> list[str]:
     memory, chip = plan.memory, plan.chip
     lines = ["memory of a device, GiB"]
     for name, size in memory._asdict().items():
@@ -74,7 +85,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         lines.append(f"  the compiler: {plan.refusal}")
     if plan.fits is False and memory.total > 0 and (plan.refusal is None or memory.temporaries):
         largest = max(memory._asdict().items(), key=lambda item: item[1])[0]
-        lines.append(f"  most is taken by {largest}; what would shrink it: {_SHRINK[largest]}")
+        lines.append(f"  most is taken by {largest}; what would shrink it: {shrink[largest]}")
     return lines
 
 
@@ -87,12 +98,7 @@ def _time_lines(plan: Plan) -> list[str]:
     ]
     if costs is None:
         return lines
-    across = any(c.bytes_across for c in costs.collectives)
-    more = "   and to other slices or nodes" if across else ""
-    lines.append(f"collectives of a step     axes of the mesh         times   GB sent by a device{more}")
-    for c in costs.collectives:
-        text = f"  {c.kind:<23} {', '.join(c.axes):<22} {c.times:>7} {c.bytes_inside / 1e9:>21.3f}"
-        lines.append(text + (f" {c.bytes_across / 1e9:>30.3f}" if across else ""))
+    lines += _collective_lines(costs.collectives, "step", "GB", 1e9)
     lines.append(f"to and from a device's memory: {costs.memory_traffic / 1e9:.1f} GB a step")
     if costs.unknown_loops:
         lines.append(f"  ({costs.unknown_loops} loops of unknown length count as one turn)")
@@ -110,6 +116,16 @@ def _time_lines(plan: Plan) -> list[str]:
     ]
 
 
+def _collective_lines(collectives: Sequence[Collective], of: str, unit: str, size: float) -> list[str]:
+    across = any(c.bytes_across for c in collectives)
+    more = "   and to other slices or nodes" if across else ""
+    lines = [f"{f'collectives of a {of}':<25} axes of the mesh         times   {unit} sent by a device{more}"]
+    for c in collectives:
+        text = f"  {c.kind:<23} {', '.join(c.axes):<22} {c.times:>7} {c.bytes_inside / size:>21.3f}"
+        lines.append(text + (f" {c.bytes_across / size:>30.3f}" if across else ""))
+    return lines
+
+
 def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.1f} days"
@@ -123,6 +139,63 @@ def _kv_lines(plan: Plan) -> list[str]:
     if plan.config.model.attention == "nats":
         text += f", {live / 2**20:.1f} MiB live at nats.kv_budget = {plan.config.nats.kv_budget:g}"
     return [text]
+
+
+# --- decoding ---
+
+
+def decode_summary(plan: DecodePlan) -> str:
+    """The plan as text."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
+    chosen = " (chosen; --config.mesh.* sets another)" if plan.mesh_is_chosen else ""
+    share = plan.slots / plan.full_slots
+    lines = [
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {plan.config.model.attention} attention, decoding on "
+        f"{plan.topology}: {mesh}{chosen}",
+        f"a token of each of {plan.batch} sequences of {plan.context} tokens; a loop of {plan.segment}, "
+        f"compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
+        "",
+        *_memory_lines(plan, _SHRINK_DECODING),
+        "",
+        f"KV slots of a head: {plan.slots} allocated, full attention takes {plan.full_slots}: {100 * share:.1f} %",
+        f"KV buffer of a device: {plan.memory.buffer / GIB:.3f} GiB, for full attention {plan.full_buffer / GIB:.3f}",
+    ]
+    if plan.collectives is None or plan.copies is None:
+        return "\n".join(lines)
+    lines += [
+        f"the buffer is updated where it lies: {'yes, donated' if plan.is_donated else 'NO: IT IS NOT DONATED'}",
+        f"copies of it in the program: {', '.join(plan.copies) or 'none'}",
+        f"collectives that send it or a part of it: {', '.join(plan.sent or ()) or 'none'}",
+        "",
+        *_collective_lines(plan.collectives, "token", "MB", 1e6),
+        f"reads of a token by a device: {plan.reads[0] / 1e9:.3f} GB of weights, {plan.reads[1] / 1e9:.3f} GB of slots",
+    ]
+    if plan.roofline is not None:
+        seconds = ", ".join(f"{name} {1e3 * value:.4f}" for name, value in plan.roofline._asdict().items() if value)
+        least = plan.roofline.seconds
+        lines += [
+            f"roofline, milliseconds a token: {seconds}: at least {1e3 * least:.4f}, bound by {plan.roofline.bound}",
+            f"at most {plan.batch / least:,.0f} tokens/s, {1 / least:,.0f} of each sequence; what the collectives' "
+            f"{sum(c.times for c in plan.collectives)} starts take is not in it",
+        ]
+    return "\n".join(lines)
+
+
+def decode_as_json(plan: DecodePlan) -> dict[str, Any]:
+    """The plan's numbers by name, for ``json``."""
+    roofline = None if plan.roofline is None else plan.roofline._asdict() | {"bound": plan.roofline.bound}
+    same = "topology mesh num_parameters batch context slots full_slots full_buffer fits refusal is_donated copies sent"
+    return {name: getattr(plan, name) for name in same.split()} | {
+        "devices": plan.num_devices,
+        "attention": plan.config.model.attention,
+        "memory": plan.memory._asdict() | {"total": plan.memory.total},
+        "memory_available": None if plan.chip is None else plan.chip.memory,
+        "collectives": None if plan.collectives is None else [c._asdict() for c in plan.collectives],
+        "reads": {"weights": plan.reads[0], "slots": plan.reads[1]},
+        "roofline": roofline,
+        "compile_seconds": plan.compile_seconds,
+        "jax": jax.__version__,
+    }
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -213,6 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_bool("search", False, "try rematerialisation policies and numbers of microbatches", flag_values=values)
     flags.DEFINE_string("json", None, "also write all numbers to this file", flag_values=values)
     flags.DEFINE_string("program", None, "also write the compiled program's text to this file", flag_values=values)
+    flags.DEFINE_bool("decode", False, "plan the loop that decodes, not the training step", flag_values=values)
+    flags.DEFINE_integer("decode_batch", None, "sequences; by default 16 a replica of the weights", flag_values=values)
+    flags.DEFINE_integer("decode_context", None, "tokens of each; by default data.context_length", flag_values=values)
+    flags.DEFINE_float("decode_kv", None, "share of them that is live; by default nats.kv_budget", flag_values=values)
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
@@ -226,6 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if files and values["search"].value:
         raise UserError("--json and --program are of one plan; leave out --search.")
     topology = (values["topology"].value, values["num_slices"].value)
+    asked = {name: values[f"decode_{name}"].value for name in ("batch", "context", "kv")}
+    if values["decode"].value:
+        if values["search"].value:
+            raise UserError("--search tries what the training step does; leave it out for --decode.")
+        as_trained = any(argument.startswith("--config.mesh.") for argument in argv)
+        decoding = plan_decode_apart(config, *topology, DecodeRequest(**asked, as_trained=as_trained))
+        return _report(decoding, decode_summary(decoding), decode_as_json(decoding), files)
+    for name, value in asked.items():
+        if value is not None:
+            raise UserError(f"--decode_{name}={value}: it is for --decode.")
     if values["search"].value:
         plans = []
         for made in search(config, *topology):
@@ -234,10 +321,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(search_table(plans))
         return 0 if any(made.fits is not False for made in plans) else 1
     made = plan_apart(config, *topology)
-    print(summary(made))
+    return _report(made, summary(made), as_json(made), files)
+
+
+def _report(made: Plan | DecodePlan, text: str, numbers: dict[str, Any], files: dict[str, pathlib.Path]) -> int:
+    """Prints and writes; the exit status."""
+    print(text)
     if made.refusal is not None and "program" in files:
         print(f"--program={files.pop('program')} is not written: there is no program.")
-    texts = {"json": json.dumps(as_json(made), indent=2) + "\n", "program": made.program}
+    texts = {"json": json.dumps(numbers, indent=2) + "\n", "program": made.program}
     for name, path in files.items():
         write_atomically(path, texts[name])
     return 1 if made.fits is False else 0

@@ -7,6 +7,7 @@ sizes; a test counts those that the step traces.
 
 import concurrent.futures.process
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -14,7 +15,8 @@ import pathlib
 import re
 import tempfile
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ from natsjax.errors import UserError
 from natsjax.hardware import Topology
 from natsjax.program_costs import ProgramCosts
 from natsjax.train_step import Trainer
+
+Made = TypeVar("Made")
 
 
 class CompilerCrashed(UserError):
@@ -163,7 +167,7 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
     mesh = partition.make_mesh(config.mesh, topology.devices)
     trainer = Trainer(config, vocab_size, mesh)
     began = time.monotonic()
-    compiled, refusal = _compile(trainer)
+    compiled, refusal = compile_program(trainer.lower())
     seconds = time.monotonic() - began
     memory = _memory(trainer, compiled, refusal)
     flops = step_flops(config, vocab_size)
@@ -195,7 +199,7 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
 
 
 def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
-    """``plan_step`` in a process of its own, which a compiler may take down with it; what that one prints is not shown.
+    """``plan_step`` as ``apart`` does it.
 
     Args:
       config: of the run.
@@ -206,26 +210,43 @@ def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
       UserError: an unknown topology, or a config that cannot be divided along its mesh.
       CompilerCrashed: the compiler did.
     """
+    remedy = "another train.num_microbatches, model.remat or mesh may pass"
+    return apart(functools.partial(plan_step, config), name, num_slices, remedy)
+
+
+def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: str) -> Made:
+    """``plan(topology)`` in a process of its own, which a compiler may take down; what that one prints is not shown.
+
+    Args:
+      plan: what to do.
+      name: of the topology, for ``hardware.topology``.
+      num_slices: for the same.
+      remedy: what may help where the compiler crashes.
+
+    Raises:
+      UserError: an unknown topology, or what ``plan`` raises.
+      CompilerCrashed: the compiler did.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "stderr"
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
-                return pool.submit(_plan_here, config, name, num_slices, log).result()
+                return pool.submit(_plan_here, plan, name, num_slices, log).result()
             except concurrent.futures.process.BrokenProcessPool as error:
                 lines = log.read_text(errors="replace").splitlines() if log.exists() else []
                 fatal = next((line.partition("] ")[2] for line in lines if line.startswith("F")), "")
                 raise CompilerCrashed(
                     f"--topology={name}: the compiler crashed on this step{f' ({fatal.strip()})' if fatal else ''}; "
-                    "another train.num_microbatches, model.remat or mesh may pass."
+                    f"{remedy}."
                 ) from error
 
 
-def _plan_here(config: Config, name: str, num_slices: int, log: pathlib.Path) -> Plan:
+def _plan_here(plan: Callable[[Topology], Made], name: str, num_slices: int, log: pathlib.Path) -> Made:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 2)  # of the compilers too, which are not Python
     if name != "local":
         jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
-    return plan_step(config, hardware.topology(name, num_slices))
+    return plan(hardware.topology(name, num_slices))
 
 
 def vocab_size_of(config: Config) -> int:
@@ -247,8 +268,8 @@ def vocab_size_of(config: Config) -> int:
 # --- memory ---
 
 
-def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, str | None]:
-    lowered = trainer.lower()
+def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+    """The compiled program, or the compiler's sentence where it ran out of a device's memory."""
     try:
         return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
@@ -259,12 +280,12 @@ def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, str | None]:
 
 def _memory(trainer: Trainer, compiled: jax.stages.Compiled | None, refusal: str | None) -> Memory:
     state = trainer.abstract_state()
-    parameters = _bytes(state.parameters)
-    others = _bytes(state._replace(parameters=None))
-    batch = _bytes(trainer.abstract_batch())
-    activations = _bytes(saved_activations(trainer))
+    parameters = bytes_on_device(state.parameters)
+    others = bytes_on_device(state._replace(parameters=None))
+    batch = bytes_on_device(trainer.abstract_batch())
+    activations = bytes_on_device(saved_activations(trainer))
     if compiled is None:
-        asked = _bytes_asked_for(refusal or "")
+        asked = bytes_asked_for(refusal or "")
         known = 0 if "temporaries" in (refusal or "") else parameters + others + batch
         return Memory(parameters, others, batch, activations, max(0.0, asked - activations - known), 0.0)
     found: Any = compiled.memory_analysis()
@@ -275,8 +296,8 @@ def _memory(trainer: Trainer, compiled: jax.stages.Compiled | None, refusal: str
     return Memory(parameters, others, batch, activations, rest - activations, found.generated_code_size_in_bytes)
 
 
-def _bytes(tree: Any) -> float:
-    """Of abstract arrays, on one device."""
+def bytes_on_device(tree: Any) -> float:
+    """What abstract arrays take of one device, without padding."""
     total = 0.0
     for x in jax.tree.leaves(tree):
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -284,7 +305,7 @@ def _bytes(tree: Any) -> float:
     return total
 
 
-def _bytes_asked_for(refusal: str) -> float:
+def bytes_asked_for(refusal: str) -> float:
     """What a compiler that ran out of a device's memory says it would have needed; 0 where it says nothing of that."""
     found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", refusal)
     if found is None:

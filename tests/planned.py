@@ -5,17 +5,17 @@ import pytest
 from natsjax import planning
 
 
-def plan_and_program(config, topology):
-    """``(plan, compiled)`` of ``planning.plan_step``, compiled once."""
+def plan_and_program(config, topology, plan=planning.plan_step):
+    """``(plan, compiled)`` of ``plan``, compiled once."""
     programs = []
-    compile_step = planning._compile
+    compile_program = planning.compile_program
 
-    def remember(trainer):
-        result = compile_step(trainer)
+    def remember(lowered):
+        result = compile_program(lowered)
         programs.append(result[0])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_compile", remember)
-        made = planning.plan_step(config, topology)
+        patch.setattr(planning, "compile_program", remember)
+        made = plan(config, topology)
     return made, programs[0]

@@ -11,12 +11,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
     ("errors", "config", "process_line", "processes", "command_line"),
-    ("hardware", "program_text", "program_costs"),
+    ("hardware", "program_text", "program_costs", "program_flow"),
     ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "capacity", "kv_buffer", "policies"),
     ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters", "planning"),
-    ("decode_step", "sampling", "decode_loop", "decoder", "decode"),
+    ("decode_step", "sampling", "decode_loop", "decoder", "decode", "planning_decode"),
     ("report", "measure", "measure_decode", "matching", "twin", "eval_settings", "evaluate", "export", "plan"),
+    ("text_stream", "generate_flags", "generate"),
     ("train",),
 )
 ORDER = [name for row in RANKS for name in row]
@@ -81,7 +82,9 @@ def test_importing_touches_no_device():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export", "natsjax.plan"])
+@pytest.mark.parametrize(
+    "command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export", "natsjax.generate", "natsjax.plan"]
+)
 def test_commands_explain_themselves_without_a_warning(command):
     code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     run = subprocess.run(code, check=False, cwd=ROOT, capture_output=True, text=True)

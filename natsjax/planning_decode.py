@@ -1,0 +1,407 @@
+"""What decoding takes on hardware that is not here: memory, collectives and roofline bounds of the compiled loop.
+
+The loop is the very one that ``natsjax.decode`` runs, compiled by the accelerator's own compiler: memory is what that
+compiler allocates, collectives are read off its program, and so is that it neither copies the KV buffer nor sends it to
+other devices. Reads of the device's memory are counted from the sizes.
+
+Axis letters: ``b`` batch, ``l`` layer, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim, ``c`` slot.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from natsjax import (
+    capacity,
+    decode_loop,
+    hardware,
+    kv_buffer,
+    partition,
+    planning,
+    program_costs,
+    program_flow,
+    program_text,
+    sampling,
+)
+from natsjax.config import Config, MeshConfig
+from natsjax.decode_loop import Loop
+from natsjax.decoder import DecodeSettings, check_mesh, serving_layout
+from natsjax.errors import UserError
+from natsjax.hardware import Topology
+from natsjax.kv_buffer import KVBuffer
+from natsjax.model import model_structure
+from natsjax.planning import Roofline, bytes_on_device
+from natsjax.policies import FullAttention, Nats
+from natsjax.program_costs import Collective
+from natsjax.program_text import Instruction, Program
+from pallas_kernels.decode_attention import storage_format
+
+_SEQUENCES = 16
+"""Of each replica of the parameters, where nothing else is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRequest:
+    """What is to be decoded.
+
+    Attributes:
+      batch: sequences; None: 16 for each replica of the parameters.
+      context: tokens that each of them has; None: ``data.context_length``.
+      kv: share of them that is live in the fullest head; None: ``nats.kv_budget``, 1 for a dense model.
+      as_trained: the mesh is ``config.mesh``; else one is chosen (``serving_mesh``).
+
+    Raises:
+      UserError: a number is out of range.
+    """
+
+    batch: int | None = None
+    context: int | None = None
+    kv: float | None = None
+    as_trained: bool = False
+
+    def __post_init__(self):
+        for name in ("batch", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--decode_{name}={value}: it must be 1 or more.")
+        if self.kv is not None and not 0 < self.kv <= 1:
+            raise UserError(f"--decode_kv={self.kv:g}: it must lie above 0 and up to 1.")
+
+
+class DecodeMemory(NamedTuple):
+    """Bytes on the fullest device.
+
+    Attributes:
+      parameters: as they are used (``decoder.serving_layout``), a copy for each replica.
+      buffer: keys, values and the numbers beside them.
+      temporaries: the rest of what the compiler allocates: weights in another layout, activations, results, padding.
+      program: the code.
+    """
+
+    parameters: float
+    buffer: float
+    temporaries: float
+    program: float
+
+    @property
+    def total(self) -> float:
+        """Of all classes."""
+        return sum(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """What decoding takes.
+
+    Attributes:
+      config: of the run.
+      topology: its name.
+      num_devices: of it.
+      chip: what they can do; None where that is not known.
+      mesh: axes and sizes.
+      mesh_is_chosen: the config's is another.
+      num_parameters: of the model.
+      batch: sequences.
+      context: tokens of each.
+      segment: tokens between two looks of the host.
+      slots: of a head, allocated.
+      full_slots: of a head, that full attention would fill.
+      full_buffer: bytes on each device, of a buffer for full attention.
+      memory: on each device.
+      refusal: why the compiler refused the program; then what is read off it is None or empty.
+      is_donated: the buffer is updated where it lies.
+      copies: where the program writes as much as an array of the buffer's keys or values anew, ``opcode dtype[shape]``.
+      sent: collectives that move the buffer or a part of it, written alike.
+      collectives: for one token of each sequence, of each device.
+      reads: bytes that each device reads for one token of each sequence: weights once, and every allocated slot.
+      roofline: seconds for one token of each sequence; None where the chip is not known, or the compiler refused.
+      program: the compiled program's text; empty where the compiler refused.
+      compile_seconds: it took here.
+    """
+
+    config: Config
+    topology: str
+    num_devices: int
+    chip: hardware.Chip | None
+    mesh: dict[str, int]
+    mesh_is_chosen: bool
+    num_parameters: int
+    batch: int
+    context: int
+    segment: int
+    slots: int
+    full_slots: int
+    full_buffer: float
+    memory: DecodeMemory
+    refusal: str | None
+    is_donated: bool | None
+    copies: tuple[str, ...] | None
+    sent: tuple[str, ...] | None
+    collectives: tuple[Collective, ...] | None
+    reads: tuple[float, float]
+    roofline: Roofline | None
+    program: str
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into a device's memory; None where that is not known."""
+        if self.refusal is not None:
+            return False
+        return None if self.chip is None else self.memory.total <= self.chip.memory
+
+
+def plan_decode_apart(config: Config, name: str, num_slices: int, request: DecodeRequest) -> DecodePlan:
+    """``plan_decode`` as ``planning.apart`` does it.
+
+    Args:
+      config: of the run.
+      name: of the topology, for ``hardware.topology``.
+      num_slices: for the same.
+      request: what is to be decoded.
+
+    Raises:
+      UserError: an unknown topology, or what cannot be divided along the mesh.
+      CompilerCrashed: the compiler did.
+    """
+    remedy = "another --decode_batch or mesh may pass"
+    return planning.apart(functools.partial(plan_decode, config, request=request), name, num_slices, remedy)
+
+
+def plan_decode(
+    config: Config, topology: Topology, request: DecodeRequest | None = None, settings: DecodeSettings | None = None
+) -> DecodePlan:
+    """Compiles the decode loop of a run for a topology and reads off what it takes.
+
+    Args:
+      config: of the run.
+      topology: of ``hardware.topology``.
+      request: what is to be decoded.
+      settings: of decoding.
+
+    Raises:
+      UserError: the model or the batch cannot be divided along the mesh, or the mesh divides sequences.
+    """
+    request = DecodeRequest() if request is None else request
+    settings = DecodeSettings() if settings is None else settings
+    vocab_size = planning.vocab_size_of(config)
+    mesh_config = config.mesh if request.as_trained else serving_mesh(config, vocab_size, topology)
+    mesh = partition.make_mesh(mesh_config, topology.devices)
+    check_mesh(mesh)
+    partition.check_arrays(config, vocab_size, mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = _SEQUENCES * shards if request.batch is None else request.batch
+    if batch % shards:
+        raise UserError(
+            f"--decode_batch={batch} cannot be divided among mesh.data * mesh.fsdp = {shards} devices; make it a "
+            f"multiple of {shards}."
+        )
+    context = config.data.context_length if request.context is None else request.context
+    slots, full_slots = slots_of(config, context, request.kv, settings.block)
+    model = model_structure(config, vocab_size)
+    parameters = serving_layout(model, config, mesh)
+    buffer, full = (abstract_buffer(config, mesh, batch, n, settings.block) for n in (slots, full_slots))
+
+    began = time.monotonic()
+    compiled, refusal = planning.compile_program(_lower(config, mesh, parameters, buffer, settings.segment))
+    seconds = time.monotonic() - began
+    is_read = {name: x for name, x in parameters.items() if name != "embedding" or config.model.tie_embeddings}
+    # The scores and masks of attention need no other array of the buffer.
+    reads = bytes_on_device(is_read), sum(bytes_on_device((group.storage, group.key_end)) for group in buffer)
+    donated: bool | None = None
+    copies: tuple[str, ...] | None = None
+    sent: tuple[str, ...] | None = None
+    collectives: tuple[Collective, ...] | None = None
+    roofline: Roofline | None = None
+    text = ""
+    if compiled is not None:
+        text = compiled.as_text() or ""
+        program = program_text.parse(text)
+        donated, copies, sent = _of_buffer(program, text, buffer)
+        domain = dict(zip(topology.devices, topology.domains, strict=True))
+        collectives = _of_a_token(program, mesh, [domain[device] for device in mesh.devices.flat])
+        if topology.chip is not None:
+            flops = _flops(config, is_read, buffer, batch // shards)
+            roofline = _roofline(topology.chip, flops, sum(reads), collectives)
+    return DecodePlan(
+        config=config,
+        topology=topology.name,
+        num_devices=len(topology.devices),
+        chip=topology.chip,
+        mesh=dict(partition.axes_of(mesh)),
+        mesh_is_chosen=not request.as_trained,
+        num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(model.parameters)),
+        batch=batch,
+        context=context,
+        segment=settings.segment,
+        slots=slots,
+        full_slots=full_slots,
+        full_buffer=bytes_on_device(full),
+        memory=_memory(parameters, buffer, compiled, refusal),
+        refusal=refusal,
+        is_donated=donated,
+        copies=copies,
+        sent=sent,
+        collectives=collectives,
+        reads=reads,
+        roofline=roofline,
+        program=text,
+        compile_seconds=seconds,
+    )
+
+
+# --- what is compiled ---
+
+
+def serving_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConfig:
+    """Every device reads as little of the weights as it can: the largest ``tensor`` that there is, the rest replicas.
+
+    It divides KV heads, MLP, vocabulary and the devices of a slice or node.
+    """
+    together = len(topology.devices) // len(set(topology.domains))
+    model = config.model
+    tensor = math.gcd(model.num_kv_heads, model.mlp_width, vocab_size, together)
+    return MeshConfig(data=-1, fsdp=1, tensor=tensor, context=1)
+
+
+def slots_of(config: Config, context: int, kv: float | None, block: int) -> tuple[int, int]:
+    """Slots of a head: those that ``Decoder`` would allocate where a share ``kv`` is live, and for full attention.
+
+    Args:
+      config: of the run.
+      context: tokens of a sequence.
+      kv: see ``DecodeRequest``.
+      block: slots that are read together.
+    """
+    full = capacity.round_up(context, block)
+    if kv is None:
+        kv = 1.0 if config.model.attention == "dense" else config.nats.kv_budget
+    return min(capacity.enlarged(math.ceil(kv * context), block), full), full
+
+
+def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: int) -> KVBuffer:
+    """Shapes, dtypes and shardings of a buffer, all layers in one group."""
+    model = config.model
+    with jax.set_mesh(mesh):
+        empty = functools.partial(
+            kv_buffer.empty,
+            [model.num_layers],
+            [slots],
+            batch=batch,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            format=storage_format(),
+            block=block,
+        )
+        shapes = jax.eval_shape(empty)
+    return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, *kv_buffer.AXES[x.ndim]), shapes)
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    sharding = partition.named_sharding(mesh, partition.compute_spec(axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segment: int) -> jax.stages.Lowered:
+    """``decode_segment``, greedy, as ``decode.generate`` calls it."""
+    layers, batch, heads = buffer[0].length.shape
+    structure = model_structure(config, parameters["embedding"].shape[0]).structure
+    row = _array(mesh, (batch,), jnp.int32, "batch")
+    arrays: dict[str, Any] = {
+        "token": row,
+        "at": row,
+        "sequence": row,
+        "remaining": row,
+        "done": _array(mesh, (batch,), jnp.bool, "batch"),
+        "evicted": _array(mesh, (layers, batch, heads), jnp.int32, None, "batch", "kv_heads"),
+        "read": _array(mesh, (layers, batch, heads), jnp.float32, None, "batch", "kv_heads"),
+    }
+    loop = Loop(buffer, **arrays)
+    greedy = sampling.Sampling()
+    policy = FullAttention() if config.model.attention == "dense" else Nats()
+    numbers = jax.eval_shape(lambda: greedy.numbers)
+    stop, limit = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):
+        return decode_loop.decode_segment.lower(
+            parameters, loop, policy, numbers, stop, None, limit, structure=structure, kind=greedy.kind, length=segment
+        )
+
+
+# --- what is read off ---
+
+
+def _memory(
+    parameters: Any, buffer: KVBuffer, compiled: jax.stages.Compiled | None, refusal: str | None
+) -> DecodeMemory:
+    known = bytes_on_device(parameters), bytes_on_device(buffer)
+    if compiled is None:
+        asked = planning.bytes_asked_for(refusal or "")
+        return DecodeMemory(*known, max(0.0, asked - (0 if "temporaries" in (refusal or "") else sum(known))), 0.0)
+    found: Any = compiled.memory_analysis()
+    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    rest = found.temp_size_in_bytes + arguments - sum(known)
+    return DecodeMemory(*known, rest, found.generated_code_size_in_bytes)
+
+
+def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
+    """``(is_donated, copies, sent)`` of ``DecodePlan``."""
+    numbers = program_flow.parameters_named(program, "loop.buffer")
+    assert len(numbers) == len(jax.tree.leaves(buffer)), "the program's arguments have other names"
+    moves = program_flow.moves(program, numbers)
+    whole = min(bytes_on_device(x) for group in buffer for x in group.storage.arrays)
+    copies = [
+        move
+        for move in moves
+        if program_flow.kind_of(move) in program_flow.COPIES
+        if move.results[0].in_memory and move.results[0].size >= whole
+    ]
+    sent = [move for move in moves if program_flow.kind_of(move) in program_flow.COLLECTIVES]
+    donated = set(numbers) <= program_flow.aliased_parameters(text)
+    return donated, tuple(map(_written, copies)), tuple(map(_written, sent))
+
+
+def _written(instruction: Instruction) -> str:
+    array = instruction.results[0]
+    return f"{program_flow.kind_of(instruction)} {array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _of_a_token(program: Program, mesh: Mesh, domains: list[int]) -> tuple[Collective, ...]:
+    """Collectives of a turn of the outermost loop."""
+    loops = (
+        [i for i in program.computations[run.computation].values() if i.opcode == "while"]
+        for run in program_text.executions(program)
+    )
+    found = next(filter(None, loops))
+    loop = max(found, key=lambda i: sum(array.size for array in i.results))
+    total: dict[tuple[str, tuple[str, ...]], Collective] = {}
+    for name in (loop.attribute("body"), loop.attribute("condition")):
+        for c in program_costs.program_costs(program._replace(entry=name or ""), mesh, domains).collectives:
+            _, _, *sums = total.get((c.kind, c.axes), Collective(c.kind, c.axes, 0, 0.0, 0.0))
+            total[c.kind, c.axes] = Collective(
+                c.kind, c.axes, c.times + int(sums[0]), c.bytes_inside + sums[1], c.bytes_across + sums[2]
+            )
+    return tuple(sorted(total.values(), key=lambda c: -(c.bytes_inside + c.bytes_across)))
+
+
+def _flops(config: Config, weights: Any, buffer: KVBuffer, rows: int) -> float:
+    """Of the products of one token of each of a device's sequences."""
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(weights))
+    model = config.model
+    slots = sum(math.prod(group.key_end.sharding.shard_shape(group.key_end.shape)) for group in buffer)
+    return 2.0 * rows * size + 4.0 * slots * (model.num_heads // model.num_kv_heads) * model.head_dim
+
+
+def _roofline(chip: hardware.Chip, flops: float, reads: float, collectives: tuple[Collective, ...]) -> Roofline:
+    return Roofline(
+        compute=flops / chip.flops,
+        memory=reads / chip.memory_bandwidth,
+        interconnect=sum(c.bytes_inside for c in collectives) / chip.interconnect,
+        network=sum(c.bytes_across for c in collectives) / chip.network,
+    )

@@ -1,0 +1,75 @@
+"""Decode loops of the large configs compiled for pods, on a machine without one: do they fit, does the buffer stay put?
+
+    pip install -e '.[test,tpu]'
+    JAX_PLATFORMS=cpu python -m pytest -n 0 -m aot tests/test_decode_aot.py
+
+Some 20 seconds for each program on two cores.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import pytest
+from planned import plan_and_program
+
+from natsjax import hardware, plan, planning_decode, program_costs, program_text
+from natsjax.command_line import read_config_file
+from natsjax.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: jax[tpu] has it"),
+]
+CASES = [(name, topology) for name in ("nats_1b", "nats_7b") for topology in ("v5e:2x4", "v5p:4x4x4")]
+by_case = pytest.mark.parametrize(("name", "topology"), CASES, ids=lambda value: value)
+
+
+@functools.cache
+def planned(name, topology):
+    """The plan, and what the compiler itself says of the memory."""
+    config = Config.from_dict(read_config_file(ROOT / f"configs/{name}.py"))
+    made, compiled = plan_and_program(config, hardware.topology(topology), planning_decode.plan_decode)
+    print(f"\n{plan.decode_summary(made)}")
+    return made, compiled.memory_analysis()
+
+
+@by_case
+def test_it_fits_and_the_memory_is_the_compilers(name, topology):
+    made, memory = planned(name, topology)
+    assert made.fits is True
+    assert made.mesh["tensor"] == 8
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert made.memory.total == arguments + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    assert made.memory.parameters == pytest.approx(2 * made.num_parameters / 8, rel=0.02)
+    # Besides weights in another layout there is next to nothing.
+    assert made.memory.temporaries < 0.1 * made.memory.parameters
+
+
+@by_case
+def test_the_buffer_is_updated_where_it_lies_and_no_part_of_it_is_sent(name, topology):
+    made, memory = planned(name, topology)
+    assert made.is_donated is True
+    assert memory.alias_size_in_bytes >= made.memory.buffer
+    assert made.copies == ()
+    assert made.sent == ()
+    assert made.slots == 512
+    assert made.memory.buffer == pytest.approx(made.full_buffer / 8, rel=0.01)
+
+
+@by_case
+def test_what_is_sent_is_of_one_token(name, topology):
+    """By their sizes too: nothing larger than the logits of a device's sequences goes anywhere."""
+    made = planned(name, topology)[0]
+    rows = made.batch // made.mesh.get("data", 1)
+    sizes = [array.size for _, array in program_costs.collective_results(program_text.parse(made.program))]
+    assert max(sizes) == 4 * rows * made.config.data.vocab_size
+    assert {axis for c in made.collectives for axis in c.axes} <= {"data", "tensor"}
+    assert all(c.bytes_inside < 1000 for c in made.collectives if "data" in c.axes)
+    assert made.roofline.bound == "memory"
+
+
+@by_case
+def test_attention_is_the_kernel(name, topology):
+    assert 'custom_call_target="tpu_custom_call"' in planned(name, topology)[0].program
