@@ -1,31 +1,43 @@
 """How long does a token take? NAtS against its own full cache, and that against the greedy loop of `transformers`.
 
-    python -m benchmarks.decode --output=docs         the tables of docs/decode.md, and docs/decode.json
-    python -m benchmarks.decode --batch=1 --contexts=1024,4096
+    python -m benchmarks.decode --output=docs           the tables of docs/decode.md, and docs/decode.json
+    python -m benchmarks.decode --contexts=             without the curve
+    python -m benchmarks.decode --no_transformers       ours alone
 
-The model has SmolLM-135M's shape (30 layers, width 576, 9 heads over 3 KV heads of 64, float32) with random parameters,
-and the caches are filled with random keys: speed depends on neither. Contestants, timed in turn, once a round:
+The model has SmolLM-135M's shape (30 layers, width 576, 9 heads over 3 KV heads of 64, tied embeddings of 49152 tokens,
+float32) with random parameters, and caches hold random keys: speed depends on neither. Contestants:
 
 * ``full``: our loop, every key kept;
-* ``nats``: our loop, a buffer with ``--live`` of the context's keys in every head;
-* ``transformers``: ``model.generate`` greedy with its default cache, where `transformers` and PyTorch are installed.
+* ``nats``: our loop, of which every head keeps the share ``--live`` of the context's keys, the window's
+  among them;
+* ``transformers``: ``model.generate``, greedy, with its default cache, where `transformers` is installed
+  (``benchmarks.decode_transformers``); it has the parameters and the keys of ``full`` and must draw the same tokens
+  with the same log-probabilities, or the program stops;
+* ``static``: the same with its ``StaticCache``, which is not copied at every step.
 
-Each draws ``--tokens`` tokens for every sequence of the batch, behind a context that is in the cache. A ratio is the
-median over rounds. The curve is of batch 1, by context, for a fixed number of live keys and for all of them.
+A call draws ``--tokens`` tokens for every sequence of the batch behind ``--context`` of them; the time of a step is a
+call's over its steps, each of one token for every sequence. Every round times each contestant once, so that whatever
+else the machine does hits all of them; a ratio is the median over rounds. Between calls the drawn tokens are taken out.
+
+The curve is of batch 1: ``full`` and ``nats`` by context, with the same number of live keys and with the same share.
 """
 
 import argparse
 import dataclasses
+import functools
+import gc
+import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import platform
+import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would spin beside XLA's
 
@@ -33,10 +45,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention import ratio
+from benchmarks.train_step import OtherLoad
 from natsjax import capacity, decode_loop, kv_buffer, partition
 from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
-from natsjax.decoder import NO_LIMIT, Decoder, DecodeSettings
+from natsjax.decoder import NO_LIMIT, Decoder
+from natsjax.kv_buffer import LayerGroup
 from natsjax.model import init_parameters, model_structure
 from natsjax.policies import FullAttention, Nats
 from natsjax.sampling import Sampling
@@ -44,14 +59,19 @@ from pallas_kernels.nats_attention import NO_END
 from pallas_kernels.nats_attention.tiling import num_cores
 
 VOCAB_SIZE = 49152
-TRANSFORMERS_LEAST = 1.0
-"""The smallest seconds of ``transformers`` over those of ``full``."""
-NATS_LEAST = 2.5
-"""The smallest seconds of ``full`` over those of ``nats``."""
+
+SIZES = {"layers": 30, "batch": 8, "context": 8192, "live": 0.1}
+"""What the project's bars are of."""
+
+BARS = {"transformers / full": 1.0, "full / nats": 2.5, "transformers / nats": 2.5}
+"""The least ratios of seconds that the project allows itself at ``SIZES``."""
+
+MAX_DIFFERENCE = 1e-4
+"""Of the log-probabilities of the tokens that ``full`` and its rivals draw."""
 
 
-def config(num_layers: int = 30) -> Config:
-    """SmolLM-135M's shape; the scorer makes every token SLIDING."""
+def config(num_layers: int) -> Config:
+    """SmolLM-135M's shape; a fresh scorer makes every token SLIDING, so that a key lives for the window."""
     return Config.from_dict(
         {
             "model": {
@@ -68,102 +88,360 @@ def config(num_layers: int = 30) -> Config:
     )
 
 
-def filled_loop(decoder: Decoder, batch: int, context: int, live: int, slots: int, seed: int = 0) -> Loop:
-    """A loop behind ``context`` tokens of which every head keeps ``live``, at random indices; ``slots`` of a head."""
-    rng = np.random.default_rng(seed)
-    layers, heads = decoder.config.model.num_layers, decoder.config.model.num_kv_heads
+class Row(NamedTuple):
+    """What was measured of a contestant.
+
+    Attributes:
+      name: of it.
+      batch: sequences.
+      context: tokens that each has behind it.
+      live: keys that a head keeps.
+      seconds: of a step, by round.
+      cache_bytes: keys, values and what lies beside them; of ours what ``jax.live_arrays()`` gained.
+      temporary_bytes: of our compiled segment, as its ``memory_analysis()`` says; None for others.
+    """
+
+    name: str
+    batch: int
+    context: int
+    live: int
+    seconds: list[float]
+    cache_bytes: int
+    temporary_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+class Contestant(Protocol):
+    """Draws tokens in a call; ``reset`` comes before each and is not timed."""
+
+    def reset(self) -> None:
+        """Takes the drawn tokens out again."""
+        ...
+
+    def __call__(self) -> None:
+        """Waits until they are there."""
+        ...
+
+
+def decoders(shape: Config) -> dict[str, Decoder]:
+    """Of ``full`` and ``nats``, with the same parameters."""
+    _, parameters = init_parameters(shape, VOCAB_SIZE, jax.random.key(0))
+    # Less of the token in the stream and more of what was computed: else each would be followed by itself.
+    parameters["embedding"] *= 0.1
+    mesh = partition.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    model = model_structure(shape, VOCAB_SIZE)
+    found = {policy.method: Decoder(shape, model, parameters, mesh, policy) for policy in (FullAttention(), Nats())}
+    found["nats"].parameters = found["full"].parameters  # once in memory
+    return found
+
+
+def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: int, seed: int = 0) -> Loop:
+    """A loop behind ``context`` tokens, of which every head keeps ``live``: at random indices, and the last ones.
+
+    With ``Nats`` the last ones end one by one as new ones come, so that there are always as many.
+    """
+    rng, window = np.random.default_rng(seed), decoder.config.nats.window
+    model = decoder.config.model
+    shape = (batch, model.num_kv_heads)
+    is_full = isinstance(decoder.policy, FullAttention)
+    recent = min(live, context if is_full else window)
+    position = np.sort(rng.choice(context - recent, live - recent, replace=False))
+    position = np.concatenate([position, np.arange(context - recent, context)])
+    end = np.full(live, NO_END)
+    if not is_full:
+        end[live - recent :] = position[live - recent :] + window + 1
+    slots = capacity.round_up(live + (tokens if is_full else 1), decoder.settings.block)
     with jax.set_mesh(decoder.mesh):
-        buffer = decoder.allocate([layers], [slots], batch)
-
-        @jax.jit
-        def fill(buffer, position, key):
-            (group,) = buffer
-            arrays = tuple(
-                jax.random.normal(jax.random.fold_in(key, n), x.shape, x.dtype) for n, x in enumerate(group.storage.arrays)
-            )
-            used = jnp.arange(group.capacity) < live
-            group = kv_buffer.LayerGroup(
-                dataclasses.replace(group.storage, arrays=arrays),
-                jnp.broadcast_to(position, group.key_end.shape),
-                jnp.broadcast_to(jnp.where(used, NO_END, 0), group.key_end.shape).astype(jnp.int32),
-                jnp.full_like(group.length, live),
-            )
-            return (jax.tree.map(lambda x: partition.reshard(x, *kv_buffer.AXES[x.ndim]), group),)
-
-        position = np.zeros(slots, np.int32)
-        position[:live] = np.sort(rng.choice(context, live, replace=False))
-        buffer = fill(buffer, position, jax.random.key(seed))
-        rows = np.ones(batch, np.int64)
+        padded = [np.pad(x.astype(np.int32), (0, slots - live)) for x in (position, end)]
+        groups = enumerate(decoder.allocate([model.num_layers], [slots], batch))
+        buffer = tuple(_fill(group, *padded, live, jax.random.fold_in(jax.random.key(seed), n)) for n, group in groups)
+        rows, by_head = np.ones(batch), np.zeros((model.num_layers, *shape))
+        evicted = decoder.put(by_head, None, "batch", "kv_heads")
         return Loop(
             buffer,
-            decoder.put_rows(0 * rows),
+            decoder.put_rows(rng.integers(0, VOCAB_SIZE, batch)),
             decoder.put_rows(context * rows),
             decoder.put_rows(np.arange(batch)),
             decoder.put_rows(2**30 * rows),
             decoder.put_rows(0 * rows).astype(bool),
-            decoder.put(np.zeros((layers, batch, heads)), None, "batch", "kv_heads"),
-            decoder.put_rows(0 * rows).astype(jnp.float32),
+            evicted,
+            0.0 * evicted,
         )
 
 
-class OurLoop:
-    """Draws ``tokens`` tokens a call."""
+@functools.partial(jax.jit, donate_argnames=("group",))
+def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Array, key: jax.Array) -> LayerGroup:
+    """Random keys in every slot; the first ``live`` are used; int32 ``position`` and ``end`` are ``[c]``."""
+    _, b, k, c, h = group.storage.shape
 
-    def __init__(self, decoder: Decoder, loop: Loop, tokens: int):
-        self.decoder, self.loop, self.tokens = decoder, loop, tokens
-        self.sampling = Sampling()
+    @kv_buffer.by_shard
+    def set_layer(storage, number, both):
+        return storage.set_layer(number, *both)
+
+    def layer(number, storage):
+        return set_layer(storage, number, jax.random.normal(jax.random.fold_in(key, number), (2, b, k, c, h)))
+
+    storage = jax.lax.fori_loop(0, group.num_layers, layer, group.storage)
+    numbers = (jnp.broadcast_to(x, group.key_end.shape) for x in (position, end))
+    numbers = (partition.reshard(x, *kv_buffer.AXES[4]) for x in numbers)
+    return LayerGroup(storage, *numbers, jnp.full_like(group.length, live))
+
+
+def live_bytes() -> int:
+    """Of all arrays of JAX."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+class Ours:
+    """Our loop behind a filled buffer; arguments as in ``filled_loop``."""
+
+    def __init__(self, decoder: Decoder, batch: int, context: int, live: int, tokens: int):
+        self.decoder, self.tokens, self.sizes = decoder, tokens, (batch, context, live)
+        gc.collect()
+        before = live_bytes()
+        self.loop = filled_loop(decoder, batch, context, live, tokens)
+        self.cache_bytes = live_bytes() - before
+        self.start = jax.tree.map(jnp.copy, _without_storage(self.loop))
+        self.segment: decode_loop.Segment | None = None
+
+    def reset(self) -> None:
+        """Slots that were free are free again."""
+        stored = [group.storage for group in self.loop.buffer]
+        loop = jax.tree.map(jnp.copy, self.start)
+        pairs = zip(loop.buffer, stored, strict=True)
+        buffer = tuple(dataclasses.replace(group, storage=storage) for group, storage in pairs)
+        self.loop = jax.block_until_ready(loop._replace(buffer=buffer))
 
     def __call__(self) -> None:
-        """Waits until they are there."""
+        """See ``Contestant``."""
+        arguments, static = self._arguments()
         with jax.set_mesh(self.decoder.mesh):
-            self.loop, segment = decode_loop.decode_segment(
-                self.decoder.parameters,
-                self.loop,
-                self.decoder.policy,
-                self.sampling.numbers,
-                np.zeros(0, np.int32),
-                None,
-                jnp.int32(NO_LIMIT),
-                structure=self.decoder.structure,
-                kind=self.sampling.kind,
-                length=self.tokens,
-            )
-            if np.any(np.asarray(segment.num_drawn) != self.tokens):
-                raise RuntimeError("the loop stopped early: its buffer is too small for so many rounds.")
+            self.loop, self.segment = decode_loop.decode_segment(*arguments, **static)
+            if np.any(np.asarray(self.segment.num_drawn) != self.tokens):
+                raise RuntimeError(f"{self.segment.num_drawn} tokens were drawn; {self.tokens} were expected.")
+
+    def layers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values of each layer without free slots, ``[b, k, c, h]``: what a rival takes over."""
+        live = self.sizes[-1]
+        for group in self.loop.buffer:
+            for number in range(group.num_layers):
+                keys, values = (np.asarray(x)[:, :, :live] for x in group.storage.layer(jnp.int32(number)))
+                yield keys, values
+
+    def temporary_bytes(self) -> int:
+        """What the compiled segment allocates beside its arguments and results."""
+        arguments, static = self._arguments()
+        with jax.set_mesh(self.decoder.mesh):
+            return decode_loop.decode_segment.lower(*arguments, **static).compile().memory_analysis().temp_size_in_bytes
+
+    def row(self, name: str, seconds: list[float], temporary_bytes: int | None = None) -> Row:
+        """Of a race."""
+        return Row(name, *self.sizes, [x / self.tokens for x in seconds], self.cache_bytes, temporary_bytes)
+
+    def _arguments(self) -> tuple[tuple, dict[str, Any]]:
+        decoder, sampling = self.decoder, Sampling()
+        static = {"structure": decoder.structure, "kind": sampling.kind, "length": self.tokens}
+        stop, limit = np.zeros(0, np.int32), jnp.int32(NO_LIMIT)
+        return (decoder.parameters, self.loop, decoder.policy, sampling.numbers, stop, None, limit), static
 
 
-def our_loop(shape: Config, parameters: Any, batch: int, context: int, live: int, tokens: int, rounds: int) -> OurLoop:
-    """``live == context``: every key is kept."""
-    policy = FullAttention() if live == context else Nats()
-    mesh = partition.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    model = model_structure(shape, VOCAB_SIZE)
-    decoder = Decoder(shape, model, parameters, mesh, policy, DecodeSettings())
-    drawn = tokens * (rounds + 1)  # one to compile
-    window = shape.nats.window + 1
-    need = live + (drawn if live == context else min(drawn, window))
-    loop = filled_loop(decoder, batch, context, live, capacity.round_up(need, decoder.settings.block))
-    return OurLoop(decoder, loop, tokens)
+def _without_storage(loop: Loop) -> Loop:
+    return loop._replace(buffer=tuple(dataclasses.replace(group, storage=None) for group in loop.buffer))
 
 
-def race(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one a round of each contestant; each is called once before."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
+def race(contestants: Mapping[Any, Contestant], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each contestant's call in each round; each has been called before."""
+    seconds: dict[Any, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, call in contestants.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
+        for name, contestant in contestants.items():
+            contestant.reset()
+            began = time.perf_counter()
+            contestant()
+            seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
+def rivals(full: Ours) -> dict[str, Any]:
+    """``transformers`` and ``static`` behind the keys of ``full``, which has been called once; or none.
+
+    Raises:
+      SystemExit: they draw other tokens than ``full`` did, or with other probabilities.
+    """
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"{', '.join(absent)}: not installed, transformers is not timed.")
+        return {}
+    from benchmarks import decode_transformers as theirs
+
+    theirs.torch.set_num_threads(num_cores())
+    batch, context, _ = full.sizes
+    model, first = full.decoder.config.model, np.asarray(full.start.token)
+    module = theirs.llama(model, VOCAB_SIZE, context + full.tokens)
+    theirs.take_over(module, jax.tree.map(np.asarray, full.decoder.parameters))
+    found = {}
+    for name, static in (("transformers", False), ("static", True)):
+        found[name] = theirs.Greedy(module, full.layers(), first, full.tokens, static=static)
+        difference, same = compare(full, *found[name].check())
+        drawn = f"{same} of {batch * full.tokens} tokens as full draws them"
+        print(f"{name}: {drawn}, log-probabilities within {difference:.1e}")
+        if not difference <= MAX_DIFFERENCE:
+            raise SystemExit(
+                f"log-probabilities of full and {name} differ by {difference:.1e}: their times would not be of the "
+                "same work."
+            )
+    return found
+
+
+def compare(full: Ours, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[float, int]:
+    """Largest difference of log-probabilities that follow on the same tokens, and how many tokens were the same."""
+    own = full.segment
+    same = np.asarray(own.tokens) == tokens
+    follows = np.cumprod(np.pad(same, ((0, 0), (1, 0)), constant_values=True), axis=1)[:, :-1].astype(bool)
+    return float(np.abs(np.asarray(own.logprobs) - logprobs)[follows].max()), int(same.sum())
+
+
+def measure(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> list[Row]:
+    """The rows of the table."""
+    batch, context, tokens = arguments.batch, arguments.context, arguments.tokens
+    live = {"full": context, "nats": share_of(context, arguments.live)}
+    ours = {name: Ours(by_policy[name], batch, context, live[name], tokens) for name in live}
+    for contestant in ours.values():
+        contestant()  # compiles
+    others = {} if arguments.no_transformers else rivals(ours["full"])
+    seconds = race(ours | others, arguments.rounds)
+    rows = [loop.row(name, seconds[name], loop.temporary_bytes()) for name, loop in ours.items()]
+    for name, rival in others.items():
+        a_step = [x / tokens for x in seconds[name]]
+        rows.append(Row(name, batch, context, context, a_step, rival.cache_bytes))
+    return rows
+
+
+def curve(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> list[Row]:
+    """``full``, ``nats`` with the same number of keys as in the table, and with the same share: by context, batch 1."""
+    constant = share_of(arguments.context, arguments.live)
+    contestants = {}
+    for context in arguments.contexts:
+        for name, live in (
+            ("full", context),
+            ("constant", min(constant, context)),
+            ("share", share_of(context, arguments.live)),
+        ):
+            decoder = by_policy["full" if name == "full" else "nats"]
+            contestants[name, context] = Ours(decoder, 1, context, live, arguments.tokens)
+            contestants[name, context]()  # compiles
+    seconds = race(contestants, arguments.rounds)
+    return [loop.row(name, seconds[name, context]) for (name, context), loop in contestants.items()]
+
+
+def share_of(context: int, live: float) -> int:
+    """Keys."""
+    return max(1, round(live * context))
+
+
+def ratios_of(rows: list[Row]) -> dict[str, float]:
+    """Of the seconds of two contestants: medians over rounds."""
+    seconds = {row.name: row.seconds for row in rows}
+    pairs = itertools.product(("transformers", "static", "full"), ("full", "nats"))
+    return {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in pairs if a != b and a in seconds}
+
+
+def verdict(name: str, value: float, sizes: Mapping[str, float]) -> str:
+    """A ratio with the bar that it is measured by, where there is one."""
+    if name not in BARS or sizes != SIZES:
+        return f"{value:.2f}"
+    return f"{value:.2f} (≥ {BARS[name]:g}: {'met' if value >= BARS[name] else 'missed'})"
+
+
+def print_table(rows: list[Row], sizes: Mapping[str, float]) -> None:
+    """Markdown."""
+    print("\n| contestant | keys of a head | ms a step | tokens/s | cache, MiB | temporaries, MiB |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        temporary = "" if row.temporary_bytes is None else f"{row.temporary_bytes / 2**20:.1f}"
+        cells = (row.name, row.live, f"{1e3 * row.median:.1f}", f"{row.batch / row.median:.1f}")
+        print("|", *(f"{x} |" for x in (*cells, f"{row.cache_bytes / 2**20:.0f}", temporary)))
+    print("\n| ratio of seconds | median |\n|---|---|")
+    for name, value in ratios_of(rows).items():
+        print(f"| {name} | {verdict(name, value, sizes)} |")
+
+
+def print_curve(rows: list[Row]) -> None:
+    """Markdown: milliseconds of a step, and the keys of a head."""
+    by_name = {(row.name, row.context): row for row in rows}
+    print("\n| tokens seen | full | nats, the same number live | nats, the same share live |\n|---|---|---|---|")
+    for context in dict.fromkeys(row.context for row in rows):
+        cells = [by_name[name, context] for name in ("full", "constant", "share")]
+        print(f"| {context} |", *(f"{1e3 * row.median:.1f} ({row.live} keys) |" for row in cells))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(x) for x in text.split(",") if x]  # noqa: E731
+    parser.add_argument("--layers", type=int, default=SIZES["layers"], help="of the model")
+    parser.add_argument("--batch", type=int, default=SIZES["batch"], help="sequences")
+    parser.add_argument("--context", type=int, default=SIZES["context"], help="tokens that each has in the cache")
+    parser.add_argument("--live", type=float, default=SIZES["live"], help="share of them whose keys nats keeps")
+    parser.add_argument("--tokens", type=int, default=16, help="drawn in a call, for each sequence")
+    parser.add_argument("--rounds", type=int, default=7)
+    contexts = [1024 * 2**n for n in range(6)]
+    parser.add_argument("--contexts", type=numbers, default=contexts, help="of the curve; none: no curve")
+    parser.add_argument("--no_transformers", action="store_true", help="ours alone")
+    parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for decode.json")
+    arguments = parser.parse_args(argv)
+    for name in ("layers", "batch", "context", "tokens", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}={getattr(arguments, name)}: it must be at least 1.")
+    if min(arguments.contexts, default=1) < 1:
+        parser.error(f"--contexts={min(arguments.contexts)}: a context has at least 1 token.")
+    if not 0 < arguments.live <= 1:
+        parser.error(f"--live={arguments.live}: it must be above 0, and at most 1.")
+    if arguments.output is not None and not arguments.output.is_dir():
+        parser.error(f"--output={arguments.output}: there is no such folder.")
+    return arguments
+
+
+def versions() -> dict[str, str]:
+    """Of what the contestants run on."""
+    names = ("jax", "torch", "transformers")
+    return {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name) is not None}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    arguments = parse(argv)
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    about = {
+        "device": jax.devices()[0].device_kind,
+        "cpu_cores": num_cores(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **versions(),
+        **sizes,
+        "tokens": arguments.tokens,
+        "rounds": arguments.rounds,
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    by_policy = decoders(config(arguments.layers))
+    load = OtherLoad()
+    rows = measure(arguments, by_policy)
+    print_table(rows, sizes)
+    points = curve(arguments, by_policy) if arguments.contexts else []
+    if points:
+        print_curve(points)
+    others, peak = load.share(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    share = "?" if others is None else f"{100 * others:.0f} %"
+    print(f"\nOthers' share of the CPU: {share}. Most memory: {peak:.1f} GiB.")
+    if arguments.output is not None:
+        table = {"rows": rows, "curve": points}
+        about |= {"others": others, "peak_gib": peak, "ratios": ratios_of(rows)}
+        about |= {name: [row._asdict() for row in rows] for name, rows in table.items()}
+        (arguments.output / "decode.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
 if __name__ == "__main__":
-    import sys
-    rounds=3
-    shape=config(); _,parameters=init_parameters(shape,VOCAB_SIZE,jax.random.key(0))
-    b,ctx,live=8,8192,819
-    c={"full":our_loop(shape,parameters,b,ctx,ctx,8,rounds),"nats":our_loop(shape,parameters,b,ctx,live,8,rounds)}
-    for k,v in c.items(): print(k,[g.capacity for g in v.loop.buffer])
-    t=time.time(); s=race(c,rounds); print(time.time()-t)
-    for k,v in s.items(): print(k,[round(x/8*1e3,1) for x in v],"ms/token")
+    main()

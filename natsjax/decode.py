@@ -41,7 +41,8 @@ class Generation:
       prompt_tokens: of all prompts together.
       first_token_seconds: until the first token of every sequence was here, compilation included.
       seconds: until the last one.
-      steady_seconds, steady_tokens: without the prompts and the loop's first segment, which compiles.
+      steady_seconds, steady_tokens: of the loop without its first segment, and the first in each larger buffer, which
+        compile.
       kv_live: mean live keys of a head that the queries of generated tokens read; NaN where the loop did not run.
       kv_live_max: most live slots of a head that were seen between segments.
       kv_allocated: slots that the buffer has in the end, over all layers, sequences and heads.
@@ -208,21 +209,21 @@ class _Run:
         if self.done:
             return
         with jax.set_mesh(self.decoder.mesh):
-            ahead, steady_since = self._dispatch(), None
+            ahead, since = self._dispatch(), None  # what is compiled for is not timed
             while True:
                 current, ahead = ahead, self._dispatch()
                 segment = self._receive(current)
                 now = time.perf_counter()
-                if steady_since is not None:
-                    self.steady_seconds = now - steady_since
+                if since is not None:
+                    self.steady_seconds += now - since
                     self.steady_tokens += int(segment.num_drawn[: self.num_prompts].sum())
-                steady_since = now if steady_since is None else steady_since
+                since = now
                 if segment.all_done:
                     return
                 if segment.lacks_room.any():
                     self._receive(ahead)  # it stopped before its first step
                     self._make_room(segment)
-                    ahead = self._dispatch()
+                    ahead, since = self._dispatch(), None
                 elif self._is_wasteful(segment):
                     buffer, _ = decode_loop.compact(self.loop.buffer, self.loop.at)
                     self.loop = self.loop._replace(buffer=buffer)

@@ -212,6 +212,8 @@ class Decoder:
         for group in cache.buffer:
             most = int(np.max(need[first : first + group.num_layers]))
             slots.append(self._enlarged(most) if most > group.capacity else group.capacity)
+            if slots[-1] < most:  # the loop would stop here for ever
+                raise RuntimeError(f"{slots[-1]} slots were to hold {most} keys.")
             first += group.num_layers
         return self._move(cache, [group.num_layers for group in cache.buffer], slots)
 
@@ -256,7 +258,8 @@ class Decoder:
 
     def _enlarged(self, need: int) -> int:
         slots = capacity.enlarged(need, self.settings.block)
-        return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.limit != NO_LIMIT else slots
+        # Where evicting goes on, no head ever needs more than the limit.
+        return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.evicts_in_loop else slots
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
         with jax.set_mesh(self.mesh):

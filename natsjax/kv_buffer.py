@@ -276,7 +276,10 @@ def write_chunk(
       ``[l, b, k]``.
     """
     key_end = _expired(group.key_end, new.local_end)
-    mass = group.mass if group.mass is None or new.seen is None else group.mass + new.seen
+    mass = group.mass
+    if mass is not None and new.seen is not None:
+        # The group may have been enlarged since the chunk was read; new slots are at the end.
+        mass += jnp.pad(new.seen, [(0, 0)] * 3 + [(0, group.capacity - new.seen.shape[3])])
     group = dataclasses.replace(group, key_end=key_end, mass=mass)
     return _keep(group, new, at, eviction, limit)
 

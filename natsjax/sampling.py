@@ -117,7 +117,7 @@ def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
     """One token from logits ``[v]``."""
     key = jax.random.key(numbers.seed)
     key = jax.random.fold_in(jax.random.fold_in(key, sequence), index)
-    scaled = logits / numbers.temperature
+    scaled = (logits - jnp.max(logits)) / numbers.temperature  # never inf, however cold
     if not kind.is_filtered:
         return jax.random.categorical(key, scaled).astype(jnp.int32)
     scaled, ids = jax.lax.top_k(scaled, scaled.shape[0])

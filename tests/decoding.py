@@ -13,19 +13,20 @@ from natsjax.model import Inputs, RoleChoice, init_parameters, model_structure
 from natsjax.policies import Nats
 from pallas_kernels.nats_attention import NO_END
 
-SMALL = DecodeSettings(chunk=8, segment=4, block=8)
+SMALL = DecodeSettings(chunk=8, segment=4, block=16)
 
 
 def config(**groups) -> Config:
     """Three layers that differ, with grouped heads."""
-    model = {"num_layers": 3, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8} | groups.pop("model", {})
-    return tiny.config(model=model, **groups)
+    # Untied, or a random model would repeat its last token for ever.
+    model = {"num_layers": 3, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "tie_embeddings": False}
+    return tiny.config(model=model | groups.pop("model", {}), **groups)
 
 
 def parameters_of(config: Config, seed=0, scorer_scale=1.0):
-    """Random ones; the scorer's too, and logits far enough apart that rounding flips no argmax by accident."""
+    """Random ones; the scorer's too."""
     _, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
-    parameters["embedding"] *= 4.0
+    parameters["unembedding"] *= 4.0  # likely tokens and unlikely ones
     if config.model.attention == "nats":
         scorer = parameters["blocks"]["attention"]["scorer"]
         scorer["weight"] = scorer_scale * jax.random.normal(jax.random.key(seed + 1), scorer["weight"].shape)
@@ -88,7 +89,7 @@ def chunked_logits(decoder: Decoder, rows, chunk, role_ids=None):
     padding = tokens.shape[1] - (0 if role_ids is None else role_ids.shape[-1])
     roles = None if role_ids is None else np.pad(role_ids, ((0, 0), (0, 0), (0, 0), (0, padding)))
     cache, found = decoder.start(len(rows), tokens.shape[1]), []
-    weight = decoder.parameters["embedding"]
+    weight = decoder.parameters["unembedding"]
     for begin in range(0, tokens.shape[1], chunk):
         part = slice(begin, begin + chunk)
         cache, read = decoder.read(

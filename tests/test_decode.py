@@ -7,7 +7,6 @@ import decoding
 import jax
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,13 +34,12 @@ DENSE_PARAMETERS = decoding.parameters_of(DENSE)
 
 @settings(max_examples=12, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    chunk=st.sampled_from([1, 5, 8, 64]),
-    block=st.sampled_from([8, 16]),
+    lengths=st.lists(st.sampled_from([1, 2, 7, 16, 31, 40]), min_size=2, max_size=2),
+    chunk=st.sampled_from([1, 5, 16]),
     pattern=st.sampled_from(["random", "all_global", "all_local", "all_sliding"]),
     seed=st.integers(0, 3),
 )
-def test_chunks_and_tokens_give_the_logits_of_the_masked_forward(lengths, chunk, block, pattern, seed):
+def test_chunks_and_tokens_give_the_logits_of_the_masked_forward(lengths, chunk, pattern, seed):
     rows, parameters = decoding.prompts(lengths, seed), decoding.parameters_of(CONFIG, seed)
     rng = np.random.default_rng(seed)
     shape = (3, len(rows), 2, max(lengths))
@@ -49,7 +47,7 @@ def test_chunks_and_tokens_give_the_logits_of_the_masked_forward(lengths, chunk,
     roles = rng.integers(0, 3, shape) if pattern == "random" else np.full(shape, fixed[pattern])
     roles[..., 0] = 0
     expected, _ = decoding.masked_logits(CONFIG, parameters, rows, role_ids=roles.astype(np.int8))
-    decoder = decoding.decoder(CONFIG, parameters, settings=dataclasses.replace(decoding.SMALL, block=block))
+    decoder = decoding.decoder(CONFIG, parameters, settings=decoding.SMALL)
     got, _ = decoding.chunked_logits(decoder, rows, chunk, roles.astype(np.int8))
     assert decoding.error(got, expected, rows) <= TOLERANCE
 
@@ -80,3 +78,289 @@ def test_generated_tokens_are_those_of_the_masked_forward(attention):
         x -= np.log(np.exp(x).sum(-1, keepdims=True))
         assert np.abs(x[np.arange(30), new] - logprobs).max() <= TOLERANCE * np.abs(logits).max()
         assert np.all(x.max(-1) - x[np.arange(30), new] <= 1e-4)
+
+
+def test_padding_on_either_side_is_the_same():
+    tokens = np.array([[7, 3, 5, 0, 0], [1, 2, 3, 4, 6]])
+    right = unpad(tokens, [[1, 1, 1, 0, 0], [1] * 5])
+    left = unpad(np.array([[9, 9, 7, 3, 5], [1, 2, 3, 4, 6]]), [[0, 0, 1, 1, 1], [1] * 5])
+    decoder = decoding.decoder(CONFIG, PARAMETERS)
+    found = [generate(decoder, rows, max_new_tokens=9) for rows in (right, left)]
+    assert found[0].tokens == found[1].tokens
+    assert found[0].logprobs == found[1].logprobs
+
+
+def test_a_prompt_is_continued_alike_whatever_stands_beside_it():
+    """Also when tokens are drawn: a sequence's draws are its own."""
+    rows, sampling = decoding.prompts([5, 23, 1, 12]), Sampling(temperature=1.5, top_k=9, seed=3)
+    decoder = decoding.decoder(CONFIG, PARAMETERS)
+    together = generate(decoder, rows, max_new_tokens=[12, 3, 20, 1], sampling=sampling)
+    assert [len(new) for new in together.tokens] == [12, 3, 20, 1]
+    for number, (row, new) in enumerate(zip(rows, together.tokens, strict=True)):
+        alone = generate(decoder, [row], max_new_tokens=len(new), sampling=sampling, first_sequence=number)
+        assert alone.tokens == [new]
+        assert np.allclose(alone.logprobs[0], together.logprobs[number], atol=1e-4)
+    other = generate(decoder, rows, max_new_tokens=20, sampling=dataclasses.replace(sampling, seed=4))
+    assert other.tokens[2] != together.tokens[2]
+
+
+@pytest.mark.parametrize("settings", [{"chunk": 3, "block": 32}, {"segment": 1}, {"max_groups": 1}])
+def test_how_the_machine_is_used_changes_no_token(settings):
+    rows = decoding.prompts([30, 4])
+    expected = generate(decoding.decoder(CONFIG, PARAMETERS), rows, max_new_tokens=25)
+    used = dataclasses.replace(decoding.SMALL, **settings)
+    found = generate(decoding.decoder(CONFIG, PARAMETERS, settings=used), rows, max_new_tokens=25)
+    assert found.tokens == expected.tokens
+    assert np.allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_buffer_that_becomes_too_small_in_the_middle_loses_nothing():
+    """Every token GLOBAL: heads overflow again and again, and the text is that of full attention."""
+    parameters = decoding.parameters_of(CONFIG, scorer_scale=0.0)
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["bias"] = scorer["bias"].at[..., 0].add(9.0)
+    rows = decoding.prompts([5, 9])
+    seen = []
+    decoder = decoding.decoder(CONFIG, parameters)
+    found = generate(
+        decoder, rows, max_new_tokens=60, on_tokens=lambda row, tokens, logprobs: seen.append((row, tokens))
+    )
+    full = generate(decoding.decoder(CONFIG, parameters, FullAttention()), rows, max_new_tokens=60)
+    assert found.moves >= 2
+    assert full.moves == 0
+    assert found.tokens == full.tokens
+    assert np.allclose(found.logprobs, full.logprobs, atol=1e-5)
+    assert found.evicted == 0
+    assert found.kv_live == full.kv_live
+    # What was streamed is what came, in order.
+    assert [[token for row, tokens in seen if row == n for token in tokens] for n in range(2)] == found.tokens
+
+
+def test_layers_get_capacities_of_their_own():
+    """One layer keeps everything, the others nothing but a window."""
+    parameters = decoding.parameters_of(CONFIG, scorer_scale=0.0)
+    bias = np.zeros((3, 2, 3), np.float32)
+    bias[1, :, 0], bias[0, :, 2], bias[2, :, 2] = 9, 9, 9
+    parameters["blocks"]["attention"]["scorer"]["bias"] = jax.numpy.asarray(bias)
+    rows = decoding.prompts([60])
+    found = generate(decoding.decoder(CONFIG, parameters), rows, max_new_tokens=40)
+    assert found.capacities[1] >= 100
+    assert found.capacities[0] == found.capacities[2] == 16
+    whole = rows[0] + found.tokens[0]
+    logits, _ = decoding.masked_logits(CONFIG, parameters, [whole])
+    x = logits[0, 59:99].astype(np.float64)
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    assert np.abs(x[np.arange(40), found.tokens[0]] - found.logprobs[0]).max() <= TOLERANCE * np.abs(logits).max()
+
+
+def test_sliding_tokens_take_constant_memory():
+    """100 000 tokens, each of which is read by the next two alone."""
+    config = decoding.config(model={"num_layers": 1, "width": 8, "mlp_width": 8, "num_heads": 2})
+    parameters = decoding.parameters_of(config, scorer_scale=0.0)
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)
+    used = DecodeSettings(segment=4096, block=8)
+    found = generate(decoding.decoder(config, parameters, settings=used), [[1]], max_new_tokens=100_000)
+    assert len(found.tokens[0]) == 100_000
+    assert found.capacities == [8]
+    assert (found.moves, found.evicted) == (0, 0)
+    assert found.kv_live < 4.01  # itself, two behind it, and the first of the sequence
+    assert found.kv_full == 2 * 100_000
+
+
+def test_max_kv_evicts_by_its_rule_and_counts():
+    rows = decoding.prompts([40, 7])
+    used = dataclasses.replace(decoding.SMALL, max_kv=6)
+    found = generate(decoding.decoder(DENSE, DENSE_PARAMETERS, settings=used), rows, max_new_tokens=20)
+    assert found.kv_live_max == 6
+    assert found.capacities == [16] * 3
+    heads = 3 * 2
+    assert found.evicted == heads * ((40 + 19 - 6) + (7 + 19 - 6))
+    # The oldest but the first go: a window of 5 tokens and a sink, as a chunk and a token at a time.
+    used = dataclasses.replace(used, eviction="oldest", chunk=1)
+    found = generate(decoding.decoder(DENSE, DENSE_PARAMETERS, settings=used), rows, max_new_tokens=20)
+    whole = [row + new for row, new in zip(rows, found.tokens, strict=True)]
+    logits, _ = decoding.masked_logits(DENSE, DENSE_PARAMETERS, whole, StreamingLLM(1, 5))
+    for row, new, logprobs, x in zip(rows, found.tokens, found.logprobs, logits, strict=True):
+        x = x[len(row) - 1 : len(row) + 19].astype(np.float64)
+        x -= np.log(np.exp(x).sum(-1, keepdims=True))
+        assert np.abs(x[np.arange(20), new] - logprobs).max() <= TOLERANCE * np.abs(logits).max()
+
+
+def test_a_limit_that_is_never_reached_changes_nothing():
+    rows = decoding.prompts([12])
+    free = generate(decoding.decoder(CONFIG, PARAMETERS), rows, max_new_tokens=20)
+    used = dataclasses.replace(decoding.SMALL, max_kv=1000)
+    held = generate(decoding.decoder(CONFIG, PARAMETERS, settings=used), rows, max_new_tokens=20)
+    assert (held.tokens, held.evicted) == (free.tokens, 0)
+
+
+@pytest.mark.parametrize("policy", [H2O(6, 3), SnapKV(6, 3)], ids=lambda policy: policy.method)
+def test_observing_policies_keep_their_number(policy):
+    rows = decoding.prompts([40, 9])
+    found = generate(decoding.decoder(CONFIG, PARAMETERS, policy), rows, max_new_tokens=20)
+    assert [len(new) for new in found.tokens] == [20, 20]
+    heads = 3 * 2
+    if policy.every_token:
+        assert found.kv_live_max == 6
+        assert found.capacities == [16] * 3
+        assert found.evicted == heads * (40 + 19 - 6 + 9 + 19 - 6)
+    else:  # the prompt alone is cut down
+        assert found.kv_live_max == 6 + 19
+        assert found.evicted == heads * (40 - 6 + 9 - 6)
+
+
+@pytest.mark.parametrize("policy", [H2O(500, 100), SnapKV(500, 8)], ids=lambda policy: policy.method)
+def test_observing_policies_with_room_for_all_are_full_attention(policy):
+    rows = decoding.prompts([20, 9])
+    full = generate(decoding.decoder(CONFIG, PARAMETERS, FullAttention()), rows, max_new_tokens=15)
+    found = generate(decoding.decoder(CONFIG, PARAMETERS, policy), rows, max_new_tokens=15)
+    assert found.tokens == full.tokens
+    assert np.allclose(found.logprobs, full.logprobs, atol=1e-4)
+
+
+def test_h2o_keeps_what_is_looked_at():
+    """In the cache: the newest, and of the others those with the most attention in the masked forward pass."""
+    row, policy = decoding.prompts([12]), H2O(6, 2)
+    decoder = decoding.decoder(DENSE, DENSE_PARAMETERS, policy, dataclasses.replace(decoding.SMALL, chunk=16))
+    cache, _ = prefill(decoder, row)
+    kept = np.sort(np.asarray(cache.buffer[0].key_position)[:, 0, :, :6])
+    mass = attention_received(DENSE, DENSE_PARAMETERS, row[0])
+    for layer, head in np.ndindex(3, 2):
+        old = np.sort(np.argsort(mass[layer, head, :10])[-4:])
+        assert kept[layer, head].tolist() == [*old, 10, 11]
+
+
+def attention_received(config, parameters, row):
+    """float ``[l, k, s]``: the softmax weights that every key gets, summed over queries and query heads; by hand."""
+    length = len(row)
+    x = parameters["embedding"][np.array(row)] * config.model.width**0.5
+    result = []
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + config.model.norm_epsilon) * scale
+
+    def rotate(x):
+        half = x.shape[-1] // 2
+        angle = np.arange(length)[:, None] * config.model.rope_base ** (-np.arange(half) / half)
+        sin, cos = (f(angle).reshape(length, *(1,) * (x.ndim - 2), half) for f in (np.sin, np.cos))
+        left, right = x[..., :half], x[..., half:]
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+    for layer in range(config.model.num_layers):
+        p = jax.tree.map(lambda x, layer=layer: np.asarray(x[layer], np.float64), parameters["blocks"])
+        y, a = norm(x, p["attention_norm"]["scale"]), p["attention"]
+        query, key = rotate(np.einsum("td,dkgh->tkgh", y, a["query"])), rotate(np.einsum("td,dkh->tkh", y, a["key"]))
+        logits = np.einsum("tkgh,skh->kgts", query, key) * config.model.head_dim**-0.5
+        logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        result.append(weights.sum((1, 2)))
+        value = np.einsum("td,dkh->tkh", y, a["value"])
+        x = x + np.einsum("kgts,skh,kghd->td", weights, value, a["output"])
+        y, m = norm(x, p["mlp_norm"]["scale"]), p["mlp"]
+        gate = y @ m["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
+    return np.stack(result)
+
+
+def test_one_token_and_a_stop_token_at_once():
+    decoder, rows = decoding.decoder(CONFIG, PARAMETERS), decoding.prompts([3, 8])
+    one = generate(decoder, rows, max_new_tokens=1)
+    assert [len(new) for new in one.tokens] == [1, 1]
+    assert np.isnan(one.kv_live)
+    stopped = generate(decoder, rows, max_new_tokens=30, stop_tokens=[one.tokens[0][0]])
+    assert stopped.tokens[0] == one.tokens[0]
+    whole = generate(decoder, rows, max_new_tokens=30).tokens[1]
+    stop = one.tokens[0][0]
+    assert stopped.tokens[1] == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], []]}, "prompt 2 has no token"),
+        ({"prompts": [[1, 99]]}, "prompt 1 has a token outside 0 … 15"),
+        ({"prompts": [[-1]]}, "outside"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens=0: it must be 1 or more"),
+    ],
+)
+def test_mistakes_are_sentences(arguments, message):
+    with pytest.raises(UserError, match=message):
+        generate(decoding.decoder(CONFIG, PARAMETERS), **{"max_new_tokens": 3} | arguments)
+
+
+def test_wrong_settings_are_sentences():
+    for wrong, message in (
+        ({"chunk": 0}, "chunk=0"),
+        ({"max_kv": 0}, "max_kv=0"),
+        ({"eviction": "x"}, "'soonest_end'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DecodeSettings(**wrong)
+    with pytest.raises(UserError, match="dense attention has none"):
+        decoding.decoder(DENSE, DENSE_PARAMETERS, Nats(0.5))
+    with pytest.raises(UserError, match="two limits"):
+        decoding.decoder(CONFIG, PARAMETERS, H2O(4, 2), DecodeSettings(max_kv=4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 30), st.sampled_from([SlidingWindow(0), SlidingWindow(5), StreamingLLM(2, 3), RandomKeys(0.4, 1)])
+)
+def test_the_slots_of_a_policy_are_known_in_advance(length, policy):
+    """By hand: at each query the keys that are still read, its own among them."""
+    ends = np.asarray(policy.key_end(np.arange(length, dtype=np.int32)[None], 2)).reshape(-1, length)
+    live = [sum(end > t for s, end in enumerate(row) if s <= t) for row in ends for t in range(length)]
+    assert most_live(policy, length, 2) == max(live)
+
+
+def test_bfloat16_stays_close():
+    config = decoding.config(model={"dtype": "bfloat16"})
+    rows = decoding.prompts([30, 11])
+    expected, ids = decoding.masked_logits(config, PARAMETERS, rows)
+    for chunk in (1, 8):
+        got, _ = decoding.chunked_logits(decoding.decoder(config, PARAMETERS), rows, chunk, ids)
+        assert decoding.error(got, expected, rows) <= 0.03
+
+
+def test_memory_is_what_lives_and_not_what_was_seen():
+    """A model that keeps about a tenth of 8192 tokens: what arrays there are, not what a formula says."""
+    config = decoding.config(
+        model={"num_layers": 4, "width": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "mlp_width": 16},
+        nats={"window": 16},
+    )
+    parameters = decoding.parameters_of(config)
+    # Roles by chance, of which a tenth is GLOBAL.
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["weight"] = scorer["weight"].at[..., 1].set(0.0)
+    scorer["bias"] = scorer["bias"].at[..., 1].add(-1e4).at[..., 2].add(_bias_for_a_tenth(config, parameters))
+    prompt = decoding.prompts([8192])
+    decoder = decoding.decoder(config, parameters, settings=DecodeSettings(chunk=1024))
+    before = sum(x.nbytes for x in jax.live_arrays())
+    cache, hidden = prefill(decoder, prompt)
+    live = np.asarray(kv_buffer.occupancy(cache.buffer, cache.num_tokens))
+    assert 0.05 < live.mean() / 8192 < 0.15
+    cache = decoder.settle(cache, decoder.need(cache), 4096)
+    hidden.delete()
+    taken = sum(x.nbytes for x in jax.live_arrays()) - before
+    slot = 2 * 64 * 4  # bytes of a key and a value
+    dense = 4 * 2 * 8192 * slot
+    assert taken <= 1.3 * live.max() * 4 * 2 * slot
+    assert taken <= 0.25 * dense
+    assert kv_buffer.allocated_bytes(cache.buffer) <= taken
+
+
+def _bias_for_a_tenth(config, parameters):
+    """What SLIDING logits need so that a tenth of random tokens is GLOBAL, about, in every layer and head."""
+    best = None
+    for bias in np.linspace(0, 40, 21):
+        changed = jax.tree.map(lambda x: x, parameters)
+        scorer = changed["blocks"]["attention"]["scorer"]
+        scorer["bias"] = scorer["bias"].at[..., 1].add(-1e4).at[..., 2].add(bias)
+        _, ids = decoding.masked_logits(config, changed, decoding.prompts([512], seed=9))
+        share = (ids == 0).mean()
+        if best is None or abs(share - 0.1) < abs(best[0] - 0.1):
+            best = share, bias
+    return float(best[1])

@@ -1,0 +1,314 @@
+"""Text from a trained run, as it is drawn, and what its KV took.
+
+    python -m natsjax.generate --workdir=DIR --prompt=TEXT [--dial=F] [--max_kv=N] [--mesh=data=2,tensor=4]
+
+A prompt is read as documents began in training: BOS, then its tokens. Prompts and what follows them go to standard
+output, in the order of the prompts; warnings and the closing line go to standard error.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO, cast
+
+import jax
+
+from natsjax import decode, processes
+from natsjax.command_line import run_command
+from natsjax.config import Config, MeshConfig
+from natsjax.data import Tokenizer
+from natsjax.decode import Generation
+from natsjax.decode_step import DecodingPolicy
+from natsjax.decoder import Decoder, DecodeSettings
+from natsjax.errors import UserError
+from natsjax.generate_flags import READING, parse_generate_flags
+from natsjax.loading import LoadedRun, load
+from natsjax.policies import Policy
+from natsjax.sampling import Sampling
+from natsjax.text_stream import Printer
+from natsjax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What ``run`` generated.
+
+    Attributes:
+      prompts: token ids of each prompt, BOS included.
+      texts: what follows each prompt, without it; None where tokens stand for no text.
+      total: tokens, log-probabilities and what they took; numbers are those of all batches (``total``).
+      batches: the same for each batch.
+      policy: how long keys lived.
+      notes: sentences to be warned by.
+    """
+
+    prompts: list[list[int]]
+    texts: list[str] | None
+    total: Generation
+    batches: list[Generation]
+    policy: Policy
+    notes: list[str]
+
+    def summary(self) -> str:
+        """The closing line."""
+        found, batches = self.total, f" in {len(self.batches)} batches" if len(self.batches) > 1 else ""
+        num_new = sum(map(len, found.tokens))
+        text = (
+            f"{_count(len(self.prompts), 'prompt')}{batches}, {_count(found.prompt_tokens, 'prompt token')}, "
+            f"{_count(num_new, 'output token')}; first token after {found.first_token_seconds:.3g} s"
+        )
+        if found.steady_tokens:
+            speed = found.steady_tokens / found.steady_seconds
+            text += f", {speed:,.1f} tokens/s after that (less what had to be compiled)"
+        elif num_new > len(self.prompts):  # one segment, which compiles: no speed to speak of
+            text += f", the last after {found.seconds:.3g} s"
+        numbers = "".join(f", {name} {value:g}" for name, value in self.policy.setting.items())
+        text += f"; KV under {self.policy.method}{numbers}: "
+        if not math.isnan(found.kv_live):
+            text += f"{found.kv_live:.1f} live keys a head on average, at most {found.kv_live_max:,}; "
+        largest = max(batch.kv_allocated_bytes for batch in self.batches)
+        text += (
+            f"{found.kv_allocated:,} slots allocated ({_bytes(largest)}{' at a time' if batches else ''}) where full "
+            f"attention would hold {found.kv_full:,} ({100 * found.kv_allocated / found.kv_full:,.1f} %)"
+        )
+        if found.evicted:
+            text += f"; {_count(found.evicted, 'live key')} evicted"
+        if found.moves:
+            text += f"; {_count(found.moves, 'move')} to larger buffers"
+        return f"{text}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _bytes(size: int) -> str:
+    unit = min(int(math.log2(max(size, 1))) // 10, 3)
+    return f"{size / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def total(batches: Sequence[Generation]) -> Generation:
+    """Batches that ran one after another, as one.
+
+    Times, tokens, slots, bytes, evicted keys and moves are sums, ``kv_live`` is the mean over all queries,
+    ``kv_live_max`` and ``capacities`` are the largest, and ``first_token_seconds`` is the first batch's.
+    """
+    sums = (
+        "prompt_tokens",
+        "seconds",
+        "steady_seconds",
+        "steady_tokens",
+        "kv_allocated",
+        "kv_allocated_bytes",
+        "kv_full",
+        "evicted",
+        "moves",
+    )
+    queries = [sum(len(tokens) - 1 for tokens in batch.tokens) for batch in batches]
+    read = sum(batch.kv_live * count for batch, count in zip(batches, queries, strict=True) if count)
+    values: dict[str, Any] = {name: sum(getattr(batch, name) for batch in batches) for name in sums}
+    return Generation(
+        tokens=[tokens for batch in batches for tokens in batch.tokens],
+        logprobs=[logprobs for batch in batches for logprobs in batch.logprobs],
+        first_token_seconds=batches[0].first_token_seconds,
+        kv_live=read / sum(queries) if sum(queries) else math.nan,
+        kv_live_max=max(batch.kv_live_max for batch in batches),
+        capacities=[max(layer) for layer in zip(*(batch.capacities for batch in batches), strict=True)],
+        **values,
+    )
+
+
+def run(
+    workdir: str | os.PathLike[str],
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = READING,
+    stop_tokens: Sequence[int] = (),
+    ignore_eos: bool = False,
+    policy: DecodingPolicy | None = None,
+    settings: DecodeSettings | None = None,
+    batch_size: int = 8,
+    mesh_config: MeshConfig | None = None,
+    prepared_dir: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    stream: TextIO | None = None,
+    echo: bool = True,
+    warn: Callable[[str], None] | None = None,
+    loaded: LoadedRun | None = None,
+) -> Generated:
+    """Continues prompts with the newest checkpoint of a run.
+
+    Args:
+      workdir: of the run, or an export.
+      prompts: texts, which get BOS before them; or token ids, which are taken as they are.
+      max_new_tokens: tokens to draw for each prompt, at most.
+      sampling: how they are drawn; ``Sampling()`` is greedy. A prompt's tokens do not depend on the batches.
+      stop_tokens: a prompt is done after one of these ids, or after EOS.
+      ignore_eos: go on after EOS.
+      policy: how long keys live; None: the model's roles, or full attention for a dense model.
+      settings: of decoding.
+      batch_size: prompts at a time.
+      mesh_config: devices; None: as the run was trained, where that is possible.
+      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      output: a file to write: a JSON object a line and prompt, with its text, ids and log-probabilities.
+      stream: where text goes as it comes (ids where there is no text); None: nowhere.
+      echo: whether a prompt is written before what follows it.
+      warn: called with each of ``Generated.notes``, before anything is drawn.
+      loaded: the run, when it is in memory already.
+
+    Raises:
+      UserError: there is no run, a prompt or a number does not fit, or there are several processes.
+
+    Example:
+      >>> from natsjax import generate
+      >>> from natsjax.policies import Nats
+      >>> found = generate.run("runs/quickstart", ["Fellow citizens"], policy=Nats(dial=-0.3))
+      >>> print(found.texts[0], found.summary())
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value}: it must be 1 or more.")
+    if jax.process_count() > 1:
+        raise UserError(f"there are {jax.process_count()} processes, and natsjax.generate runs as one.")
+    this = loaded
+    if this is None:
+        mesh_config = _default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
+        this = load(workdir, prepared_dir=prepared_dir, mesh_config=mesh_config)
+    tokenizer = this.tokenizer if isinstance(this.tokenizer, Tokenizer) else None
+    ids = [_token_ids(this, number, prompt) for number, prompt in enumerate(prompts, 1)]
+    if not ids:
+        raise UserError("there is no prompt.")
+    _check_ids("stop_tokens", stop_tokens, this.tokenizer.vocab_size)
+    stop = {*stop_tokens, *(() if tokenizer is None or ignore_eos else (tokenizer.eos_id,))}
+    decoder = Decoder.of_run(this, policy, settings)
+    notes = _notes(ids, max_new_tokens, this.config.data.context_length)
+    batches = []
+    with _writer(output) as write, Printer(stream, tokenizer, ids, stop, max_new_tokens, echo) as printer:
+        if warn is not None:
+            for note in notes:
+                warn(note)
+        printer.begin()
+        for first in range(0, len(ids), batch_size):
+            part = slice(first, first + batch_size)
+            found = decode.generate(
+                decoder,
+                ids[part],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_tokens=sorted(stop),
+                on_tokens=printer.of_batch(first),
+                first_sequence=first,
+            )
+            batches.append(found)
+            write(_records(tokenizer, prompts[part], ids[part], found))
+    texts = None if tokenizer is None else [tokenizer.decode(tokens) for batch in batches for tokens in batch.tokens]
+    return Generated(ids, texts, total(batches), batches, cast(Policy, decoder.policy), notes)
+
+
+def _default_mesh(config: Config) -> MeshConfig | None:
+    """None: as the run was trained, unless that divides sequences, which decoding does not."""
+    return None if config.mesh.context == 1 else MeshConfig()
+
+
+def _token_ids(this: LoadedRun, number: int, prompt: str | Sequence[int]) -> list[int]:
+    tokenizer = this.tokenizer
+    if not isinstance(prompt, str):
+        if not len(prompt):
+            raise UserError(f"prompt {number} has no token: give at least the one that begins a document.")
+        _check_ids(f"prompt {number}", prompt, tokenizer.vocab_size)
+        return [int(token) for token in prompt]
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(
+            f"{this.workdir.path} is a recall run, whose tokens stand for no text; give ids, as in "
+            "--prompt_tokens=0,5,7."
+        )
+    return [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{name}: the vocabulary has the ids 0 … {vocab_size - 1}, and not {token}.")
+
+
+def _notes(prompts: list[list[int]], num_new: int, trained: int) -> list[str]:
+    """At most one: on what is longer than in training."""
+    longest = max(range(len(prompts)), key=lambda n: len(prompts[n]))
+    length = len(prompts[longest])
+    if length + num_new <= trained:
+        return []
+    more = "" if length > trained else f" and may get {num_new:,} more"
+    return [
+        f"prompt {longest + 1} has {_count(length, 'token')}{more}, but the run was trained on contexts of {trained:,} "
+        "(data.context_length): beyond that, nobody knows how good the text is."
+    ]
+
+
+@contextlib.contextmanager
+def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A function that writes objects to the file, a line each; what is written stays, whatever happens later."""
+    if output is None:
+        yield lambda _: None
+        return
+    try:
+        file = open(output, "w", encoding="utf-8")  # noqa: SIM115 (closed below; the error is of opening alone)
+    except OSError as error:
+        raise UserError(f"--output={os.fspath(output)} cannot be written: {error.strerror}.") from error
+
+    def write(records: list[dict[str, Any]]) -> None:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.flush()
+
+    with file:
+        yield write
+
+
+def _records(
+    tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], ids: list[list[int]], found: Generation
+) -> list[dict[str, Any]]:
+    def text_of(tokens: list[int]) -> str | None:
+        return None if tokenizer is None else tokenizer.decode(tokens)
+
+    return [
+        {
+            "prompt": prompt if isinstance(prompt, str) else text_of(prompt_tokens),
+            "prompt_tokens": prompt_tokens,
+            "text": text_of(tokens),
+            "tokens": tokens,
+            "logprobs": logprobs,
+        }
+        for prompt, prompt_tokens, tokens, logprobs in zip(prompts, ids, found.tokens, found.logprobs, strict=True)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Raises:
+      UserError: see ``run`` and ``generate_flags.parse_generate_flags``.
+    """
+    arguments = parse_generate_flags(
+        argv,
+        "Continues prompts with the newest checkpoint of a run or an export. Prompts and what follows them go to "
+        "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
+        "that of full attention) goes to standard error.",
+    )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters
+    try:
+        found = run(**arguments, stream=sys.stdout, warn=lambda note: processes.say(f"warning: {note}"))
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    processes.say(found.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,283 @@
+"""Flags of ``python -m natsjax.generate``: where prompts come from, how tokens are drawn, how long keys live."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from natsjax.config import MeshConfig, nearest
+from natsjax.decode_step import DecodingPolicy
+from natsjax.decoder import DecodeSettings
+from natsjax.errors import UserError
+from natsjax.partition import AXES
+from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.sampling import Sampling
+
+READING = Sampling(temperature=0.8)
+"""How the command draws unless it is told otherwise: text to read; greedy text soon repeats itself."""
+
+_TOO_LARGE = 2**30  # numbers become int32, and are added to others
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help.")
+
+
+def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
+    """The arguments of ``natsjax.generate.run``.
+
+    Args:
+      argv: the command line, without the program; None: this process's.
+      description: what ``--help`` says first.
+
+    Raises:
+      UserError: a flag or its value does not fit, or there is no prompt; the message says which.
+    """
+    flags = _parser(description).parse_args(argv)
+    for name in ("max_new_tokens", "batch_size", "top_k", "max_kv", "chunk", "block"):
+        if (value := getattr(flags, name)) is not None and value >= _TOO_LARGE:
+            raise UserError(f"{name}={value}: it must be less than {_TOO_LARGE}.")
+    if flags.eviction is not None and flags.max_kv is None:
+        raise UserError(f"--eviction={flags.eviction} says what goes first where --max_kv is reached; give that too.")
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    given = {"chunk": flags.chunk, "block": flags.block, "max_kv": flags.max_kv, "eviction": flags.eviction}
+    return {
+        "workdir": flags.workdir,
+        "max_new_tokens": flags.max_new_tokens,
+        "sampling": Sampling(**{name: getattr(flags, name) for name in names}),
+        "stop_tokens": () if flags.stop_tokens is None else _ids("stop_tokens", flags.stop_tokens),
+        "ignore_eos": flags.ignore_eos,
+        "policy": parse_policy(flags.policy, flags.dial),
+        "settings": DecodeSettings(**{name: value for name, value in given.items() if value is not None}),
+        "batch_size": flags.batch_size,
+        "mesh_config": None if flags.mesh is None else parse_mesh(flags.mesh),
+        "prepared_dir": flags.prepared_dir,
+        "output": flags.output,
+        "echo": flags.echo,
+        "prompts": _prompts(flags),
+    }
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m natsjax.generate", description=description)
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="the run, as given to train.py, or an export")
+    add("--prompt", action="append", metavar="TEXT", help="where a document begins, may be empty; for several: again")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="a prompt in each line, an empty one in an empty line; - is standard input, which is read without this "
+        "flag too where it is no terminal and no prompt is given",
+    )
+    add(
+        "--prompt_tokens",
+        action="append",
+        metavar="ID,ID,…",
+        help="a prompt as token ids, with the one that begins a document; all there is for a recall run, whose tokens "
+        "are no text; for several: again",
+    )
+    add("--batch_size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add("--max_new_tokens", type=int, default=128, metavar="N", help="after each prompt, at most (default: 128)")
+    add(
+        "--temperature",
+        type=float,
+        default=READING.temperature,
+        metavar="F",
+        help=f"of the draws; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
+    )
+    add("--top_k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all (default: 0)")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="draw from the likeliest tokens that reach this probability together (default: 1)",
+    )
+    add(
+        "--min_p",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="draw from tokens with at least this share of the likeliest one's probability (default: 0)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the draws: the same gives the same text (default: 0)")
+    add("--stop_tokens", metavar="ID,ID,…", help="token ids after which a prompt is done, beside EOS")
+    add("--ignore_eos", action="store_true", help="go on where the model ends the document")
+    add("--dial", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
+    add(
+        "--policy",
+        metavar="NAME",
+        help=f"how long keys live: {', '.join(policy_forms())} (default: nats, or full for a dense run; W queries "
+        "after its own, the first S keys of a document, N keys of a head with the R newest, SHARE of all keys)",
+    )
+    add("--max_kv", type=int, metavar="N", help="the most keys of a head; what has to go for it is counted")
+    add(
+        "--eviction",
+        metavar="NAME",
+        help=f"what goes first at --max_kv: {', '.join(EVICTIONS)} (default: {DecodeSettings().eviction})",
+    )
+    add(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="devices: data and fsdp divide the batch, tensor the heads; -1: the rest (default: as the run was "
+        "trained, where there are as many devices, else all along fsdp)",
+    )
+    add("--chunk", type=int, metavar="N", help=f"prompt tokens read at once (default: {DecodeSettings().chunk})")
+    add(
+        "--block",
+        type=int,
+        metavar="N",
+        help=f"keys are allocated in multiples of it (default: {DecodeSettings().block}); smaller for small models",
+    )
+    add("--output", metavar="FILE", help="also write prompts, texts, ids and log-probabilities: JSON, a line a prompt")
+    add(
+        "--echo",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write each prompt before what follows it",
+    )
+    add("--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)")
+    return parser
+
+
+# --- prompts ---
+
+
+def _prompts(flags: argparse.Namespace) -> list[str] | list[list[int]]:
+    """From the one place that the flags name, or from what is piped in."""
+    given = [name for name in ("prompt", "prompt_file", "prompt_tokens") if getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} are two places for prompts; choose one.")
+    if flags.prompt is not None:
+        return flags.prompt
+    if flags.prompt_tokens is not None:
+        return [_ids("prompt_tokens", text) for text in flags.prompt_tokens]
+    if not given and (sys.stdin is None or sys.stdin.isatty()):
+        raise UserError("there is no prompt: give --prompt=TEXT or --prompt_file=FILE, or pipe lines of text in.")
+    return _lines(flags.prompt_file or "-")
+
+
+def _lines(name: str) -> list[str]:
+    what = "standard input" if name == "-" else f"--prompt_file={name}"
+    try:
+        if name == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as file:
+                content = file.read()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{what} is no UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}.") from error
+    if not text:
+        raise UserError(f"{what} is empty: there is no prompt; an empty line is an empty one.")
+    # Not splitlines, which also splits at form feeds and the like.
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _ids(flag: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{flag}={text}: ids separated by commas were expected, as in 0,5,7.") from error
+
+
+# --- policies and meshes by name ---
+
+
+def _h2o(num_keys: int, num_recent: int | None = None) -> H2O:
+    return H2O(num_keys, num_keys // 2 if num_recent is None else num_recent)  # half, as in the paper
+
+
+# What follows the name, what makes the policy, the types of its numbers, and how many of them must be there.
+_POLICIES: dict[str, tuple[str, Callable[..., DecodingPolicy], tuple[type, ...], int]] = {
+    "full": ("", FullAttention, (), 0),
+    "nats": ("", Nats, (), 0),
+    "sliding_window": (":W", SlidingWindow, (int,), 1),
+    "streaming_llm": (":S,W", StreamingLLM, (int, int), 2),
+    "h2o": (":N[,R]", _h2o, (int, int), 1),
+    "snapkv": (":N[,W]", SnapKV, (int, int), 1),
+    "random": (":SHARE[,W]", RandomKeys, (float, int), 1),
+}
+
+
+def policy_forms() -> list[str]:
+    """What ``parse_policy`` knows."""
+    return [name + form for name, (form, *_) in _POLICIES.items()]
+
+
+def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy | None:
+    """A policy by name; None where nothing is asked for.
+
+    Args:
+      text: one of ``policy_forms``.
+      dial: of ``nats``.
+
+    Raises:
+      UserError: it is none of them, or a number does not fit.
+
+    Example:
+      >>> parse_policy("streaming_llm:4,60")
+      StreamingLLM(num_sinks=4, window=60)
+    """
+    if dial is not None and not math.isfinite(dial):
+        raise UserError(f"--dial={dial}: a finite number was expected.")
+    if text is None:
+        return None if dial is None else Nats(dial)
+    name, colon, rest = text.partition(":")
+    if name not in _POLICIES:
+        raise UserError(f"--policy={text}: one of {', '.join(policy_forms())} was expected.")
+    if dial is not None and name != "nats":
+        raise UserError(f"--dial={dial:g} is for the model's roles, and --policy={text} does not read them.")
+    form, make, types, least = _POLICIES[name]
+    words = rest.split(",") if colon else []
+    try:
+        numbers = [kind(word) for kind, word in zip(types, words, strict=False)]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(words) or len(words) < least:
+        raise UserError(f"--policy={text}: {name}{form} was expected.")
+    if any(number >= _TOO_LARGE for number in numbers):
+        raise UserError(f"--policy={text}: numbers must be less than {_TOO_LARGE}.")
+    try:
+        return Nats(dial or 0.0) if name == "nats" else make(*numbers)
+    except ValueError as error:  # out of the policy's range
+        raise UserError(f"--policy={text}: {str(error).rstrip('.')}.") from error
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Sizes of a mesh by name; axes without one get 1, or what is left where no other does.
+
+    Raises:
+      UserError: an axis is unknown, named twice or divides sequences, or a size does not fit.
+
+    Example:
+      >>> parse_mesh("data=2,tensor=4")
+      MeshConfig(data=2, fsdp=-1, tensor=4, context=1)
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, word = part.partition("=")
+        try:
+            size = int(word)
+        except ValueError as error:
+            raise UserError(f"--mesh={text}: AXIS=N,… was expected, as in data=2,tensor=4.") from error
+        if name not in AXES:
+            raise UserError(f"--mesh={text}: unknown axis {name!r}{nearest(name, AXES)}.")
+        if name in sizes:
+            raise UserError(f"--mesh={text}: {name} stands there twice.")
+        if size < 1 and size != -1:
+            raise UserError(f"--mesh={text}: {name} must be 1 or more, or -1 for the rest.")
+        sizes[name] = size
+    if sizes.get("context", 1) != 1:
+        raise UserError(f"--mesh={text}: decoding divides batch and heads, not sequences; leave context out.")
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"--mesh={text}: -1, the rest, can stand there once.")
+    if -1 in sizes.values():
+        sizes.setdefault("fsdp", 1)
+    return MeshConfig(**sizes)

@@ -1,0 +1,123 @@
+"""Generated text on its way to a person: never half a character, never two prompts at once."""
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from natsjax.data import Tokenizer
+from natsjax.decode import OnTokens
+
+
+class TextStream:
+    """Text of tokens that come one after another; only what no later token can change is given out.
+
+    Example:
+      >>> stream = TextStream(ByteTokenizer())
+      >>> [stream.push([byte]) for byte in "aö".encode()]
+      ['a', '', 'ö']
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._held, self._given = tokenizer, [], 0  # type: Tokenizer, list[int], int
+
+    def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
+        """More tokens; ``is_last`` gives out what is left."""
+        self._held += tokens
+        text = self._tokenizer.decode(self._held)
+        # A character that is not whole yet is one U+FFFD, at the end.
+        sure = len(text) - (text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last)
+        new, self._given = text[self._given : sure], sure
+        if sure == len(text):
+            self._held, self._given = [], 0
+        return new
+
+
+class IdStream:
+    """The same where there is no text: ids with commas between them, as ``--prompt_tokens`` takes them."""
+
+    def __init__(self):
+        self._is_first = True
+
+    def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
+        """More tokens."""
+        comma = "" if self._is_first or not tokens else ","
+        self._is_first &= not tokens
+        return comma + ",".join(map(str, tokens))
+
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+"""What a terminal would obey, made visible."""
+
+
+class Printer:
+    """Prompts and what follows them, in order: the first that is not done is written as it comes, the others wait.
+
+    Args:
+      stream: where to; None: nowhere.
+      tokenizer: None: ids are written.
+      prompts: ids of all prompts.
+      stop: ids that end a prompt.
+      num_new: tokens that end a prompt.
+      echo: whether prompts are written too.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None,
+        tokenizer: Tokenizer | None,
+        prompts: list[list[int]],
+        stop: set[int],
+        num_new: int,
+        echo: bool,
+    ):
+        self._stream, self._tokenizer, self._prompts = stream, tokenizer, prompts
+        self._stop, self._num_new, self._echo = stop, num_new, echo
+        self._waiting: list[list[int]] = [[] for _ in prompts]
+        self._count, self._is_done = [0] * len(prompts), [False] * len(prompts)
+        self._at, self._is_open = 0, False
+        self._is_terminal = stream is not None and stream.isatty()
+
+    def __enter__(self) -> "Printer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._is_open:  # interrupted; what comes next on a terminal begins a line
+            self._write("\n")
+
+    def begin(self) -> None:
+        """The heading and the prompt that come next."""
+        self._words: TextStream | IdStream = IdStream() if self._tokenizer is None else TextStream(self._tokenizer)
+        self._is_open = True
+        if len(self._prompts) > 1:
+            self._write(f"{chr(10) if self._at else ''}==> {self._at + 1} of {len(self._prompts)} <==\n")
+        if self._echo:
+            self._write(self._words.push(self._prompts[self._at]), bold=True)
+
+    def of_batch(self, first: int) -> OnTokens:
+        """What ``decode.generate`` calls for the batch that begins with this prompt."""
+        return lambda row, tokens, _: self.add(first + row, tokens)
+
+    def add(self, number: int, tokens: list[int]) -> None:
+        """More tokens of a prompt, counted from 0."""
+        self._waiting[number] += tokens
+        self._count[number] += len(tokens)
+        self._is_done[number] = tokens[-1] in self._stop or self._count[number] == self._num_new
+        while self._at < len(self._prompts):
+            waiting, is_done = self._waiting[self._at], self._is_done[self._at]
+            self._write(self._words.push(waiting, is_done))
+            waiting.clear()
+            if not is_done:
+                return
+            self._write("\n")
+            self._at, self._is_open = self._at + 1, False
+            if self._at < len(self._prompts):
+                self.begin()
+
+    def _write(self, text: str, bold: bool = False) -> None:
+        if self._stream is None or not text:
+            return
+        if self._is_terminal:
+            text = text.translate(_CONTROLS)
+            text = f"\x1b[1m{text}\x1b[0m" if bold else text
+        self._stream.write(text)
+        self._stream.flush()
