@@ -1,0 +1,109 @@
+"""Measuring through the buffer: what masks say, and what no mask can."""
+
+import dataclasses
+
+import decoding
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from natsjax import evaluate
+from natsjax.errors import UserError
+from natsjax.matching import keys_for_budget, share_for_budget
+from natsjax.measure import measure
+from natsjax.measure_decode import measure_decoding
+from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+
+CONTEXTS = tiny.packed_batch() | {"document_id": np.repeat([[0], [1], [2]], 24, axis=1)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    made = tiny.make_run(tmp_path_factory.mktemp("decode") / "run", decoding.config())
+    placed = jax.tree.map(lambda x: x.sharding, made.parameters)
+    return dataclasses.replace(made, parameters=jax.device_put(decoding.parameters_of(made.config), placed))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Nats(), Nats(-1.0), FullAttention(), SlidingWindow(3), StreamingLLM(1, 2), RandomKeys(0.3)],
+    ids=lambda policy: f"{policy.method}-{policy.setting}",
+)
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_the_buffer_gives_what_the_mask_gives(run, policy, chunk):
+    """Packed documents, padding, one token at a time and several."""
+    masked, decoded = measure(run, CONTEXTS, policy), measure_decoding(run, CONTEXTS, policy, chunk=chunk)
+    assert abs(decoded.perplexity / masked.perplexity - 1) < 1e-4
+    assert np.array_equal(decoded.documents.tokens, masked.documents.tokens)
+    assert np.array_equal(decoded.documents.correct, masked.documents.correct)
+    assert np.array_equal(decoded.live_pairs, masked.live_pairs)
+    assert np.array_equal(decoded.live_max, masked.live_max)
+    assert (decoded.causal_pairs, decoded.num_queries) == (masked.causal_pairs, masked.num_queries)
+    assert np.all(decoded.allocated >= decoded.live_max.max(axis=1) - chunk)
+
+
+@pytest.mark.parametrize("policy", [H2O(5, 2), SnapKV(5, 2)], ids=lambda policy: policy.method)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_observing_policies_read_what_they_keep_and_their_chunk(run, policy, chunk):
+    found = measure_decoding(run, CONTEXTS, policy, chunk=chunk)
+    positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
+    begin = positions // chunk * chunk
+    expected = np.sum(np.minimum(5, begin) + positions - begin + 1)
+    assert np.all(found.live_pairs == expected)
+    assert found.perplexity != measure_decoding(run, CONTEXTS, FullAttention(), chunk=chunk).perplexity
+
+
+@pytest.mark.parametrize("policy", [H2O(500, 2), SnapKV(500, 2)], ids=lambda policy: policy.method)
+def test_observing_policies_with_room_for_all_are_full_attention(run, policy):
+    full = measure(run, CONTEXTS, FullAttention())
+    assert abs(measure_decoding(run, CONTEXTS, policy, chunk=5).perplexity / full.perplexity - 1) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_numbers_for_a_budget_are_by_hand(chunk):
+    lengths = np.array([3, 40, 17])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    begin, causal = positions // chunk * chunk, np.sum(positions + 1)
+
+    def fraction(number):
+        return np.sum(np.minimum(number, begin) + positions - begin + 1) / causal
+
+    for budget in (0.3, 0.5, 0.9):
+        number = keys_for_budget(lengths, budget, chunk)
+        if fraction(0) > budget:
+            assert number is None
+        else:
+            assert abs(fraction(number) - budget) <= min(abs(fraction(n) - budget) for n in range(41)) + 1e-12
+
+
+def test_a_share_for_a_budget():
+    lengths = np.full(50, 200)
+    share, window = share_for_budget(lengths, 0.3, 8)
+    assert window == 8
+    policy, positions = RandomKeys(share, window, 1), np.arange(200, dtype=np.int32)[None]
+    ends = np.minimum(np.asarray(policy.key_end(positions, 64))[0], 200)
+    assert abs(np.sum(ends - positions) / 64 / (200 * 201 / 2) - 0.3) < 0.02
+    assert share_for_budget(lengths, 0.02, 8) == (pytest.approx(0.02 - 0.0198, abs=1e-3), 0)
+    assert share_for_budget(lengths, 0.001, 8)[0] is None
+
+
+def test_an_evaluation_through_the_buffer(tmp_path):
+    """The same table as with masks, and the policies that have none."""
+    config = tiny.config(nats={"kv_budget": 0.6})
+    loaded = tiny.make_run(tmp_path / "run", config)
+    masked = evaluate.run(tmp_path, loaded=loaded, budgets=[0.6, 0.8], progress=False)
+    decoded = evaluate.run(tmp_path, loaded=loaded, budgets=[0.6, 0.8], progress=False, mode="decode", chunk=4)
+    rows = {(row["method"], str(row["setting"])): row for row in decoded.rows}
+    assert {"random", "h2o", "snapkv"} <= {row["method"] for row in decoded.rows}
+    for row in masked.rows:
+        other = rows[row["method"], str(row["setting"])]
+        assert abs(other["perplexity"] - row["perplexity"]) < 1e-3
+        assert other["kv_fraction"] == pytest.approx(row["kv_fraction"], abs=1e-6)
+        assert row["kv_allocated"] is None
+        assert other["kv_allocated"] >= 1
+    assert "| slots |" in decoded.summary()
+    assert "| slots |" not in masked.summary()
+    assert "--mode=decode --chunk=4" in decoded.run_info["command"]
+    with pytest.raises(UserError, match="--chunk=0"):
+        evaluate.run(tmp_path, loaded=loaded, progress=False, chunk=0)
