@@ -170,6 +170,7 @@ def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: i
             decoder.put_rows(0 * rows).astype(bool),
             evicted,
             0.0 * evicted,
+            0 * evicted,
         )
 
 

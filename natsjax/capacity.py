@@ -4,6 +4,7 @@ Everything here runs on the host, between compiled programs.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,3 +71,27 @@ def layer_groups(need: Sequence[int] | np.ndarray, most: int) -> list[int]:
         sizes.append(int(end - start[n, end]))
         end = int(start[n, end])
     return sizes[::-1]
+
+
+class Layout(NamedTuple):
+    """Layers and slots of each group."""
+
+    layers: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @classmethod
+    def of(cls, need: np.ndarray, most: int, block: int) -> "Layout":
+        """For these slots by layer: ``layer_groups``, each with a size that holds its fullest layer."""
+        layers = layer_groups(need, most)
+        parts = np.split(np.asarray(need), np.cumsum(layers)[:-1])
+        return cls(tuple(layers), tuple(round_up(int(np.max(part)), block) for part in parts))
+
+    @property
+    def by_layer(self) -> np.ndarray:
+        """Slots of a head in each layer."""
+        return np.repeat(self.slots, self.layers)
+
+    @property
+    def total(self) -> int:
+        """Slots of a head over all layers."""
+        return int(self.by_layer.sum())

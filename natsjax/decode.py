@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax import decode_loop, kv_buffer
+from natsjax import decode_loop, kv_allocation
 from natsjax.decode_loop import Loop, Segment
 from natsjax.decoder import NO_LIMIT, Cache, Decoder
 from natsjax.errors import UserError
@@ -26,6 +26,9 @@ from natsjax.sampling import Sampling
 
 OnTokens = Callable[[int, list[int], list[float]], None]
 """``on_tokens(sequence, tokens, log-probabilities)``: what has been drawn, as soon as it is here."""
+
+_AHEAD = 1024
+"""Tokens that room is made for in advance, at least; longer sequences move to a larger buffer on their way."""
 
 _WASTE = 1.25
 """Slots are compacted where attention reads this many times as many as are live."""
@@ -41,10 +44,10 @@ class Generation:
       prompt_tokens: of all prompts together.
       first_token_seconds: until the first token of every sequence was here, compilation included.
       seconds: until the last one.
-      steady_seconds, steady_tokens: of the loop without its first segment, and the first in each larger buffer, which
-        compile.
+      steady_seconds, steady_tokens: of the loop without its first segment, and those behind a move to a larger buffer
+        or a compaction: they may have to be compiled.
       kv_live: mean live keys of a head that the queries of generated tokens read; NaN where the loop did not run.
-      kv_live_max: most live slots of a head that were seen between segments.
+      kv_live_max: the most that one of them read of a head.
       kv_allocated: slots that the buffer has in the end, over all layers, sequences and heads.
       kv_allocated_bytes: what it takes in memory, on all devices together.
       kv_full: slots that full attention would fill with the same tokens.
@@ -143,9 +146,8 @@ def generate(
     sampling = Sampling() if sampling is None else sampling
     new = _checked(decoder, prompts, max_new_tokens)
     run = _Run(decoder, prompts, new, sampling, stop_tokens, on_tokens, first_sequence)
-    first_token_seconds = time.perf_counter() - started
     run.finish()
-    return run.result(sum(map(len, prompts)), first_token_seconds, time.perf_counter() - started)
+    return run.result(sum(map(len, prompts)), run.first_token_at - started, time.perf_counter() - started)
 
 
 def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
@@ -179,9 +181,13 @@ class _Run:
         new = np.pad(new, (0, padding))
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
-        self.queries, self.live_max, self.moves, self.steady_seconds, self.steady_tokens = 0, 0, 0, 0.0, 0
+        self.queries, self.moves, self.steady_seconds, self.steady_tokens = 0, 0, 0.0, 0
 
-        cache, hidden = prefill(decoder, [*prompts, *[()] * padding], int(new.max()) - 1)
+        # Where all is kept, room for as much again as there is; nobody knows when a stop token comes.
+        expected = int(new.max()) - 1
+        if not decoder.evicts_in_loop:
+            expected = min(expected, max(_AHEAD, *map(len, prompts)))
+        cache, hidden = prefill(decoder, [*prompts, *[()] * padding], expected)
         with jax.set_mesh(decoder.mesh):
             sequence = decoder.put_rows(first_sequence + np.arange(rows))
             drawn = decode_loop.first_token(
@@ -189,6 +195,7 @@ class _Run:
             )
             token, logprob = (np.asarray(x) for x in decoder.fetch(drawn))
             self._emit(token[:, None], logprob[:, None], np.minimum(new, 1))
+            self.first_token_at = time.perf_counter()
             done = np.isin(token, self.stop) | (new <= 1)
             if not done.all():
                 cache = decoder.settle(cache, decoder.need(cache), int(new.max()) - 1)
@@ -201,6 +208,7 @@ class _Run:
                 decoder.put_rows(done).astype(bool),
                 cache.evicted,
                 0.0 * cache.evicted,
+                0 * cache.evicted,
             )
         self.done = bool(done.all())
 
@@ -209,7 +217,7 @@ class _Run:
         if self.done:
             return
         with jax.set_mesh(self.decoder.mesh):
-            ahead, since = self._dispatch(), None  # what is compiled for is not timed
+            ahead, since, is_stale = self._dispatch(), None, False  # what is compiled for is not timed
             while True:
                 current, ahead = ahead, self._dispatch()
                 segment = self._receive(current)
@@ -224,9 +232,12 @@ class _Run:
                     self._receive(ahead)  # it stopped before its first step
                     self._make_room(segment)
                     ahead, since = self._dispatch(), None
-                elif self._is_wasteful(segment):
+                elif not is_stale and self._is_wasteful(segment):
                     buffer, _ = decode_loop.compact(self.loop.buffer, self.loop.at)
                     self.loop = self.loop._replace(buffer=buffer)
+                    since, is_stale = None, True
+                    continue
+                is_stale = False  # the segment under way began before the slots were compacted
 
     def _dispatch(self) -> Segment:
         """Starts the next segment and does not wait."""
@@ -250,10 +261,12 @@ class _Run:
         segment = self.decoder.fetch(segment)
         self._emit(*(np.asarray(x) for x in (segment.tokens, segment.logprobs, segment.num_drawn)))
         self.queries += int(segment.num_drawn.sum())
-        self.live_max = max(self.live_max, int(segment.need.max()))
         return segment
 
     def _emit(self, tokens: np.ndarray, logprobs: np.ndarray, count: np.ndarray) -> None:
+        drawn = np.arange(logprobs.shape[1]) < count[:, None]
+        if np.isnan(logprobs[drawn]).any():
+            raise UserError("the model's logits are not numbers (NaN): its parameters or activations have overflowed.")
         for row in range(self.num_prompts):
             if count[row]:
                 new = tokens[row, : count[row]].tolist(), logprobs[row, : count[row]].tolist()
@@ -280,7 +293,8 @@ class _Run:
         """After the end."""
         buffer, model = self.loop.buffer, self.decoder.config.model
         heads = model.num_layers * model.num_kv_heads
-        read, evicted, index = self.decoder.fetch((self.loop.read, self.loop.evicted, self.loop.at))
+        loop = self.loop
+        read, most, evicted, index = self.decoder.fetch((loop.read, loop.most, loop.evicted, loop.at))
         return Generation(
             tokens=self.tokens[: self.num_prompts],
             logprobs=self.logprobs[: self.num_prompts],
@@ -290,9 +304,9 @@ class _Run:
             steady_seconds=self.steady_seconds,
             steady_tokens=self.steady_tokens,
             kv_live=float(read.sum()) / (self.queries * heads) if self.queries else float("nan"),
-            kv_live_max=self.live_max,
-            kv_allocated=kv_buffer.allocated_slots(buffer),
-            kv_allocated_bytes=kv_buffer.allocated_bytes(buffer),
+            kv_live_max=int(most.max()),
+            kv_allocated=kv_allocation.allocated_slots(buffer),
+            kv_allocated_bytes=kv_allocation.allocated_bytes(buffer),
             kv_full=int(index[: self.num_prompts].sum()) * heads,
             evicted=int(evicted.sum()),
             capacities=Cache(buffer, self.loop.at, self.loop.evicted).capacities,

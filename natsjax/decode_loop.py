@@ -121,7 +121,8 @@ class Loop(NamedTuple):
       remaining: int32 ``[b]``, tokens that may still be drawn after ``token``.
       done: bool ``[b]``: nothing is drawn any more.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
-      read: float32 ``[num_layers, b, k]``, live keys that the queries have read.
+      read: float32 ``[num_layers, b, k]``, live keys that the queries have read, their own among them.
+      most: int32 ``[num_layers, b, k]``, the most that one has.
     """
 
     buffer: KVBuffer
@@ -132,6 +133,7 @@ class Loop(NamedTuple):
     done: jax.Array
     evicted: jax.Array
     read: jax.Array
+    most: jax.Array
 
 
 class Segment(NamedTuple):
@@ -144,7 +146,6 @@ class Segment(NamedTuple):
       all_done: bool.
       lacks_room: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
       need: int32 ``[num_layers]``, live slots of the fullest head.
-      live: int32 ``[b]``, live slots of each sequence, over all layers and heads.
       occupied: int32 ``[num_layers]``, the longest prefix of a layer's heads that attention reads.
     """
 
@@ -154,7 +155,6 @@ class Segment(NamedTuple):
     all_done: jax.Array
     lacks_room: jax.Array
     need: jax.Array
-    live: jax.Array
     occupied: jax.Array
 
 
@@ -205,12 +205,13 @@ def decode_segment(
             if isinstance(policy, ObservingPolicy):
                 group, lost = kv_buffer.write_chunk(group, new, at, eviction, limit)
             else:
-                group, lost = _write(group, new, slot, loop, eviction, limit)
+                group, lost = _write(group, new, slot, loop.done, at, eviction, limit)
             groups.append(group)
             evicted.append(lost)
         token, logprob = _next_token(model, reads.hidden[:, 0], loop.sequence, at, kind, numbers)
         token = jnp.where(loop.done, loop.token, token)
         remaining = loop.remaining - chunk.num_tokens
+        read = jnp.where(loop.done[:, None], 0, kv_buffer.occupancy(loop.buffer, loop.at) + 1)
         is_stop = jnp.any(token[:, None] == stop, axis=-1)
         loop = Loop(
             tuple(groups),
@@ -220,36 +221,38 @@ def decode_segment(
             remaining,
             loop.done | is_stop | (remaining <= 0),
             loop.evicted + jnp.concatenate(evicted),
-            loop.read + jnp.where(loop.done[:, None], 0, kv_buffer.occupancy(loop.buffer, loop.at) + 1),
+            loop.read + read,
+            jnp.maximum(loop.most, read),
         )
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
         logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, logprob[:, None], step, 1)
         return loop, _free(loop, limit), step + 1, tokens, logprobs, count + chunk.num_tokens
 
     loop, slots, _, tokens, logprobs, count = jax.lax.while_loop(goes_on, body, carry)
-    live = kv_buffer.occupancy(loop.buffer, loop.at)
     segment = Segment(
         tokens,
         logprobs,
         count,
         jnp.all(loop.done),
         _lacks_room(loop, slots) if eviction is None else jnp.zeros(len(slots), bool),
-        fullest(live),
-        jnp.sum(live, axis=(0, 2)),
+        fullest(kv_buffer.occupancy(loop.buffer, loop.at)),
         jnp.concatenate([fullest(group.length) for group in loop.buffer]),
     )
     return loop, partition.replicate(segment)
 
 
-def _write(group, new, slot, loop, eviction, limit):
-    """One key into its slot; the live keys that had to go for it are counted."""
-    lost = 0 * slot
+def _write(group, new, slot, done, at, eviction, limit):
+    """One key into its slot; live keys that are lost by it are counted. ``at`` is the next query."""
+    group, lost = kv_buffer.expire(group, new.local_end), 0 * slot
     if eviction is not None:
-        full = (slot == group.capacity) & ~loop.done[:, None]
-        slot = jnp.where(full, kv_buffer.slot_to_evict(group, eviction, loop.at, limit), slot)
+        # What a chunk would keep: of the keys that the next query can read, the new one among them.
+        slot = kv_buffer.free_slot(group, at, limit)
+        lives = (new.key_end[..., 0] > at[:, None]) & ~done[:, None]
+        full = (slot == group.capacity) & lives
+        slot = jnp.where(full, kv_buffer.slot_to_evict(group, new, eviction, at, limit), slot)
+        slot = jnp.where(lives, slot, group.capacity)
         lost = full.astype(jnp.int32)
-    slot = jnp.where(loop.done[:, None], group.capacity, slot)
-    return kv_buffer.write_token(kv_buffer.expire(group, new.local_end), new, slot), lost
+    return kv_buffer.write_token(group, new, jnp.where(done[:, None], group.capacity, slot)), lost
 
 
 def _free(loop: Loop, limit) -> tuple[jax.Array, ...]:
@@ -260,4 +263,3 @@ def _lacks_room(loop: Loop, slots) -> jax.Array:
     """bool ``[num_groups]``."""
     pairs = zip(loop.buffer, slots, strict=True)
     return jnp.stack([jnp.any((slot >= group.capacity) & ~loop.done[:, None]) for group, slot in pairs])
-

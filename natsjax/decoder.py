@@ -8,7 +8,6 @@ Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
 
 import dataclasses
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from natsjax import capacity, decode_loop, kv_buffer, partition
+from natsjax import capacity, decode_loop, kv_allocation, kv_buffer, partition
+from natsjax.capacity import Layout
 from natsjax.config import Config
 from natsjax.decode_loop import ReadChunk
 from natsjax.decode_step import Chunk, DecodingPolicy
@@ -25,7 +25,14 @@ from natsjax.kv_buffer import Eviction, KVBuffer
 from natsjax.loading import LoadedRun
 from natsjax.model import ModelStructure, model_structure
 from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy
+from natsjax.serving import serving_parameters
 from pallas_kernels.decode_attention import storage_format
+
+_PREFILL_GROWTH = 1.5
+"""While a prompt is read, capacities grow in large steps: few programs are compiled, and ``settle`` comes after."""
+
+_WORTH_COMPILING = 1.25
+"""A layout that is known is taken unless it allocates this many times as much as is wanted."""
 
 NO_LIMIT = int(np.iinfo(np.int32).max)
 """Slots of a head where nothing limits them."""
@@ -33,14 +40,17 @@ NO_LIMIT = int(np.iinfo(np.int32).max)
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSettings:
-    """How decoding uses the machine; none of it changes what is generated, but for ``max_kv``.
+    """How decoding uses the machine.
+
+    What is generated does not depend on it, but for ``max_kv``, and, where keys are evicted, ``chunk``: the tokens of a
+    chunk read what was kept before it and the chunk's own keys, and eviction comes behind it.
 
     Attributes:
       chunk: prompt tokens of a sequence that are read at once.
       segment: tokens that are drawn between two looks at the host, which streams, compacts and enlarges.
       block: capacities are multiples of it (slots).
       max_groups: layers are divided into at most so many groups of one capacity each.
-      max_kv: the most live keys of a head, hard; None: as many as the policy keeps.
+      max_kv: the most keys that a head keeps, hard (a query reads these and its own); None: what the policy keeps.
       eviction: what goes first where ``max_kv`` is reached (``policies.EVICTIONS``).
 
     Raises:
@@ -117,6 +127,7 @@ class Decoder:
         if is_dense and isinstance(self.policy, Nats):
             raise UserError("a dial reads the roles of tokens, and a model with dense attention has none.")
         check_mesh(mesh)
+        self._layouts: list[Layout] = []  # after prompts so far
         self.eviction: Eviction | None = None
         self.limit = NO_LIMIT
         if self.settings.max_kv is not None:
@@ -150,11 +161,11 @@ class Decoder:
           length: tokens that a sequence will have, at most, where that is known.
         """
         slots = self.settings.block
-        if isinstance(self.policy, IntervalPolicy) and length is not None:
+        if self.evicts_in_loop:  # not before the limit
+            slots = self.limit if length is None else min(length, self.limit)
+        elif isinstance(self.policy, IntervalPolicy) and length is not None:
             slots = most_live(self.policy, length, self.config.model.num_kv_heads)
-        elif isinstance(self.policy, ObservingPolicy) and self.policy.every_token:
-            slots = self.limit
-        slots = capacity.round_up(min(slots, self.limit), self.settings.block)
+        slots = capacity.round_up(slots, self.settings.block)
         layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
         with jax.set_mesh(self.mesh):
             evicted = self.put(np.zeros((layers, batch, heads), np.int32), None, "batch", "kv_heads")
@@ -193,7 +204,7 @@ class Decoder:
             eviction, need = self.eviction if evict else None, np.asarray(read.need)
             need = need if eviction is None else np.minimum(need, self.limit)
             if np.any(need > cache.capacities):
-                cache = self.enlarge(cache, need)
+                cache = self.enlarge(cache, need, _PREFILL_GROWTH)
             buffer, evicted = decode_loop.write_chunk(
                 cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
             )
@@ -201,24 +212,30 @@ class Decoder:
 
     # --- room ---
 
-    def enlarge(self, cache: Cache, need: np.ndarray) -> Cache:
+    def enlarge(self, cache: Cache, need: np.ndarray, growth: float = 1.0) -> Cache:
         """Larger capacities for the groups that have a layer without room; everything is kept.
+
+        Groups of the same capacity grow together, so that shapes stay few.
 
         Args:
           cache: its buffer is used up.
           need: int ``[num_layers]``, slots of each layer's fullest head.
+          growth: the least factor of a capacity that grows.
         """
-        first, slots = 0, []
-        for group in cache.buffer:
-            most = int(np.max(need[first : first + group.num_layers]))
-            slots.append(self._enlarged(most) if most > group.capacity else group.capacity)
-            if slots[-1] < most:  # the loop would stop here for ever
-                raise RuntimeError(f"{slots[-1]} slots were to hold {most} keys.")
-            first += group.num_layers
-        return self._move(cache, [group.num_layers for group in cache.buffer], slots)
+        layers = [group.num_layers for group in cache.buffer]
+        old = [group.capacity for group in cache.buffer]
+        most = [int(np.max(part)) for part in np.split(np.asarray(need), np.cumsum(layers)[:-1])]
+        slots = dict.fromkeys(old, 0)
+        for before, wanted in zip(old, most, strict=True):
+            if wanted > before:
+                slots[before] = max(slots[before], self._enlarged(max(wanted, int(growth * before))))
+        new = [slots[before] or before for before in old]
+        if any(after < wanted for after, wanted in zip(new, most, strict=True)):  # the loop would stop here for ever
+            raise RuntimeError(f"{new} slots were to hold {most} keys.")
+        return self._move(cache, layers, new)
 
     def settle(self, cache: Cache, need: np.ndarray, num_tokens: int) -> Cache:
-        """Groups and capacities for what comes after the prompt.
+        """Groups and capacities for what comes after the prompt; those of an earlier batch where they do.
 
         Args:
           cache: compacted; its buffer is used up.
@@ -228,12 +245,27 @@ class Decoder:
         if isinstance(self.policy, IntervalPolicy):
             return cache  # what it takes was known from the start
         # Evicting begins where there is no free slot: that must not be before the limit.
-        most = self.limit if self.evicts_in_loop else np.array([self._enlarged(int(n)) for n in need])
-        need = np.minimum(need + num_tokens, most)
-        layers = capacity.layer_groups(need, self.settings.max_groups)
-        bounds = np.cumsum([0, *layers])
-        slots = [int(np.max(need[a:b])) for a, b in itertools.pairwise(bounds)]
-        return self._move(cache, layers, [capacity.round_up(n, self.settings.block) for n in slots])
+        if self.evicts_in_loop:
+            need = np.minimum(need + num_tokens, self.limit)
+        else:  # also where few tokens come: a later batch may need a little more
+            need = np.array([self._enlarged(int(n)) for n in need])
+        layers, slots = self._layout(need)
+        return self._move(cache, list(layers), list(slots))
+
+    def _layout(self, need: np.ndarray) -> Layout:
+        """For these slots by layer: one that programs have been compiled for, unless it wastes too much."""
+        wanted = Layout.of(need, self.settings.max_groups, self.settings.block)
+        enough = [known for known in self._layouts if np.all(known.by_layer >= need)]
+        close = [known for known in enough if known.total <= _WORTH_COMPILING * wanted.total]
+        if close:
+            return min(close, key=lambda known: known.total)
+        if self._layouts:  # one that holds what the last one held, so that there are soon no new ones
+            both = Layout.of(
+                np.maximum(need, self._layouts[-1].by_layer), self.settings.max_groups, self.settings.block
+            )
+            wanted = both if both.total <= _WORTH_COMPILING * wanted.total else wanted
+        self._layouts.append(wanted)
+        return wanted
 
     def evict(self, cache: Cache) -> Cache:
         """Cuts an ``ObservingPolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
@@ -262,9 +294,15 @@ class Decoder:
         return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.evicts_in_loop else slots
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
+        """Everything in other groups; where these are the same, nothing moves."""
+        if np.array_equal(np.repeat(slots, layers), cache.capacities) and len(layers) == len(cache.buffer):
+            return cache
         with jax.set_mesh(self.mesh):
             target = self.allocate(layers, slots, cache.num_tokens.shape[0])
-            return cache._replace(buffer=_regroup(cache.buffer, target))
+            moved = cache._replace(buffer=_regroup(cache.buffer, target))
+        for array in jax.tree.leaves(cache.buffer):
+            array.delete()  # as soon as it has been read
+        return moved
 
     def allocate(self, layers: list[int], slots: list[int], batch: int) -> KVBuffer:
         """An empty buffer: layers and slots of each group, and sequences."""
@@ -312,7 +350,7 @@ _need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_bu
 _forget = functools.partial(jax.jit, donate_argnames=("buffer",))(
     lambda buffer: tuple(dataclasses.replace(group, mass=0 * group.mass) for group in buffer)
 )
-_regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_buffer.regroup)
+_regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_allocation.regroup)
 _empty = functools.partial(
     jax.jit,
     static_argnames=(
@@ -326,7 +364,7 @@ _empty = functools.partial(
         "block",
         "observed",
     ),
-)(kv_buffer.empty)
+)(kv_allocation.empty)
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -350,28 +388,3 @@ def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
         ended = np.bincount(np.minimum(end, length), minlength=length + 1)
         most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
     return most
-
-
-def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """Parameters as ``serving_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
-    layout = serving_layout(model, config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, layout)
-    cast = jax.jit(lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), p, layout), out_shardings=shardings)
-    with jax.set_mesh(mesh):
-        return cast(parameters)
-
-
-def serving_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """The layout and, where that is how they are used, the dtype of the forward pass; scorer and norms stay float32.
-
-    Returns:
-      Nested dict of ``jax.ShapeDtypeStruct`` with shardings.
-    """
-    wide = ("scorer", "scale")
-
-    def place(path, x, axes):
-        is_wide = any(getattr(key, "key", None) in wide for key in path)
-        sharding = NamedSharding(mesh, partition.compute_spec(axes))
-        return jax.ShapeDtypeStruct(x.shape, "float32" if is_wide else config.model.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, model.parameters, model.axes)

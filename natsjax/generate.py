@@ -196,19 +196,33 @@ def run(
         printer.begin()
         for first in range(0, len(ids), batch_size):
             part = slice(first, first + batch_size)
-            found = decode.generate(
-                decoder,
-                ids[part],
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop_tokens=sorted(stop),
-                on_tokens=printer.of_batch(first),
-                first_sequence=first,
-            )
+            with _sentence_where_memory_ends():
+                found = decode.generate(
+                    decoder,
+                    ids[part],
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    stop_tokens=sorted(stop),
+                    on_tokens=printer.of_batch(first),
+                    first_sequence=first,
+                )
             batches.append(found)
             write(_records(tokenizer, prompts[part], ids[part], found))
     texts = None if tokenizer is None else [tokenizer.decode(tokens) for batch in batches for tokens in batch.tokens]
     return Generated(ids, texts, total(batches), batches, cast(Policy, decoder.policy), notes)
+
+
+@contextlib.contextmanager
+def _sentence_where_memory_ends() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the memory of the devices is too small for this: make --batch_size, --max_new_tokens or --chunk smaller, "
+            "keep fewer keys (--dial, --max_kv), or take more devices (--mesh)."
+        ) from error
 
 
 def _default_mesh(config: Config) -> MeshConfig | None:

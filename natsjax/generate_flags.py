@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -14,6 +13,8 @@ from natsjax.errors import UserError
 from natsjax.partition import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
 from natsjax.sampling import Sampling
+
+_MOST_DIAL = 1e6  # logits are of order 1 to 10
 
 READING = Sampling(temperature=0.8)
 """How the command draws unless it is told otherwise: text to read; greedy text soon repeats itself."""
@@ -125,7 +126,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="devices: data and fsdp divide the batch, tensor the heads; -1: the rest (default: as the run was "
         "trained, where there are as many devices, else all along fsdp)",
     )
-    add("--chunk", type=int, metavar="N", help=f"prompt tokens read at once (default: {DecodeSettings().chunk})")
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help=f"prompt tokens read at once; evicting comes behind them (default: {DecodeSettings().chunk})",
+    )
     add(
         "--block",
         type=int,
@@ -225,8 +231,8 @@ def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy 
       >>> parse_policy("streaming_llm:4,60")
       StreamingLLM(num_sinks=4, window=60)
     """
-    if dial is not None and not math.isfinite(dial):
-        raise UserError(f"--dial={dial}: a finite number was expected.")
+    if dial is not None and not abs(dial) <= _MOST_DIAL:
+        raise UserError(f"--dial={dial}: a number between -{_MOST_DIAL:g} and {_MOST_DIAL:g} was expected.")
     if text is None:
         return None if dial is None else Nats(dial)
     name, colon, rest = text.partition(":")

@@ -13,15 +13,14 @@ Axis letters: ``l`` layer of a group, ``b`` batch, ``k`` KV head, ``c`` slot, ``
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from natsjax import capacity as capacities
 from natsjax import partition
-from pallas_kernels.decode_attention import Format, Storage
+from pallas_kernels.decode_attention import Storage
 from pallas_kernels.nats_attention import NO_END
 
 AXES: dict[int, partition.Axes] = {
@@ -132,46 +131,6 @@ class Eviction(Protocol):
         ...
 
 
-def empty(
-    num_layers: Sequence[int],
-    capacity: Sequence[int],
-    *,
-    batch: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: Any,
-    format: Format,
-    block: int,
-    observed: bool = False,
-) -> KVBuffer:
-    """A buffer without keys.
-
-    Args:
-      num_layers, capacity: layers and slots of each group; slots are a multiple of ``block``.
-      batch: sequences.
-      num_kv_heads: k.
-      head_dim: h.
-      dtype: of keys and values.
-      format: how they lie in memory (``decode_attention.storage_format``).
-      block: slots that are read together, at least.
-      observed: with ``mass``.
-    """
-
-    def group(layers: int, slots: int) -> LayerGroup:
-        shape = (layers, batch, num_kv_heads, slots)
-        storage_block = capacities.storage_block(slots, block)
-        group = LayerGroup(
-            Storage.empty((*shape, head_dim), dtype, format, storage_block),
-            jnp.zeros(shape, jnp.int32),
-            jnp.zeros(shape, jnp.int32),
-            jnp.zeros(shape[:3], jnp.int32),
-            jnp.zeros(shape, jnp.float32) if observed else None,
-        )
-        return jax.tree.map(lambda x: partition.reshard(x, *AXES[x.ndim]), group)
-
-    return tuple(group(layers, slots) for layers, slots in zip(num_layers, capacity, strict=True))
-
-
 @by_shard
 def expire(group: LayerGroup, local_end: jax.Array) -> LayerGroup:
     """Sets the end of the LOCAL keys that were waiting for it.
@@ -206,16 +165,32 @@ def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 @by_shard
-def slot_to_evict(group: LayerGroup, eviction: Eviction, at: jax.Array, limit: jax.Array) -> jax.Array:
-    """The slot whose key goes first: int32 ``[l, b, k]``; arguments as in ``free_slot``."""
-    slot = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3)
+def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.Array, limit: jax.Array) -> jax.Array:
+    """The slot of the key that goes first where all are live, the capacity where that is the new one.
+
+    Args:
+      group: of the buffer, after ``expire``.
+      new: with one token (t = 1).
+      eviction: the rule.
+      at: int32 ``[b]``, index of the next query.
+      limit: int32 scalar: only slots before it count.
+
+    Returns:
+      int32 ``[l, b, k]``.
+    """
 
     def layer(arrays):
         key_position, key_end, mass = arrays
         return eviction.order(key_position, key_end, mass, at[:, None, None])
 
-    candidates = slot < limit
-    for key in jax.lax.map(layer, (group.key_position, group.key_end, group.mass)):
+    def with_new(x, y):
+        return None if x is None or y is None else jnp.concatenate([x, y], axis=-1)
+
+    pairs = ((group.key_position, new.key_position), (group.key_end, new.key_end), (group.mass, new.mass))
+    keys = jax.lax.map(layer, tuple(with_new(*pair) for pair in pairs))
+    slot = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, 3)
+    candidates = (slot < limit) | (slot == group.capacity)
+    for key in keys:
         key = jnp.where(candidates, key, _highest(key.dtype))
         candidates &= key == jnp.min(key, axis=-1, keepdims=True)
     return jnp.min(jnp.where(candidates, slot, group.capacity), axis=-1)
@@ -345,66 +320,6 @@ def _rank(order: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:
     return jnp.argsort(sorted_slots, axis=-1)
 
 
-@by_shard
-def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.Array, count: jax.Array) -> LayerGroup:
-    """``target`` with ``count`` layers of ``source``, from ``start``, put from ``first`` on; slots beyond are cut."""
-
-    def fit(x, axis):
-        missing = target.capacity - x.shape[axis]
-        widths = [(0, max(missing, 0)) if n == axis else (0, 0) for n in range(x.ndim)]
-        return jax.lax.slice_in_dim(jnp.pad(x, widths), 0, target.capacity, axis=axis)
-
-    def step(n, target):
-        def put(x, y):
-            if x is None:
-                return None
-            y = jax.lax.dynamic_index_in_dim(y, start + n, 0, keepdims=False)
-            y = y if y.ndim == 2 else fit(y, 2)
-            return jax.lax.dynamic_update_index_in_dim(x, y, first + n, 0)
-
-        keys, values = (fit(x, 2) for x in source.storage.layer(start + n))
-        return LayerGroup(
-            target.storage.set_layer(first + n, keys, values),
-            put(target.key_position, source.key_position),
-            put(target.key_end, source.key_end),
-            put(target.length, source.length),
-            put(target.mass, source.mass),
-        )
-
-    return jax.lax.fori_loop(0, count, step, target)
-
-
-def regroup(buffer: KVBuffer, target: KVBuffer) -> KVBuffer:
-    """All slots in other groups, of other capacities.
-
-    Args:
-      buffer: ``length`` nowhere above the capacity that its layer gets (``compact`` it first).
-      target: an empty one, of as many layers.
-    """
-    result, first = [], 0
-    for group in target:
-        at = 0  # layers before the source
-        for source in buffer:
-            begin, end = max(first, at), min(first + group.num_layers, at + source.num_layers)
-            if begin < end:
-                numbers = (jnp.int32(n) for n in (begin - first, begin - at, end - begin))
-                group = _move(source, group, *numbers)
-            at += source.num_layers
-        result.append(group)
-        first += group.num_layers
-    return tuple(result)
-
-
 def occupancy(buffer: KVBuffer, at: jax.Array) -> jax.Array:
     """Live slots of every layer and head: int32 ``[num_layers, b, k]``; ``at`` is int32 ``[b]``, the next query."""
     return jnp.concatenate([need(group, None, at) for group in buffer])
-
-
-def allocated_slots(buffer: KVBuffer) -> int:
-    """Slots of all layers, sequences and heads."""
-    return sum(group.key_end.size for group in buffer)
-
-
-def allocated_bytes(buffer: KVBuffer) -> int:
-    """What keys, values and the numbers beside them take, on all devices together."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(buffer))

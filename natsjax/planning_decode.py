@@ -21,6 +21,7 @@ from natsjax import (
     capacity,
     decode_loop,
     hardware,
+    kv_allocation,
     kv_buffer,
     partition,
     planning,
@@ -31,7 +32,7 @@ from natsjax import (
 )
 from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
-from natsjax.decoder import DecodeSettings, check_mesh, serving_layout
+from natsjax.decoder import DecodeSettings, check_mesh
 from natsjax.errors import UserError
 from natsjax.hardware import Topology
 from natsjax.kv_buffer import KVBuffer
@@ -40,6 +41,7 @@ from natsjax.planning import Roofline, bytes_on_device
 from natsjax.policies import FullAttention, Nats
 from natsjax.program_costs import Collective
 from natsjax.program_text import Instruction, Program
+from natsjax.serving import serving_layout
 from pallas_kernels.decode_attention import storage_format
 
 _SEQUENCES = 16
@@ -78,7 +80,7 @@ class DecodeMemory(NamedTuple):
     """Bytes on the fullest device.
 
     Attributes:
-      parameters: as they are used (``decoder.serving_layout``), a copy for each replica.
+      parameters: as they are used (``serving.serving_layout``), a copy for each replica.
       buffer: keys, values and the numbers beside them.
       temporaries: the rest of what the compiler allocates: weights in another layout, activations, results, padding.
       program: the code.
@@ -290,7 +292,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
     model = config.model
     with jax.set_mesh(mesh):
         empty = functools.partial(
-            kv_buffer.empty,
+            kv_allocation.empty,
             [model.num_layers],
             [slots],
             batch=batch,
@@ -322,6 +324,7 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
         "done": _array(mesh, (batch,), jnp.bool, "batch"),
         "evicted": _array(mesh, (layers, batch, heads), jnp.int32, None, "batch", "kv_heads"),
         "read": _array(mesh, (layers, batch, heads), jnp.float32, None, "batch", "kv_heads"),
+        "most": _array(mesh, (layers, batch, heads), jnp.int32, None, "batch", "kv_heads"),
     }
     loop = Loop(buffer, **arrays)
     greedy = sampling.Sampling()

@@ -385,7 +385,7 @@ class SnapKV(ObservingPolicy):
 
 @policy
 class SoonestEnd:
-    """The key whose last reader comes first; of those without an end the oldest, the first of the sequence last."""
+    """The key whose last reader comes first: SLIDING, LOCAL, GLOBAL; of those alike the oldest, the first one last."""
 
     def order(
         self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array

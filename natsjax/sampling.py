@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from natsjax import partition
 from natsjax.errors import UserError
 
+_COLDEST = 1e-30
+"""Temperatures below are 0: float32 would have none of their quotients."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -39,7 +42,7 @@ class Sampling:
 
     def __post_init__(self):
         for name, value, fits, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more, and finite"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and up to 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -52,7 +55,8 @@ class Sampling:
     def kind(self) -> "Kind":
         """What has to be compiled for it."""
         is_filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return Kind(self.temperature == 0, is_filtered and self.temperature > 0)
+        is_greedy = self.temperature < _COLDEST
+        return Kind(is_greedy, is_filtered and not is_greedy)
 
     @property
     def numbers(self) -> "Numbers":
@@ -117,7 +121,7 @@ def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
     """One token from logits ``[v]``."""
     key = jax.random.key(numbers.seed)
     key = jax.random.fold_in(jax.random.fold_in(key, sequence), index)
-    scaled = (logits - jnp.max(logits)) / numbers.temperature  # never inf, however cold
+    scaled = (logits - jnp.max(logits)) / numbers.temperature
     if not kind.is_filtered:
         return jax.random.categorical(key, scaled).astype(jnp.int32)
     scaled, ids = jax.lax.top_k(scaled, scaled.shape[0])

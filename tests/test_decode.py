@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import kv_buffer
+from natsjax import decode_loop, kv_allocation, kv_buffer
 from natsjax.decode import generate, prefill, unpad
+from natsjax.decode_step import Chunk
 from natsjax.decoder import DecodeSettings, most_live
 from natsjax.errors import UserError
 from natsjax.policies import (
@@ -172,7 +173,7 @@ def test_max_kv_evicts_by_its_rule_and_counts():
     rows = decoding.prompts([40, 7])
     used = dataclasses.replace(decoding.SMALL, max_kv=6)
     found = generate(decoding.decoder(DENSE, DENSE_PARAMETERS, settings=used), rows, max_new_tokens=20)
-    assert found.kv_live_max == 6
+    assert found.kv_live <= found.kv_live_max == 7  # and its own
     assert found.capacities == [16] * 3
     heads = 3 * 2
     assert found.evicted == heads * ((40 + 19 - 6) + (7 + 19 - 6))
@@ -185,6 +186,53 @@ def test_max_kv_evicts_by_its_rule_and_counts():
         x = x[len(row) - 1 : len(row) + 19].astype(np.float64)
         x -= np.log(np.exp(x).sum(-1, keepdims=True))
         assert np.abs(x[np.arange(20), new] - logprobs).max() <= TOLERANCE * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("eviction", ["soonest_end", "oldest"])
+@pytest.mark.parametrize("policy", [Nats(0.5), StreamingLLM(4, 0), StreamingLLM(3, 4)], ids=lambda policy: str(policy))
+def test_the_loop_evicts_what_a_chunk_would(policy, eviction):
+    """Token by token through the loop, and the same tokens through chunks of one: the same keys stay."""
+    used = dataclasses.replace(decoding.SMALL, max_kv=4, eviction=eviction, chunk=1)
+    rows = decoding.prompts([9, 2])
+    decoder = decoding.decoder(CONFIG, PARAMETERS, policy, used)
+    found = generate(decoder, rows, max_new_tokens=25)
+    whole = [row + new[:-1] for row, new in zip(rows, found.tokens, strict=True)]  # the last one is not read
+    _, cache = decoding.chunked_logits(decoder, whole, 1)
+    assert found.evicted == int(np.asarray(cache.evicted).sum())
+    again = generate(decoder, [row[:-1] for row in whole[:1]], max_new_tokens=2)
+    assert again.tokens[0] == found.tokens[0][-2:]
+    assert (found.evicted == 0) == (policy == StreamingLLM(4, 0))
+
+
+def test_programs_are_few():
+    """Prompts whose heads need about alike share what was compiled for the first."""
+    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=dataclasses.replace(decoding.SMALL, block=8))
+    generate(decoder, decoding.prompts([100] * 4, seed=0), max_new_tokens=6)
+    before = decode_loop.decode_segment._cache_size()
+    for seed in range(1, 6):
+        generate(decoder, decoding.prompts([100] * 4, seed=seed), max_new_tokens=6)
+    assert decode_loop.decode_segment._cache_size() - before <= 2
+
+
+def test_memory_of_a_chunk_grows_with_the_chunk_and_the_slots():
+    """Not with their product, nor with the prompt, which the program does not know."""
+
+    def temporaries(chunk, slots):
+        decoder = decoding.decoder(CONFIG, PARAMETERS)
+        with jax.set_mesh(decoder.mesh):
+            buffer = decoder.allocate([3], [slots], 1)
+            rows = decoder.put_rows(np.zeros(1))
+            part = Chunk(decoder.put(np.zeros((1, chunk)), "batch", "sequence"), rows, rows, rows)
+            lowered = decode_loop.read_chunk.lower(
+                decoder.parameters, buffer, part, Nats(), structure=decoder.structure, count_live=False
+            )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    small, long, both = temporaries(64, 1024), temporaries(64, 8192), temporaries(512, 8192)
+    slot = 2 * 2 * 8 * 4  # bytes of the keys and values of both heads
+    assert long - small <= 8 * 7168 * slot
+    assert both <= 8 * (8192 + 512) * slot + 512 * 4 * 1024  # scores of a block alone
+    assert both < 512 * 8192 * 4 * 4 / 2
 
 
 def test_a_limit_that_is_never_reached_changes_nothing():
@@ -202,7 +250,7 @@ def test_observing_policies_keep_their_number(policy):
     assert [len(new) for new in found.tokens] == [20, 20]
     heads = 3 * 2
     if policy.every_token:
-        assert found.kv_live_max == 6
+        assert found.kv_live <= found.kv_live_max == 7
         assert found.capacities == [16] * 3
         assert found.evicted == heads * (40 + 19 - 6 + 9 + 19 - 6)
     else:  # the prompt alone is cut down
@@ -349,7 +397,7 @@ def test_memory_is_what_lives_and_not_what_was_seen():
     dense = 4 * 2 * 8192 * slot
     assert taken <= 1.3 * live.max() * 4 * 2 * slot
     assert taken <= 0.25 * dense
-    assert kv_buffer.allocated_bytes(cache.buffer) <= taken
+    assert kv_allocation.allocated_bytes(cache.buffer) <= taken
 
 
 def _bias_for_a_tenth(config, parameters):

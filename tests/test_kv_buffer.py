@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import capacity, kv_buffer
+from natsjax import capacity, kv_allocation, kv_buffer
 from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.policies import H2O, Oldest, SnapKV, SoonestEnd
 from pallas_kernels.decode_attention.storage import FORMATS
@@ -20,7 +20,7 @@ LAYERS, BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 2, 4, 4
 
 
 def empty(slots=8, layers=(LAYERS,), format="transposed", observed=False):
-    return kv_buffer.empty(
+    return kv_allocation.empty(
         layers,
         [slots] * len(layers),
         batch=BATCH,
@@ -144,7 +144,7 @@ def test_regrouping_keeps_every_slot():
     before = live_of(tuple(filled), 5)
     assert len(before) == 6 * BATCH * HEADS
     for layers, slots in (((6,), (16,)), ((2, 4), (8, 12)), ((4, 1, 1), (8, 16, 8))):
-        target = kv_buffer.empty(
+        target = kv_allocation.empty(
             layers,
             slots,
             batch=BATCH,
@@ -154,7 +154,7 @@ def test_regrouping_keeps_every_slot():
             format="transposed",
             block=BLOCK,
         )
-        moved = jax.jit(kv_buffer.regroup)(tuple(filled), target)
+        moved = jax.jit(kv_allocation.regroup)(tuple(filled), target)
         assert [group.capacity for group in moved] == list(slots)
         assert live_of(moved, 5) == before
 
@@ -193,9 +193,10 @@ def test_eviction_leaves_the_limit_and_counts_what_went(limit):
     assert {tuple(sorted(keys)) for keys in live_of((group,), 6).values()} == {tuple(kept)}
     assert np.all(np.asarray(evicted) == 6 - limit)
     # One more token: the oldest but the first makes room.
-    slot = kv_buffer.slot_to_evict(group, Oldest(), at, jnp.int32(limit))
-    group = kv_buffer.write_token(group, new_keys(6, np.full((LAYERS, BATCH, HEADS, 1), NO_END)), slot)
-    kept = [0, *range(8 - limit, 7)] if limit > 1 else [6]
+    new = new_keys(6, np.full((LAYERS, BATCH, HEADS, 1), NO_END))
+    slot = kv_buffer.slot_to_evict(group, new, Oldest(), at + 1, jnp.int32(limit))
+    group = kv_buffer.write_token(group, new, slot)
+    kept = [0, *range(8 - limit, 7)]  # with room for one, that is the first, and the new one goes
     assert {tuple(sorted(keys)) for keys in live_of((group,), 7).values()} == {tuple(kept)}
 
 

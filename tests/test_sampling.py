@@ -70,9 +70,10 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert np.all(draw(Sampling(), 3, np.array([0.0, 2.0, 2.0], np.float32))[0] == 1)
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-38])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-29, 1e-38, 1e-46])
 def test_very_cold_is_greedy(temperature):
-    assert np.all(draw(Sampling(temperature=temperature), 20)[0] == 1)
+    for filters in ({}, {"top_k": 3}, {"min_p": 0.1}):
+        assert np.all(draw(Sampling(temperature=temperature, **filters), 20)[0] == 1)
 
 
 def test_draws_are_those_of_the_sequence_and_the_seed():
