@@ -1,5 +1,6 @@
 """What compiles takes most of the suite's time, so a test run keeps compiled programs, and its processes share them."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,6 +21,16 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_given_up():
+    """Behind each file of tests: a process may map no more than 65530 pieces of memory, and each program takes many."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
