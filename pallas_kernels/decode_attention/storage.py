@@ -21,9 +21,6 @@ import jax.numpy as jnp
 Format = Literal["transposed", "packed", "plain"]
 FORMATS: tuple[Format, ...] = ("transposed", "packed", "plain")
 
-NUM_AXES = 6
-"""Of every array: ``[l, j, b, k, …]``."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
