@@ -18,8 +18,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from natsjax import processes
-from natsjax.config import Config, nearest
+from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.settings import nearest
 
 _OVERRIDE = "--config."
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"

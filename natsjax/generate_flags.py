@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from natsjax.config import MeshConfig, nearest
+from natsjax.config import MeshConfig
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError
 from natsjax.partition import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
 from natsjax.sampling import Sampling
+from natsjax.settings import nearest
 
 _MOST_DIAL = 1e6  # logits are of order 1 to 10
 

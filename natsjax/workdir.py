@@ -25,8 +25,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from natsjax.config import Config, differences
+from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.settings import differences
 
 EXPORT_FORMAT = 1
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
-    ("errors", "config", "process_line", "processes", "command_line"),
+    ("errors", "settings", "config", "process_line", "processes", "command_line"),
     ("hardware", "program_text", "program_costs", "program_flow"),
     ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
     ("layers", "model", "capacity", "kv_buffer", "kv_allocation", "policies"),
