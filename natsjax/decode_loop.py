@@ -106,8 +106,7 @@ def first_token(
 
 
 def _next_token(model: Transformer, hidden, sequence, index, kind, numbers):
-    logits = jnp.einsum("bd,vd->bv", hidden, model.output_weight(), preferred_element_type=jnp.float32)
-    return sampling.sample(logits, sequence, index, kind, numbers)
+    return sampling.sample(model.logits(hidden), sequence, index, kind, numbers)
 
 
 class Loop(NamedTuple):

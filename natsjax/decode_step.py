@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax import partition, token_types
+from natsjax.config import ATTENTION_KINDS, Config
+from natsjax.attention import RoleChoice
 from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
-from natsjax.model import Block, RoleChoice, Transformer
+from natsjax.model import Block, Transformer
 from natsjax.policies import IntervalPolicy, Nats, ObservingPolicy
 from pallas_kernels.decode_attention import decode_attention, observed_attention
 from pallas_kernels.nats_attention import GLOBAL, LOCAL, NO_END, SLIDING, interval_attention, key_end_from_roles
@@ -81,6 +83,7 @@ def forward_chunk(
     """
     positions = chunk.begin[:, None] + jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
     structure, layers = nnx.split(model.blocks)
+    kinds = jnp.array([ATTENTION_KINDS.index(kind) for kind in model.config.model.layer_kinds], jnp.int32)
     x = model.embed(chunk.tokens)
     new, live, first = [], [], 0
     for group in buffer:
@@ -91,7 +94,8 @@ def forward_chunk(
             role_ids = chunk.role_ids
             if role_ids is not None:
                 role_ids = jax.lax.dynamic_index_in_dim(role_ids, first + number, 0, keepdims=False)
-            return _block(block, x, positions, group, number, chunk, policy, role_ids, count_live)
+            kind = kinds[first + number]
+            return _block(block, x, positions, group, number, kind, chunk, policy, role_ids, count_live)
 
         x, (written, read) = jax.lax.scan(layer, x, jnp.arange(group.num_layers, dtype=jnp.int32))
         new.append(written)
@@ -100,8 +104,8 @@ def forward_chunk(
     return Reads(model.final_norm(x), tuple(new), jnp.concatenate(live) if count_live else None)
 
 
-def _block(block: Block, x, positions, group, layer, chunk, policy, role_ids, count_live):
-    """``Block.__call__`` with the attention over the buffer and the chunk."""
+def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_ids, count_live):
+    """``Block.__call__`` with the attention over the buffer and the chunk; ``kind`` is traced."""
     attention = block.attention
     normed = block.attention_norm(x)
     query, key, value = attention.project(normed, positions)
@@ -115,11 +119,24 @@ def _block(block: Block, x, positions, group, layer, chunk, policy, role_ids, co
         end = policy.key_end(positions, attention.config.model.num_kv_heads)
     else:
         end = jnp.full_like(positions, NO_END)[:, None]
-    window = min(attention.config.nats.window, _LONGEST_WINDOW)
+    ids, end, window = _by_kind(kind, attention.config, positions, ids, end)
     is_observed = isinstance(policy, ObservingPolicy)
     out, new, live = _attend(query, key, value, ids, end, group, layer, chunk, window, is_observed, count_live)
     x = x + attention.merge(out)
     return x + block.mlp(block.mlp_norm(x)), (new, live)
+
+
+def _by_kind(kind, config: Config, positions, ids, end):
+    """Roles, ends and the window of SLIDING keys, as the kind of the layer says."""
+    model = config.model
+    window, sliding = (min(w, _LONGEST_WINDOW) for w in (config.nats.window, model.sliding_window))
+    is_dense, is_sliding = (kind == ATTENTION_KINDS.index(name) for name in ("dense", "sliding"))
+    if ids is not None and set(model.pattern) != {"nats"}:
+        ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
+        window = jnp.where(is_sliding, sliding, window)
+    if end is not None and "sliding" in model.pattern:
+        end = jnp.where(is_sliding, jnp.minimum(end, positions[:, None] + sliding + 1), end)
+    return ids, end, window
 
 
 def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observed, count_live):
@@ -127,7 +144,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
     slots, structure = jax.tree.flatten(group)
     numbers = (chunk.begin, chunk.num_tokens, chunk.observed_from)
 
-    def on_device(query, key, value, ids, end, layer, index, count, observed_from, *slots):
+    def on_device(query, key, value, ids, end, layer, window, index, count, observed_from, *slots):
         group: LayerGroup = jax.tree.unflatten(structure, slots)
         step = jnp.arange(query.shape[1], dtype=jnp.int32)
         positions, is_token = index[:, None] + step, step < count[:, None]
@@ -194,12 +211,15 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
         by_head,
         ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None),
         (),
+        (),
         *(("batch",),) * 3,
         *(AXES[x.ndim] for x in slots),
     )
     out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
     out_axes += [by_head] * (2 * is_observed + count_live)
-    out, *rest = partition.shard_map(on_device, axes, out_axes)(query, key, value, ids, end, layer, *numbers, *slots)
+    out, *rest = partition.shard_map(on_device, axes, out_axes)(
+        query, key, value, ids, end, layer, jnp.int32(window), *numbers, *slots
+    )
     live = rest.pop() if count_live else None
     return out, NewKeys(*rest), live
 

@@ -119,7 +119,7 @@ class Decoder:
         policy: DecodingPolicy | None = None,
         settings: DecodeSettings | None = None,
     ):
-        is_dense = config.model.attention == "dense"
+        is_dense = not config.model.has_roles
         self.config, self.structure, self.mesh = config, model.structure, mesh
         self.vocab_size = model.parameters["embedding"].shape[0]
         self.policy = policy if policy is not None else FullAttention() if is_dense else Nats()

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy plus what the kept KV costs."""
+"""The training loss: cross-entropy, with a z-loss where one is asked for, plus what the kept KV costs."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax import token_types
+from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config
-from natsjax.model import Inputs, RoleChoice
+from natsjax.role_statistics import RoleSums, role_sums
 from natsjax.vocabulary_loss import loss_totals
 
 Batch = dict[str, jax.Array]
@@ -38,15 +39,21 @@ class LossSums(NamedTuple):
 
     Attributes:
       nll: float32 scalar, negative log-likelihood of the predicted tokens, nats.
+      z_loss: float32 scalar, squared logarithms of their softmaxes' denominators.
       correct: float32 scalar, predicted tokens whose most likely token is right.
       lifetime: float32 ``[l, k]``, key-query pairs.
-      role_counts: float32 ``[l, k, 3]``, tokens that are not padding.
+      entropy: float32 ``[l, k]``, of the scorer's softmax, over tokens that are not padding, nats.
+      forced: float32 scalar, first tokens of documents.
+      roles: ``role_statistics.RoleSums``.
     """
 
     nll: jax.Array
+    z_loss: jax.Array
     correct: jax.Array
     lifetime: jax.Array
-    role_counts: jax.Array
+    entropy: jax.Array
+    forced: jax.Array
+    roles: RoleSums
 
 
 def batch_totals(batch: Batch) -> BatchTotals:
@@ -64,9 +71,16 @@ def model_inputs(batch: Batch) -> Inputs:
 
 
 def loss(
-    parameters, structure: nnx.GraphDef, config: Config, batch: Batch, totals: BatchTotals, noise_key, kv_price
+    parameters,
+    structure: nnx.GraphDef,
+    config: Config,
+    batch: Batch,
+    totals: BatchTotals,
+    noise_key,
+    kv_price,
+    temperature=None,
 ) -> tuple[jax.Array, LossSums]:
-    """A microbatch's share of ``cross_entropy + kv_price * kv_fraction``; shares add up to the batch's loss.
+    """A microbatch's share of ``cross_entropy + z_loss + kv_price * kv_fraction``; shares add up to the batch's loss.
 
     Args:
       parameters: nested dict of arrays.
@@ -76,21 +90,33 @@ def loss(
       totals: of the whole batch.
       noise_key: for the roles of this microbatch.
       kv_price: float32 scalar, nats per token per unit of KV fraction.
+      temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
 
     Returns:
       ``(loss, sums)``.
     """
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(model_inputs(batch), RoleChoice(noise_key=noise_key))
-    totals_here = loss_totals(x, model.output_weight(), batch["targets"], batch["loss_weight"])
-    sums = LossSums(
-        nll=totals_here.nll,
-        correct=totals_here.correct,
-        lifetime=roles.lifetime,
-        role_counts=_role_counts(roles.ids, batch["document_end"] > 0),
+    x, roles = model.hidden(model_inputs(batch), RoleChoice(noise_key=noise_key, temperature=temperature))
+    predicted = loss_totals(
+        x,
+        model.output_weight(),
+        batch["targets"],
+        batch["loss_weight"],
+        softcap=config.model.final_logit_softcap,
+        z_loss=config.optimizer.z_loss,
     )
-    share = sums.nll / jnp.maximum(totals.loss_weight, 1)
-    if config.model.attention == "nats":
+    is_first = (batch["positions"] == 0) & (batch["document_end"] > 0)
+    sums = LossSums(
+        nll=predicted.nll,
+        z_loss=predicted.z_loss,
+        correct=predicted.correct,
+        lifetime=roles.lifetime,
+        entropy=roles.entropy,
+        forced=jnp.sum(is_first, dtype=jnp.float32),
+        roles=role_sums(roles.ids, batch["positions"], batch["document_end"], config),
+    )
+    share = predicted.loss / jnp.maximum(totals.loss_weight, 1)
+    if config.model.has_roles:
         share += kv_price * kv_fraction(sums.lifetime, totals)
     return share, sums
 
@@ -98,9 +124,3 @@ def loss(
 def kv_fraction(lifetime: jax.Array, totals: BatchTotals) -> jax.Array:
     """Live key-query pairs over causal ones: float32 scalar, in (0, 1]; ``lifetime [l, k]``."""
     return jnp.sum(lifetime) / (totals.causal_pairs * lifetime.size)
-
-
-def _role_counts(ids: jax.Array, valid: jax.Array) -> jax.Array:
-    """float32 ``[l, k, 3]`` from int8 ``[l, b, k, s]`` and bool ``[b, s]``."""
-    roles = jnp.arange(token_types.NUM_ROLES, dtype=jnp.int8)
-    return jnp.sum((ids[..., None] == roles) & valid[None, :, None, :, None], axis=(1, 3), dtype=jnp.float32)

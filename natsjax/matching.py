@@ -118,8 +118,8 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
       UserError: somebody asked for one that cannot be.
     """
     asked = config.eval.budgets if asked is None else asked
-    if config.model.attention == "nats":
-        smallest = token_types.smallest_kv_fraction(pieces, config.nats.window)
+    if config.model.has_roles:
+        smallest = token_types.smallest_model_kv_fraction(config, pieces)
         why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
         if asked:
             return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})

@@ -17,7 +17,7 @@ from natsjax.data import Row
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import Cache, Decoder, DecodeSettings
 from natsjax.loading import LoadedRun
-from natsjax.measure import Measurement, sum_by_document
+from natsjax.measure import Measurement, sum_by_document, sum_by_position
 from natsjax.policies import ObservingPolicy
 from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import NO_END
@@ -78,6 +78,7 @@ def measure_decoding(
     valid = contexts["document_end"] > 0
     return Measurement(
         documents=sum_by_document(contexts, nll, correct, run.data.vocabulary.token_bytes),
+        positions=sum_by_position(contexts, nll, correct),
         live_pairs=pairs,
         live_max=most,
         causal_pairs=int(np.sum(contexts["positions"] + 1, where=valid, dtype=np.int64)),
@@ -117,4 +118,5 @@ def _read(decoder: Decoder, cache: Cache, inputs, targets, count, first: int):
 
 @functools.partial(jax.jit, static_argnames="structure")
 def _score(parameters, hidden, targets, *, structure):
-    return token_losses(hidden, nnx.merge(structure, parameters).output_weight(), targets)
+    model = nnx.merge(structure, parameters)
+    return token_losses(hidden, model.output_weight(), targets, softcap=model.config.model.final_logit_softcap)

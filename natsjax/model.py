@@ -1,6 +1,7 @@
 """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One ``lax.scan`` runs over the layers, whose parameters carry a leading axis ``l``. Nothing is mutated in a call:
+One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.attention``); their parameters carry a
+leading axis ``l``. Nothing is mutated in a call:
 noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
 ``natsjax.partition`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
 
@@ -9,206 +10,18 @@ dim, ``d`` width, ``f`` MLP width, ``v`` vocabulary, ``l`` layer.
 """
 
 import math
-import typing
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from natsjax import partition, token_types
-from natsjax.config import Config, ModelConfig, NatsConfig
-from natsjax.layers import MLP, RMSNorm, matrix, residual_gain, rotate, vector, weight
-from pallas_kernels.nats_attention import MaskGradient, Sampled, Visible, interval_attention, nats_attention
-
-ROLES = "nats_roles"
-"""Name under which every remat policy saves the sampled roles."""
-
-
-class Roles(NamedTuple):
-    """What a forward pass chose and what it costs.
-
-    Attributes:
-      ids: int8 ``[l, b, k, s]``, the role of each token.
-      lifetime: float32 ``[l, k]``, sum of all lifetimes in key-query pairs, differentiable.
-    """
-
-    ids: jax.Array
-    lifetime: jax.Array
-
-
-class Inputs(NamedTuple):
-    """A batch of packed documents, all int32 ``[b, t]`` (``natsjax.data.packing`` has the details).
-
-    Attributes:
-      tokens: ids.
-      positions: distance to the start of the document piece.
-      document_end: index at which the piece ends, exclusive; 0 marks padding.
-    """
-
-    tokens: jax.Array
-    positions: jax.Array
-    document_end: jax.Array
-
-
-class Scorer(nnx.Module):
-    """Three logits per token and KV head, one for each role (METHOD.md 2).
-
-    Its weights start at zero and its biases at the logarithm of ``nats.initial_roles``: at step 0 the sampled roles
-    have just those fractions in every head.
-    """
-
-    def __init__(self, model: ModelConfig, nats: NatsConfig):
-        shape = (model.width, model.num_kv_heads, token_types.NUM_ROLES)
-        self.weight = vector(jnp.zeros(shape, jnp.float32), ("width", "kv_heads", None))
-        bias = token_types.scorer_bias(nats.initial_roles)
-        self.bias = vector(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, s, d]`` → float32 ``[b, k, s, 3]``."""
-        logits = jnp.einsum(
-            "bsd,dkr->bksr",
-            x.astype(jnp.float32),
-            weight(self.weight, jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply float32 in bfloat16 or TF32
-        )
-        return logits + weight(self.bias, jnp.float32)[:, None, :]
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention; weights keep their head axes."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model = config.model
-        d, k, h = model.width, model.num_kv_heads, model.head_dim
-        g = model.num_heads // k
-        self.config = config
-        self.query = matrix(rngs.params(), (d, k, g, h), ("width", "kv_heads", None, None), d)
-        self.key = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
-        self.value = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
-        output_axes = ("kv_heads", None, None, "width")
-        self.output = matrix(rngs.params(), (k, g, h, d), output_axes, k * g * h, gain=residual_gain(model))
-        if model.qkv_bias:
-            # At zero the query's and the key's bias would be a saddle point of their product.
-            query_axes, key_axes = ("kv_heads", None, None), ("kv_heads", None)
-            self.query_bias = matrix(rngs.params(), (k, g, h), query_axes, 1, weight_decay=False)
-            self.key_bias = matrix(rngs.params(), (k, h), key_axes, 1, weight_decay=False)
-            self.value_bias = vector(jnp.zeros((k, h), jnp.float32), key_axes)
-        if model.attention == "nats":
-            self.scorer = Scorer(model, config.nats)
-
-    def __call__(self, x, inputs: Inputs, choice: "RoleChoice") -> tuple[jax.Array, Roles]:
-        """``x [b, t, d]`` → ``(out [b, t, d], roles)`` of this layer (without the axis ``l``)."""
-        query, key, value = self.project(x, inputs.positions)
-        if self.config.model.attention == "nats" and choice.key_end is None:
-            out, roles = self._attend_by_roles(query, key, value, x, inputs, choice)
-        else:
-            out, roles = self._attend_by_interval(query, key, value, inputs, choice.key_end)
-        return self.merge(out), roles
-
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``x [b, t, d]``, int32 ``positions [b, t]`` → query ``[b, t, k, g, h]``, key and value ``[b, t, k, h]``."""
-        model = self.config.model
-        query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
-        key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
-        value = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.value))
-        if model.qkv_bias:
-            query, key, value = (
-                y + self._cast(bias)
-                for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias))
-            )
-        return rotate(query, positions, model.rope_base), rotate(key, positions, model.rope_base), value
-
-    def merge(self, out: jax.Array) -> jax.Array:
-        """What the heads read, ``[b, t, k, g, h]`` → ``[b, t, d]``."""
-        out_sharding = partition.compute_sharding("batch", "sequence", None)
-        return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding)
-
-    def choose_roles(self, logits: jax.Array, first: jax.Array, choice: "RoleChoice") -> jax.Array:
-        """int8 ``[b, k, s]``: the roles that are given, or those of the largest logit, GLOBAL where ``first``."""
-        ids = token_types.choose_roles(logits, first)
-        return ids if choice.role_ids is None else choice.role_ids.astype(jnp.int8)
-
-    def _attend_by_roles(self, query, key, value, x, inputs, choice):
-        nats = self.config.nats
-        logits = self.scorer(x)
-        if choice.noise_key is not None:
-            # Drawn for the whole batch: every mesh draws the same.
-            sharding = partition.compute_sharding(*_BY_HEAD, None)
-            logits += jax.random.gumbel(choice.noise_key, logits.shape, jnp.float32, out_sharding=sharding)
-        if choice.bias is not None:
-            logits += choice.bias
-        first = token_types.first_of_document(inputs.positions)
-        ids = checkpoint_name(self.choose_roles(logits, first, choice), ROLES)
-        roles = token_types.straight_through(logits, ids, first, nats.temperature)
-
-        def attend(query, key, value, roles, document_end, sample_key):
-            return nats_attention(
-                _merge_heads(query),
-                key,
-                value,
-                roles,
-                window=nats.window,
-                document_end=document_end,
-                mask_gradient=self._mask_gradient(trained=sample_key is not None),
-                sample_key=sample_key,
-                axis_name=partition.sequence_axis(),
-            ).reshape(query.shape)
-
-        def lifetime_sum(roles, document_end):
-            lifetime = token_types.lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
-            return partition.psum(lifetime, "batch")
-
-        axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), ())
-        out = partition.shard_map(attend, axes, _QUERY)(
-            query,
-            key,
-            value,
-            roles,
-            inputs.document_end,
-            None if choice.noise_key is None else jax.random.fold_in(choice.noise_key, 1),
-        )
-        # Lifetimes are read off the whole sequence, as O(L) integers.
-        whole = (("batch", "kv_heads", None, None), ("batch", None))
-        lifetime = partition.shard_map(lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
-        return out, Roles(ids, lifetime)
-
-    def _mask_gradient(self, trained: bool) -> MaskGradient | str:
-        nats = self.config.nats
-        if nats.mask_gradient != "sampled":
-            return nats.mask_gradient
-        # Without noise nothing is trained and no gradient asked for: then there is no key to draw with either.
-        return Sampled(nats.sampled_fraction) if trained else Visible()
-
-    def _attend_by_interval(self, query, key, value, inputs, key_end):
-        b, s, k, _ = key.shape
-        end = inputs.document_end[:, None, :] if key_end is None else key_end
-        end = jnp.minimum(end, inputs.document_end[:, None, :])
-        end = jnp.broadcast_to(end, (b, k, s), out_sharding=partition.compute_sharding(*_BY_HEAD)).astype(jnp.int32)
-
-        def attend(query, key, value, end):
-            heads = _merge_heads(query)
-            out = interval_attention(heads, key, value, end, axis_name=partition.sequence_axis())
-            return typing.cast(jax.Array, out).reshape(query.shape)
-
-        out = partition.shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
-        lifetime = jnp.sum(token_types.lifetimes(end, inputs.document_end), axis=(0, 2), dtype=jnp.float32)
-        return out, Roles(jnp.full_like(end, token_types.GLOBAL, jnp.int8), lifetime)
-
-    def _cast(self, parameter: nnx.Param) -> jax.Array:
-        return weight(parameter, self.config.model.dtype)
-
-
-_QUERY: partition.Axes = ("batch", "sequence", "kv_heads", None, None)
-_KEY: partition.Axes = ("batch", "sequence", "kv_heads", None)
-_BY_HEAD: partition.Axes = ("batch", "kv_heads", "sequence")
-
-
-def _merge_heads(query: jax.Array) -> jax.Array:
-    """``[b, t, k, g, h]`` → ``[b, t, n, h]``: on each device's own heads, where nothing divided is merged."""
-    b, t, k, g, h = query.shape
-    return query.reshape(b, t, k * g, h)
+from natsjax import partition
+from natsjax.attention import ROLES, Attention, Inputs, RoleChoice, Roles
+from natsjax.config import Config
+from natsjax.layers import MLP, RMSNorm, matrix, weight
+from natsjax.vocabulary_loss import capped
 
 
 class Block(nnx.Module):
@@ -221,27 +34,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(model.width, model.norm_epsilon)
         self.mlp = MLP(model, rngs)
 
-    def __call__(self, x, inputs: Inputs, choice: "RoleChoice") -> tuple[jax.Array, Roles]:
-        """``[b, t, d]`` → ``([b, t, d], roles)``."""
-        out, roles = self.attention(self.attention_norm(x), inputs, choice)
+    def __call__(self, x, inputs: Inputs, choice: RoleChoice, kind: str) -> tuple[jax.Array, Roles]:
+        """``[b, t, d]`` → ``([b, t, d], roles)``; ``kind`` is one of ``ATTENTION_KINDS``."""
+        out, roles = self.attention(self.attention_norm(x), inputs, choice, kind)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), roles
-
-
-class RoleChoice(NamedTuple):
-    """How one layer's roles are chosen; without any field, by the largest logit.
-
-    Attributes:
-      noise_key: Gumbel noise is drawn with it (training).
-      bias: float32 ``[3]``, added to the logits (the dial).
-      key_end: int32, broadcast against ``[b, k, s]``: no roles, these intervals (full attention is ``NO_END``).
-      role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits say.
-    """
-
-    noise_key: jax.Array | None = None
-    bias: jax.Array | None = None
-    key_end: jax.Array | None = None
-    role_ids: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -278,7 +75,12 @@ class Transformer(nnx.Module):
           ``(logits, roles)``: float32 ``[b, t, v]`` and ``Roles``.
         """
         x, roles = self.hidden(inputs, choice)
-        return jnp.einsum("btd,vd->btv", x, self.output_weight(), preferred_element_type=jnp.float32), roles
+        return self.logits(x), roles
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """What ``hidden`` gave, ``[…, d]``, to float32 ``[…, v]``."""
+        logits = jnp.einsum("...d,vd->...v", x, self.output_weight(), preferred_element_type=jnp.float32)
+        return capped(logits, self.config.model.final_logit_softcap)
 
     def hidden(self, inputs: Inputs, choice: RoleChoice | None = None) -> tuple[jax.Array, Roles]:
         """What the output layer reads, ``[b, t, d]`` (a loss need not have all logits at once), and ``Roles``."""
@@ -286,13 +88,32 @@ class Transformer(nnx.Module):
         model = self.config.model
         structure, layers = nnx.split(self.blocks)
         noise_keys = None if choice.noise_key is None else jax.random.split(choice.noise_key, model.num_layers)
+        pattern = model.pattern
 
-        def layer(x, scanned):
-            state, noise_key, role_ids = scanned
-            return nnx.merge(structure, state)(x, inputs, choice._replace(noise_key=noise_key, role_ids=role_ids))
+        def layer(kind):
+            def run(x, scanned):
+                state, noise_key, role_ids = scanned
+                own = choice._replace(noise_key=noise_key, role_ids=role_ids)
+                return nnx.merge(structure, state)(x, inputs, own, kind)
+
+            return _remat(run, model.remat)
+
+        def period(x, scanned):
+            found = []
+            for place, kind in enumerate(pattern):
+                x, roles = layer(kind)(x, jax.tree.map(operator.itemgetter(place), scanned))
+                found.append(roles)
+            return x, jax.tree.map(lambda *values: jnp.stack(values), *found)
+
+        def by_period(values):
+            return values.reshape(-1, len(pattern), *values.shape[1:])
 
         scanned = (layers, noise_keys, choice.role_ids)
-        x, roles = jax.lax.scan(_remat(layer, model.remat), self.embed(inputs.tokens), scanned)
+        if len(pattern) == 1:
+            x, roles = jax.lax.scan(layer(pattern[0]), self.embed(inputs.tokens), scanned)
+        else:
+            x, roles = jax.lax.scan(period, self.embed(inputs.tokens), jax.tree.map(by_period, scanned))
+            roles = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), roles)
         return self.final_norm(x), roles
 
     def embed(self, tokens: jax.Array) -> jax.Array:

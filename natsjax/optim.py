@@ -1,4 +1,4 @@
-"""The optimizer: AdamW after a global-norm clip, linear warm-up and cosine decay, all of it optax."""
+"""The optimizer: AdamW after a global-norm clip, linear warm-up and a decay, all of it optax."""
 
 from typing import Any
 
@@ -8,7 +8,20 @@ from natsjax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step (from 0) to learning rate: 0 to the peak over the warm-up, then a cosine to the end at ``num_steps``."""
+    """Step (from 0) to learning rate: 0 to the peak over the warm-up, then down to the end at ``num_steps``.
+
+    "cosine" falls from the warm-up on; "wsd" keeps the peak and falls in a line over the last ``decay_fraction`` of the
+    steps (warm-up-stable-decay, arXiv:2404.06395).
+    """
+    if config.schedule == "wsd":
+        decay = min(max(1, round(config.decay_fraction * num_steps)), max(1, num_steps - config.warmup_steps))
+        parts = [optax.schedules.constant_schedule(config.peak_learning_rate)]
+        boundaries = []
+        if config.warmup_steps:
+            parts.insert(0, optax.schedules.linear_schedule(0.0, config.peak_learning_rate, config.warmup_steps))
+            boundaries.append(config.warmup_steps)
+        parts.append(optax.schedules.linear_schedule(config.peak_learning_rate, config.end_learning_rate, decay))
+        return optax.schedules.join_schedules(parts, [*boundaries, max(num_steps - decay, config.warmup_steps)])
     return optax.schedules.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.peak_learning_rate,
         peak_value=config.peak_learning_rate,
@@ -18,7 +31,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
-def optimizer(config: OptimizerConfig, num_steps: int, decayed: Any) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, num_steps: int, decayed: Any, is_scorer: Any) -> optax.GradientTransformation:
     """The update rule.
 
     Args:
@@ -26,10 +39,15 @@ def optimizer(config: OptimizerConfig, num_steps: int, decayed: Any) -> optax.Gr
       num_steps: length of the run, for the schedule.
       decayed: bools, nested as the parameters: whether weight decay applies (a parameter's role says so, not its
         rank).
+      is_scorer: bools, nested as the parameters: whether ``scorer_learning_rate`` applies.
     """
+    scorer = optax.identity()
+    if config.scorer_learning_rate:
+        scorer = optax.masked(optax.scale(config.scorer_learning_rate / config.peak_learning_rate), is_scorer)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+        scorer,
     )

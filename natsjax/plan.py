@@ -136,7 +136,7 @@ def _kv_lines(plan: Plan) -> list[str]:
     full, live = plan.kv_bytes
     length = plan.config.data.context_length
     text = f"KV of one sequence of {length} tokens when decoding: {full / 2**20:.1f} MiB in full attention"
-    if plan.config.model.attention == "nats":
+    if plan.config.model.has_roles:
         text += f", {live / 2**20:.1f} MiB live at nats.kv_budget = {plan.config.nats.kv_budget:g}"
     return [text]
 

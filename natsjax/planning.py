@@ -347,7 +347,20 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
     model = config.model
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     full = per_token * config.data.context_length
-    return full, full * (config.nats.kv_budget if model.attention == "nats" else 1)
+    return full, full * live_share(config)
+
+
+def live_share(config: Config) -> float:
+    """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
+    a layer that learns to meet it.
+    """
+    if config.model.has_roles:
+        return config.nats.kv_budget
+    length = config.data.context_length
+    read = min(config.model.sliding_window + 1, length)
+    sliding = (length - read) * read + read * (read + 1) / 2
+    share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
+    return float(np.mean([share[kind] for kind in config.model.pattern]))
 
 
 # --- time ---
@@ -364,18 +377,16 @@ def step_flops(config: Config, vocab_size: int) -> Flops:
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
     qkvo = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    scorer = 3 * model.width * model.num_kv_heads if model.attention == "nats" else 0
+    scorer = 3 * model.width * model.num_kv_heads if model.has_roles else 0
     mlp = model.width * model.mlp_width
     repeated = qkvo + scorer + 2 * mlp if model.remat == "full" else 0
     block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated
     weights = tokens * (block * model.num_layers + 6 * model.width * vocab_size)
     length = config.data.context_length
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
-    live, looked_at = 1.0, 0.0
-    if model.attention == "nats":
-        live = config.nats.kv_budget
-        shares = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
-        looked_at = shares[config.nats.mask_gradient]
+    live = live_share(config)
+    shares = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
+    looked_at = shares[config.nats.mask_gradient] * model.pattern.count("nats") / len(model.pattern)
     products = live * (2 + 7 + (0 if model.remat == "none" else 2)) + 2 * looked_at
     return Flops(float(weights), pairs * products * 2 * model.head_dim)
 

@@ -283,7 +283,7 @@ def slots_of(config: Config, context: int, kv: float | None, block: int) -> tupl
     """
     full = capacity.round_up(context, block)
     if kv is None:
-        kv = 1.0 if config.model.attention == "dense" else config.nats.kv_budget
+        kv = config.nats.kv_budget if config.model.has_roles else 1.0
     return min(capacity.enlarged(math.ceil(kv * context), block), full), full
 
 
@@ -328,7 +328,7 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
     }
     loop = Loop(buffer, **arrays)
     greedy = sampling.Sampling()
-    policy = FullAttention() if config.model.attention == "dense" else Nats()
+    policy = Nats() if config.model.has_roles else FullAttention()
     numbers = jax.eval_shape(lambda: greedy.numbers)
     stop, limit = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     with jax.set_mesh(mesh):

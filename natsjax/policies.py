@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from natsjax import token_types
+from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config
-from natsjax.model import Inputs, RoleChoice
 from pallas_kernels.nats_attention import NO_END
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax.config import NatsConfig
+from natsjax.config import Config, NatsConfig
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, key_end_from_roles
 
@@ -56,7 +56,9 @@ def _hard(soft: jax.Array, role_ids: jax.Array) -> jax.Array:
 _hard.defvjp(lambda soft, role_ids: (_hard(soft, role_ids), None), lambda _, gradient: (gradient, None))
 
 
-def straight_through(logits: jax.Array, role_ids: jax.Array, first: jax.Array, temperature: float) -> jax.Array:
+def straight_through(
+    logits: jax.Array, role_ids: jax.Array, first: jax.Array, temperature: float | jax.Array
+) -> jax.Array:
     """One-hot of the given roles, with the gradient of ``softmax(logits / temperature)``.
 
     The roles are an argument, so that a recomputed forward uses the very roles of the first one whatever its logits
@@ -191,6 +193,32 @@ def smallest_kv_fraction(piece_lengths: np.ndarray, window: int) -> float:
     return float(np.sum(length + sliding) / np.sum(length * (length + 1) / 2))
 
 
+def smallest_model_kv_fraction(config: Config, piece_lengths: np.ndarray) -> float:
+    """The smallest KV fraction of a model, the mean over its layers: only "nats" layers have a choice.
+
+    Args:
+      config: of the run.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
+    """
+    length = np.asarray(piece_lengths, np.float64)
+    reach = np.minimum(length, config.model.sliding_window + 1)
+    sliding = np.sum((length - reach) * reach + reach * (reach + 1) / 2) / np.sum(length * (length + 1) / 2)
+    by_kind = {
+        "nats": smallest_kv_fraction(piece_lengths, config.nats.window),
+        "dense": 1.0,
+        "sliding": float(sliding),
+    }
+    return float(np.mean([by_kind[kind] for kind in config.model.pattern]))
+
+
+def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
+    """Of the straight-through softmax, float32 scalar: on a geometric path from the first step to the last."""
+    if config.end_temperature == 0:
+        return jnp.float32(config.temperature)
+    progress = jnp.minimum(step / max(1, num_steps - 1), 1.0)
+    return jnp.float32(config.temperature) * (config.end_temperature / config.temperature) ** progress
+
+
 class Controller(NamedTuple):
     """State of the price, float32 scalars: checkpointed with the run.
 
@@ -215,8 +243,12 @@ def kv_price(controller: Controller) -> jax.Array:
 
 
 def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
-    """The budget that a steered price aims at: from 1 linearly down to ``kv_budget`` over the ramp."""
-    progress = jnp.minimum((step + 1) / max(1, config.budget_ramp_steps), 1.0)
+    """The budget that a steered price aims at: 1 up to ``budget_ramp_start``, then down to ``kv_budget``."""
+    progress = jnp.clip((step + 1 - config.budget_ramp_start) / max(1, config.budget_ramp_steps), 0.0, 1.0)
+    if config.budget_ramp == "geometric":
+        return config.kv_budget**progress
+    if config.budget_ramp == "cosine":
+        progress = (1 - jnp.cos(jnp.pi * progress)) / 2
     return 1.0 + progress * (config.kv_budget - 1.0)
 
 

@@ -1,5 +1,6 @@
 """One optimizer step as a pure function, and the state that it carries."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from natsjax import losses, optim, partition, token_types
+from natsjax import losses, optim, partition, role_statistics, spikes, token_types
 from natsjax.config import Config
 from natsjax.losses import Batch, BatchTotals, LossSums
 from natsjax.model import init_parameters, model_structure
+from natsjax.parts import norms_by_part, part_labels
+from natsjax.spikes import SpikeDetector
+from pallas_kernels.nats_attention import LOCAL
 
 
 class TrainState(NamedTuple):
@@ -23,29 +27,63 @@ class TrainState(NamedTuple):
       parameters: nested dict of float32 arrays.
       optimizer: optax state.
       controller: of the KV price.
+      spikes: running statistics of the loss.
     """
 
     step: jax.Array
     parameters: Any
     optimizer: Any
     controller: token_types.Controller
+    spikes: SpikeDetector
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32, on device; ``live_keys`` is the mean number of keys a query can read.
+    """What a step reports, float32, on device; scalars where no shape is given.
 
-    Scalars but for ``role_fractions [l, k, 3]`` and ``live_keys [l, k]``.
+    Attributes:
+      loss: ``cross_entropy + optimizer.z_loss * z_loss + kv_price * kv_fraction``.
+      cross_entropy: nats per predicted token.
+      z_loss: mean squared logarithm of the output softmax's denominator, without its weight.
+      accuracy: share of predicted tokens whose most likely token is right.
+      kv_fraction: live key-query pairs over causal ones, roles sampled as in training.
+      kv_price: nats per token per unit of KV fraction.
+      kv_budget: the KV fraction that a steered price aims at in this step.
+      gradient_norm: Euclidean, before clipping.
+      update_norm: of what was added to the parameters (0 where the update was skipped).
+      gradient_norms, update_norms: the same by part (``parts.PARTS``).
+      learning_rate: of all but a scorer with a rate of its own.
+      temperature: of the straight-through softmax.
+      skipped: 1 where the update was left out as a loss spike, else 0.
+      skipped_steps: how many were since the beginning.
+      role_fractions: ``[l, k, 3]``, shares of tokens.
+      live_keys: ``[l, k]``, mean number of keys that a query reads.
+      live_key_quantiles: ``[l, q]``, of that number, for ``role_statistics.QUANTILES``, rounded up to one of 64 steps.
+      scorer_entropy: ``[l, k]``, mean entropy of the scorer's softmax, without noise, nats.
+      unended_locals: ``[l, k]``, share of the LOCAL tokens that no GLOBAL one ends within their document.
+      forced_globals: share of tokens that are GLOBAL because they are the first of a document.
     """
 
     loss: jax.Array
     cross_entropy: jax.Array
+    z_loss: jax.Array
     accuracy: jax.Array
     kv_fraction: jax.Array
     kv_price: jax.Array
+    kv_budget: jax.Array
     gradient_norm: jax.Array
+    update_norm: jax.Array
+    gradient_norms: dict[str, jax.Array]
+    update_norms: dict[str, jax.Array]
     learning_rate: jax.Array
+    temperature: jax.Array
+    skipped: jax.Array
+    skipped_steps: jax.Array
     role_fractions: jax.Array
     live_keys: jax.Array
+    live_key_quantiles: jax.Array
+    scorer_entropy: jax.Array
+    unended_locals: jax.Array
+    forced_globals: jax.Array
 
 
 class Trainer:
@@ -70,7 +108,8 @@ class Trainer:
         self.mesh = partition.make_mesh(config.mesh) if mesh is None else mesh
         partition.check(config, vocab_size, self.mesh)
         self.model = model_structure(config, vocab_size)
-        self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, self.model.decayed)
+        is_scorer = jax.tree.map(lambda part: part == "scorer", part_labels(self.model.parameters))
+        self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
         self.schedule = optim.learning_rate(config.optimizer, config.train.num_steps)
         self.shardings = self._shardings()
         self.compiled_step = jax.jit(self._step, donate_argnums=0)
@@ -142,45 +181,73 @@ class Trainer:
             parameters,
             transform_non_params=lambda _: replicated,
         )
-        controller = jax.tree.map(lambda _: replicated, abstract.controller)
-        return abstract._replace(step=replicated, parameters=parameters, optimizer=optimizer, controller=controller)
+        scalars = jax.tree.map(lambda _: replicated, (abstract.step, abstract.controller, abstract.spikes))
+        step, controller, spikes = scalars
+        return TrainState(step, parameters, optimizer, controller, spikes)
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         _, parameters = init_parameters(self.config, self.vocab_size, key)
         controller = token_types.start_controller(self.config.nats)
-        return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters), controller)
+        return TrainState(
+            jnp.int32(0), parameters, self.optimizer.init(parameters), controller, spikes.start_detector()
+        )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """``(state, metrics)`` after the global batch, arrays ``[b, t]``; pure, the noise follows from the step."""
         price = token_types.kv_price(state.controller)
         totals = losses.batch_totals(batch)
-        gradients, loss, sums = self._gradients(state, batch, totals, price)
+        temperature = token_types.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
+        gradients, loss, sums = self._gradients(state, batch, totals, price, temperature)
         updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.parameters)
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
+        controller = state.controller
+        if self.config.model.has_roles:
+            controller = token_types.steer(controller, kv_fraction, state.step, self.config.nats)
+        cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
+        threshold = self.config.optimizer.spike_threshold
+        is_spike, detector = spikes.detect(state.spikes, cross_entropy, threshold)
+        new = optax.apply_updates(state.parameters, updates), optimizer_state, controller
+        if threshold:
+            old = state.parameters, state.optimizer, state.controller
+            new = jax.tree.map(functools.partial(_kept, is_spike), old, new, is_leaf=_is_schedule)
+            updates = jax.tree.map(lambda update: jnp.where(is_spike, 0, update), updates)
         metrics = StepMetrics(
             loss=loss,
-            cross_entropy=sums.nll / jnp.maximum(totals.loss_weight, 1),
+            cross_entropy=cross_entropy,
+            z_loss=sums.z_loss / jnp.maximum(totals.loss_weight, 1),
             accuracy=sums.correct / jnp.maximum(totals.loss_weight, 1),
             kv_fraction=kv_fraction,
             kv_price=price,
+            kv_budget=jnp.asarray(token_types.budget_at(state.step, self.config.nats), jnp.float32),
             gradient_norm=optax.tree.norm(gradients),
+            update_norm=optax.tree.norm(updates),
+            gradient_norms=norms_by_part(gradients),
+            update_norms=norms_by_part(updates),
             learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
-            role_fractions=sums.role_counts / totals.tokens,
-            live_keys=sums.lifetime / totals.tokens,
+            temperature=temperature,
+            skipped=is_spike.astype(jnp.float32),
+            skipped_steps=detector.skipped.astype(jnp.float32),
+            **self._role_metrics(sums, totals),
         )
-        controller = state.controller
-        if self.config.model.attention == "nats":
-            controller = token_types.steer(controller, kv_fraction, state.step, self.config.nats)
-        new_state = TrainState(
-            state.step + 1,
-            optax.apply_updates(state.parameters, updates),
-            optimizer_state,
-            controller,
-        )
-        return new_state, partition.replicate(metrics)
+        return TrainState(state.step + 1, *new, detector), partition.replicate(metrics)
 
-    def _gradients(self, state, batch: Batch, totals: BatchTotals, price) -> tuple[Any, jax.Array, LossSums]:
+    def _role_metrics(self, sums: LossSums, totals: BatchTotals) -> dict[str, jax.Array]:
+        """Those that say what the roles look like."""
+        model, length = self.config.model, self.config.data.context_length
+        num_queries = totals.tokens * model.num_kv_heads
+        return {
+            "role_fractions": sums.roles.counts / totals.tokens,
+            "live_keys": sums.lifetime / totals.tokens,
+            "live_key_quantiles": role_statistics.live_quantiles(sums.roles.more_live, num_queries, length),
+            "scorer_entropy": sums.entropy / totals.tokens,
+            "unended_locals": sums.roles.unended / jnp.maximum(sums.roles.counts[..., LOCAL], 1),
+            "forced_globals": sums.forced / totals.tokens,
+        }
+
+    def _gradients(
+        self, state, batch: Batch, totals: BatchTotals, price, temperature
+    ) -> tuple[Any, jax.Array, LossSums]:
         """Gradients, loss and sums of the whole batch, gone through in microbatches."""
         count = self.config.train.num_microbatches
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
@@ -189,7 +256,7 @@ class Trainer:
         def microbatch(index, part):
             noise_key = jax.random.fold_in(key, index)
             (loss, sums), gradients = gradient(
-                state.parameters, self.model.structure, self.config, part, totals, noise_key, price
+                state.parameters, self.model.structure, self.config, part, totals, noise_key, price, temperature
             )
             return gradients, loss, sums
 
@@ -207,3 +274,12 @@ class Trainer:
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=partition.sharding_of(x)), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def _kept(is_spike: jax.Array, before: Any, after: Any) -> Any:
+    """What a step leaves: the state before it where its update is skipped, but schedules go on with the steps."""
+    return after if _is_schedule(before) else jnp.where(is_spike, before, after)

@@ -18,7 +18,7 @@ def load_twin(run: LoadedRun, dense_workdir: str | os.PathLike[str], *, progress
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
     """
-    if run.config.model.attention != "nats":
+    if not run.config.model.has_roles:
         raise UserError(f"--dense_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
     twin = load(dense_workdir, progress=progress)
     where = f"--dense_workdir={os.fspath(dense_workdir)}"

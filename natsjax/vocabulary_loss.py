@@ -40,12 +40,21 @@ class LossTotals(NamedTuple):
     """Weighted sums over tokens, float32 scalars.
 
     Attributes:
+      loss: ``nll`` and ``z_loss`` times its weight; the only one that is differentiable.
       nll: nats.
+      z_loss: squares of the logarithm of the softmax's denominator.
       correct: tokens.
     """
 
+    loss: jax.Array
     nll: jax.Array
+    z_loss: jax.Array
     correct: jax.Array
+
+
+def capped(logits: jax.Array, softcap: float) -> jax.Array:
+    """``softcap * tanh(logits / softcap)`` (arXiv:2408.00118), or the logits themselves where it is 0."""
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 _X: partition.Axes = ("batch", "sequence", None)
@@ -53,34 +62,45 @@ _TOKEN: partition.Axes = ("batch", "sequence")
 _WEIGHT: partition.Axes = ("vocab", None)
 
 
-def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array) -> TokenLosses:
+def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array, *, softcap: float = 0.0) -> TokenLosses:
     """What each token's prediction cost; not meant to be differentiated.
 
     Args:
       x: ``[b, t, d]``, what the output layer reads.
       output_weight: ``[v, d]``, in the dtype of ``x``.
       targets: int32 ``[b, t]``.
+      softcap: of the logits (``capped``).
 
     Returns:
       ``TokenLosses``.
     """
 
     def local(x, weight, targets):
-        step = functools.partial(_losses, weight)
-        _, (nll, correct) = _by_chunk(step, None, len(weight), _flat(x), targets.reshape(-1))
+        step = functools.partial(_losses, softcap, weight)
+        _, (nll, _, correct) = _by_chunk(step, None, len(weight), _flat(x), targets.reshape(-1))
         return nll.reshape(targets.shape), correct.reshape(targets.shape)
 
     return TokenLosses(*partition.shard_map(local, (_X, _WEIGHT, _TOKEN), [_TOKEN, _TOKEN])(x, output_weight, targets))
 
 
-def loss_totals(x: jax.Array, output_weight: jax.Array, targets: jax.Array, weight: jax.Array) -> LossTotals:
-    """Sums over all tokens; ``nll`` is differentiable in ``x`` and ``output_weight``.
+def loss_totals(
+    x: jax.Array,
+    output_weight: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossTotals:
+    """Sums over all tokens; ``loss`` is differentiable in ``x`` and ``output_weight``.
 
     Args:
       x: ``[b, t, d]``, what the output layer reads.
       output_weight: ``[v, d]``, in the dtype of ``x``.
       targets: int32 ``[b, t]``.
       weight: float32 ``[b, t]``, of each token.
+      softcap: of the logits (``capped``).
+      z_loss: weight of the squared logarithm of the softmax's denominator (arXiv:2204.02311).
 
     Returns:
       ``LossTotals``.
@@ -89,10 +109,10 @@ def loss_totals(x: jax.Array, output_weight: jax.Array, targets: jax.Array, weig
     def local(x, output_weight, targets, weight):
         # Each device adds its share to the gradients of what it has in common with others.
         x, output_weight = (_vary(y) for y in (x, output_weight))
-        nll, correct = _weighted(_flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
-        return tuple(partition.psum(total, "batch", "sequence") for total in (nll, correct))
+        totals = _weighted(softcap, z_loss, _flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
+        return tuple(partition.psum(total, "batch", "sequence") for total in totals)
 
-    totals = partition.shard_map(local, (_X, _WEIGHT, _TOKEN, _TOKEN), [(), ()])
+    totals = partition.shard_map(local, (_X, _WEIGHT, _TOKEN, _TOKEN), [()] * 4)
     return LossTotals(*totals(x, output_weight, targets, weight))
 
 
@@ -107,25 +127,30 @@ def _vary(x: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-@jax.custom_vjp
-def _weighted(x, output_weight, targets, weight):
-    """``(sum weight · nll, sum weight · correct)`` of ``x [n, d]``."""
-    step = functools.partial(_losses, output_weight)
-    _, (nll, correct) = _by_chunk(step, None, len(output_weight), x, targets)
-    return jnp.sum(weight * nll), jnp.sum(weight * correct)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted(softcap, z_loss, x, output_weight, targets, weight):
+    """``LossTotals`` of ``x [n, d]``, as a tuple."""
+    step = functools.partial(_losses, softcap, output_weight)
+    _, of_token = _by_chunk(step, None, len(output_weight), x, targets)
+    return _totals(z_loss, weight, *of_token)
 
 
-def _weighted_fwd(x, output_weight, targets, weight):
-    step = functools.partial(_losses_and_gradients, output_weight)
+def _totals(z_loss, weight, nll, log_total, correct):
+    nll, z, correct = (jnp.sum(weight * each) for each in (nll, jnp.square(log_total), correct))
+    return (nll + z_loss * z if z_loss else nll), nll, z, correct
+
+
+def _weighted_fwd(softcap, z_loss, x, output_weight, targets, weight):
+    step = functools.partial(_losses_and_gradients, softcap, z_loss, output_weight)
     start = _vary(jnp.zeros(output_weight.shape, jnp.float32))
-    dweight, (nll, correct, dx) = _by_chunk(step, start, len(output_weight), x, targets, weight)
-    return (jnp.sum(weight * nll), jnp.sum(weight * correct)), (dx, dweight.astype(output_weight.dtype))
+    dweight, (*of_token, dx) = _by_chunk(step, start, len(output_weight), x, targets, weight)
+    return _totals(z_loss, weight, *of_token), (dx, dweight.astype(output_weight.dtype))
 
 
-def _weighted_bwd(residuals, cotangents):
+def _weighted_bwd(softcap, z_loss, residuals, cotangents):
     dx, dweight = residuals
-    dnll = cotangents[0]
-    return (dx * dnll).astype(dx.dtype), (dweight * dnll).astype(dweight.dtype), None, None
+    dloss = cotangents[0]
+    return (dx * dloss).astype(dx.dtype), (dweight * dloss).astype(dweight.dtype), None, None
 
 
 _weighted.defvjp(_weighted_fwd, _weighted_bwd)
@@ -135,23 +160,27 @@ class _Softmax(NamedTuple):
     """Of a chunk's logits; ``exp`` is this device's share of the vocabulary, the others are of all of it.
 
     Attributes:
+      logits: float32 ``[n, v]``, capped.
       exp: float32 ``[n, v]``, ``exp(logit - max)``.
       total: float32 ``[n]``, its sum.
+      log_total: float32 ``[n]``, the logarithm of the sum of ``exp(logit)``.
       nll: float32 ``[n]``.
       correct: bool ``[n]``.
       is_target: bool ``[n, v]``.
     """
 
+    logits: jax.Array
     exp: jax.Array
     total: jax.Array
+    log_total: jax.Array
     nll: jax.Array
     correct: jax.Array
     is_target: jax.Array
 
 
-def _softmax(x, output_weight, targets) -> _Softmax:
+def _softmax(softcap, x, output_weight, targets) -> _Softmax:
     axes = partition.mesh_axes("vocab")
-    logits = jnp.einsum("nd,vd->nv", x, output_weight, preferred_element_type=jnp.float32)
+    logits = capped(jnp.einsum("nd,vd->nv", x, output_weight, preferred_element_type=jnp.float32), softcap)
     size = logits.shape[-1]
     ids = jnp.arange(size, dtype=jnp.int32)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -167,22 +196,29 @@ def _softmax(x, output_weight, targets) -> _Softmax:
     chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     if axes:
         total, chosen = jax.lax.psum((total, chosen), axes)
-    return _Softmax(exp, total, jnp.log(total) + largest - chosen, best == targets, is_target)
+    log_total = jnp.log(total) + largest
+    return _Softmax(logits, exp, total, log_total, log_total - chosen, best == targets, is_target)
 
 
-def _losses(output_weight, carry, x, targets):
-    softmax = _softmax(x, output_weight, targets)
-    return carry, (softmax.nll, softmax.correct)
+def _losses(softcap, output_weight, carry, x, targets):
+    softmax = _softmax(softcap, x, output_weight, targets)
+    return carry, (softmax.nll, softmax.log_total, softmax.correct)
 
 
-def _losses_and_gradients(output_weight, carry, x, targets, weight):
+def _losses_and_gradients(softcap, z_loss, output_weight, carry, x, targets, weight):
     """Also ``dx [n, d]``, this device's share, and the gradient of the output layer added to the carry."""
-    softmax = _softmax(x, output_weight, targets)
-    dlogits = weight[:, None] * (softmax.exp / softmax.total[:, None] - softmax.is_target)
+    softmax = _softmax(softcap, x, output_weight, targets)
+    probability = softmax.exp / softmax.total[:, None]
+    dlogits = probability - softmax.is_target
+    if z_loss:
+        dlogits += 2 * z_loss * softmax.log_total[:, None] * probability
+    if softcap:
+        dlogits *= 1 - jnp.square(softmax.logits / softcap)  # of tanh
+    dlogits *= weight[:, None]
     dlogits = dlogits.astype(x.dtype)
     dx = jnp.einsum("nv,vd->nd", dlogits, output_weight)
     carry += jnp.einsum("nv,nd->vd", dlogits, x, preferred_element_type=jnp.float32)
-    return carry, (softmax.nll, softmax.correct, dx)
+    return carry, (softmax.nll, softmax.log_total, softmax.correct, dx)
 
 
 def _by_chunk(step: Callable, carry: Any, vocab_size: int, *of_token: jax.Array) -> tuple[Any, Any]:

@@ -7,10 +7,12 @@ import tiny
 from flax import nnx
 
 from natsjax import partition
+from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config, MeshConfig
 from natsjax.decoder import Decoder, DecodeSettings
-from natsjax.model import Inputs, RoleChoice, init_parameters, model_structure
+from natsjax.model import init_parameters, model_structure
 from natsjax.policies import Nats
+from natsjax.vocabulary_loss import capped
 from pallas_kernels.nats_attention import NO_END
 
 SMALL = DecodeSettings(chunk=8, segment=4, block=16)
@@ -27,7 +29,7 @@ def parameters_of(config: Config, seed=0, scorer_scale=1.0):
     """Random ones; the scorer's too."""
     _, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
     parameters["unembedding"] *= 4.0  # likely tokens and unlikely ones
-    if config.model.attention == "nats":
+    if config.model.has_roles:
         scorer = parameters["blocks"]["attention"]["scorer"]
         scorer["weight"] = scorer_scale * jax.random.normal(jax.random.key(seed + 1), scorer["weight"].shape)
     return parameters
@@ -73,7 +75,7 @@ def masked_logits(config: Config, parameters, rows, policy=None, role_ids=None):
     if role_ids is not None:
         choice = RoleChoice(role_ids=jnp.asarray(role_ids))
     elif policy is None:
-        choice = RoleChoice() if config.model.attention == "nats" else RoleChoice(key_end=jnp.full((1, 1, 1), NO_END))
+        choice = RoleChoice() if config.model.has_roles else RoleChoice(key_end=jnp.full((1, 1, 1), NO_END))
     elif isinstance(policy, Nats):
         choice = policy.choice(None, config)
     else:
@@ -99,7 +101,8 @@ def chunked_logits(decoder: Decoder, rows, chunk, role_ids=None):
             role_ids=None if roles is None else roles[..., part],
         )
         hidden, weight = (np.asarray(jax.device_get(x), np.float32) for x in (read.hidden, weight))
-        found.append(np.einsum("btd,vd->btv", hidden, weight))
+        logits = np.einsum("btd,vd->btv", hidden, weight)
+        found.append(np.asarray(capped(logits, decoder.config.model.final_logit_softcap)))
     return np.concatenate(found, axis=1)[:, : lengths.max()], cache
 
 

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import layers, losses, model, token_types
-from natsjax.model import Inputs, RoleChoice
+from natsjax import attention, layers, losses, model, token_types
+from natsjax.attention import Inputs, RoleChoice
 from pallas_kernels.nats_attention import NO_END
 
 
@@ -42,7 +42,7 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
     def per_query(embedded):  # the only block, on embedded tokens: those have a gradient
         blocks = nnx.merge(structure, parameters).blocks
         block = jax.tree.map(lambda p: p[0], nnx.state(blocks))
-        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs, RoleChoice())
+        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs, RoleChoice(), attention)
         return jnp.abs(out).sum((0, 2))
 
     embedded = parameters["embedding"][inputs.tokens] * config.model.width**0.5
@@ -132,7 +132,7 @@ def token_nll(logits, targets):
 def count_mismatches(monkeypatch, config, policy=None):
     """Roles that the attention's backward sees and that its forward did not choose."""
     seen = []
-    real_attention = model.nats_attention
+    real_attention = attention.nats_attention
 
     @jax.custom_vjp
     def probe(roles):
@@ -143,7 +143,9 @@ def count_mismatches(monkeypatch, config, policy=None):
         return (gradient,)
 
     probe.defvjp(lambda roles: (roles, roles), backward)
-    monkeypatch.setattr(model, "nats_attention", lambda q, k, v, roles, **o: real_attention(q, k, v, probe(roles), **o))
+    monkeypatch.setattr(
+        attention, "nats_attention", lambda q, k, v, roles, **o: real_attention(q, k, v, probe(roles), **o)
+    )
     if policy is not None:
         monkeypatch.setattr(model, "_remat", lambda function, _: jax.checkpoint(function, policy=policy))
     structure, parameters = build(config)

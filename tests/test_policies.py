@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from natsjax.attention import Inputs
 from natsjax.config import Config, NatsConfig
-from natsjax.model import Inputs
 from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
 
 LENGTH = 12

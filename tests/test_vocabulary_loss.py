@@ -10,10 +10,14 @@ from natsjax import vocabulary_loss
 B, T, D, V = 3, 7, 5, 11
 
 
-def plain(x, output_weight, targets, weight):
+def plain(x, output_weight, targets, weight, softcap=0.0, z_loss=0.0):
     logits = jnp.einsum("btd,vd->btv", x, output_weight)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return jnp.sum(weight * (jax.nn.logsumexp(logits, -1) - chosen)), logits
+    log_total = jax.nn.logsumexp(logits, -1)
+    nll, z = jnp.sum(weight * (log_total - chosen)), jnp.sum(weight * log_total**2)
+    return nll + z_loss * z, (nll, z, logits)
 
 
 @pytest.fixture(params=[1, 4, 21], ids="{} tokens a chunk".format)
@@ -27,18 +31,23 @@ def arguments(request, monkeypatch):
     return x, output_weight, rng.integers(0, V, (B, T)).astype(np.int32), weight
 
 
-def test_sums_and_gradients_are_those_of_the_plain_formula(arguments):
+@pytest.mark.parametrize(("softcap", "z_loss"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.1), (1.5, 0.2)])
+def test_sums_and_gradients_are_those_of_the_plain_formula(arguments, softcap, z_loss):
     def loss(x, output_weight):
-        totals = vocabulary_loss.loss_totals(x, output_weight, *arguments[2:])
-        return 3 * totals.nll, totals.correct
+        totals = vocabulary_loss.loss_totals(x, output_weight, *arguments[2:], softcap=softcap, z_loss=z_loss)
+        return 3 * totals.loss, totals
 
-    (nll, correct), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arguments[:2])
+    (total, found), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arguments[:2])
     with jax.enable_x64(True):
         wide = [np.asarray(x, np.float64) for x in arguments[:2]]
-        (expected, logits), wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(*wide, *arguments[2:])
-        expected, logits, *wanted = (np.asarray(x) for x in (expected, logits, *wanted))
-    np.testing.assert_allclose(nll, 3 * expected, rtol=1e-5)
-    assert float(correct) == np.sum(arguments[3] * (np.argmax(logits, -1) == arguments[2]))
+        gradient = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)
+        (expected, (nll, z, logits)), wanted = gradient(*wide, *arguments[2:], softcap, z_loss)
+        expected, nll, z, logits, *wanted = (np.asarray(x) for x in (expected, nll, z, logits, *wanted))
+    np.testing.assert_allclose(total, 3 * expected, rtol=1e-5)
+    np.testing.assert_allclose((found.nll, found.z_loss), (nll, z), rtol=1e-5)
+    each = vocabulary_loss.token_losses(*arguments[:3], softcap=softcap)
+    np.testing.assert_allclose(np.sum(arguments[3] * each.nll), nll, rtol=1e-5)
+    assert float(found.correct) == np.sum(arguments[3] * (np.argmax(logits, -1) == arguments[2]))
     for got, right in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(got, 3 * right, rtol=1e-4, atol=1e-5)
 
@@ -54,7 +63,7 @@ def test_losses_of_tokens_add_up(arguments):
 
 def test_huge_logits_stay_finite(arguments):
     x, output_weight, targets, weight = arguments
-    totals, gradient = jax.value_and_grad(lambda x: vocabulary_loss.loss_totals(x, output_weight, targets, weight).nll)(
+    totals, gradient = jax.value_and_grad(lambda x: vocabulary_loss.loss_totals(x, output_weight, targets, weight).loss)(
         1e4 * x
     )
     assert np.isfinite(totals)
@@ -64,7 +73,7 @@ def test_huge_logits_stay_finite(arguments):
 def test_the_gradients_chunk_never_holds_all_logits():
     tokens, vocab = 4096, 8192
     assert 4 * tokens * vocab > 2 * vocabulary_loss._CHUNK_BYTES
-    gradient = jax.grad(lambda x, w, t, weight: vocabulary_loss.loss_totals(x, w, t, weight).nll, argnums=(0, 1))
+    gradient = jax.grad(lambda x, w, t, weight: vocabulary_loss.loss_totals(x, w, t, weight).loss, argnums=(0, 1))
     shapes = [((4, tokens // 4, 8), jnp.float32), ((vocab, 8), jnp.float32)]
     shapes += [((4, tokens // 4), jnp.int32), ((4, tokens // 4), jnp.float32)]
     compiled = jax.jit(gradient).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()

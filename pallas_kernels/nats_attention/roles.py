@@ -100,12 +100,14 @@ def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRan
     return RoleRanges(end, next_global, jnp.where(following < end, jnp.minimum(second, end), end))
 
 
-def key_end_from_roles(role_ids: jax.Array, *, window: int, document_end: jax.Array | None = None) -> jax.Array:
+def key_end_from_roles(
+    role_ids: jax.Array, *, window: int | jax.Array, document_end: jax.Array | None = None
+) -> jax.Array:
     """First query that cannot read each key any more.
 
     Args:
       role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
-      window: how many queries behind its own a SLIDING key can be read by.
+      window: how many queries behind its own a SLIDING key can be read by; may be traced, an int32 scalar.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 
     Returns:
@@ -120,7 +122,9 @@ def key_end_from_roles(role_ids: jax.Array, *, window: int, document_end: jax.Ar
     following = _following_global(role_ids == GLOBAL)
     local_end = jnp.where(following < length, following + 1, NO_END)
     key_end = jnp.where(role_ids == LOCAL, local_end, NO_END)
-    key_end = jnp.where(role_ids == SLIDING, index + min(window, NO_END - length) + 1, key_end)
+    longest = NO_END - length  # a longer one is the same, and int32 has an end
+    window = jnp.minimum(window, longest) if isinstance(window, jax.Array) else min(window, longest)
+    key_end = jnp.where(role_ids == SLIDING, index + window + 1, key_end)
     if document_end is not None:
         key_end = jnp.minimum(key_end, document_end[:, None, :])
     return key_end.astype(jnp.int32)

@@ -1,0 +1,143 @@
+"""What the roles of a batch look like, as sums that add up over microbatches and devices: for people, not for the loss.
+
+Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``s`` token, ``t`` query, ``m`` thresholds.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natsjax import partition
+from natsjax.config import Config
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDING
+
+_NUM_THRESHOLDS = 64
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+"""Of the number of keys that queries read."""
+
+
+class RoleSums(NamedTuple):
+    """Sums over the tokens that are not padding, float32.
+
+    Attributes:
+      counts: ``[l, k, 3]``, tokens by role.
+      unended: ``[l, k]``, LOCAL tokens that no GLOBAL one ends within their document.
+      more_live: ``[l, m]``, queries of all KV heads that read more keys than each of ``live_thresholds``.
+    """
+
+    counts: jax.Array
+    unended: jax.Array
+    more_live: jax.Array
+
+
+def live_thresholds(length: int) -> np.ndarray:
+    """Numbers of keys that ``RoleSums.more_live`` counts at, int32 ``[m]``: geometric, from 1 to ``length``."""
+    return np.unique(np.geomspace(1, length, _NUM_THRESHOLDS).round()).astype(np.int32)
+
+
+def role_sums(ids: jax.Array, positions: jax.Array, document_end: jax.Array, config: Config) -> RoleSums:
+    """The sums of a batch, on any mesh.
+
+    Args:
+      ids: int8 ``[l, b, k, s]``, roles; those of a "dense" layer are all GLOBAL, those of a "sliding" one SLIDING.
+      positions: int32 ``[b, s]``.
+      document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
+      config: for the windows of the layers.
+    """
+    thresholds = jnp.asarray(live_thresholds(ids.shape[-1]))
+    windows = jnp.asarray(sliding_windows(config))
+
+    def local(ids, positions, document_end):
+        valid = (document_end > 0)[:, None]
+
+        def layer(ids, window):
+            live = live_keys(ids, positions, window)
+            counts = jnp.stack([jnp.sum((ids == role) & valid, axis=(0, 2)) for role in range(NUM_ROLES)], axis=-1)
+            more = jnp.sum((live[..., None] > thresholds) & valid[..., None], axis=(0, 1, 2))  # one fused pass
+            sums = counts, jnp.sum(_unended(ids, document_end) & valid, axis=(0, 2)), more
+            return tuple(x.astype(jnp.float32) for x in sums)
+
+        counts, unended, more = jax.lax.map(lambda x: layer(*x), (ids, windows))
+        return (
+            partition.psum(counts, "batch"),
+            partition.psum(unended, "batch"),
+            partition.psum(more, "batch", "kv_heads"),
+        )
+
+    # Whole sequences, as small integers, as for the lifetimes.
+    axes = ((None, "batch", "kv_heads", None), ("batch", None), ("batch", None))
+    out_axes: list[partition.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
+    return RoleSums(*partition.shard_map(local, axes, out_axes)(ids, positions, document_end))
+
+
+def sliding_windows(config: Config) -> np.ndarray:
+    """How many later queries read a SLIDING key, by layer: int32 ``[l]``."""
+    model = config.model
+    return np.array(
+        [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.layer_kinds], np.int32
+    )
+
+
+def live_keys(ids: jax.Array, positions: jax.Array, window: jax.Array | int) -> jax.Array:
+    """How many keys each query reads, in O(s): running sums, without a scatter, which TPUs are slow at.
+
+    Args:
+      ids: int8 ``[b, k, s]``.
+      positions: int32 ``[b, s]``.
+      window: queries behind its own that read a SLIDING key.
+
+    Returns:
+      int32 ``[b, k, t]``; meaningless where padded.
+    """
+    length = ids.shape[-1]
+    start = (positions == 0)[:, None, :]
+
+    def up_to(role):
+        return jnp.cumsum(ids == role, axis=-1, dtype=jnp.int32)
+
+    def before(count, at):  # the count before the latest index that is marked
+        earlier = jnp.concatenate([jnp.zeros_like(count[..., :1]), count[..., :-1]], axis=-1)
+        return jax.lax.cummax(jnp.where(at, earlier, 0), axis=count.ndim - 1)
+
+    globals_, locals_, sliding = up_to(GLOBAL), up_to(LOCAL), up_to(SLIDING)
+    # A LOCAL key is read up to the next GLOBAL token, that one's own query included.
+    behind_global = jnp.concatenate([jnp.zeros_like(ids[..., :1], bool), ids[..., :-1] == GLOBAL], axis=-1)
+    window = jnp.minimum(window, length)
+    padded = jnp.concatenate([jnp.zeros((*sliding.shape[:-1], length + 1), jnp.int32), sliding], axis=-1)
+    run_out = jax.lax.dynamic_slice_in_dim(padded, length - window, length, axis=-1)
+    return (
+        globals_
+        - before(globals_, start)
+        + locals_
+        - before(locals_, start | behind_global)
+        + sliding
+        - jnp.maximum(run_out, before(sliding, start))
+    )
+
+
+def _unended(ids: jax.Array, document_end: jax.Array) -> jax.Array:
+    """bool ``[b, k, s]``: LOCAL, and no GLOBAL token comes after it in its document."""
+    length = ids.shape[-1]
+    index = jnp.arange(length, dtype=jnp.int32)
+    at_or_after = jax.lax.cummin(jnp.where(ids == GLOBAL, index, length), axis=ids.ndim - 1, reverse=True)
+    return (ids == LOCAL) & (at_or_after >= document_end[:, None, :])
+
+
+def live_quantiles(more_live: jax.Array, num_queries: jax.Array, length: int) -> jax.Array:
+    """Quantiles of the number of keys that a query reads, rounded up to the next threshold.
+
+    Args:
+      more_live: float32 ``[l, m]``, of ``RoleSums``.
+      num_queries: float32 scalar, queries of all KV heads.
+      length: tokens in a context.
+
+    Returns:
+      float32 ``[l, q]``, for each of ``QUANTILES``.
+    """
+    share = more_live / num_queries
+    allowed = 1 - jnp.asarray(QUANTILES, jnp.float32) + 1e-7
+    first = jnp.argmax(share[:, None, :] <= allowed[:, None], axis=-1)
+    return jnp.asarray(live_thresholds(length), jnp.float32)[first]

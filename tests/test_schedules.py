@@ -1,0 +1,139 @@
+"""What changes over a run: learning rates, temperature, budget; and updates that are left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from natsjax import optim, parts, spikes, token_types
+from natsjax.config import NatsConfig, OptimizerConfig
+from natsjax.train_step import Trainer
+
+
+@pytest.mark.parametrize(("warmup", "fraction", "steps"), [(10, 0.2, 100), (0, 0.5, 40), (5, 1.0, 50), (3, 0.0, 20)])
+def test_wsd_warms_up_stays_and_decays(warmup, fraction, steps):
+    config = OptimizerConfig(
+        schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, peak_learning_rate=1e-2, end_learning_rate=1e-4
+    )
+    rate = np.array([optim.learning_rate(config, steps)(step) for step in range(steps + 1)])
+    decay = min(max(1, round(fraction * steps)), steps - warmup)
+    expected = np.interp(
+        np.arange(steps + 1), [0, warmup, steps - decay, steps], [1e-2 if warmup == 0 else 0, 1e-2, 1e-2, 1e-4]
+    )
+    np.testing.assert_allclose(rate, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_longer_wsd_run_goes_the_same_way_until_the_shorter_one_decays():
+    config = OptimizerConfig(schedule="wsd", warmup_steps=5)
+    short, long = (optim.learning_rate(config, steps) for steps in (100, 1000))
+    assert all(float(short(step)) == float(long(step)) for step in range(80))
+    assert float(short(90)) < float(long(90))
+
+
+def test_the_scorer_has_a_learning_rate_of_its_own():
+    batch = tiny.packed_batch(batch=4)
+    moved = {}
+    for rate in (0.0, 1e-3, 1e-1):
+        config = tiny.config(optimizer={"scorer_learning_rate": rate, "warmup_steps": 0, "peak_learning_rate": 1e-2})
+        trainer = Trainer(config, tiny.VOCAB_SIZE)
+        _, metrics = trainer.step(trainer.init(), batch)
+        moved[rate] = jax.tree.map(float, metrics.update_norms)
+    assert moved[1e-3]["scorer"] == pytest.approx(moved[0.0]["scorer"] / 10, rel=1e-4)
+    assert moved[1e-1]["scorer"] == pytest.approx(moved[0.0]["scorer"] * 10, rel=1e-4)
+    for rate in (1e-3, 1e-1):
+        assert moved[rate] | {"scorer": 0} == pytest.approx(moved[0.0] | {"scorer": 0}, rel=1e-5)
+
+
+def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
+    config = NatsConfig(temperature=2.0, end_temperature=0.5)
+    found = [float(token_types.temperature_at(jnp.int32(step), config, 11)) for step in range(13)]
+    np.testing.assert_allclose(found[:11], np.geomspace(2, 0.5, 11), rtol=1e-5)
+    assert found[12] == pytest.approx(0.5)
+    assert float(token_types.temperature_at(jnp.int32(7), NatsConfig(temperature=1.5), 11)) == 1.5
+    norms = []
+    for nats in ({"temperature": 4.0}, {"temperature": 1.0, "end_temperature": 4.0}):
+        trainer = Trainer(tiny.config(nats=nats, train={"num_steps": 11}), tiny.VOCAB_SIZE)
+        state = trainer.init()
+        state = state._replace(step=state.step + 10)  # the last
+        norms.append(float(trainer.step(state, tiny.packed_batch(batch=4))[1].gradient_norms["scorer"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("path", "middle"), [("linear", 0.55), ("geometric", 0.1**0.5), ("cosine", 0.55)])
+def test_budgets_fall_from_one_after_the_start(path, middle):
+    config = NatsConfig(kv_budget=0.1, budget_ramp=path, budget_ramp_start=20, budget_ramp_steps=40)
+    found = np.array([token_types.budget_at(jnp.int32(step), config) for step in range(100)])
+    np.testing.assert_allclose(found[:20], 1)
+    assert found[39] == pytest.approx(middle, rel=1e-5)
+    np.testing.assert_allclose(found[59:], 0.1, rtol=1e-5)
+    assert np.all(np.diff(found[19:60]) < 0)
+
+
+def test_a_spike_is_found_and_noise_is_not():
+    rng = np.random.default_rng(0)
+    losses = 3 + 3 * np.exp(-np.arange(400) / 60) + 0.05 * rng.normal(size=400)
+    losses[[200, 300]] += 1.0
+    losses[10] += 5  # too early to say
+    detector, found = spikes.start_detector(), []
+    for step, loss in enumerate(losses):
+        is_spike, detector = spikes.detect(detector, jnp.float32(loss), 6.0)
+        found += [step] if is_spike else []
+    assert found == [200, 300]
+    assert int(detector.skipped) == 2
+
+
+def test_a_loss_that_stays_high_is_accepted_in_the_end():
+    detector = spikes.start_detector()
+    for step in range(300):
+        is_spike, detector = spikes.detect(detector, jnp.float32(2 + 0.01 * (step % 3) + (step >= 100)), 5.0)
+    assert not is_spike
+    assert 1 <= int(detector.skipped) <= 60
+
+
+@pytest.mark.parametrize(("loss", "threshold"), [(np.nan, 3.0), (np.inf, 3.0), (1e9, 0.0)])
+def test_what_is_not_finite_is_no_spike_and_threshold_0_finds_none(loss, threshold):
+    detector = spikes.start_detector()
+    for _ in range(100):
+        _, detector = spikes.detect(detector, jnp.float32(2), threshold)
+    assert not spikes.detect(detector, jnp.float32(loss), threshold)[0]
+
+
+def test_a_skipped_update_leaves_all_but_the_step_as_it_was():
+    config = tiny.config(optimizer={"spike_threshold": 4.0})
+    trainer = Trainer(config, tiny.VOCAB_SIZE)
+    known = spikes.SpikeDetector(*(jnp.float32(x) for x in (0.1, 0.0)), jnp.int32(100), jnp.int32(3))
+    state = trainer.init()._replace(spikes=known)  # a loss of 0.1 would be usual
+    before = jax.device_get(state)
+    after, metrics = trainer.step(state, tiny.packed_batch(batch=4))
+    assert (float(metrics.skipped), float(metrics.skipped_steps), float(metrics.update_norm)) == (1, 4, 0)
+    assert float(metrics.gradient_norm) > 0
+    schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    states = [(x.parameters, x.optimizer, x.controller) for x in (before, jax.device_get(after))]
+    clocks = []
+    for old, new in zip(*(jax.tree.leaves(state, is_leaf=schedule) for state in states), strict=True):
+        if schedule(old):
+            clocks.append((int(old.count), int(new.count)))
+        else:
+            np.testing.assert_array_equal(old, new)
+    assert clocks == [(0, 1)]  # the learning rate goes on with the steps
+    assert int(after.step) == 1
+    _, metrics = trainer.step(after._replace(spikes=spikes.start_detector()), tiny.packed_batch(batch=4))
+    assert (float(metrics.skipped), float(metrics.update_norm) > 0) == (0, True)
+
+
+def test_every_parameter_has_its_part_and_norms_add_up():
+    config = tiny.config(model={"tie_embeddings": False, "qkv_bias": True, "qk_norm": True})
+    trainer = Trainer(config, tiny.VOCAB_SIZE)
+    labels = parts.part_labels(trainer.model.parameters)
+    blocks = labels["blocks"]
+    assert set(jax.tree.leaves(labels)) == set(parts.PARTS)
+    assert (labels["embedding"], labels["unembedding"]) == ("embedding", "unembedding")
+    assert blocks["attention"]["query_norm"]["scale"] == blocks["mlp_norm"]["scale"] == "norm"
+    assert blocks["attention"]["query_bias"] == "attention"
+    assert set(jax.tree.leaves(blocks["attention"]["scorer"])) == {"scorer"}
+    _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))
+    for norms, total in ((metrics.gradient_norms, metrics.gradient_norm), (metrics.update_norms, metrics.update_norm)):
+        assert list(norms) == sorted(parts.PARTS)
+        assert np.sqrt(sum(float(x) ** 2 for x in norms.values())) == pytest.approx(float(total), rel=1e-5)
