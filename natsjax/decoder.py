@@ -8,6 +8,7 @@ Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,9 @@ _PREFILL_GROWTH = 1.5
 _WORTH_COMPILING = 1.25
 """A layout that is known is taken unless it allocates this many times as much as is wanted."""
 
+_MOST_GROUPS = 16
+"""Each is compiled by itself."""
+
 NO_LIMIT = int(np.iinfo(np.int32).max)
 """Slots of a head where nothing limits them."""
 
@@ -49,7 +53,8 @@ class DecodeSettings:
       chunk: prompt tokens of a sequence that are read at once.
       segment: tokens that are drawn between two looks at the host, which streams, compacts and enlarges.
       block: capacities are multiples of it (slots).
-      max_groups: layers are divided into at most so many groups of one capacity each.
+      max_groups: layers are divided into at most so many groups of one capacity each (more where the kinds of layers
+        alternate, up to 16).
       max_kv: the most keys that a head keeps, hard (a query reads these and its own); None: what the policy keeps.
       eviction: what goes first where ``max_kv`` is reached (``policies.EVICTIONS``).
 
@@ -128,6 +133,10 @@ class Decoder:
             raise UserError("a dial reads the roles of tokens, and a model with dense attention has none.")
         check_mesh(mesh)
         self._layouts: list[Layout] = []  # after prompts so far
+        # A dense layer between two with roles would give both its capacity.
+        kinds = config.model.layer_kinds
+        runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
+        self._max_groups = max(self.settings.max_groups, min(runs, _MOST_GROUPS) if runs > 1 else 1)
         self.eviction: Eviction | None = None
         self.limit = NO_LIMIT
         if self.settings.max_kv is not None:
@@ -254,15 +263,13 @@ class Decoder:
 
     def _layout(self, need: np.ndarray) -> Layout:
         """For these slots by layer: one that programs have been compiled for, unless it wastes too much."""
-        wanted = Layout.of(need, self.settings.max_groups, self.settings.block)
+        wanted = Layout.of(need, self._max_groups, self.settings.block)
         enough = [known for known in self._layouts if np.all(known.by_layer >= need)]
         close = [known for known in enough if known.total <= _WORTH_COMPILING * wanted.total]
         if close:
             return min(close, key=lambda known: known.total)
         if self._layouts:  # one that holds what the last one held, so that there are soon no new ones
-            both = Layout.of(
-                np.maximum(need, self._layouts[-1].by_layer), self.settings.max_groups, self.settings.block
-            )
+            both = Layout.of(np.maximum(need, self._layouts[-1].by_layer), self._max_groups, self.settings.block)
             wanted = both if both.total <= _WORTH_COMPILING * wanted.total else wanted
         self._layouts.append(wanted)
         return wanted

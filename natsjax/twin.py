@@ -49,5 +49,5 @@ def _data_marks(run: LoadedRun) -> dict[str, object]:
 
 def _shape(run: LoadedRun) -> dict[str, object]:
     model = dataclasses.asdict(run.config.model)
-    free = ("attention", "remat")  # the one is the difference, the other changes no number
+    free = ("attention", "sliding_window", "remat")  # the first two are the difference, the last changes no number
     return {"step": run.step} | {f"model.{name}": value for name, value in model.items() if name not in free}

@@ -181,3 +181,16 @@ def test_a_mixed_model_learns(layers):
         state, metrics = trainer.step(state, batch)
         seen.append(float(metrics.cross_entropy))
     assert seen[-1] < 0.7 * seen[0]
+
+
+def test_a_dense_layer_leaves_its_neighbours_their_small_capacities():
+    config = decoding.config(model={"attention": "nats,dense", "num_layers": 8}, nats={"window": 1})
+    parameters = decoding.parameters_of(config, scorer_scale=0.0)
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)  # SLIDING
+    decoder = decoding.decoder(config, parameters)
+    found = generate(decoder, decoding.prompts([150]), max_new_tokens=20)
+    slots = decoder._layouts[-1].by_layer
+    assert np.all(slots[::2] <= 32)
+    assert np.all(slots[1::2] >= 170)
+    assert found.evicted == 0

@@ -1,0 +1,22 @@
+"""Every third layer reads everything, the others learn roles: ``nats_125m`` with a pattern of layers.
+
+    python train.py --config=configs/hybrid_125m.py --workdir=runs/hybrid_125m --config.data.input=FOLDER
+
+The KV budget counts all layers, and the dense third of them alone costs a third: 0.4 leaves the others a tenth each.
+Queries and keys are normalised, and the learning rate stays at its peak until the last fifth of the steps, so that the
+run can be made longer from any checkpoint before. Hardware: made for one accelerator with 80 GB; it has not been run at
+this size yet.
+"""
+
+import pathlib
+
+from natsjax.command_line import read_config_file
+
+
+def get_config():
+    config = read_config_file(pathlib.Path(__file__).with_name("nats_125m.py"))
+    config.model.attention = "nats,nats,dense"
+    config.model.qk_norm = True
+    config.nats.kv_budget = 0.4
+    config.optimizer.schedule = "wsd"
+    return config
