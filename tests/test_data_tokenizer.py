@@ -115,7 +115,7 @@ def _edit(path, **changes):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match=r"there is no tokenizer in .*natsjax_tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"there is no tokenizer in .*: it holds no natsjax_tokenizer\.json, "):
         load_tokenizer(tmp_path)
 
 

@@ -2,16 +2,17 @@
 
 | module | what it does |
 |---|---|
-| `corpus_reader` | reads documents from .txt, .jsonl, .jsonl.zst or an installed package |
-| `tokenizer` | bytes and byte-level BPE |
+| `corpus_reader` | reads documents from text, JSON lines, Parquet, saved datasets or an installed package |
+| `tokenizer` | tokenizers by name: bytes, BPE trained here, Hugging Face's, SentencePiece's, tiktoken's |
 | `prepare` | the command `python -m natsjax.data.prepare` and its function: text to a prepared corpus |
 | `corpus` | a prepared corpus on disk, and reading it |
 | `packing` | documents laid end to end and cut into contexts: the fields of a row |
 | `pipeline` | the training stream and the evaluation slice, through Grain |
 | `synthetic` | the associative-recall task |
 
-(`prepare_request`, `hold_out`, `split_writer` and `atomic_folder` are parts of `prepare`, `lru_cache` is one
-of `pipeline`.)
+(`sources`, `text_files` and `arrow_files` are parts of `corpus_reader`; `tokenizer_base`, `byte_tokenizers`,
+`pretrained_tokenizer` and a module per library are parts of `tokenizer`; `prepare_request`, `hold_out`, `split_writer`
+and `atomic_folder` are parts of `prepare`, `lru_cache` is one of `pipeline`.)
 
 `prepare` is imported as `from natsjax.data.prepare import prepare`: a function re-exported here would hide
 the module of the same name, which is also a command.
@@ -22,7 +23,16 @@ from natsjax.data.corpus_reader import CorpusReader, Document
 from natsjax.data.packing import Row, piece_lengths
 from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts, iterate, train_dataset
 from natsjax.data.synthetic import RecallTask
-from natsjax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, load_tokenizer
+from natsjax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    Vocabulary,
+    load_tokenizer,
+)
 
 __all__ = [
     "BPETokenizer",
@@ -31,11 +41,14 @@ __all__ = [
     "CorpusReader",
     "Document",
     "Documents",
+    "HuggingFaceTokenizer",
     "PackedSource",
     "RecallTask",
     "Row",
     "RowSource",
+    "SentencePieceTokenizer",
     "SplitSummary",
+    "TiktokenTokenizer",
     "Tokenizer",
     "Vocabulary",
     "evaluation_contexts",

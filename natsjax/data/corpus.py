@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from natsjax.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -139,7 +139,7 @@ class Corpus:
     """
 
     folder: Path
-    tokenizer: ByteTokenizer | BPETokenizer
+    tokenizer: Tokenizer
     summaries: dict[str, SplitSummary]
     content_hash: str
     arguments: dict[str, str | int | float | bool | None]

@@ -1,0 +1,222 @@
+"""Parquet files, and Hugging Face datasets as `datasets.save_to_disk` writes them; read with pyarrow alone.
+
+A saved dataset is a folder with `dataset_info.json`, `state.json` (which names the shards) and the shards, files in
+Arrow's IPC stream format. Several splits are such folders, side by side, under one with `dataset_dict.json`.
+https://huggingface.co/docs/datasets/process#save, https://arrow.apache.org/docs/format/Columnar.html
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from natsjax.data.sources import Document, FileSource, Source, bad_file, reason
+from natsjax.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PARQUET_SUFFIX = ".parquet"
+DEFAULT_SPLIT = "train"
+
+_STATE_FILE = "state.json"
+_INFO_FILE = "dataset_info.json"
+_SPLITS_FILE = "dataset_dict.json"
+
+_BATCH_ROWS = 64  # documents held at a time; each may be a book
+_READ_BUFFER_BYTES = 1 << 20
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+class _Table(FileSource):
+    """A file of columns, one of which holds text and one, perhaps, ids.
+
+    Args:
+      path: where it is.
+      name: its path below the input.
+      text_field: the column that holds the text.
+    """
+
+    def __init__(self, path: Path, name: str, text_field: str):
+        super().__init__(path, name)
+        self._text_field = text_field
+
+    def documents(self) -> Iterator[Document]:
+        """A document a row; a null is an empty one."""
+        arrow = _import_pyarrow(self.path)
+        row = 0
+        try:
+            for texts, ids in self._columns(arrow):
+                values = texts.to_pylist()
+                names = [None] * len(values) if ids is None else ids.to_pylist()
+                for name, value in zip(names, values, strict=True):
+                    row += 1
+                    text = value.decode("utf-8") if isinstance(value, bytes) else value or ""
+                    yield Document(f"{self.name}:{row}" if name is None else str(name), text)
+        except UnicodeDecodeError as error:
+            raise self.bad(f"is not UTF-8 in row {row}") from error
+        except (arrow.ArrowException, OSError, MemoryError) as error:  # a damaged length may ask for any memory
+            if isinstance(error, OSError) and error.strerror:
+                raise self.bad(f"cannot be read: {error.strerror}") from error
+            raise self.bad(f"is no whole {self.format} ({reason(error)})") from error
+
+    def check(self) -> None:
+        """Reads the columns."""
+        for _ in self.documents():
+            pass
+
+    format: str
+
+    @abstractmethod
+    def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
+        """Texts and ids, a batch at a time, checked so that reading them cannot leave the buffers."""
+
+    def _wanted(self, arrow: Any, schema: pyarrow.Schema) -> tuple[int, int | None]:
+        """Places of the text and of the ids in a schema."""
+        names = schema.names
+        advice = "name the column that holds the text with text_field."
+        if self._text_field not in names:
+            found = ", ".join(sorted(names)) or "none"
+            raise UserError(f"{self.path} has no column {self._text_field!r} (columns found: {found}); {advice}")
+        text = names.index(self._text_field)
+        kind = schema.field(text).type
+        if not (_is_text(arrow, kind) or arrow.types.is_null(kind)):
+            found = ", ".join(field.name for field in schema if _is_text(arrow, field.type)) or "none"
+            raise UserError(
+                f"{self.path} has no text in column {self._text_field!r}, whose type is {kind} (columns of text: "
+                f"{found}); {advice}"
+            )
+        identity = names.index("id") if "id" in names and self._text_field != "id" else None
+        if identity is not None:
+            kind = schema.field(identity).type
+            if not (arrow.types.is_integer(kind) or (_is_text(arrow, kind) and not _is_binary(arrow, kind))):
+                identity = None
+        return text, identity
+
+
+class ParquetFile(_Table):
+    """A Parquet file, read a few rows at a time."""
+
+    format = "Parquet file"
+
+    def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
+        with arrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES) as file:
+            text, identity = self._wanted(arrow, file.schema_arrow)
+            names = [file.schema_arrow.names[column] for column in (text, identity) if column is not None]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+                texts = batch.column(batch.schema.names.index(names[0]))
+                ids = None if identity is None else batch.column(batch.schema.names.index("id"))
+                for column in (texts, ids):
+                    if column is not None:
+                        column.validate(full=True)
+                yield texts, ids
+
+
+class ArrowShard(_Table):
+    """A shard of a saved dataset, read record batch by record batch."""
+
+    format = "Arrow stream"
+
+    def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
+        with self.path.open("rb") as file:
+            with arrow.ipc.open_stream(file) as stream:
+                text, identity = self._wanted(arrow, stream.schema)
+                for batch in stream:
+                    batch.validate(full=True)  # the format has no checksums: offsets could point anywhere
+                    for start in range(0, batch.num_rows, _BATCH_ROWS):
+                        part = batch.slice(start, _BATCH_ROWS)
+                        yield part.column(text), None if identity is None else part.column(identity)
+            # A file that was cut off between two batches looks whole to the library.
+            file.seek(max(0, self.path.stat().st_size - len(_END_OF_STREAM)))
+            if file.read() != _END_OF_STREAM:
+                raise self.bad("is no whole Arrow stream (it ends too early)")
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of one dataset wrote the folder."""
+    return (folder / _STATE_FILE).is_file() and (folder / _INFO_FILE).is_file()
+
+
+def is_dataset_dict(folder: Path) -> bool:
+    """Whether `save_to_disk` of several splits wrote the folder."""
+    return (folder / _SPLITS_FILE).is_file()
+
+
+def check_split(folder: Path, split: str) -> None:
+    """Raise UserError if a folder with splits has none of that name."""
+    splits = _read_json(folder / _SPLITS_FILE).get("splits")
+    if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+        raise bad_file(folder / _SPLITS_FILE, "holds no list of splits")
+    if split not in splits:
+        raise UserError(
+            f"the dataset {folder} has no split {split!r} (splits found: {', '.join(splits) or 'none'}); name the one "
+            f"to read behind the folder, as in {folder}:{splits[0] if splits else DEFAULT_SPLIT}."
+        )
+
+
+def dataset_sources(folder: Path, name: str, text_field: str) -> list[Source]:
+    """The shards of a saved dataset, in its order.
+
+    Args:
+      folder: what `save_to_disk` wrote.
+      name: its path below the input.
+      text_field: the column that holds the text.
+
+    Raises:
+      BadFileError: its `state.json` is missing or damaged.
+      UserError: it has an indices mapping.
+    """
+    state_file = folder / _STATE_FILE
+    state = _read_json(state_file)
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{state_file} names an indices mapping (_indices_data_files), as `datasets` wrote before version 2; "
+            "load the dataset with that library and save it again, which puts the rows in their order."
+        )
+    files = state.get("_data_files")
+    try:
+        shards = [str(file["filename"]) for file in files]  # type: ignore[union-attr]
+    except (TypeError, KeyError) as error:
+        raise bad_file(state_file, "names no data files") from error
+    prefix = f"{name}/" if name else ""
+    return [ArrowShard(folder / shard, prefix + shard, text_field) for shard in shards]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise bad_file(path, f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise bad_file(path, f"is no valid JSON ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise bad_file(path, f"holds a JSON {type(content).__name__} where an object belongs")
+    return content
+
+
+def _is_text(arrow: Any, kind: pyarrow.DataType) -> bool:
+    types = arrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or _is_binary(arrow, kind)
+
+
+def _is_binary(arrow: Any, kind: pyarrow.DataType) -> bool:
+    """Bytes that are not marked as text; some writers of Parquet mark none, so they are read as UTF-8."""
+    types = arrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _import_pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs pyarrow, which is not installed; install it with `pip install 'natsjax[formats]'`."
+        ) from error
+    return pyarrow

@@ -1,0 +1,319 @@
+"""Tokenizers in Hugging Face's format, `tokenizer.json`: whatever `tokenizers` can run.
+
+BOS and EOS are what `tokenizer_config.json` or `special_tokens_map.json` beside the file declares (`bos_token`,
+`eos_token`), else special tokens with one of the usual names, else ids behind the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from natsjax.data.byte_tokenizers import byte_of_character
+from natsjax.data.pretrained_tokenizer import UNKNOWN, PretrainedTokenizer, as_user_error, read_bytes, with_specials
+from natsjax.data.tokenizer_base import Int32Array, read_json, utf8
+from natsjax.errors import UserError
+
+BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")
+EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[EOS]", "[SEP]")
+
+_FILE = "tokenizer.json"
+_DECLARING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MAX_HOLES = 2**20  # more unused ids than that, and the file is damaged
+
+
+class _Definition:
+    """The content of a `tokenizer.json`, read.
+
+    Attributes:
+      text: as it was given.
+      parsed: without what would cut texts off, pad them or add special tokens, which the pipeline does itself.
+      library: the tokenizer as the library runs it.
+      vocabulary: token of each id.
+      unknown: id of what has no token, or None.
+      specials: ids that no text may give: of special tokens, but not `unknown`.
+    """
+
+    def __init__(self, text: str, source: Path):
+        self.text, self._source = text, source
+        with as_user_error(f"the tokenizer {source} is no valid JSON"):
+            parsed = json.loads(text)
+        if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
+            raise UserError(
+                f"{source} is no tokenizer.json of Hugging Face's library tokenizers: it holds no object with a model."
+            )
+        self.parsed: dict[str, Any] = parsed | {"truncation": None, "padding": None, "post_processor": None}
+        with self.errors():
+            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.parsed))
+            ids = self.library.get_vocab(with_added_tokens=True)
+            self.vocabulary = {token_id: token for token, token_id in ids.items()}
+            if not ids or max(self.vocabulary) > len(ids) + _MAX_HOLES:
+                raise ValueError(f"it has {len(ids)} tokens")
+            self.unknown = self._unknown()
+            added = self.library.get_added_tokens_decoder()
+            self.specials = {token_id for token_id, token in added.items() if token.special} - {self.unknown}
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Turns what the library throws into one sentence."""
+        return as_user_error(
+            f"the tokenizer {self._source} cannot be run by the library tokenizers {tokenizers.__version__}"
+        )
+
+    def find(self, declared: Mapping[str, Any], setting: str, names: Sequence[str]) -> int | None:
+        """Id of BOS or EOS, or None where the tokenizer has none."""
+        if setting in declared:
+            value = declared[setting]
+            content = value.get("content") if isinstance(value, dict) else value
+            found = self.library.token_to_id(content) if isinstance(content, str) else None
+            return None if found == self.unknown else found
+        found_by_name = (self.library.token_to_id(name) for name in names)
+        return next((token_id for token_id in found_by_name if token_id in self.specials), None)
+
+    def _unknown(self) -> int | None:
+        model = self.parsed["model"]
+        if isinstance(model.get("unk_token"), str):
+            return self.library.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
+
+class HuggingFaceTokenizer(PretrainedTokenizer):
+    """A tokenizer that the library `tokenizers` runs.
+
+    Args:
+      definition: the content of a `tokenizer.json`.
+      bos_id: id of BOS in it; None: an id is appended.
+      eos_id: id of EOS in it; None: an id is appended.
+      source: the file, for messages.
+
+    Raises:
+      UserError: this is no tokenizer that the library can run.
+    """
+
+    kind = "huggingface"
+
+    def __init__(
+        self,
+        definition: str | _Definition,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        source: Path = Path(_FILE),
+    ):
+        self._read = read = definition if isinstance(definition, _Definition) else _Definition(definition, source)
+        self._declared = {"bos_id": bos_id, "eos_id": eos_id}
+        own = {special for special in (bos_id, eos_id) if special is not None}
+        specials = read.specials | own
+        with read.errors():
+            if bad := [special for special in own if special not in read.vocabulary or special == read.unknown]:
+                raise ValueError(f"id {bad[0]} cannot be BOS or EOS")
+            self._tokenizer = _for_text(read.parsed, {token_id: read.vocabulary[token_id] for token_id in specials})
+            pieces = _Pieces(read, specials).all()
+            first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
+        names = {token_id: f"⟨unused {token_id}⟩" for token_id in range(len(pieces)) if token_id not in read.vocabulary}
+        names |= {token_id: read.vocabulary[token_id] for token_id in specials}
+        if read.unknown is not None:
+            names[read.unknown] = read.vocabulary[read.unknown]
+        adds_space = any(pieces[token_id].startswith(b" ") for token_id in first)
+        pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
+        super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names, adds_space=adds_space)
+
+    @classmethod
+    def open(cls, path: Path) -> HuggingFaceTokenizer:
+        """Read a `tokenizer.json`, and what files beside it declare to be BOS and EOS.
+
+        Raises:
+          UserError: it cannot be read or run.
+        """
+        definition = _Definition(_decode(read_bytes(path), path), path)
+        declared = _declarations(path.parent)
+        bos_id = definition.find(declared, "bos_token", BOS_NAMES)
+        eos_id = definition.find(declared, "eos_token", EOS_NAMES)
+        return cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
+
+    @classmethod
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> HuggingFaceTokenizer:
+        """Read what `save` wrote; `description` is the folder's description file."""
+        ids = [description.get("declared_bos_id"), description.get("declared_eos_id")]
+        if not all(value is None or isinstance(value, int) for value in ids):
+            raise UserError(
+                f"the tokenizer in {folder} declares the ids {ids} as BOS and EOS; they must be whole numbers."
+            )
+        path = folder / _FILE
+        return cls(_decode(read_bytes(path), path), bos_id=ids[0], eos_id=ids[1], source=path)
+
+    def encode(self, text: str) -> Int32Array:
+        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
+
+        Raises:
+          UserError: the text is no valid Unicode (it holds a lone surrogate), or the tokenizer has no id for a part of
+            it.
+        """
+        utf8(text)
+        with as_user_error("the tokenizer cannot encode a text"):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
+        """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
+
+        Raises:
+          UserError: as `encode` does.
+        """
+        for text in texts:
+            utf8(text)
+        with as_user_error("the tokenizer cannot encode a text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer to a folder (made if missing), with the `tokenizer.json` for other programs.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
+        super().save(folder)
+        (Path(folder) / _FILE).write_text(self._read.text, encoding="utf-8")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._read.text, self._declared)
+
+    def _options(self) -> dict[str, Any]:
+        return {f"declared_{name}": value for name, value in self._declared.items()}
+
+    def _definition(self) -> list[object]:
+        return [self._declared, json.dumps(self._read.parsed, sort_keys=True)]
+
+
+def _rebuild(definition: str, declared: Mapping[str, int | None]) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(definition, bos_id=declared["bos_id"], eos_id=declared["eos_id"])
+
+
+def _decode(data: bytes, path: Path) -> str:
+    with as_user_error(f"the tokenizer {path} is no UTF-8"):
+        return data.decode("utf-8")
+
+
+def _declarations(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in _DECLARING_FILES:
+        if (folder / name).is_file():
+            found = read_json(folder / name) | found
+    return found
+
+
+def _for_text(parsed: dict[str, Any], specials: Mapping[int, str]) -> tokenizers.Tokenizer:
+    """The tokenizer for texts, none of which gives a special id.
+
+    The library can be told not to look for special tokens in a text, but a model that has them in its vocabulary may
+    still come upon them (unigram does). Here they have names in the vocabulary that nobody writes.
+    """
+    mark = "\ufdd0natsjax special "  # a noncharacter, which is not for interchange, before what else is improbable
+    hidden = {name: f"{mark}{token_id}\ufdd0" for token_id, name in specials.items()}
+    model = dict(parsed["model"])
+    if isinstance(model.get("vocab"), list):
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {hidden.get(token, token): token_id for token, token_id in model["vocab"].items()}
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [merge for merge in model["merges"] if not hidden.keys() & set(_made_from(merge))]
+    added = [
+        token | ({"content": hidden[token["content"]], "special": True} if token["content"] in hidden else {})
+        for token in parsed.get("added_tokens") or []
+    ]
+    library = tokenizers.Tokenizer.from_str(json.dumps(parsed | {"model": model, "added_tokens": added}))
+    library.encode_special_tokens = True
+    for token_id, name in specials.items():
+        if library.token_to_id(hidden[name]) != token_id:
+            raise ValueError(f"its special token {name!r} has no id of its own")
+    return library
+
+
+def _made_from(merge: str | Sequence[str]) -> Iterator[str]:
+    """The tokens of a merge: two parts and what they become."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    yield from (left, right, left + right)
+
+
+class _Pieces:
+    """What each id of a tokenizer stands for in the middle of a text."""
+
+    def __init__(self, definition: _Definition, specials: set[int]):
+        self._library, self._parsed = definition.library, definition.parsed
+        self._vocabulary, self._unknown, self._specials = definition.vocabulary, definition.unknown, specials
+
+    def all(self) -> list[bytes]:
+        """The pieces in id order, empty for specials and for ids without a token."""
+        wanted = [token_id for token_id in sorted(self._vocabulary) if token_id not in self._specials]
+        found = self._from_alphabet(wanted) if self._is_byte_level() else self._from_decoder(wanted)
+        if self._unknown is not None:
+            space = b" " if found.get(self._unknown, b"").startswith(b" ") else b""
+            found[self._unknown] = space + UNKNOWN
+        return [found.get(token_id, b"") for token_id in range(max(self._vocabulary) + 1)]
+
+    def _is_byte_level(self) -> bool:
+        steps = (self._parsed.get(name) for name in ("pre_tokenizer", "normalizer"))
+        return any("ByteLevel" in _types(step) for step in steps)
+
+    def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """Tokens whose characters are bytes; added ones are what they are."""
+        alphabet = byte_of_character()
+        added = self._library.get_added_tokens_decoder()
+        model = self._parsed["model"]
+        suffix, prefix = (model.get(f"{name}") or "" for name in ("end_of_word_suffix", "continuing_subword_prefix"))
+        found = {}
+        for token_id in ids:
+            token = self._vocabulary[token_id]
+            if token_id in added:
+                found[token_id] = token.encode()
+                continue
+            ends_word = bool(suffix) and token.endswith(suffix)
+            token = token.removesuffix(suffix).removeprefix(prefix)
+            characters = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+            found[token_id] = b"".join(characters) + (b" " if ends_word else b"")
+        return found
+
+    def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """What the tokenizer's own decoder writes for a token between two others.
+
+        The decoder may treat the first and the last token in its own way, and a token may begin with a space or end
+        with one. So a token `a` is looked for between two of which most others can be found, and a token's piece is
+        what stands between them then.
+        """
+        is_byte = self._parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self._parsed.get("decoder"))
+        sample = ids[:: max(1, len(ids) // 64)]
+        best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
+        found = {}
+        for token_id, piece in zip(ids, self._between(best, ids), strict=True):
+            token = self._vocabulary[token_id]
+            byte = _BYTE_TOKEN.fullmatch(token) if is_byte else None
+            found[token_id] = bytes([int(byte[1], 16)]) if byte else (token if piece is None else piece).encode()
+        return found
+
+    def _between(self, a: int, ids: Sequence[int]) -> list[str | None]:
+        alone, two = (self._library.decode([a] * count, skip_special_tokens=False) for count in (1, 2))
+        if not two.startswith(alone) or "\ufffd" in alone:
+            return [None] * len(ids)
+        rest = two[len(alone) :]
+        texts = self._library.decode_batch([[a, token_id, a] for token_id in ids], skip_special_tokens=False)
+        return [
+            text[len(alone) : len(text) - len(rest)]
+            if text.startswith(alone) and text.endswith(rest) and len(text) >= len(two)
+            else None
+            for text in texts
+        ]
+
+
+def _types(step: Any) -> set[str]:
+    """Types of a step of the tokenizer and of the steps that it is a sequence of."""
+    if not isinstance(step, dict):
+        return set()
+    parts = (part for value in step.values() if isinstance(value, list) for part in value)
+    return {str(step.get("type"))}.union(*(_types(part) for part in parts))

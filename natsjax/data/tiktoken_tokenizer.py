@@ -1,0 +1,273 @@
+"""Tokenizers in tiktoken's file format: byte-level BPE, lossless, run by `tiktoken` (https://github.com/openai/tiktoken).
+
+Each line of a `.tiktoken` file is a token, its bytes in base64, and its rank, which is its id. What the file does not
+say can stand in a JSON file beside it, `NAME.tiktoken.json`, all of it optional:
+
+    {"pattern": "…",                              the regular expression that text is cut up with before BPE
+     "special_tokens": {"<|endoftext|>": 100257}, ids that stand for no text
+     "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
+By default the pattern is that of cl100k (GPT-4), which Llama 3 uses too, and BOS and EOS are appended.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from natsjax.data.pretrained_tokenizer import (
+    PretrainedTokenizer,
+    as_user_error,
+    num_threads,
+    read_bytes,
+    with_specials,
+)
+from natsjax.data.tokenizer_base import Int32Array, read_json, utf8
+from natsjax.errors import UserError
+
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+_RANKS_FILE = "tokenizer.tiktoken"
+_MAX_ID = 2**24  # far above any vocabulary; an id beyond is a damaged file
+# In a longer run of white space the library's regular expressions run out of stack; the run is cut up before.
+_LONGEST_SPACE = 10_000
+_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{_LONGEST_SPACE},}}")
+_FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
+
+
+class TiktokenTokenizer(PretrainedTokenizer):
+    """Byte-level BPE by ranks.
+
+    Args:
+      ranks: id of every token; each single byte must be one.
+      pattern: cuts text up before BPE; what it does not match is lost.
+      special_tokens: ids of names that stand for no text.
+      bos_token: which of them is BOS; None: an id of its own is appended.
+      eos_token: which of them is EOS; None: an id of its own is appended.
+      source: the file, for messages.
+
+    Raises:
+      UserError: `tiktoken` is not installed, or these make no tokenizer.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        *,
+        pattern: str = CL100K_PATTERN,
+        special_tokens: Mapping[str, int] | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        source: Path = Path(_RANKS_FILE),
+    ):
+        special_tokens = dict(special_tokens or {})
+        _check(ranks, special_tokens, bos_token, eos_token, source)
+        used = {*ranks.values(), *special_tokens.values()}
+        size = 1 + max(used)
+        pieces = [b""] * size
+        for piece, rank in ranks.items():
+            pieces[rank] = piece
+        bos_id = None if bos_token is None else special_tokens[bos_token]
+        eos_id = None if eos_token is None else special_tokens[eos_token]
+        pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
+        names = {token_id: f"⟨unused {token_id}⟩" for token_id in set(range(size)) - used}
+        names |= {token_id: name for name, token_id in special_tokens.items()}
+        super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names)
+        self._ranks = {piece: ranks[piece] for piece in sorted(ranks, key=ranks.__getitem__)}
+        self._settings: dict[str, Any] = {
+            "pattern": pattern,
+            "special_tokens": special_tokens,
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+        }
+        tiktoken = _import_tiktoken(source)
+        # The library is not told of special tokens: it then reads them as ordinary text.
+        with as_user_error(f"the pattern {pattern!r} of the tokenizer {source} is no regular expression for tiktoken"):
+            self._encoding = tiktoken.Encoding(
+                "natsjax", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> TiktokenTokenizer:
+        """Read a `.tiktoken` file, and the settings beside it if there are any.
+
+        Raises:
+          UserError: a file cannot be read, is damaged or holds something else.
+        """
+        settings_file = path.with_name(path.name + ".json")
+        settings = read_json(settings_file) if settings_file.is_file() else {}
+        return cls._from(path, settings, settings_file)
+
+    @classmethod
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> TiktokenTokenizer:
+        """Read what `save` wrote; `description` is the folder's description file."""
+        settings = {name: description.get(name) for name in ("pattern", "special_tokens", "bos_token", "eos_token")}
+        return cls._from(folder / _RANKS_FILE, settings, folder)
+
+    @classmethod
+    def _from(cls, path: Path, settings: Mapping[str, Any], settings_file: Path) -> TiktokenTokenizer:
+        types = {"pattern": str, "special_tokens": dict, "bos_token": str, "eos_token": str}
+        for name, value in settings.items():
+            if name not in types:
+                raise UserError(
+                    f"{settings_file} has a setting {name!r}; a tokenizer's settings are {', '.join(types)}."
+                )
+            if value is not None and not isinstance(value, types[name]):
+                raise UserError(f"{name} in {settings_file} is {value!r}; it must be a {types[name].__name__}.")
+        given = {name: value for name, value in settings.items() if value is not None}
+        return cls(_read_ranks(path), **given, source=path)
+
+    def encode(self, text: str) -> Int32Array:
+        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
+
+        Raises:
+          UserError: the text is no valid Unicode (it holds a lone surrogate).
+        """
+        utf8(text)
+        return np.array([token_id for part in _parts(text) for token_id in self._encode(part)], np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
+        """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
+
+        Raises:
+          UserError: a text is no valid Unicode (it holds a lone surrogate).
+        """
+        for text in texts:
+            utf8(text)
+        if any(len(_parts(text)) > 1 for text in texts):
+            return [self.encode(text) for text in texts]
+        try:
+            batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads())
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            batch = [self._encode(text) for text in texts]
+        return [np.array(ids, np.int32) for ids in batch]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer to a folder (made if missing), with a `.tiktoken` file for other programs.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
+        super().save(folder)
+        lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in self._ranks.items())
+        (Path(folder) / _RANKS_FILE).write_bytes(b"".join(lines))
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            if not _is_panic(error) or len(text) < 2:
+                raise
+        middle = len(text) // 2  # some other pattern ran out of stack: halves need less, and stand for the same bytes
+        return self._encode(text[:middle]) + self._encode(text[middle:])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._ranks, self._settings)
+
+    def _options(self) -> dict[str, Any]:
+        return self._settings
+
+    def _definition(self) -> list[object]:
+        settings = {**self._settings, "special_tokens": sorted(self._settings["special_tokens"].items())}
+        return [settings, [(piece.hex(), rank) for piece, rank in self._ranks.items()]]
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a file begins as tiktoken's do; Llama 3's is called `tokenizer.model`, like one of SentencePiece."""
+    return _FIRST_LINE.match(read_bytes(path)) is not None
+
+
+def _parts(text: str) -> list[str]:
+    """The text, cut where a run of white space is too long for the library."""
+    if len(text) < _LONGEST_SPACE or not (runs := list(_LONG_SPACE.finditer(text))):
+        return [text]
+    cuts = [
+        0,
+        *(at for run in runs for at in range(run.start() + _LONGEST_SPACE, run.end(), _LONGEST_SPACE)),
+        len(text),
+    ]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code gave up; such errors are no `Exception`, and their class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _rebuild(ranks: Mapping[bytes, int], settings: Mapping[str, Any]) -> TiktokenTokenizer:
+    return TiktokenTokenizer(ranks, **settings)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            piece, token_id = base64.b64decode(encoded, validate=True), int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(
+                f"{path}:{number} is no line of a tiktoken file, which is a token in base64, a space and its rank."
+            ) from error
+        if piece in ranks:
+            raise UserError(f"{path}:{number} holds the token {piece!r} for the second time.")
+        ranks[piece] = token_id
+    return ranks
+
+
+def _check(
+    ranks: Mapping[bytes, int],
+    special_tokens: Mapping[str, int],
+    bos_token: str | None,
+    eos_token: str | None,
+    source: Path,
+) -> None:
+    """What the library would not notice, or die of."""
+    missing = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing:
+        raise UserError(
+            f"the tokenizer {source} lacks {len(missing)} of the 256 single bytes (the first is 0x{missing[0]:02x}), "
+            "so that it could not encode every text; it may be cut off or damaged."
+        )
+    seen: set[int] = set()
+    for name, token_id in (*ranks.items(), *special_tokens.items()):
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < _MAX_ID:
+            raise UserError(f"the tokenizer {source} gives {name!r} the id {token_id!r}; ids are 0 … {_MAX_ID - 1}.")
+        if token_id in seen:
+            raise UserError(f"the tokenizer {source} has the id {token_id} twice, the second time for {name!r}.")
+        seen.add(token_id)
+    if b"" in ranks:
+        raise UserError(f"the tokenizer {source} has a token without bytes, of rank {ranks[b'']}.")
+    for setting, token in (("bos_token", bos_token), ("eos_token", eos_token)):
+        if token is not None and token not in special_tokens:
+            known = ", ".join(special_tokens) or "none"
+            raise UserError(
+                f"{setting} of the tokenizer {source} is {token!r}, which is none of its special_tokens ({known})."
+            )
+
+
+def _import_tiktoken(source: Path) -> Any:
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError(
+            f"the tokenizer {source} needs tiktoken, which is not installed; install it with "
+            "`pip install 'natsjax[formats]'`."
+        ) from error
+    return tiktoken

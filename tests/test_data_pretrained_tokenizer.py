@@ -1,0 +1,571 @@
+"""Tokenizers made elsewhere: the library's ids, no special id from any text, honest bytes, mistakes in one sentence."""
+
+import base64
+import functools
+import gzip
+import io
+import json
+import logging
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from natsjax.data import BPETokenizer, Corpus, HuggingFaceTokenizer, Tokenizer, load_tokenizer, pretrained_tokenizer
+from natsjax.data.prepare import prepare
+from natsjax.errors import UserError
+from natsjax.text_stream import TextStream
+
+sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("tiktoken")
+
+TEXTS = [
+    "the cat sat on the mat, and the dog sat on the cat",
+    "naïve café — 東京 🙂\r\n\ttabs and\u00a0spaces   \n",
+    "0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ <>|/[]_",
+] * 5
+SPELLED = [
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "<|endoftext|>",
+    "<0x41>",
+    "##a",
+    "a</w>",
+    "▁",
+    "  ",
+]
+BYTES = [f"<0x{value:02X}>" for value in range(256)]
+
+
+def _bpe(pre_tokenizer, decoder, special, normalizer=None, alphabet=(), suffix=None, **model):
+    tokenizer = tokenizers.Tokenizer(models.BPE(**model, **({"end_of_word_suffix": suffix} if suffix else {})))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=450,
+        special_tokens=special,
+        initial_alphabet=list(alphabet),
+        show_progress=False,
+        **({"end_of_word_suffix": suffix} if suffix else {}),
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def _byte_level(special, add_prefix_space=False):
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer = _bpe(pre_tokenizer, decoders.ByteLevel(), special, alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.add_tokens(["<tool>"])  # not special: text that spells it may give it
+    return tokenizer
+
+
+def _roberta():
+    tokenizer = _byte_level(["<s>", "<pad>", "</s>"], add_prefix_space=True)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16)
+    return tokenizer
+
+
+def _llama():
+    """Spaces as ▁, one before each text, and bytes to fall back on, as in Llama 2's tokenizer.json."""
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = _bpe(None, decoder, special, normalizer, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    definition = json.loads(tokenizer.to_str())
+    size = len(definition["model"]["vocab"])
+    definition["model"]["vocab"] |= {token: size + place for place, token in enumerate(BYTES)}
+    return tokenizers.Tokenizer.from_str(json.dumps(definition))
+
+
+def _unigram():
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.normalizer = normalizers.NFKC()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def _word_piece():
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def _word_level():
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[UNK]", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def _sentence_piece(model_type, vocab_size=420, **options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 4),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def ranks_file(ranks):
+    return b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in ranks)
+
+
+def _ranks():
+    trained = BPETokenizer.train(TEXTS, 330)
+    pieces = [bytes(trained._pieces[token]) for token in range(trained.vocab_size - 2)]
+    return list(zip(pieces, range(len(pieces)), strict=True))
+
+
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+# name -> (file, how to make it, ids of BOS and EOS counted from the end where negative)
+MADE = {
+    "byte_level": ("tokenizer.json", lambda: _byte_level(["<|endoftext|>", "<pad>"]), (0, 0)),
+    "byte_level_no_specials": ("tokenizer.json", lambda: _byte_level([]), (-2, -1)),
+    "roberta": ("tokenizer.json", _roberta, (0, 2)),
+    "llama": ("tokenizer.json", _llama, (1, 2)),
+    "unigram": ("tokenizer.json", _unigram, (1, 2)),
+    "word_piece": ("tokenizer.json", _word_piece, (2, 3)),
+    "word_level": ("tokenizer.json", _word_level, (1, 2)),
+    "suffix": (
+        "tokenizer.json",
+        lambda: _bpe(
+            pre_tokenizers.Whitespace(),
+            decoders.BPEDecoder("</w>"),
+            ["<unk>", "</s>"],
+            suffix="</w>",
+            unk_token="<unk>",
+        ),
+        (-1, 1),
+    ),
+    "sp_unigram": ("x.model", lambda: _sentence_piece("unigram", 90), (1, 2)),
+    "sp_bpe": ("x.model", lambda: _sentence_piece("bpe", 90, bos_id=-1, user_defined_symbols=["<pad>"]), (-1, 2)),
+    "sp_unigram_bytes": ("x.model", lambda: _sentence_piece("unigram", byte_fallback=True, **IDENTITY), (1, 2)),
+    "sp_bpe_bytes": ("x.model", lambda: _sentence_piece("bpe", byte_fallback=True, **IDENTITY), (1, 2)),
+    "sp_no_space": (
+        "x.model.v3",
+        lambda: _sentence_piece("bpe", byte_fallback=True, add_dummy_prefix=False, **IDENTITY),
+        (1, 2),
+    ),
+    "tiktoken": ("x.tiktoken", lambda: ranks_file(_ranks()), (-2, -1)),
+    "llama3": ("tokenizer.model", lambda: ranks_file(_ranks()), (-2, -1)),
+}
+# All text comes back; a space is put before it by some; what spells a space or a byte as the vocabulary does, does not.
+LOSSLESS = {
+    "byte_level": (False, ()),
+    "byte_level_no_specials": (False, ()),
+    "tiktoken": (False, ()),
+    "llama3": (False, ()),
+    "llama": (True, ("▁",)),
+    "sp_unigram_bytes": (True, ("▁",)),
+    "sp_bpe_bytes": (True, ("▁",)),
+    "sp_no_space": (False, ("▁",)),
+}
+
+valid_text = st.text(st.characters(exclude_categories=["Cs"]))
+tricky_text = st.lists(st.one_of(valid_text, st.sampled_from(SPELLED), st.sampled_from([*TEXTS[:3], " "]))).map("".join)
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@functools.cache
+def content(name):
+    made = MADE[name][1]()
+    return made if isinstance(made, bytes) else made.to_str().encode()
+
+
+def write(name, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MADE[name][0]).write_bytes(content(name))
+    return folder / MADE[name][0]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return functools.cache(lambda name: load_tokenizer(write(name, tmp_path_factory.mktemp(name))))
+
+
+every = pytest.mark.parametrize("name", MADE)
+
+
+def _specials(tokenizer):
+    return {tokenizer.bos_id, tokenizer.eos_id} | {
+        token
+        for token in range(tokenizer.vocab_size)
+        if tokenizer.token_text(token) in ("<s>", "</s>", "[CLS]", "[SEP]", "[PAD]", "<|endoftext|>")
+        or (tokenizer.token_text(token) == "<pad>" and tokenizer.token_bytes[token] == 0)
+    }
+
+
+@every
+def test_protocol_and_special_ids(opened, name):
+    tokenizer = opened(name)
+    assert isinstance(tokenizer, Tokenizer)
+    bos, eos = ((place + tokenizer.vocab_size) % tokenizer.vocab_size for place in MADE[name][2])
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes.dtype == np.int32
+    assert not tokenizer.token_bytes[list(_specials(tokenizer))].any()
+    assert all(tokenizer.token_text(token) for token in range(tokenizer.vocab_size))
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.bos_id]) == ""
+    for outside in (-1, tokenizer.vocab_size):
+        with pytest.raises(IndexError, match=str(outside)):
+            tokenizer.decode([outside])
+
+
+@every
+@quick
+@given(texts=st.lists(tricky_text, min_size=1, max_size=3))
+def test_no_text_gives_a_special_id_and_bytes_are_those_that_come_back(opened, name, texts):
+    tokenizer = opened(name)
+    batch = tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, batch, strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == tokenizer.encode(text).tolist()
+        assert not _specials(tokenizer) & set(ids.tolist())
+        assert tokenizer.token_bytes[ids].sum() == len(tokenizer.decode(ids).encode())
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@quick
+@given(text=tricky_text)
+def test_lossless_tokenizers_give_back_every_text(opened, name, text):
+    adds_space, lost = LOSSLESS[name]
+    for sequence in lost:
+        text = text.replace(sequence, "")
+    tokenizer = opened(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.bos_id, *ids]) == text
+    assert tokenizer.decode(ids) == (" " if adds_space and text else "") + text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + (adds_space and text != "")
+
+
+@every
+def test_ids_are_those_of_the_library(opened, name):
+    texts = [*TEXTS[:3], "an unseen sentence, with  spaces", ""]
+    if MADE[name][0].endswith(".json"):
+        library = tokenizers.Tokenizer.from_str(content(name).decode())
+        library.no_truncation(), library.no_padding()
+        expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    elif name.startswith("sp_"):
+        library = sentencepiece.SentencePieceProcessor(model_proto=content(name))
+        expected = library.encode(texts, out_type=int)
+    else:
+        return  # the property above says it all: tiktoken is called as it is
+    assert [ids.tolist() for ids in opened(name).encode_batch(texts)] == expected
+
+
+@every
+def test_text_streams_with_its_spaces(opened, name):
+    tokenizer = opened(name)
+    ids = tokenizer.encode(TEXTS[0]).tolist()
+    stream = TextStream(tokenizer)
+    streamed = "".join(stream.push([token]) for token in ids) + stream.push([], is_last=True)
+    assert streamed == tokenizer.decode(ids)
+    assert " sat on the" in streamed
+
+
+@every
+def test_save_load_and_pickle_keep_everything(opened, name, tmp_path):
+    tokenizer = opened(name)
+    tokenizer.save(tmp_path / "deep" / "folder")
+    shutil.move(tmp_path / "deep", tmp_path / "moved")
+    for copy in (load_tokenizer(tmp_path / "moved" / "folder"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.kind == tokenizer.kind
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert (copy.vocab_size, copy.bos_id, copy.eos_id) == (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+        assert copy.token_bytes.tolist() == tokenizer.token_bytes.tolist()
+        assert [copy.encode(text).tolist() for text in TEXTS] == [tokenizer.encode(text).tolist() for text in TEXTS]
+    again = load_tokenizer(write(name, tmp_path / "again").parent)  # the folder, where it is the only tokenizer
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_fingerprints_tell_tokenizers_apart(opened):
+    prints = {name: opened(name).fingerprint for name in MADE}
+    assert prints.pop("llama3") == prints["tiktoken"]  # the same ranks under another name
+    assert len(set(prints.values())) == len(prints)
+
+
+@every
+def test_damaged_files_get_one_sentence(name, tmp_path):
+    whole = content(name)
+    file = write(name, tmp_path)
+    for share in (0, 0.2, 0.5, 0.9):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(UserError, match=re.escape(str(file))) as caught:
+            load_tokenizer(file)
+        assert "\n" not in str(caught.value)
+
+
+@every
+@quick
+@given(data=st.data())
+def test_changed_bytes_never_cause_a_traceback(name, tmp_path, data):
+    damaged = bytearray(content(name))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1) | st.sampled_from([b'"', b"1", b"[", b" "]))
+    file = tmp_path / MADE[name][0]
+    file.write_bytes(damaged)
+    try:
+        tokenizer = load_tokenizer(file)
+    except UserError:
+        return
+    tokenizer.decode(tokenizer.encode(TEXTS[0]))
+
+
+@every
+def test_changed_saved_files_are_noticed(opened, name, tmp_path):
+    opened(name).save(tmp_path)
+    description = json.loads((tmp_path / "natsjax_tokenizer.json").read_text())
+    file = next(file for file in tmp_path.iterdir() if file.name != "natsjax_tokenizer.json")
+    other = {"huggingface": "roberta", "sentencepiece": "sp_unigram"}.get(description["kind"])
+    ranks = _ranks()
+    changed = content(other) if other else ranks_file([*ranks[:-2], (ranks[-1][0], len(ranks) - 2)])
+    file.write_bytes(changed + (b"" if name != other else b" "))
+    if name != other:
+        with pytest.raises(UserError, match=r"was changed|cannot be BOS|damaged"):
+            load_tokenizer(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "caveat"),
+    [
+        ("byte_level", ""),
+        ("tiktoken", ""),
+        ("sp_no_space", "it does not give back every text ('a▁b' comes back as 'a b')"),
+        (
+            "sp_bpe_bytes",
+            "it puts a space before each document, which counts as a byte of it, and it does not give back",
+        ),
+        ("word_piece", "('The cat sat.' comes back as 'the cat sat "),
+        ("unigram", "it puts a space before each document, which counts as a byte of it, and it does not give back"),
+    ],
+)
+def test_what_is_lost_is_said_once_when_a_tokenizer_is_opened(opened, tmp_path, caplog, monkeypatch, name, caveat):
+    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    file = write(name, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            tokenizer = load_tokenizer(file)
+        tokenizer.save(tmp_path / "saved")
+        load_tokenizer(tmp_path / "saved")
+    assert caveat in tokenizer.caveat
+    assert len(caplog.records) == bool(caveat)
+    assert not caveat or f"The tokenizer {file}: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("declaration", "ids"),
+    [
+        ({"bos_token": "</s>", "eos_token": {"content": "<s>", "lstrip": False}}, (2, 0)),
+        ({"bos_token": None, "eos_token": "<pad>"}, (-1, 1)),
+        ({"bos_token": "the"}, ("the", 2)),  # in the vocabulary, but no special token until now
+        ({"bos_token": "<nothing of the kind>"}, (-1, 2)),
+    ],
+)
+def test_declared_bos_and_eos_go_before_usual_names(tmp_path, declaration, ids):
+    file = write("roberta", tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<pad>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declaration))
+    tokenizer = load_tokenizer(file)
+    vocabulary = json.loads(content("roberta"))["model"]["vocab"]
+    bos, eos = (vocabulary[place] if isinstance(place, str) else place % tokenizer.vocab_size for place in ids)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+    assert not {bos, eos} & set(tokenizer.encode("the <s> the </s><pad>, the").tolist())
+    assert "the" in tokenizer.decode(tokenizer.encode("in the end, the"))
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
+def test_a_model_that_knows_its_special_tokens_by_heart_gives_none_of_them():
+    """`ignore_merges` takes a whole word from the vocabulary, specials too, when it stands alone."""
+    definition = json.loads(content("byte_level"))
+    definition["model"]["ignore_merges"] = True
+    definition["pre_tokenizer"]["use_regex"] = False
+    tokenizer = HuggingFaceTokenizer(json.dumps(definition), bos_id=0, eos_id=0)
+    assert 0 not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("x.json", "{}", r"x\.json is no tokenizer\.json of Hugging Face's library"),
+        ("x.json", "[]", r"x\.json is no tokenizer\.json of Hugging Face's library"),
+        ("x.json", '{"model": {"type": "Magic", "vocab": {}}}', r"x\.json cannot be run by the library tokenizers"),
+        ("x.model", "hello", r"x\.model is no model of SentencePiece, or damaged"),
+        ("x.tiktoken", "aGVsbG8= 1\nnothing\n", r"x\.tiktoken:2 is no line of a tiktoken file"),
+        ("x.tiktoken", "aGVsbG8= x\n", r"x\.tiktoken:1 is no line of a tiktoken file"),
+        ("x.tiktoken", "aGVsbG8= 1\naGVsbG8= 2\n", r"x\.tiktoken:2 holds the token b'hello' for the second time"),
+        ("x.tiktoken", "aGVsbG8= 1\n", r"lacks 256 of the 256 single bytes \(the first is 0x00\)"),
+        ("x.vocab", "hello", r"x\.vocab is no tokenizer that natsjax knows"),
+    ],
+)
+def test_other_files_get_one_sentence(tmp_path, file, text, sentence):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path / file)
+
+
+def test_a_folder_with_several_tokenizers(tmp_path):
+    write("sp_bpe", tmp_path)
+    write("tiktoken", tmp_path)
+    with pytest.raises(UserError, match=r"holds several tokenizers \(x\.model, x\.tiktoken\); name one file"):
+        load_tokenizer(tmp_path)
+    write("unigram", tmp_path)
+    assert load_tokenizer(tmp_path).kind == "huggingface"
+
+
+@pytest.mark.parametrize(("module", "name"), [("sentencepiece", "sp_bpe"), ("tiktoken", "tiktoken")])
+def test_without_its_library_one_sentence_says_what_to_install(tmp_path, monkeypatch, module, name):
+    file = write(name, tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"x\.\w+ needs {module}, .*pip install 'natsjax\[formats\]'"):
+        load_tokenizer(file)
+
+
+def _with_settings(folder, **values):
+    file = write("tiktoken", folder)
+    (folder / "x.tiktoken.json").write_text(json.dumps(values))
+    return file
+
+
+def test_tiktoken_settings_beside_the_file(tmp_path):
+    plain = load_tokenizer(write("tiktoken", tmp_path / "plain"))
+    specials = {"<eot>": 400, "<bot>": 401}
+    file = _with_settings(tmp_path, pattern=r"\s+|\S", special_tokens=specials, bos_token="<bot>", eos_token="<eot>")
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (401, 400, 402)
+    assert tokenizer.token_text(399) == "⟨unused 399⟩"
+    assert len(tokenizer.encode("the cat")) == 7 > len(plain.encode("the cat"))
+    assert not {400, 401} & set(tokenizer.encode("<eot><bot>").tolist())
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
+    holes = load_tokenizer(_with_settings(tmp_path, pattern=r"\p{L}+"))
+    assert "comes back as 'Thecatsat'" in holes.caveat
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"patern": "x"}, r"has a setting 'patern'; a tokenizer's settings are pattern, special_tokens"),
+        ({"pattern": 3}, r"pattern in .* is 3; it must be a str"),
+        ({"pattern": "(("}, r"the pattern '\(\(' of the tokenizer .* is no regular expression"),
+        ({"special_tokens": {"<eot>": -1}}, r"gives '<eot>' the id -1; ids are 0"),
+        ({"special_tokens": {"<eot>": 2**40}}, r"gives '<eot>' the id 1099511627776; ids are 0"),
+        ({"special_tokens": {"<eot>": "7"}}, r"gives '<eot>' the id '7'; ids are 0"),
+        ({"special_tokens": {"<eot>": 7}}, r"has the id 7 twice, the second time for '<eot>'"),
+        (
+            {"eos_token": "<eot>"},
+            r"eos_token of the tokenizer .* is '<eot>', which is none of its special_tokens \(none\)",
+        ),
+    ],
+)
+def test_wrong_tiktoken_settings_get_one_sentence(tmp_path, values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(_with_settings(tmp_path, **values))
+
+
+@pytest.mark.parametrize("text", [" " * 200_000 + "x", "\t \n" * 60_000, "a" * 50_000, "é!" * 20_000], ids=len)
+@pytest.mark.parametrize("name", ["tiktoken", "byte_level", "sp_no_space"])
+def test_texts_without_end_are_encoded(opened, name, text):
+    tokenizer = opened(name)
+    (ids,) = tokenizer.encode_batch([text])
+    assert ids.tolist() == tokenizer.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_pattern_that_runs_out_of_stack_is_helped(tmp_path):
+    tokenizer = load_tokenizer(_with_settings(tmp_path, pattern=r"(?:(?!y).)+(?=$|y)|."))
+    text = "x" * 3_000_000
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "sp_bpe_bytes", "tiktoken"])
+def test_a_corpus_is_prepared_with_a_tokenizer_file_and_keeps_it(tmp_path, name):
+    file = write(name, tmp_path / "elsewhere")
+    tokenizer = load_tokenizer(file)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate([*TEXTS[:3], "<s></s><|endoftext|>"]):
+        (tmp_path / "texts" / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    arguments = {"input": tmp_path / "texts", "output": tmp_path / "out", "tokenizer": file, "held_out_fraction": 0.5}
+    prepare(**arguments, progress=False)
+    corpus = prepare(**arguments, progress=False)  # is there already, and was made with the same tokenizer
+    shutil.rmtree(tmp_path / "elsewhere")
+    corpus = Corpus.load(corpus.folder)
+    assert corpus.tokenizer.fingerprint == tokenizer.fingerprint
+    found = {
+        document_id: corpus.tokenizer.decode([tokenizer.bos_id, *documents[place]])
+        for documents in map(corpus.documents, ("train", "validation"))
+        for place, document_id in enumerate(documents.ids)
+    }
+    assert found["3.txt.gz"] == "<s></s><|endoftext|>"
+    assert [found[f"{number}.txt.gz"] for number in range(3)] == TEXTS[:3]
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, os.cpu_count()),
+        ({"RAYON_NUM_THREADS": "3"}, 3),
+        ({"RAYON_NUM_THREADS": "0"}, os.cpu_count()),
+        ({"RAYON_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "false"}, 1),
+    ],
+)
+def test_one_variable_limits_the_threads_of_all(monkeypatch, variables, threads):
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert pretrained_tokenizer.num_threads() == threads
+
+
+def test_importing_brings_in_no_optional_package():
+    code = (
+        "import sys, natsjax.data, natsjax.data.prepare\n"
+        "assert not {'pyarrow', 'sentencepiece', 'tiktoken'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[1])
+
+
+@every
+def test_lone_surrogates_are_refused(opened, name):
+    with pytest.raises(UserError, match=r"U\+D83D stands at character 2"):
+        opened(name).encode("ab\ud83d")
+    with pytest.raises(UserError, match=r"U\+D83D"):
+        opened(name).encode_batch(["fine", "\ud83d"])

