@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax import partition, token_types
-from natsjax.config import ATTENTION_KINDS, Config
 from natsjax.attention import RoleChoice
+from natsjax.config import ATTENTION_KINDS, Config
 from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import Block, Transformer
 from natsjax.policies import IntervalPolicy, Nats, ObservingPolicy
@@ -129,7 +129,8 @@ def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_i
 def _by_kind(kind, config: Config, positions, ids, end):
     """Roles, ends and the window of SLIDING keys, as the kind of the layer says."""
     model = config.model
-    window, sliding = (min(w, _LONGEST_WINDOW) for w in (config.nats.window, model.sliding_window))
+    sliding = min(model.sliding_window, _LONGEST_WINDOW)
+    window = jnp.int32(min(config.nats.window, _LONGEST_WINDOW))
     is_dense, is_sliding = (kind == ATTENTION_KINDS.index(name) for name in ("dense", "sliding"))
     if ids is not None and set(model.pattern) != {"nats"}:
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
@@ -218,7 +219,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
     out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
     out_axes += [by_head] * (2 * is_observed + count_live)
     out, *rest = partition.shard_map(on_device, axes, out_axes)(
-        query, key, value, ids, end, layer, jnp.int32(window), *numbers, *slots
+        query, key, value, ids, end, layer, window, *numbers, *slots
     )
     live = rest.pop() if count_live else None
     return out, NewKeys(*rest), live

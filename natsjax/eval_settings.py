@@ -5,12 +5,13 @@ They are set on training-split text, so that the held-out text chooses nothing.
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from natsjax import watchdog
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
@@ -43,9 +44,10 @@ class Setting:
     budget: float | None = None
 
 
-def bar(items: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
+def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
     """The items, with a progress bar on standard error."""
-    return iter(tqdm(items, desc=title, disable=not progress, file=sys.stderr, leave=False))
+    noted = watchdog.noting(items)
+    return iter(tqdm(noted, desc=title, total=len(items), disable=not progress, file=sys.stderr, leave=False))
 
 
 def settings_of(
@@ -68,13 +70,13 @@ def settings_of(
       progress: show progress bars.
       chunk: tokens that are decoded at once; then policies are there too that have no mask. None: masks.
     """
-    attention = this.config.model.attention
+    model = this.config.model
     pieces = piece_lengths(dial_contexts)
     fixed: list[tuple[Any, float | None]] = [*_interval_policies(this.config, pieces, budgets, notes)]
     if chunk is not None:
         fixed += _decoded_policies(this.config, pieces, budgets, chunk, notes)
-    policies = [*_dials(this, dial_contexts, budgets, notes, progress), *fixed] if attention == "nats" else fixed
-    weights = f"this run ({attention}, step {this.step})"
+    policies = [*_dials(this, dial_contexts, budgets, notes, progress), *fixed] if model.has_roles else fixed
+    weights = f"this run ({model.attention}, step {this.step})"
     settings = [Setting(this, weights, policy, budget) for policy, budget in policies]
     if twin is not None:
         weights = f"dense twin {twin.workdir.path} (step {twin.step})"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from natsjax import processes, report, token_types
 from natsjax.command_line import run_command
@@ -26,18 +25,16 @@ from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
 from natsjax.errors import UserError
+from natsjax.eval_results import row_of, samples_of
 from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of
 from natsjax.loading import LoadedRun, load
 from natsjax.matching import wanted_budgets
-from natsjax.measure import Measurement, bootstrap_interval, chosen_roles, measure
+from natsjax.measure import Measurement, measure
 from natsjax.measure_decode import DEFAULT_CHUNK, measure_decoding
-from natsjax.metrics import perplexity
 from natsjax.policies import Nats, SampledNats, StaticPolicy
 from natsjax.run_data import RunData
 from natsjax.twin import load_twin, twin_notes
-from natsjax.workdir import natsjax_version
-
-_NUM_SAMPLES = 3  # contexts for the role reader
+from natsjax.workdir import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +44,9 @@ class Evaluation:
     Attributes:
       rows: one per measured setting (``report.ROW_FIELDS``).
       contract: the budget contract (``report.CONTRACT_FIELDS``); None for a dense run.
-      samples: held-out text with its roles (``report.SAMPLE_FIELDS``); empty for a dense run.
+      samples: held-out text with its roles under every dial (``report.SAMPLE_FIELDS``); empty for a dense run.
       run_info: where the numbers come from (``report.RUN_FIELDS``).
-      paths: files written: rows, picture, page.
+      paths: files written: rows, picture, page, and everything again for ``natsjax.report`` to draw from.
       notes: sentences about what is missing or could not be met.
     """
 
@@ -125,16 +122,17 @@ def run(
     settings = settings_of(this, twin, dial_contexts, wanted, notes, progress, decoded)
 
     measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
-    rows = [_row(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
+    rows = [row_of(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
     contract, samples = None, []
-    if this.config.model.attention == "nats":
+    if this.config.model.has_roles:
         contract = _contract(this, held_out, rows)
-        samples = _samples(this, held_out, Nats(contract["dial"]))
+        dials = [row["setting"]["dial"] for row in rows if row["method"] == Nats.method]
+        samples = samples_of(this, held_out, dials, progress)
     command = _command(workdir, budgets, dense_workdir, prepared_dir, decoded)
     run_info = _run_info(this, command, measured[0], held_out, dial_contexts, notes, decoded)
     paths = []
     if processes.is_main():  # all of several processes measure, one writes
-        paths = report.write_report(this.workdir.report, rows=rows, contract=contract, sample=samples, run=run_info)
+        paths = report.write_report(this.workdir, rows=rows, contract=contract, samples=samples, run=run_info)
     return Evaluation(rows, contract, samples, run_info, paths, notes)
 
 
@@ -155,44 +153,6 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
     return measure_decoding(setting.run, contexts, typing.cast(DecodingPolicy, setting.policy), chunk=chunk)
 
 
-def _row(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
-    """A row of the report."""
-    sums = found.documents
-
-    def interval(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-        return bootstrap_interval(
-            numerator, denominator, num_samples=config.eval.bootstrap_samples, seed=config.train.seed
-        )
-
-    entropy = interval(sums.nll, sums.tokens)
-    bits = (None, None) if sums.bytes is None else interval(sums.nll / np.log(2), sums.bytes)
-    accuracy = interval(sums.correct, sums.tokens)
-    return {
-        "method": setting.policy.method,
-        "weights": setting.weights,
-        "setting": setting.policy.setting,
-        "budget": setting.budget,
-        "kv_fraction": found.kv_fraction,
-        "kv_live_mean": float(found.live_mean.mean()),
-        "kv_live_max": int(found.live_max.max()),
-        "kv_allocated": None if found.allocated is None else float(found.allocated.mean()),
-        "mean_context": found.mean_context,
-        "kv_live_mean_per_head": found.live_mean.tolist(),
-        "kv_live_max_per_head": found.live_max.tolist(),
-        "perplexity": found.perplexity,
-        "perplexity_low": perplexity(entropy[0]),
-        "perplexity_high": perplexity(entropy[1]),
-        "bits_per_byte": found.bits_per_byte,
-        "bits_per_byte_low": bits[0],
-        "bits_per_byte_high": bits[1],
-        "accuracy": found.accuracy,
-        "accuracy_low": accuracy[0],
-        "accuracy_high": accuracy[1],
-        "num_tokens": int(sums.tokens.sum()),
-        "num_documents": len(sums.ids),
-    }
-
-
 def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The budget contract of METHOD.md 4, on held-out text."""
     nats = this.config.nats
@@ -207,29 +167,8 @@ def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) ->
         "dial": dial,
         "tolerance": TOLERANCE,
         "met": off <= TOLERANCE * nats.kv_budget,
-        "smallest_possible": token_types.smallest_kv_fraction(piece_lengths(held_out), nats.window),
+        "smallest_possible": token_types.smallest_model_kv_fraction(this.config, piece_lengths(held_out)),
     }
-
-
-def _samples(this: LoadedRun, held_out: Row, policy: StaticPolicy) -> list[dict[str, Any]]:
-    """Held-out text with the roles that the policy chose, from evenly spaced contexts."""
-    count = len(held_out["inputs"])
-    chosen = sorted({(2 * n + 1) * count // (2 * _NUM_SAMPLES) for n in range(_NUM_SAMPLES)})
-    contexts = {name: values[chosen] for name, values in held_out.items()}
-    samples = []
-    for number, roles in enumerate(chosen_roles(this, contexts, policy)):
-        row = {name: values[number] for name, values in contexts.items()}
-        length = min(this.config.eval.num_sample_tokens, int(np.sum(row["document_end"] > 0)))
-        samples.append(
-            {
-                "title": f"held-out context {chosen[number] + 1} of {count}",
-                "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],
-                "roles": [["".join(map(str, head[:length])) for head in layer] for layer in roles],
-                "window": this.config.nats.window,
-                "document_starts": np.flatnonzero(row["positions"][:length] == 0).tolist(),
-            }
-        )
-    return samples
 
 
 def _run_info(
@@ -253,18 +192,29 @@ def _run_info(
         evaluation += f" Decoded in chunks of {chunk} tokens through a KV buffer."
     return {
         "name": this.workdir.path.resolve().name,
+        "workdir": str(this.workdir.path),
         "command": command,
         "config": str(this.workdir.config_file),
+        "settings": config.to_dict(),
+        "layers": list(config.model.layer_kinds),
         "step": this.step,
         "num_parameters": sum(x.size for x in jax.tree.leaves(this.parameters)),
         "corpus": this.data.description,
         "context_length": config.data.context_length,
-        "window": config.nats.window if config.model.attention == "nats" else None,
+        "window": config.nats.window if config.model.has_roles else None,
         "show_accuracy": this.data.vocabulary.token_bytes is None,  # without text, being right is what counts
         "evaluation": " ".join([evaluation, *notes]),
-        "natsjax_version": natsjax_version(),
+        "versions": versions(),
+        "device": _device(this),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _device(this: LoadedRun) -> str:
+    """What it ran on."""
+    devices = this.mesh.devices
+    kind = devices.flat[0].device_kind
+    return kind if devices.size == 1 else f"{devices.size} times {kind}"
 
 
 def _command(
@@ -304,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m natsjax.evaluate",
         description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
-        "(one line a setting), pareto.png (the curve) and report.html (curve, table, and text coloured by role).",
+        "(one line a setting), pareto.png (the curve), report.html (curve, table, and text coloured by role) and "
+        "evaluation.json (all of it, for natsjax.report).",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py, or an export"

@@ -32,6 +32,7 @@ from natsjax.command_line import run_command
 from natsjax.config import Config
 from natsjax.data import Tokenizer
 from natsjax.data.atomic_folder import folder_lock, new_folder
+from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
@@ -148,6 +149,10 @@ def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Conf
     data = run.config.data
     if data.source != "corpus":
         return run.config
+    if data.mixture:
+        mixture = os.fspath(prepared_dir) if prepared_dir is not None else data.mixture
+        parts = [f"{Path(folder).absolute()}={share!r}" for folder, share in parse_mixture(mixture)]
+        return dataclasses.replace(run.config, data=dataclasses.replace(data, mixture=",".join(parts)))
     folder = Path(prepared_dir or data.prepared_dir or run.workdir.corpus)
     return dataclasses.replace(run.config, data=dataclasses.replace(data, prepared_dir=str(folder.absolute())))
 

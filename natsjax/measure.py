@@ -8,6 +8,7 @@ Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,11 +18,12 @@ import numpy as np
 from flax import nnx
 
 from natsjax import losses, partition
+from natsjax.attention import RoleChoice
 from natsjax.data import Row
 from natsjax.loading import LoadedRun
 from natsjax.metrics import perplexity
-from natsjax.model import RoleChoice
 from natsjax.policies import StaticPolicy
+from natsjax.role_statistics import sliding_windows
 from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
 
@@ -48,11 +50,29 @@ class DocumentSums:
 
 
 @dataclasses.dataclass(frozen=True)
+class PositionSums:
+    """Sums over the predicted tokens of each document, by how many of its tokens a prediction could look back at.
+
+    Attributes:
+      edges: int64 ``[p + 1]``, ascending from 1: bucket i holds ``edges[i] <= tokens < edges[i + 1]``.
+      nll: float64 ``[d, p]``, negative log-likelihood, nats.
+      tokens: float64 ``[d, p]``, predicted tokens.
+      correct: float64 ``[d, p]``, predicted tokens whose most likely token is right.
+    """
+
+    edges: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """What one pass found; padding is in no sum.
 
     Attributes:
       documents: what was predicted, by document.
+      positions: the same, by document and position; documents in the same order.
       live_pairs: float64 ``[l, k]``, key-query pairs that are read.
       live_max: int64 ``[l, k]``, the most keys that one query can read.
       causal_pairs: pairs that full attention reads, per layer and KV head.
@@ -61,6 +81,7 @@ class Measurement:
     """
 
     documents: DocumentSums
+    positions: PositionSums
     live_pairs: np.ndarray
     live_max: np.ndarray
     causal_pairs: int
@@ -123,10 +144,10 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
         pairs.append(np.asarray(result.live_pairs, np.float64).sum(axis=1))
         most.append(np.asarray(result.live_max, np.int64))
     count, valid = len(contexts["inputs"]), contexts["document_end"] > 0
+    found = np.concatenate(nll)[:count], np.concatenate(correct)[:count]
     return Measurement(
-        documents=sum_by_document(
-            contexts, np.concatenate(nll)[:count], np.concatenate(correct)[:count], run.data.vocabulary.token_bytes
-        ),
+        documents=sum_by_document(contexts, *found, run.data.vocabulary.token_bytes),
+        positions=sum_by_position(contexts, *found),
         live_pairs=np.sum(pairs, axis=0),
         live_max=np.max(most, axis=0),
         causal_pairs=int(np.sum(contexts["positions"] + 1, where=valid, dtype=np.int64)),
@@ -154,23 +175,27 @@ def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndar
 
 def bootstrap_interval(
     numerator: np.ndarray, denominator: np.ndarray, *, num_samples: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % percentile interval of ``sum(numerator) / sum(denominator)`` when documents are drawn with replacement.
 
     Args:
-      numerator, denominator: float64 ``[d]``, by document.
+      numerator, denominator: float64 ``[d, …]``, by document.
       num_samples: resamplings.
       seed: of the draws; the same seed draws the same documents, so that rows of a table differ by what was measured.
 
     Returns:
-      ``(low, high)``; with one document both are its ratio.
+      ``(low, high)``, float64 ``[…]``; with one document both are its ratio. Draws whose denominator is 0 are passed
+      over, and where all are, both are NaN.
     """
     count = len(numerator)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of documents without a byte of text
-        ratios = (draws @ numerator) / (draws @ denominator)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
+    above, below = (np.tensordot(draws, values, axes=1) for values in (numerator, denominator))
+    ratios = np.full_like(above, np.nan)
+    np.divide(above, below, out=ratios, where=below != 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN somewhere
+        low, high = np.nanpercentile(ratios, [2.5, 97.5], axis=0)
+    return low, high
 
 
 def live_keys(key_end: jax.Array) -> jax.Array:
@@ -216,24 +241,26 @@ class _BatchResult(NamedTuple):
     role_ids: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "window"))
-def _forward(parameters, batch: losses.Batch, choice: RoleChoice, *, structure, window: int) -> _BatchResult:
-    """One batch, arrays ``[b, t]``; ``window`` is that of SLIDING keys. The result is whole on every device."""
+@functools.partial(jax.jit, static_argnames="structure")
+def _forward(parameters, batch: losses.Batch, choice: RoleChoice, windows: jax.Array, *, structure) -> _BatchResult:
+    """One batch, arrays ``[b, t]``; ``windows [l]`` are those of SLIDING keys. The result is whole on every device."""
     model = nnx.merge(structure, parameters)
     x, roles = model.hidden(losses.model_inputs(batch), choice)
-    predicted = token_losses(x, model.output_weight(), batch["targets"])
+    softcap = model.config.model.final_logit_softcap
+    predicted = token_losses(x, model.output_weight(), batch["targets"], softcap=softcap)
     key_end = None if choice.key_end is None else jnp.broadcast_to(choice.key_end, roles.ids.shape[1:])
 
-    def count(ids, document_end, key_end):
-        if key_end is None:
-            key_end = jax.vmap(lambda ids: key_end_from_roles(ids, window=window, document_end=document_end))(ids)
-        else:
-            key_end = jnp.broadcast_to(jnp.minimum(key_end, document_end[:, None, :]), ids.shape)
-        return live_keys(key_end)
+    def count(ids, document_end, key_end, windows):
+        def by_role(ids, window):
+            return key_end_from_roles(ids, window=window, document_end=document_end)
+
+        ends = jax.vmap(by_role)(ids, windows)
+        # Roles stand for no more than the kind of a layer then: GLOBAL, or SLIDING in a sliding one.
+        return live_keys(ends if key_end is None else jnp.minimum(ends, key_end))
 
     by_head = (None, "batch", "kv_heads", None)
-    live = partition.shard_map(count, (by_head, ("batch", None), by_head[1:]), by_head)(
-        roles.ids, batch["document_end"], key_end
+    live = partition.shard_map(count, (by_head, ("batch", None), by_head[1:], (None,)), by_head)(
+        roles.ids, batch["document_end"], key_end, windows
     )
     result = _BatchResult(
         nll=predicted.nll,
@@ -256,11 +283,12 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Ite
         batch = partition.put_batch(run.mesh, rows, size)
         with jax.set_mesh(run.mesh):
             choice = policy.choice(losses.model_inputs(batch), run.config)
-            if choice.key_end is None and run.config.model.attention != "nats":
+            if choice.key_end is None and not run.config.model.has_roles:
                 raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
             if choice.noise_key is not None:
                 choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
-            yield _forward(run.parameters, batch, choice, structure=run.structure, window=run.config.nats.window)
+            windows = jnp.asarray(sliding_windows(run.config))
+            yield _forward(run.parameters, batch, choice, windows, structure=run.structure)
 
 
 def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
@@ -284,3 +312,20 @@ def sum_by_document(
         correct=total(correct),
         bytes=None if token_bytes is None else total(token_bytes[contexts["targets"]]),
     )
+
+
+def sum_by_position(contexts: Row, nll: np.ndarray, correct: np.ndarray) -> PositionSums:
+    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``. Buckets grow by a factor of about √2."""
+    predicted = contexts["loss_weight"] > 0
+    ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
+    length = contexts["inputs"].shape[1]
+    edges = np.unique(np.round(2 ** (np.arange(math.ceil(2 * math.log2(length + 1))) / 2)).astype(np.int64))
+    edges = np.append(edges[edges < length], length + 1)
+    bucket = np.searchsorted(edges, contexts["positions"][predicted] + 1, side="right") - 1
+    shape = len(ids), len(edges) - 1
+
+    def total(values: np.ndarray) -> np.ndarray:
+        flat = np.ravel_multi_index((document, bucket), shape)
+        return np.bincount(flat, weights=values[predicted], minlength=math.prod(shape)).reshape(shape)
+
+    return PositionSums(edges=edges, nll=total(nll), tokens=total(predicted), correct=total(correct))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natsjax import hardware, losses, partition, program_costs, program_text
 from natsjax.config import Config

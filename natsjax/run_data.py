@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from natsjax.data import (
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
+from natsjax.data.mixture import MixtureSource, Part, load_mixture, mixture_contexts, mixture_name
 from natsjax.errors import UserError
+from natsjax.settings import LARGEST_INT
 from natsjax.workdir import Workdir
 
 
@@ -41,6 +44,8 @@ class RunData:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece of an epoch of training contexts.
       description: for people.
       fingerprint: SHA-256 (hex); other data has another one.
+      epoch_tokens: tokens of an epoch, BOS and EOS among them (of a mixture: of all corpora together, each once); None
+        where there are no epochs.
     """
 
     vocabulary: Vocabulary
@@ -49,6 +54,7 @@ class RunData:
     piece_lengths: np.ndarray
     description: str
     fingerprint: str
+    epoch_tokens: int | None = None
 
 
 def open_data(
@@ -59,7 +65,8 @@ def open_data(
     Args:
       config: of the run.
       workdir: of the run, or an export.
-      prepared_dir: where the prepared corpus lies by now; None: where ``config`` says.
+      prepared_dir: where the prepared corpus lies by now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
+        do; None: where ``config`` says.
       progress: show progress.
 
     Raises:
@@ -72,9 +79,11 @@ def open_data(
             )
         return _open_recall(config)
     if prepared_dir is not None:
-        return _of_corpus(config, Corpus.load(prepared_dir))
+        return _of_prepared(config, os.fspath(prepared_dir))
     if workdir.is_export:
         return _open_export(config, workdir)
+    if config.data.mixture:
+        return _of_mixture(config, load_mixture(config.data.mixture))
     return _of_corpus(config, _find_corpus(config, workdir, progress))
 
 
@@ -88,6 +97,8 @@ def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:
         return _recall_task(config)
     if workdir.is_export:
         return load_tokenizer(workdir.tokenizer)
+    if config.data.mixture:
+        return load_mixture(config.data.mixture)[0].corpus.tokenizer
     return Corpus.load(config.data.prepared_dir or workdir.corpus).tokenizer
 
 
@@ -120,13 +131,14 @@ def _open_recall(config: Config) -> RunData:
 def _open_export(config: Config, workdir: Workdir) -> RunData:
     """The corpus where it still is, else the tokenizer alone."""
     fingerprint = workdir.read_data_fingerprint()
+    where = config.data.mixture or config.data.prepared_dir
     try:
-        corpus = Corpus.load(config.data.prepared_dir)
-        if corpus.content_hash == fingerprint:
-            return _of_corpus(config, corpus)
-        why = f"what {corpus.folder} holds is another one"
+        data = _of_prepared(config, where)
+        if data.fingerprint == fingerprint:
+            return data
+        why = f"what {where} holds is another one"
     except UserError:
-        why = f"{config.data.prepared_dir} holds none"
+        why = f"{where} holds none"
 
     def refuse(*_) -> NoReturn:
         raise UserError(
@@ -168,8 +180,78 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
         validation_input=data.validation_input,
         text_field=data.text_field,
         skip_bad_files=data.skip_bad_files,
+        deduplicate=data.deduplicate,
         progress=progress,
     )
+
+
+def _of_prepared(config: Config, where: str) -> RunData:
+    """A prepared corpus, or a mixture of some."""
+    if not (pathlib.Path(where) / CORPUS_FILE).exists() and "=" in where:
+        return _of_mixture(config, load_mixture(where))
+    return _of_corpus(config, Corpus.load(where))
+
+
+def _of_mixture(config: Config, parts: list[Part]) -> RunData:
+    length = config.data.context_length
+    source = MixtureSource(parts, context_length=length, seed=config.train.seed)
+    # Rounded: shares that are written down and read again may differ in their last bit.
+    marks = [[part.corpus.content_hash, f"{part.share:.9g}"] for part in parts]
+    tokenizer = parts[0].corpus.tokenizer
+    return RunData(
+        vocabulary=tokenizer,
+        source=source,
+        piece_lengths=source.piece_lengths(),
+        contexts=lambda split, count: mixture_contexts(parts, split, context_length=length, max_contexts=count),
+        description=f"{mixture_name(parts)}, {tokenizer.kind} tokenizer of {tokenizer.vocab_size}",
+        fingerprint=hashlib.sha256(json.dumps(marks).encode()).hexdigest(),
+        epoch_tokens=source.epoch_tokens,
+    )
+
+
+def resolve_length(config: Config, data: RunData) -> Config:
+    """The config with ``train.num_steps`` as ``train.num_tokens`` or ``train.num_epochs`` say, if one of them does.
+
+    Raises:
+      UserError: the data has no epochs, or the run is shorter than its warm-up.
+    """
+    train = config.train
+    if not train.num_tokens and not train.num_epochs:
+        return config
+    per_step = train.batch_size * config.data.context_length
+    if train.num_tokens:
+        asked, tokens = f"train.num_tokens = {train.num_tokens}", float(train.num_tokens)
+    elif data.epoch_tokens is None:
+        raise UserError(
+            f"train.num_epochs = {train.num_epochs:g}: {data.description} has no epochs; give train.num_steps or "
+            "train.num_tokens."
+        )
+    else:
+        asked, tokens = f"train.num_epochs = {train.num_epochs:g}", train.num_epochs * data.epoch_tokens
+    # What floats round up by must not cost a step.
+    num_steps = max(1, math.ceil(round(tokens / per_step, 9)))
+    if num_steps > LARGEST_INT:
+        raise UserError(f"{asked} makes {num_steps} steps; at most {LARGEST_INT} can be counted.")
+    if config.optimizer.warmup_steps > num_steps:
+        raise UserError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than the {num_steps} steps that {asked} "
+            f"makes in batches of {per_step} tokens."
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, num_steps=num_steps))
+
+
+def length_of_run(config: Config, data: RunData) -> str:
+    """For people: the tokens of a run, and how often it goes through its data; ``train.num_steps`` is resolved."""
+    tokens = config.train.num_steps * config.train.batch_size * config.data.context_length
+    text = f"{config.train.num_steps:,} steps, {tokens:,} tokens"
+    if data.epoch_tokens is None:
+        return text
+    text += f", {tokens / data.epoch_tokens:.3g} epochs"
+    if isinstance(data.source, MixtureSource):
+        parts = zip(data.source.parts, data.source.sources, strict=True)
+        own = [f"{part.share * tokens / source.epoch_tokens:.3g} of {part.corpus.folder}" for part, source in parts]
+        text += f" ({', '.join(own)})"
+    return text
 
 
 def _of_corpus(config: Config, corpus: Corpus) -> RunData:
@@ -188,6 +270,7 @@ def _of_corpus(config: Config, corpus: Corpus) -> RunData:
             f"{corpus.tokenizer.kind} tokenizer of {corpus.tokenizer.vocab_size}"
         ),
         fingerprint=corpus.content_hash,
+        epoch_tokens=source.epoch_tokens,
     )
 
 

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from natsjax import evaluate, report, twin
+from natsjax import eval_results, evaluate, report, twin
 from natsjax.config import Config
 from natsjax.data import RecallTask, piece_lengths
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
 from natsjax.matching import interval_fractions
+from natsjax.measure import chosen_roles
+from natsjax.policies import Nats
 from natsjax.run_data import open_data
 from natsjax.token_types import smallest_kv_fraction
 from natsjax.train_step import Trainer
@@ -70,10 +72,11 @@ def rows_of(evaluation, method, weights="this run"):
     return [row for row in evaluation.rows if row["method"] == method and row["weights"].startswith(weights)]
 
 
-def test_three_files_are_written_and_every_row_names_its_weights(nats_evaluation):
-    rows, picture, page = nats_evaluation.paths
-    assert [path.name for path in nats_evaluation.paths] == ["results.jsonl", "pareto.png", "report.html"]
-    assert all(path.parent.name == "report" and path.stat().st_size > 0 for path in (rows, picture, page))
+def test_four_files_are_written_and_every_row_names_its_weights(nats_evaluation):
+    rows = nats_evaluation.paths[0]
+    names = [path.name for path in nats_evaluation.paths]
+    assert names == ["results.jsonl", "pareto.png", "report.html", "evaluation.json"]
+    assert all(path.parent.name == "report" and path.stat().st_size > 0 for path in nats_evaluation.paths)
     written = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(written) == len(nats_evaluation.rows)
     assert {row["weights"].split(" ")[0] for row in written} == {"this", "dense"}
@@ -141,9 +144,75 @@ def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
     for sample in nats_evaluation.samples:
         assert len(sample["tokens"]) == 20
         assert sample["tokens"][0] == "⟨bos⟩"
-        assert np.shape(sample["roles"]) == (2, 2)
-        assert all(len(head) == 20 and head[0] == "0" for layer in sample["roles"] for head in layer)
+        assert np.shape(sample["roles"]) == (len(sample["dials"]), 2, 2)
+        assert all(len(head) == 20 and head[0] == "0" for dial in sample["roles"] for layer in dial for head in layer)
         assert sample["document_starts"] == [0]
+        assert sample["windows"] == [WINDOW, WINDOW]
+
+
+def test_samples_have_the_roles_that_the_model_chose_under_every_measured_dial(nats_evaluation, tmp_path):
+    run = make_run(tmp_path)
+    held_out = run.data.contexts("validation", 10)
+    dials = [row["setting"]["dial"] for row in rows_of(nats_evaluation, "nats")]
+    ids = {dial: chosen_roles(run, held_out, Nats(dial)) for dial in dials}
+    for sample in nats_evaluation.samples:
+        number = int(sample["title"].split()[2]) - 1
+        assert sample["dials"] == dials
+        for dial, layers in zip(dials, sample["roles"], strict=True):
+            assert layers == [["".join(map(str, head[:20])) for head in layer] for layer in ids[dial][number]]
+    kept = [sum(head.count("0") for layer in dial for head in layer) for dial in nats_evaluation.samples[0]["roles"]]
+    assert kept[0] < kept[-1]
+
+
+def test_samples_of_a_model_with_many_heads_are_fewer_and_shorter(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    held_out = run.data.contexts("validation", 10)
+
+    def sizes(most):
+        monkeypatch.setattr(eval_results, "_MAX_ROLES", most)
+        samples = eval_results.samples_of(run, held_out, [0.0, 1.0], False)
+        assert sum(len(head) for s in samples for dial in s["roles"] for layer in dial for head in layer) <= max(
+            most, 8
+        )
+        return [len(sample["tokens"]) for sample in samples]
+
+    # A token has a role for each of two dials, layers and heads.
+    assert [sizes(most) for most in (480, 479, 320, 319, 160, 80, 1)] == [
+        [20] * 3,
+        [20] * 2,
+        [20] * 2,
+        [20],
+        [20],
+        [10],
+        [1],
+    ]
+
+
+def test_rows_by_position_add_up_to_the_whole(nats_evaluation):
+    for row in nats_evaluation.rows:
+        found = row["by_position"]
+        assert set(found) == set(report.POSITION_FIELDS)
+        assert (found["edges"][0], found["edges"][-1]) == (1, CONTEXT + 1)
+        assert sum(found["tokens"]) == row["num_tokens"]
+        pairs = [(n, p) for n, p in zip(found["tokens"], found["perplexity"], strict=True) if n]
+        mean = sum(n * np.log(p) for n, p in pairs) / row["num_tokens"]
+        assert np.exp(mean) == pytest.approx(row["perplexity"], rel=1e-3)
+        right = sum(n * (a or 0) for n, a in zip(found["tokens"], found["accuracy"], strict=True))
+        assert right == pytest.approx(row["accuracy"] * row["num_tokens"], rel=1e-3)
+        for total, *ends in zip(
+            *(found[name] for name in ("tokens", "perplexity_low", "perplexity", "perplexity_high")), strict=True
+        ):
+            assert ends == sorted(ends) if total else ends == [None] * 3
+
+
+def test_the_report_is_drawn_again_from_what_was_stored(nats_evaluation):
+    _, picture, page, _ = nats_evaluation.paths
+    before = page.read_bytes()
+    workdir = Workdir(page.parents[1])
+    workdir.record(trained("nats")[0], "a" * 64)
+    page.unlink()
+    assert report.rewrite(workdir.path) == [picture, page]
+    assert page.read_bytes() == before
 
 
 def test_the_summary_says_table_contract_and_files(nats_evaluation):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from natsjax.attention import Inputs
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, PackedSource
 from natsjax.loading import LoadedRun
-from natsjax.measure import bootstrap_interval, chosen_roles, live_keys, measure
-from natsjax.model import Inputs
+from natsjax.measure import bootstrap_interval, chosen_roles, live_keys, measure, sum_by_position
 from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
 from natsjax.run_data import RunData
 from natsjax.train_step import Trainer
@@ -171,7 +171,45 @@ def test_the_batch_size_changes_nothing(run, contexts, policy, batch_size):
     np.testing.assert_array_equal(found.live_pairs, expected.live_pairs)
     np.testing.assert_array_equal(found.live_max, expected.live_max)
     np.testing.assert_allclose(found.documents.nll, expected.documents.nll, rtol=1e-5)
+    np.testing.assert_allclose(found.positions.nll, expected.positions.nll, rtol=1e-5)
     assert found.causal_pairs == expected.causal_pairs
+
+
+def test_sums_by_position_are_those_of_a_hand_computation(run, contexts):
+    inputs = Inputs(*(jnp.asarray(contexts[name]) for name in ("inputs", "positions", "document_end")))
+    logits = np.asarray(run.model(inputs)[0], np.float64)
+    found = measure(run, contexts, Nats())
+    sums, edges = found.positions, found.positions.edges
+    assert edges.tolist() == [1, 2, 3, 4, 6, 8, 11, 16, 23, T + 1]
+    ids = found.documents.ids.tolist()
+    expected = {name: np.zeros((len(ids), len(edges) - 1)) for name in ("nll", "tokens", "correct")}
+    for n, t in np.argwhere(contexts["loss_weight"] > 0):
+        # What a prediction can look back at: the tokens of its document up to its own query.
+        before = sum(contexts["document_end"][n, s] == contexts["document_end"][n, t] for s in range(t + 1))
+        (bucket,) = np.flatnonzero((edges[:-1] <= before) & (before < edges[1:]))
+        here, target = (ids.index(contexts["document_id"][n, t]), bucket), contexts["targets"][n, t]
+        expected["nll"][here] += np.log(np.exp(logits[n, t]).sum()) - logits[n, t, target]
+        expected["tokens"][here] += 1
+        expected["correct"][here] += logits[n, t].argmax() == target
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), values, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(getattr(sums, name).sum(axis=1), getattr(found.documents, name), rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 5000))
+def test_every_position_lies_in_one_bucket(length):
+    contexts = {
+        "inputs": np.zeros((1, length), np.int32),
+        "positions": np.arange(length, dtype=np.int32)[None],
+        "document_id": np.zeros((1, length), np.int32),
+        "loss_weight": np.ones((1, length), np.float32),
+    }
+    sums = sum_by_position(contexts, np.ones((1, length)), np.ones((1, length), bool))
+    assert (sums.edges[0], sums.edges[-1]) == (1, length + 1)
+    np.testing.assert_array_equal(sums.tokens[0], np.diff(sums.edges))
+    assert (np.diff(sums.edges) > 0).all()
+    assert len(sums.edges) <= 2 * np.log2(length) + 3
 
 
 def test_sampled_roles_differ_between_seeds_and_batches(run, contexts):
@@ -208,6 +246,17 @@ def test_the_bootstrap_interval_lies_within_the_documents_and_repeats(documents,
 
 def test_the_bootstrap_interval_of_one_document_is_its_point():
     assert bootstrap_interval(np.array([6.0]), np.array([4.0]), num_samples=50, seed=0) == (1.5, 1.5)
+
+
+def test_the_bootstrap_interval_of_several_sums_is_that_of_each():
+    rng = np.random.default_rng(0)
+    numerator, denominator = rng.uniform(1, 2, (7, 3)), rng.integers(0, 4, (7, 3)).astype(float)
+    denominator[:, 1] = 0
+    low, high = bootstrap_interval(numerator, denominator, num_samples=100, seed=3)
+    for column in (0, 2):
+        one = bootstrap_interval(numerator[:, column], denominator[:, column], num_samples=100, seed=3)
+        assert (low[column], high[column]) == pytest.approx(one)
+    assert np.isnan([low[1], high[1]]).all()
 
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():

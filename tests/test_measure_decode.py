@@ -100,6 +100,9 @@ def test_an_evaluation_through_the_buffer(tmp_path):
         other = rows[row["method"], str(row["setting"])]
         assert abs(other["perplexity"] - row["perplexity"]) < 1e-3
         assert other["kv_fraction"] == pytest.approx(row["kv_fraction"], abs=1e-6)
+        assert other["by_position"]["tokens"] == row["by_position"]["tokens"]
+        for mine, theirs in zip(row["by_position"]["perplexity"], other["by_position"]["perplexity"], strict=True):
+            assert mine == theirs is None or mine == pytest.approx(theirs, rel=1e-4)
         assert row["kv_allocated"] is None
         assert other["kv_allocated"] >= 1
     assert "| slots |" in decoded.summary()

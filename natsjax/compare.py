@@ -1,0 +1,164 @@
+"""Several runs in one page and one picture; ``python -m natsjax.report --workdir=A,B,C`` is the command for it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from natsjax.config import Config
+from natsjax.errors import UserError
+from natsjax.reporting import page, picture, training
+from natsjax.reporting.commands import evaluate_command, report_command, training_commands
+from natsjax.reporting.results import Results, read, write_files
+from natsjax.workdir import Workdir
+
+
+class _Run(NamedTuple):
+    """One of the runs: what is known of it."""
+
+    name: str
+    workdir: Workdir
+    config: Config
+    results: Results | None
+
+
+def compare(
+    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, title: str = ""
+) -> list[Path]:
+    """Compares runs: their fronts in one picture, what differs in their settings, training, perplexity by position.
+
+    A run that was not evaluated yet is there with its settings and training curves, and with the command that
+    evaluates it.
+
+    Args:
+      workdirs: of the runs, or exports; two or more, each once.
+      output: folder for the files; made when it is not there.
+      title: of the page; empty: the names of the runs.
+
+    Returns:
+      The paths of ``report.html`` and, where at least one run was evaluated, ``pareto.png``.
+
+    Raises:
+      UserError: there is no run in a folder, a folder is named twice, or a file cannot be read or written.
+
+    Example:
+      >>> natsjax.compare.compare(["runs/nats", "runs/dense"], "runs/report")
+    """
+    output = Path(output)
+    places = [Workdir(path) for path in workdirs]
+    _check(places, output)
+    runs = [
+        _Run(name, place, place.read_config(), _results(place))
+        for name, place in zip(_unique_names(places), places, strict=True)
+    ]
+    title = title or _title([run.name for run in runs])
+    values = _page_values(runs)
+    files = {output / "report.html": page.comparison_page(values, title)}
+    if any(run.results is not None for run in runs):
+        named = [(run.name, run.results) for run in runs]
+        files[output / "pareto.png"] = picture.comparison(named, values["metric"], title)
+    return write_files(files)
+
+
+def _check(places: Sequence[Workdir], output: Path) -> None:
+    """Each run once, and none of them loses its own report."""
+    if len(places) < 2:
+        raise UserError(f"{len(places)} run was given to compare; two or more were expected.")
+    seen: dict[Path, Workdir] = {}
+    for place in places:
+        if place.path.resolve() in seen:
+            raise UserError(f"--workdir names {place.path} twice; each run can be compared once.")
+        seen[place.path.resolve()] = place
+        if output.resolve() == place.report.resolve():
+            raise UserError(f"--output={output} holds the report of the run {place.path}; choose another folder.")
+
+
+def _results(place: Workdir) -> Results | None:
+    try:
+        return read(place.report)
+    except FileNotFoundError:
+        return None
+
+
+def _unique_names(places: Sequence[Workdir]) -> list[str]:
+    """The folders' names, with as many folders above them as it takes to tell them apart."""
+    paths = [place.path.resolve().parts[1:] for place in places]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(place.path.resolve()) for place in places]
+
+
+def _title(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _page_values(runs: Sequence[_Run]) -> dict[str, Any]:
+    """What ``comparison.js`` draws."""
+    evaluated = [run.results for run in runs if run.results is not None]
+    starts = {run.name: training.read_starts(run.workdir) for run in runs}
+    commands = [line for run in runs for line in training_commands(starts[run.name], run.name)]
+    drawn = {"title": "Drawn again with", "command": report_command([run.workdir.path for run in runs]), "note": ""}
+    count = len(runs) - len(evaluated)
+    left = f" {count} of them {'was' if count == 1 else 'were'} not evaluated yet." if count else ""
+    return {
+        "runs": [_run_values(run) for run in runs],
+        "settings": _different_settings(runs),
+        "notes": _notes(runs),
+        "evaluation": f"A comparison of {len(runs)} runs.{left}",
+        "metric": "accuracy" if evaluated and all(r.run["show_accuracy"] for r in evaluated) else "perplexity",
+        "commands": [*commands, drawn],
+    }
+
+
+def _run_values(run: _Run) -> dict[str, Any]:
+    results = run.results
+    return {
+        "name": run.name,
+        "layers": list(run.config.model.layer_kinds),
+        "step": None if results is None else results.run["step"],
+        "num_parameters": None if results is None else results.run["num_parameters"],
+        "rows": [] if results is None else [_slim(row) for row in results.rows],
+        "contract": None if results is None else results.contract,
+        "training": training.read_training(run.workdir),
+    }
+
+
+def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what the comparison does not draw."""
+    return {name: value for name, value in row.items() if not name.endswith("_per_head")}
+
+
+def _different_settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """``field`` and ``values``, one a run, of the fields that are not the same in all."""
+    flat = [training.flat_settings(run.config.to_dict()) for run in runs]
+    fields = {field: [settings[field] for settings in flat] for field in flat[0]}
+    return [
+        {"field": field, "values": values}
+        for field, values in fields.items()
+        if any(value != values[0] for value in values)
+    ]
+
+
+def _notes(runs: Sequence[_Run]) -> list[str]:
+    """What a reader of the comparison has to know."""
+    notes = [
+        f"{run.name} has not been evaluated yet: {evaluate_command(run.workdir.path)} does it."
+        for run in runs
+        if run.results is None
+    ]
+    evaluated = [run for run in runs if run.results is not None]
+    texts: dict[tuple[Any, ...], list[str]] = {}
+    for run in evaluated:
+        rows = run.results.rows  # type: ignore[union-attr]
+        mark = (run.workdir.read_data_fingerprint(), run.config.data.context_length, rows[0]["num_tokens"])
+        texts.setdefault(mark, []).append(run.name)
+    if len(texts) > 1:
+        groups = "; ".join(", ".join(names) for names in texts.values())
+        notes.append(
+            f"Not all were measured on the same held-out tokens ({groups}): their perplexities do not compare, bits "
+            "per byte only where the text is the same."
+        )
+    return notes

@@ -1,0 +1,117 @@
+"""What an evaluation writes down: a row for each setting, and samples of held-out text with their roles.
+
+``natsjax.reporting.results`` has the fields.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from natsjax.config import Config
+from natsjax.data import Row
+from natsjax.eval_settings import Setting, bar
+from natsjax.loading import LoadedRun
+from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
+from natsjax.metrics import perplexity
+from natsjax.policies import Nats
+from natsjax.role_statistics import sliding_windows
+
+_NUM_SAMPLES = 3  # contexts for the role reader
+_MAX_ROLES = 2_000_000  # of all samples, dials, layers and heads: a byte each in the page
+
+
+def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
+    """A row of the report (``natsjax.reporting.results``).
+
+    Args:
+      setting: what was measured.
+      found: what came of it.
+      config: of the run; its ``eval.bootstrap_samples`` and ``train.seed`` make the intervals.
+    """
+    sums = found.documents
+
+    def interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+        return [float(end) for end in _interval(numerator, denominator, config)]
+
+    entropy = interval(sums.nll, sums.tokens)
+    bits = (None, None) if sums.bytes is None else interval(sums.nll / np.log(2), sums.bytes)
+    accuracy = interval(sums.correct, sums.tokens)
+    return {
+        "method": setting.policy.method,
+        "weights": setting.weights,
+        "setting": setting.policy.setting,
+        "budget": setting.budget,
+        "kv_fraction": found.kv_fraction,
+        "kv_live_mean": float(found.live_mean.mean()),
+        "kv_live_max": int(found.live_max.max()),
+        "kv_allocated": None if found.allocated is None else float(found.allocated.mean()),
+        "mean_context": found.mean_context,
+        "kv_live_mean_per_head": found.live_mean.tolist(),
+        "kv_live_max_per_head": found.live_max.tolist(),
+        "perplexity": found.perplexity,
+        "perplexity_low": perplexity(entropy[0]),
+        "perplexity_high": perplexity(entropy[1]),
+        "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_low": bits[0],
+        "bits_per_byte_high": bits[1],
+        "accuracy": found.accuracy,
+        "accuracy_low": accuracy[0],
+        "accuracy_high": accuracy[1],
+        "num_tokens": int(sums.tokens.sum()),
+        "num_documents": len(sums.ids),
+        "by_position": _by_position(found.positions, config),
+    }
+
+
+def _interval(numerator: np.ndarray, denominator: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    return bootstrap_interval(numerator, denominator, num_samples=config.eval.bootstrap_samples, seed=config.train.seed)
+
+
+def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:
+    """``POSITION_FIELDS``, with five significant digits."""
+    tokens = sums.tokens.sum(axis=0)
+    found = {"edges": sums.edges.tolist(), "tokens": tokens.astype(int).tolist()}
+    for name, numerator, of in (("perplexity", sums.nll, perplexity), ("accuracy", sums.correct, float)):
+        with np.errstate(invalid="ignore"):
+            mean = numerator.sum(axis=0) / tokens
+        for end, values in zip(("", "_low", "_high"), (mean, *_interval(numerator, sums.tokens, config)), strict=True):
+            found[name + end] = [None if np.isnan(value) else float(f"{of(value):.5g}") for value in values]
+    return found
+
+
+def samples_of(this: LoadedRun, held_out: Row, dials: Sequence[float], progress: bool) -> list[dict[str, Any]]:
+    """Held-out text with the roles that the model chose under each dial, from evenly spaced contexts.
+
+    Where a model has so many heads that the page would be heavy, there are fewer samples, and then shorter ones.
+
+    Args:
+      this: the run.
+      held_out: contexts, arrays ``[n, t]``.
+      dials: ascending.
+      progress: show a progress bar.
+    """
+    model, count = this.config.model, len(held_out["inputs"])
+    length = this.config.eval.num_sample_tokens
+    room = _MAX_ROLES // (len(dials) * model.num_layers * model.num_kv_heads)
+    wanted = max(1, min(_NUM_SAMPLES, room // length))
+    length = max(1, min(length, room // wanted))
+    chosen = sorted({(2 * n + 1) * count // (2 * wanted) for n in range(wanted)})
+    contexts = {name: values[chosen] for name, values in held_out.items()}
+    roles = [chosen_roles(this, contexts, Nats(dial)) for dial in bar(dials, "roles of the samples", progress)]
+    return [
+        _sample(this, {name: values[n] for name, values in contexts.items()}, [ids[n] for ids in roles], length)
+        | {"title": f"held-out context {chosen[n] + 1} of {count}", "dials": list(dials)}
+        for n in range(len(chosen))
+    ]
+
+
+def _sample(this: LoadedRun, row: Row, roles: list[np.ndarray], length: int) -> dict[str, Any]:
+    """One context, arrays ``[t]``, with the roles ``[l, k, t]`` under each dial."""
+    length = min(length, int(np.sum(row["document_end"] > 0)))
+    return {
+        "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],
+        "roles": [[["".join(map(str, head[:length])) for head in layer] for layer in dialled] for dialled in roles],
+        "windows": sliding_windows(this.config).tolist(),
+        "document_starts": np.flatnonzero(row["positions"][:length] == 0).tolist(),
+    }

@@ -1,0 +1,60 @@
+"""The exact commands behind a report."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from natsjax.reporting.results import Results
+
+
+def evaluate_command(workdir: str | os.PathLike[str]) -> str:
+    """What evaluates a run."""
+    return shlex.join(["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"])
+
+
+def report_command(workdirs: Sequence[str | os.PathLike[str]]) -> str:
+    """What draws the report of a run, or of several, again."""
+    return shlex.join(["python", "-m", "natsjax.report", f"--workdir={','.join(os.fspath(path) for path in workdirs)}"])
+
+
+def training_commands(starts: Sequence[Mapping[str, str]], name: str = "") -> list[dict[str, str]]:
+    """How a run was trained: ``title``, ``command``, ``note``.
+
+    Args:
+      starts: what the workdir wrote down (``training.read_starts``).
+      name: of the run, where there are several.
+    """
+    commands = []
+    for number, start in enumerate(starts):
+        title = "Trained with" if number == 0 else "then with"
+        commands.append(
+            {
+                "title": f"{name}: {title.lower()}" if name else title,
+                "command": start["command"],
+                "note": f"{start.get('time', '')} · {start['versions']}",
+            }
+        )
+    return commands
+
+
+def run_commands(results: Results, starts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Of one run: how it was trained, evaluated and drawn, and how it generates: ``title``, ``command``, ``note``."""
+    run: Mapping[str, Any] = results.run
+    workdir = run["workdir"]
+    unknown = "no starts.jsonl in the workdir says it; the settings below are all that differs from the defaults"
+    commands = training_commands(starts) or [{"title": "Trained with", "command": "", "note": unknown}]
+    commands.append(
+        {"title": "Evaluated with", "command": run["command"], "note": f"{run['created']} · {run['versions']}"}
+    )
+    commands.append({"title": "Drawn again with", "command": report_command([workdir]), "note": "measures nothing"})
+    generate = ["python", "-m", "natsjax.generate", f"--workdir={workdir}", "--prompt=…"]
+    if results.contract is not None:
+        generate.append(f"--dial={results.contract['dial']:g}")
+    note = "with the dial of the budget" if results.contract is not None else ""
+    commands.append({"title": "Continues text with", "command": " ".join(map(_quoted, generate)), "note": note})
+    return commands
+
+
+def _quoted(word: str) -> str:
+    return word if word == "--prompt=…" else shlex.quote(word)

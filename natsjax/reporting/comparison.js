@@ -1,0 +1,126 @@
+/* The page of several runs. */
+const { runs, settings, notes } = data;
+const CROWDED = runs.filter(({ rows }) => rows.length).length > 4;  // as in picture.py
+const RUN_COLORS = 8;  // --run-0 … of style.css, as in styles.py
+const runColor = (i) => `var(--run-${i % RUN_COLORS})`;
+const runDash = (i) => DASHES[Math.floor(i / RUN_COLORS) % DASHES.length];
+const line = (i) => ({ color: runColor(i), dash: runDash(i) });
+const dialledRow = ({ contract, rows }) => contract && rows.find((row) =>
+  row.method === "nats" && Math.abs(row.setting.dial - contract.dial) < 1e-9);
+const fullRow = ({ rows }) => rows.find((row) => row.method === "full");
+/** What a run is served as: dialled to its budget, or with full attention. */
+const ownRow = (one) => dialledRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
+
+// --- The curve -----------------------------------------------------------------------------------
+
+const natsOf = ({ rows }) => rows.filter((row) => row.method === "nats");
+const CHOICES = {
+  "what each run was trained for": (one) => (natsOf(one).length ? natsOf(one) : one.rows),
+  "the setting that each run is served with": (one) => [ownRow(one)].filter(Boolean),
+  "every method on every run's weights": (one) => one.rows,
+};
+
+function curveSeries() {
+  const choose = Object.values(CHOICES)[byId("curve-choice").value], series = [];
+  runs.forEach((one, i) => {
+    const rows = choose(one).filter(isDrawable).sort((a, b) => a.kv_fraction - b.kv_fraction);
+    for (const method of new Set(rows.map((row) => row.method)))
+      for (const weights of new Set(rows.map((row) => row.weights))) {
+        const members = rows.filter((row) => row.method === method && row.weights === weights);
+        if (members.length) series.push({ ...line(i), marker: method,
+          points: members.map((row) => curvePoint(row, one)) });
+      }
+  });
+  return series;
+}
+
+/** With many runs, intervals are drawn of the settings that they are served with alone. */
+function curvePoint(row, one) {
+  const bare = CROWDED && row !== ownRow(one) ? { low: NaN, high: NaN } : {};
+  return { ...pointOf(row, pointText(row, one.name)), ring: row === dialledRow(one), ...bare };
+}
+
+function drawCurve() {
+  drawChart(byId("curve"), { series: curveSeries(), bars: true,
+    x: { title: "KV fraction: live keys per query / context (log scale)", short: "KV fraction (log scale)", log: true,
+      room: 1.2, format: (tick) => `${tick} %` },
+    y: { title: METRIC === "accuracy" ? "accuracy, %" : "held-out perplexity", linear: METRIC === "accuracy" } });
+}
+
+function showCurve() {
+  showOptions("curve-choice", Object.keys(CHOICES), 0);
+  const show = () => {
+    drawCurve();
+    const series = curveSeries(), entries = runs.map(({ name }, i) => ({ ...line(i), name, shape: "line" }));
+    for (const method of new Set(series.map(({ marker }) => marker))) entries.push({ name: methodLabel({ method }), shape: method });
+    if (series.some(({ points }) => points.some(({ ring }) => ring)))
+      entries.push({ name: "the setting dialled to the run's budget", shape: "ring" });
+    showLegend(byId("curve-legend"), entries);
+  };
+  byId("curve-choice").onchange = show;
+  drawn(drawCurve);
+  show();
+  byId("curve-description").textContent = (CROWDED ? "Bars are 95 % bootstrap intervals by document of the setting that each " +
+    "run is served with. " : "Bars and bands are 95 % bootstrap intervals by document. ") +
+    "Each run's own report has the numbers of all settings.";
+  if (METRIC === "accuracy") byId("better").textContent = "higher";
+}
+
+// --- Tables --------------------------------------------------------------------------------------
+
+const chip = (i) => svg("svg", { width: 28, height: 10, "aria-hidden": "true", style: `color: ${runColor(i)}` },
+  svg("line", { class: "line", x1: 0, x2: 28, y1: 5, y2: 5, "stroke-dasharray": runDash(i) }));
+
+function runRow(one, i) {
+  const row = ownRow(one), full = fullRow(one);
+  const budget = one.contract ? percent(one.contract.kv_budget) : "–";
+  const met = one.contract && el("span", { class: one.contract.met ? "met" : "missed" }, one.contract.met ? " ✓" : " ✗");
+  return el("tr", {}, el("th", { scope: "row" }, chip(i), ` ${one.name}`), el("td", {}, [...new Set(one.layers)].join(", ")),
+    numeric(count(one.step)), numeric(count(one.num_parameters)), numeric(budget, met || ""),
+    numeric(percent(row?.kv_fraction ?? null)), ...(METRIC === "accuracy" ? [numeric(percent(row?.accuracy ?? null))] : []),
+    numeric(row ? significant(row.perplexity, 4) : "–", aside(row ? between(row, "perplexity") : "")),
+    numeric(row ? significant(row.bits_per_byte, 4) : "–"), numeric(full ? significant(full.perplexity, 4) : "–"));
+}
+
+function showRuns() {
+  const columns = ["Run", "Attention", "Step", "Parameters", "KV budget", "KV", "Perplexity (95 %)", "Bits/byte", "With full attention"];
+  if (METRIC === "accuracy") columns.splice(6, 0, "Accuracy");
+  byId("runs").append(tableHead(columns, ["Run", "Attention"]), el("tbody", {}, ...runs.map(runRow)));
+  byId("runs-note").textContent = "KV and perplexity are those of the setting that a run is served with: dialled to its budget, " +
+    "or full attention where there are no roles. ✓ and ✗: the budget was met or missed.";
+  byId("notes").append(...notes.map((note) => el("li", {}, note)));
+}
+
+function showSettings() {
+  byId("settings-text").textContent = settings.length
+    ? "Fields of the configs that are not the same in all runs; what differs from the first run is marked."
+    : "Their configs are the same.";
+  const table = byId("settings").querySelector("table");
+  if (!settings.length) return table.parentElement.remove();
+  table.append(tableHead(["Field", ...runs.map(({ name }) => name)], ["Field", ...runs.map(({ name }) => name)]),
+    el("tbody", {}, ...settings.map(({ field, values }) => el("tr", {}, el("th", { scope: "row" }, el("code", {}, field)),
+      ...values.map((value) => {
+        const same = JSON.stringify(value) === JSON.stringify(values[0]);
+        return el("td", {}, same ? shown(value) : el("mark", {}, shown(value)));
+      })))));
+}
+
+// --- Start ---------------------------------------------------------------------------------------
+
+byId("evaluation").textContent = data.evaluation;
+showCurve();
+showRuns();
+showSettings();
+const series = (choose) => runs.map((one, i) =>
+  ({ ...line(i), name: one.name, row: choose(one), full: fullRow(one), marker: choose(one)?.method }))
+  .filter(({ row }) => row);
+showPositions([{ name: "the setting that each run is served with", series: series(ownRow) },
+  { name: "full attention on each run's weights", series: series(fullRow) }]);
+showTraining(runs.map((one, i) => ({ ...line(i), name: one.name, training: one.training })));
+if (byId("training")) {
+  showLegend(byId("training-legend"), runs.map(({ name }, i) => ({ ...line(i), name, shape: "line" })));
+  const marked = runs.some(({ training }) => training?.marks.length);
+  byId("training-note").textContent = "From each run's metrics.jsonl; on the batches that were trained on." +
+    (marked ? " Triangles mark steps that were skipped and warnings; each run's own report lists them." : "");
+}
+showCommands(data.commands);

@@ -1,0 +1,215 @@
+"""`pareto.png`: perplexity (or accuracy) against KV fraction, of one run or of several, 1800 pixels wide."""
+
+import io
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from natsjax.reporting.results import Results, Row, is_dialled, percent, significant
+from natsjax.reporting.styles import LINE_STYLES, METHOD_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+
+_LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
+_MANY_RUNS = 4  # of more than these, intervals are drawn of the settings dialled to their budgets alone
+_LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
+
+
+class _Series(NamedTuple):
+    """Points with a line through them."""
+
+    rows: Sequence[Row]
+    color: str
+    marker: str
+    line: str
+
+
+def pareto(results: Results) -> bytes:
+    """The PNG of one run's rows.
+
+    A thin line across marks full attention on weights that no row reads with NAtS: on NAtS weights, full
+    attention is off their distribution and no anchor. Rows that are not finite are left out.
+    """
+    metric = "accuracy" if results.run["show_accuracy"] else "perplexity"
+    rows = [row for row in results.rows if is_drawable(row, metric)]
+    lines = dict(zip(dict.fromkeys(row["weights"] for row in results.rows), itertools.cycle(LINE_STYLES)))
+    nats_weights = {row["weights"] for row in results.rows if row["method"] == "nats"}
+    series = [
+        _Series(members, style_of(method).color, style_of(method).marker, lines[weights])
+        for (method, weights), members in _grouped(rows).items()
+    ]
+    figure, axes = new_figure(results.run["name"])
+    anchors = [row for row in rows if row["method"] == "full" and row["weights"] not in nats_weights]
+    for row in anchors:
+        axes.axhline(height(row, metric), color=METHOD_STYLES["full"].color, linewidth=0.8, alpha=0.6)
+    marks = [] if results.contract is None else _draw_contract(axes, rows, metric, results.contract)
+    for one in series:
+        _draw_series(axes, one, metric)
+    scale_axes(axes, rows, metric)
+    weights = [
+        Line2D([], [], color="#333333", linestyle=lines[name], label=textwrap.fill(_encodable(name), 80))
+        for name in dict.fromkeys(row["weights"] for row in rows)
+    ]
+    methods = [_method_handle(name, style_of(name).color) for name in dict.fromkeys(row["method"] for row in rows)]
+    _draw_legend(figure, methods, [*weights, *marks])
+    return as_png(figure)
+
+
+def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: str) -> bytes:
+    """The PNG of the fronts of several runs: colour is the run, the marker the method.
+
+    Args:
+      runs: names and what was measured, None where nothing was; ``front`` says which rows are drawn.
+      metric: "perplexity" or "accuracy".
+      title: of the picture.
+    """
+    figure, axes = new_figure(title)
+    drawn: list[Row] = []
+    right: list[Artist] = []
+    crowded = sum(results is not None for _, results in runs) > _MANY_RUNS
+    for number, (name, results) in enumerate(runs):
+        if results is None:
+            continue
+        color = RUN_COLORS[number % len(RUN_COLORS)]
+        line = LINE_STYLES[number // len(RUN_COLORS) % len(LINE_STYLES)]
+        rows = [row for row in front(results) if is_drawable(row, metric)]
+        drawn += rows
+        width = 60 if len(runs) < _LEGEND_ROWS else 24
+        right.append(Line2D([], [], color=color, linestyle=line, label=textwrap.fill(_encodable(name), width)))
+        for (method, _), members in _grouped(rows).items():
+            if method == "full":
+                axes.axhline(height(members[0], metric), color=color, linewidth=0.8, alpha=0.6)
+            _draw_series(axes, _Series(members, color, style_of(method).marker, line), metric, intervals=not crowded)
+        for row in rows:
+            if results.contract is not None and is_dialled(row, results.contract):
+                if crowded:
+                    axes.vlines(row["kv_fraction"], *bounds(row, metric), color=color, linewidth=1.2, alpha=0.7)
+                ring = _draw_ring(axes, row, metric)
+                if not any(mark.get_label() == ring.get_label() for mark in right):
+                    right.append(ring)
+    scale_axes(axes, drawn, metric)
+    rings = [mark for mark in right if not isinstance(mark, Line2D)]
+    right = [mark for mark in right if isinstance(mark, Line2D)] + rings
+    methods = [_method_handle(name, "#333333") for name in dict.fromkeys(row["method"] for row in drawn)]
+    _draw_legend(figure, methods, right)
+    return as_png(figure)
+
+
+def front(results: Results) -> list[Row]:
+    """What of a run is compared with other runs: its dials, or every method of a run without roles."""
+    return [row for row in results.rows if row["method"] == "nats"] or list(results.rows)
+
+
+def new_figure(title: str) -> tuple[Figure, Axes]:
+    """An empty picture."""
+    figure = Figure(figsize=(9, 5.8), dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(_encodable(title), fontsize=14, loc="left", fontweight="bold", parse_math=False)
+    return figure, axes
+
+
+def as_png(figure: Figure) -> bytes:
+    """The file of a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """By method and weights, each ascending by KV fraction."""
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["kv_fraction"]):
+        series.setdefault((row["method"], row["weights"]), []).append(row)
+    return series
+
+
+def _draw_series(axes: Axes, series: _Series, metric: str, *, intervals: bool = True) -> None:
+    x = [row["kv_fraction"] for row in series.rows]
+    heights = [height(row, metric) for row in series.rows]
+    if intervals:
+        low, high = zip(*(bounds(row, metric) for row in series.rows), strict=True)
+        axes.fill_between(x, low, high, color=series.color, alpha=0.15, linewidth=0)
+        axes.vlines(x, low, high, color=series.color, linewidth=1.2, alpha=0.7)
+    axes.plot(x, heights, color=series.color, marker=series.marker, markersize=6.5, linestyle=series.line)
+
+
+def _draw_contract(axes: Axes, rows: Sequence[Row], metric: str, contract: Mapping[str, Any]) -> list[Artist]:
+    """Draws the budget, its tolerance and a ring around the dialled point; returns what the legend names."""
+    budget, tolerance = contract["kv_budget"], contract["tolerance"]
+    axes.axvspan(budget * (1 - tolerance), budget * (1 + tolerance), color="#000000", alpha=0.07, linewidth=0)
+    outcome = f"dialled to {percent(contract['dialled'])}: {'met' if contract['met'] else 'missed'}"
+    label = f"budget {percent(budget)} ± {significant(100 * tolerance, 2)} %, {outcome}"
+    marks: list[Artist] = [axes.axvline(budget, color="#666666", linewidth=1, label=label)]
+    for row in rows:
+        if is_dialled(row, contract):
+            return [*marks, _draw_ring(axes, row, metric)]
+    return marks
+
+
+def _draw_ring(axes: Axes, row: Row, metric: str) -> Artist:
+    x, y = row["kv_fraction"], height(row, metric)
+    ring = axes.scatter(x, y, s=220, facecolors="none", edgecolors="#111111", linewidths=1.6, zorder=4)
+    ring.set_label("the setting dialled to the budget")
+    return ring
+
+
+def _method_handle(method: str, color: str) -> Line2D:
+    label, _, marker = style_of(method)
+    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
+
+
+def _draw_legend(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]) -> None:
+    """Columns under the axes: one of the left, as many of the right as keep them short; the picture grows with them."""
+    blank = Line2D([], [], linestyle="none", label=" ")
+    rows = max(len(left), min(len(right), _LEGEND_ROWS), math.ceil(len(right) / _LEGEND_COLUMNS))
+    parts = [left, *(right[begin : begin + rows] for begin in range(0, len(right), rows))]
+    columns = list(zip(*itertools.zip_longest(*parts, fillvalue=blank), strict=True))
+    handles = [handle for column in columns for handle in column]
+    figure.set_figheight(figure.get_figheight() + 0.25 * max(0, rows - _LEGEND_ROWS))
+    legend = figure.legend(handles=handles, loc="outside lower left", ncols=len(columns), frameon=False, fontsize=11)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a "$" in a path is no formula
+
+
+def scale_axes(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    """Limits, ticks and names of the axes, by what they show; rows need ``kv_fraction`` and the metric."""
+    axes.set_xscale("log")
+    axes.set_xlabel("KV fraction: live keys per query / context (log scale)", fontsize=11)
+    fractions = [100 * row["kv_fraction"] for row in rows] or [100]
+    ticks, (low, high) = _log_ticks(min(fractions) / 1.2, max(fractions) * 1.2)
+    axes.set_xlim(low / 100, high / 100)
+    axes.set_xticks([tick / 100 for tick in ticks], labels=[f"{tick:g} %" for tick in ticks])
+    heights = [value for row in rows for value in (height(row, metric), *bounds(row, metric))]
+    heights = [value for value in heights if math.isfinite(value)]
+    name = "accuracy, %" if metric == "accuracy" else "held-out perplexity"
+    if metric == "perplexity" and heights and max(heights) > _LOG_PERPLEXITY_RATIO * min(heights) > 0:
+        name += " (log scale)"
+        axes.set_yscale("log")
+        ticks, limits = _log_ticks(min(heights) / 1.1, max(heights) * 1.1)
+        axes.set_ylim(limits)
+        axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.set_ylabel(name, fontsize=11)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=11)
+    axes.grid(color="#000000", alpha=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float]]:
+    """Return ticks at 1, 2 and 5 times powers of ten, and the limits, widened to a factor of at least 4."""
+    widen = max(1.0, math.sqrt(4 * low / high))
+    low, high = low / widen, high * widen
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high], (low, high)

@@ -1,0 +1,217 @@
+"""What an evaluation stores: rows, contract, samples and the run, as plain dicts and lists, checked, written and read.
+
+* A *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
+  context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
+  that a KV buffer had, None where masks stood for it; `*_low` and `*_high` bound the 95 % bootstrap interval by
+  document; `weights` says which weights ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its
+  document a prediction could look back at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None
+  where nothing was predicted.
+* The *contract* (METHOD.md 4; `CONTRACT_FIELDS`) sets the sampled, the argmax and the dialled KV fraction
+  against the budget. A run without roles has none.
+* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `dials` (each one of a
+  row), `roles` (`[dial][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING), `windows` (`[l]`,
+  queries that read a SLIDING key) and `document_starts` (token indices).
+* The *run* says where the numbers come from (`RUN_FIELDS`); `layers` is the kind of each layer, `settings` the config.
+
+`evaluation.json` holds all four, so that a report can be drawn again without measuring; `results.jsonl` has the rows.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from natsjax.errors import UserError
+
+Row = Mapping[str, Any]
+
+# fmt: off
+ROW_FIELDS = (
+    "method", "weights", "setting", "budget", "kv_fraction", "kv_live_mean", "kv_live_max", "kv_allocated",
+    "mean_context", "kv_live_mean_per_head", "kv_live_max_per_head", "perplexity", "perplexity_low", "perplexity_high",
+    "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "accuracy", "num_tokens", "num_documents",
+    "by_position",
+)
+POSITION_FIELDS = (
+    "edges", "tokens", "perplexity", "perplexity_low", "perplexity_high", "accuracy", "accuracy_low", "accuracy_high",
+)
+RUN_FIELDS = (
+    "name", "workdir", "command", "config", "settings", "layers", "step", "num_parameters", "corpus", "context_length",
+    "window", "show_accuracy", "evaluation", "versions", "device", "created",
+)
+CONTRACT_FIELDS = (
+    "kv_budget", "sampled", "argmax", "dialled", "dial", "tolerance", "met", "smallest_possible",
+)
+SAMPLE_FIELDS = ("title", "tokens", "dials", "roles", "windows", "document_starts")
+# fmt: on
+
+ROWS_FILE = "results.jsonl"
+EVALUATION_FILE = "evaluation.json"
+_FORMAT = 1
+
+
+class Results(NamedTuple):
+    """What one evaluation found; the module says what the parts are.
+
+    Attributes:
+      rows: measured settings, at least one.
+      contract: None for a run without roles.
+      samples: empty for a run without roles.
+      run: where the numbers come from.
+    """
+
+    rows: Sequence[Row]
+    contract: Mapping[str, Any] | None
+    samples: Sequence[Mapping[str, Any]]
+    run: Mapping[str, Any]
+
+    @property
+    def dialled(self) -> Row | None:
+        """The row that was dialled to the budget."""
+        if self.contract is None:
+            return None
+        return next((row for row in self.rows if is_dialled(row, self.contract)), None)
+
+    def check(self) -> None:
+        """Looks for what the page could not draw.
+
+        Raises:
+          ValueError: a field is missing, there are no rows, or a sample's roles do not fit its tokens.
+        """
+        if not self.rows:
+            raise ValueError("a report needs at least one row")
+        parts: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [("run", self.run, RUN_FIELDS)]
+        if self.contract is not None:
+            parts.append(("contract", self.contract, CONTRACT_FIELDS))
+        for index, row in enumerate(self.rows):
+            parts.append((f"rows[{index}]", row, ROW_FIELDS))
+            if row.get("by_position") is not None:
+                parts.append((f"rows[{index}].by_position", row["by_position"], POSITION_FIELDS))
+        parts += [(f"samples[{index}]", sample, SAMPLE_FIELDS) for index, sample in enumerate(self.samples)]
+        for name, value, fields in parts:
+            if missing := [field for field in fields if field not in value]:
+                raise ValueError(f"{name} lacks {', '.join(missing)}")
+        for index, sample in enumerate(self.samples):
+            _check_roles(f"samples[{index}]", sample)
+
+
+def is_dialled(row: Row, contract: Mapping[str, Any]) -> bool:
+    """Whether a row is the one that was dialled to the budget."""
+    dial = row["setting"].get("dial")
+    return row["method"] == "nats" and dial is not None and math.isclose(dial, contract["dial"], abs_tol=1e-9)
+
+
+def _check_roles(name: str, sample: Mapping[str, Any]) -> None:
+    length, layers = len(sample["tokens"]), len(sample["windows"])
+    heads = [roles for dial in sample["roles"] for layer in dial for roles in layer]
+    if not length or not heads or any(len(roles) != length or set(roles) - set("012") for roles in heads):
+        raise ValueError(f"{name} needs tokens, and {length} digits 0, 1 or 2 per dial, layer and head")
+    if len(sample["roles"]) != len(sample["dials"]) or any(len(dial) != layers for dial in sample["roles"]):
+        raise ValueError(f"{name} needs roles for {len(sample['dials'])} dials of {layers} layers")
+
+
+def stored(results: Results) -> dict[str, bytes]:
+    """The files that keep the results, by name."""
+    values = {"format_version": _FORMAT, **results._asdict()}
+    lines = "".join(to_json(row) + "\n" for row in results.rows)
+    return {ROWS_FILE: lines.encode(), EVALUATION_FILE: (to_json(values) + "\n").encode()}
+
+
+def read(directory: Path) -> Results:
+    """What an evaluation stored in its folder.
+
+    Raises:
+      FileNotFoundError: nothing that could be drawn is there.
+      UserError: the file cannot be read, or another natsjax wrote it.
+    """
+    path = Path(directory) / EVALUATION_FILE
+    try:
+        values = json.loads(path.read_text())
+        if values["format_version"] != _FORMAT:
+            version = values["format_version"]
+            raise UserError(f"{path} has format_version {version!r}, and this natsjax reads version {_FORMAT}.")
+        results = Results(**{name: values[name] for name in Results._fields})
+        results = results._replace(rows=[_with_numbers(row) for row in results.rows])
+        results.check()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); python -m natsjax.evaluate --workdir=… writes it again."
+        ) from error
+    return results
+
+
+def _with_numbers(row: Row) -> Row:
+    """A row whose NaN and infinities are numbers again (``to_json``); words stay words."""
+    return {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _number(item) for name, item in value.items()}
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def write_files(files: Mapping[Path, bytes]) -> list[Path]:
+    """Writes each file in one atomic step.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    for path, content in files.items():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"the report file {path} cannot be written: {error.strerror}.") from error
+    return list(files)
+
+
+def to_json(value: Any) -> str:
+    """Strict ASCII JSON on one line; NumPy scalars and arrays are accepted.
+
+    NaN and the infinities become the strings "NaN", "Infinity" and "-Infinity", which `float` in Python and `Number` in
+    JavaScript turn back into numbers.
+    """
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def significant(value: float | None, digits: int) -> str:
+    """A value with `digits` significant digits and no exponent from 0.001 up to a million; "-" for None."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percent with three significant digits."""
+    return "-" if value is None else f"{significant(100 * value, 3)} %"

@@ -1,0 +1,92 @@
+"""What a run's folder says of its training: curves, what was noticed, how it was started, the settings."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from natsjax.config import Config
+from natsjax.errors import UserError
+from natsjax.metrics import read_metrics
+from natsjax.workdir import Workdir
+
+CURVES = ("loss", "perplexity", "kv_fraction", "kv_price")
+"""Metrics that are drawn against steps."""
+
+_MAX_POINTS = 400  # of a curve: more than a screen shows
+_MAX_MARKS = 200
+
+
+def read_training(workdir: Workdir) -> dict[str, Any] | None:
+    """The training curves of ``metrics.jsonl``, at most 400 points of them, evenly spaced.
+
+    Returns:
+      ``steps`` (ints), ``curves`` (name to values, as many as steps; a metric that is always 0 or absent is left out)
+      and ``marks`` (``step`` and ``text`` of steps that were skipped and of warnings); None where nothing was logged.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        lines = read_metrics(workdir.metrics_file)
+        steps = [line["step"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{workdir.metrics_file} cannot be read: {error}.") from error
+    if not lines:
+        return None
+    count = min(len(lines), _MAX_POINTS)
+    chosen = [(n + 1) * len(lines) // count - 1 for n in range(count)]
+    curves = {name: [lines[i].get(name) for i in chosen] for name in CURVES}
+    return {
+        "steps": [steps[i] for i in chosen],
+        "curves": {name: values for name, values in curves.items() if any(values)},
+        "marks": list(_marks(lines))[:_MAX_MARKS],
+    }
+
+
+def _marks(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Steps that were skipped as spikes (``skipped_steps`` counts them), and ``warnings``, each when it first comes."""
+    skipped, known = 0, set()
+    for line in lines:
+        if (now := int(line.get("skipped_steps") or 0)) > skipped:
+            many = f"{now - skipped} steps" if now > skipped + 1 else "a step"
+            yield {"step": line["step"], "kind": "skipped", "text": f"{many} skipped as a loss spike"}
+        skipped = now
+        for warning in line.get("warnings") or ():
+            if warning not in known:
+                known.add(warning)
+                yield {"step": line["step"], "kind": "warning", "text": str(warning)}
+
+
+def read_starts(workdir: Workdir) -> list[dict[str, str]]:
+    """How the run was started, each command once: ``command``, ``time`` and ``versions``, as far as it is written."""
+    if not workdir.starts_file.exists():
+        return []
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for text in workdir.starts_file.read_text(errors="replace").splitlines():
+        try:
+            line = {name: str(value) for name, value in json.loads(text).items()}
+            found.setdefault((line["command"], line["versions"]), line)
+        except (ValueError, KeyError, AttributeError):
+            continue  # a process was killed while it wrote; the line is a note for people, and no number rests on it
+    return list(found.values())
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of a nested config by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def changed_settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``field``, ``value`` and ``default`` of the fields of a config that differ from the defaults."""
+    defaults = flat_settings(Config().to_dict())
+    return [
+        {"field": field, "value": value, "default": defaults.get(field)}
+        for field, value in flat_settings(settings).items()
+        if value != defaults.get(field)
+    ]

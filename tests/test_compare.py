@@ -1,0 +1,119 @@
+"""Several runs in one page: each by a name of its own, what differs, what is missing, and nothing lost."""
+
+import pytest
+from report_data import make_rows, make_workdir
+from test_report import check_self_contained, embedded, png_size
+
+from natsjax import report
+from natsjax.compare import compare
+from natsjax.errors import UserError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two budgets, a dense run and one that was not evaluated."""
+    make_workdir(tmp_path / "a")
+    make_workdir(tmp_path / "b", budget=0.3, perplexity=0.9)
+    make_workdir(tmp_path / "dense", attention="dense")
+    make_workdir(tmp_path / "young", evaluated=False)
+    return [tmp_path / name for name in ("a", "b", "dense", "young")]
+
+
+def test_the_page_and_the_picture_are_written_and_self_contained(runs, tmp_path):
+    page, picture = compare(runs, tmp_path / "out", title="My <runs>")
+    assert (page.name, picture.name) == ("report.html", "pareto.png")
+    assert page.parent == picture.parent == tmp_path / "out"
+    check_self_contained(page)
+    assert "<h1>My &lt;runs&gt;</h1>" in page.read_text()
+    assert png_size(picture)[0] == 1800
+
+
+def test_every_run_is_there_with_what_it_has(runs, tmp_path):
+    data = embedded(compare(runs, tmp_path / "out")[0])
+    by_name = {run["name"]: run for run in data["runs"]}
+    assert list(by_name) == ["a", "b", "dense", "young"]
+    assert len(by_name["a"]["rows"]) == len(make_rows())
+    assert by_name["b"]["contract"]["kv_budget"] == 0.3
+    assert by_name["dense"]["contract"] is None
+    assert by_name["young"]["rows"] == []
+    assert all(run["training"]["steps"][-1] == 40 for run in data["runs"])
+    assert {run: by_name[run]["layers"] for run in by_name} == {
+        "a": ["nats", "nats"],
+        "b": ["nats", "nats"],
+        "dense": ["dense", "dense"],
+        "young": ["nats", "nats"],
+    }
+    commands = {command["title"]: command["command"] for command in data["commands"]}
+    assert commands["b: trained with"].endswith("# b")
+    assert commands["Drawn again with"].endswith(",".join(map(str, runs)))
+
+
+def test_only_settings_that_differ_are_listed(runs, tmp_path):
+    settings = embedded(compare(runs, tmp_path / "out")[0])["settings"]
+    assert {line["field"]: line["values"] for line in settings} == {
+        "model.attention": ["nats", "nats", "dense", "nats"],
+        "nats.kv_budget": [0.15, 0.3, 0.15, 0.15],
+    }
+
+
+def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
+    data = embedded(compare(runs, tmp_path / "out")[0])
+    assert data["notes"] == [
+        f"young has not been evaluated yet: python -m natsjax.evaluate --workdir={tmp_path}/young does it."
+    ]
+    assert "1 of them was not evaluated" in data["evaluation"]
+
+
+def test_without_an_evaluation_there_is_a_page_of_training_and_no_picture(tmp_path):
+    for name in ("a", "b"):
+        make_workdir(tmp_path / name, evaluated=False)
+    (page,) = compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert len(embedded(page)["notes"]) == 2
+
+
+def test_runs_on_other_text_are_not_compared_silently(tmp_path):
+    make_workdir(tmp_path / "a")
+    make_workdir(tmp_path / "b", fingerprint="b" * 64)
+    (note,) = embedded(compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")[0])["notes"]
+    assert "not all were measured on the same held-out tokens (a; b)" in note[0].lower() + note[1:]
+
+
+def test_names_are_as_short_as_they_are_unique(tmp_path):
+    for path in ("x/run", "y/run", "z/other"):
+        make_workdir(tmp_path / path, evaluated=False)
+    paths = [tmp_path / path for path in ("x/run", "y/run", "z/other")]
+    names = [run["name"] for run in embedded(compare(paths, tmp_path / "out")[0])["runs"]]
+    assert names == ["x/run", "y/run", "z/other"]
+
+
+def test_many_runs_have_colours_and_dashes(tmp_path):
+    paths = [tmp_path / f"seed{seed}" for seed in range(9)]
+    for path in paths:
+        make_workdir(path)
+    page, picture = compare(paths, tmp_path / "out")
+    assert "and 5 more" in page.read_text()
+    assert png_size(picture)[1] > 800
+
+
+def test_the_command_compares_into_report_here(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report.main(["--workdir=a,b,young"])
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["pareto.png", "report.html"]
+    assert "wrote report/report.html (" in capsys.readouterr().out
+    report.main(["--workdir=a,b", "--output=elsewhere", "--title=two runs"])
+    assert "two runs" in (tmp_path / "elsewhere" / "report.html").read_text()
+
+
+def test_mistakes_are_one_sentence_and_lose_nothing(runs, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"names .*/a twice"):
+        compare([runs[0], runs[1], tmp_path / "x/../a"], tmp_path / "out")
+    with pytest.raises(UserError, match="holds no run"):
+        compare([runs[0], tmp_path / "nothing"], tmp_path / "out")
+    with pytest.raises(UserError, match="two or more were expected"):
+        compare(runs[:1], tmp_path / "out")
+    before = (runs[0] / "report" / "report.html").read_bytes()
+    monkeypatch.chdir(runs[0])
+    with pytest.raises(UserError, match="holds the report of the run"):
+        report.main(["--workdir=.,../b"])
+    assert (runs[0] / "report" / "report.html").read_bytes() == before
+    assert not (tmp_path / "out").exists()
