@@ -4,12 +4,15 @@ Saving copies the state off the devices and goes on writing while training does.
 unfinished is passed over, and said.
 """
 
+import errno
+import os
 import pathlib
 import shutil
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from natsjax import processes
 from natsjax.errors import UserError
@@ -23,22 +26,30 @@ class Checkpoints:
     Args:
       folder: made when something is saved.
       keep_last: how many to keep; older ones are deleted after a newer one is complete.
+      keep_every: those whose step is a multiple of it are never deleted; 0: none.
       read_only: never write or delete anything.
+
+    Raises:
+      UserError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep_last: int = 1, read_only: bool = False):
+    def __init__(self, folder: pathlib.Path, *, keep_last: int = 1, keep_every: int = 0, read_only: bool = False):
         self.folder = folder
         self._read_only = read_only
         self._saving: int | None = None
+        self._failed = False
         # Of a killed process: the workdir is locked, so nobody is writing them.
         unfinished = [] if read_only else self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep_last,
+            preservation_policy=None if read_only else _kept(keep_last, keep_every),
             enable_async_checkpointing=not read_only,
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except OSError as error:
+            raise UserError(f"the folder of checkpoints {folder} cannot be made or read: {error.strerror}.") from error
         if unfinished:
             latest = self.latest_step()
             newest = "there is no complete one" if latest is None else f"the newest complete one is of step {latest}"
@@ -84,13 +95,14 @@ class Checkpoints:
         self._saving = None
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
-        self._saving = None
+        self._saving, self._failed = None, True
         self._manager.reload()
         self._remove_unfinished()
         last = max((saved for saved in self._manager.all_steps() if saved != step), default=None)
         usable = "there is none yet" if last is None else f"the run can go on from step {last}"
-        reason = str(error).split("\n")[0]
-        return UserError(f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; {usable}.")
+        return UserError(
+            f"the checkpoint of step {step} cannot be written to {self.folder}: {_reason(error)}; {usable}."
+        )
 
     def restore(self, abstract: State) -> State:
         """The newest state that can be read.
@@ -155,5 +167,29 @@ class Checkpoints:
         return sorted((path.name.split(".")[0] for path in paths), key=lambda step: (len(step), step))
 
     def close(self) -> None:
-        """Lets go of the folder."""
-        self._manager.close()
+        """Lets go of the folder, when what is being saved is there.
+
+        Raises:
+          UserError: it cannot be written, and no other call has said so.
+        """
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            if self._saving is not None:
+                raise self._unwritten(self._saving, error) from error
+            if not self._failed:
+                raise  # else a part of the save that failed, which had gone on
+
+
+def _reason(error: Exception) -> str:
+    """Why something could not be written, without the inner life of TensorStore where the system has a word for it."""
+    text = str(error)
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+    return next((word for word in known if word in text), text.split("\n")[0])
+
+
+def _kept(last: int, every: int) -> PreservationPolicy:
+    policies: list[PreservationPolicy] = [LatestN(last)]
+    if every:
+        policies.append(EveryNSteps(every))
+    return AnyPreservationPolicy(policies)

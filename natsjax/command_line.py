@@ -12,17 +12,20 @@ import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from natsjax import processes
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.settings import nearest
+from natsjax.settings import nearest, shown
 
 _OVERRIDE = "--config."
+_MOST_OF_AN_ERROR = 250  # characters
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"
 _CONFIG_HELP = "the experiment: a file of configs/, or one of your own; FILE.py:WORD gives its get_config a word"
 _WORKDIR_HELP = "where the run lives: the same folder for all processes"
@@ -54,15 +57,15 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
     Raises:
       UserError: a flag, file, field or value that does not fit; the message says which.
     """
-    flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
     read_config_file(_config_file(argv, usage))  # ml_collections reads it again, but hides what is wrong with it
     _check_overrides(argv)
     try:
+        flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
         rest = values(list(argv))
-    except (flags.Error, TypeError) as error:
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         raise _flag_error(error, usage) from error
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; {usage}.")
+        raise UserError(f"unexpected argument {shown(rest[1])}; {usage}.")
     return Config.from_dict(flag.value)
 
 
@@ -127,7 +130,9 @@ def _define_process_flags(values: flags.FlagValues) -> None:
 
 
 def _flag_error(error: Exception, usage: str) -> UserError:
-    return UserError(f"{str(error).split(chr(10))[0].rstrip('.')}; {usage}.")
+    text = str(error).strip().split("\n")[0].removeprefix("ERROR:: ").rstrip(".")
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return UserError(f"{text[:_MOST_OF_AN_ERROR]}; {usage}.")
 
 
 def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -148,7 +153,12 @@ def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
         spec.loader.exec_module(module)
         if separator and not inspect.signature(module.get_config).parameters:
             raise UserError(f"--config={path}:{word}: the get_config of this file takes no word, {word!r}.")
-        return module.get_config(word) if separator else module.get_config()
+        config = module.get_config(word) if separator else module.get_config()
+        if isinstance(config, ml_collections.ConfigDict | dict):
+            return config
+        raise UserError(
+            f"{path}: get_config() returned {shown(config)}; the config that it edited was expected (`return config`)."
+        )
     except UserError:
         raise
     except Exception as error:  # the file is the user's own code, which may raise anything
@@ -169,7 +179,9 @@ def _explained(error: Exception) -> str:
 
 
 def _config_file(argv: Sequence[str], usage: str) -> str:
-    names = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    if any(argument in ("-config", "--config") for argument in argv):
+        raise UserError(f"--config=FILE was expected in one word, with an equals sign; {usage}.")
+    names = [argument.split("=", 1)[1] for argument in argv if re.match("--?config=", argument)]
     if not names:
         raise UserError(f"--config=FILE is missing; {usage}.")
     return names[-1]
@@ -180,27 +192,41 @@ def _check_overrides(argv: Sequence[str]) -> None:
     for argument in argv:
         if not argument.startswith(_OVERRIDE):
             continue
-        path, _, value = argument.removeprefix(_OVERRIDE).partition("=")
+        path, separator, value = argument.removeprefix(_OVERRIDE).partition("=")
+        path_shown = path if re.fullmatch(r"[\w.]{1,100}", path) else shown(path)
         group: type = Config
         kind: type | None = None
         above = ""
         for name in path.split("."):
             fields = typing.get_type_hints(group) if dataclasses.is_dataclass(group) else {}
             if name not in fields:
-                raise UserError(f"unknown config field {path}{nearest(name, fields, above) if fields else ''}.")
+                raise UserError(f"unknown config field {path_shown}{nearest(name, fields, above) if fields else ''}.")
             group = kind = fields[name]
             above += f"{name}."
         if dataclasses.is_dataclass(kind):
             raise UserError(
                 f"config field {path} is a group of fields; set one of them, as in --config.{path}.NAME=VALUE."
             )
-        if kind in (int, float):
-            try:
-                kind(value)
-            except ValueError as error:
-                raise UserError(f"config field {path} is {value!r}; {kind.__name__} was expected.") from error
-        if kind is bool and value.lower() not in ("", "true", "false", "0", "1"):
-            raise UserError(f"config field {path} is {value!r}; true or false was expected.")
+        if not separator and kind is not bool:
+            raise UserError(f"--config.{path} has no value; --config.{path}=VALUE was expected, in one word.")
+        _check_override(path, kind, value)
+
+
+def _check_override(path: str, kind: Any, value: str) -> None:
+    if kind in (int, float):
+        try:
+            kind(value)
+        except ValueError as error:
+            raise UserError(f"config field {path} is {shown(value)}; {kind.__name__} was expected.") from error
+    if kind is bool and value.lower() not in ("", "true", "false", "0", "1"):
+        raise UserError(f"config field {path} is {shown(value)}; true or false was expected.")
+    if typing.get_origin(kind) is tuple:
+        try:
+            tuple_parser.TupleParser().parse(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(
+                f"config field {path} is {shown(value)}; numbers separated by commas were expected, as in (0.1,0.2)."
+            ) from error
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -208,8 +234,11 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     What goes wrong inside ``processes.stop_together`` with others around is shown there, once, and does not come here.
     """
-    # Orbax reports every part of a save at INFO and, without a cluster, missing coordination at WARNING.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports every part of a save at INFO, without a cluster missing coordination at WARNING, and at ERROR, with
+    # a traceback, what it raises as well; asyncio does so too.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_echoes
     try:
         status = main()
     except UserError as error:
@@ -220,3 +249,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     if status:
         sys.exit(status)
+
+
+def _without_echoes(unraisable: Any) -> None:
+    """``sys.unraisablehook``: TensorStore calls back, once an array, though the save that waited for it has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
-from natsjax.settings import build, setting
+from natsjax.settings import build, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
 
@@ -116,7 +116,11 @@ class DataConfig:
     """What is learned from."""
 
     source: Literal["corpus", "recall"] = setting("corpus", "a prepared corpus, or the synthetic recall task")
-    input: str = setting("", "folder or file of text, or package:NAME; prepared when prepared_dir is not there yet")
+    input: str = setting(
+        "",
+        "folder or file of text, FOLDER:SPLIT of a saved dataset, or package:NAME; prepared when prepared_dir is not "
+        "there yet",
+    )
     mixture: str = setting(
         "",
         "several prepared corpora instead of one, with weights: DIR=WEIGHT,DIR=WEIGHT; each gives that share of the "
@@ -132,7 +136,7 @@ class DataConfig:
     validation_input: str = setting("", "text held out for evaluation; empty: a part of input")
     held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
     text_field: str = setting("text", "name of the text in .jsonl and Parquet files and datasets")
-    skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 instead of stopping")
+    skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 or damaged instead of stopping")
     deduplicate: bool = setting(False, "leave out exact copies of documents; for preparing")
     context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
@@ -172,7 +176,9 @@ class TrainConfig:
     """The loop."""
 
     num_steps: int = setting(1000, "optimizer steps", minimum=1, resume=True)
-    num_tokens: int = setting(0, "tokens to train on, instead of num_steps; 0: num_steps", minimum=0, resume=True)
+    num_tokens: int = setting(
+        0, "tokens to train on, instead of num_steps; 0: num_steps", minimum=0, maximum=10**15, resume=True
+    )
     num_epochs: float = setting(
         0.0, "times through the training documents, instead of num_steps; 0: num_steps", minimum=0, resume=True
     )
@@ -280,12 +286,12 @@ def _check_attention(model: ModelConfig) -> None:
     for kind in pattern:
         if kind not in ATTENTION_KINDS:
             raise UserError(
-                f"config field model.attention is {model.attention!r}; of {', '.join(map(repr, ATTENTION_KINDS))} one, "
-                f"or several with commas, were expected."
+                f"config field model.attention is {shown(model.attention)}; of "
+                f"{', '.join(map(repr, ATTENTION_KINDS))} one, or several with commas, were expected."
             )
     if model.num_layers % len(pattern):
         raise UserError(
-            f"model.attention = {model.attention!r} names {len(pattern)} layers, of which model.num_layers = "
+            f"model.attention = {shown(model.attention)} names {len(pattern)} layers, of which model.num_layers = "
             f"{model.num_layers} is no multiple."
         )
 
@@ -305,7 +311,7 @@ def validate(config: Config) -> None:
     if model.head_dim % 2:
         raise UserError(f"model.head_dim = {model.head_dim} must be even: the rotary embedding turns pairs.")
     if len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6:
-        raise UserError(f"nats.initial_roles = {nats.initial_roles} must be three fractions that add up to 1.")
+        raise UserError(f"nats.initial_roles = {shown(nats.initial_roles)} must be three fractions that add up to 1.")
     if nats.price == "steered" and not nats.min_kv_price <= nats.kv_price <= nats.max_kv_price:
         raise UserError(
             f"nats.kv_price = {nats.kv_price} must lie within nats.min_kv_price = {nats.min_kv_price} and "
@@ -328,10 +334,13 @@ def validate(config: Config) -> None:
     if train.num_tokens and train.num_epochs:
         raise UserError("train.num_tokens and train.num_epochs both say how long the run is; set one of them to 0.")
     if train.profile and (len(train.profile) != 2 or train.profile[0] > train.profile[1]):
-        raise UserError(f"train.profile = {train.profile}: the first and the last step were expected, as in (20, 22).")
+        raise UserError(
+            f"train.profile = {shown(train.profile)}: the first and the last step were expected, as in (20, 22)."
+        )
     if train.fresh_scorer and not model.has_roles:
-        raise UserError(f"train.fresh_scorer = True: model.attention = {model.attention!r} has no scorer.")
-    if config.optimizer.warmup_steps > train.num_steps:
+        raise UserError(f"train.fresh_scorer = True: model.attention = {shown(model.attention)} has no scorer.")
+    says_otherwise = train.num_tokens or train.num_epochs  # then num_steps follows from the data
+    if config.optimizer.warmup_steps > train.num_steps and not says_otherwise:
         raise UserError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.num_steps = "
             f"{train.num_steps}."

@@ -57,6 +57,25 @@ CHIPS = {
 }
 """By name."""
 
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+"""``jax.Device.device_kind`` of the chips."""
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """What a device that is here can do; None where that is not known (a CPU, say)."""
+    name = _KINDS.get(device.device_kind)
+    return None if name is None else CHIPS[name]
+
+
 # Cloud TPU's accelerator types count chips, those of v5p count TensorCores, two a chip.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _SHAPES_V5P = {

@@ -1,32 +1,46 @@
-"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard and a line on the terminal; and where its time goes."""
+"""Where a run's numbers go, ``metrics.jsonl`` and TensorBoard; and where its time goes."""
 
 import collections
 import concurrent.futures
 import contextlib
 import json
 import math
+import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from io import FileIO
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from natsjax import processes
 from natsjax.errors import UserError
+from natsjax.event_file import EventFile
 from natsjax.workdir import Workdir
-
-_SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
 
 
 def perplexity(cross_entropy: float) -> float:
     """``exp`` of nats per token, infinite where it overflows."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Floats as they are, and a scalar for each entry of a (nested) list; names are left out.
+
+    Example:
+      >>> scalars({"loss": 2.0, "live_keys": [[3.0, 4.0]], "warnings": ["no-global"]})
+      {'loss': 2.0, 'live_keys/0/0': 3.0, 'live_keys/0/1': 4.0}
+    """
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    return {
+        "/".join([name, *map(str, index)]): float(entry)
+        for name, array in arrays.items()
+        if array.dtype.kind in "biuf"
+        for index, entry in np.ndenumerate(array)
+    }
 
 
 class MetricsWriter:
@@ -38,34 +52,65 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, start_step: int):
-        self._path = workdir.metrics_file
+        self._path, self._events_path = workdir.metrics_file, workdir.tensorboard
         try:
             _drop_after(self._path, start_step)
-            self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         except (OSError, ValueError) as error:
             raise UserError(f"{self._path} cannot be read and written: {error}.") from error
-        self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
+        try:
+            self._events = EventFile(self._events_path, start_step)
+        except OSError as error:
+            self._file.close()
+            raise _unwritten(self._events_path, error) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes floats and (nested) lists of floats; a list goes to TensorBoard as a scalar per entry."""
+        """Writes floats, (nested) lists of floats, and lists of names; to TensorBoard go ``scalars``."""
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            _append(self._file, (json.dumps({"step": step, **values}) + "\n").encode())
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from error
-        for name, value in values.items():
-            for index, entry in np.ndenumerate(np.asarray(value)):
-                path = "/".join([name, *map(str, index)]) if index else name
-                self._tensorboard.add_scalar(path, float(entry), step)
+            raise _unwritten(self._path, error) from error
+        try:
+            self._events.add(step, scalars(values))
+        except OSError as error:
+            raise _unwritten(self._events_path, error) from error
 
     def flush(self) -> None:
-        """Writes out what TensorBoard buffers, so that a killed process loses nothing from before a checkpoint."""
-        self._tensorboard.flush()
+        """Writes out what TensorBoard buffers, so that a killed process loses nothing from before a checkpoint.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        try:
+            self._events.flush()
+        except OSError as error:
+            raise _unwritten(self._events_path, error) from error
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Writes out what is buffered; where that fails now, it is said, and what ends the run stays what it was."""
         self._file.close()
-        self._tensorboard.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            processes.say(str(_unwritten(self._events_path, error)))
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """All of it or nothing: a full disk leaves no half line."""
+    size, rest = file.seek(0, os.SEEK_END), data
+    try:
+        while rest:
+            rest = rest[file.write(rest) or 0 :]
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def _unwritten(path: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written: {error.strerror}; put that right and run the same command again, which goes on "
+        "from the newest checkpoint."
+    )
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -82,57 +127,6 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
-
-
-class Progress:
-    """Step, loss, perplexity, KV fraction, tokens/s and time left: a bar on a terminal, now and then a line elsewhere.
-
-    Args:
-      total: steps of the run.
-      start: the step that it goes on from.
-      shown: False shows nothing.
-    """
-
-    def __init__(self, total: int, start: int, shown: bool):
-        self._total, self._start, self._began = total, start, time.monotonic()
-        self._step = start
-        self._bar = (
-            tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-            if (shown and sys.stderr.isatty())
-            else None
-        )
-        self._lines = shown and self._bar is None
-        self._last_line = -math.inf
-
-    def update(
-        self, step: int, loss: float, cross_entropy: float, kv_fraction: float, tokens_per_second: float
-    ) -> None:
-        """Shows where the run is."""
-        text = (
-            f"loss {loss:.3f}, perplexity {perplexity(cross_entropy):.4g}, KV {100 * kv_fraction:.1f} %, "
-            f"{tokens_per_second:,.0f} tokens/s"
-        )
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._step)
-        elif self._lines and (time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total):
-            self._last_line = time.monotonic()
-            spent = self._last_line - self._began
-            left = spent / max(1, step - self._start) * (self._total - step)
-            print(f"step {step}/{self._total}: {text}, {left:.0f} s left", file=sys.stderr, flush=True)
-        self._step = step
-
-    def say(self, text: str) -> None:
-        """A line on standard error, of process 0 alone, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            processes.say(text)
-
-    def close(self) -> None:
-        """Leaves the line as it is."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class WallTime:

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from natsjax import hardware, losses, partition, program_costs, program_text
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
+from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
+from natsjax.flops import Flops, live_share, step_flops
 from natsjax.hardware import Topology
 from natsjax.program_costs import ProgramCosts
 from natsjax.train_step import Trainer
@@ -60,24 +61,6 @@ class Memory(NamedTuple):
     @property
     def total(self) -> float:
         """Of all classes."""
-        return sum(self)
-
-
-class Flops(NamedTuple):
-    """Floating-point operations of the products in one optimizer step, over all devices.
-
-    Attributes:
-      weights: products with weights: forward, backward, and what rematerialisation repeats.
-      attention: over the key-query pairs that count, of contexts that are one document each; a tile computes some
-        more.
-    """
-
-    weights: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        """Of both."""
         return sum(self)
 
 
@@ -259,6 +242,11 @@ def vocab_size_of(config: Config) -> int:
     data = config.data
     if data.source == "recall":
         return RecallTask(data.context_length, **dataclasses.asdict(data.recall)).vocab_size
+    if data.mixture:
+        folders = [folder for folder, _ in parse_mixture(data.mixture)]
+        here = [folder for folder in folders if (pathlib.Path(folder) / CORPUS_FILE).exists()]
+        if here:
+            return Corpus.load(here[0]).tokenizer.vocab_size
     if data.prepared_dir and (pathlib.Path(data.prepared_dir) / CORPUS_FILE).exists():
         return Corpus.load(data.prepared_dir).tokenizer.vocab_size
     if data.tokenizer == "bpe":
@@ -351,45 +339,7 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
     return full, full * live_share(config)
 
 
-def live_share(config: Config) -> float:
-    """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
-    a layer that learns to meet it.
-    """
-    if config.model.has_roles:
-        return config.nats.kv_budget
-    length = config.data.context_length
-    read = min(config.model.sliding_window + 1, length)
-    sliding = (length - read) * read + read * (read + 1) / 2
-    share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
-    return float(np.mean([share[kind] for kind in config.model.pattern]))
-
-
 # --- time ---
-
-
-def step_flops(config: Config, vocab_size: int) -> Flops:
-    """Products of one optimizer step, from the sizes alone; two operations each multiply-and-add.
-
-    A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward but for its last
-    product, "dots" only its attention's. Attention costs 2 products of ``head_dim`` forward and 7 backward (both of its
-    kernels make the logits and the values' products) for each live pair, and 2 for each pair that the roles' gradient
-    looks at (``pallas_kernels/nats_attention``).
-    """
-    model, train = config.model, config.train
-    tokens = train.batch_size * config.data.context_length
-    qkvo = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    scorer = 3 * model.width * model.num_kv_heads if model.has_roles else 0
-    mlp = model.width * model.mlp_width
-    repeated = qkvo + scorer + 2 * mlp if model.remat == "full" else 0
-    block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated
-    weights = tokens * (block * model.num_layers + 6 * model.width * vocab_size)
-    length = config.data.context_length
-    pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
-    live = live_share(config)
-    shares = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
-    looked_at = shares[config.nats.mask_gradient] * model.pattern.count("nats") / len(model.pattern)
-    products = live * (2 + 7 + (0 if model.remat == "none" else 2)) + 2 * looked_at
-    return Flops(float(weights), pairs * products * 2 * model.head_dim)
 
 
 def _roofline(chip: hardware.Chip, flops: Flops, costs: ProgramCosts, num_devices: int) -> Roofline:

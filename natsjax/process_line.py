@@ -204,7 +204,7 @@ class Member:
     """
 
     def __init__(self, rank: int, count: int, line: Line, hub: Hub | None = None):
-        self.rank, self._count, self._line, self._hub = rank, count, line, hub
+        self.rank, self.count, self._line, self._hub = rank, count, line, hub
         self._met, self._failing, self._judged = threading.Event(), threading.Event(), threading.Event()
         self._finished = False
         self._verdict: Failure | None = None
@@ -259,7 +259,7 @@ class Member:
         while not self._finished:
             messages = self._line.receive()
             if messages is None:
-                self._end(_lost(0, self._count))
+                self._end(_lost(0, self.count))
                 return
             for message in messages:
                 self._hear(message)

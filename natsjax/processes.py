@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Iterator
+from typing import NoReturn
 
 import jax
 from jax._src.clusters import ClusterEnv  # private: nothing public says whether there is a cluster, without joining it
@@ -96,6 +97,26 @@ def say(text: str) -> None:
     """A line on standard error, of process 0 alone."""
     if is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def label() -> str:
+    """``"process 1 of 4: "`` where there are several, for what each of them says for itself; else nothing."""
+    return "" if _member is None else f"process {_member.rank} of {_member.count}: "
+
+
+def end(error: BaseException, status: int) -> NoReturn:
+    """Ends this process at once, without cleaning up, and all others with it; from any thread.
+
+    Args:
+      error: what the others say that it was.
+      status: the exit status.
+    """
+    if _member is not None:
+        _member.fail(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def any_process(flag: bool) -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NoReturn
 
 import numpy as np
@@ -142,7 +143,8 @@ def _open_export(config: Config, workdir: Workdir) -> RunData:
 
     def refuse(*_) -> NoReturn:
         raise UserError(
-            f"the corpus that {workdir.path} was trained on is not here ({why}); give its folder as --prepared_dir."
+            f"the corpus that {workdir.path} was trained on is not here ({why}); give its folder (of a mixture, "
+            "DIR=WEIGHT,DIR=WEIGHT) as --prepared_dir."
         )
 
     class Nothing:
@@ -220,16 +222,16 @@ def resolve_length(config: Config, data: RunData) -> Config:
         return config
     per_step = train.batch_size * config.data.context_length
     if train.num_tokens:
-        asked, tokens = f"train.num_tokens = {train.num_tokens}", float(train.num_tokens)
+        asked, tokens = f"train.num_tokens = {train.num_tokens}", Fraction(train.num_tokens)
     elif data.epoch_tokens is None:
         raise UserError(
             f"train.num_epochs = {train.num_epochs:g}: {data.description} has no epochs; give train.num_steps or "
             "train.num_tokens."
         )
     else:
-        asked, tokens = f"train.num_epochs = {train.num_epochs:g}", train.num_epochs * data.epoch_tokens
-    # What floats round up by must not cost a step.
-    num_steps = max(1, math.ceil(round(tokens / per_step, 9)))
+        # 0.1 as it is written, which is not quite what a float of it is.
+        asked, tokens = f"train.num_epochs = {train.num_epochs:g}", Fraction(repr(train.num_epochs)) * data.epoch_tokens
+    num_steps = max(1, math.ceil(tokens / per_step))
     if num_steps > LARGEST_INT:
         raise UserError(f"{asked} makes {num_steps} steps; at most {LARGEST_INT} can be counted.")
     if config.optimizer.warmup_steps > num_steps:

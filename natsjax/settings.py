@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import math
+import reprlib
+import textwrap
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,6 +12,14 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
+
+LARGEST_INT = 2**31 - 1
+"""Of a setting without a maximum: steps and sizes are int32 on the devices."""
+
+LARGEST_FLOAT = 3.4028234e38
+"""Of a setting without a maximum: what float32 holds."""
+
+_MOST_SHOWN = 100  # characters of a value in a message
 
 
 def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None, resume=False) -> Any:
@@ -19,7 +29,7 @@ def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: fl
       default: its default.
       doc: what it means, with its unit.
       minimum: the smallest value allowed (of each element, in a tuple).
-      maximum: the largest value allowed.
+      maximum: the largest value allowed; None: ``LARGEST_INT`` or ``LARGEST_FLOAT``.
       resume: whether it may differ when a run is resumed.
     """
     metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume}
@@ -42,10 +52,11 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     arguments = {}
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
         where = f"config field {path.rstrip('.')}" if path else "the config"
-        raise UserError(f"{where} is {values!r}; a group of fields was expected.")
+        raise UserError(f"{where} is {shown(values)}; a group of fields was expected.")
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"unknown config field {path}{name}{nearest(name, fields, path)}.")
+            shown_name = name if isinstance(name, str) and name.isidentifier() else shown(name)
+            raise UserError(f"unknown config field {path}{shown_name[:_MOST_SHOWN]}{nearest(name, fields, path)}.")
         if dataclasses.is_dataclass(types[name]):
             arguments[name] = build(typing.cast(type, types[name]), value, f"{path}{name}.")
         else:
@@ -53,35 +64,72 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     return cls(**arguments)
 
 
-def nearest(name: str, known: typing.Iterable[str], path: str = "") -> str:
+def nearest(name: Any, known: typing.Iterable[str], path: str = "") -> str:
     """``"; did you mean X?"`` without the question mark, or what there is; ``path`` is put before X."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {path}{close[0]}" if close else f"; known here: {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
+    there = textwrap.shorten(", ".join(known), 200, placeholder=" …")
+    return f"; did you mean {path}{close[0]}" if close else f"; known here: {there}"
+
+
+class _Shown(reprlib.Repr):
+    """Short Python notation of plain values; of other objects, whose own may be anything, the type."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"{x}" if abs(x) < 10**24 else f"about {'-' if x < 0 else ''}2**{x.bit_length() - 1}"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if type(x) in (bool, float, complex, bytes, type(None)) else f"a {type(x).__name__}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one line, and not a long one."""
+    shortened = _Shown()
+    shortened.maxstring = shortened.maxother = _MOST_SHOWN
+    text = shortened.repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
 
 
 def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """``value`` as the field's type, in range."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        if value not in choices:
-            raise UserError(f"config field {path} is {value!r}; one of {', '.join(map(repr, choices))} was expected.")
+        if type(value) not in map(type, choices) or value not in choices:
+            expected = ", ".join(map(repr, choices))
+            raise UserError(f"config field {path} is {shown(value)}; one of {expected} was expected.")
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, tuple | list):
-            raise UserError(f"config field {path} is {value!r}; a tuple of numbers was expected.")
+            raise UserError(f"config field {path} is {shown(value)}; a tuple of numbers was expected.")
         return tuple(_checked(path, element, typing.get_args(kind)[0], limits) for element in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"config field {path} is {value!r} ({type(value).__name__}); {kind.__name__} was expected.")
-    if kind is float and not math.isfinite(value):
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise UserError(
+            f"config field {path} is {shown(value)} ({type(value).__name__}); {kind.__name__} was expected."
+        )
+    if kind is str and not _is_text(value):
+        raise UserError(f"config field {path} is {shown(value)}, which holds what no text or file name can hold.")
+    if kind in (int, float):
+        _check_range(path, value, kind, limits)
+    return kind(value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, as of a file name that is not UTF-8
+        return False
+
+
+def _check_range(path: str, value: int | float, kind: type, limits: Mapping[str, Any]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config field {path} is {value}; a finite number was expected.")
-    if limits["minimum"] is not None and value < limits["minimum"]:
-        raise UserError(f"config field {path} is {value}; it must be at least {limits['minimum']:g}.")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise UserError(f"config field {path} is {value}; it must be at most {limits['maximum']:g}.")
-    return value
+    minimum, maximum = limits["minimum"], limits["maximum"]
+    if minimum is not None and value < minimum:
+        raise UserError(f"config field {path} is {shown(value)}; it must be at least {minimum}.")
+    if maximum is None:
+        maximum = LARGEST_INT if kind is int else LARGEST_FLOAT
+    if value > maximum:
+        raise UserError(f"config field {path} is {shown(value)}; it must be at most {maximum}.")
 
 
 def differences(old: Any, new: Any) -> tuple[list[str], list[str]]:

@@ -1,34 +1,29 @@
-"""The loop: resume, step, log, save, stop when asked to, evaluate.
-
-A line of ``metrics.jsonl`` has what a step reports (``train_step.StepMetrics``), ``perplexity``, ``tokens_per_second``,
-and ``goodput`` and ``input_wait`` (``metrics.WallTime.shares``). The first line of each start also has
-``time_to_first_step``, seconds from the call of ``run`` until the metrics of its first step were there, and
-``compile_time``, the seconds of these that compiling the step took, or loading it (``train.compilation_cache``).
-"""
+"""The loop: resume, step, save, stop when asked to, evaluate; ``monitor`` writes and shows what the steps report."""
 
 import contextlib
 import math
 import os
-import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import NoReturn
 
 import jax
 import numpy as np
 
-from natsjax import evaluate, partition, processes, token_types
+from natsjax import evaluate, optim, partition, processes, signals, token_types, wandb_writer, watchdog
 from natsjax.checkpoint import Checkpoints
 from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
+from natsjax.diagnosis import FiniteCheck
 from natsjax.errors import UserError
 from natsjax.initial_parameters import InitialParameters
 from natsjax.loading import LoadedRun
 from natsjax.losses import Batch
-from natsjax.metrics import MetricsWriter, Progress, WallTime, perplexity
-from natsjax.run_data import RunData, open_data
+from natsjax.metrics import WallTime
+from natsjax.monitor import Monitor, fetch_every_step
+from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
+from natsjax.signals import StopRequests
 from natsjax.train_step import StepMetrics, Trainer, TrainState
 from natsjax.workdir import Workdir
 
@@ -49,21 +44,32 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
 
     Raises:
       UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.
-      Interrupted: SIGINT or SIGTERM came; the state was saved.
+      Interrupted: SIGINT or SIGTERM came; the state was saved, where anything was trained since the last save.
     """
     wall_time = WallTime()
     workdir = Workdir(path)
     workdir.refuse_export()
+    wandb_writer.check(config)
     with (
         contextlib.closing(wall_time),
+        signals.stop_requests() as stop,
+        stop.at_once("nothing was trained since it was started; run the same command again to go on"),
+        watchdog.watching(config.train.watchdog),
         _locked(workdir),
         compilation_cache(config.train.compilation_cache, workdir),
     ):
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")
-        data = _open_data(config, workdir)
+        earlier = workdir.earlier_config()
+        with (
+            stop.at_once("the data was being prepared; run the same command again to go on"),
+            watchdog.phase("preparing the data"),
+        ):
+            data = _open_data(config, workdir)
         workdir.compare_data(data.fingerprint)
+        config = resolve_length(config, data)
         processes.say(f"data: {data.description}")
+        processes.say(f"length of the run: {length_of_run(config, data)}")
         _check_budget(config, data)
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
@@ -71,9 +77,12 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         processes.wait_for_all("the checks of the workdir")
         if processes.is_main():
             workdir.record(config, data.fingerprint)
-        state = _train(config, workdir, data, trainer, initial, wall_time)
+            workdir.record_start()
+        state = _train(config, workdir, data, trainer, initial, wall_time, stop, earlier)
         loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
-        return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
+        saved = f"all {int(state.step)} steps are trained and saved; run the same command again to evaluate the run"
+        with stop.at_once(saved), watchdog.phase("evaluating"):
+            return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
 
 
 @contextlib.contextmanager
@@ -98,9 +107,9 @@ def _check_budget(config: Config, data: RunData) -> None:
     Raises:
       UserError: ``nats.kv_budget`` cannot be reached.
     """
-    if config.model.attention != "nats":
+    if not config.model.has_roles:
         return
-    smallest = token_types.smallest_kv_fraction(data.piece_lengths, config.nats.window)
+    smallest = token_types.smallest_model_kv_fraction(config, data.piece_lengths)
     processes.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(
@@ -124,23 +133,29 @@ def _train(
     trainer: Trainer,
     initial: InitialParameters | None,
     wall_time: WallTime,
+    stop: StopRequests,
+    earlier: Config | None,
 ) -> TrainState:
     """Steps from the newest checkpoint to the end."""
-    checkpoints = Checkpoints(workdir.checkpoints, keep_last=config.checkpoint.keep_last)
+    keep = config.checkpoint
+    checkpoints = Checkpoints(workdir.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
     with contextlib.closing(checkpoints):
-        state = _restore_or_init(trainer, checkpoints, config, initial)
+        with watchdog.phase("reading or making the state that the run begins with"):
+            state = _restore_or_init(trainer, checkpoints, config, initial)
         start = int(state.step)
         if start >= config.train.num_steps:
             return state
-        with wall_time.spent_on("compiling"):
-            trainer.compile()
-        # A collective gives up on a process that still compiles (Gloo: after 30 s).
-        processes.wait_for_all("the compiled step")
-        loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time)
-        rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
-        dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
-        with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
-            return loop.run(state, batches)
+        _say_new_schedule(config, earlier, start)
+        with stop.later("the step is compiled"):
+            with watchdog.phase("compiling the step"), wall_time.spent_on("compiling"):
+                trainer.compile()
+            # A collective gives up on a process that still compiles (Gloo: after 30 s).
+            processes.wait_for_all("the compiled step")
+            loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time, stop)
+            rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
+            dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
+            with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
+                return loop.run(state, batches)
 
 
 def _restore_or_init(
@@ -165,26 +180,19 @@ def _on_devices(trainer: Trainer) -> str:
     return f" on {trainer.mesh.size} devices: {axes}" if axes else ""
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that SIGINT and SIGTERM add their names to while a step runs; a second SIGINT interrupts at once."""
-    requests: list[str] = []
-
-    def request(number, frame):
-        if requests:
-            signal.default_int_handler(number, frame)
-        requests.append(signal.Signals(number).name)
-
-    try:
-        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs the loop there handles signals
-        yield requests
+def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None:
+    """What another length of the run does to the learning rate, which may jump."""
+    if earlier is None or earlier.train.num_steps == config.train.num_steps:
         return
-    try:
-        yield requests
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    then, now = (
+        float(optim.learning_rate(which.optimizer, which.train.num_steps)(step)) for which in (earlier, config)
+    )
+    if math.isclose(then, now, rel_tol=1e-3):
+        return
+    processes.say(
+        f"the learning rate's schedule now ends at step {config.train.num_steps} instead of {earlier.train.num_steps}: "
+        f"at step {step} it goes from {then:.3g} to {now:.3g}"
+    )
 
 
 class _Loop:
@@ -202,101 +210,70 @@ class _Loop:
         checkpoints: Checkpoints,
         start: int,
         wall_time: WallTime,
+        stop: StopRequests,
     ):
+        self._stop, self._finite = stop, FiniteCheck(config)
         self._config, self._trainer, self._checkpoints, self._wall_time = config, trainer, checkpoints, wall_time
-        self._writer = MetricsWriter(workdir, start) if processes.is_main() else None
-        self._progress = Progress(config.train.num_steps, start, config.train.progress and processes.is_main())
-        self._logged_step, self._logged_time = start, time.monotonic()
-        self._first_step: int | None = start + 1  # until its metrics are read
-        self._once: dict[str, float] = {}  # for the next line of metrics alone
+        self._monitor = Monitor(config, workdir, trainer, start, wall_time)
 
     def close(self) -> None:
-        self._progress.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._monitor.close()
 
     def run(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> TrainState:
         step, last = int(state.step), self._config.train.num_steps
         pending: StepMetrics | None = None
-        with _stop_requests() as requests:
+        with self._stop.later("the step is done and saved"), watchdog.phase(f"in step {step + 1}"):
+            if processes.any_process(self._stop.requested is not None):  # it came while the step was compiled
+                self._save_and_stop(step, state)
             self._wall_time.begin_steps()
             batch = self._next(batches, None)
             while step < last:
+                self._monitor.before(step + 1, state)
                 state, metrics = self._trainer.step(state, batch)
                 running = self._wall_time.when_done(metrics.loss)
                 if step + 1 < last:
                     batch = self._next(batches, running)
                 if pending is not None:
                     self._handle(step, pending)
+                    watchdog.progress(f"in step {step + 1}")
                 step, pending = step + 1, metrics
-                stop = processes.any_process(bool(requests))
+                stop = processes.any_process(self._stop.requested is not None)
                 if step % self._config.checkpoint.save_every == 0 or step == last or stop:
                     self._handle(step, pending)  # never save what a non-finite loss has spoilt
+                    watchdog.progress(f"in step {step + 1}")
                     pending = None
+                    if stop:
+                        self._save_and_stop(step, state)
                     self._save(step, state)
-                if stop:
-                    with self._wall_time.spent_on("saving"):
-                        self._checkpoints.wait()
-                    why = requests[0] if requests else "asked to stop on another host"
-                    processes.say(f"{why}: saved step {step}; run the same command again to go on")
-                    raise Interrupted
-            self._checkpoints.wait()
+            with watchdog.phase(f"saving step {step}"):
+                self._checkpoints.wait()
         return state
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]], running: Future[float] | None) -> Batch:
         """The next batch, on its way to the devices, which may still be running a step."""
-        with self._wall_time.waiting_for_input(running):
+        with watchdog.phase("waiting for a batch"), self._wall_time.waiting_for_input(running):
             rows = next(batches)
         return self._trainer.put_batch(rows)
 
     def _save(self, step: int, state: TrainState) -> None:
-        with self._wall_time.spent_on("saving"):
-            if self._writer is not None:
-                self._writer.flush()
+        with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
+            self._monitor.flush()
             self._checkpoints.save(step, state)
+
+    def _save_and_stop(self, step: int, state: TrainState) -> NoReturn:
+        """Ends the run where it can go on."""
+        self._save(step, state)
+        with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
+            self._checkpoints.wait()
+        why = self._stop.requested or "asked to stop on another host"
+        processes.say(f"{why}: saved step {step}; run the same command again to go on")
+        raise Interrupted
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:
         """Checks and shows the metrics of a step."""
-        values: StepMetrics = jax.device_get(metrics)
-        if not (math.isfinite(values.loss) and math.isfinite(values.gradient_norm)):
+        values = fetch_every_step(metrics)
+        found = self._finite.look(step, values)
+        if found is not None:
             self._checkpoints.wait()
-            saved = self._checkpoints.latest_step()
-            where = (
-                "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
-            )
-            raise UserError(
-                f"the loss at step {step} is {float(values.loss)} (gradient norm {float(values.gradient_norm)}) and "
-                f"training cannot go on; {where}; a lower optimizer.peak_learning_rate or optimizer.clip_norm in a new "
-                "--workdir may help."
-            )
-        if step == self._first_step:
-            self._say_first_step()
-        if step % self._config.train.log_every and step != self._config.train.num_steps:
-            return
-        now = time.monotonic()
-        tokens = self._config.train.batch_size * self._config.data.context_length * (step - self._logged_step)
-        tokens_per_second = tokens / max(now - self._logged_time, 1e-9)
-        self._logged_step, self._logged_time = step, now
-        if self._writer is not None:
-            extra = self._wall_time.shares() | self._once
-            self._writer.write(step, _loggable(values, tokens_per_second) | extra)
-            self._once = {}
-        self._progress.update(
-            step, float(values.loss), float(values.cross_entropy), float(values.kv_fraction), tokens_per_second
-        )
-
-    def _say_first_step(self) -> None:
-        """How long it took until the first step of this start was done."""
-        seconds, compiling = self._wall_time.since_start, self._wall_time.compiling
-        self._first_step = None
-        self._once = {"time_to_first_step": seconds, "compile_time": compiling}
-        share = 100 * compiling / seconds
-        self._progress.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
-
-
-def _loggable(values: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
-    """The line of metrics.jsonl: floats and lists of floats."""
-    line = {field: np.asarray(value, np.float64).tolist() for field, value in values._asdict().items()}
-    line["perplexity"] = perplexity(line["cross_entropy"])
-    line["tokens_per_second"] = tokens_per_second
-    return line
+            raise UserError(found.sentence(self._checkpoints.latest_step()))
+        self._monitor.finished(step, values)

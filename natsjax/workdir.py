@@ -2,8 +2,11 @@
 
 config.json          the resolved config
 data.json            what the data was, so that a resumed run cannot go on with other data
+starts.jsonl         the command of every start, when it was, and the versions
 metrics.jsonl        a line of metrics every ``train.log_every`` steps
 tensorboard/         the same for TensorBoard
+wandb.json, wandb/   which W&B run ``train.wandb`` sends them to, and what waits to be sent
+profile/             what the JAX profiler recorded (``train.profile``)
 checkpoints/         Orbax checkpoints by step
 corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
 compiled/            compiled steps, where ``train.compilation_cache`` puts them here
@@ -17,19 +20,26 @@ tokenizer/           the tokenizer, unless the data is the recall task
 """
 
 import contextlib
+import dataclasses
+import datetime
 import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
+import platform
+import shlex
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.settings import differences
 
 EXPORT_FORMAT = 1
+
+_locks: set[IO[str]] = set()  # files whose locks this process holds
 
 
 class Workdir:
@@ -43,8 +53,11 @@ class Workdir:
         self.path = pathlib.Path(path)
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
+        self.starts_file = self.path / "starts.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.wandb_file = self.path / "wandb.json"
+        self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
         self.corpus = self.path / "corpus"
         self.compiled = self.path / "compiled"
@@ -79,10 +92,14 @@ class Workdir:
                     f"--workdir={self.path} is in use by another process{f' (pid {holder})' if holder else ''}; wait "
                     "for it or choose another folder."
                 ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+            with contextlib.suppress(OSError):  # on a full disk nobody is told who holds it
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+            _locks.add(file)
+            try:
+                yield
+            finally:
+                _locks.discard(file)
 
     def read_config(self) -> Config:
         """The config that the run was started with.
@@ -94,7 +111,7 @@ class Workdir:
             values = json.loads(self.config_file.read_text())
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.config_file} cannot be read: {error}.") from error
         try:
             return Config.from_dict(values)
@@ -110,15 +127,27 @@ class Workdir:
         Raises:
           UserError: a field differs that may not change on resume.
         """
-        if not self.config_file.exists() or not self.has_checkpoint():
+        earlier = self.earlier_config()
+        if earlier is None:
             return []
-        changed, forbidden = differences(self.read_config(), config)
+        if config.train.num_tokens or config.train.num_epochs:  # these say the length: the steps follow from them
+            train = dataclasses.replace(config.train, num_steps=earlier.train.num_steps)
+            config = dataclasses.replace(config, train=train)
+        changed, forbidden = differences(earlier, config)
         if forbidden:
             raise UserError(
                 f"{self.path} holds a run with another config, and these fields cannot change on resume: "
                 f"{'; '.join(forbidden)}; use the old values or another --workdir."
             )
         return changed
+
+    def earlier_config(self) -> Config | None:
+        """The config of the run that is here, if it has come as far as a checkpoint.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        return self.read_config() if self.config_file.exists() and self.has_checkpoint() else None
 
     def has_checkpoint(self) -> bool:
         """Whether there is something that a run could go on from."""
@@ -152,7 +181,7 @@ class Workdir:
         """
         try:
             return str(json.loads(self.data_file.read_text())["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.data_file} cannot be read: {error}.") from error
 
     def read_export(self) -> dict[str, Any]:
@@ -164,7 +193,7 @@ class Workdir:
         try:
             values = json.loads(self.export_file.read_text())
             version = values["format_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.export_file} cannot be read: {error}.") from error
         if version != EXPORT_FORMAT:
             raise UserError(
@@ -189,11 +218,34 @@ class Workdir:
         write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
         write_atomically(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
 
+    def record_start(self) -> None:
+        """Writes down the command that this process was started with, for the report.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        line = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "time": now, "versions": versions()}
+        try:
+            with open(self.starts_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.starts_file} cannot be written: {error.strerror}.") from error
+
 
 def natsjax_version() -> str:
     """Of the installed package, for the record."""
+    return _version("natsjax")
+
+
+def versions() -> str:
+    """Of what numbers depend on, for the record."""
+    return f"natsjax {natsjax_version()}, jax {_version('jax')}, Python {platform.python_version()}"
+
+
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("natsjax")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
@@ -211,3 +263,13 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _in_child() -> None:
+    """A forked process holds no lock: it may outlive the one that was killed."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,52 @@ def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
     assert said[-1] == "going back to step 5"
     assert checkpoints.latest_step() == 5
     assert (tmp_path / "10.unreadable").exists()
+    checkpoints.close()
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_the_last_ones_are_kept_and_multiples_for_ever(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=20)
+    for step in range(5, 60, 5):
+        checkpoints.save(step, {"w": jnp.full(3, float(step))})
+    checkpoints.close()
+    assert steps_in(tmp_path) == [20, 40, 50, 55]
+    later = Checkpoints(tmp_path, keep_last=1, keep_every=40)  # as a resumed run that was told otherwise
+    later.save(56, {"w": jnp.ones(3)})
+    later.close()
+    assert steps_in(tmp_path) == [40, 56]
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.latest_step() == 56
+    reader.close()
+
+
+def test_without_keep_every_only_the_last_ones_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step in range(5, 60, 5):
+        checkpoints.save(step, {"w": jnp.ones(3)})
+    checkpoints.close()
+    assert steps_in(tmp_path) == [45, 50, 55]
+
+
+def test_a_save_goes_on_in_the_background_and_the_next_one_waits_for_it(tmp_path, monkeypatch):
+    """What is saved may be changed at once: the state is copied before ``save`` returns."""
+    release = threading.Event()
+    real = os.rename
+    monkeypatch.setattr(os, "rename", lambda *a, **k: (release.wait(30), real(*a, **k))[1])
+    checkpoints = Checkpoints(tmp_path)
+    state = {"w": jnp.arange(3.0)}
+    checkpoints.save(5, state)
+    state["w"].delete()
+    assert steps_in(tmp_path) == []  # it is written, but not there yet
+    assert checkpoints.latest_step() is None
+    release.set()
+    checkpoints.wait()
+    assert steps_in(tmp_path) == [5]
+    restored = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(restored["w"], np.arange(3.0))
     checkpoints.close()
 
 

@@ -6,15 +6,13 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from natsjax.data import Corpus, evaluation_contexts
+from natsjax.data import Corpus, encode, evaluation_contexts
 from natsjax.data import prepare as command
 from natsjax.data.hold_out import HoldOut, hash_id
 from natsjax.data.prepare import prepare
@@ -216,44 +214,26 @@ def test_skipped_files_are_recorded(texts, tmp_path):
     assert sum(summary.documents for summary in corpus.summaries.values()) == 40
 
 
-def test_an_error_on_the_way_leaves_nothing_and_the_next_run_succeeds(texts, tmp_path, monkeypatch):
+def test_an_interruption_keeps_what_is_done_and_an_error_nothing(texts, tmp_path, monkeypatch):
     add = SplitWriter.add
 
-    def failing_add(self, document_id, tokens, num_bytes):
-        if self.summary.documents == 10:
-            raise KeyboardInterrupt
-        add(self, document_id, tokens, num_bytes)
+    def failing(error):
+        def failing_add(self, document_id, tokens, num_bytes):
+            if self.summary.documents == 10:
+                raise error
+            add(self, document_id, tokens, num_bytes)
 
+        return failing_add
+
+    for error, left in ((UserError("no"), ["texts"]), (KeyboardInterrupt(), [".out.partial", "texts"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(SplitWriter, "add", failing(error))
+            with pytest.raises(type(error)):
+                _prepare(texts, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
     with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "add", failing_add)
-        with pytest.raises(KeyboardInterrupt):
-            _prepare(texts, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
-    assert _prepare(texts, tmp_path / "out").summaries["train"].documents > 20
-
-
-_KILLED = """
-import os, signal, sys
-from natsjax.data.prepare import prepare
-from natsjax.data.split_writer import SplitWriter
-add = SplitWriter.add
-def killed_add(self, *arguments):
-    if self.summary.documents == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(self, *arguments)
-SplitWriter.add = killed_add
-prepare(sys.argv[1], sys.argv[2], tokenizer="byte", held_out_fraction=0.2, progress=False)
-"""
-
-
-def test_kill_leaves_no_corpus_and_the_next_run_cleans_up(texts, tmp_path):
-    run = subprocess.run([sys.executable, "-c", _KILLED, texts, tmp_path / "out"], check=False)
-    assert run.returncode == -signal.SIGKILL
-    assert (tmp_path / ".out.partial" / "train").is_dir()  # it was really under way
-    with pytest.raises(UserError, match=r"is no prepared corpus: it holds no corpus\.json"):
-        Corpus.load(tmp_path / "out")
-    corpus = _prepare(texts, tmp_path / "out")
-    assert sum(summary.documents for summary in corpus.summaries.values()) == 40
+        patch.setattr(encode.Encoder, "encode", lambda *_: pytest.fail("encoded again"))
+        assert _prepare(texts, tmp_path / "out").summaries["train"].documents > 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
 
 
@@ -348,7 +328,10 @@ def test_damaged_splits(texts, tmp_path, name, damage, sentence):
 def test_the_command(texts, tmp_path, capsys):
     arguments = [f"--input={texts}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
     assert command.main(arguments) == 0
-    assert "byte tokenizer with 258 ids" in capsys.readouterr().out
+    first = capsys.readouterr().out
+    assert "byte tokenizer with 258 ids" in first
+    assert command.main(arguments) == 0  # the same of a corpus that is there
+    assert capsys.readouterr().out == first
     assert command.main([*arguments, "--seed=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")

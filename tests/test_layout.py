@@ -10,15 +10,40 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
-    ("errors", "settings", "config", "process_line", "processes", "command_line"),
+    ("errors", "settings", "config", "process_line", "processes", "watchdog", "signals", "command_line"),
     ("hardware", "program_text", "program_costs", "program_flow"),
-    ("partition", "token_types", "data", "workdir", "compilation_cache", "run_data", "optim", "checkpoint", "metrics"),
-    ("layers", "model", "capacity", "kv_buffer", "kv_allocation", "policies"),
-    ("vocabulary_loss", "losses", "train_step", "loading", "initial_parameters", "planning"),
+    (
+        "partition",
+        "token_types",
+        "data",
+        "workdir",
+        "event_file",
+        "compilation_cache",
+        "run_data",
+        "parts",
+        "spikes",
+        "optim",
+        "checkpoint",
+        "metrics",
+    ),
+    (
+        "layers",
+        "vocabulary_loss",
+        "role_statistics",
+        "attention",
+        "model",
+        "capacity",
+        "kv_buffer",
+        "kv_allocation",
+        "policies",
+    ),
+    ("losses", "train_step", "diagnosis", "loading", "initial_parameters", "flops", "planning"),
     ("serving", "decode_step", "sampling", "decode_loop", "decoder", "decode", "planning_decode"),
-    ("report", "measure", "measure_decode", "matching", "twin", "eval_settings", "evaluate", "export", "plan"),
+    ("reporting", "compare", "report"),
+    ("measure", "measure_decode", "matching", "twin", "eval_settings", "eval_results", "evaluate", "export", "plan"),
     ("text_stream", "generate_flags", "generate"),
-    ("train",),
+    ("health", "display", "wandb_writer", "monitor", "train"),
+    ("sweep_runs", "sweep_front", "sweep"),
 )
 ORDER = [name for row in RANKS for name in row]
 
@@ -83,7 +108,17 @@ def test_importing_touches_no_device():
 
 
 @pytest.mark.parametrize(
-    "command", ["natsjax.data.prepare", "natsjax.evaluate", "natsjax.export", "natsjax.generate", "natsjax.plan"]
+    "command",
+    [
+        "natsjax.data.prepare",
+        "natsjax.data.inspect",
+        "natsjax.evaluate",
+        "natsjax.export",
+        "natsjax.generate",
+        "natsjax.plan",
+        "natsjax.report",
+        "natsjax.sweep",
+    ],
 )
 def test_commands_explain_themselves_without_a_warning(command):
     code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, processes, train
+from natsjax import evaluate, partition, processes, signals, train, watchdog
 from natsjax.errors import UserError
 from natsjax.metrics import WallTime, read_metrics
-from natsjax.train_step import StepMetrics, Trainer
+from natsjax.signals import StopRequests
+from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 
 
@@ -79,7 +80,10 @@ class Result:
 class Device:
     """In the place of a ``Trainer``: each step takes so many seconds, and whoever dispatches it does not wait."""
 
+    vocab_size = tiny.VOCAB_SIZE
+
     def __init__(self, clock, seconds, log):
+        self.mesh = partition.make_mesh(tiny.config().mesh)
         self._clock, self._seconds, self._log, self._busy_until = clock, seconds, log, 0.0
 
     def put_batch(self, rows):
@@ -89,11 +93,8 @@ class Device:
     def step(self, state, number):
         self._log.append(f"step {number}")
         self._busy_until = max(self._busy_until, self._clock()) + self._seconds
-        one = np.float32(1)
-        metrics = StepMetrics(*[one] * len(StepMetrics._fields))._replace(
-            loss=Result(self._clock, number, self._busy_until, self._log)
-        )
-        return state, metrics
+        loss = Result(self._clock, number, self._busy_until, self._log)
+        return state, tiny.step_metrics(tiny.config(), loss=loss)
 
 
 class Checkpoints:
@@ -124,7 +125,7 @@ def simulate(tmp_path, *, step_seconds, batch_seconds, save_seconds=0.0, num_ste
     config = tiny.config(train={"num_steps": num_steps}, checkpoint={"save_every": save_every})
     wall_time = ClockedWallTime(clock)
     device, checkpoints = Device(clock, step_seconds, log), Checkpoints(clock, save_seconds)
-    loop = train._Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time)
+    loop = train._Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time, StopRequests())
     loop.run(State(), batches())
     loop.close()
     wall_time.close()
@@ -158,6 +159,26 @@ def test_saving_that_holds_the_loop_up_is_no_step(tmp_path):
     assert seconds == pytest.approx(1.2)
     assert line["goodput"] == pytest.approx(0.6 / 1.15)  # the last line is written before the last save
     assert line["input_wait"] == 0
+
+
+def test_the_loop_says_what_it_is_doing(tmp_path, monkeypatch):
+    """For the watchdog, which would be stuck with it otherwise."""
+    heard = []
+
+    class Listening(watchdog.Watchdog):
+        def progress(self, phase=None):
+            super().progress(phase)
+            heard.append(self.phase)
+
+    monkeypatch.setattr(watchdog, "_watchdog", Listening(1000))
+    simulate(tmp_path, step_seconds=0.001, batch_seconds=0, num_steps=4, save_every=3)
+    phases = [phase for phase, before in zip(heard, [None, *heard], strict=False) if phase != before]
+    steps = dict.fromkeys(phase for phase in phases if phase.startswith("in step"))
+    assert list(steps) == [f"in step {n}" for n in (1, 2, 3, 4, 5)]
+    assert phases.count("waiting for a batch") == 4
+    saved = phases.index("saving step 3")
+    assert phases[saved - 1] == "in step 4"
+    assert phases[-3:] == ["saving step 4", "in step 5", "starting"]
 
 
 def test_what_counts_as_what():
@@ -297,12 +318,39 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
             log.append("saved")
 
     wall_time = ClockedWallTime(clock)
-    loop = train._Loop(tiny.config(), Workdir(tmp_path), Signalling(clock, 0.001, log), Saving(clock), 0, wall_time)
+    device = Signalling(clock, 0.001, log)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(train.Interrupted):
-        loop.run(State(), iter(range(1, 100)))
+    with signals.stop_requests() as stop:
+        loop = train._Loop(tiny.config(), Workdir(tmp_path), device, Saving(clock), 0, wall_time, stop)
+        with pytest.raises(train.Interrupted):
+            loop.run(State(), iter(range(1, 100)))
     loop.close()
     wall_time.close()
     assert log[-3:] == ["read 3", "save 3", "saved"]
     assert capfd.readouterr().err.endswith(f"{number.name}: saved step 3; run the same command again to go on\n")
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_a_signal_during_compilation_leads_to_a_save_before_the_first_step(tmp_path, capfd):
+    log, clock = [], Clock()
+
+    class Saving(Checkpoints):
+        def save(self, step, state):
+            log.append(f"save {step}")
+
+        def wait(self):
+            log.append("saved")
+
+    wall_time = ClockedWallTime(clock)
+    with signals.stop_requests() as stop:
+        with stop.later("the step is compiled"):
+            signal.raise_signal(signal.SIGTERM)
+        loop = train._Loop(
+            tiny.config(), Workdir(tmp_path), Device(clock, 0.001, log), Saving(clock), 7, wall_time, stop
+        )
+        with pytest.raises(train.Interrupted):
+            loop.run(State(7), iter(range(1, 100)))
+    loop.close()
+    wall_time.close()
+    assert log == ["save 7", "saved"]
+    assert capfd.readouterr().err.endswith("SIGTERM: saved step 7; run the same command again to go on\n")

@@ -107,7 +107,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
         return state, metrics._replace(loss=jnp.where(state.step == 8, jnp.nan, metrics.loss))
 
     monkeypatch.setattr(Trainer, "_step", spoilt)
-    with pytest.raises(UserError, match=r"the loss at step 8 is nan .* last good checkpoint is that of step 5"):
+    sentence = (
+        r"^the loss at step 8 is nan \(cross-entropy .*\); training cannot go on, and the last good checkpoint is that "
+        r"of step 5\. The likely cause: .+; what may help: .+\.$"
+    )
+    with pytest.raises(UserError, match=sentence):
         train.run(tiny.config(), tmp_path)
     assert load(tmp_path).step == 5
 
@@ -118,6 +122,30 @@ def test_a_workdir_in_use_is_refused(tmp_path):
         pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"),
     ):
         train.run(tiny.config(), tmp_path)
+
+
+def test_a_forked_process_that_outlives_the_run_does_not_hold_its_workdir(tmp_path):
+    code = f"""
+import os, sys, time
+from natsjax.workdir import Workdir
+with Workdir({str(tmp_path)!r}).lock():
+    if os.fork() == 0:
+        print("here", flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == "here\n"
+        process.kill()
+        process.wait()
+        with Workdir(tmp_path).lock():
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path):

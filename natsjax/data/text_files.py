@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import textwrap
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ class JsonLines(_CompressibleFile):
             raise UserError(f"{where} holds a JSON {type(record).__name__}; every line must be one JSON object.")
         text = record.get(self._text_field)
         if not isinstance(text, str):
-            found = ", ".join(sorted(record)) or "none"
+            found = textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …") or "none"
             problem = "no field" if self._text_field not in record else "no text in field"
             raise UserError(
                 f"{where} has {problem} {self._text_field!r} (fields found: {found}); name the field that "

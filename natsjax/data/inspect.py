@@ -1,0 +1,260 @@
+"""Show what a model is trained on: contexts of a corpus, token by token.
+
+    python -m natsjax.data.inspect --prepared_dir=data/sotu --context_length=256
+    python -m natsjax.data.inspect --workdir=runs/sotu --step=100 --row=3
+
+Contexts are decoded with their document pieces, boundaries of tokens, positions, and where nothing is learned. Those of
+the training split are the ones that a run sees, step by step; those of the validation split the slice that it is
+measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from natsjax.command_line import read_config_file
+from natsjax.config import Config
+from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
+from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
+from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
+from natsjax.data.packing import Row
+from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts
+from natsjax.data.synthetic import RecallTask
+from natsjax.data.tokenizer import Vocabulary
+from natsjax.errors import UserError
+
+_CONFIG_FILE = "config.json"  # of a run
+_CORPUS_FOLDER = "corpus"  # in a run, unless its config names another
+
+
+@dataclass(frozen=True)
+class Data:
+    """Contexts of a split, and how to read them.
+
+    Attributes:
+      row: gives context `index`, arrays `[t]`.
+      vocabulary: the tokens.
+      corpora: that the documents come from, in the order in which their documents are counted; none for recall.
+    """
+
+    row: Callable[[int], Row]
+    vocabulary: Vocabulary
+    corpora: tuple[Corpus, ...] = ()
+
+
+def open_data(config: Config, split: str, prepared: str) -> Data:
+    """The contexts that a run with this config sees.
+
+    Args:
+      config: of the run.
+      split: `"train"` or `"validation"`.
+      prepared: folder of the corpus, or DIR=WEIGHT,DIR=WEIGHT; empty for the recall task.
+
+    Raises:
+      UserError: the data is not there, or damaged.
+    """
+    length, seed, most = config.data.context_length, config.train.seed, config.eval.num_contexts
+    if not prepared:
+        task = RecallTask(length, seed=seed, **dataclasses.asdict(config.data.recall))
+        return Data(lambda index: _unstacked(task.rows(index, 1, split=split)), task)
+    if "=" in prepared and not (Path(prepared) / CORPUS_FILE).exists():
+        parts = load_mixture(prepared)
+        corpora = tuple(part.corpus for part in parts)
+        if split == "train":
+            row = _rows_of(MixtureSource(parts, context_length=length, seed=seed))
+        else:
+            row = _slice_of(mixture_contexts(parts, split, context_length=length, max_contexts=most), split)
+        return Data(row, corpora[0].tokenizer, corpora)
+    corpus = Corpus.load(prepared)
+    if split == "train":
+        row = _rows_of(PackedSource.from_corpus(corpus, context_length=length, seed=seed))
+    else:
+        row = _slice_of(evaluation_contexts(corpus, split, context_length=length, max_contexts=most), split)
+    return Data(row, corpus.tokenizer, (corpus,))
+
+
+def example_at(data: Data, split: str, index: int, place: dict[str, Any]) -> Example:
+    """Context `index` of a split, with the ids of its documents.
+
+    Args:
+      data: of the split.
+      split: its name.
+      index: which context.
+      place: more about where it stands, to be shown.
+
+    Raises:
+      UserError: there is no such context, or files of a corpus are missing or damaged.
+    """
+    row = data.row(index)
+    documents = [corpus.documents(split) for corpus in data.corpora]
+    ends = list(itertools.accumulate(len(of) for of in documents))
+
+    def name(document: int) -> str:
+        corpus = bisect.bisect_right(ends, document)
+        return documents[corpus].ids[document - (ends[corpus] - len(documents[corpus]))]
+
+    place = {"context": index} | place
+    if len(data.corpora) > 1:
+        # Documents of all corpora are counted one after the other, and no context holds those of two.
+        place["corpus"] = str(data.corpora[bisect.bisect_right(ends, int(row["document_id"][0]))].folder)
+    return Example(row, data.vocabulary, name if documents else None, place)
+
+
+def _rows_of(source: RowSource) -> Callable[[int], Row]:
+    return lambda index: _unstacked(source.rows(index, 1))
+
+
+def _unstacked(rows: Row) -> Row:
+    return {name: values[0] for name, values in rows.items()}
+
+
+def _slice_of(contexts: Row, split: str) -> Callable[[int], Row]:
+    count = len(contexts["inputs"])
+
+    def row(index: int) -> Row:
+        if index >= count:
+            raise UserError(
+                f"--context={index}: the slice of the split {split!r} has {count} contexts, 0 to {count - 1}."
+            )
+        return {name: values[index] for name, values in contexts.items()}
+
+    return row
+
+
+def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
+    """The config, with what flags change of it, and the prepared corpus or mixture; an empty one for recall."""
+    prepared = options.prepared_dir
+    if options.workdir:
+        config = _read_run(Path(options.workdir) / _CONFIG_FILE)
+        prepared = prepared or _prepared(config) or str(Path(options.workdir) / _CORPUS_FOLDER)
+    elif options.config:
+        config = Config.from_dict(read_config_file(options.config))
+        prepared = prepared or _prepared(config)
+        if not prepared and config.data.source == "corpus":
+            raise UserError(
+                f"--config={options.config} names no prepared corpus (data.prepared_dir is empty, so that each run has "
+                "its own); give the corpus as --prepared_dir, or a run as --workdir."
+            )
+    elif prepared:
+        config = Config()
+    else:
+        raise UserError("nothing to inspect: give --prepared_dir=DIR, --workdir=DIR or --config=FILE.")
+    if config.data.source == "recall" and not options.prepared_dir:
+        prepared = ""
+    lengths = {} if options.context_length is None else {"context_length": options.context_length}
+    training = {
+        name: value for name, value in (("seed", options.seed), ("batch_size", options.batch_size)) if value is not None
+    }
+    # Ranges are checked below and by what is made of them: here the rest of the config plays no part.
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **lengths),
+        train=dataclasses.replace(config.train, **training),
+    )
+    return config, prepared
+
+
+def _prepared(config: Config) -> str:
+    return config.data.mixture or config.data.prepared_dir
+
+
+def _read_run(path: Path) -> Config:
+    try:
+        return Config.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str, Any]]:
+    """Which context is asked for, and where it stands."""
+    for name in ("step", "row", "context", "context_length", "seed", "batch_size"):
+        value = getattr(options, name)
+        least = 1 if name in ("context_length", "batch_size") else 0
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+    if options.split != "train" and options.step is not None:
+        raise UserError(f"--step={options.step} is about training; of the split {options.split!r} give --context.")
+    if options.context is not None:
+        if options.step is not None or options.row is not None:
+            raise UserError(f"--context={options.context} says which context already; leave --step and --row out.")
+        index = options.context
+    elif options.split != "train":
+        index = options.row or 0
+    else:
+        row = options.row or 0
+        if row >= batch_size:
+            raise UserError(f"--row is {row}, but a step has {batch_size} rows, 0 to {batch_size - 1}.")
+        index = (options.step or 0) * batch_size + row
+    if options.split != "train":
+        return index, {}
+    step, row = divmod(index, batch_size)
+    return index, {"step": step, "row": row}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        config, prepared = _config_of(options)
+        index, place = _index(options, config.train.batch_size)
+        example = example_at(open_data(config, options.split, prepared), options.split, index, place)
+        if options.json:
+            print(json.dumps(example.to_json(), ensure_ascii=False))
+        else:
+            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            print(COLOUR_LEGEND if colour else LEGEND)
+            for line in example.lines(colour=colour):
+                print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m natsjax.data.inspect",
+        description="Show a context that a model is trained or measured on: decoded, with its document pieces, token "
+        "boundaries, positions, and where nothing is learned.",
+        epilog="Examples: --prepared_dir=data/sotu   |   --workdir=runs/sotu --step=100 --row=3",
+    )
+    parser.add_argument("--prepared_dir", default="", help="folder of a prepared corpus, or DIR=WEIGHT,DIR=WEIGHT")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--workdir", default="", help="a run, whose data and settings are taken")
+    source.add_argument("--config", default="", help="a config file, whose data and settings are taken")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="(default: train)")
+    parser.add_argument("--step", type=int, help="training step (default: 0)")
+    parser.add_argument("--row", type=int, help="row of the step's batch (default: 0)")
+    parser.add_argument("--context", type=int, help="instead of step and row: number of the context in its split")
+    defaults = Config()
+    settings = (
+        ("context_length", "tokens in a context", defaults.data.context_length),
+        ("seed", "of the data order", defaults.train.seed),
+        ("batch_size", "contexts in a step", defaults.train.batch_size),
+    )
+    for name, help, default in settings:
+        parser.add_argument(f"--{name}", type=int, help=f"{help} (default: that of the run or config, else {default})")
+    parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

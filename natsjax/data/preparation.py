@@ -1,0 +1,239 @@
+"""The passes of `prepare` over the text, by one process or several, each going on from the parts that are done."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial as bind
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from natsjax.data.atomic_folder import PartialFolder, read_part, write_part, write_whole
+from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader
+from natsjax.data.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
+from natsjax.data.prepare_request import PrepareRequest
+from natsjax.data.progress import Progress
+from natsjax.data.scan import TRAIN, Scan, documents_from, source_groups
+from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from natsjax.data.worker_pool import WorkerPool, finished, result
+
+# With less text than this, starting processes (each imports natsjax) takes longer than they save.
+PARALLEL_BYTES = 1 << 26
+
+_POLL_SECONDS = 0.5
+_TOKENIZER_FOLDER = "tokenizer"
+_SETUP_FILE = "encoding.pickle"
+
+_log = logging.getLogger(__name__)
+
+Splits = dict[str, npt.NDArray[np.int8]]
+
+
+class Totals(TypedDict):
+    """What a pass will have seen at its end."""
+
+    documents: int
+    num_bytes: int
+
+
+class Preparation:
+    """What `prepare` does before it writes the corpus; a context manager, which ends the processes that it started.
+
+    Args:
+      request: what is asked for.
+      readers: of the inputs.
+      partial: where parts lie.
+    """
+
+    def __init__(self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder):
+        self._request = request
+        self._readers = readers
+        self._partial = partial
+        # What was found bad holds no document in the scan and is not opened again: later passes need no check of it.
+        self._plain_readers = {
+            name: CorpusReader(reader.input, text_field=request.text_field) for name, reader in readers.items()
+        }
+        self._exit = ExitStack()
+        self._pool: WorkerPool | None = None
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.__exit__(kind, error, trace)
+
+    def scan(self) -> dict[str, Scan]:
+        """Read everything once, so that bad input is found before any long work.
+
+        Raises:
+          UserError: the text cannot be read, or there is none.
+        """
+        is_much = sum(_size_on_disk(reader.input) for reader in self._readers.values()) >= PARALLEL_BYTES
+        scans = {}
+        for name, reader in self._readers.items():
+            groups = source_groups(reader.num_sources)
+            with Progress(f"Reading {name}", shown=self._request.progress) as progress:
+                found = []
+                for scan in self._scans(name, groups, is_much=is_much):
+                    found.append(scan)
+                    progress.add(len(scan.sizes), int(scan.sizes.sum()))
+            scans[name] = Scan.joined(found)
+            scans[name].check(reader)
+        return scans
+
+    def tokenizer(self, scans: dict[str, Scan], splits: Splits) -> Tokenizer:
+        """The tokenizer: the one asked for, or one that is trained on the training documents.
+
+        It is also written to the partial folder, where a later process finds it.
+        """
+        folder = self._partial.path / _TOKENIZER_FOLDER
+        if folder.exists():
+            return load_tokenizer(folder)
+        tokenizer = self._request.existing_tokenizer or self._train_bpe(scans["input"], splits["input"])
+        unfinished = folder.with_name(f"{_TOKENIZER_FOLDER}.unfinished-folder")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save(unfinished)
+        unfinished.rename(folder)
+        return tokenizer
+
+    def encode(self, scans: dict[str, Scan], splits: Splits, tokenizer: Tokenizer) -> list[Chunk]:
+        """Encode all documents; returns the chunks, whose parts are there then.
+
+        Raises:
+          UserError: the text cannot be read, or changed.
+        """
+        chunks = [chunk for name, scan in scans.items() for chunk in chunks_of(name, scan, splits[name], CHUNK_BYTES)]
+        missing = [chunk for chunk in chunks if not self._partial.part(chunk.name).exists()]
+        if len(missing) < len(chunks):
+            _log.info("%d of %d chunks are encoded already", len(chunks) - len(missing), len(chunks))
+        workers = min(self._request.num_workers, len(missing))
+        counts = {name: scan.counts for name, scan in scans.items()}
+        with Progress("Encoding", shown=self._request.progress, **totals(missing)) as progress:
+            if workers > 1 and totals(missing)["num_bytes"] >= PARALLEL_BYTES:
+                done = self._encode_in_pool(missing, scans, workers)
+            else:
+                encoder = Encoder(self._plain_readers, counts, tokenizer, self._partial.path)
+                done = (chunk for stretch in stretches(missing, scans, 1) for chunk in encoder.encode(stretch))
+            for chunk in done:
+                progress.add(int(chunk.kept.sum()), chunk.num_bytes)
+        return chunks
+
+    def _scans(self, name: str, groups: Sequence[range], *, is_much: bool) -> Iterator[Scan]:
+        request, reader = self._request, self._readers[name]
+        inline = bind(Scan.of, reader, seed=request.seed, with_digests=request.deduplicate)
+        if not is_much:
+            yield from map(inline, groups)
+            return
+        parts = [self._partial.part(f"scan-{name}-{number:04d}") for number in range(len(groups))]
+        missing = [number for number, part in enumerate(parts) if not part.exists()]
+        workers = min(request.num_workers, len(missing))
+        if workers <= 1:
+            for group, part in zip(groups, parts, strict=True):
+                if not part.exists():
+                    write_part(part, inline(group).to_arrays())
+                yield Scan.from_arrays(read_part(part))
+            return
+        read = bind(_scan_to_part, name=name, seed=request.seed, with_digests=request.deduplicate)
+        tasks = [(groups[number], parts[number]) for number in missing]
+        futures = dict(zip(missing, self._workers().submit(read, tasks), strict=True))
+        for number, part in enumerate(parts):
+            if number in futures:
+                result(futures[number])
+            scan = Scan.from_arrays(read_part(part))
+            for reason in scan.skipped.values():
+                _log.warning("Skipped: %s", reason)
+            yield scan
+
+    def _train_bpe(self, scan: Scan, split: npt.NDArray[np.int8]) -> BPETokenizer:
+        request = self._request
+        is_train = split == TRAIN
+        total = Totals(documents=int(is_train.sum()), num_bytes=int(scan.sizes[is_train].sum()))
+        with Progress("Training the tokenizer", shown=request.progress, **total) as progress:
+
+            def texts() -> Iterator[str]:
+                documents = documents_from(self._plain_readers["input"], scan.counts, 0)
+                for document, wanted, size in zip(documents, is_train.tolist(), scan.sizes.tolist(), strict=True):
+                    if wanted:
+                        progress.add(1, size)
+                        yield document.text
+
+            tokenizer = BPETokenizer.train(texts(), request.vocab_size)
+        if tokenizer.vocab_size < request.vocab_size:
+            _log.warning(
+                "The text gave a vocabulary of only %d of the %d ids asked for",
+                tokenizer.vocab_size,
+                request.vocab_size,
+            )
+        return tokenizer
+
+    def _encode_in_pool(self, missing: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> Iterator[Chunk]:
+        folder = self._partial.path
+        setup = (self._plain_readers, {name: scan.counts for name, scan in scans.items()})
+        # In a file and not in each task: there may be millions of files.
+        write_whole(folder / _SETUP_FILE, lambda file: pickle.dump(setup, file))
+        waiting = {self._partial.part(chunk.name).name: chunk for chunk in missing}
+        futures = self._workers().submit(bind(_encode_to_parts, folder=folder), stretches(missing, scans, workers))
+        for _ in finished(futures, _POLL_SECONDS):
+            for name in waiting.keys() & set(os.listdir(folder)):
+                yield waiting.pop(name)
+
+    def _workers(self) -> WorkerPool:
+        """The processes: started when there is work for them, and kept for all passes."""
+        if self._pool is None:
+            self._pool = self._exit.enter_context(WorkerPool(self._request.num_workers, _start, (self._readers,)))
+        return self._pool
+
+
+def totals(chunks: Iterable[Chunk]) -> Totals:
+    """Documents and bytes of chunks."""
+    chunks = list(chunks)
+    return Totals(
+        documents=sum(int(chunk.kept.sum()) for chunk in chunks), num_bytes=sum(chunk.num_bytes for chunk in chunks)
+    )
+
+
+def _size_on_disk(input: str) -> int:
+    """Bytes of all files of an input, roughly: it may hold others too, and compressed ones; 0 for a package."""
+    if input.startswith(PACKAGE_PREFIX):
+        return 0
+    path = Path(input)
+    if not path.exists():
+        path = Path(input.rpartition(":")[0])  # FOLDER:SPLIT
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+# What a worker process works with: tasks name only what differs between them.
+_readers: dict[str, CorpusReader]
+
+
+def _start(readers: dict[str, CorpusReader]) -> None:
+    global _readers
+    _readers = readers
+
+
+def _scan_to_part(task: tuple[range, Path], *, name: str, seed: int, with_digests: bool) -> None:
+    group, part = task
+    write_part(part, Scan.of(_readers[name], group, seed=seed, with_digests=with_digests).to_arrays())
+
+
+@functools.cache
+def _encoder(folder: Path) -> Encoder:
+    readers, counts = pickle.loads((folder / _SETUP_FILE).read_bytes())
+    return Encoder(readers, counts, load_tokenizer(folder / _TOKENIZER_FOLDER), folder)
+
+
+def _encode_to_parts(chunks: Sequence[Chunk], *, folder: Path) -> None:
+    for _ in _encoder(folder).encode(chunks):
+        pass

@@ -1,0 +1,202 @@
+"""The first pass of `prepare` over the text: what is there, and which split each document goes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from natsjax.data.corpus_reader import CorpusReader, Document
+from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.errors import UserError
+
+TRAIN, VALIDATION, DROPPED = 0, 1, 2
+_DIGEST_BYTES = 16
+_MAX_GROUPS = 1024
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a run of sources holds; `D` documents that are not empty in `S` sources.
+
+    Attributes:
+      counts: int64 `[S]`, documents in each source.
+      hashes: uint64 `[D]`, `hash_id` of each document.
+      sizes: int64 `[D]`, bytes of each in UTF-8.
+      digests: uint64 `[D, 2]`, a hash of each text; `[0, 2]` where nobody asked for it.
+      num_empty: documents without text.
+      skipped: bad files by name, with what is wrong with them.
+    """
+
+    counts: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    sizes: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+    num_empty: int
+    skipped: dict[str, str]
+
+    @classmethod
+    def of(cls, reader: CorpusReader, sources: range, *, seed: int, with_digests: bool) -> Scan:
+        """Read some sources to their end.
+
+        Raises:
+          UserError: as the reader does.
+        """
+        counts, hashes, sizes, digests = array("q"), array("Q"), array("q"), bytearray()
+        empty_before, names = reader.num_empty, reader.source_names
+        for source in sources:
+            before = len(hashes)
+            for document in reader.documents_of(source):
+                text = document.text.encode("utf-8")
+                hashes.append(hash_id(document.id, seed))
+                sizes.append(len(text))
+                if with_digests:
+                    digests += hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
+            counts.append(len(hashes) - before)
+        return cls(
+            counts=np.frombuffer(counts, np.int64),
+            hashes=np.frombuffer(hashes, np.uint64),
+            sizes=np.frombuffer(sizes, np.int64),
+            digests=np.frombuffer(digests, np.uint64).reshape(-1, 2),
+            num_empty=reader.num_empty - empty_before,
+            skipped={
+                names[source]: reader.skipped[names[source]] for source in sources if names[source] in reader.skipped
+            },
+        )
+
+    @classmethod
+    def joined(cls, scans: Sequence[Scan]) -> Scan:
+        """Those of consecutive runs of sources as one."""
+        return cls(
+            counts=np.concatenate([scan.counts for scan in scans]),
+            hashes=np.concatenate([scan.hashes for scan in scans]),
+            sizes=np.concatenate([scan.sizes for scan in scans]),
+            digests=np.concatenate([scan.digests for scan in scans]),
+            num_empty=sum(scan.num_empty for scan in scans),
+            skipped={name: reason for scan in scans for name, reason in scan.skipped.items()},
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """For a file; `from_arrays` reads them."""
+        rest = json.dumps([self.num_empty, self.skipped]).encode()
+        arrays = {"counts": self.counts, "hashes": self.hashes, "sizes": self.sizes, "digests": self.digests}
+        return arrays | {"rest": np.frombuffer(rest, np.uint8)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Scan:
+        """What `to_arrays` gave."""
+        num_empty, skipped = json.loads(arrays["rest"].tobytes())
+        named = {name: arrays[name] for name in ("counts", "hashes", "sizes", "digests")}
+        return cls(**named, num_empty=num_empty, skipped=skipped)
+
+    def check(self, reader: CorpusReader) -> None:
+        """Say what was left out; raise UserError if nothing is left."""
+        if self.num_empty:
+            _log.warning("Dropped %d documents without text from %s", self.num_empty, reader.input)
+        if self.skipped:
+            _log.warning("Skipped %d of %d files of %s", len(self.skipped), reader.num_sources, reader.input)
+        if not len(self.hashes):
+            raise UserError(
+                f"the corpus {reader.input} is empty: none of its {self.num_empty} documents has any text "
+                f"({reader.num_sources - len(self.skipped)} files read, {len(self.skipped)} skipped)."
+            )
+
+
+def source_groups(num_sources: int) -> list[range]:
+    """Runs of sources to scan together: one source each, or more where there are very many."""
+    size = -(-num_sources // _MAX_GROUPS)
+    return [range(begin, min(begin + size, num_sources)) for begin in range(0, num_sources, size)]
+
+
+def documents_from(reader: CorpusReader, counts: npt.NDArray[np.int64], begin: int) -> Iterator[Document]:
+    """The documents of an input from number `begin` on; sources in which a scan found none are not opened.
+
+    Args:
+      reader: reads the input.
+      counts: int64 `[num_sources]`, documents in each source when they were scanned.
+      begin: number of the first document, counted over all sources.
+
+    Raises:
+      UserError: as the reader does, or a source holds more or fewer documents than then.
+    """
+    ends = np.cumsum(counts)
+    first = int(np.searchsorted(ends, begin, side="right"))
+    skip = begin - int(ends[first] - counts[first]) if first < len(counts) else 0
+    for source in range(first, len(counts)):
+        if counts[source] == 0:
+            continue
+        found = skip
+        for document in islice(reader.documents_of(source), skip, None):
+            found += 1
+            if found > counts[source]:
+                break
+            yield document
+        if found != counts[source]:
+            raise changed_error(reader, f"{reader.source_names[source]} held {counts[source]} documents before")
+        skip = 0
+
+
+def changed_error(reader: CorpusReader, how: str) -> UserError:
+    """The error for an input that was written to meanwhile."""
+    return UserError(
+        f"the input {reader.input} changed while it was read ({how}); run it again when nothing writes there."
+    )
+
+
+def divide(
+    scans: dict[str, Scan], *, fraction: float, seed: int, deduplicate: bool
+) -> tuple[dict[str, npt.NDArray[np.int8]], int]:
+    """Which split each document goes to.
+
+    Args:
+      scans: of `input`, and of `validation_input` where there is one, with digests if `deduplicate`.
+      fraction: share to hold out of `input` where there is no `validation_input`.
+      seed: which documents are held out.
+      deduplicate: whether to leave out texts that came before, in `input` or in the same input.
+
+    Returns:
+      By input, int8 `[num_documents]`: TRAIN, VALIDATION or DROPPED; and the number of duplicates.
+
+    Raises:
+      UserError: a split would have no document.
+    """
+    kept = (
+        _first_copies(scans) if deduplicate else {name: np.ones(len(scan.hashes), bool) for name, scan in scans.items()}
+    )
+    num_duplicates = sum(int((~mask).sum()) for mask in kept.values())
+    if "validation_input" in scans:
+        held_out = {"input": np.zeros(len(kept["input"]), bool), "validation_input": kept["validation_input"]}
+        if not kept["validation_input"].any():
+            raise UserError(
+                f"with deduplicate, validation_input has no document left: each of its "
+                f"{len(kept['validation_input'])} documents is also in input; give other text to validate on."
+            )
+    else:
+        hashes = scans["input"].hashes
+        chosen = HoldOut.choose(hashes[kept["input"]], fraction=fraction, seed=seed)
+        held_out = {"input": hashes < chosen.threshold}
+    splits = {
+        name: np.where(mask, np.where(held_out[name], VALIDATION, TRAIN), DROPPED).astype(np.int8)
+        for name, mask in kept.items()
+    }
+    return splits, num_duplicates
+
+
+def _first_copies(scans: dict[str, Scan]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Of every text the first document, in the order of the inputs."""
+    digests = np.concatenate([scan.digests for scan in scans.values()])
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal ones the first comes first
+    repeats = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
+    kept = np.ones(len(digests), bool)
+    kept[order[1:][repeats]] = False
+    ends = np.cumsum([len(scan.digests) for scan in scans.values()])[:-1]
+    return dict(zip(scans, np.split(kept, ends), strict=True))

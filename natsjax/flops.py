@@ -1,0 +1,68 @@
+"""Floating-point operations of a step, from the sizes alone."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from natsjax.config import Config
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of the products in one optimizer step, over all devices.
+
+    Attributes:
+      weights: products with weights: forward, backward, and what rematerialisation repeats.
+      attention: over the key-query pairs that count, of contexts that are one document each; a tile computes some
+        more.
+    """
+
+    weights: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Of both."""
+        return sum(self)
+
+
+def live_share(config: Config) -> float:
+    """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
+    a layer that learns to meet it.
+    """
+    if config.model.has_roles:
+        return config.nats.kv_budget
+    length = config.data.context_length
+    read = min(config.model.sliding_window + 1, length)
+    sliding = (length - read) * read + read * (read + 1) / 2
+    share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
+    return float(np.mean([share[kind] for kind in config.model.pattern]))
+
+
+def step_flops(
+    config: Config, vocab_size: int, *, kv_fraction: float | None = None, recomputation: bool = True
+) -> Flops:
+    """Products of one optimizer step, from the sizes alone; two operations each multiply-and-add.
+
+    ``kv_fraction`` is what was measured, None: ``live_share``; without ``recomputation`` these are the model's FLOPs.
+
+    A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward but for its last
+    product, "dots" only its attention's. Attention costs 2 products of ``head_dim`` forward and 7 backward (both of its
+    kernels make the logits and the values' products) for each live pair, and 2 for each pair that the roles' gradient
+    looks at (``pallas_kernels/nats_attention``).
+    """
+    model, train = config.model, config.train
+    tokens = train.batch_size * config.data.context_length
+    qkvo = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    scorer = 3 * model.width * model.num_kv_heads if model.has_roles else 0
+    mlp = model.width * model.mlp_width
+    repeated = qkvo + scorer + 2 * mlp if recomputation and model.remat == "full" else 0
+    block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated
+    weights = tokens * (block * model.num_layers + 6 * model.width * vocab_size)
+    length = config.data.context_length
+    pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
+    live = live_share(config) if kv_fraction is None else kv_fraction
+    backward = 7 + (0 if model.remat == "none" else 2) if recomputation else 4
+    shares = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
+    looked_at = shares[config.nats.mask_gradient] * model.pattern.count("nats") / len(model.pattern)
+    products = live * (2 + backward) + 2 * looked_at
+    return Flops(float(weights), pairs * products * 2 * model.head_dim)

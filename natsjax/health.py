@@ -1,0 +1,218 @@
+"""Warnings by name: what is often wrong with a run of learned roles, seen in its metrics.
+
+A condition must hold at several logged steps in a row before it is said, and be gone for as many before it is said to
+be over. Warnings of a layer and a head look at layers of kind "nats" alone.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from natsjax.config import Config
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES
+
+NUM_POINTS = 3
+"""Logged steps in a row that begin and end a warning."""
+
+_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
+_ALL = 0.99  # of the tokens whose role is not forced
+_OFF_BUDGET = 0.1  # relative
+_FEW_LOCALS = 0.01  # of the tokens: below it, nothing is said of how they end
+_AT_BOUND = 1e-3  # relative
+
+WARNINGS = {
+    "all-one-role": "These heads no longer choose: raise nats.kv_budget or lower nats.max_kv_price, begin with a "
+    "higher nats.temperature, or lower optimizer.scorer_learning_rate.",
+    "no-global": "Nothing is remembered there beyond the forced first tokens: raise nats.kv_budget, or let the budget "
+    "fall later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
+    "endless-local": "A LOCAL token that no GLOBAL one ends costs as much as a GLOBAL one: raise the share of GLOBAL "
+    "in nats.initial_roles, or set nats.price_gradient = exact.",
+    "budget-not-reached": "Train longer, raise nats.price_rate or nats.max_kv_price, or choose a nats.kv_budget nearer "
+    "to this KV fraction.",
+    "price-at-bound": "The price cannot steer any more: move nats.min_kv_price or nats.max_kv_price, or choose another "
+    "nats.kv_budget.",
+    "loss-spike-skipped": "If it goes on, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
+    "optimizer.spike_threshold.",
+}
+"""What to do about each, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A warning that begins or ends.
+
+    Attributes:
+      name: one of ``WARNINGS``.
+      step: at which it was noticed.
+      began: or else it is over.
+      text: for people, a line.
+    """
+
+    name: str
+    step: int
+    began: bool
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finding:
+    """What a rule sees at one logged step: ``where`` is a bool array, ``describe`` says it in words."""
+
+    where: np.ndarray
+    describe: Callable[[np.ndarray], str]
+
+
+class Health:
+    """Which warnings are active, from the logged metrics alone.
+
+    Args:
+      config: of the run.
+
+    Attributes:
+      active: names of the warnings that hold, in the order of ``WARNINGS``.
+
+    Example:
+      >>> health = Health(config)
+      >>> for change in health.update(step, line):  # ``line`` as in metrics.jsonl
+      ...     print(change.text)
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._layers = np.array([kind == "nats" for kind in config.model.layer_kinds])
+        self._points = {name: 1 if name == "loss-spike-skipped" else NUM_POINTS for name in WARNINGS}
+        self._seen: dict[str, deque[np.ndarray]] = {name: deque(maxlen=NUM_POINTS) for name in WARNINGS}
+        self._fractions: deque[float] = deque(maxlen=NUM_POINTS)
+        self._skipped: float | None = None
+        self._active: set[str] = set()
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the warnings that hold now."""
+        return [name for name in WARNINGS if name in self._active]
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> list[Change]:
+        """Looks at a logged step.
+
+        Args:
+          step: its number, from 1.
+          metrics: the line of ``metrics.jsonl``: floats and nested lists of floats.
+
+        Returns:
+          The warnings that begin or end with it.
+        """
+        self._fractions.append(float(metrics["kv_fraction"]))
+        findings = {"loss-spike-skipped": self._spikes(metrics)}
+        if self._config.model.has_roles:
+            findings |= self._heads(metrics) | self._price(step, metrics)
+        changes = []
+        for name in WARNINGS:
+            if name in findings:
+                changes += self._debounced(name, step, findings[name])
+        return changes
+
+    def _debounced(self, name: str, step: int, finding: _Finding) -> list[Change]:
+        seen = self._seen[name]
+        seen.append(finding.where)
+        last = list(seen)[-self._points[name] :]
+        held = np.logical_and.reduce(last) if len(last) == self._points[name] else np.zeros_like(finding.where)
+        if held.any() and name not in self._active:
+            self._active.add(name)
+            return [Change(name, step, True, f"{name}: {finding.describe(held)}. {WARNINGS[name]}")]
+        if name in self._active and len(seen) == NUM_POINTS and not any(where.any() for where in seen):
+            self._active.remove(name)
+            return [Change(name, step, False, f"{name}: it is over at step {step}")]
+        return []
+
+    def _heads(self, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
+        """Those of a layer and a head."""
+        fractions = np.asarray(metrics["role_fractions"])
+        forced = float(metrics["forced_globals"])
+        free = fractions - forced * (np.arange(NUM_ROLES) == GLOBAL)
+        learned = self._layers[:, None]
+        one_role = (free >= _ALL * (1 - forced)) & learned[..., None] & (forced < 1)
+        no_global = (free[..., GLOBAL] <= 1e-6) & learned
+        unended = np.asarray(metrics["unended_locals"]) > 0.5
+        endless = unended & (fractions[..., LOCAL] > _FEW_LOCALS) & learned
+
+        def roles(held: np.ndarray) -> str:
+            found = [role for role in range(NUM_ROLES) if held[..., role].any()]
+            said = [f"all {_NAMES[role]} in {places(held[..., role])}" for role in found]
+            return f"tokens are {' and '.join(said)}"
+
+        return {
+            "all-one-role": _Finding(one_role, roles),
+            "no-global": _Finding(no_global, lambda held: f"no token is GLOBAL but the forced ones in {places(held)}"),
+            "endless-local": _Finding(
+                endless, lambda held: f"most LOCAL tokens are never ended within their document in {places(held)}"
+            ),
+        }
+
+    def _price(self, step: int, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
+        """Those of a steered price, once the budget has come down to where it stays."""
+        nats, num_steps = self._config.nats, self._config.train.num_steps
+        if nats.price != "steered" or step <= nats.budget_ramp_start + nats.budget_ramp_steps:
+            return {}
+        price, fraction = float(metrics["kv_price"]), float(np.mean(self._fractions))
+        bound = ""
+        if price <= nats.min_kv_price * (1 + _AT_BOUND):
+            bound = f"lower bound nats.min_kv_price = {nats.min_kv_price:g}"
+        elif price >= nats.max_kv_price * (1 - _AT_BOUND):
+            bound = f"upper bound nats.max_kv_price = {nats.max_kv_price:g}"
+        off = abs(fraction - nats.kv_budget) > _OFF_BUDGET * nats.kv_budget
+        late = bool(bound) or step > 0.9 * num_steps
+        shown = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
+        return {
+            "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {shown}"),
+            "price-at-bound": _Finding(
+                np.array(bool(bound)), lambda _: f"the price is at its {bound} with a KV fraction of {shown}"
+            ),
+        }
+
+    def _spikes(self, metrics: Mapping[str, Any]) -> _Finding:
+        total = float(metrics["skipped_steps"])
+        known = total - float(metrics["skipped"]) if self._skipped is None else self._skipped
+        self._skipped = total
+        new = int(total - known)
+        many = f"the updates of {new} steps were" if new > 1 else "the update of a step was"
+        return _Finding(
+            np.array(new > 0), lambda _: f"{many} left out as a loss spike, {int(total)} since the beginning"
+        )
+
+
+def places(held: np.ndarray) -> str:
+    """Layers and heads in a compact form, numbered from 0.
+
+    Args:
+      held: bool ``[l, k]``, with at least one that is true.
+
+    Example:
+      >>> places(np.array([[True, True], [True, False], [True, False]]))
+      'layer 0, layers 1-2 head 0'
+    """
+    by_heads: dict[tuple[int, ...], list[int]] = {}
+    for layer, heads in enumerate(held):
+        if heads.any():
+            by_heads.setdefault(tuple(np.flatnonzero(heads).tolist()), []).append(layer)
+    if list(by_heads) == [tuple(range(held.shape[1]))] and len(by_heads[tuple(range(held.shape[1]))]) == held.shape[0]:
+        return "all layers and heads"
+    said = []
+    for heads, layers in by_heads.items():
+        where = "" if len(heads) == held.shape[1] else f" {_numbered('head', heads)}"
+        said.append(f"{_numbered('layer', layers)}{where}")
+    return ", ".join(said)
+
+
+def _numbered(noun: str, numbers: "list[int] | tuple[int, ...]") -> str:
+    """``layers 0-2+5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = "+".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {text}"

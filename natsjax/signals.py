@@ -1,0 +1,172 @@
+"""SIGINT and SIGTERM while a run lasts: the first one is honoured where nothing is lost, a second one at once.
+
+    with signals.stop_requests() as stop:
+        with stop.at_once("run the same command again to go on"):
+            ...                                 # may be left anywhere
+        with stop.later("the step is compiled"):
+            ...                                 # not left; whoever works here looks at ``stop.requested`` in time
+
+Python runs a handler in the main thread, and only when that returns to Python, which may take minutes while XLA
+compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it says what will follow, and for a
+second signal it ends the process, whatever the main thread is doing.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from natsjax import processes
+from natsjax.processes import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_STATUS = 130
+"""Of an interrupted run, whatever the signal."""
+
+_SAME_SIGNAL = 0.5
+"""Seconds: ``timeout`` and some launchers send a signal to a process and then to its group, where it comes again."""
+_SAY_AFTER = 1.0
+"""Seconds that a request waits before it is said what it waits for."""
+
+_current: "StopRequests | None" = None
+
+
+class StopRequests:
+    """What has been asked for; made by ``stop_requests``.
+
+    Attributes:
+      requested: name of the first signal, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._at_once = False
+        self._waits_for = "the step is done"
+        self._left: BaseException | None = None  # raised by the handler
+
+    @contextlib.contextmanager
+    def at_once(self, sentence: str) -> Iterator[None]:
+        """A block that is left at the first signal, or not begun when that has come already.
+
+        Args:
+          sentence: what to do then, said after the signal's name.
+
+        Raises:
+          Interrupted: a signal came; where there are several processes, ``KeyboardInterrupt`` with the signal's name,
+            which ``processes.stop_together`` tells the others.
+        """
+        before = self._at_once
+        try:
+            self._at_once = True
+            if self.requested is None:
+                yield
+            if self.requested is not None:  # before the block, or where an exception is swallowed: in a callback, say
+                raise self._interruption()
+        except KeyboardInterrupt as error:
+            if error is self._left:
+                processes.say(f"{self.requested}: {sentence}")
+                self._left = None  # said; blocks around this one have nothing to add
+            raise
+        finally:
+            self._at_once = before
+
+    @contextlib.contextmanager
+    def later(self, waits_for: str) -> Iterator[None]:
+        """A block that is not left at a signal.
+
+        Args:
+          waits_for: what has to happen before the run stops, as ``"the step is compiled"``.
+        """
+        before = self._at_once, self._waits_for
+        self._at_once, self._waits_for = False, waits_for
+        try:
+            yield
+        finally:
+            self._at_once, self._waits_for = before
+
+    def _interruption(self) -> KeyboardInterrupt:
+        alone = not processes.label()
+        self._left = Interrupted(self.requested) if alone else KeyboardInterrupt(self.requested)
+        return self._left
+
+    def _handle(self, number: int, frame: object) -> None:
+        """Of Python, in the main thread."""
+        if self.requested is not None:
+            return  # the second one is the other thread's
+        self.requested = signal.Signals(number).name
+        if self._at_once:
+            raise self._interruption()
+
+    def _listen(self, end: socket.socket) -> None:
+        """The thread that hears of signals though the main one is busy, until the other end is closed."""
+        first: float | None = None
+        said = False
+        while True:
+            waits = first is not None and not said
+            ready, _, _ = select.select([end], [], [], _SAY_AFTER if waits else None)
+            if not ready:
+                said = True
+                if not self._at_once:
+                    processes.say(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
+                continue
+            numbers = end.recv(4096)
+            if not numbers:
+                return
+            heard = [number for number in numbers if number in SIGNALS]
+            if heard and first is None:
+                first = time.monotonic()
+            elif heard and first is not None and time.monotonic() - first > _SAME_SIGNAL:
+                name = signal.Signals(heard[0]).name
+                with contextlib.suppress(OSError, ValueError):
+                    print(
+                        f"a second {name}: ended at once; run the same command again to go on from the newest save",
+                        file=sys.stderr,
+                    )
+                processes.end(KeyboardInterrupt(name), EXIT_STATUS)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Hears SIGINT and SIGTERM for as long as the block lasts; they do afterwards what they did before.
+
+    In another thread than the main one nothing is heard: whoever runs the main one handles signals.
+    """
+    global _current
+    stop = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    ours, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    listener = threading.Thread(target=stop._listen, args=(ours,), name="natsjax-signals", daemon=True)
+    outer, _current = _current, stop
+    old_wakeup = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    old = {number: signal.signal(number, stop._handle) for number in SIGNALS}
+    listener.start()
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            if handler is not None:  # one of C, which Python cannot put back
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(old_wakeup)
+        _current = outer
+        wakeup.close()
+        listener.join()
+        ours.close()
+
+
+def _in_child() -> None:
+    """A forked process is none of the run's: signals end it, and are not heard as if the run had got them."""
+    if _current is not None and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_child)

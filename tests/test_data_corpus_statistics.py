@@ -1,0 +1,122 @@
+"""Copies are left out once, and what is said of a corpus is what is in it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from natsjax.data import Corpus, PackedSource
+from natsjax.data import prepare as command
+from natsjax.data.corpus_statistics import describe, length_quantiles, smallest_kv_fractions
+from natsjax.data.prepare import prepare
+from natsjax.errors import UserError
+
+
+def _lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+def _prepare(texts, output, **options):
+    return prepare(texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.3} | options))
+
+
+def _ids(corpus, split):
+    return list(corpus.documents(split).ids)
+
+
+def test_only_the_first_copy_stays(tmp_path):
+    texts = [f"text {number % 13}" for number in range(40)] + ["text 3 ", "text"]
+    texts[5] = "  "
+    path = _lines(tmp_path / "a.jsonl", texts)
+    corpus = _prepare(path, tmp_path / "out", deduplicate=True)
+    firsts = {text: f"a.jsonl:{number}" for number, text in reversed(list(enumerate(texts, 1))) if text.strip()}
+    train, validation = _ids(corpus, "train"), _ids(corpus, "validation")
+    assert sorted(train + validation) == sorted(firsts.values())
+    assert train == sorted(train, key=lambda name: int(name.split(":")[1]))  # the order of the input
+    assert corpus.dropped == {"empty": 1, "duplicate": len(texts) - 1 - len(firsts)}
+    assert Corpus.load(tmp_path / "out").dropped == corpus.dropped
+    assert f"left out: {corpus.dropped['duplicate']} exact copies, 1 documents without text" in "\n".join(
+        describe(corpus)
+    )
+    with_copies = _prepare(path, tmp_path / "copies")
+    assert with_copies.dropped == {"empty": 1, "duplicate": 0}
+    assert sum(summary.documents for summary in with_copies.summaries.values()) == len(texts) - 1
+    with pytest.raises(UserError, match="deduplicate is False there and True here"):
+        _prepare(path, tmp_path / "copies", deduplicate=True)
+
+
+def test_corpora_without_the_field_are_those_with_copies(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", ["a", "b", "b"])
+    _prepare(path, tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "corpus.json").read_text("utf-8"))
+    del description["arguments"]["deduplicate"], description["dropped"]
+    (tmp_path / "out" / "corpus.json").write_text(json.dumps(description), "utf-8")
+    assert _prepare(path, tmp_path / "out").dropped == {}
+    with pytest.raises(UserError, match="deduplicate is False there"):
+        _prepare(path, tmp_path / "out", deduplicate=True)
+
+
+def test_training_text_is_not_validated_on(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", ["a", "b", "b", "c"])
+    other = _lines(tmp_path / "b.jsonl", ["d", "b", "e", "d"])
+    corpus = _prepare(path, tmp_path / "out", validation_input=other, deduplicate=True)
+    assert _ids(corpus, "train") == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+    assert _ids(corpus, "validation") == ["b.jsonl:1", "b.jsonl:3"]
+    assert corpus.dropped["duplicate"] == 3
+    _lines(other, ["c", "b"])
+    with pytest.raises(UserError, match="validation_input has no document left: each of its 2 documents is also in"):
+        _prepare(path, tmp_path / "none", validation_input=other, deduplicate=True)
+    _lines(path, ["a", "a"])
+    with pytest.raises(UserError, match="fewer than two documents"):
+        _prepare(path, tmp_path / "none", deduplicate=True)
+
+
+def test_quantiles_are_lengths_that_so_many_documents_do_not_exceed():
+    lengths = np.array([5, 1, 9, 3, 7] * 40 + [1000])
+    quantiles = length_quantiles(lengths)
+    assert list(quantiles) == ["p10", "p50", "p90", "p99", "max"]
+    for name, value in quantiles.items():
+        share = 1.0 if name == "max" else int(name[1:]) / 100
+        assert value in lengths
+        assert (lengths <= value).mean() >= share
+        assert (lengths < value).mean() < share
+
+
+def _smallest(rows, window):
+    """By its definition, query by query: what a context holds, over what dense attention holds."""
+    kept = dense = 0
+    for position in rows["positions"][rows["document_end"] > 0].tolist():
+        kept += min(position, window + 1) + (position > window)
+        dense += position + 1
+        kept += position <= window
+    return kept / dense
+
+
+@pytest.mark.parametrize(("context_length", "window"), [(64, 4), (64, 16), (32, 4)])
+def test_the_smallest_kv_fraction_is_that_of_its_definition(tmp_path, context_length, window):
+    random = np.random.default_rng(0)
+    texts = [f"{number} " + "x" * int(random.integers(1, 150)) for number in range(60)]
+    corpus = _prepare(_lines(tmp_path / "a.jsonl", texts), tmp_path / "out")
+    source = PackedSource.from_corpus(corpus, context_length=context_length, seed=0)
+    rows = source.rows(0, source.epoch_tokens // context_length)
+    table = smallest_kv_fractions(corpus, context_lengths=(32, 64, 1 << 20), windows=(4, 16, 64))
+    assert {context: list(row) for context, row in table.items()} == {32: [4, 16], 64: [4, 16]}
+    # The last context of the epoch, which is not whole, is left out here.
+    assert table[context_length][window] == pytest.approx(_smallest(rows, window), rel=0.01)
+
+
+def test_the_command_prints_the_table_where_it_makes_sense(tmp_path, capsys):
+    path = _lines(tmp_path / "a.jsonl", [f"{number} " + "words " * 30 for number in range(10)])
+    arguments = [f"--input={path}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
+    assert command.main([*arguments, "--deduplicate"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    corpus = Corpus.load(tmp_path / "out")
+    fractions = smallest_kv_fractions(corpus)
+    shown = {int(line.split()[0]): line.split()[1:] for line in lines if line.split()[0].isdecimal()}
+    assert list(shown) == list(fractions) == [256, 1024]
+    assert shown[256] == [*(f"{fractions[256][window]:.4f}" for window in (4, 16, 64)), "-"]
+    assert any("tokens in a document: p10 " in line for line in lines)
+    short = _lines(tmp_path / "b.jsonl", ["a", "b"])
+    assert command.main([f"--input={short}", f"--output={tmp_path / 'short'}", "--tokenizer=byte"]) == 0
+    assert "no table of smallest KV fractions" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""Warnings begin when something holds for a while, name where, and end once."""
+
+import numpy as np
+import pytest
+import tiny
+
+from natsjax.health import NUM_POINTS, WARNINGS, Health, places
+from natsjax.monitor import flat
+
+
+def line(config, **changes):
+    changes = {"kv_fraction": config.nats.kv_budget, "kv_price": 0.1} | changes
+    return flat(tiny.step_metrics(config, **{name: np.float32(x) for name, x in changes.items()}))
+
+
+def said(health, lines, first=1):
+    """``(step, name, began)`` of all changes."""
+    changes = [change for step, values in enumerate(lines, first) for change in health.update(step, values)]
+    return [(change.step, change.name, change.began) for change in changes]
+
+
+def roles(config, where, shares):
+    found = tiny.step_metrics(config).role_fractions.copy()
+    found[where] = shares
+    return found
+
+
+def test_a_healthy_run_is_silent():
+    config = tiny.config()
+    health = Health(config)
+    assert said(health, [line(config)] * config.train.num_steps) == []
+    assert health.active == []
+
+
+def test_a_warning_begins_once_and_ends_once():
+    config = tiny.config()
+    health = Health(config)
+    good, bad = line(config), line(config, role_fractions=roles(config, (1, 0), (0.1, 0.0, 0.9)))  # 0.1 are forced
+    assert said(health, [bad] * 6) == [(3, "all-one-role", True), (3, "no-global", True)]
+    assert health.active == ["all-one-role", "no-global"]
+    assert said(health, [good, good, bad, good, good], first=7) == []
+    assert health.active == ["all-one-role", "no-global"]
+    assert said(health, [good] * 3, first=12) == [(12, "all-one-role", False), (12, "no-global", False)]
+    assert health.active == []
+
+
+def test_what_comes_and_goes_is_not_said():
+    config = tiny.config()
+    good, bad = line(config), line(config, role_fractions=roles(config, (1, 0), (0.1, 0.0, 0.9)))
+    elsewhere = line(config, role_fractions=roles(config, (0, 1), (0.1, 0.0, 0.9)))
+    assert said(Health(config), [bad, bad, good] * 3) == []
+    assert said(Health(config), [bad, elsewhere] * 5) == []  # another head each time
+
+
+@pytest.mark.parametrize(
+    ("shares", "names"),
+    [
+        ((1.0, 0.0, 0.0), ["all-one-role"]),
+        ((0.1, 0.9, 0.0), ["all-one-role", "no-global"]),
+        ((0.1, 0.5, 0.4), ["no-global"]),
+        ((0.11, 0.49, 0.4), []),
+        ((0.12, 0.0, 0.88), []),
+    ],
+)
+def test_roles_of_a_head(shares, names):
+    config = tiny.config()
+    health = Health(config)
+    lines = [line(config, role_fractions=roles(config, (0, 1), shares))] * NUM_POINTS
+    changes = [change for step, values in enumerate(lines, 1) for change in health.update(step, values)]
+    assert [change.name for change in changes] == names
+    assert all("in layer 0 head 1." in change.text and WARNINGS[change.name] in change.text for change in changes)
+
+
+def test_endless_locals():
+    config = tiny.config()
+    unended = np.array([[0.4, 0.6], [0.0, 0.9]])
+    health = Health(config)
+    assert said(health, [line(config, unended_locals=unended)] * 4) == [(3, "endless-local", True)]
+    none = roles(config, ..., (0.5, 0.0, 0.5))
+    assert said(Health(config), [line(config, unended_locals=unended, role_fractions=none)] * 4) == []
+
+
+def test_layers_without_roles_are_not_looked_at():
+    """A dense layer is all GLOBAL, a sliding one all SLIDING; that is how they are."""
+    config = tiny.config(model={"attention": "nats,sliding"})
+    fractions = roles(config, 1, (0.0, 0.0, 1.0))
+    assert said(Health(config), [line(config, role_fractions=fractions, forced_globals=0)] * 4) == []
+    dense = tiny.config(model={"attention": "dense"})
+    fractions = roles(dense, ..., (1.0, 0.0, 0.0))
+    assert said(Health(dense), [line(dense, role_fractions=fractions, kv_fraction=1.0)] * 12) == []
+
+
+def test_the_budget():
+    config = tiny.config(train={"num_steps": 100})
+    off = line(config, kv_fraction=0.5)
+    assert said(Health(config), [off] * 90) == []
+    assert said(Health(config), [off] * 100) == [(93, "budget-not-reached", True)]
+    near = line(config, kv_fraction=0.43)
+    assert said(Health(config), [near] * 100) == []
+    apart = [line(config, kv_fraction=0.3), line(config, kv_fraction=0.4), line(config, kv_fraction=0.5)]
+    assert said(Health(config), apart * 33) == []  # on average it is reached
+    fixed = tiny.config(train={"num_steps": 100}, nats={"price": "fixed"})
+    assert said(Health(fixed), [line(fixed, kv_fraction=0.9)] * 100) == []
+
+
+@pytest.mark.parametrize(("price", "bound"), [(10.0, "nats.max_kv_price = 10"), (1e-3, "nats.min_kv_price = 0.001")])
+def test_the_price_at_its_bound(price, bound):
+    config = tiny.config(train={"num_steps": 100}, nats={"budget_ramp_start": 4, "budget_ramp_steps": 6})
+    health = Health(config)
+    stuck = line(config, kv_price=price, kv_fraction=0.8)
+    assert said(health, [stuck] * 10) == []  # the budget is on its way down
+    assert said(health, [stuck] * 2, first=11) == []
+    changes = health.update(13, stuck)
+    assert [change.name for change in changes] == ["budget-not-reached", "price-at-bound"]
+    assert bound in changes[1].text
+    reached = line(config, kv_price=price)
+    assert said(health, [reached] * 9, first=14) == [(18, "budget-not-reached", False)]  # the mean lags
+    assert health.active == ["price-at-bound"]
+
+
+def test_skipped_spikes():
+    config = tiny.config(model={"attention": "dense"})
+    health = Health(config)
+    counts = [0, 0, 2, 3, 3, 3, 3, 3]  # two between the logged steps
+    lines = [line(config, skipped_steps=count) for count in counts]
+    assert said(health, lines) == [(3, "loss-spike-skipped", True), (7, "loss-spike-skipped", False)]
+    assert said(Health(config), [line(config, skipped_steps=5)] * 3) == []  # resumed: those were said before
+    now = line(config, skipped_steps=5, skipped=1)
+    assert said(Health(config), [now]) == [(1, "loss-spike-skipped", True)]
+
+
+def test_places():
+    held = np.zeros((6, 3), bool)
+    held[[0, 1, 2, 5]] = [True, False, True]
+    held[4] = True
+    assert places(held) == "layers 0-2+5 heads 0+2, layer 4"
+    assert places(np.ones((2, 2), bool)) == "all layers and heads"

@@ -1,0 +1,286 @@
+"""kill -9 at any point costs the steps since the newest checkpoint and nothing else; SIGTERM nothing at all.
+
+Real processes run the real thing: text to corpus to training to report. They are forked from one that has imported
+everything and touched no device, and share compiled programs, so that a start takes a second or two.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from natsjax.checkpoint import Checkpoints
+from natsjax.metrics import read_metrics
+from natsjax.optim import learning_rate
+from natsjax.train_step import Trainer
+from natsjax.workdir import Workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_KILLS = 20
+SEED = int(os.environ.get("KILL_SEED", "0"))
+SAVE_EVERY = 12
+NUM_STEPS = 240
+
+# A request, a line of JSON, in; status and seconds out. ``kill_after``: seconds until kill -9, or null; ``signal_in``:
+# the phase in which the process gets SIGTERM, or null; ``num_steps``: of the run.
+DRIVER = """
+import json, os, signal, sys, time, traceback
+from natsjax import evaluate, train
+from natsjax.checkpoint import Checkpoints
+from natsjax.command_line import run_command
+from natsjax.config import Config
+from natsjax.train_step import Trainer
+
+PHASES = {
+    "preparing": (train, "_open_data"), "compiling": (Trainer, "compile"), "saving": (Checkpoints, "save"),
+    "evaluating": (evaluate, "run"),
+}
+
+def signalled(real):
+    def call(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **keywords)
+    return call
+
+def child(request):
+    os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if request["signal_in"]:
+        where, name = PHASES[request["signal_in"]]
+        setattr(where, name, signalled(getattr(where, name)))
+    values = json.loads(sys.argv[1])
+    values["train"]["num_steps"] = request["num_steps"]
+    try:
+        run_command(lambda: train.run(Config.from_dict(values), request["workdir"]) and None)
+    except SystemExit as error:
+        os._exit(error.code)
+    os._exit(0)
+
+for line in sys.stdin:
+    request = json.loads(line)
+    began = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(request)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+    ended = 0
+    while not ended:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        after = time.monotonic() - began
+        if not ended and request["kill_after"] is not None and after >= request["kill_after"]:
+            os.kill(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, 0)
+        time.sleep(0.002)
+    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "seconds": after}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    texts = folder / "texts"
+    texts.mkdir()
+    words = random.Random(0)
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(" ".join(words.choice(["the", "house", "of", "köln"]) for _ in range(60)))
+    return tiny.config(
+        data={"source": "corpus", "input": str(texts), "tokenizer": "byte", "held_out_fraction": 0.2},
+        train={"num_steps": NUM_STEPS},
+        checkpoint={"save_every": SAVE_EVERY, "keep_last": 2, "keep_every": NUM_STEPS // 2},
+        eval={"budgets": (0.4,), "num_contexts": 4, "num_dial_contexts": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, folder):
+    """``run(workdir)``: status, seconds, and what was said."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(config.to_dict())],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run_it(workdir, kill_after=None, signal_in=None, num_steps=NUM_STEPS):
+        errors = folder / "errors.txt"
+        request = {"workdir": str(workdir.path), "kill_after": kill_after, "signal_in": signal_in}
+        driver.stdin.write(json.dumps(request | {"errors": str(errors), "num_steps": num_steps}) + "\n")
+        driver.stdin.flush()
+        answer = json.loads(driver.stdout.readline())
+        return answer["status"], answer["seconds"], errors.read_text()
+
+    yield run_it
+    driver.stdin.close()
+    driver.wait(timeout=60)
+    driver.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def whole(folder, run):
+    """A run that was left alone, and the seconds that it took, with all that it needs compiled before."""
+    for name in ("warm", "whole"):
+        status, seconds, errors = run(Workdir(folder / name))
+        assert status == 0, errors
+    assert [line[0] for line in numbers(Workdir(folder / "whole"))] == list(range(1, NUM_STEPS + 1))
+    return Workdir(folder / "whole"), seconds
+
+
+def complete(workdir):
+    """Steps whose checkpoints are complete."""
+    return sorted(int(path.name) for path in workdir.checkpoints.glob("*") if path.name.isdigit())
+
+
+def reached(workdir):
+    return max((line["step"] for line in read_metrics(workdir.metrics_file)), default=0)
+
+
+def where(workdir, said):
+    """The phase that a run was killed in, from what it said and what is in its folder."""
+    if "going on from step" not in said and "training 0." not in said:
+        return "preparing"
+    if list(workdir.checkpoints.glob("*tmp*")):
+        return "saving"
+    if NUM_STEPS in complete(workdir):
+        return "evaluating"
+    return "stepping" if "first step after" in said else "compiling"
+
+
+def numbers(workdir):
+    """What must not depend on interruptions, of every line."""
+    fields = ("step", "loss", "cross_entropy", "kv_fraction", "kv_price", "gradient_norm", "learning_rate")
+    return [[line[field] for field in fields] for line in read_metrics(workdir.metrics_file)]
+
+
+def final_state(workdir, config):
+    checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
+    assert checkpoints.latest_step() == NUM_STEPS
+    state = checkpoints.restore(Trainer(config, 258).abstract_state())
+    checkpoints.close()
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def perplexities(workdir):
+    rows = (workdir.report / "results.jsonl").read_text().splitlines()
+    return [json.loads(row)["perplexity"] for row in rows]
+
+
+def same(workdir, other, config):
+    """Whether two finished runs are the same bit for bit."""
+    assert numbers(workdir) == numbers(other)
+    assert final_state(workdir, config) == final_state(other, config)
+    assert perplexities(workdir) == perplexities(other)
+    return True
+
+
+def test_killed_at_20_random_points_a_run_is_the_one_that_was_left_alone(folder, config, run, whole):
+    """Killed runs go on until they are done, and then others begin, so that every phase is met."""
+    whole, seconds = whole
+    chance = random.Random(SEED)
+    delays = [(number + chance.random()) / NUM_KILLS * seconds for number in range(NUM_KILLS)]  # uniform, and spread
+    chance.shuffle(delays)
+    story = [f"KILL_SEED={SEED}, {seconds:.1f} s uninterrupted"]
+    workdir, number_of_runs, resumed_at, kills = Workdir(folder / "run0"), 0, 0, 0
+    while delays or complete(workdir):
+        delay = delays.pop() if delays else None
+        status, _, errors = run(workdir, delay)
+        story.append(f"{workdir.path.name}: status {status} {where(workdir, errors)}, step {reached(workdir)}")
+        said = "\n".join([*story, errors])
+        assert "Traceback" not in errors, said
+        if going_on := re.search(r"going on from step (\d+)", errors):
+            assert int(going_on[1]) == resumed_at, said  # the newest complete one of when it was killed
+        elif "training 0." in errors:
+            assert resumed_at == 0, said
+        if status == 0:
+            assert same(workdir, whole, config), said
+            assert {NUM_STEPS // 2, NUM_STEPS} <= set(complete(workdir)), said
+            shutil.rmtree(workdir.path)
+            number_of_runs, resumed_at = number_of_runs + 1, 0
+            workdir = Workdir(folder / f"run{number_of_runs}")
+            if delay is not None:
+                delays.append(0.9 * delay)  # it was done before; the next one, from its beginning, will not be
+            continue
+        assert status == -signal.SIGKILL, said
+        kills += 1
+        resumed_at = max(complete(workdir), default=0)
+        # A save is waited for before the next one begins, so the newest complete one is that or the one before it.
+        assert reached(workdir) - resumed_at <= 2 * SAVE_EVERY, said
+    print("\n".join(story))
+    assert kills == NUM_KILLS
+    assert number_of_runs >= 1
+
+
+def test_sigterm_in_every_phase_is_one_sentence_and_loses_nothing_and_a_finished_run_is_extended(
+    folder, config, run, whole
+):
+    """In one run, which is started again each time: while it prepares, compiles, saves and evaluates."""
+    workdir = Workdir(folder / "signalled")
+    again = "run the same command again"
+    expected = {
+        "preparing": (f"SIGTERM: the data was being prepared; {again} to go on", None),
+        "compiling": (f"SIGTERM: saved step 0; {again} to go on", 0),
+        "saving": (f"SIGTERM: saved step {SAVE_EVERY + 1}; {again} to go on", SAVE_EVERY + 1),
+        "evaluating": (
+            f"SIGTERM: all {NUM_STEPS} steps are trained and saved; {again} to evaluate the run",
+            NUM_STEPS,
+        ),
+    }
+    for phase, (sentence, saved) in expected.items():
+        status, _, errors = run(workdir, signal_in=phase)
+        assert status == 130, (phase, errors)
+        assert errors.endswith(f"{sentence}\ninterrupted\n"), phase
+        assert "Traceback" not in errors
+        assert max(complete(workdir), default=None) == saved, phase
+    assert not workdir.report.exists()
+    status, _, errors = run(workdir)
+    assert status == 0, errors
+    assert "first step" not in errors  # nothing was left to train
+    assert same(workdir, whole[0], config)
+    extend(workdir, config, run)
+
+
+def extend(workdir, config, run):
+    """A finished run: metrics go on, the report is that of the last step, the learning rate's jump is said."""
+    longer = NUM_STEPS + SAVE_EVERY + 3
+    before, measured = numbers(workdir), perplexities(workdir)
+    status, _, errors = run(workdir, num_steps=longer)
+    assert status == 0, errors
+    assert f"resuming with train.num_steps: {NUM_STEPS} -> {longer}\n" in errors
+    assert f"going on from step {NUM_STEPS}\n" in errors
+    end = config.optimizer.end_learning_rate
+    rate = float(learning_rate(config.optimizer, longer)(NUM_STEPS))
+    assert (
+        f"the learning rate's schedule now ends at step {longer} instead of {NUM_STEPS}: at step {NUM_STEPS} it goes "
+        f"from {end:.3g} to {rate:.3g}\n"
+    ) in errors
+    after = numbers(workdir)
+    assert after[:NUM_STEPS] == before
+    assert [line[0] for line in after] == list(range(1, longer + 1))
+    assert after[NUM_STEPS][-1] == pytest.approx(rate, rel=1e-6)
+    assert after[-1][-1] < rate
+    assert max(complete(workdir)) == longer
+    assert workdir.read_config().train.num_steps == longer
+    rows = [json.loads(row) for row in (workdir.report / "results.jsonl").read_text().splitlines()]
+    assert all(f"step {longer}" in row["weights"] for row in rows)
+    assert perplexities(workdir) != measured

@@ -1,0 +1,279 @@
+"""What a run writes of its steps is what is documented; the profiler and Weights & Biases never end a run."""
+
+import json
+import pathlib
+import re
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from natsjax import evaluate, flops, hardware, monitor, partition, train, wandb_writer
+from natsjax.errors import UserError
+from natsjax.health import WARNINGS
+from natsjax.metrics import WallTime, read_metrics
+from natsjax.monitor import EVERY_STEP, Monitor, fetch_every_step
+from natsjax.parts import PARTS
+from natsjax.workdir import Workdir
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
+
+
+def documented(title):
+    """Rows of the table under a title, as lists of cells without back ticks."""
+    section = DOCS.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in row] for row in rows]
+
+
+def make(tmp_path, config, start=0):
+    """A monitor without a trainer behind it."""
+    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=partition.make_mesh(config.mesh))
+    wall_time = WallTime()
+    wall_time.close()
+    wall_time.begin_steps()
+    tmp_path.mkdir(exist_ok=True)
+    return Monitor(config, Workdir(tmp_path), devices, start, wall_time)
+
+
+def go(watch, config, steps, **changes):
+    for step in steps:
+        watch.before(step, np.zeros(1))
+        watch.finished(step, tiny.step_metrics(config, **changes))
+
+
+def expanded(rows):
+    for name, *_, when in rows:
+        for part in PARTS if name.endswith("/PART") else [""]:
+            yield name.replace("PART", part), when
+
+
+def test_a_run_writes_what_is_documented(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
+    config = tiny.config(train={"num_steps": 3})
+    train.run(config, tmp_path)
+    first, second, _ = read_metrics(tmp_path / "metrics.jsonl")
+    fields = dict(expanded(documented("Fields")))
+    assert first.keys() <= fields.keys()
+    assert second.keys() | {name for name, when in fields.items() if when.startswith("first line")} == first.keys()
+    assert {name for name, when in fields.items() if when == "always"} <= second.keys()
+    axes = {"l": config.model.num_layers, "k": config.model.num_kv_heads}
+    for name, shape, *_ in documented("Fields"):
+        if name in second and name != "warnings":
+            sizes = [axes.get(axis, axis) for axis in re.findall(r"\w+", shape)]
+            assert list(np.shape(second[name])) == [int(size) for size in sizes], name
+    parts = [name for name in second if name.startswith("gradient_norm/")]
+    assert sum(second[name] ** 2 for name in parts) == pytest.approx(second["gradient_norm"] ** 2, rel=1e-4)
+
+
+def test_all_that_can_be_written_is_documented(tmp_path, monkeypatch):
+    """With devices that tell their memory and their speed."""
+    monkeypatch.setattr(hardware, "chip_of", lambda device: hardware.CHIPS["v5p"])
+    stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}, None]
+    devices = [types.SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
+    config = tiny.config()
+    on_cpus = make(tmp_path / "cpu", config)
+    go(on_cpus, config, [1])
+    on_cpus.close()
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    watch = make(tmp_path, config)
+    go(watch, config, [1, 2])
+    watch.close()
+    line = read_metrics(tmp_path / "metrics.jsonl")[0]
+    written = line.keys() | read_metrics(tmp_path / "cpu/metrics.jsonl")[0].keys()
+    assert written == dict(expanded(documented("Fields"))).keys()
+    assert (line["memory_in_use"], line["peak_memory"]) == (7, 9)
+    peak = len(jax.devices()) * 459e12
+    assert line["mfu"] == pytest.approx(line["flops_per_second"] / peak)
+
+
+def test_warnings_are_written_said_and_documented(tmp_path, capfd):
+    assert {name: row[-1] for name, *row in documented("Warnings")}.keys() == WARNINGS.keys()
+    config = tiny.config()
+    watch = make(tmp_path, config)
+    go(watch, config, range(1, 5), unended_locals=np.ones((2, 2)))
+    go(watch, config, range(5, 9))
+    watch.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    endless = ["endless-local" in line["warnings"] for line in lines]
+    assert endless == [False, False, True, True, True, True, False, False]
+    said = [line for line in capfd.readouterr().err.splitlines() if "endless-local" in line]
+    assert [line.split(":")[0] for line in said] == ["warning", "endless-local"]
+    assert "in all layers and heads." in said[0]
+
+
+def test_only_what_is_needed_is_fetched_between_logged_steps(tmp_path):
+    read = []
+
+    class Array:
+        def __init__(self, name, value):
+            self.name, self.value = name, value
+
+        def __array__(self, dtype=None, copy=None):
+            read.append(self.name)
+            return np.asarray(self.value)
+
+    def metrics(**changes):
+        values = tiny.step_metrics(config, **changes)._asdict()
+        return type(tiny.step_metrics(config))(
+            **{name: x if isinstance(x, dict) else Array(name, x) for name, x in values.items()}
+        )
+
+    config = tiny.config(train={"log_every": 2})
+    watch = make(tmp_path, config)
+    watch.finished(1, fetch_every_step(metrics()))
+    assert read == list(EVERY_STEP)
+    watch.finished(2, fetch_every_step(metrics()))
+    watch.close()
+    assert set(read) == {name for name in metrics()._fields if name not in ("gradient_norms", "update_norms")}
+    read.clear()
+    fetch_every_step(metrics(gradient_norm=np.float32(np.inf)))
+    assert "accuracy" in read  # for the diagnosis
+
+
+def test_flops_of_the_model():
+    """Twice forward and four times backward, whatever is recomputed; attention at the fraction that was measured."""
+    remat = tiny.config(model={"remat": "full"}, nats={"mask_gradient": "visible"})
+    plain = tiny.config(nats={"mask_gradient": "visible"})
+    found = flops.step_flops(remat, 16, kv_fraction=0.25, recomputation=False)
+    assert found == flops.step_flops(plain, 16, kv_fraction=0.25, recomputation=False)
+    pairs = 4 * 2 * 4 * 24 * 25 / 2
+    assert found.attention == pytest.approx(0.25 * pairs * 6 * 2 * 4)
+    assert found.weights == flops.step_flops(plain, 16).weights < flops.step_flops(remat, 16).weights
+
+
+def test_rates_are_since_the_line_before(tmp_path, monkeypatch):
+    config = tiny.config(train={"log_every": 2})
+    now = 100.0
+    monkeypatch.setattr(monitor, "time", types.SimpleNamespace(monotonic=lambda: now))
+    watch = make(tmp_path, config, start=4)
+    now = 101.0
+    go(watch, config, [5, 6])
+    now = 105.0
+    go(watch, config, [7, 8])
+    watch.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["tokens_per_second"] == pytest.approx(2 * 4 * 24)
+    assert second["tokens_per_second"] == pytest.approx(2 * 4 * 24 / 4)
+    assert second["flops_per_second"] == pytest.approx(first["flops_per_second"] / 4)
+
+
+# --- the profiler ---
+
+
+@pytest.fixture
+def profiler(monkeypatch):
+    log = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: log.append(("start", path)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: log.append("stop"))
+    return log
+
+
+def profiled(tmp_path, profiler, first, last, steps, start=0):
+    """What the profiler was told, and the numbers of the steps."""
+    config = tiny.config(train={"profile": (first, last)})
+    watch = make(tmp_path, config, start)
+    for step in steps:
+        watch.before(step, np.zeros(1))
+        profiler.append(step)
+    watch.close()
+    return [entry[0] if isinstance(entry, tuple) else entry for entry in profiler]
+
+
+def test_the_steps_of_a_profile(tmp_path, profiler, capfd):
+    assert profiled(tmp_path, profiler, 3, 4, range(1, 7)) == [1, 2, "start", 3, 4, "stop", 5, 6]
+    assert profiler[2] == ("start", str(tmp_path / "profile"))
+    assert f"the profile lies in {tmp_path / 'profile'}" in capfd.readouterr().err
+
+
+def test_a_profile_stops_with_the_run(tmp_path, profiler):
+    assert profiled(tmp_path, profiler, 3, 9, range(1, 5)) == [1, 2, "start", 3, 4, "stop"]
+
+
+def test_a_profile_of_a_resumed_run(tmp_path, profiler):
+    assert profiled(tmp_path, profiler, 3, 6, range(5, 9), start=4) == ["start", 5, 6, "stop", 7, 8]
+    profiler.clear()
+    assert profiled(tmp_path, profiler, 3, 4, range(5, 9), start=4) == [5, 6, 7, 8]
+
+
+def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise RuntimeError("no room\nwith a trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", fail)
+    profiled(tmp_path, [], 2, 3, range(1, 6))
+    assert capfd.readouterr().err.count("the profiler does not start (no room); training goes on\n") == 1
+
+
+# --- Weights & Biases ---
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps runs by id, as the service does."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.starts, self.broken = {}, [], False
+
+    def init(self, **options):
+        if self.broken:
+            raise ConnectionError("no network")
+        self.starts.append(options)
+        rows = self.runs.setdefault(options["id"], {})
+        return types.SimpleNamespace(
+            step=max(rows, default=-1) + 1, log=lambda values, step, commit: self._log(rows, values, step), finish=int
+        )
+
+    def _log(self, rows, values, step):
+        if self.broken:
+            raise ConnectionError("no network")
+        assert step > max(rows, default=-1)
+        rows[step] = values
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):
+    config = tiny.config(train={"wandb": "mine"})
+    for start, end in ((0, 7), (5, 9)):
+        watch = make(tmp_path, config, start)
+        go(watch, config, range(start + 1, end + 1))
+        watch.close()
+    (number,) = wandb.runs
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": number}
+    assert list(wandb.runs[number]) == list(range(1, 10))
+    assert [options["project"] for options in wandb.starts] == ["mine", "mine"]
+    assert wandb.starts[0]["config"] == config.to_dict()
+    row = wandb.runs[number][3]
+    assert row["live_keys/1/0"] == 1
+    assert row["gradient_norm/mlp"] == 1
+    assert all(isinstance(value, float | str) for value in row.values())
+
+
+@pytest.mark.parametrize("broken_from", [0, 3])
+def test_what_wandb_cannot_do_is_said_once(tmp_path, wandb, capfd, broken_from):
+    config = tiny.config(train={"wandb": "mine"})
+    wandb.broken = broken_from == 0
+    watch = make(tmp_path, config)
+    for step in range(1, 7):
+        wandb.broken |= step == broken_from
+        go(watch, config, [step])
+    watch.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
+    assert capfd.readouterr().err.count("gets no more metrics of this start (no network); training goes on\n") == 1
+
+
+def test_a_missing_package_is_said_before_anything_begins(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(wandb_writer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^train.wandb = 'mine' needs .* pip install 'natsjax\[wandb\]'"):
+        train.run(tiny.config(train={"wandb": "mine"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
