@@ -4,10 +4,13 @@ Saving copies the state off the devices and goes on writing while training does.
 unfinished is passed over, and said.
 """
 
+import contextlib
 import errno
+import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -47,7 +50,8 @@ class Checkpoints:
             read_only=read_only,
         )
         try:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            with _without_warnings() if read_only else contextlib.nullcontext():
+                self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         except OSError as error:
             raise UserError(f"the folder of checkpoints {folder} cannot be made or read: {error.strerror}.") from error
         if unfinished:
@@ -193,3 +197,15 @@ def _kept(last: int, every: int) -> PreservationPolicy:
     if every:
         policies.append(EveryNSteps(every))
     return AnyPreservationPolicy(policies)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns of a folder that is only read that it is only read."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

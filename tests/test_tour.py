@@ -4,6 +4,9 @@ import pathlib
 import re
 
 import pytest
+import tiny
+
+import natsjax
 
 TOUR = pathlib.Path(__file__).parents[1] / "docs" / "tour.md"
 
@@ -36,3 +39,10 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
 def test_the_page_is_read_whole():
     text = TOUR.read_text()
     assert text.count("```python") == len(list(blocks(text)))
+
+
+def test_loading_says_nothing(tmp_path, capfd):
+    tiny.make_run(tmp_path / "run", tiny.config())
+    capfd.readouterr()
+    natsjax.load(tmp_path / "run")
+    assert capfd.readouterr().err == ""
