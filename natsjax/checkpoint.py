@@ -48,6 +48,7 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         try:
             with _without_warnings() if read_only else contextlib.nullcontext():

@@ -174,14 +174,15 @@ def test_workers_end_with_their_parent():
 
 
 def test_a_worker_that_dies_is_named_and_parts_are_kept(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"a worker process of prepare ended .* goes on from what is done"),
-        PartialFolder(tmp_path / "out", "request") as partial,
-        WorkerPool(1, time.sleep, (0,)) as pool,
-    ):
-        write_part(partial.part("first"), {"a": np.arange(3)})
-        for _ in finished(pool.submit(os._exit, [1]), 0.1):
-            pass
+    partial = PartialFolder(tmp_path / "out", "request")
+
+    def work():
+        with partial, WorkerPool(1, time.sleep, (0,)) as pool:
+            write_part(partial.part("first"), {"a": np.arange(3)})
+            list(finished(pool.submit(os._exit, [1]), 0.1))
+
+    with pytest.raises(UserError, match=r"a worker process of prepare ended .* goes on from what is done"):
+        work()
     assert read_part(partial.part("first"))["a"].tolist() == [0, 1, 2]
 
 

@@ -163,9 +163,9 @@ class Preparation:
 
             def texts() -> Iterator[str]:
                 documents = documents_from(self._plain_readers["input"], scan.counts, 0)
-                for document, wanted, size in zip(documents, is_train.tolist(), scan.sizes.tolist(), strict=True):
-                    if wanted:
-                        progress.add(1, size)
+                for place, document in enumerate(documents):
+                    if is_train[place]:
+                        progress.add(1, int(scan.sizes[place]))
                         yield document.text
 
             tokenizer = BPETokenizer.train(texts(), request.vocab_size)
