@@ -304,7 +304,14 @@ def read_record(workdir: Path) -> tuple[SweepRun, Config] | None:
         config = Config.from_dict(values["config"])
         fields = _restored(values["run"])
         return SweepRun(**fields | {"workdir": workdir, "front": tuple(fields["front"])}), config
-    except (OSError, ValueError, KeyError, TypeError, UserError):  # not there, or of another natsjax: it is made anew
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        UserError,
+    ):  # not there, or of another natsjax: it is made anew
         return None
 
 

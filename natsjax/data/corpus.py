@@ -120,7 +120,7 @@ class Documents:
         try:
             with path.open(encoding="utf-8") as file:
                 return tuple(json.loads(line) for line in file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); prepare the corpus again.") from error
 
 
@@ -229,7 +229,7 @@ def _read_description(folder: Path) -> dict:
             f"{folder} is no prepared corpus: it holds no {CORPUS_FILE}; make one with "
             f"`python -m natsjax.data.prepare --input=… --output={folder}`."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:

@@ -174,7 +174,7 @@ def _read_run(path: Path) -> Config:
         return Config.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 

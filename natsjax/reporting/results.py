@@ -139,7 +139,7 @@ def read(directory: Path) -> Results:
         results.check()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); python -m natsjax.evaluate --workdir=… writes it again."
         ) from error

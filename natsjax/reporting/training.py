@@ -29,7 +29,7 @@ def read_training(workdir: Workdir) -> dict[str, Any] | None:
     try:
         lines = read_metrics(workdir.metrics_file)
         steps = [line["step"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"{workdir.metrics_file} cannot be read: {error}.") from error
     if not lines:
         return None
@@ -66,7 +66,7 @@ def read_starts(workdir: Workdir) -> list[dict[str, str]]:
         try:
             line = {name: str(value) for name, value in json.loads(text).items()}
             found.setdefault((line["command"], line["versions"]), line)
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, RecursionError, KeyError, AttributeError):
             continue  # a process was killed while it wrote; the line is a note for people, and no number rests on it
     return list(found.values())
 
