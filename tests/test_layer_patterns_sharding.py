@@ -1,0 +1,56 @@
+"""A model of several kinds of layers, with all that a step may have, steps alike on every mesh."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+from test_partition import environment
+
+MESHES = ({"fsdp": 1}, {"data": 1, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2})
+
+STEPS = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+import tiny
+from natsjax import partition
+from natsjax.train_step import Trainer
+
+groups = {
+    "model": {"attention": "nats,dense,sliding", "sliding_window": 5, "num_layers": 3, "qk_norm": True,
+              "final_logit_softcap": 4.0},
+    "optimizer": {"z_loss": 1e-2, "spike_threshold": 4.0, "schedule": "wsd", "scorer_learning_rate": 1e-3},
+    "nats": {"end_temperature": 0.5, "budget_ramp": "cosine", "budget_ramp_steps": 5},
+    "train": {"batch_size": 8, "num_microbatches": 2},
+}
+batch = tiny.packed_batch(batch=8)
+for mesh in json.load(sys.stdin):
+    config = tiny.config(**groups, mesh=mesh)
+    devices = jax.devices()[: 1 if mesh == {"fsdp": 1} else 4]
+    trainer = Trainer(config, tiny.VOCAB_SIZE, partition.make_mesh(config.mesh, devices))
+    state = trainer.init()
+    for _ in range(3):
+        state, metrics = trainer.step(state, batch)
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(metrics))[0]
+    print(json.dumps({jax.tree_util.keystr(path): np.asarray(value).tolist() for path, value in flat}), flush=True)
+"""
+
+
+def test_all_metrics_of_a_step_are_those_of_one_device():
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        input=json.dumps(MESHES),
+        env=environment(4),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = (json.loads(line) for line in done.stdout.splitlines())
+    assert len(others) == 2
+    assert one[".update_norm"] > 0
+    for found in others:
+        assert found.keys() == one.keys()
+        for name, value in found.items():
+            np.testing.assert_allclose(value, one[name], rtol=2e-5, atol=1e-6, err_msg=name)
