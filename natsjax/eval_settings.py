@@ -45,8 +45,11 @@ class Setting:
 
 
 def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
-    """The items, with a progress bar on standard error."""
+    """The items, with a progress bar on standard error, or, where that is no terminal, a plain line."""
     noted = watchdog.noting(items)
+    if progress and not sys.stderr.isatty():
+        print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
+        return iter(noted)
     return iter(tqdm(noted, desc=title, total=len(items), disable=not progress, file=sys.stderr, leave=False))
 
 

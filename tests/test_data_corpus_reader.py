@@ -28,10 +28,10 @@ def test_a_mixed_folder_is_read_in_the_order_of_paths(tmp_path):
     (tmp_path / "a.txt").write_text("eins", encoding="utf-8")
     (tmp_path / "c.jsonl").write_bytes(_lines({"text": "drei", "id": 3}, {"text": "vier"}) + b"\n")
     (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(_lines({"text": "fünf", "id": "V"})))
-    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"sechs") + gzip.compress(b", sieben"))
-    (tmp_path / "f.JSONL.GZ").write_bytes(gzip.compress(_lines({"text": "acht"})))
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"sechs", mtime=0) + gzip.compress(b", sieben", mtime=0))
+    (tmp_path / "f.JSONL.GZ").write_bytes(gzip.compress(_lines({"text": "acht"}), mtime=0))
     (tmp_path / "g.txt.zst").write_bytes(zstandard.compress("\ufeffneun".encode()))
-    (tmp_path / "h.json.gz").write_bytes(gzip.compress(_lines({"text": "zehn", "id": True})))
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(_lines({"text": "zehn", "id": True}), mtime=0))
     (tmp_path / "ignored.md").write_text("nothing to see")
     (tmp_path / "ignored.json").write_text("[]")
     expected = [
@@ -108,8 +108,12 @@ def test_signature_follows_names_and_sizes_not_the_place(tmp_path):
         ("x.txt.gz", GZIP[:-9], r"x\.txt\.gz is no whole gzip file \(Compressed file ended"),
         ("x.txt.gz", GZIP[:-6] + b"\0\0" + GZIP[-4:], r"x\.txt\.gz is no whole gzip file \(CRC check failed"),
         ("x.jsonl.gz", GZIP[:12] + b"\xff" * 20 + GZIP[32:], r"x\.jsonl\.gz is no whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "\xe9"}'), r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10"),
-        ("x.json.gz", gzip.compress(b"[1]"), r"x\.json\.gz:1 holds a JSON list"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"text": "\xe9"}', mtime=0),
+            r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10",
+        ),
+        ("x.json.gz", gzip.compress(b"[1]", mtime=0), r"x\.json\.gz:1 holds a JSON list"),
         ("x.txt", b" ", r"the corpus .* is empty: none of its 1 documents has any text"),
         ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, .* or \.parquet file and no dataset"),
     ],

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
-from natsjax.data import preparation
+from natsjax.data import preparation, progress
 from natsjax.data import prepare as command
 from natsjax.data.atomic_folder import PartialFolder, read_part, write_part
 from natsjax.data.prepare import prepare
@@ -144,6 +145,39 @@ def test_an_interrupted_command_says_that_it_can_go_on(texts, tmp_path, whole, n
     assert _files(tmp_path / "out") == whole
 
 
+_SLOW_TRAINING = """
+import sys, time
+from natsjax.data import preparation, prepare as command
+preparation.PARALLEL_BYTES = 1  # so that the scan is kept
+documents_from = preparation.documents_from
+def slow(*arguments):
+    for document in documents_from(*arguments):
+        print("document", flush=True)
+        time.sleep(1)
+        yield document
+preparation.documents_from = slow
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_training_a_tokenizer_hears_of_signals(texts, tmp_path, whole):
+    flags = [f"--{name}={value}" for name, value in _options().items() if not isinstance(value, bool)]
+    flags += ["--workers=1", "--skip_bad_files", "--deduplicate", "--no-progress"]
+    code = [sys.executable, "-c", _SLOW_TRAINING, f"--input={texts}", f"--output={tmp_path / 'out'}", *flags]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "document\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=20)  # all documents would take more than a minute
+    assert run.returncode == 130
+    assert errors.splitlines()[-1] == "SIGINT: what is done is kept; run the same command again to go on"
+    assert "Traceback" not in errors
+    again = [sys.executable, "-m", "natsjax.data.prepare", *code[3:]]
+    run = subprocess.run(again, capture_output=True, text=True)
+    assert run.returncode == 0
+    assert f"Going on with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()
+    assert _files(tmp_path / "out") == whole
+
+
 _ORPHANS = """
 import sys, time
 from natsjax.data.worker_pool import WorkerPool
@@ -237,3 +271,16 @@ def test_text_that_changes_meanwhile_is_noticed(texts, tmp_path, monkeypatch):
 def test_workers_below_zero_are_refused(texts, tmp_path):
     with pytest.raises(UserError, match="workers is -1; it must be"):
         prepare(texts, tmp_path / "out", **_options(workers=-1))
+
+
+def test_lines_say_how_long_it_takes_yet(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    seconds = iter([0.0, 5.0, 20.0])
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    with progress.Progress("Encoding", shown=True, documents=30, num_bytes=4_000_000) as shown:
+        shown.add(10, 1_000_000)
+        shown.add(10, 2_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "Encoding: 10 of 30 documents, 1.0 of 4.0 MB, 0.2 MB/s, 15 s left",
+        "Encoding: 20 of 30 documents, 3.0 of 4.0 MB, 0.1 MB/s, 7 s left",
+    ]

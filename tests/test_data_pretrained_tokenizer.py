@@ -522,7 +522,7 @@ def test_a_corpus_is_prepared_with_a_tokenizer_file_and_keeps_it(tmp_path, name)
     tokenizer = load_tokenizer(file)
     (tmp_path / "texts").mkdir()
     for number, text in enumerate([*TEXTS[:3], "<s></s><|endoftext|>"]):
-        (tmp_path / "texts" / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))
+        (tmp_path / "texts" / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     arguments = {"input": tmp_path / "texts", "output": tmp_path / "out", "tokenizer": file, "held_out_fraction": 0.5}
     prepare(**arguments, progress=False)
     corpus = prepare(**arguments, progress=False)  # is there already, and was made with the same tokenizer

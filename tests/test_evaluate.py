@@ -12,6 +12,7 @@ from natsjax import eval_results, evaluate, report, twin
 from natsjax.config import Config
 from natsjax.data import RecallTask, piece_lengths
 from natsjax.errors import UserError
+from natsjax.eval_settings import bar
 from natsjax.loading import LoadedRun
 from natsjax.matching import interval_fractions
 from natsjax.measure import chosen_roles
@@ -322,3 +323,9 @@ def test_held_out_text_chooses_nothing(tmp_path):
     ]
     assert dials[0] == dials[1]
     assert len(piece_lengths(data.contexts("validation", 64))) == 8
+
+
+def test_progress_is_plain_where_there_is_no_terminal(capsys):
+    assert list(bar([3, 4], "measuring", True)) == [3, 4]
+    assert list(bar([5], "measuring", False)) == [5]
+    assert capsys.readouterr().err == "measuring: 2\n"

@@ -15,7 +15,6 @@ import bisect
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
 from natsjax.data.packing import Row
 from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts
+from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
 from natsjax.errors import UserError
@@ -206,12 +206,12 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
-        config, prepared = _config_of(options)
-        index, place = _index(options, config.train.batch_size)
-        example = example_at(open_data(config, options.split, prepared), options.split, index, place)
+        with log_lines():
+            config, prepared = _config_of(options)
+            index, place = _index(options, config.train.batch_size)
+            example = example_at(open_data(config, options.split, prepared), options.split, index, place)
         if options.json:
             print(json.dumps(example.to_json(), ensure_ascii=False))
         else:

@@ -7,12 +7,14 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial as bind
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,8 @@ _TOKENIZER_FOLDER = "tokenizer"
 _SETUP_FILE = "encoding.pickle"
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 Splits = dict[str, npt.NDArray[np.int8]]
 
@@ -159,16 +163,19 @@ class Preparation:
         request = self._request
         is_train = split == TRAIN
         total = Totals(documents=int(is_train.sum()), num_bytes=int(scan.sizes[is_train].sum()))
+        stop = threading.Event()
         with Progress("Training the tokenizer", shown=request.progress, **total) as progress:
 
             def texts() -> Iterator[str]:
                 documents = documents_from(self._plain_readers["input"], scan.counts, 0)
                 for place, document in enumerate(documents):
+                    if stop.is_set():
+                        raise CancelledError
                     if is_train[place]:
                         progress.add(1, int(scan.sizes[place]))
                         yield document.text
 
-            tokenizer = BPETokenizer.train(texts(), request.vocab_size)
+            tokenizer = _in_thread(lambda: BPETokenizer.train(texts(), request.vocab_size), stop)
         if tokenizer.vocab_size < request.vocab_size:
             _log.warning(
                 "The text gave a vocabulary of only %d of the %d ids asked for",
@@ -201,6 +208,22 @@ def totals(chunks: Iterable[Chunk]) -> Totals:
     return Totals(
         documents=sum(int(chunk.kept.sum()) for chunk in chunks), num_bytes=sum(chunk.num_bytes for chunk in chunks)
     )
+
+
+def _in_thread(work: Callable[[], _T], stop: threading.Event) -> _T:
+    """Call `work` in another thread: the main one hears of no signal while it is inside a library.
+
+    Args:
+      work: what to do.
+      stop: set when a signal ends the waiting; `work` shall then end soon.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _size_on_disk(input: str) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import logging
 import os
 import shutil
 import sys
@@ -30,7 +29,7 @@ from natsjax.data.corpus_statistics import describe
 from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
 from natsjax.data.preparation import Preparation, totals
 from natsjax.data.prepare_request import PrepareRequest, absolute_input
-from natsjax.data.progress import Progress
+from natsjax.data.progress import Progress, log_lines
 from natsjax.data.scan import TRAIN, VALIDATION, divide
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
@@ -218,10 +217,12 @@ def _is_there(output: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.prepare --help`. Returns the exit status (2: a mistake)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
-        with signals.stop_requests() as stop, stop.at_once("what is done is kept; run the same command again to go on"):
+        with ExitStack() as stack:
+            stack.enter_context(log_lines())
+            stop = stack.enter_context(signals.stop_requests())
+            stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))
             print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
             for line in describe(corpus):

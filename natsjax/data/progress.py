@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
@@ -27,6 +30,7 @@ class Progress:
     def __init__(self, task: str, *, shown: bool, documents: int | None = None, num_bytes: int | None = None):
         self._task = task
         self._of_documents = "" if documents is None else f" of {documents:,}"
+        self._num_bytes = num_bytes
         self._of_bytes = "" if num_bytes is None else f" of {num_bytes / _MEGABYTE:,.1f}"
         self._documents = self._bytes = 0
         self._began = self._said = time.monotonic()
@@ -55,9 +59,12 @@ class Progress:
 
     def _line(self, seconds: float) -> str:
         megabytes = self._bytes / _MEGABYTE
+        left = ""
+        if self._num_bytes is not None and self._bytes:
+            left = f", {seconds * (self._num_bytes - self._bytes) / self._bytes:,.0f} s left"
         return (
             f"{self._task}: {self._documents:,}{self._of_documents} documents, {megabytes:,.1f}{self._of_bytes} MB, "
-            f"{megabytes / seconds:.1f} MB/s"
+            f"{megabytes / seconds:.1f} MB/s{left}"
         )
 
     def __enter__(self) -> Progress:
@@ -67,3 +74,23 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """For as long as the block lasts, what natsjax logs, from INFO on, goes to stderr as plain lines.
+
+    `logging.basicConfig` would do nothing: Orbax logs while it is imported, which sets up the root logger.
+    """
+    logger, handler = logging.getLogger("natsjax"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
