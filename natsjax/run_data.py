@@ -26,6 +26,7 @@ from natsjax.data import (
 )
 from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.mixture import MixtureSource, Part, load_mixture, mixture_contexts, mixture_name
+from natsjax.data.progress import log_lines
 from natsjax.errors import UserError
 from natsjax.settings import LARGEST_INT
 from natsjax.workdir import Workdir
@@ -173,18 +174,19 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
     # Here, because Python warns of a command (python -m natsjax.data.prepare) that `import natsjax` has imported.
     from natsjax.data.prepare import prepare
 
-    return prepare(
-        data.input,
-        folder,
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        held_out_fraction=data.held_out_fraction,
-        validation_input=data.validation_input,
-        text_field=data.text_field,
-        skip_bad_files=data.skip_bad_files,
-        deduplicate=data.deduplicate,
-        progress=progress,
-    )
+    with log_lines():
+        return prepare(
+            data.input,
+            folder,
+            tokenizer=data.tokenizer,
+            vocab_size=data.vocab_size,
+            held_out_fraction=data.held_out_fraction,
+            validation_input=data.validation_input,
+            text_field=data.text_field,
+            skip_bad_files=data.skip_bad_files,
+            deduplicate=data.deduplicate,
+            progress=progress,
+        )
 
 
 def _of_prepared(config: Config, where: str) -> RunData:

@@ -12,6 +12,7 @@ second signal it ends the process, whatever the main thread is doing.
 """
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from natsjax import processes
 from natsjax.processes import Interrupted
@@ -30,6 +32,8 @@ EXIT_STATUS = 130
 
 _SAME_SIGNAL = 0.5
 """Seconds: ``timeout`` and some launchers send a signal to a process and then to its group, where it comes again."""
+_PUT_OFF = 0.05
+"""Seconds until a signal is looked at again that came where nothing can be raised."""
 _SAY_AFTER = 1.0
 """Seconds that a request waits before it is said what it waits for."""
 
@@ -48,6 +52,8 @@ class StopRequests:
         self._at_once = False
         self._waits_for = "the step is done"
         self._left: BaseException | None = None  # raised by the handler
+        self._put_off = False
+        self._echoes: list[threading.Timer] = []  # each sends a signal of our own, which is no second request
 
     @contextlib.contextmanager
     def at_once(self, sentence: str) -> Iterator[None]:
@@ -94,18 +100,24 @@ class StopRequests:
         self._left = Interrupted(self.requested) if alone else KeyboardInterrupt(self.requested)
         return self._left
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         """Of Python, in the main thread."""
-        if self.requested is not None:
+        if self.requested is not None and not self._put_off:
             return  # the second one is the other thread's
-        self.requested = signal.Signals(number).name
-        if self._at_once:
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+        self._put_off = self._at_once and _is_in_gc_callback(frame)
+        if self._put_off:
+            self._echoes.append(threading.Timer(_PUT_OFF, signal.pthread_kill, (threading.get_ident(), number)))
+            self._echoes[-1].start()
+        elif self._at_once:
             raise self._interruption()
 
     def _listen(self, end: socket.socket) -> None:
         """The thread that hears of signals though the main one is busy, until the other end is closed."""
         first: float | None = None
         said = False
+        num_echoes = 0
         while True:
             waits = first is not None and not said
             ready, _, _ = select.select([end], [], [], _SAY_AFTER if waits else None)
@@ -118,6 +130,9 @@ class StopRequests:
             if not numbers:
                 return
             heard = [number for number in numbers if number in SIGNALS]
+            new_echoes = min(len(self._echoes) - num_echoes, len(heard))
+            num_echoes += new_echoes
+            heard = heard[new_echoes:]
             if heard and first is None:
                 first = time.monotonic()
             elif heard and first is not None and time.monotonic() - first > _SAME_SIGNAL:
@@ -128,6 +143,16 @@ class StopRequests:
                         file=sys.stderr,
                     )
                 processes.end(KeyboardInterrupt(name), EXIT_STATUS)
+
+
+def _is_in_gc_callback(frame: FrameType | None) -> bool:
+    """Whether Python would print and forget what is raised there; JAX has such a callback, and it is called often."""
+    codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -151,6 +176,9 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield stop
     finally:
+        for echo in stop._echoes:  # nobody else shall hear one
+            echo.cancel()
+            echo.join()
         for number, handler in old.items():
             if handler is not None:  # one of C, which Python cannot put back
                 signal.signal(number, handler)

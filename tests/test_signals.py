@@ -1,6 +1,7 @@
 """A first signal is honoured where nothing is lost, a second one at once; afterwards all is as it was."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -54,6 +55,38 @@ def test_elsewhere_it_is_noted_and_the_next_such_block_is_not_begun(number, capf
         run()
     assert reached == [number.name]
     assert capfd.readouterr().err == f"{number.name}: evaluate it with the same command\n"
+
+
+@NUMBERS
+def test_a_signal_during_a_collection_of_garbage_is_not_swallowed(number, capfd, monkeypatch):
+    """Where Python would only print what a handler raises; JAX has a callback there."""
+    calls = []
+
+    def callback(phase, info):
+        if len(calls) < 3:
+            calls.append(phase)
+            signal.raise_signal(number) if len(calls) == 1 else time.sleep(0.1)  # the echo comes here once more
+
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    began = time.monotonic()
+
+    def run():
+        with signals.stop_requests() as stop, stop.at_once("run it again"):
+            for _ in range(2):
+                gc.collect()
+            time.sleep(10)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(Interrupted):
+            run()
+    finally:
+        gc.callbacks.remove(callback)
+    assert time.monotonic() - began < 5
+    assert len(calls) == 3
+    assert not unraisable
+    assert capfd.readouterr().err == f"{number.name}: run it again\n"
 
 
 def test_a_request_that_was_swallowed_is_not_forgotten(capfd):
