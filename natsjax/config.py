@@ -350,6 +350,11 @@ def validate(config: Config) -> None:
             f"optimizer.end_learning_rate = {config.optimizer.end_learning_rate} is above "
             f"optimizer.peak_learning_rate = {config.optimizer.peak_learning_rate}."
         )
+    if config.optimizer.scorer_learning_rate and not config.optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.scorer_learning_rate = {config.optimizer.scorer_learning_rate} follows the schedule of "
+            "optimizer.peak_learning_rate, which is 0; give that a small positive value."
+        )
     sizes = dataclasses.asdict(config.mesh)
     if 0 in sizes.values():
         name = next(name for name, size in sizes.items() if size == 0)

@@ -53,7 +53,7 @@ def step_flops(
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
     qkvo = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    scorer = 3 * model.width * model.num_kv_heads if model.has_roles else 0
+    scorer = 3 * model.width * model.num_kv_heads * model.pattern.count("nats") / len(model.pattern)
     mlp = model.width * model.mlp_width
     repeated = qkvo + scorer + 2 * mlp if recomputation and model.remat == "full" else 0
     block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated

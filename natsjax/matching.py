@@ -121,6 +121,8 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
     if config.model.has_roles:
         smallest = token_types.smallest_model_kv_fraction(config, pieces)
         why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
+        if len(config.model.pattern) > 1:
+            why = f"with model.attention = {config.model.attention!r}, {why.removeprefix('with ')}"
         if asked:
             return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
         return nats_budgets(config.nats.kv_budget, smallest)

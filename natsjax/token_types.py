@@ -130,7 +130,8 @@ def _lifetime_sum_bwd(window, price_gradient, residuals, gradient):
 
     as_global = count(index, ranges.end)
     as_local = count(index, jnp.minimum(ranges.next_global + 1, ranges.end))
-    as_sliding = count(index, jnp.minimum(index + window + 1, ranges.end))
+    reach = min(window, roles.shape[2])  # a longer window is the same, and int32 has an end
+    as_sliding = count(index, jnp.minimum(index + reach + 1, ranges.end))
     if price_gradient == "exact":
         alive = is_local & (index < ranges.end)
         # A query's row holds the LOCAL keys behind it: those since the last GLOBAL token, itself included as a query.

@@ -9,6 +9,7 @@ import tiny
 
 from natsjax import optim, parts, spikes, token_types
 from natsjax.config import NatsConfig, OptimizerConfig
+from natsjax.errors import UserError
 from natsjax.train_step import Trainer
 
 
@@ -137,3 +138,17 @@ def test_every_parameter_has_its_part_and_norms_add_up():
     for norms, total in ((metrics.gradient_norms, metrics.gradient_norm), (metrics.update_norms, metrics.update_norm)):
         assert list(norms) == sorted(parts.PARTS)
         assert np.sqrt(sum(float(x) ** 2 for x in norms.values())) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_a_window_without_end_costs_what_the_sequence_is_long():
+    roles = jax.nn.one_hot(jnp.array([[[0, 2, 1, 2, 2, 2]]]), 3)
+    end = jnp.full((1, 6), 6, jnp.int32)
+    for window in (6, 10**6, 2**31 - 1):
+        gradient = jax.grad(lambda r, w=window: token_types.lifetime_sum(r, end, w, "constant").sum())(roles)
+        np.testing.assert_array_equal(gradient[0, 0, :, 2], [6, 5, 4, 3, 2, 1])
+
+
+def test_a_scorer_rate_without_a_schedule_is_one_sentence():
+    rates = {"peak_learning_rate": 0.0, "end_learning_rate": 0.0, "scorer_learning_rate": 1e-3}
+    with pytest.raises(UserError, match=r"scorer_learning_rate = 0.001 follows the schedule"):
+        tiny.config(optimizer=rates)
