@@ -16,7 +16,15 @@ from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
 from natsjax.loading import LoadedRun
-from natsjax.matching import dial_for_budget, keys_for_budget, share_for_budget, window_for_budget
+from natsjax.matching import (
+    Layers,
+    dial_for_budget,
+    interval_fractions,
+    keys_for_budget,
+    layer_windows,
+    share_for_budget,
+    window_for_budget,
+)
 from natsjax.measure import measure
 from natsjax.policies import (
     H2O,
@@ -75,15 +83,24 @@ def settings_of(
     """
     model = this.config.model
     pieces = piece_lengths(dial_contexts)
-    fixed: list[tuple[Any, float | None]] = [*_interval_policies(this.config, pieces, budgets, notes)]
-    if chunk is not None:
-        fixed += _decoded_policies(this.config, pieces, budgets, chunk, notes)
-    policies = [*_dials(this, dial_contexts, budgets, notes, progress), *fixed] if model.has_roles else fixed
+
+    def fixed(layers: Layers) -> list[tuple[Any, float | None]]:
+        found: list[tuple[Any, float | None]] = [*_interval_policies(this.config, layers, pieces, budgets, notes)]
+        if chunk is not None:
+            found += _decoded_policies(this.config, layers, pieces, budgets, chunk, notes)
+        return found
+
+    policies = fixed(layer_windows(model))
+    if model.has_roles:
+        policies = [*_dials(this, dial_contexts, budgets, notes, progress), *policies]
     weights = f"this run ({model.attention}, step {this.step})"
     settings = [Setting(this, weights, policy, budget) for policy, budget in policies]
     if twin is not None:
         weights = f"dense twin {twin.workdir.path} (step {twin.step})"
-        settings += [Setting(twin, weights, policy, budget) for policy, budget in fixed]
+        settings += [
+            Setting(twin, weights, policy, budget) for policy, budget in fixed(layer_windows(twin.config.model))
+        ]
+    notes[:] = dict.fromkeys(notes)  # what holds for both weights is said once
     return settings
 
 
@@ -107,19 +124,26 @@ def _dials(
 
 
 def _interval_policies(
-    config: Config, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
+    config: Config, layers: Layers, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
 ) -> list[tuple[StaticPolicy, float | None]]:
     """Full attention, and the fixed policies at each budget that they can meet."""
     policies: list[tuple[StaticPolicy, float | None]] = [(FullAttention(), None)]
+    most = float(interval_fractions(pieces, 0, layers)[-1])
+    if any(budget > most for budget in budgets):
+        notes.append(
+            f"At KV budgets above {most:.4g} only NAtS is measured: the windows of the model's own layers leave "
+            "no more."
+        )
+        budgets = [budget for budget in budgets if budget <= most]
     for budget in budgets:
-        window = window_for_budget(pieces, budget)
+        window = window_for_budget(pieces, budget, layers=layers)
         if window is None:
             notes.append(f"No sliding window is as small as the KV budget {budget:.4g}.")
         else:
             policies.append((SlidingWindow(window), budget))
     num_sinks = config.eval.num_sinks
     for budget in budgets:
-        window = window_for_budget(pieces, budget, num_sinks=num_sinks)
+        window = window_for_budget(pieces, budget, num_sinks=num_sinks, layers=layers)
         if window is None:
             notes.append(
                 f"StreamingLLM is left out at the KV budget {budget:.4g}: its {num_sinks} sinks and each query's own "
@@ -131,17 +155,17 @@ def _interval_policies(
 
 
 def _decoded_policies(
-    config: Config, pieces: np.ndarray, budgets: Sequence[float], chunk: int, notes: list[str]
+    config: Config, layers: Layers, pieces: np.ndarray, budgets: Sequence[float], chunk: int, notes: list[str]
 ) -> list[tuple[DecodingPolicy, float | None]]:
     """Random keys, and the policies that observe, at each budget that they can meet."""
     policies: list[tuple[DecodingPolicy, float | None]] = []
     for budget in budgets:
-        share, window = share_for_budget(pieces, budget, config.nats.window)
+        share, window = share_for_budget(pieces, budget, config.nats.window, layers)
         if share is not None:
             policies.append((RandomKeys(share, window, config.train.seed), budget))
     for name, smallest, made in (("H2O", 2, _h2o), ("SnapKV", 2, _snapkv)):
         for budget in budgets:
-            num_keys = keys_for_budget(pieces, budget, chunk)
+            num_keys = keys_for_budget(pieces, budget, chunk, layers)
             if num_keys is None or num_keys < smallest:
                 notes.append(f"{name} is left out at the KV budget {budget:.4g}: chunks of {chunk} tokens take more.")
             else:

@@ -1,6 +1,8 @@
 """Which budgets to measure, and the setting of each policy that meets a budget: a dial by search, a window by counting.
 
-A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones.
+A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
+layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is the
+window of each layer of the pattern (``layer_windows``), None for a layer that has none.
 """
 
 import itertools
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from natsjax import token_types
-from natsjax.config import Config
+from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
 
 NUM_BUDGETS = 6
@@ -34,6 +36,16 @@ class DialMatch(NamedTuple):
     kv_fraction: float
 
 
+Layers = Sequence[int | None]
+UNLIMITED: Layers = (None,)
+"""Layers that read whatever the policy leaves."""
+
+
+def layer_windows(model: ModelConfig) -> Layers:
+    """The windows of the layers' own, by place in the pattern."""
+    return [model.sliding_window if kind == "sliding" else None for kind in model.pattern]
+
+
 def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
     """Budgets around ``kv_budget``, ascending: 0.6 to 2 times it, as far as they lie between ``smallest`` and 1.
 
@@ -54,9 +66,9 @@ def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
     return sorted(chosen)
 
 
-def dense_budgets(smallest: float) -> list[float]:
-    """Budgets for a model that was trained to none, ascending; at least ``smallest``."""
-    return [budget for budget in _DENSE_BUDGETS if budget >= smallest]
+def dense_budgets(smallest: float, largest: float = 1.0) -> list[float]:
+    """Budgets for a model that was trained to none, ascending, from ``smallest`` to ``largest``."""
+    return [budget for budget in _DENSE_BUDGETS if smallest <= budget <= largest]
 
 
 def check_budgets(budgets: Sequence[float], smallest: float, why: str) -> list[float]:
@@ -80,15 +92,17 @@ def check_budgets(budgets: Sequence[float], smallest: float, why: str) -> list[f
     return sorted(set(budgets))
 
 
-def interval_fractions(piece_lengths: np.ndarray, num_sinks: int) -> np.ndarray:
+def interval_fractions(piece_lengths: np.ndarray, num_sinks: int, layers: Layers = UNLIMITED) -> np.ndarray:
     """KV fraction of sinks and a sliding window, for every window.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       num_sinks: first tokens of each piece that live to its end.
+      layers: windows of the layers' own.
 
     Returns:
-      float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is 1.
+      float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is full attention's: 1 without windows
+      of the layers' own.
     """
     lengths = np.asarray(piece_lengths, np.int64)
     longest = int(lengths.max())
@@ -101,9 +115,13 @@ def interval_fractions(piece_lengths: np.ndarray, num_sinks: int) -> np.ndarray:
     with_r_queries[1 : 1 + len(behind_sinks)] = behind_sinks
     # Window w gives min(w + 1, r) of them: one for every u <= w + 1 with r >= u.
     gained = np.cumsum(with_r_queries[::-1])[::-1][1 : longest + 1]
-    sinks = np.minimum(lengths, num_sinks)
-    sink_pairs = np.sum(sinks * lengths - sinks * (sinks - 1) // 2)
-    return (sink_pairs + np.cumsum(gained)) / np.sum(lengths * (lengths + 1) // 2)
+    others = np.cumsum(gained)  # pairs of the keys behind the sinks, by window
+    by_layer = []
+    for own in layers:
+        last = longest - 1 if own is None else min(own, longest - 1)
+        sinks = sum(np.sum(np.clip(lengths - s, 0, last + 1)) for s in range(min(num_sinks, longest)))
+        by_layer.append(sinks + others[np.minimum(np.arange(longest), last)])
+    return np.mean(by_layer, axis=0) / np.sum(lengths * (lengths + 1) // 2)
 
 
 def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.ndarray) -> list[float]:
@@ -126,73 +144,90 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
         if asked:
             return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
         return nats_budgets(config.nats.kv_budget, smallest)
-    smallest = float(interval_fractions(pieces, num_sinks=0)[0])
+    fractions = interval_fractions(pieces, 0, layer_windows(config.model))
+    smallest = float(fractions[0])
     if asked:
         return check_budgets(asked, smallest, f"with data.context_length = {config.data.context_length}")
-    return dense_budgets(smallest)
+    return dense_budgets(smallest, float(fractions[-1]))
 
 
-def window_for_budget(piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0) -> int | None:
+def window_for_budget(
+    piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0, layers: Layers = UNLIMITED
+) -> int | None:
     """The window whose KV fraction is closest to a budget; exact, no model pass.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
       num_sinks: first tokens of each document that are kept besides.
+      layers: windows of the layers' own.
 
     Returns:
-      Tokens; the smaller one of two that are as close. None when window 0 already exceeds the budget: the sinks, and
-      each query's own key.
+      Tokens; the smaller one of two that are as close. None when window 0 already exceeds the budget (the sinks, and
+      each query's own key), or when the layers' own windows leave less.
     """
-    fractions = interval_fractions(piece_lengths, num_sinks)
-    if fractions[0] > budget:
+    fractions = interval_fractions(piece_lengths, num_sinks, layers)
+    if not fractions[0] <= budget <= fractions[-1]:
         return None
     return int(np.argmin(np.abs(fractions - budget)))
 
 
-def share_for_budget(piece_lengths: np.ndarray, budget: float, window: int) -> tuple[float | None, int]:
+def share_for_budget(
+    piece_lengths: np.ndarray, budget: float, window: int, layers: Layers = UNLIMITED
+) -> tuple[float | None, int]:
     """The share of keys that ``RandomKeys`` keeps to meet a budget on average, and its window.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
       window: tokens, wherever the budget has room for it; else 0.
+      layers: windows of the layers' own.
 
     Returns:
-      ``(share, window)``; the share is None where the first keys and each query's own take more.
+      ``(share, window)``; the share is None where the first keys and each query's own take more, or the layers' own
+      windows leave less.
     """
-    fractions = interval_fractions(piece_lengths, num_sinks=1)
+    fractions = interval_fractions(piece_lengths, 1, layers)
     window = min(window, len(fractions) - 1)
     window = window if fractions[window] < budget else 0
-    rest = 1 - fractions[window]
-    if fractions[window] > budget or rest == 0:
+    rest = fractions[-1] - fractions[window]
+    if not fractions[window] <= budget <= fractions[-1] or rest == 0:
         return None, window
     return float((budget - fractions[window]) / rest), window
 
 
-def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int) -> int | None:
+def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers: Layers = UNLIMITED) -> int | None:
     """How many keys of a head a policy may keep behind each chunk to meet a budget.
 
-    A query reads what was kept before its chunk, and the chunk's keys up to its own.
+    A query reads what was kept before its chunk, and the chunk's keys up to its own. In a layer with a window of its
+    own it is taken to read as many of these as the window holds: what runs out of a chunk's kept keys counts as if
+    others had been kept, so a little less can come of it.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
       chunk: tokens that are read at once.
+      layers: windows of the layers' own.
 
     Returns:
-      The number whose KV fraction is closest; None where the chunks alone take more.
+      The number whose KV fraction is closest; None where the chunks alone take more, or the layers' own windows leave
+      less.
     """
     lengths = np.asarray(piece_lengths, np.int64)
-    begins = np.arange(0, int(lengths.max()), chunk)
-    queries = np.clip(lengths[:, None] - begins, 0, chunk)  # of each chunk of each piece
-    causal = np.sum(lengths * (lengths + 1) // 2)
-    within = np.sum(queries * (queries + 1) // 2)
-    by_begin = queries.sum(axis=0)
-    numbers = np.arange(int(lengths.max()) + 1)
-    kept = np.array([np.sum(by_begin * np.minimum(begins, number)) for number in numbers])
-    fractions = (within + kept) / causal
-    return None if fractions[0] > budget else int(np.argmin(np.abs(fractions - budget)))
+    longest = int(lengths.max())
+    index = np.arange(longest)
+    begin = index // chunk * chunk  # of the chunk that a query lies in
+    queries = len(lengths) - np.searchsorted(np.sort(lengths), index, side="right")  # pieces that have one at the index
+    pairs = np.zeros(longest + 1)
+    for own in layers:
+        window = longest if own is None else own
+        pairs += np.sum(queries * np.minimum(index - begin, window)) + np.sum(queries)  # the chunk's keys
+        earlier = np.minimum(begin, np.maximum(window - (index - begin), 0))  # that the window holds
+        # A number of kept keys gives min(number, earlier) of them: one for every u <= number with earlier >= u.
+        with_earlier = np.bincount(earlier, weights=queries, minlength=longest + 1)
+        pairs[1:] += np.cumsum(np.cumsum(with_earlier[::-1])[::-1][1:])
+    fractions = pairs / len(layers) / np.sum(lengths * (lengths + 1) // 2)
+    return int(np.argmin(np.abs(fractions - budget))) if fractions[0] <= budget <= fractions[-1] else None
 
 
 def dial_for_budget(

@@ -156,6 +156,24 @@ def test_a_mixed_run_is_evaluated_under_its_dial(tmp_path):
     assert {row["method"] for row in found.rows} >= {"nats", "full", "sliding_window"}
 
 
+def test_fixed_policies_meet_their_budgets_beside_sliding_layers(tmp_path):
+    """On the run's own weights; its dense twin, without such layers, has settings of its own."""
+    config = tiny.config(
+        model={"attention": "nats,sliding", "sliding_window": 8}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2}
+    )
+    run = tiny.make_run(tmp_path / "run", config)
+    twin = tiny.config(model={"attention": "dense"}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2})
+    tiny.make_run(tmp_path / "twin", twin)
+    found = evaluate.run(
+        tmp_path / "run", loaded=run, budgets=[0.5, 0.7, 0.95], dense_workdir=tmp_path / "twin", progress=False
+    )
+    fixed = [row for row in found.rows if row["method"] in ("sliding_window", "streaming_llm")]
+    assert len(fixed) == 2 * 2 + 2 * 3  # what the layers' windows rule out is left out, and the note says so
+    assert any("windows of the model's own layers" in note for note in found.notes)
+    for row in fixed:
+        assert row["kv_fraction"] == pytest.approx(row["budget"], abs=0.03)
+
+
 def test_qk_norm_leaves_the_scale_of_queries_and_keys_without_effect():
     config = tiny.config(model={"qk_norm": True})
     structure, parameters = build(config)

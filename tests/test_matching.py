@@ -13,7 +13,9 @@ from natsjax.matching import (
     dense_budgets,
     dial_for_budget,
     interval_fractions,
+    keys_for_budget,
     nats_budgets,
+    share_for_budget,
     window_for_budget,
 )
 from natsjax.token_types import smallest_kv_fraction
@@ -38,6 +40,36 @@ def test_interval_fractions_are_counted_pairs(lengths, num_sinks):
     expected = [counted_fraction(lengths, num_sinks, window) for window in range(max(lengths))]
     np.testing.assert_allclose(fractions, expected)
     assert fractions[-1] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces, st.integers(0, 5), st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=3))
+def test_a_layers_own_window_limits_what_the_policy_leaves(lengths, num_sinks, layers):
+    def reads(query, position, window, own):
+        left = position < num_sinks or query - position <= window
+        return left and (own is None or query - position <= own)
+
+    expected = [
+        np.mean(
+            [
+                sum(reads(q, p, window, own) for length in lengths for q in range(length) for p in range(q + 1))
+                for own in layers
+            ]
+        )
+        for window in range(max(lengths))
+    ]
+    causal = sum(length * (length + 1) / 2 for length in lengths)
+    np.testing.assert_allclose(interval_fractions(lengths, num_sinks, layers), np.array(expected) / causal)
+
+
+def test_a_budget_that_the_layers_own_windows_rule_out_has_no_setting():
+    lengths, layers = np.array([30, 30]), [None, 2]
+    most = interval_fractions(lengths, 0, layers)[-1]
+    assert 0.5 < most < 0.6
+    for budget, expected in ((0.5, True), (0.6, False)):
+        assert (window_for_budget(lengths, budget, layers=layers) is not None) == expected
+        assert (share_for_budget(lengths, budget, 2, layers)[0] is not None) == expected
+        assert (keys_for_budget(lengths, budget, 4, layers) is not None) == expected
 
 
 @settings(max_examples=60, deadline=None)

@@ -60,18 +60,24 @@ def test_observing_policies_with_room_for_all_are_full_attention(run, policy):
     assert abs(measure_decoding(run, CONTEXTS, policy, chunk=5).perplexity / full.perplexity - 1) < 1e-4
 
 
+@pytest.mark.parametrize("layers", [[None], [None, 6], [3, 0, None]])
 @pytest.mark.parametrize("chunk", [1, 4, 16])
-def test_numbers_for_a_budget_are_by_hand(chunk):
+def test_numbers_for_a_budget_are_by_hand(chunk, layers):
     lengths = np.array([3, 40, 17])
     positions = np.concatenate([np.arange(length) for length in lengths])
     begin, causal = positions // chunk * chunk, np.sum(positions + 1)
 
     def fraction(number):
-        return np.sum(np.minimum(number, begin) + positions - begin + 1) / causal
+        total = 0
+        for own in layers:
+            for query, first in zip(positions, begin, strict=True):
+                held = [s for s in range(query + 1) if own is None or query - s <= own]
+                total += min(number, sum(s < first for s in held)) + sum(s >= first for s in held)
+        return total / len(layers) / causal
 
     for budget in (0.3, 0.5, 0.9):
-        number = keys_for_budget(lengths, budget, chunk)
-        if fraction(0) > budget:
+        number = keys_for_budget(lengths, budget, chunk, layers)
+        if not fraction(0) <= budget <= fraction(40):
             assert number is None
         else:
             assert abs(fraction(number) - budget) <= min(abs(fraction(n) - budget) for n in range(41)) + 1e-12

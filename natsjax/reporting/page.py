@@ -1,7 +1,7 @@
 """`report.html`: one file that loads nothing from anywhere; data as JSON, drawn in the browser by the scripts here.
 
-`page.html` is the frame, `run.html` and `comparison.html` what stands in it; `style.css` is the look of both. Scripts
-are joined in the order of `_SCRIPTS`: `charts.js` draws, the others say what.
+`page.html` is the frame, `run.html` and `comparison.html` what stands in it, `position.html` what both have of it;
+`style.css` is the look of both. Scripts are joined in the order of `_SCRIPTS`: `charts.js` draws, the others say what.
 """
 
 import html
@@ -57,7 +57,7 @@ def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
     parts = {
         "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
         "style": _asset("style.css"),
-        "body": _asset(f"{kind}.html"),
+        "body": _asset(f"{kind}.html").replace("{{position}}", _asset("position.html")),
         "script": "\n".join(_asset(name) for name in _SCRIPTS[kind]),
         "data": data,
     }
