@@ -16,6 +16,9 @@ from natsjax.settings import build, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
 
+_WHEN_NOT_STORED = {"data": {"shuffle": "documents"}}
+"""What a run did before there was a field, where the field's default is something else."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -139,6 +142,11 @@ class DataConfig:
     skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 or damaged instead of stopping")
     deduplicate: bool = setting(False, "leave out exact copies of documents; for preparing")
     context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
+    shuffle: Literal["contexts", "documents"] = setting(
+        "contexts",
+        "what each epoch puts into a random order: documents and then the contexts that they are cut into, so that a "
+        "batch has many documents; or documents alone; a resumed run keeps its own",
+    )
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
 
 
@@ -266,6 +274,21 @@ class Config:
         config = build(cls, values)
         validate(config)
         return config
+
+    @classmethod
+    def from_stored(cls, values: Any) -> "Config":
+        """The config of a run from its ``config.json``, which an older natsjax may have written.
+
+        A field that is not in it keeps its default, or is what every run did before there was such a field.
+
+        Raises:
+          UserError: see ``from_dict``.
+        """
+        if isinstance(values, Mapping):
+            for group, fields in _WHEN_NOT_STORED.items():
+                if isinstance(values.get(group), Mapping):
+                    values = {**values, group: {**fields, **values[group]}}
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values; ``Config.from_dict`` takes them back."""

@@ -198,7 +198,7 @@ def _of_prepared(config: Config, where: str) -> RunData:
 
 def _of_mixture(config: Config, parts: list[Part]) -> RunData:
     length = config.data.context_length
-    source = MixtureSource(parts, context_length=length, seed=config.train.seed)
+    source = MixtureSource(parts, context_length=length, seed=config.train.seed, shuffle=config.data.shuffle)
     # Rounded: shares that are written down and read again may differ in their last bit.
     marks = [[part.corpus.content_hash, f"{part.share:.9g}"] for part in parts]
     tokenizer = parts[0].corpus.tokenizer
@@ -261,7 +261,9 @@ def length_of_run(config: Config, data: RunData) -> str:
 def _of_corpus(config: Config, corpus: Corpus) -> RunData:
     data = config.data
     counts = corpus.summaries["train"]
-    source = PackedSource.from_corpus(corpus, context_length=data.context_length, seed=config.train.seed)
+    source = PackedSource.from_corpus(
+        corpus, context_length=data.context_length, seed=config.train.seed, shuffle=data.shuffle
+    )
     return RunData(
         vocabulary=corpus.tokenizer,
         source=source,

@@ -60,6 +60,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     ):
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")
+        config = _with_own_order(config, workdir)
         earlier = workdir.earlier_config()
         with (
             stop.at_once("the data was being prepared; run the same command again to go on"),
@@ -91,6 +92,17 @@ def _locked(workdir: Workdir) -> Iterator[None]:
     with workdir.lock() if processes.is_main() else contextlib.nullcontext():
         processes.wait_for_all("the lock of the workdir")
         yield
+
+
+def _with_own_order(config: Config, workdir: Workdir) -> Config:
+    """A resumed run reads its data in the order that it began with."""
+    kept = workdir.with_own_order(config)
+    if kept != config:
+        processes.say(
+            f'resuming with data.shuffle = "{kept.data.shuffle}" as the run began, not "{config.data.shuffle}"; a new '
+            "--workdir takes that"
+        )
+    return kept
 
 
 def _open_data(config: Config, workdir: Workdir) -> RunData:

@@ -114,9 +114,22 @@ class Workdir:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.config_file} cannot be read: {error}.") from error
         try:
-            return Config.from_dict(values)
+            return Config.from_stored(values)
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from error
+
+    def with_own_order(self, config: Config) -> Config:
+        """A config with ``data.shuffle`` of the run that is here, if it has come as far as a checkpoint.
+
+        The order is no part of what a user asks of a resumed run: its default may have changed since the run began.
+
+        Raises:
+          UserError: the config of the run cannot be read.
+        """
+        earlier = self.earlier_config()
+        if earlier is None:
+            return config
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle=earlier.data.shuffle))
 
     def compare_config(self, config: Config) -> list[str]:
         """Compares a config with that of the run that is here, if it has come as far as a checkpoint.
@@ -130,6 +143,7 @@ class Workdir:
         earlier = self.earlier_config()
         if earlier is None:
             return []
+        config = self.with_own_order(config)
         if config.train.num_tokens or config.train.num_epochs:  # these say the length: the steps follow from them
             train = dataclasses.replace(config.train, num_steps=earlier.train.num_steps)
             config = dataclasses.replace(config, train=train)

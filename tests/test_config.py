@@ -184,6 +184,22 @@ def test_what_may_change_on_resume(tmp_path):
     assert workdir.compare_config(tiny.config(train={"num_steps": 20})) == ["train.num_steps: 12 -> 20"]
 
 
+def test_a_resumed_run_keeps_the_order_of_its_data(tmp_path):
+    """Also one of an older natsjax, which stored no order: it shuffled documents alone."""
+    asked = tiny.config(data={"shuffle": "contexts"})
+    workdir = Workdir(tmp_path)
+    values = tiny.config().to_dict()
+    del values["data"]["shuffle"]
+    workdir.config_file.write_text(json.dumps(values))
+    assert workdir.with_own_order(asked) == asked  # nothing is trained yet
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    assert workdir.compare_config(asked) == []
+    kept = workdir.with_own_order(asked)
+    assert kept == dataclasses.replace(asked, data=dataclasses.replace(asked.data, shuffle="documents"))
+    workdir.record(kept, "a" * 64)
+    assert workdir.with_own_order(asked) == kept
+
+
 def test_other_data_is_refused(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.record(tiny.config(), "a" * 64)

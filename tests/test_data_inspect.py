@@ -92,6 +92,28 @@ def test_training_contexts_are_those_of_the_run(folder, shown):
         _pieces_hold(example, source[step * BATCH_SIZE + row], corpus, "train")
 
 
+@pytest.mark.parametrize("shuffle", ["contexts", "documents"])
+def test_the_documents_of_a_batch_are_counted(folder, shown, tmp_path, shuffle):
+    """Of a run of an older natsjax, whose config.json says nothing of an order, documents alone are shuffled."""
+    config = json.loads((folder / "elsewhere" / "config.json").read_text())
+    if shuffle == "documents":
+        del config["data"]["shuffle"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = PackedSource.from_corpus(
+        Corpus.load(folder / "b"), context_length=CONTEXT_LENGTH, seed=SEED, shuffle=shuffle
+    )
+    for step in (0, 3):
+        ids = source.rows(step * BATCH_SIZE, BATCH_SIZE)["document_id"]
+        example = json.loads(shown(f"--workdir={tmp_path}", f"--step={step}", "--json"))
+        assert example["documents_in_batch"] == len(set(ids.ravel().tolist()))
+    assert f"documents in batch {example['documents_in_batch']}:" in shown(f"--workdir={tmp_path}", "--step=3")
+    other = "documents" if shuffle == "contexts" else "contexts"
+    flags = [f"--prepared_dir={folder / 'b'}", f"--context_length={CONTEXT_LENGTH}", f"--seed={SEED}", "--json"]
+    same, different = (shown(*flags, "--context=7", f"--shuffle={way}") for way in (shuffle, other))
+    assert json.loads(same)["pieces"][0]["document"] == source[7]["document_id"][0]
+    assert json.loads(same)["pieces"] != json.loads(different)["pieces"]
+
+
 def test_validation_contexts_are_the_evaluated_slice(folder, shown):
     corpus = Corpus.load(folder / "b")
     contexts = evaluation_contexts(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from natsjax.data import PackedSource, evaluation_contexts, iterate, piece_lengths, train_dataset
 from natsjax.data.lru_cache import LRUCache
-from natsjax.data.packing import epoch_order
+from natsjax.data.packing import context_order, epoch_order
 from natsjax.errors import UserError
 
 BOS, EOS = 900, 901
@@ -41,8 +41,11 @@ class FakeDocuments:
         return (np.arange(self.lengths[index]) + 10 * index).astype(np.int32) % 900
 
 
-def _source(lengths, context_length, seed=0):
-    return PackedSource(FakeDocuments(lengths), context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed)
+def _source(lengths, context_length, seed=0, shuffle="contexts"):
+    documents = FakeDocuments(lengths)
+    return PackedSource(
+        documents, context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed, shuffle=shuffle
+    )
 
 
 def _oracle_stream(documents, orders):
@@ -89,13 +92,53 @@ lengths_strategy = st.lists(st.integers(0, 12), min_size=1, max_size=6)
 @settings(max_examples=80, deadline=None)
 @given(lengths=lengths_strategy, context_length=st.integers(1, 40), seed=st.integers(0, 3))
 def test_contexts_equal_the_brute_force_oracle(lengths, context_length, seed):
-    source = _source(lengths, context_length, seed)
+    source = _source(lengths, context_length, seed, "documents")
     num_contexts = 6
     num_epochs = num_contexts * context_length // source.epoch_tokens + 2
     orders = [epoch_order(len(lengths), seed=seed, epoch=epoch) for epoch in range(num_epochs)]
     stream = list(_oracle_stream(FakeDocuments(lengths), orders))
     for number in reversed(range(num_contexts)):
         _assert_equal(source[number], _oracle_context(stream, number, context_length))
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=lengths_strategy, context_length=st.integers(1, 40), seed=st.integers(0, 3))
+def test_shuffled_contexts_are_those_of_each_epoch_once_in_another_order(lengths, context_length, seed):
+    """An epoch's contexts are the cuts that begin in it: longer contexts than an epoch leave some epochs with none."""
+    plain, shuffled = (_source(lengths, context_length, seed, shuffle) for shuffle in ("documents", "contexts"))
+    first = 0
+    for epoch in range(4):
+        end = -(-(epoch + 1) * plain.epoch_tokens // context_length)
+        expected = sorted(_key(plain[number]) for number in range(first, end))
+        assert sorted(_key(shuffled[number]) for number in range(first, end)) == expected
+        first = end
+
+
+def _key(row):
+    return b"".join(row[name].tobytes() for name in FIELDS)
+
+
+def test_the_rows_of_a_batch_come_from_many_documents():
+    """40 documents of 3,000 tokens, context 128, batch 16: 1.2 of them in a batch as they are cut."""
+    lengths, steps = [3000] * 40, 58  # an epoch has 938 contexts
+
+    def documents_in_a_batch(shuffle):
+        dataset = train_dataset(_source(lengths, 128, shuffle=shuffle), batch_size=16, num_steps=steps)
+        return np.mean([len(np.unique(dataset[step]["document_id"])) for step in range(steps)])
+
+    assert documents_in_a_batch("documents") == pytest.approx(1.7, abs=0.2)
+    # 16 rows and the 0.7 of them that lie across a border, drawn from 40 documents: 40 (1 - (39/40)^16.7) = 13.8
+    assert documents_in_a_batch("contexts") == pytest.approx(13.8, abs=0.4)
+
+
+def test_the_order_of_contexts_is_uniform_enough():
+    """Where a context comes says nothing of what comes before it, and every context comes first equally often."""
+    orders = np.array([list(context_order(20, seed=seed, epoch=1)) for seed in range(200)])
+    assert (np.sort(orders) == np.arange(20)).all()
+    pairs = np.stack([orders[:, 1:].ravel(), orders[:, :-1].ravel()])
+    assert np.corrcoef(pairs)[0, 1] == pytest.approx(-1 / 19, abs=0.06)  # 3,800 pairs: 0.016 is a standard deviation
+    counts = np.bincount(orders[:, 0], minlength=20)
+    assert ((counts - 10) ** 2 / 10).sum() < 43.8  # chi-square of 19 degrees of freedom, 99.9 %
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,10 +226,15 @@ def test_order_is_pinned_for_old_runs():
     """A change of these numbers would give every resumed run other data."""
     assert epoch_order(8, seed=0, epoch=0).tolist() == PINNED_EPOCH_0
     assert epoch_order(8, seed=7, epoch=3).tolist() == PINNED_EPOCH_3
+    assert [context_order(8, seed=0, epoch=0)[at] for at in range(8)] == PINNED_CONTEXTS_0
+    assert [context_order(10**9, seed=7, epoch=3)[at] for at in range(3)] == PINNED_CONTEXTS_3
 
 
 PINNED_EPOCH_0 = [0, 3, 7, 5, 1, 2, 6, 4]
 PINNED_EPOCH_3 = [7, 1, 6, 0, 4, 2, 3, 5]
+
+PINNED_CONTEXTS_0 = [3, 0, 6, 2, 7, 4, 1, 5]
+PINNED_CONTEXTS_3 = [771596719, 701535850, 615498280]
 
 LENGTHS = [1, 30, 7, 100, 3, 18]
 
@@ -296,6 +344,7 @@ def test_cache_keeps_to_its_size_and_forgets_the_oldest():
     [
         (lambda: _source(LENGTHS, 0), "context_length is 0; it must be at least 1"),
         (lambda: _source(LENGTHS, 8, seed=-1), "seed is -1; it must not be negative"),
+        (lambda: _source(LENGTHS, 8, shuffle="rows"), "shuffle is 'rows'; one of 'contexts', 'documents'"),
         (lambda: _source([], 8), "has no documents"),
         (lambda: train_dataset(_source(LENGTHS, 8), batch_size=0), "batch_size is 0"),
         (lambda: train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=0), "num_steps is 0"),
@@ -328,7 +377,7 @@ def test_importing_touches_no_device():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 20))
 def test_piece_lengths_of_the_source_are_those_of_its_first_epoch(lengths, context_length):
-    source = _source(lengths, context_length)
+    source = _source(lengths, context_length, shuffle="documents")
     whole = -(-source.epoch_tokens // context_length)
     rows = source.rows(0, whole)
     places = np.arange(whole * context_length).reshape(whole, context_length)

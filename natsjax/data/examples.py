@@ -65,7 +65,7 @@ class Example:
           colour: mark tokens by ANSI colours; otherwise by `|`.
         """
         statistics = self.statistics()
-        where = ", ".join(f"{name} {value}" for name, value in self.place.items())
+        where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.place.items())
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in statistics.items())
         yield _titled(f"{where}: {counts}", colour)
         pieces = self.to_json()["pieces"]

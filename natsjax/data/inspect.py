@@ -17,10 +17,13 @@ import itertools
 import json
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from natsjax.command_line import read_config_file
 from natsjax.config import Config
@@ -28,7 +31,7 @@ from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
 from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
 from natsjax.data.packing import Row
-from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts
+from natsjax.data.pipeline import PackedSource, RowSource, Shuffle, evaluation_contexts
 from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
@@ -46,11 +49,25 @@ class Data:
       row: gives context `index`, arrays `[t]`.
       vocabulary: the tokens.
       corpora: that the documents come from, in the order in which their documents are counted; none for recall.
+      is_stream: whether these are the contexts that steps take their batches from.
     """
 
     row: Callable[[int], Row]
     vocabulary: Vocabulary
     corpora: tuple[Corpus, ...] = ()
+    is_stream: bool = False
+
+    def documents_in_batch(self, step: int, batch_size: int) -> int | None:
+        """How many documents the batch of a training step has rows of; None where nothing is a document.
+
+        Args:
+          step: from 0.
+          batch_size: rows of it.
+        """
+        if not self.is_stream:
+            return None
+        rows = [self.row(index)["document_id"] for index in range(step * batch_size, (step + 1) * batch_size)]
+        return len(np.unique(np.concatenate(rows)))
 
 
 def open_data(config: Config, split: str, prepared: str) -> Data:
@@ -65,6 +82,7 @@ def open_data(config: Config, split: str, prepared: str) -> Data:
       UserError: the data is not there, or damaged.
     """
     length, seed, most = config.data.context_length, config.train.seed, config.eval.num_contexts
+    shuffle = config.data.shuffle
     if not prepared:
         task = RecallTask(length, seed=seed, **dataclasses.asdict(config.data.recall))
         return Data(lambda index: _unstacked(task.rows(index, 1, split=split)), task)
@@ -72,16 +90,16 @@ def open_data(config: Config, split: str, prepared: str) -> Data:
         parts = load_mixture(prepared)
         corpora = tuple(part.corpus for part in parts)
         if split == "train":
-            row = _rows_of(MixtureSource(parts, context_length=length, seed=seed))
+            row = _rows_of(MixtureSource(parts, context_length=length, seed=seed, shuffle=shuffle))
         else:
             row = _slice_of(mixture_contexts(parts, split, context_length=length, max_contexts=most), split)
-        return Data(row, corpora[0].tokenizer, corpora)
+        return Data(row, corpora[0].tokenizer, corpora, is_stream=split == "train")
     corpus = Corpus.load(prepared)
     if split == "train":
-        row = _rows_of(PackedSource.from_corpus(corpus, context_length=length, seed=seed))
+        row = _rows_of(PackedSource.from_corpus(corpus, context_length=length, seed=seed, shuffle=shuffle))
     else:
         row = _slice_of(evaluation_contexts(corpus, split, context_length=length, max_contexts=most), split)
-    return Data(row, corpus.tokenizer, (corpus,))
+    return Data(row, corpus.tokenizer, (corpus,), is_stream=split == "train")
 
 
 def example_at(data: Data, split: str, index: int, place: dict[str, Any]) -> Example:
@@ -152,14 +170,14 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
         raise UserError("nothing to inspect: give --prepared_dir=DIR, --workdir=DIR or --config=FILE.")
     if config.data.source == "recall" and not options.prepared_dir:
         prepared = ""
-    lengths = {} if options.context_length is None else {"context_length": options.context_length}
-    training = {
-        name: value for name, value in (("seed", options.seed), ("batch_size", options.batch_size)) if value is not None
-    }
+    data, training = (
+        {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        for names in (("context_length", "shuffle"), ("seed", "batch_size"))
+    )
     # Ranges are checked below and by what is made of them: here the rest of the config plays no part.
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, **lengths),
+        data=dataclasses.replace(config.data, **data),
         train=dataclasses.replace(config.train, **training),
     )
     return config, prepared
@@ -171,7 +189,7 @@ def _prepared(config: Config) -> str:
 
 def _read_run(path: Path) -> Config:
     try:
-        return Config.from_dict(json.loads(path.read_text()))
+        return Config.from_stored(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -211,7 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with log_lines():
             config, prepared = _config_of(options)
             index, place = _index(options, config.train.batch_size)
-            example = example_at(open_data(config, options.split, prepared), options.split, index, place)
+            data = open_data(config, options.split, prepared)
+            if place:
+                documents = data.documents_in_batch(place["step"], config.train.batch_size)
+                place |= {} if documents is None else {"documents_in_batch": documents}
+            example = example_at(data, options.split, index, place)
         if options.json:
             print(json.dumps(example.to_json(), ensure_ascii=False))
         else:
@@ -252,6 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, help, default in settings:
         parser.add_argument(f"--{name}", type=int, help=f"{help} (default: that of the run or config, else {default})")
+    order = typing.get_args(Shuffle)
+    help = f"what an epoch puts into a random order (default: as above, else {defaults.data.shuffle})"
+    parser.add_argument("--shuffle", choices=order, help=help)
     parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
     return parser
 

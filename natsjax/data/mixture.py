@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from natsjax.data.corpus import Corpus
 from natsjax.data.packing import Row, stack
-from natsjax.data.pipeline import PackedSource, evaluation_contexts
+from natsjax.data.pipeline import PackedSource, Shuffle, evaluation_contexts
 from natsjax.errors import UserError
 
 
@@ -110,6 +110,7 @@ class MixtureSource:
       parts: from `load_mixture`.
       context_length: tokens in a context, `t`.
       seed: which random orders; not negative.
+      shuffle: of each stream, see `PackedSource`.
 
     Attributes:
       parts: the corpora.
@@ -121,10 +122,11 @@ class MixtureSource:
       UserError: see `PackedSource`.
     """
 
-    def __init__(self, parts: Sequence[Part], *, context_length: int, seed: int):
+    def __init__(self, parts: Sequence[Part], *, context_length: int, seed: int, shuffle: Shuffle = "contexts"):
         self.parts = list(parts)
         self.sources = [
-            PackedSource.from_corpus(part.corpus, context_length=context_length, seed=seed) for part in parts
+            PackedSource.from_corpus(part.corpus, context_length=context_length, seed=seed, shuffle=shuffle)
+            for part in parts
         ]
         self.epoch_tokens = sum(source.epoch_tokens for source in self.sources)
         self._weights = _whole_weights(parts)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import grain
 import numpy as np
 import numpy.typing as npt
 
@@ -77,6 +78,22 @@ def epoch_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(num_documents), kind="stable")
+
+
+def context_order(num_contexts: int, *, seed: int, epoch: int) -> grain.MapDataset:
+    """A random order of the contexts of an epoch, by random access in constant memory: a function of seed and epoch.
+
+    Args:
+      num_contexts: how many there are, 1 or more.
+      seed: not negative.
+      epoch: not negative.
+
+    Returns:
+      ``[place]`` is the context at that place, 0 to ``num_contexts - 1``.
+    """
+    # Grain takes 32 bits; the third number keeps them apart from those of `epoch_order`.
+    bits = int(np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint32)[0])
+    return grain.MapDataset.range(num_contexts).shuffle(seed=bits)
 
 
 def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.int32]], context_length: int) -> Row:

@@ -1,14 +1,16 @@
 """The training stream and the evaluation slice of a prepared corpus, through Grain.
 
 The stream is infinite: epoch after epoch, each with its documents in another random order, laid end to end
-and cut into contexts. Context `j` covers tokens `j·t … (j+1)·t-1` of it, whatever was read before, so that
-step `n` of a run sees the same batch in every run and after every resume.
+and cut into contexts: the `j`-th cut covers tokens `j·t … (j+1)·t-1`. The contexts that begin in an epoch are then
+read in a random order of their own, so that the rows of a batch come from many documents and not from one after the
+other. What is at a place of the stream does not depend on what was read before: step `n` of a run sees the same batch
+in every run and after every resume.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import grain
 import numpy as np
@@ -16,8 +18,11 @@ import numpy.typing as npt
 
 from natsjax.data.corpus import Corpus
 from natsjax.data.lru_cache import LRUCache
-from natsjax.data.packing import NUM_FRAME_TOKENS, Layout, Piece, Row, epoch_order, pack, stack
+from natsjax.data.packing import NUM_FRAME_TOKENS, Layout, Piece, Row, context_order, epoch_order, pack, stack
 from natsjax.errors import UserError
+
+Shuffle = Literal["contexts", "documents"]
+"""What is put into a random order in each epoch: documents and then contexts, or documents alone."""
 
 _CACHED_TOKENS = 1 << 24  # decoded documents, 64 MiB
 _CACHED_EPOCHS = 3  # a context may touch two, and prefetching threads run ahead
@@ -66,9 +71,10 @@ class PackedSource:
       bos_id: id put before every document.
       eos_id: id put after every document.
       seed: which random orders; not negative.
+      shuffle: "contexts", or "documents": contexts then follow one another as they were cut.
 
     Raises:
-      UserError: `context_length` or `seed` is out of range, or there is no document.
+      UserError: `context_length`, `seed` or `shuffle` is out of range, or there is no document.
 
     Example:
       >>> source = PackedSource.from_corpus(Corpus.load("data/sotu"), context_length=256, seed=0)
@@ -76,20 +82,34 @@ class PackedSource:
       (256,)
     """
 
-    def __init__(self, documents: TokenisedDocuments, *, context_length: int, bos_id: int, eos_id: int, seed: int):
+    def __init__(
+        self,
+        documents: TokenisedDocuments,
+        *,
+        context_length: int,
+        bos_id: int,
+        eos_id: int,
+        seed: int,
+        shuffle: Shuffle = "contexts",
+    ):
         _check_context_length(context_length)
         _check_seed(seed)
+        _check_shuffle(shuffle)
         self._lengths = documents.lengths
         if len(self._lengths) == 0:
             raise UserError("the split to train on has no documents; prepare a corpus with at least one.")
         self.context_length = context_length
         self.seed = seed
+        self.shuffle = shuffle
         self.epoch_tokens = int(self._lengths.sum()) + NUM_FRAME_TOKENS * len(self._lengths)
         self._framed = _FramedDocuments(documents, bos_id, eos_id)
         self._layouts = LRUCache(self._layout, max_size=_CACHED_EPOCHS)
+        self._orders = LRUCache(self._order, max_size=_CACHED_EPOCHS)
 
     @classmethod
-    def from_corpus(cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train") -> PackedSource:
+    def from_corpus(
+        cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train", shuffle: Shuffle = "contexts"
+    ) -> PackedSource:
         """The stream of a split of a prepared corpus.
 
         Raises:
@@ -101,13 +121,14 @@ class PackedSource:
             bos_id=corpus.tokenizer.bos_id,
             eos_id=corpus.tokenizer.eos_id,
             seed=seed,
+            shuffle=shuffle,
         )
 
     def __getitem__(self, index: int) -> Row:
         """Context `index` of the stream, arrays `[t]` (see `natsjax.data.packing`)."""
         if index < 0:
             raise IndexError(f"context {index}: the stream begins at 0 and has no end to count from")
-        begin = index * self.context_length
+        begin = self._cut(index) * self.context_length
         return pack(self._pieces(begin, begin + self.context_length + 1), self._framed, self.context_length)
 
     def piece_lengths(self) -> npt.NDArray[np.int64]:
@@ -120,6 +141,21 @@ class PackedSource:
     def rows(self, begin: int, count: int) -> Row:
         """Contexts `begin … begin+count-1`, arrays `[count, t]`."""
         return stack([self[index] for index in range(begin, begin + count)])
+
+    def _cut(self, index: int) -> int:
+        """Which cut of the laid out documents is context `index`."""
+        if self.shuffle == "documents":
+            return index
+        epoch = index * self.context_length // self.epoch_tokens
+        begin = self._first_cut(epoch)
+        return begin + self._orders[epoch][index - begin]
+
+    def _first_cut(self, epoch: int) -> int:
+        """The first cut that begins in an epoch."""
+        return -(-epoch * self.epoch_tokens // self.context_length)
+
+    def _order(self, epoch: int) -> grain.MapDataset:
+        return context_order(self._first_cut(epoch + 1) - self._first_cut(epoch), seed=self.seed, epoch=epoch)
 
     def _layout(self, epoch: int) -> Layout:
         return Layout(self._lengths, epoch_order(len(self._lengths), seed=self.seed, epoch=epoch))
@@ -249,3 +285,8 @@ def _check_context_length(context_length: int) -> None:
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise UserError(f"seed is {seed}; it must not be negative.")
+
+
+def _check_shuffle(shuffle: str) -> None:
+    if shuffle not in get_args(Shuffle):
+        raise UserError(f"shuffle is {shuffle!r}; one of {', '.join(map(repr, get_args(Shuffle)))} was expected.")
