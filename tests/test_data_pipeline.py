@@ -43,9 +43,7 @@ class FakeDocuments:
 
 def _source(lengths, context_length, seed=0, shuffle="contexts"):
     documents = FakeDocuments(lengths)
-    return PackedSource(
-        documents, context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed, shuffle=shuffle
-    )
+    return PackedSource(documents, context_length=context_length, bos_id=BOS, eos_id=EOS, seed=seed, shuffle=shuffle)
 
 
 def _oracle_stream(documents, orders):

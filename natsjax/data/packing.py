@@ -96,12 +96,12 @@ def context_order(num_contexts: int, *, seed: int, epoch: int) -> grain.MapDatas
     return grain.MapDataset.range(num_contexts).shuffle(seed=bits)
 
 
-def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.int32]], context_length: int) -> Row:
+def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.integer]], context_length: int) -> Row:
     """One context from the pieces that it consists of.
 
     Args:
       pieces: they cover the context and the one token after it; fewer are padded.
-      framed: gives BOS + tokens + EOS of a document, int32.
+      framed: gives BOS + tokens + EOS of a document, integers.
       context_length: `t`.
 
     Returns:

@@ -24,7 +24,7 @@ from natsjax.errors import UserError
 Shuffle = Literal["contexts", "documents"]
 """What is put into a random order in each epoch: documents and then contexts, or documents alone."""
 
-_CACHED_TOKENS = 1 << 24  # decoded documents, 64 MiB
+_CACHED_BYTES = 1 << 28  # of documents: with contexts in a random order, each is read once for every context in it
 _CACHED_EPOCHS = 3  # a context may touch two, and prefetching threads run ahead
 
 
@@ -47,19 +47,24 @@ class RowSource(Protocol):
 
 
 class _FramedDocuments:
-    """Documents with BOS and EOS around them, int32; the ones used last are kept."""
+    """Documents with BOS and EOS around them, uint16 or int32; the ones used last are kept."""
 
     def __init__(self, documents: TokenisedDocuments, bos_id: int, eos_id: int):
         self._documents = documents
         self._bos = np.array([bos_id], np.int32)
         self._eos = np.array([eos_id], np.int32)
-        self._cache = LRUCache(self._read, max_size=_CACHED_TOKENS, size=len)
+        self._cache = LRUCache(self._read, max_size=_CACHED_BYTES, size=_num_bytes)
 
-    def __call__(self, index: int) -> npt.NDArray[np.int32]:
+    def __call__(self, index: int) -> npt.NDArray[np.integer]:
         return self._cache[index]
 
-    def _read(self, index: int) -> npt.NDArray[np.int32]:
-        return np.concatenate([self._bos, self._documents[index], self._eos])
+    def _read(self, index: int) -> npt.NDArray[np.integer]:
+        tokens = np.concatenate([self._bos, self._documents[index], self._eos])
+        return tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens  # twice as many in the cache
+
+
+def _num_bytes(tokens: npt.NDArray) -> int:  # a function, for a lambda cannot be pickled
+    return tokens.nbytes
 
 
 class PackedSource:
