@@ -112,8 +112,8 @@ def run(
     if chunk < 1:
         raise UserError(f"--chunk={chunk}: it must be 1 or more tokens.")
     progress = progress and processes.is_main()
-    this = load(workdir, prepared_dir=prepared_dir, progress=progress) if loaded is None else loaded
-    twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
+    this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
+    twin = None if dense_workdir is None else load_twin(this, dense_workdir, prepared_dir=prepared_dir)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
     dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)

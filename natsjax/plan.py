@@ -29,6 +29,7 @@ from natsjax.hardware import GIB
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
+from natsjax.settings import resolve_paths
 from natsjax.workdir import write_atomically
 
 _USAGE = (
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
-    config = parse_config_flags(argv, values, _USAGE)
+    config = resolve_paths(parse_config_flags(argv, values, _USAGE))
     if not values["topology"].value:
         raise UserError(f"--topology is missing: {hardware.known_topologies()}.")
     files = {name: pathlib.Path(values[name].value) for name in ("json", "program") if values[name].value}

@@ -23,6 +23,7 @@ from natsjax.losses import Batch
 from natsjax.metrics import WallTime
 from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
+from natsjax.run_paths import settle_paths
 from natsjax.signals import StopRequests
 from natsjax.train_step import StepMetrics, Trainer, TrainState
 from natsjax.workdir import Workdir
@@ -49,6 +50,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     wall_time = WallTime()
     workdir = Workdir(path)
     workdir.refuse_export()
+    config = settle_paths(config, workdir)
     wandb_writer.check(config)
     with (
         contextlib.closing(wall_time),

@@ -50,7 +50,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(os.path.expanduser(path))
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.starts_file = self.path / "starts.jsonl"
@@ -153,8 +153,12 @@ class Workdir:
         """Whether there is something that a run could go on from."""
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
-    def compare_data(self, fingerprint: str) -> None:
+    def compare_data(self, fingerprint: str, *, to_train: bool = True) -> None:
         """Compares the data with what the run that is here was started with.
+
+        Args:
+          fingerprint: of the data.
+          to_train: whether the run goes on with it; False: it is read, and the data may be named.
 
         Raises:
           UserError: it is other data.
@@ -164,7 +168,7 @@ class Workdir:
         known = self.read_data_fingerprint()
         if known != fingerprint:
             instead = f"(fingerprint {fingerprint[:12]}… instead of {known[:12]}…)"
-            if self.is_export:
+            if self.is_export or not to_train:
                 raise UserError(
                     f"the corpus is not the one that {self.path} was trained on {instead}; give that one as "
                     "--prepared_dir."
@@ -172,6 +176,14 @@ class Workdir:
             raise UserError(
                 f"the data is not what {self.path} was started with {instead}; restore it or use another --workdir."
             )
+
+    def known_fingerprint(self) -> str | None:
+        """What the data was; None where nobody wrote it down.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        return self.read_data_fingerprint() if self.data_file.exists() else None
 
     def read_data_fingerprint(self) -> str:
         """What the data was.
