@@ -28,6 +28,7 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
+from natsjax.outputs import unwritable
 from natsjax.policies import Policy
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
@@ -271,9 +272,9 @@ def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[di
         yield lambda _: None
         return
     try:
-        file = open(output, "w", encoding="utf-8")  # noqa: SIM115 (closed below; the error is of opening alone)
+        file = open(os.path.expanduser(output), "w", encoding="utf-8")  # noqa: SIM115 (closed below; only opening fails)
     except OSError as error:
-        raise UserError(f"--output={os.fspath(output)} cannot be written: {error.strerror}.") from error
+        raise unwritable(f"--output={os.fspath(output)}", error) from error
 
     def write(records: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

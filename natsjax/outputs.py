@@ -1,4 +1,4 @@
-"""Files and folders that a command is told to write: tried before the work, written whole, and advice where it fails."""
+"""Files and folders that a command is to write: tried before the work, written whole, with advice where it fails."""
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ from natsjax.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ELSEWHERE = "name a place that you may write, or have its permissions changed"
 _ROOM = "make room there, or name a place on another disk"
 _ADVICE = {
@@ -38,7 +39,6 @@ _ADVICE = {
     errno.ENOLCK: "that file system knows no locks: name a place on another one",
     errno.ENOTSUP: "that file system cannot do this: name a place on another one",
 }
-_OTHERWISE = "name another place"
 
 
 def reason(error: OSError) -> str:
@@ -46,12 +46,27 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def advice(error: OSError) -> str:
-    """Says what would help, by ``errno``; libraries that have none to give say it in words."""
-    number = error.errno
-    if number is None:
-        number = next((known for known in _ADVICE if os.strerror(known) in str(error)), 0)
-    return _ADVICE.get(number, _OTHERWISE)
+def advice(error: OSError, *, may_move: bool = True) -> str:
+    """Says what would help, by ``errno``; libraries that have none to give say it in words.
+
+    Args:
+      error: of the system.
+      may_move: whether another place is as good; False: what is done so far lies where it failed.
+    """
+    if not may_move:
+        return "make room there" if is_full(error) else "put that right"
+    return _ADVICE.get(_number(error), "name another place")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room left."""
+    return _number(error) in _FULL
+
+
+def _number(error: OSError) -> int:
+    if error.errno is not None:
+        return error.errno
+    return next((known for known in _ADVICE if os.strerror(known) in str(error)), 0)
 
 
 def unwritable(name: str | os.PathLike[str], error: OSError) -> UserError:

@@ -1,7 +1,7 @@
 """Paths in settings: stored absolute, so that they mean the same from every folder, and told apart from words.
 
-A field that names paths says so with a ``PathSyntax``; ``settings.resolve_paths`` makes all of them absolute where a run
-begins, and ``settings.differences`` takes two ways to write the same path for the same.
+A field that names paths says so with a ``PathSyntax``; ``settings.resolve_paths`` makes all of them absolute where a
+run begins, and ``settings.differences`` takes two ways to write the same path for the same.
 """
 
 import dataclasses

@@ -26,6 +26,7 @@ from natsjax.command_line import flag_help, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
+from natsjax.outputs import try_files, unwritable
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
@@ -297,10 +298,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve_paths(parse_config_flags(argv, values, _USAGE))
     if not values["topology"].value:
         raise UserError(f"--topology is missing: {hardware.known_topologies()}.")
-    files = {name: pathlib.Path(values[name].value) for name in ("json", "program") if values[name].value}
+    files = {name: pathlib.Path(values[name].value).expanduser() for name in ("json", "program") if values[name].value}
     for name, path in files.items():
         if not path.absolute().parent.is_dir():
             raise UserError(f"--{name}={path}: there is no such folder.")
+        try:
+            try_files([path])
+        except OSError as error:
+            raise unwritable(f"--{name}={path}", error) from error
     if files and values["search"].value:
         raise UserError("--json and --program are of one plan; leave out --search.")
     topology = (values["topology"].value, values["num_slices"].value)

@@ -86,9 +86,7 @@ def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> Run
     return _of_corpus(config, _find_corpus(config, workdir, progress))
 
 
-def find_data(
-    config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLike[str] | None = None
-) -> RunData:
+def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLike[str] | None = None) -> RunData:
     """Opens the data that a run was trained on, wherever it is by now; prepares and writes nothing.
 
     Args:

@@ -40,8 +40,8 @@ def settle_paths(config: Config, workdir: Workdir) -> Config:
         and not input_exists(now)
     }
     data = dataclasses.replace(data, **kept)
-    named = [folder for folder, _ in parse_mixture(data.mixture)] if data.mixture else [data.prepared_dir or workdir.corpus]
-    if all((Path(folder) / CORPUS_FILE).exists() for folder in named):
+    parts = parse_mixture(data.mixture) if data.mixture else [(data.prepared_dir or workdir.corpus, 1.0)]
+    if all((Path(folder) / CORPUS_FILE).exists() for folder, _ in parts):
         return dataclasses.replace(config, data=data)
     for candidate in (data, dataclasses.replace(data, mixture=before.mixture, prepared_dir=before.prepared_dir)):
         with contextlib.suppress(UserError):  # then training opens what is named, and says what is wrong with it

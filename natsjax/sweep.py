@@ -24,7 +24,7 @@ from natsjax import compare, processes, train
 from natsjax.command_line import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.reporting.results import write_files
+from natsjax.reporting.results import try_reports, write_files
 from natsjax.settings import resolve_paths
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
 from natsjax.sweep_runs import (
@@ -132,6 +132,8 @@ def run(
     ended: dict[str, SweepRun] = {}
     with Workdir(directory).lock(), _terminated_as_interrupted():
         try:
+            sweep = Workdir(directory)
+            try_reports([directory / LINES_FILE, directory / PICTURE_FILE, sweep.report / "report.html"])
             check_existing(runs)
             runs = with_shared_corpus(runs, directory, progress)
             check_data(runs, progress)

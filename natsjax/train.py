@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, optim, partition, processes, signals, token_types, wandb_writer, watchdog
+from natsjax import evaluate, optim, partition, processes, report, signals, token_types, wandb_writer, watchdog
 from natsjax.checkpoint import Checkpoints
 from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
@@ -60,6 +60,9 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         _locked(workdir),
         compilation_cache(config.train.compilation_cache, workdir),
     ):
+        if processes.is_main():
+            workdir.try_writing("checkpoints/", "tensorboard/", *["profile/"] * bool(config.train.profile))
+            report.try_report(workdir)
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")
         earlier = workdir.earlier_config()

@@ -35,9 +35,11 @@ from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.outputs import advice, make_folder, reason, try_files, write_file
 from natsjax.settings import differences
 
 EXPORT_FORMAT = 1
+_TRIED = "tried"
 
 _locks: set[IO[str]] = set()  # files whose locks this process holds
 
@@ -78,10 +80,10 @@ class Workdir:
           UserError: another process holds it, or it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
-            raise UserError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
+            raise self._unusable(error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,6 +102,29 @@ class Workdir:
                 yield
             finally:
                 _locks.discard(file)
+
+    def try_writing(self, *names: str) -> None:
+        """Tries, before long work, what will be written in the end; hold the lock.
+
+        Args:
+          names: of folders and files in the workdir, folders with a slash behind them.
+
+        Raises:
+          UserError: one of them cannot be written.
+        """
+        try:
+            for name in names:
+                path = self.path / name
+                if path.is_symlink() and name.endswith("/"):
+                    make_folder(path)  # where it leads: not all that writes there makes it
+                try_files([path / _TRIED if name.endswith("/") else path])
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        where = str(error.filename or self.path).removesuffix(f"/{_TRIED}")
+        what = "" if where == str(self.path) else f"{where}: "
+        return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {advice(error)}.")
 
     def read_config(self) -> Config:
         """The config that the run was started with.
@@ -268,12 +293,9 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: it cannot be written (a full disk, say); what was there stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_file(path, text.encode("utf-8"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
