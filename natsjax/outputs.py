@@ -31,7 +31,7 @@ _ADVICE = {
     errno.EBUSY: "something else uses it: name a new folder inside it, or another place",
     errno.EXDEV: "it lies on two file systems: name a new folder inside it, or another place",
     errno.EINVAL: "that file system takes no such name: name another one",
-    errno.EILSEQ: "that file system takes no such name: name another one",
+    errno.EILSEQ: "libraries that write there take names in UTF-8 alone: name another path",
     errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n)",
     errno.ENFILE: "this machine may open no more files: end other programs, or raise its limit",
     errno.EIO: "the disk or its connection fails: look into the system's log, and name a place on another disk",
@@ -85,7 +85,22 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
       OSError: it cannot be made.
     """
-    os.makedirs(real_path(folder), exist_ok=True)
+    try:
+        os.makedirs(real_path(folder), exist_ok=True)
+    except FileExistsError as error:  # which is a file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
+
+
+def check_utf8(path: Path) -> None:
+    """Refuses a path that ArrayRecord and TensorStore cannot open.
+
+    Raises:
+      OSError: ``EILSEQ``.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OSError(errno.EILSEQ, "its bytes are no UTF-8", str(path)) from error
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -142,7 +157,7 @@ def _try_file(path: str | os.PathLike[str]) -> None:
     temporary = _temporary(path)
     renamed = temporary.with_suffix(".tried")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary.write_bytes(b"tried before the work\n")
         os.replace(temporary, renamed)
     finally:

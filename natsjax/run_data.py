@@ -214,7 +214,7 @@ def _of_prepared(config: Config, where: str) -> RunData:
 
 
 def _is_corpus(folder: str | os.PathLike[str]) -> bool:
-    return (pathlib.Path(folder) / CORPUS_FILE).exists()
+    return os.path.exists(pathlib.Path(folder) / CORPUS_FILE)
 
 
 def _load(config: Config) -> Corpus:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
+import os
 
 from natsjax.config import Config
 from natsjax.data import Corpus
@@ -41,7 +41,7 @@ def settle_paths(config: Config, workdir: Workdir) -> Config:
     }
     data = dataclasses.replace(data, **kept)
     parts = parse_mixture(data.mixture) if data.mixture else [(data.prepared_dir or workdir.corpus, 1.0)]
-    if all((Path(folder) / CORPUS_FILE).exists() for folder, _ in parts):
+    if all(os.path.exists(os.path.join(folder, CORPUS_FILE)) for folder, _ in parts):
         return dataclasses.replace(config, data=data)
     for candidate in (data, dataclasses.replace(data, mixture=before.mixture, prepared_dir=before.prepared_dir)):
         with contextlib.suppress(UserError):  # then training opens what is named, and says what is wrong with it

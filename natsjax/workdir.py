@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.outputs import advice, make_folder, reason, try_files, write_file
+from natsjax.outputs import advice, check_utf8, make_folder, real_path, reason, try_files, write_file
 from natsjax.settings import differences
 
 EXPORT_FORMAT = 1
@@ -70,7 +70,7 @@ class Workdir:
     @property
     def is_export(self) -> bool:
         """Whether the folder holds parameters alone, to be read and not trained on."""
-        return self.export_file.exists()
+        return os.path.exists(self.export_file)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -80,6 +80,7 @@ class Workdir:
           UserError: another process holds it, or it cannot be made.
         """
         try:
+            check_utf8(real_path(self.path))
             make_folder(self.path)
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
@@ -172,7 +173,7 @@ class Workdir:
         Raises:
           UserError: it cannot be read.
         """
-        return self.read_config() if self.config_file.exists() and self.has_checkpoint() else None
+        return self.read_config() if os.path.exists(self.config_file) and self.has_checkpoint() else None
 
     def has_checkpoint(self) -> bool:
         """Whether there is something that a run could go on from."""
@@ -208,7 +209,7 @@ class Workdir:
         Raises:
           UserError: it cannot be read.
         """
-        return self.read_data_fingerprint() if self.data_file.exists() else None
+        return self.read_data_fingerprint() if os.path.exists(self.data_file) else None
 
     def read_data_fingerprint(self) -> str:
         """What the data was.

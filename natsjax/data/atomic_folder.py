@@ -24,7 +24,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from natsjax.errors import UserError
-from natsjax.outputs import hidden_name
+from natsjax.outputs import check_utf8, hidden_name, make_folder
 
 PART_SUFFIX = ".npz"
 
@@ -47,7 +47,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
       OSError: the parent folder cannot be made or written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     path = folder.parent / hidden_name(folder.name, "lock")
     if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
         path = folder / _LOCK
@@ -85,6 +85,7 @@ def try_folder(folder: Path) -> None:
     Raises:
       OSError: it cannot be made there.
     """
+    check_utf8(folder)
     is_there = folder.is_dir()
     trial = folder / _TRIAL if is_there else folder.parent / hidden_name(folder.name, "tried")
     shutil.rmtree(trial, ignore_errors=True)  # of a killed process

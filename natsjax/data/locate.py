@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,9 @@ def _all_found(folder: str, run: Path) -> list[_Found]:
     """The places that hold a corpus, each once, the run's own first."""
     places = {real_path(place): place for place in reversed(list(_places(Path(folder), run)))}
     return [
-        _Found(place, _content_hash(place)) for place in reversed(places.values()) if (place / CORPUS_FILE).exists()
+        _Found(place, _content_hash(place))
+        for place in reversed(places.values())
+        if os.path.exists(place / CORPUS_FILE)
     ]
 
 

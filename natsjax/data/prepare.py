@@ -127,7 +127,7 @@ def prepare(
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:
-    partial = next((path for path in partial_paths(real_path(output)) if path.exists()), None)
+    partial = next((path for path in partial_paths(real_path(output)) if os.path.exists(path)), None)
     if partial is not None:
         enough = ", which takes about twice the size of the corpus," if is_full(error) else ""
         return UserError(
