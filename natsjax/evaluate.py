@@ -273,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
     )
     parser.add_argument(
-        "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
     )
     parser.add_argument(
         "--mode",

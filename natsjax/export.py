@@ -5,7 +5,7 @@
 ``natsjax.load``, ``natsjax.evaluate`` and ``train.initial_parameters`` read the folder as they read a workdir, on any
 number of devices. It holds
 
-config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which is used where it is there
+config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which is looked for by the export too
 data.json            which corpus that was
 export.json          step, dtype and number of the parameters, and where they came from
 checkpoints/         the parameters, through Orbax
@@ -59,7 +59,7 @@ def export(
       output: the folder; it appears whole or not at all. An export that is there (with its ``report/``) is replaced.
       dtype: of the numbers in the folder. ``natsjax.load`` makes float32 of bfloat16, which are rounded and take half
         the space.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
 
     Returns:
       The run that was exported, as ``natsjax.load`` gives it.
@@ -216,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype", choices=DTYPES, default="float32", help="of the numbers in the folder (default: float32)"
     )
     parser.add_argument(
-        "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
     )
     flags = parser.parse_args(argv)
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)

@@ -156,7 +156,7 @@ def run(
       settings: of decoding.
       batch_size: prompts at a time.
       mesh_config: devices; None: as the run was trained, where that is possible.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
       output: a file to write: a JSON object a line and prompt, with its text, ids and log-probabilities.
       stream: where text goes as it comes (ids where there is no text); None: nowhere.
       echo: whether a prompt is written before what follows it.

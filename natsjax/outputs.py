@@ -25,7 +25,7 @@ _ADVICE = {
     errno.EISDIR: "there is a folder by the name of that file: name another one",
     errno.EEXIST: "something else has that name: name another one",
     errno.ENOTEMPTY: "something else has that name: name another one",
-    errno.ENOENT: "a folder of that path is not there: make it, or name another path",
+    errno.ENOENT: "no such folder is there, nor can be made: name another path",
     errno.ENAMETOOLONG: f"a name may have {_LONGEST_NAME} bytes: name a shorter one",
     errno.ELOOP: "links of that path lead in a circle: name the folder itself",
     errno.EBUSY: "something else uses it: name a new folder inside it, or another place",
