@@ -5,7 +5,7 @@
 ``natsjax.load``, ``natsjax.evaluate`` and ``train.initial_parameters`` read the folder as they read a workdir, on any
 number of devices. It holds
 
-config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which is looked for by the export too
+config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which need not be there
 data.json            which corpus that was
 export.json          step, dtype and number of the parameters, and where they came from
 checkpoints/         the parameters, through Orbax

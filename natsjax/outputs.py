@@ -140,6 +140,18 @@ def try_files(paths: Iterable[str | os.PathLike[str]]) -> None:
             raise
 
 
+def check_files(name: str, paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Does what ``try_files`` does, for the flag ``name``.
+
+    Raises:
+      UserError: a file could not be written.
+    """
+    try:
+        try_files(paths)
+    except OSError as error:
+        raise unwritable(name, error) from error
+
+
 def _try_file(path: str | os.PathLike[str]) -> None:
     if _is_stream(path):
         open(path, "ab").close()

@@ -26,7 +26,7 @@ from natsjax.command_line import flag_help, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
-from natsjax.outputs import try_files, unwritable
+from natsjax.outputs import check_files
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
@@ -302,10 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, path in files.items():
         if not path.absolute().parent.is_dir():
             raise UserError(f"--{name}={path}: there is no such folder.")
-        try:
-            try_files([path])
-        except OSError as error:
-            raise unwritable(f"--{name}={path}", error) from error
+        check_files(f"--{name}={path}", [path])
     if files and values["search"].value:
         raise UserError("--json and --program are of one plan; leave out --search.")
     topology = (values["topology"].value, values["num_slices"].value)
