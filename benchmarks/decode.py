@@ -53,6 +53,7 @@ from natsjax.decode_loop import Loop
 from natsjax.decoder import NO_LIMIT, Decoder
 from natsjax.kv_buffer import LayerGroup
 from natsjax.model import init_parameters, model_structure
+from natsjax.outputs import try_files, unwritable
 from natsjax.policies import FullAttention, Nats
 from natsjax.sampling import Sampling
 from pallas_kernels.nats_attention import NO_END
@@ -403,6 +404,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--live={arguments.live}: it must be above 0, and at most 1.")
     if arguments.output is not None and not arguments.output.is_dir():
         parser.error(f"--output={arguments.output}: there is no such folder.")
+    if arguments.output is not None:
+        try:
+            try_files([arguments.output / "decode.json"])
+        except OSError as error:
+            parser.error(str(unwritable(f"--output={arguments.output}", error)))
     return arguments
 
 

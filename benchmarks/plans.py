@@ -15,6 +15,7 @@ from natsjax.command_line import read_config_file, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
+from natsjax.outputs import check_files
 from natsjax.plan import as_json, summary
 from natsjax.planning import CompilerCrashed, plan_apart
 from natsjax.workdir import write_atomically
@@ -116,6 +117,8 @@ def main() -> None:
     if flags.output is not None and not flags.output.is_dir():
         raise UserError(f"--output={flags.output}: there is no such folder.")
     path = None if flags.output is None else flags.output / "plans.json"
+    if path is not None:
+        check_files(f"--output={flags.output}", [path])
     rows = json.loads(path.read_text()) if path is not None and path.exists() else []
     for config, word, topology in todo:
         for attention in flags.attention:

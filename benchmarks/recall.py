@@ -20,6 +20,7 @@ from natsjax.command_line import read_config_file
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
+from natsjax.outputs import make_folder, try_files, unwritable
 from natsjax.policies import Nats
 from natsjax.token_types import ROLE_NAMES
 
@@ -135,6 +136,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/recall"), help="folder of the runs")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    pictures = [arguments.output / name for name in ("recall_curve.png", "recall_kept.png")]
+    try:
+        try_files(pictures)  # before the training
+        make_folder(arguments.output)
+    except OSError as error:
+        parser.error(str(unwritable(f"--output={arguments.output}", error)))
     rows_by_seed, lines, shares = {}, [], []
     for seed in seeds:
         folders = {kind: arguments.workdir / f"{kind}_{seed}" for kind in ("nats", "dense")}
@@ -177,8 +184,8 @@ def main() -> None:
         for layer, head in np.ndindex(share.shape[:2]):
             cells = " | ".join(f"{100 * x:.1f} %" for x in share[layer, head])
             print(f"| {seed} | {layer} | {head} | {cells} |")
-    draw_curve(arguments.output / "recall_curve.png", rows_by_seed)
-    draw_kept(arguments.output / "recall_kept.png", load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
+    draw_curve(pictures[0], rows_by_seed)
+    draw_kept(pictures[1], load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
 
 
 def print_budgets(rows_by_seed: dict[int, list[dict[str, Any]]]) -> None:

@@ -41,6 +41,7 @@ from benchmarks.attention_contestants import Contestant
 from configs import quickstart
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.outputs import try_files, unwritable
 from natsjax.token_types import ROLE_NAMES
 from natsjax.train_step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores
@@ -327,6 +328,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lengths={min(arguments.lengths)}: a context has at least 2 tokens.")
     if arguments.output is not None and not arguments.output.is_dir():
         parser.error(f"--output={arguments.output}: there is no such folder.")
+    if arguments.output is not None:
+        try:
+            try_files([arguments.output / "train_step.json"])
+        except OSError as error:
+            parser.error(str(unwritable(f"--output={arguments.output}", error)))
     return arguments
 
 

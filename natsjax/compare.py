@@ -44,7 +44,7 @@ def compare(
     Example:
       >>> natsjax.compare.compare(["runs/nats", "runs/dense"], "runs/report")
     """
-    output = Path(output)
+    output = Path(os.path.expanduser(output))
     places = [Workdir(path) for path in workdirs]
     _check(places, output)
     runs = [

@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from natsjax import processes
 from natsjax.errors import UserError
+from natsjax.outputs import make_folder, real_path
 from natsjax.workdir import Workdir
 
 AUTO, NONE = "auto", "none"
@@ -43,7 +44,7 @@ def compilation_cache(setting: str, workdir: Workdir) -> Iterator[None]:
         return
     if processes.is_main():
         _check(setting, folder)
-    _use(str(folder.absolute()))
+    _use(str(real_path(folder)))
     try:
         yield
     finally:
@@ -59,8 +60,8 @@ def _folder(setting: str, workdir: Workdir) -> Path | None:
 def _check(setting: str, folder: Path) -> None:
     """Where JAX would warn and compile without it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=real_path(folder)):
             pass
     except OSError as error:
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
+from natsjax.paths import PathSyntax
 from natsjax.settings import build, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
@@ -123,20 +124,27 @@ class DataConfig:
         "",
         "folder or file of text, FOLDER:SPLIT of a saved dataset, or package:NAME; prepared when prepared_dir is not "
         "there yet",
+        path=PathSyntax(prefix="package:"),
     )
     mixture: str = setting(
         "",
         "several prepared corpora instead of one, with weights: DIR=WEIGHT,DIR=WEIGHT; each gives that share of the "
         "training tokens",
+        path=PathSyntax(is_mixture=True),
     )
-    prepared_dir: str = setting("", "folder of the prepared corpus; empty: corpus/ in the workdir", resume=True)
+    prepared_dir: str = setting(
+        "", "folder of the prepared corpus; empty: corpus/ in the workdir", resume=True, path=PathSyntax()
+    )
     tokenizer: str = setting(
         "bpe",
         '"bpe", "byte", the folder of a tokenizer, or a tokenizer.json, SentencePiece .model or .tiktoken file; for '
         "preparing",
+        path=PathSyntax(words=("bpe", "byte")),
     )
     vocab_size: int = setting(2048, "entries of a trained BPE, BOS and EOS among them; for preparing", minimum=258)
-    validation_input: str = setting("", "text held out for evaluation; empty: a part of input")
+    validation_input: str = setting(
+        "", "text held out for evaluation; empty: a part of input", path=PathSyntax(prefix="package:")
+    )
     held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
     text_field: str = setting("text", "name of the text in .jsonl and Parquet files and datasets")
     skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 or damaged instead of stopping")
@@ -193,7 +201,9 @@ class TrainConfig:
     batch_size: int = setting(32, "sequences in a step, over all microbatches and devices", minimum=1)
     num_microbatches: int = setting(1, "parts that a batch is gone through in (gradient accumulation)", minimum=1)
     initial_parameters: str = setting(
-        "", "workdir or export that a new run takes its parameters from, into step 0; empty: initialised from seed"
+        "",
+        "workdir or export that a new run takes its parameters from, into step 0; empty: initialised from seed",
+        path=PathSyntax(),
     )
     fresh_scorer: bool = setting(
         False, "initialise the scorer and take the rest from initial_parameters: from dense to nats, say"
@@ -213,6 +223,7 @@ class TrainConfig:
         "folder of compiled steps, or none; auto: compiled/ in the workdir, but none on CPUs, which a cache takes for "
         "all alike; JAX_COMPILATION_CACHE_DIR goes before it",
         resume=True,
+        path=PathSyntax(words=("auto", "none")),
     )
 
 

@@ -95,7 +95,7 @@ def run(
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
       dense_workdir: of a dense run on the same data, for a NAtS run.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      prepared_dir: where the prepared corpus lies by now, of the twin too; None: beside the run, or where it had it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
@@ -103,7 +103,8 @@ def run(
       chunk: tokens that are decoded at once.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget or a chunk cannot be, or the twin does not fit.
+      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the twin does not fit, or the
+        report cannot be written, which is tried first.
 
     Example:
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")
@@ -112,8 +113,10 @@ def run(
     if chunk < 1:
         raise UserError(f"--chunk={chunk}: it must be 1 or more tokens.")
     progress = progress and processes.is_main()
-    this = load(workdir, prepared_dir=prepared_dir, progress=progress) if loaded is None else loaded
-    twin = None if dense_workdir is None else load_twin(this, dense_workdir, progress=progress)
+    this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
+    if processes.is_main():
+        report.try_report(this.workdir)
+    twin = None if dense_workdir is None else load_twin(this, dense_workdir, prepared_dir=prepared_dir)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
     dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
@@ -270,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
     )
     parser.add_argument(
-        "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
     )
     parser.add_argument(
         "--mode",

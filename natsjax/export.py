@@ -5,7 +5,7 @@
 ``natsjax.load``, ``natsjax.evaluate`` and ``train.initial_parameters`` read the folder as they read a workdir, on any
 number of devices. It holds
 
-config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which is used where it is there
+config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which need not be there
 data.json            which corpus that was
 export.json          step, dtype and number of the parameters, and where they came from
 checkpoints/         the parameters, through Orbax
@@ -31,13 +31,17 @@ from natsjax.checkpoint import Checkpoints
 from natsjax.command_line import run_command
 from natsjax.config import Config
 from natsjax.data import Tokenizer
-from natsjax.data.atomic_folder import folder_lock, new_folder
+from natsjax.data.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
+from natsjax.data.locate import locate
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
+from natsjax.outputs import hidden_name, real_path, unwritable
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
+_MARKER = "export.json"  # written last: what has it is whole
+_NAMES = (_MARKER, "config.json", "data.json", "checkpoints", "tokenizer", "report")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
@@ -55,7 +59,7 @@ def export(
       output: the folder; it appears whole or not at all. An export that is there (with its ``report/``) is replaced.
       dtype: of the numbers in the folder. ``natsjax.load`` makes float32 of bfloat16, which are rounded and take half
         the space.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
 
     Returns:
       The run that was exported, as ``natsjax.load`` gives it.
@@ -71,25 +75,26 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected.")
     target = Workdir(output)
-    folder = target.path.absolute()
-    replaced = folder.parent / f".{folder.name}.replaced"
-    with _errors_of(target):
-        if replaced.exists():  # an export was killed between its two renames, or is between them now
-            with folder_lock(folder):
-                _put_back(replaced, folder)
-    _check_replaceable(target)
+    folder = real_path(target.path)
+    with _errors_of(target), folder_lock(folder):  # tried before the parameters are read
+        _put_back(folder)
+        _check_replaceable(target)
+        # An empty folder stays the folder that it is; an export that is there is replaced as a whole, if it can be.
+        in_place = folder.is_dir() and not (target.is_export and _can_be_renamed(folder))
+        if in_place or not folder.is_dir():
+            try_folder(folder)
     run = load(workdir, prepared_dir=prepared_dir)
     with _errors_of(target), folder_lock(folder):
         try:
-            with new_folder(folder) as temporary:
+            with new_folder(folder, _MARKER, inside=in_place) as temporary:
                 _write(run, Workdir(temporary), dtype, prepared_dir)
                 _check_replaceable(target)
-                if target.is_export:
-                    shutil.rmtree(replaced, ignore_errors=True)
-                    folder.rename(replaced)
+                if not in_place and folder.is_dir():
+                    folder.rename(_replaced(folder))
+                elif target.is_export:
+                    set_aside(folder, _MARKER)
         finally:
-            _put_back(replaced, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+            _put_back(folder)
     return run
 
 
@@ -99,22 +104,45 @@ def _errors_of(target: Workdir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output={target.path} cannot be written: {error.strerror or error}.") from error
+        raise unwritable(f"--output={target.path}", error) from error
 
 
-def _put_back(replaced: Path, folder: Path) -> None:
-    """Gives the export that was set aside its name again, where no other has taken it.
+def _replaced(folder: Path) -> Path:
+    """Where an export is set aside while another takes its place, if the folder itself is replaced."""
+    return folder.parent / hidden_name(folder.name, "replaced")
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    """Whether a folder can be replaced as a whole: not a mount point, nor somebody's current folder.
+
+    Tried, by its rename and back; killed between the two, it is put back by the next call.
+    """
+    if os.path.samefile(folder, os.curdir):
+        return False
+    try:
+        folder.rename(_replaced(folder))
+    except OSError:
+        return False
+    _replaced(folder).rename(folder)
+    return True
+
+
+def _put_back(folder: Path) -> None:
+    """Gives the export that was set aside its name again, where no other has taken it; else removes it.
 
     One without ``export.json`` was being deleted, when its successor was in place, by a process that was killed.
     """
+    replaced = _replaced(folder)
     if Workdir(replaced).is_export and not folder.exists():
         replaced.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    put_back(folder, _MARKER)
 
 
 def _check_replaceable(target: Workdir) -> None:
     """Refuses to write over what is not an export."""
     path = target.path
-    if path.is_dir() and not target.is_export and any(path.iterdir()):
+    if path.is_dir() and not target.is_export and not is_free(real_path(path), _NAMES):
         raise UserError(f"--output={path} holds something that is not an export; name a new folder.")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output={path} is a file; name a new folder.")
@@ -141,7 +169,7 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
         "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    target.export_file.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    target.export_file.write_text(json.dumps(description, indent=2) + "\n")  # ASCII: a path may be no UTF-8
 
 
 def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Config:
@@ -149,12 +177,19 @@ def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Conf
     data = run.config.data
     if data.source != "corpus":
         return run.config
+    if prepared_dir is None:
+        with contextlib.suppress(UserError):  # an export may be far from its corpus: then where that was stays known
+            data = locate(data, run.workdir.path, run.data.fingerprint)
+    elif data.mixture:
+        data = dataclasses.replace(data, mixture=os.fspath(prepared_dir))
+    else:
+        data = dataclasses.replace(data, prepared_dir=os.fspath(prepared_dir))
     if data.mixture:
-        mixture = os.fspath(prepared_dir) if prepared_dir is not None else data.mixture
-        parts = [f"{Path(folder).absolute()}={share!r}" for folder, share in parse_mixture(mixture)]
-        return dataclasses.replace(run.config, data=dataclasses.replace(data, mixture=",".join(parts)))
-    folder = Path(prepared_dir or data.prepared_dir or run.workdir.corpus)
-    return dataclasses.replace(run.config, data=dataclasses.replace(data, prepared_dir=str(folder.absolute())))
+        parts = [f"{real_path(folder)}={share!r}" for folder, share in parse_mixture(data.mixture)]
+        data = dataclasses.replace(data, mixture=",".join(parts))
+    else:
+        data = dataclasses.replace(data, prepared_dir=str(real_path(data.prepared_dir)))
+    return dataclasses.replace(run.config, data=data)
 
 
 def num_parameters(run: LoadedRun) -> int:
@@ -181,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype", choices=DTYPES, default="float32", help="of the numbers in the folder (default: float32)"
     )
     parser.add_argument(
-        "--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)"
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
     )
     flags = parser.parse_args(argv)
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)

@@ -28,6 +28,7 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
+from natsjax.outputs import unwritable
 from natsjax.policies import Policy
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
@@ -155,7 +156,7 @@ def run(
       settings: of decoding.
       batch_size: prompts at a time.
       mesh_config: devices; None: as the run was trained, where that is possible.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
+      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
       output: a file to write: a JSON object a line and prompt, with its text, ids and log-probabilities.
       stream: where text goes as it comes (ids where there is no text); None: nowhere.
       echo: whether a prompt is written before what follows it.
@@ -271,9 +272,9 @@ def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[di
         yield lambda _: None
         return
     try:
-        file = open(output, "w", encoding="utf-8")  # noqa: SIM115 (closed below; the error is of opening alone)
+        file = open(os.path.expanduser(output), "w", encoding="utf-8")  # noqa: SIM115 (closed below; only opening fails)
     except OSError as error:
-        raise UserError(f"--output={os.fspath(output)} cannot be written: {error.strerror}.") from error
+        raise unwritable(f"--output={os.fspath(output)}", error) from error
 
     def write(records: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

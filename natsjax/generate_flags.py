@@ -146,7 +146,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         default=True,
         help="write each prompt before what follows it",
     )
-    add("--prepared_dir", metavar="DIR", help="where the prepared corpus lies by now (default: where the run had it)")
+    add(
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+    )
     return parser
 
 

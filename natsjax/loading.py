@@ -13,7 +13,7 @@ from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 from natsjax.model import Transformer, model_structure
-from natsjax.run_data import RunData, open_data
+from natsjax.run_data import RunData, find_data
 from natsjax.workdir import Workdir
 
 
@@ -57,15 +57,14 @@ def load(
     path: str | os.PathLike[str],
     *,
     prepared_dir: str | os.PathLike[str] | None = None,
-    progress: bool = False,
     mesh_config: MeshConfig | None = None,
 ) -> LoadedRun:
     """The newest checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
 
     Args:
       path: the workdir, or the export.
-      prepared_dir: where the prepared corpus lies by now; None: where the run had it.
-      progress: show progress where the corpus has to be prepared again.
+      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where the run had it
+        (``natsjax.data.locate``). Nothing is prepared, and nothing written.
       mesh_config: how parameters are divided among the devices here; None: as the run was trained, where the devices
         are as many, else all along ``fsdp``.
 
@@ -82,8 +81,8 @@ def load(
         raise UserError(f"{workdir.path} holds no checkpoint yet: train it with train.py first.")
     if workdir.is_export:
         workdir.read_export()  # whether this natsjax reads it
-    data = open_data(config, workdir, prepared_dir=prepared_dir, progress=progress)
-    workdir.compare_data(data.fingerprint)
+    data = find_data(config, workdir, prepared_dir=prepared_dir)
+    workdir.compare_data(data.fingerprint, to_train=False)
     mesh = _mesh(config, mesh_config)
     partition.check_arrays(config, data.vocabulary.vocab_size, mesh)
     model = model_structure(config, data.vocabulary.vocab_size)

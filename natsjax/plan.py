@@ -26,9 +26,11 @@ from natsjax.command_line import flag_help, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
+from natsjax.outputs import check_files
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
+from natsjax.settings import resolve_paths
 from natsjax.workdir import write_atomically
 
 _USAGE = (
@@ -293,13 +295,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
-    config = parse_config_flags(argv, values, _USAGE)
+    config = resolve_paths(parse_config_flags(argv, values, _USAGE))
     if not values["topology"].value:
         raise UserError(f"--topology is missing: {hardware.known_topologies()}.")
-    files = {name: pathlib.Path(values[name].value) for name in ("json", "program") if values[name].value}
+    files = {name: pathlib.Path(values[name].value).expanduser() for name in ("json", "program") if values[name].value}
     for name, path in files.items():
         if not path.absolute().parent.is_dir():
             raise UserError(f"--{name}={path}: there is no such folder.")
+        check_files(f"--{name}={path}", [path])
     if files and values["search"].value:
         raise UserError("--json and --program are of one plan; leave out --search.")
     topology = (values["topology"].value, values["num_slices"].value)

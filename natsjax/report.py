@@ -8,6 +8,7 @@
 """
 
 import argparse
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from natsjax.command_line import run_command
 from natsjax.compare import compare
 from natsjax.errors import UserError
+from natsjax.outputs import advice, reason, try_files
 from natsjax.reporting import page, picture, results, training
 from natsjax.reporting.commands import evaluate_command, run_commands
 from natsjax.reporting.results import CONTRACT_FIELDS, POSITION_FIELDS, ROW_FIELDS, RUN_FIELDS, SAMPLE_FIELDS, Results
@@ -23,8 +25,12 @@ from natsjax.reporting.styles import METHOD_STYLES, MethodStyle
 from natsjax.reporting.table import format_table
 from natsjax.workdir import Workdir
 
+FILES = (results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE)
+"""Of a run's report."""
+
 __all__ = [
     "CONTRACT_FIELDS",
+    "FILES",
     "METHOD_STYLES",
     "POSITION_FIELDS",
     "ROW_FIELDS",
@@ -34,6 +40,7 @@ __all__ = [
     "Results",
     "format_table",
     "rewrite",
+    "try_report",
     "write_report",
 ]
 
@@ -67,9 +74,25 @@ def write_report(
     found = Results(list(rows), contract, list(samples), run)
     found.check()
     kept = results.stored(found)
-    names = [results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE]
     files = kept | _drawn(found, workdir)
-    return results.write_files({workdir.report / name: files[name] for name in names})
+    return results.write_files({workdir.report / name: files[name] for name in FILES})
+
+
+def try_report(workdir: Workdir) -> None:
+    """Does, before a run is trained or measured, what ``write_report`` will do after it, and undoes it.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    try:
+        try_files([workdir.report / name for name in FILES])
+    except OSError as error:
+        is_refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        instead = "export the run to a place of your own (python -m natsjax.export) and evaluate that"
+        raise UserError(
+            f"--workdir={workdir.path}: the report file {error.filename} cannot be written: {reason(error)}; "
+            f"{instead if is_refused and workdir.has_checkpoint() else advice(error)}."
+        ) from error
 
 
 def rewrite(workdir: str | os.PathLike[str]) -> list[Path]:

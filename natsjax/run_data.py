@@ -25,9 +25,18 @@ from natsjax.data import (
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
-from natsjax.data.mixture import MixtureSource, Part, load_mixture, mixture_contexts, mixture_name
+from natsjax.data.locate import locate
+from natsjax.data.mixture import (
+    MixtureSource,
+    Part,
+    load_mixture,
+    mixture_contexts,
+    mixture_fingerprint,
+    mixture_name,
+)
 from natsjax.data.progress import log_lines
 from natsjax.errors import UserError
+from natsjax.run_paths import check_moved_text
 from natsjax.settings import LARGEST_INT
 from natsjax.workdir import Workdir
 
@@ -59,20 +68,35 @@ class RunData:
     epoch_tokens: int | None = None
 
 
-def open_data(
-    config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLike[str] | None = None, progress: bool = True
-) -> RunData:
-    """Opens the data, preparing the corpus first where needed.
+def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> RunData:
+    """Opens the data to train on, preparing the corpus first where needed.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      progress: show progress.
+
+    Raises:
+      UserError: see ``natsjax.data.prepare``, ``natsjax.data.Corpus`` and ``natsjax.data.RecallTask``.
+    """
+    if config.data.source == "recall":
+        return _open_recall(config)
+    if config.data.mixture:
+        return _of_mixture(config, load_mixture(config.data.mixture))
+    return _of_corpus(config, _find_corpus(config, workdir, progress))
+
+
+def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLike[str] | None = None) -> RunData:
+    """Opens the data that a run was trained on, wherever it is by now; prepares and writes nothing.
 
     Args:
       config: of the run.
       workdir: of the run, or an export.
       prepared_dir: where the prepared corpus lies by now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
-        do; None: where ``config`` says.
-      progress: show progress.
+        do; None: as ``natsjax.data.locate`` finds it.
 
     Raises:
-      UserError: see ``natsjax.data.prepare``, ``natsjax.data.Corpus`` and ``natsjax.data.RecallTask``.
+      UserError: it is not there, or damaged.
     """
     if config.data.source == "recall":
         if prepared_dir is not None:
@@ -82,11 +106,14 @@ def open_data(
         return _open_recall(config)
     if prepared_dir is not None:
         return _of_prepared(config, os.fspath(prepared_dir))
-    if workdir.is_export:
-        return _open_export(config, workdir)
-    if config.data.mixture:
-        return _of_mixture(config, load_mixture(config.data.mixture))
-    return _of_corpus(config, _find_corpus(config, workdir, progress))
+    try:
+        data = locate(config.data, workdir.path, workdir.known_fingerprint())
+    except UserError as error:
+        if not workdir.is_export:
+            raise
+        return _without_corpus(workdir, error)
+    config = dataclasses.replace(config, data=data)
+    return _of_mixture(config, load_mixture(data.mixture)) if data.mixture else _of_corpus(config, _load(config))
 
 
 def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:
@@ -99,9 +126,9 @@ def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:
         return _recall_task(config)
     if workdir.is_export:
         return load_tokenizer(workdir.tokenizer)
-    if config.data.mixture:
-        return load_mixture(config.data.mixture)[0].corpus.tokenizer
-    return Corpus.load(config.data.prepared_dir or workdir.corpus).tokenizer
+    remedy = "export that run where its corpus is (python -m natsjax.export), and name the export instead"
+    data = locate(config.data, workdir.path, workdir.known_fingerprint(), remedy=remedy)
+    return load_mixture(data.mixture)[0].corpus.tokenizer if data.mixture else Corpus.load(data.prepared_dir).tokenizer
 
 
 def token_meaning(vocabulary: Vocabulary) -> str:
@@ -130,23 +157,11 @@ def _open_recall(config: Config) -> RunData:
     )
 
 
-def _open_export(config: Config, workdir: Workdir) -> RunData:
-    """The corpus where it still is, else the tokenizer alone."""
-    fingerprint = workdir.read_data_fingerprint()
-    where = config.data.mixture or config.data.prepared_dir
-    try:
-        data = _of_prepared(config, where)
-        if data.fingerprint == fingerprint:
-            return data
-        why = f"what {where} holds is another one"
-    except UserError:
-        why = f"{where} holds none"
+def _without_corpus(workdir: Workdir, error: UserError) -> RunData:
+    """Of an export that is far from its corpus: the tokenizer alone."""
 
     def refuse(*_) -> NoReturn:
-        raise UserError(
-            f"the corpus that {workdir.path} was trained on is not here ({why}); give its folder (of a mixture, "
-            "DIR=WEIGHT,DIR=WEIGHT) as --prepared_dir."
-        )
+        raise error
 
     class Nothing:
         rows = __getitem__ = refuse
@@ -157,7 +172,7 @@ def _open_export(config: Config, workdir: Workdir) -> RunData:
         contexts=refuse,
         piece_lengths=np.zeros(0, np.int64),
         description=workdir.read_export()["data"],
-        fingerprint=fingerprint,
+        fingerprint=workdir.read_data_fingerprint(),
     )
 
 
@@ -167,9 +182,10 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
     # A run that has begun goes on with the corpus that it has, wherever the text is by now; a prepared_dir that holds a
     # corpus is what the user means by it.
     known = data.prepared_dir or workdir.has_checkpoint() or not data.input
-    if known and ((pathlib.Path(folder) / CORPUS_FILE).exists() or not data.input):
+    if known and (_is_corpus(folder) or not data.input):
         corpus = Corpus.load(folder)
-        _check_tokenizer(config, corpus)
+        _check_tokenizer(config, workdir, corpus)
+        check_moved_text(config, workdir, corpus)
         return corpus
     # Here, because Python warns of a command (python -m natsjax.data.prepare) that `import natsjax` has imported.
     from natsjax.data.prepare import prepare
@@ -191,16 +207,23 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
 
 def _of_prepared(config: Config, where: str) -> RunData:
     """A prepared corpus, or a mixture of some."""
-    if not (pathlib.Path(where) / CORPUS_FILE).exists() and "=" in where:
+    folder = os.path.expanduser(where)
+    if not _is_corpus(folder) and "=" in where:
         return _of_mixture(config, load_mixture(where))
-    return _of_corpus(config, Corpus.load(where))
+    return _of_corpus(config, Corpus.load(folder))
+
+
+def _is_corpus(folder: str | os.PathLike[str]) -> bool:
+    return os.path.exists(pathlib.Path(folder) / CORPUS_FILE)
+
+
+def _load(config: Config) -> Corpus:
+    return Corpus.load(config.data.prepared_dir)
 
 
 def _of_mixture(config: Config, parts: list[Part]) -> RunData:
     length = config.data.context_length
     source = MixtureSource(parts, context_length=length, seed=config.train.seed, shuffle=config.data.shuffle)
-    # Rounded: shares that are written down and read again may differ in their last bit.
-    marks = [[part.corpus.content_hash, f"{part.share:.9g}"] for part in parts]
     tokenizer = parts[0].corpus.tokenizer
     return RunData(
         vocabulary=tokenizer,
@@ -208,7 +231,7 @@ def _of_mixture(config: Config, parts: list[Part]) -> RunData:
         piece_lengths=source.piece_lengths(),
         contexts=lambda split, count: mixture_contexts(parts, split, context_length=length, max_contexts=count),
         description=f"{mixture_name(parts)}, {tokenizer.kind} tokenizer of {tokenizer.vocab_size}",
-        fingerprint=hashlib.sha256(json.dumps(marks).encode()).hexdigest(),
+        fingerprint=mixture_fingerprint((part.corpus.content_hash, part.share) for part in parts),
         epoch_tokens=source.epoch_tokens,
     )
 
@@ -280,10 +303,12 @@ def _of_corpus(config: Config, corpus: Corpus) -> RunData:
     )
 
 
-def _check_tokenizer(config: Config, corpus: Corpus) -> None:
+def _check_tokenizer(config: Config, workdir: Workdir, corpus: Corpus) -> None:
     """Compares the tokenizer that the config asks for with that of a corpus that was prepared earlier."""
     asked, found = config.data.tokenizer, corpus.tokenizer
     if asked not in ("bpe", "byte"):
+        if workdir.has_checkpoint() and not os.path.exists(asked):
+            return  # it was moved away after it had been compared; the corpus has a copy
         found_is_asked = load_tokenizer(asked).fingerprint == found.fingerprint
     else:
         found_is_asked = asked == found.kind and (asked == "byte" or config.data.vocab_size == found.vocab_size)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
+from natsjax.paths import PathSyntax
 
 LARGEST_INT = 2**31 - 1
 """Of a setting without a maximum: steps and sizes are int32 on the devices."""
@@ -22,7 +23,15 @@ LARGEST_FLOAT = 3.4028234e38
 _MOST_SHOWN = 100  # characters of a value in a message
 
 
-def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None, resume=False) -> Any:
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    resume: bool = False,
+    path: PathSyntax | None = None,
+) -> Any:
     """A config field.
 
     Args:
@@ -31,8 +40,9 @@ def setting(default: Any, doc: str, *, minimum: float | None = None, maximum: fl
       minimum: the smallest value allowed (of each element, in a tuple).
       maximum: the largest value allowed; None: ``LARGEST_INT`` or ``LARGEST_FLOAT``.
       resume: whether it may differ when a run is resumed.
+      path: how its text names paths; None: it names none.
     """
-    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume}
+    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -106,17 +116,18 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
         raise UserError(
             f"config field {path} is {shown(value)} ({type(value).__name__}); {kind.__name__} was expected."
         )
-    if kind is str and not _is_text(value):
+    if kind is str and not _is_text(value, is_path=limits["path"] is not None):
         raise UserError(f"config field {path} is {shown(value)}, which holds what no text or file name can hold.")
     if kind in (int, float):
         _check_range(path, value, kind, limits)
     return kind(value)
 
 
-def _is_text(value: str) -> bool:
+def _is_text(value: str, *, is_path: bool) -> bool:
     try:
-        return b"\0" not in value.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, as of a file name that is not UTF-8
+        # A file name that is not UTF-8 has surrogates where Python read its bytes.
+        return b"\0" not in value.encode("utf-8", "surrogateescape" if is_path else "strict")
+    except UnicodeEncodeError:  # half a surrogate pair
         return False
 
 
@@ -132,11 +143,28 @@ def _check_range(path: str, value: int | float, kind: type, limits: Mapping[str,
         raise UserError(f"config field {path} is {shown(value)}; it must be at most {maximum}.")
 
 
+def resolve_paths(config: Any) -> Any:
+    """Makes every path of a config absolute, links followed: what is stored means the same from every folder.
+
+    Args:
+      config: a dataclass of settings, nested; relative paths in it are relative to the current folder.
+    """
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = resolve_paths(value)
+        elif (syntax := field.metadata["path"]) is not None:
+            changes[field.name] = syntax.resolved(value)
+    return dataclasses.replace(config, **changes)
+
+
 def differences(old: Any, new: Any) -> tuple[list[str], list[str]]:
     """How two configs differ, for resuming.
 
     Returns:
-      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume.
+      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume. A path may,
+      where it may be the same thing in another place; two ways to write one path are no difference.
     """
     allowed: list[str] = []
     forbidden: list[str] = []
@@ -147,7 +175,12 @@ def differences(old: Any, new: Any) -> tuple[list[str], list[str]]:
             if dataclasses.is_dataclass(x):
                 compare(x, y, f"{path}{field.name}.")
             elif x != y:
-                lines = allowed if field.metadata["resume"] else forbidden
+                syntax, may = field.metadata["path"], field.metadata["resume"]
+                if syntax is not None:
+                    if syntax.resolved(x) == syntax.resolved(y):
+                        continue
+                    may = may or syntax.may_be_moved(x, y)
+                lines = allowed if may else forbidden
                 lines.append(f"{path}{field.name}: {x!r} -> {y!r}")
 
     compare(old, new, "")

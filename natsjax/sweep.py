@@ -24,7 +24,8 @@ from natsjax import compare, processes, train
 from natsjax.command_line import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.reporting.results import write_files
+from natsjax.reporting.results import try_reports, write_files
+from natsjax.settings import resolve_paths
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
 from natsjax.sweep_runs import (
     PlannedRun,
@@ -122,15 +123,17 @@ def run(
             f"natsjax.sweep trains with one process, and this is one of {jax.process_count()}; on a cluster, train "
             "each run with train.py and compare them with python -m natsjax.report --workdir=A,B,…."
         )
-    directory = pathlib.Path(workdir)
+    directory = Workdir(workdir).path
     train_config = dataclasses.replace(config.train, progress=progress and config.train.progress)
-    config = dataclasses.replace(config, train=train_config)
+    config = resolve_paths(dataclasses.replace(config, train=train_config))
     runs = plan_runs(config, directory, kv_budgets, kv_prices, seeds, dense)
     if Workdir(directory).config_file.exists():
         raise UserError(f"--workdir={directory} holds a run; a sweep wants a folder of its own.")
     ended: dict[str, SweepRun] = {}
     with Workdir(directory).lock(), _terminated_as_interrupted():
         try:
+            sweep = Workdir(directory)
+            try_reports([directory / LINES_FILE, directory / PICTURE_FILE, sweep.report / "report.html"])
             check_existing(runs)
             runs = with_shared_corpus(runs, directory, progress)
             check_data(runs, progress)

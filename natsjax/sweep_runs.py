@@ -20,8 +20,10 @@ from natsjax.evaluate import Evaluation
 from natsjax.initial_parameters import InitialParameters
 from natsjax.matching import wanted_budgets
 from natsjax.model import model_structure
+from natsjax.outputs import real_path
 from natsjax.reporting.results import to_json
 from natsjax.run_data import RunData, open_data
+from natsjax.run_paths import settle_paths
 from natsjax.settings import differences
 from natsjax.workdir import Workdir, write_atomically
 
@@ -29,7 +31,9 @@ RECORD_FILE = "sweep.json"
 _LARGEST_SEED = 2**31 - 1
 # Fields that change how a run is trained, stored or shown, and no number of a finished one.
 _FREE_FIELDS = (
-    *("mesh.", "checkpoint.", "model.remat", "data.prepared_dir", "eval.batch_size"),
+    # Of these paths, what was moved: with other contents the sweep is refused.
+    *("data.prepared_dir", "data.mixture", "data.input", "data.validation_input", "data.tokenizer"),
+    *("train.initial_parameters", "mesh.", "checkpoint.", "model.remat", "eval.batch_size"),
     *("train.log_every", "train.progress", "train.watchdog", "train.profile", "train.wandb", "train.compilation_cache"),
 )
 
@@ -229,12 +233,12 @@ def with_shared_corpus(runs: Sequence[PlannedRun], directory: Path, progress: bo
     """
     data = runs[0].config.data
     if data.source != "corpus" or data.prepared_dir or data.mixture:
-        return list(runs)
+        return [dataclasses.replace(run, config=settle_paths(run.config, Workdir(run.workdir))) for run in runs]
     sweep = Workdir(directory)
     if not any(Workdir(run.workdir).has_checkpoint() for run in runs):
         # As a run's own corpus is: made, or compared. Once there is a run, it goes on with the corpus that it has.
         open_data(runs[0].config, sweep, progress=progress)
-    shared = str(sweep.corpus.absolute())
+    shared = str(real_path(sweep.corpus))
     return [
         dataclasses.replace(
             run, config=dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, prepared_dir=shared))
@@ -289,8 +293,8 @@ def finished(run: PlannedRun) -> SweepRun | None:
     if record is None:
         return None
     known, config = record
-    changed = [line for lines in differences(config, run.config) for line in lines]
-    if known.status != "finished" or any(not line.startswith(_FREE_FIELDS) for line in changed):
+    changed, other = differences(config, run.config)
+    if known.status != "finished" or other or any(not line.startswith(_FREE_FIELDS) for line in changed):
         return None
     # Somebody may have trained it further; or removed the checkpoints, with the numbers known.
     steps = [int(path.name) for path in Workdir(run.workdir).checkpoints.glob("*") if path.name.isdigit()]

@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, optim, partition, processes, signals, token_types, wandb_writer, watchdog
+from natsjax import evaluate, optim, partition, processes, report, signals, token_types, wandb_writer, watchdog
 from natsjax.checkpoint import Checkpoints
 from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
@@ -23,6 +23,7 @@ from natsjax.losses import Batch
 from natsjax.metrics import WallTime
 from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
+from natsjax.run_paths import settle_paths
 from natsjax.signals import StopRequests
 from natsjax.train_step import StepMetrics, Trainer, TrainState
 from natsjax.workdir import Workdir
@@ -49,6 +50,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     wall_time = WallTime()
     workdir = Workdir(path)
     workdir.refuse_export()
+    config = settle_paths(config, workdir)
     wandb_writer.check(config)
     with (
         contextlib.closing(wall_time),
@@ -58,6 +60,9 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         _locked(workdir),
         compilation_cache(config.train.compilation_cache, workdir),
     ):
+        if processes.is_main():
+            workdir.try_writing("checkpoints/", "tensorboard/", *["profile/"] * bool(config.train.profile))
+            report.try_report(workdir)
         for line in workdir.compare_config(config):
             processes.say(f"resuming with {line}")
         config = _with_own_order(config, workdir)

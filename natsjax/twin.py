@@ -7,20 +7,22 @@ from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
 
 
-def load_twin(run: LoadedRun, dense_workdir: str | os.PathLike[str], *, progress: bool = False) -> LoadedRun:
+def load_twin(
+    run: LoadedRun, dense_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
+) -> LoadedRun:
     """The dense twin of a NAtS run.
 
     Args:
       run: the NAtS run.
       dense_workdir: of the twin.
-      progress: show progress where the corpus has to be prepared again.
+      prepared_dir: where the prepared corpus of both lies by now; None: as ``natsjax.load`` finds it.
 
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
     """
     if not run.config.model.has_roles:
         raise UserError(f"--dense_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
-    twin = load(dense_workdir, progress=progress)
+    twin = load(dense_workdir, prepared_dir=prepared_dir)
     where = f"--dense_workdir={os.fspath(dense_workdir)}"
     if twin.config.model.attention != "dense":
         raise UserError(f'{where} holds a run with model.attention = "{twin.config.model.attention}", not "dense".')

