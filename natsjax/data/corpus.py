@@ -19,6 +19,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ SPLITS = ("train", "validation")
 CORPUS_FILE = "corpus.json"
 TOKENIZER_FOLDER = "tokenizer"
 LENGTHS_FILE = "lengths.npy"
-IDS_FILE = "document_ids.ndjson"  # not .jsonl: whoever prepares inside the input folder would read it as text
+IDS_FILE = "document_ids.ndjson"
 
 
 def shard_name(number: int) -> str:
@@ -137,6 +138,7 @@ class Corpus:
       input_signatures: cheap marks of what its inputs held.
       skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
       dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
+      input_report: by input, what became of everything that it held (`natsjax.data.input_report`).
     """
 
     folder: Path
@@ -147,6 +149,7 @@ class Corpus:
     input_signatures: dict[str, str]
     skipped_files: dict[str, str]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    input_report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
@@ -170,6 +173,7 @@ class Corpus:
                 input_signatures=description["input_signatures"],
                 skipped_files=description["skipped_files"],
                 dropped=description.get("dropped", {}),  # absent in corpora made before it was counted
+                input_report=description.get("input_report", {}),  # the same
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / CORPUS_FILE} lacks or garbles the field {error}.") from error
@@ -201,6 +205,7 @@ class Corpus:
             "input_signatures": self.input_signatures,
             "skipped_files": self.skipped_files,
             "dropped": self.dropped,
+            "input_report": self.input_report,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (self.folder / CORPUS_FILE).write_text(text, encoding="utf-8")

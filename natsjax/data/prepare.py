@@ -30,12 +30,12 @@ from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
 from natsjax.data.preparation import Preparation, totals
 from natsjax.data.prepare_request import PrepareRequest, absolute_input
 from natsjax.data.progress import Progress, log_lines
-from natsjax.data.scan import TRAIN, VALIDATION, divide
+from natsjax.data.scan import TRAIN, VALIDATION
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
 
-_PARTS_VERSION = 1  # of what lies in a partial folder
+_PARTS_VERSION = 2  # of what lies in a partial folder
 
 
 def prepare(
@@ -138,14 +138,13 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
 def _build(request: PrepareRequest) -> Corpus:
     target = request.output.absolute()
     readers = {name: request.reader(input) for name, input in request.inputs().items()}
+    request.check_apart(readers)
     signatures = {name: reader.signature for name, reader in readers.items()}
     identity = [_PARTS_VERSION, CHUNK_BYTES, request.arguments(), signatures]
     with PartialFolder(target, identity) as partial:
         with Preparation(request, readers, partial) as work:
             scans = work.scan()
-            splits, num_duplicates = divide(
-                scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate
-            )
+            splits, num_duplicates = work.divide(scans)
             tokenizer = work.tokenizer(scans, splits)
             chunks = work.encode(scans, splits, tokenizer)
         folder = partial.path / "corpus"
@@ -169,6 +168,7 @@ def _build(request: PrepareRequest) -> Corpus:
                     "empty": sum(scan.num_empty for scan in scans.values()),
                     "duplicate": num_duplicates,
                 },
+                input_report=work.reports,
             )
             corpus.save()
             folder.rename(target)

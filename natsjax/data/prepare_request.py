@@ -56,6 +56,25 @@ class PrepareRequest:
         named = {"input": self.input, "validation_input": self.validation_input}
         return {name: value for name, value in named.items() if value}
 
+    def check_apart(self, readers: dict[str, CorpusReader]) -> None:
+        """Raise UserError if a file would be trained on and validated on.
+
+        Args:
+          readers: of the inputs.
+        """
+        if "validation_input" not in readers:
+            return
+        paths = {name: reader.real_paths() for name, reader in readers.items()}
+        both = paths["input"].keys() & paths["validation_input"].keys()
+        if both:
+            names = sorted(paths["validation_input"][path] for path in both)
+            raise UserError(
+                f"{len(both)} of the {readers['validation_input'].num_sources} files of validation_input "
+                f"{self.validation_input} are in input {self.input} too ({', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}): a model would be judged on what it was trained on; keep them in "
+                "folders of which none is in the other."
+            )
+
     @property
     def num_workers(self) -> int:
         """Processes to work with at most."""
