@@ -13,12 +13,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 def printable(text: str) -> str:
     """The text on one line of a terminal: what cannot be printed is escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    return "".join(map(_printable, text))

@@ -118,7 +118,7 @@ def test_signature_follows_names_and_sizes_not_the_place(tmp_path):
             gzip.compress(b'{"text": "\xe9"}', mtime=0),
             r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10",
         ),
-        ("x.json.gz", gzip.compress(b"[1]", mtime=0), r"x\.json\.gz:1 holds a JSON list"),
+        ("x.json.gz", gzip.compress(b"[1]", mtime=0), r"x\.json\.gz:1 holds a JSON int"),
         ("x.txt", b" ", r"the corpus .* is empty: none of its 1 documents has any text"),
         ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, .* or \.parquet file and no dataset"),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ _SPLITS_FILE = "dataset_dict.json"
 _BATCH_ROWS = 64  # documents held at a time; each may be a book
 _READ_BUFFER_BYTES = 1 << 20
 _LARGEST_LIMIT = (1 << 31) - 1  # of a signed 32-bit integer
+# How pyarrow says that a file may well be sound, in exceptions of several kinds.
+_NOT_SUPPORTED = re.compile(r"(?i)not (currently )?supported|unsupported|not (yet )?implemented|not built|exceed")
 _FILE_MARK = b"ARROW1"  # of the format with a footer, which some writers prefer
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -82,14 +85,14 @@ class _Table(FileSource):
         head = self.head()
         self.refuse_pointer(head)
         known = format_of(head)
-        if known is not None and not known.endswith(self.format):
-            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=f"write it as a {self.format}")
         said = reason(error)
-        if "crypt" in said:
+        if "crypt" in f"{known}{said}":
             return self.bad(
                 f"is an encrypted {self.format} ({said})", kind=UNREADABLE, advice="write it without encryption"
             )
-        if isinstance(error, NotImplementedError):
+        if known is not None and not known.endswith(self.format):
+            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=f"write it as a {self.format}")
+        if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(said):
             return self.bad(
                 f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({said})",
                 kind=UNREADABLE,
