@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.data import Corpus, CorpusReader, input_folder, text_files
+from natsjax.data import Corpus, CorpusReader, input_folder, load_tokenizer, text_files
 from natsjax.data import prepare as command
 from natsjax.data.hold_out import end_held_out
 from natsjax.data.prepare import prepare
@@ -327,6 +327,37 @@ def test_links_of_git_annex_and_files_of_dvc_are_pointers(tmp_path):
     (tmp_path / "c.txt").symlink_to(".git/annex/objects/w/SHA256E-s1--a.txt/SHA256E-s1--a.txt")
     with pytest.raises(UserError, match=r"c\.txt is a pointer of git-annex"):
         _texts(tmp_path)
+
+
+def test_a_file_that_is_given_goes_by_the_name_of_its_link(tmp_path):
+    """The suffix says what is in it; files of the hub's cache lie under hashes, those of git-annex may be elsewhere."""
+    (tmp_path / "d2a8").write_bytes(_lines({"text": "a"}, {"text": "b"}, {"text": "c"}))
+    (tmp_path / "x.jsonl").symlink_to("d2a8")
+    assert _prepare(tmp_path / "x.jsonl", tmp_path / "out").input_report["input"]["documents"] == 3
+    (tmp_path / "y.jsonl").symlink_to("gone")
+    with pytest.raises(UserError, match=r"y\.jsonl is a link to gone, which cannot be reached: No such file"):
+        _prepare(tmp_path / "y.jsonl", tmp_path / "none")
+    (tmp_path / "z.jsonl").symlink_to(".git/annex/objects/a/b")
+    with pytest.raises(UserError, match=r"z\.jsonl is a pointer of git-annex"):
+        _prepare(tmp_path / "z.jsonl", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus.json", "tokenizer/natsjax_tokenizer.json", "train/lengths.npy", "train/00000.arrayrecord"]
+)
+def test_a_corpus_of_pointers_says_so(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes(_lines(*({"text": f"text {number}"} for number in range(9))))
+    _prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS to .*`git lfs pull`\.$"):
+        Corpus.load(tmp_path / "out").documents("train")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "x.model", "x.tiktoken"])
+def test_a_tokenizer_of_a_pointer_says_so(tmp_path, name):
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS"):
+        load_tokenizer(tmp_path / name)
 
 
 def test_a_saved_dataset_of_pointers_says_so(tmp_path):

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from natsjax.data.file_marks import HEAD_BYTES, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError
 
@@ -92,11 +93,13 @@ class Documents:
     def __init__(self, folder: Path, summary: SplitSummary, dtype: np.dtype):
         self._folder = folder
         self._dtype = dtype
+        shards = [folder / shard_name(number) for number in range(summary.shards)]
+        for path in (folder / LENGTHS_FILE, *shards):
+            _check_no_pointer(path)
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({error}); prepare the corpus again.") from error
-        shards = [folder / shard_name(number) for number in range(summary.shards)]
         try:
             self._records = ArrayRecordDataSource(shards)
         except RuntimeError as error:  # the one exception of array_record's C++ side
@@ -221,6 +224,14 @@ class Corpus:
         return Documents(self.folder / split, self.summaries[split], record_dtype(self.tokenizer.vocab_size))
 
 
+def _check_no_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            check_no_pointer(path, file.read(HEAD_BYTES))
+    except OSError:
+        pass  # whoever reads it will say so
+
+
 def _summary(fields: dict) -> SplitSummary:
     return SplitSummary(**{field.name: fields[field.name] for field in dataclasses.fields(SplitSummary)})
 
@@ -228,7 +239,9 @@ def _summary(fields: dict) -> SplitSummary:
 def _read_description(folder: Path) -> dict:
     path = folder / CORPUS_FILE
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        check_no_pointer(path, data)
+        description = json.loads(data.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is no prepared corpus: it holds no {CORPUS_FILE}; make one with "

@@ -18,6 +18,8 @@ A null text is a document without text, and so is a missing one in a JSON file w
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import logging
 import os
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from natsjax.data import arrow_files
-from natsjax.data.file_marks import format_of, link_pointer
+from natsjax.data.file_marks import format_of
 from natsjax.data.hold_out import end_held_out
 from natsjax.data.input_folder import (
     SUFFIXES,
@@ -33,6 +35,7 @@ from natsjax.data.input_folder import (
     file_source,
     is_prepared,
     is_readable_name,
+    lost_link,
     sources_below,
 )
 from natsjax.data.input_report import Tallies, left_out
@@ -45,7 +48,6 @@ from natsjax.data.sources import (
     Source,
     cannot_read,
     is_installed,
-    pointer_error,
 )
 from natsjax.errors import UserError
 
@@ -68,8 +70,6 @@ class CorpusReader:
       text_field: name of the JSON field or the column that holds the text; a null is an empty document.
       skip_bad_files: leave out, with a warning, files that are damaged, not text, pointers to files kept elsewhere, or
         not to be read here; nothing of such a file is used. Each file is then checked once before it is first read.
-      held_out_end: give every document as two, its end, about this share of it, apart (`hold_out.end_held_out`); 0:
-        whole.
 
     Attributes:
       found: what of the input is not read, and links; known from the start.
@@ -85,21 +85,28 @@ class CorpusReader:
       ...     print(document.id, len(document.text))
     """
 
-    def __init__(
-        self,
-        input: str | os.PathLike[str],
-        *,
-        text_field: str = "text",
-        skip_bad_files: bool = False,
-        held_out_end: float = 0.0,
-    ):
+    def __init__(self, input: str | os.PathLike[str], *, text_field: str = "text", skip_bad_files: bool = False):
         self.input = os.fspath(input)
         self.left_out = Tallies()
         self._bad: dict[str, BadFileError] = {}
         self._skip_bad_files = skip_bad_files
-        self._held_out_end = held_out_end
+        self._held_out_end = 0.0
         self._checked: set[str] = set()
-        self._sources, self.found = _find_sources(self.input, text_field)
+        try:
+            self._sources, self.found = _find_sources(self.input, text_field)
+        except OSError as error:  # a folder on the way to it, say, that may not be entered
+            raise cannot_read(Path(error.filename or self.input), error) from error
+
+    def plain(self, *, held_out_end: float = 0.0) -> CorpusReader:
+        """A reader of the same sources that checks none; those found bad must not be read with it.
+
+        Args:
+          held_out_end: give every document as two, its end, about this share of it, apart (`end_held_out`); 0: whole.
+        """
+        reader = copy.copy(self)
+        reader.left_out, reader._bad, reader._checked = Tallies(), {}, set()
+        reader._skip_bad_files, reader._held_out_end = False, held_out_end
+        return reader
 
     @property
     def signature(self) -> str:
@@ -266,8 +273,8 @@ def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
         raise UserError(
             f"input {input!r} is neither a file nor a folder, and the text is read more than once; write it to a file."
         )
-    elif (pointer := link_pointer(input)) is not None:  # by where a link leads
-        raise pointer_error(path, *pointer)
+    elif path.is_symlink():
+        raise lost_link(path, os.strerror(errno.ENOENT))
     else:
         raise UserError(
             f"input {input!r} does not exist: it must be a folder, a file, FOLDER:SPLIT of a saved dataset or "

@@ -89,8 +89,8 @@ def describe(corpus: Corpus) -> list[str]:
     left_out.append(f"{corpus.dropped.get('empty', 0):,} documents without text")
     left_out.append(f"{len(corpus.skipped_files):,} bad files")
     lines.append(f"left out: {', '.join(left_out)}")
-    for report in corpus.input_report.values():
-        lines += [f"{'':<10}{line}" for line in report_lines("", report)[1:]]
+    for name, report in corpus.input_report.items():
+        lines += report_lines(name, report)
     return lines + _kv_table(smallest_kv_fractions(corpus))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from natsjax.errors import UserError
 
 HEAD_BYTES = 1024  # Git LFS takes nothing larger for a pointer
 
@@ -60,6 +63,18 @@ def pointer(head: bytes) -> tuple[str, str] | None:
         if len(head) < HEAD_BYTES and pattern.match(head):
             return tool, advice
     return None
+
+
+def check_no_pointer(path: Path, content: bytes) -> None:
+    """Raise UserError if a file with this content is a pointer.
+
+    Args:
+      path: of the file, for the sentence.
+      content: all of it, or its first `HEAD_BYTES`.
+    """
+    if (found := pointer(content[:HEAD_BYTES])) is not None:
+        tool, advice = found
+        raise UserError(f"{path} is a pointer of {tool} to a file that is kept elsewhere; {advice}.")
 
 
 def link_pointer(target: str) -> tuple[str, str] | None:

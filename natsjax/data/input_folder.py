@@ -21,6 +21,7 @@ from natsjax.data.sources import (
     bad_file,
     cannot_read,
     pointer_error,
+    reason,
     utf8_name,
 )
 from natsjax.data.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, TextFile
@@ -28,7 +29,7 @@ from natsjax.data.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, TextFil
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, arrow_files.PARQUET_SUFFIX)
 
 # What `prepare` makes beside a folder for as long as it works there: in an input it comes and goes.
-_OWN = re.compile(r"^\..+\.(lock|partial)$")
+_OWN = re.compile(r"^\.(.+\.)?(lock|partial|tried|replaced)$")
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,9}$")
 
 
@@ -90,6 +91,15 @@ def is_prepared(folder: Path) -> bool:
     return (folder / CORPUS_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
 
 
+def lost_link(path: Path, why: str) -> BadFileError:
+    """The error for a link that leads to nothing that can be reached, `why` in the system's words."""
+    target = os.readlink(path)
+    if (found := link_pointer(target)) is not None:
+        return pointer_error(path, *found)
+    what = f"is a link to {target}, which cannot be reached: {why}"
+    return bad_file(path, what, kind=UNREADABLE, advice="put back what it leads to")
+
+
 def sources_below(root: Path, text_field: str) -> tuple[list[Source], Tallies]:
     """Everything to read below a folder, in the order of the paths, and a tally of the rest.
 
@@ -143,10 +153,10 @@ class _Walk:
             self._folders.add(real)
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+                if self._is_one_thing(Path(folder), name, {entry.name for entry in entries}):
+                    continue
             except OSError as error:
                 self._broken(name or os.path.basename(folder), cannot_read(Path(folder), error))
-                continue
-            if self._is_one_thing(Path(folder), name, {entry.name for entry in entries}):
                 continue
             for entry in entries:
                 below = f"{name}/{entry.name}" if name else entry.name
@@ -196,12 +206,7 @@ class _Walk:
         if not is_readable_name(lower) and _SUFFIX.search(lower):
             self._other(name)
             return
-        target = os.readlink(path)
-        if (found := link_pointer(target)) is not None:
-            self._broken(name, pointer_error(Path(path), *found))
-            return
-        what = f"is a link to {target}, which cannot be reached: {error.strerror}"
-        self._broken(name, bad_file(Path(path), what, kind=UNREADABLE, advice="put back what it leads to"))
+        self._broken(name, lost_link(Path(path), error.strerror or reason(error)))
 
     def _file(self, path: str, name: str, real: str) -> None:
         if is_readable_name(name):

@@ -68,9 +68,7 @@ class Preparation:
         self._partial = partial
         self.reports: dict[str, dict[str, Any]] = {}
         # What was found bad holds no document in the scan and is not opened again: later passes need no check of it.
-        self._plain_readers = {
-            name: CorpusReader(reader.input, text_field=request.text_field) for name, reader in readers.items()
-        }
+        self._plain_readers = {name: reader.plain() for name, reader in readers.items()}
         self._exit = ExitStack()
         self._pool: WorkerPool | None = None
 
@@ -183,9 +181,8 @@ class Preparation:
     def _hold_out_end(self, scan: Scan) -> Scan:
         """The scan of an input with one document, for want of others to hold out, as if it were two."""
         request, reader = self._request, self._readers["input"]
-        cut = CorpusReader(reader.input, text_field=request.text_field, held_out_end=request.held_out_fraction)
-        self._plain_readers["input"] = cut
-        document = next(documents_from(reader, scan.counts, 0)).id
+        document = next(documents_from(self._plain_readers["input"], scan.counts, 0)).id
+        self._plain_readers["input"] = cut = reader.plain(held_out_end=request.held_out_fraction)
         scan = scan.with_end_held_out(cut)
         self.reports["input"]["held_out_end"] = {
             "document": document,

@@ -126,6 +126,8 @@ class PrepareRequest:
             if self.reader(input).signature != corpus.input_signatures.get(name):
                 before = there.get(name)
                 change = "holds other files than then" if before == input else f"was {before!r}"
+                if not corpus.input_report:  # made when fewer kinds of files were read, and no links followed
+                    change += ", or other ones are read now: the corpus was prepared by an earlier natsjax"
                 differences.append(f"{name} {input!r} {change}")
         if differences:
             raise UserError(
@@ -137,4 +139,11 @@ class PrepareRequest:
 def absolute_input(input: str | os.PathLike[str]) -> str:
     """The input by its absolute path, so that it means the same from every working directory."""
     name = os.fspath(input)
-    return name if not name or name.startswith(PACKAGE_PREFIX) else str(Path(name).resolve())
+    if not name or name.startswith(PACKAGE_PREFIX):
+        return name
+    path = Path(name)
+    if os.path.islink(path) and not os.path.isdir(
+        path
+    ):  # a file goes by the name of its link, whose suffix says what it is
+        return str(path.parent.resolve() / path.name)
+    return str(path.resolve())
