@@ -146,8 +146,10 @@ class DataConfig:
         "", "text held out for evaluation; empty: a part of input", path=PathSyntax(prefix="package:")
     )
     held_out_fraction: float = setting(0.05, "of the documents, for evaluation", minimum=0, maximum=1)
-    text_field: str = setting("text", "name of the text in .jsonl and Parquet files and datasets")
-    skip_bad_files: bool = setting(False, "leave out files that are not UTF-8 or damaged instead of stopping")
+    text_field: str = setting("text", "name of the text in JSON and Parquet files and datasets")
+    skip_bad_files: bool = setting(
+        False, "leave out files that are damaged, not UTF-8, pointers, or not to be read here, instead of stopping"
+    )
     deduplicate: bool = setting(False, "leave out exact copies of documents; for preparing")
     context_length: int = setting(256, "tokens in a training sequence (t)", minimum=2)
     shuffle: Literal["contexts", "documents"] = setting(

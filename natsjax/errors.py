@@ -18,3 +18,8 @@ class UserError(Exception):
 
 def _printable(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def printable(text: str) -> str:
+    """The text on one line of a terminal: what cannot be printed is escaped."""
+    return "".join(map(_printable, text))

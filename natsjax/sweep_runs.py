@@ -293,7 +293,7 @@ def finished(run: PlannedRun) -> SweepRun | None:
     if record is None:
         return None
     known, config = record
-    changed, other = differences(config, run.config)
+    changed, other = differences(config, Workdir(run.workdir).with_own_order(run.config))
     if known.status != "finished" or other or any(not line.startswith(_FREE_FIELDS) for line in changed):
         return None
     # Somebody may have trained it further; or removed the checkpoints, with the numbers known.
@@ -305,7 +305,7 @@ def read_record(workdir: Path) -> tuple[SweepRun, Config] | None:
     """How the run in a folder ended, and the config that it was trained and evaluated with; None: it does not say."""
     try:
         values = json.loads((workdir / RECORD_FILE).read_text())
-        config = Config.from_dict(values["config"])
+        config = Config.from_stored(values["config"])
         fields = _restored(values["run"])
         return SweepRun(**fields | {"workdir": workdir, "front": tuple(fields["front"])}), config
     except (

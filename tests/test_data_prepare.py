@@ -199,8 +199,6 @@ def test_arguments_out_of_range(texts, tmp_path, options, sentence):
 
 def test_input_that_cannot_be_divided(tmp_path):
     (tmp_path / "one.txt").write_text("alone", "utf-8")
-    with pytest.raises(UserError, match="fewer than two documents with different ids"):
-        _prepare(tmp_path / "one.txt", tmp_path / "out")
     with pytest.raises(UserError, match="validation_input is the same as input"):
         _prepare(tmp_path / "one.txt", tmp_path / "out", validation_input=tmp_path / "." / "one.txt")
 

@@ -65,7 +65,7 @@ def test_several_processes_make_the_same(texts, tmp_path, whole, monkeypatch, ca
         caplog.clear()
         prepare(texts, tmp_path / "three", workers=3, **_options())
     assert "bad.txt is not UTF-8" in caplog.text
-    assert "Dropped 1 documents without text" in caplog.text
+    assert "documents without text: 1: lines.jsonl:8" in caplog.text
     assert _files(tmp_path / "one") == _files(tmp_path / "three") == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "texts", "three", "whole"]
 

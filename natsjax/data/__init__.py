@@ -2,7 +2,7 @@
 
 | module | what it does |
 |---|---|
-| `corpus_reader` | reads documents from text, JSON lines, Parquet, saved datasets or an installed package |
+| `corpus_reader` | reads documents from text, JSON, Parquet, saved datasets or an installed package |
 | `tokenizer` | tokenizers by name: bytes, BPE trained here, Hugging Face's, SentencePiece's, tiktoken's |
 | `prepare` | the command `python -m natsjax.data.prepare` and its function: text to a prepared corpus |
 | `inspect`, `examples` | the command `python -m natsjax.data.inspect`: a context of a corpus or a run, for people |
@@ -14,10 +14,10 @@
 | `locate` | finds the corpora of a run that were moved since |
 | `synthetic` | the associative-recall task |
 
-(`sources`, `text_files` and `arrow_files` are parts of `corpus_reader`; `tokenizer_base`, `byte_tokenizers`,
-`pretrained_tokenizer` and a module per library are parts of `tokenizer`; `prepare_request`, `preparation`,
-`scan`, `hold_out`, `encode`, `split_writer`, `atomic_folder`, `worker_pool` and `progress` are parts of `prepare`,
-`lru_cache` is one of `pipeline`.)
+(`sources`, `input_folder`, `text_files`, `json_files`, `arrow_files` and `file_marks` are parts of `corpus_reader`;
+`tokenizer_base`, `byte_tokenizers`, `pretrained_tokenizer` and a module per library are parts of `tokenizer`;
+`prepare_request`, `preparation`, `scan`, `input_report`, `hold_out`, `encode`, `split_writer`, `atomic_folder`,
+`worker_pool` and `progress` are parts of `prepare`, `lru_cache` is one of `pipeline`.)
 
 `prepare` is imported as `from natsjax.data.prepare import prepare`: a function re-exported here would hide
 the module of the same name, which is also a command.

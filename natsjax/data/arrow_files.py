@@ -7,13 +7,26 @@ https://huggingface.co/docs/datasets/process#save, https://arrow.apache.org/docs
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsjax.data.sources import Document, FileSource, Source, bad_file, reason
+from natsjax.data.file_marks import HEAD_BYTES, format_of
+from natsjax.data.sources import (
+    UNREADABLE,
+    BadFileError,
+    Document,
+    FileSource,
+    bad_file,
+    cannot_read,
+    reason,
+    refuse_pointer,
+)
 from natsjax.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +41,10 @@ _SPLITS_FILE = "dataset_dict.json"
 
 _BATCH_ROWS = 64  # documents held at a time; each may be a book
 _READ_BUFFER_BYTES = 1 << 20
+_LARGEST_LIMIT = (1 << 31) - 1  # of a signed 32-bit integer
+# How pyarrow says that a file may well be sound, in exceptions of several kinds.
+_NOT_SUPPORTED = re.compile(r"(?i)not (currently )?supported|unsupported|not (yet )?implemented|not built|exceed")
+_FILE_MARK = b"ARROW1"  # of the format with a footer, which some writers prefer
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -58,10 +75,36 @@ class _Table(FileSource):
                     yield Document(f"{self.name}:{row}" if name is None else str(name), text)
         except UnicodeDecodeError as error:
             raise self.bad(f"is not UTF-8 in row {row}") from error
-        except (arrow.ArrowException, OSError, MemoryError) as error:  # a damaged length may ask for any memory
-            if isinstance(error, OSError) and error.strerror:
-                raise self.bad(f"cannot be read: {error.strerror}") from error
-            raise self.bad(f"is no whole {self.format} ({reason(error)})") from error
+        except (arrow.ArrowException, OSError, MemoryError) as error:
+            raise self._cannot_read(arrow, error) from error
+
+    def _cannot_read(self, arrow: Any, error: BaseException) -> BadFileError:
+        """The error for what the library, or the system, says."""
+        if isinstance(error, OSError) and error.strerror:
+            return cannot_read(self.path, error)
+        head = self.head()
+        self.refuse_pointer(head)
+        known = format_of(head)
+        said = reason(error)
+        if "crypt" in f"{known}{said}":
+            return self.bad(
+                f"is an encrypted {self.format} ({said})", kind=UNREADABLE, advice="write it without encryption"
+            )
+        if known is not None and not known.endswith(self.format):
+            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=f"write it as a {self.format}")
+        if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(said):
+            return self.bad(
+                f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({said})",
+                kind=UNREADABLE,
+                advice="write it again with another compression or encoding",
+            )
+        if isinstance(error, MemoryError):  # which a damaged length may ask for as well
+            return self.bad(
+                f"needs more memory to be read than there is, or is damaged ({said})",
+                kind=UNREADABLE,
+                advice="write it again with smaller row groups",
+            )
+        return self.bad(f"is no whole {self.format} ({said})")
 
     def check(self) -> None:
         """Reads the columns."""
@@ -106,7 +149,9 @@ class ParquetFile(_Table):
         # Opened here, because pyarrow takes no path that is not UTF-8.
         with (
             self.path.open("rb") as opened,
-            arrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES) as file,
+            arrow.parquet.ParquetFile(
+                opened, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES, **_limits(arrow.parquet.ParquetFile)
+            ) as file,
         ):
             text, identity = self._wanted(arrow, file.schema_arrow)
             names = [file.schema_arrow.names[column] for column in (text, identity) if column is not None]
@@ -126,17 +171,27 @@ class ArrowShard(_Table):
 
     def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
         with self.path.open("rb") as file:
-            with arrow.ipc.open_stream(file) as stream:
-                text, identity = self._wanted(arrow, stream.schema)
-                for batch in stream:
+            is_stream = not file.peek(len(_FILE_MARK)).startswith(_FILE_MARK)
+            with (arrow.ipc.open_stream if is_stream else arrow.ipc.open_file)(file) as opened:
+                text, identity = self._wanted(arrow, opened.schema)
+                for batch in opened if is_stream else map(opened.get_batch, range(opened.num_record_batches)):
                     batch.validate(full=True)  # the format has no checksums: offsets could point anywhere
                     for start in range(0, batch.num_rows, _BATCH_ROWS):
                         part = batch.slice(start, _BATCH_ROWS)
                         yield part.column(text), None if identity is None else part.column(identity)
+            if not is_stream:
+                return
             # A file that was cut off between two batches looks whole to the library.
             file.seek(max(0, self.path.stat().st_size - len(_END_OF_STREAM)))
             if file.read() != _END_OF_STREAM:
                 raise self.bad("is no whole Arrow stream (it ends too early)")
+
+
+def _limits(opener: Any) -> dict[str, int]:
+    """Arguments that lift what pyarrow refuses by default: footers beyond 100 MB or a million of columns and groups."""
+    names = ("thrift_string_size_limit", "thrift_container_size_limit", "schema_depth_limit")
+    known = inspect.signature(opener).parameters  # the last one is not there in every version
+    return {name: _LARGEST_LIMIT for name in names if name in known}
 
 
 def is_dataset(folder: Path) -> bool:
@@ -149,8 +204,13 @@ def is_dataset_dict(folder: Path) -> bool:
     return (folder / _SPLITS_FILE).is_file()
 
 
-def check_split(folder: Path, split: str) -> None:
-    """Raise UserError if a folder with splits has none of that name."""
+def other_splits(folder: Path, split: str) -> list[str]:
+    """The splits of a folder beside the one of that name.
+
+    Raises:
+      UserError: it has none of that name.
+      BadFileError: `dataset_dict.json` is damaged.
+    """
     splits = _read_json(folder / _SPLITS_FILE).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise bad_file(folder / _SPLITS_FILE, "holds no list of splits")
@@ -159,9 +219,10 @@ def check_split(folder: Path, split: str) -> None:
             f"the dataset {folder} has no split {split!r} (splits found: {', '.join(splits) or 'none'}); name the one "
             f"to read behind the folder, as in {folder}:{splits[0] if splits else DEFAULT_SPLIT}."
         )
+    return [name for name in splits if name != split]
 
 
-def dataset_sources(folder: Path, name: str, text_field: str) -> list[Source]:
+def dataset_sources(folder: Path, name: str, text_field: str) -> list[ArrowShard]:
     """The shards of a saved dataset, in its order.
 
     Args:
@@ -189,11 +250,19 @@ def dataset_sources(folder: Path, name: str, text_field: str) -> list[Source]:
     return [ArrowShard(folder / shard, prefix + shard, text_field) for shard in shards]
 
 
+def beside_shards(folder: Path, shards: list[ArrowShard]) -> list[str]:
+    """Names in the folder of a saved dataset that are no part of it."""
+    own = {_STATE_FILE, _INFO_FILE, _SPLITS_FILE, *(shard.path.relative_to(folder).parts[0] for shard in shards)}
+    return sorted(set(os.listdir(folder)) - own)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        refuse_pointer(path, data[:HEAD_BYTES])
+        content = json.loads(data)
     except OSError as error:
-        raise bad_file(path, f"cannot be read: {error.strerror}") from error
+        raise cannot_read(path, error) from error
     except (ValueError, RecursionError) as error:
         raise bad_file(path, f"is no valid JSON ({reason(error)})") from error
     if not isinstance(content, dict):
@@ -203,17 +272,26 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_text(arrow: Any, kind: pyarrow.DataType) -> bool:
     types = arrow.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _values_of(arrow, kind)
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or _is_binary(arrow, kind)
 
 
 def _is_binary(arrow: Any, kind: pyarrow.DataType) -> bool:
     """Bytes that are not marked as text; some writers of Parquet mark none, so they are read as UTF-8."""
     types = arrow.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _values_of(arrow, kind)
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _values_of(arrow: Any, kind: pyarrow.DataType) -> pyarrow.DataType:
+    """What a column of this type holds: dictionaries, runs and extensions are ways of storing it."""
+    while True:
+        if arrow.types.is_dictionary(kind) or arrow.types.is_run_end_encoded(kind):
+            kind = kind.value_type
+        elif isinstance(kind, arrow.BaseExtensionType):
+            kind = kind.storage_type
+        else:
+            return kind
 
 
 def _import_pyarrow(path: Path) -> Any:

@@ -19,11 +19,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from natsjax.data.file_marks import HEAD_BYTES, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError
 
@@ -33,7 +35,7 @@ SPLITS = ("train", "validation")
 CORPUS_FILE = "corpus.json"
 TOKENIZER_FOLDER = "tokenizer"
 LENGTHS_FILE = "lengths.npy"
-IDS_FILE = "document_ids.ndjson"  # not .jsonl: whoever prepares inside the input folder would read it as text
+IDS_FILE = "document_ids.ndjson"
 
 
 def shard_name(number: int) -> str:
@@ -91,11 +93,13 @@ class Documents:
     def __init__(self, folder: Path, summary: SplitSummary, dtype: np.dtype):
         self._folder = folder
         self._dtype = dtype
+        shards = [folder / shard_name(number) for number in range(summary.shards)]
+        for path in (folder / LENGTHS_FILE, *shards):
+            _check_no_pointer(path)
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({error}); prepare the corpus again.") from error
-        shards = [folder / shard_name(number) for number in range(summary.shards)]
         try:
             self._records = ArrayRecordDataSource(shards)
         except RuntimeError as error:  # the one exception of array_record's C++ side
@@ -137,6 +141,7 @@ class Corpus:
       input_signatures: cheap marks of what its inputs held.
       skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
       dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
+      input_report: by input, what became of everything that it held (`natsjax.data.input_report`).
     """
 
     folder: Path
@@ -147,6 +152,7 @@ class Corpus:
     input_signatures: dict[str, str]
     skipped_files: dict[str, str]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    input_report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
@@ -170,6 +176,7 @@ class Corpus:
                 input_signatures=description["input_signatures"],
                 skipped_files=description["skipped_files"],
                 dropped=description.get("dropped", {}),  # absent in corpora made before it was counted
+                input_report=description.get("input_report", {}),  # the same
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / CORPUS_FILE} lacks or garbles the field {error}.") from error
@@ -201,6 +208,7 @@ class Corpus:
             "input_signatures": self.input_signatures,
             "skipped_files": self.skipped_files,
             "dropped": self.dropped,
+            "input_report": self.input_report,
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         # Paths that are no UTF-8 hold surrogates, which JSON writes as these escapes.
@@ -217,6 +225,14 @@ class Corpus:
         return Documents(self.folder / split, self.summaries[split], record_dtype(self.tokenizer.vocab_size))
 
 
+def _check_no_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            check_no_pointer(path, file.read(HEAD_BYTES))
+    except OSError:
+        pass  # whoever reads it will say so
+
+
 def _summary(fields: dict) -> SplitSummary:
     return SplitSummary(**{field.name: fields[field.name] for field in dataclasses.fields(SplitSummary)})
 
@@ -224,7 +240,9 @@ def _summary(fields: dict) -> SplitSummary:
 def _read_description(folder: Path) -> dict:
     path = folder / CORPUS_FILE
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        check_no_pointer(path, data)
+        description = json.loads(data.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is no prepared corpus: it holds no {CORPUS_FILE}; make one with "

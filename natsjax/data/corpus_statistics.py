@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.corpus import Corpus
+from natsjax.data.input_report import report_lines
 from natsjax.data.pipeline import PackedSource
 
 PERCENTILES = (10, 50, 90, 99)
@@ -88,6 +89,8 @@ def describe(corpus: Corpus) -> list[str]:
     left_out.append(f"{corpus.dropped.get('empty', 0):,} documents without text")
     left_out.append(f"{len(corpus.skipped_files):,} bad files")
     lines.append(f"left out: {', '.join(left_out)}")
+    for name, report in corpus.input_report.items():
+        lines += report_lines(name, report)
     return lines + _kv_table(smallest_kv_fractions(corpus))
 
 

@@ -14,17 +14,18 @@ from contextlib import ExitStack
 from functools import partial as bind
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.atomic_folder import PartialFolder, read_part, write_part, write_whole
-from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader
+from natsjax.data.corpus_reader import CorpusReader
 from natsjax.data.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
+from natsjax.data.input_report import report_lines
 from natsjax.data.prepare_request import PrepareRequest
 from natsjax.data.progress import Progress
-from natsjax.data.scan import TRAIN, Scan, documents_from, source_groups
+from natsjax.data.scan import TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
 from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from natsjax.data.worker_pool import WorkerPool, finished, result
 
@@ -56,16 +57,18 @@ class Preparation:
       request: what is asked for.
       readers: of the inputs.
       partial: where parts lie.
+
+    Attributes:
+      reports: by input, what became of everything in it (`natsjax.data.input_report`); there once it is scanned.
     """
 
     def __init__(self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder):
         self._request = request
         self._readers = readers
         self._partial = partial
+        self.reports: dict[str, dict[str, Any]] = {}
         # What was found bad holds no document in the scan and is not opened again: later passes need no check of it.
-        self._plain_readers = {
-            name: CorpusReader(reader.input, text_field=request.text_field) for name, reader in readers.items()
-        }
+        self._plain_readers = {name: reader.plain() for name, reader in readers.items()}
         self._exit = ExitStack()
         self._pool: WorkerPool | None = None
 
@@ -83,7 +86,7 @@ class Preparation:
         Raises:
           UserError: the text cannot be read, or there is none.
         """
-        is_much = sum(_size_on_disk(reader.input) for reader in self._readers.values()) >= PARALLEL_BYTES
+        is_much = sum(reader.size_on_disk for reader in self._readers.values()) >= PARALLEL_BYTES
         scans = {}
         for name, reader in self._readers.items():
             groups = source_groups(reader.num_sources)
@@ -93,8 +96,24 @@ class Preparation:
                     found.append(scan)
                     progress.add(len(scan.sizes), int(scan.sizes.sum()))
             scans[name] = Scan.joined(found)
-            scans[name].check(reader)
+            self.reports[name] = scans[name].report(reader)
+        if list(scans) == ["input"] and len(scans["input"].hashes) == 1:
+            scans["input"] = self._hold_out_end(scans["input"])
+        for name, reader in self._readers.items():
+            lines = report_lines(reader.input, self.reports[name])
+            _log.log(logging.INFO if len(lines) == 1 else logging.WARNING, "%s", "\n".join(lines))
         return scans
+
+    def divide(self, scans: dict[str, Scan]) -> tuple[Splits, int]:
+        """Which split each document goes to, and the number of duplicates: as `scan.divide` says.
+
+        Raises:
+          UserError: a split would have no document.
+        """
+        request = self._request
+        if "held_out_end" in self.reports["input"]:
+            return {"input": np.array([TRAIN, VALIDATION], np.int8)}, 0
+        return divide(scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate)
 
     def tokenizer(self, scans: dict[str, Scan], splits: Splits) -> Tokenizer:
         """The tokenizer: the one asked for, or one that is trained on the training documents.
@@ -158,6 +177,19 @@ class Preparation:
             for reason in scan.skipped.values():
                 _log.warning("Skipped: %s", reason)
             yield scan
+
+    def _hold_out_end(self, scan: Scan) -> Scan:
+        """The scan of an input with one document, for want of others to hold out, as if it were two."""
+        request, reader = self._request, self._readers["input"]
+        document = next(documents_from(self._plain_readers["input"], scan.counts, 0)).id
+        self._plain_readers["input"] = cut = reader.plain(held_out_end=request.held_out_fraction)
+        scan = scan.with_end_held_out(cut)
+        self.reports["input"]["held_out_end"] = {
+            "document": document,
+            "bytes": int(scan.sizes.sum()),
+            "held_out_bytes": int(scan.sizes[1]),
+        }
+        return scan
 
     def _train_bpe(self, scan: Scan, split: npt.NDArray[np.int8]) -> BPETokenizer:
         request = self._request
@@ -224,17 +256,6 @@ def _in_thread(work: Callable[[], _T], stop: threading.Event) -> _T:
         except BaseException:
             stop.set()
             raise
-
-
-def _size_on_disk(input: str) -> int:
-    """Bytes of all files of an input, roughly: it may hold others too, and compressed ones; 0 for a package."""
-    if input.startswith(PACKAGE_PREFIX):
-        return 0
-    path = Path(input)
-    if not path.exists():
-        path = Path(input.rpartition(":")[0])  # FOLDER:SPLIT
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 # What a worker process works with: tasks name only what differs between them.

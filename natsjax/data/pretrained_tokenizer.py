@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from natsjax.data.file_marks import check_no_pointer
 from natsjax.data.tokenizer_base import PieceTokenizer
 from natsjax.errors import UserError
 
@@ -123,6 +124,8 @@ def read_bytes(path: Path) -> bytes:
       UserError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}.") from error
+    check_no_pointer(path, content)
+    return content

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.corpus_reader import CorpusReader, Document
 from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.data.input_report import Tallies, report
 from natsjax.errors import UserError
 
 TRAIN, VALIDATION, DROPPED = 0, 1, 2
 _DIGEST_BYTES = 16
 _MAX_GROUPS = 1024
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Scan:
       hashes: uint64 `[D]`, `hash_id` of each document.
       sizes: int64 `[D]`, bytes of each in UTF-8.
       digests: uint64 `[D, 2]`, a hash of each text; `[0, 2]` where nobody asked for it.
-      num_empty: documents without text.
+      left_out: what these sources hold beside documents with text in them.
       skipped: bad files by name, with what is wrong with them.
     """
 
@@ -41,7 +41,7 @@ class Scan:
     hashes: npt.NDArray[np.uint64]
     sizes: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
-    num_empty: int
+    left_out: Tallies
     skipped: dict[str, str]
 
     @classmethod
@@ -52,7 +52,8 @@ class Scan:
           UserError: as the reader does.
         """
         counts, hashes, sizes, digests = array("q"), array("Q"), array("q"), bytearray()
-        empty_before, names = reader.num_empty, reader.source_names
+        names = reader.source_names
+        reader.left_out = Tallies()
         for source in sources:
             before = len(hashes)
             for document in reader.documents_of(source):
@@ -67,7 +68,7 @@ class Scan:
             hashes=np.frombuffer(hashes, np.uint64),
             sizes=np.frombuffer(sizes, np.int64),
             digests=np.frombuffer(digests, np.uint64).reshape(-1, 2),
-            num_empty=reader.num_empty - empty_before,
+            left_out=reader.left_out,
             skipped={
                 names[source]: reader.skipped[names[source]] for source in sources if names[source] in reader.skipped
             },
@@ -81,34 +82,55 @@ class Scan:
             hashes=np.concatenate([scan.hashes for scan in scans]),
             sizes=np.concatenate([scan.sizes for scan in scans]),
             digests=np.concatenate([scan.digests for scan in scans]),
-            num_empty=sum(scan.num_empty for scan in scans),
+            left_out=Tallies.joined(scan.left_out for scan in scans),
             skipped={name: reason for scan in scans for name, reason in scan.skipped.items()},
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """For a file; `from_arrays` reads them."""
-        rest = json.dumps([self.num_empty, self.skipped]).encode()
+        rest = json.dumps([self.left_out.to_json(), self.skipped]).encode()
         arrays = {"counts": self.counts, "hashes": self.hashes, "sizes": self.sizes, "digests": self.digests}
         return arrays | {"rest": np.frombuffer(rest, np.uint8)}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Scan:
         """What `to_arrays` gave."""
-        num_empty, skipped = json.loads(arrays["rest"].tobytes())
+        left_out, skipped = json.loads(arrays["rest"].tobytes())
         named = {name: arrays[name] for name in ("counts", "hashes", "sizes", "digests")}
-        return cls(**named, num_empty=num_empty, skipped=skipped)
+        return cls(**named, left_out=Tallies.from_json(left_out), skipped=skipped)
 
-    def check(self, reader: CorpusReader) -> None:
-        """Say what was left out; raise UserError if nothing is left."""
-        if self.num_empty:
-            _log.warning("Dropped %d documents without text from %s", self.num_empty, reader.input)
-        if self.skipped:
-            _log.warning("Skipped %d of %d files of %s", len(self.skipped), reader.num_sources, reader.input)
+    @property
+    def num_empty(self) -> int:
+        """Documents without text."""
+        return self.left_out["empty"].count
+
+    def report(self, reader: CorpusReader) -> dict[str, Any]:
+        """What became of everything in the input (`natsjax.data.input_report`), which all of it was scanned for.
+
+        Raises:
+          UserError: none of it is text.
+        """
         if not len(self.hashes):
-            raise UserError(
-                f"the corpus {reader.input} is empty: none of its {self.num_empty} documents has any text "
-                f"({reader.num_sources - len(self.skipped)} files read, {len(self.skipped)} skipped)."
-            )
+            raise reader.empty_error(self.left_out)
+        tallies = Tallies.joined([reader.found, self.left_out])
+        not_read = len(self.skipped) + self.left_out["no_text"].count
+        return report(files=reader.num_sources - not_read, documents=len(self.hashes), tallies=tallies)
+
+    def with_end_held_out(self, reader: CorpusReader) -> Scan:
+        """This scan, of an input with one document, as of a reader that gives that as two (`held_out_end`).
+
+        Raises:
+          UserError: the document is too short, or changed.
+        """
+        counts = 2 * self.counts
+        ends = list(documents_from(reader, counts, 0))
+        return dataclasses.replace(
+            self,
+            counts=counts,
+            hashes=np.zeros(len(ends), np.uint64),  # nothing is chosen by them
+            sizes=np.array([len(document.text.encode("utf-8")) for document in ends], np.int64),
+            digests=np.zeros((len(ends), 2), np.uint64),
+        )
 
 
 def source_groups(num_sources: int) -> list[range]:

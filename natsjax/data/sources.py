@@ -5,6 +5,7 @@ A source is a piece of an input that can be read by itself: one file, one shard 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from natsjax.data.file_marks import HEAD_BYTES, pointer
 from natsjax.errors import UserError
 
 
@@ -31,14 +33,34 @@ class Document:
     text: str
 
 
+# Kinds of files that cannot be read: what the report on an input calls them.
+DAMAGED, POINTER, UNREADABLE = "damaged", "pointer", "unreadable"
+
+
 class BadFileError(UserError):
-    """A file that cannot be read to its end as text: the kind of file that `skip_bad_files` skips."""
+    """A file that cannot be read to its end as text: the kind of file that `skip_bad_files` skips.
+
+    Args:
+      message: the sentence.
+      kind: `DAMAGED`; `POINTER`, to a file that is kept elsewhere; or `UNREADABLE`: sound for all that is known, but
+        not to be read by this user or with these libraries.
+    """
+
+    def __init__(self, message: str, kind: str = DAMAGED):
+        super().__init__(message)
+        self.kind = kind
+
+
+class NoTextError(UserError):
+    """A file that can be read and holds other things than texts under the name that was asked for."""
 
 
 class Source(ABC):
     """Something with documents in it. `name` is unique within an input."""
 
     name: str
+    # Whether it may be something else than text (a file of settings, say), to be passed over and named then.
+    optional = False
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -63,8 +85,7 @@ class FileSource(Source):
 
     def __init__(self, path: Path, name: str):
         self.path = path
-        # Linux allows file names that are no UTF-8; ids must be.
-        self.name = os.fsencode(name).decode("utf-8", "backslashreplace")
+        self.name = utf8_name(name)
 
     def version(self) -> str:
         """The file's size."""
@@ -73,9 +94,25 @@ class FileSource(Source):
         except OSError as error:  # reading it will say so, or skip it
             return f"unreadable: {error.strerror}"
 
-    def bad(self, what: str) -> BadFileError:
-        """The error that says what is wrong with the file."""
-        return bad_file(self.path, what)
+    def bad(self, what: str, **options: str) -> BadFileError:
+        """The error that says what is wrong with the file: `bad_file` of its path."""
+        return bad_file(self.path, what, **options)
+
+    def refuse_pointer(self, head: bytes) -> None:
+        """Raise BadFileError if the file, by its first bytes, is a pointer to one that is kept elsewhere."""
+        refuse_pointer(self.path, head)
+
+    def head(self) -> bytes:
+        """Its first bytes.
+
+        Raises:
+          BadFileError: it cannot be opened.
+        """
+        try:
+            with self.path.open("rb") as file:
+                return file.read(HEAD_BYTES)
+        except OSError as error:
+            raise cannot_read(self.path, error) from error
 
 
 class BrokenSource(Source):
@@ -131,9 +168,39 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def bad_file(path: Path, what: str) -> BadFileError:
-    """The error for a damaged file, in one sentence."""
-    return BadFileError(f"{path} {what}; correct the file, or set skip_bad_files to leave it out.")
+def utf8_name(name: str) -> str:
+    """A path as UTF-8 can hold it: Linux allows names that are none, but ids must be."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def bad_file(path: Path, what: str, *, kind: str = DAMAGED, advice: str = "correct the file") -> BadFileError:
+    """The error for a file that cannot be read, in one sentence.
+
+    Args:
+      path: of the file.
+      what: is wrong with it, to stand behind its path.
+      kind: as in `BadFileError`.
+      advice: what a person can do, beside leaving it out.
+    """
+    return BadFileError(f"{path} {what}; {advice}, or set skip_bad_files to leave it out.", kind)
+
+
+def cannot_read(path: Path, error: OSError) -> BadFileError:
+    """The error for a file or folder that the system gives no access to."""
+    is_denied = error.errno in (errno.EACCES, errno.EPERM)
+    advice = "give this user the right to read it" if is_denied else "see to it that it can be read"
+    return bad_file(path, f"cannot be read: {error.strerror or reason(error)}", kind=UNREADABLE, advice=advice)
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Raise BadFileError if a file with this head is a pointer to one that is kept elsewhere."""
+    if (found := pointer(head)) is not None:
+        raise pointer_error(path, *found)
+
+
+def pointer_error(path: Path, tool: str, advice: str) -> BadFileError:
+    """The error for a pointer: what made it, and how to fetch the file itself."""
+    return bad_file(path, f"is a pointer of {tool} to a file that is kept elsewhere", kind=POINTER, advice=advice)
 
 
 def reason(error: BaseException) -> str:

@@ -1,154 +1,178 @@
-"""Text files and JSON lines, compressed or not."""
+"""Files of text, compressed or not, and text files, which are one document each."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import textwrap
+import bz2
+import codecs
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, BinaryIO
 
 import zstandard
 
-from natsjax.data.sources import Document, FileSource, reason
-from natsjax.errors import UserError
-
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
+from natsjax.data.file_marks import HEAD_BYTES, format_of
+from natsjax.data.sources import UNREADABLE, Document, FileSource, cannot_read, reason
 
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
+# Those of UTF-32 first, as one of them begins like one of UTF-16.
+_WIDE_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+# As far as the format goes: `zstd --long=31`. The library's default ends at 128 MiB.
+_LARGEST_ZSTD_WINDOW = 1 << 31
+
+# By suffix: the format's name, and what decompresses one member of a file (`.eof`, `.unused_data`).
+_COMPRESSIONS: dict[str, tuple[str, Callable[[], Any]]] = {
+    ".gz": ("gzip", lambda: zlib.decompressobj(16 + zlib.MAX_WBITS)),
+    ".zst": ("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW).decompressobj()),
+    ".bz2": ("bzip2", bz2.BZ2Decompressor),
+    ".xz": ("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+}
 
 
-class _CompressibleFile(FileSource):
-    """A file of UTF-8 text whose suffix says how it is compressed."""
-
-    def _chunks(self) -> Iterator[bytes]:
-        """The uncompressed bytes, in pieces of any size."""
-        suffix = self.path.suffix.lower()
-        try:
-            with self.path.open("rb") as file:
-                if suffix == ".zst":
-                    yield from _zstd_chunks(file)
-                elif suffix == ".gz":
-                    with gzip.GzipFile(fileobj=file) as plain:
-                        yield from _plain_chunks(plain)
-                else:
-                    yield from _plain_chunks(file)
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise self.bad(f"is no whole gzip file ({reason(error)})") from error
-        except (zstandard.ZstdError, EOFError) as error:
-            kind = "gzip" if suffix == ".gz" else "zstd"
-            raise self.bad(f"is no whole {kind} file ({reason(error)})") from error
-        except OSError as error:
-            raise self.bad(f"cannot be read: {error.strerror}") from error
-
-    def _decode(self, data: bytes, offset: int) -> str:
-        """UTF-8 to text; `offset` is where `data` begins in the uncompressed file."""
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            value = data[error.start]
-            raise self.bad(f"is not UTF-8: byte 0x{value:02x} at offset {offset + error.start}") from error
-        return text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text
+def with_compressions(*suffixes: str) -> tuple[str, ...]:
+    """Each suffix plain and with that of each compression that can be read."""
+    return tuple(suffix + packed for suffix in suffixes for packed in ("", *_COMPRESSIONS))
 
 
-class TextFile(_CompressibleFile):
-    """A file that is one document."""
+COMPRESSION_SUFFIXES = tuple(_COMPRESSIONS)
+TEXT_SUFFIXES = with_compressions(".txt")
 
-    def documents(self) -> Iterator[Document]:
-        """The one document."""
-        yield Document(self.name, self._decode(b"".join(self._chunks()), 0))
+
+class CompressibleFile(FileSource):
+    """A file of Unicode text whose suffix says how it is compressed."""
 
     def check(self) -> None:
         """Reads the file."""
         for _ in self.documents():
             pass
 
+    def chunks(self) -> Iterator[bytes]:
+        """The uncompressed text in UTF-8, in pieces of any size.
 
-class JsonLines(_CompressibleFile):
-    """A file with a JSON object in each line.
+        Raises:
+          BadFileError: the file cannot be opened or decompressed, is a pointer, or begins with the byte-order mark of
+            UTF-16 or UTF-32 and is not that.
+        """
+        try:
+            with self.path.open("rb") as file:
+                self.refuse_pointer(file.peek(HEAD_BYTES)[:HEAD_BYTES])
+                packed = self.path.suffix.lower()
+                yield from self._as_utf8(self._members(file, packed) if packed in _COMPRESSIONS else _pieces(file))
+        except OSError as error:
+            raise cannot_read(self.path, error) from error
 
-    Args:
-      path: where it is.
-      name: its path below the input.
-      text_field: field of each object that holds the text.
-    """
+    def decode(self, data: bytes, offset: int) -> str:
+        """UTF-8 to text; `offset` is where `data` begins in the uncompressed file.
 
-    def __init__(self, path: Path, name: str, text_field: str):
-        super().__init__(path, name)
-        self._text_field = text_field
+        Raises:
+          BadFileError: it is not UTF-8.
+        """
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.not_utf8(data[error.start], offset + error.start) from error
+        return text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text
+
+    def not_utf8(self, value: int, offset: int) -> Exception:
+        """The error for a byte that no UTF-8 has there, `offset` bytes into the uncompressed file."""
+        known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(self.head())
+        looks = f" (it begins like {known})" if known else ""
+        return self.bad(
+            f"is not UTF-8: byte 0x{value:02x} at offset {offset}{looks}",
+            advice="convert it, as `iconv -f WINDOWS-1252 -t UTF-8` does" if known is None else "unpack or convert it",
+        )
+
+    def _members(self, file: BinaryIO, suffix: str) -> Iterator[bytes]:
+        # Member by member: the readers of the libraries take a file that ends in mid-frame for a whole one (zstd), or
+        # pass over all that comes behind padding or a damaged header (bz2, lzma).
+        name, new = _COMPRESSIONS[suffix]
+        member, is_first = None, True
+        for piece in _pieces(file):
+            chunk = piece
+            while True:
+                if member is None:
+                    chunk = chunk if is_first else chunk.lstrip(b"\0")  # tar and xz pad with zeros
+                    if not chunk:
+                        break
+                    member, is_first = new(), False
+                try:
+                    data = member.decompress(chunk)
+                except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, MemoryError) as error:
+                    raise self._cannot_decompress(name, error) from error
+                yield data
+                if not member.eof:
+                    break
+                chunk, member = member.unused_data, None
+        if member is not None:
+            raise self.bad(f"is no whole {name} file (it ends too early)")
+
+    def _cannot_decompress(self, name: str, error: Exception) -> Exception:
+        if isinstance(error, zstandard.ZstdError) and "ictionary" in str(error):
+            return self.bad(
+                "was compressed with a dictionary, which lies elsewhere",
+                kind=UNREADABLE,
+                advice="decompress it with `zstd -d -D DICTIONARY`",
+            )
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            return self.bad(
+                f"needs more memory to decompress than there is ({reason(error)})",
+                kind=UNREADABLE,
+                advice=f"compress it again with a smaller window or dictionary of {name}",
+            )
+        known = format_of(self.head())
+        looks = f"; it begins like {known}" if known and not known.startswith(name) else ""
+        return self.bad(f"is no whole {name} file ({reason(error)}{looks})")
+
+    def _as_utf8(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        head = b""
+        for chunk in chunks:
+            head += chunk
+            if len(head) >= 64:
+                break
+        rest = chain([head], chunks)
+        codec = next((name for mark, name in _WIDE_MARKS if head.startswith(mark)), None)
+        if codec is None:
+            if _is_half_zeros(head[:64]):
+                raise self.bad(
+                    "looks like UTF-16 without a byte-order mark",
+                    kind=UNREADABLE,
+                    advice="convert it with `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE)",
+                )
+            yield from rest
+            return
+        decoder = codecs.getincrementaldecoder(codec)()
+        try:
+            for chunk in rest:
+                yield decoder.decode(chunk).encode("utf-8")
+            decoder.decode(b"", final=True)
+        except UnicodeError as error:
+            what = f"begins with the byte-order mark of {codec} but is not {codec} ({reason(error)})"
+            raise self.bad(what) from error
+
+
+class TextFile(CompressibleFile):
+    """A file that is one document."""
 
     def documents(self) -> Iterator[Document]:
-        """A document a line; blank lines are none."""
-        for number, line in enumerate(self._lines(), start=1):
-            if line.strip():
-                yield self._document(line, number)
-
-    def check(self) -> None:
-        """Reads the lines, not what they mean."""
-        for _ in self._lines():
-            pass
-
-    def _lines(self) -> Iterator[str]:
-        offset = 0
-        for line in _split_lines(self._chunks()):
-            yield self._decode(line, offset)
-            offset += len(line)
-
-    def _document(self, line: str, number: int) -> Document:
-        where = f"{self.path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no valid JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where} holds a JSON {type(record).__name__}; every line must be one JSON object.")
-        text = record.get(self._text_field)
-        if not isinstance(text, str):
-            found = textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …") or "none"
-            problem = "no field" if self._text_field not in record else "no text in field"
-            raise UserError(
-                f"{where} has {problem} {self._text_field!r} (fields found: {found}); name the field that "
-                "holds the text with text_field."
-            )
-        identity = record.get("id")
-        has_id = isinstance(identity, (str, int)) and not isinstance(identity, bool)
-        document = Document(str(identity) if has_id else f"{self.name}:{number}", text)
-        try:  # JSON can escape half a surrogate pair, which no UTF-8 can hold
-            (document.id + document.text).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where} holds a lone surrogate escape, which is no valid Unicode.") from error
-        return document
+        """The one document."""
+        yield Document(self.name, self.decode(b"".join(self.chunks()), 0))
 
 
-def _plain_chunks(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(_CHUNK_BYTES):
+        yield piece
 
 
-def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    # Frame by frame, because the library's stream reader takes a file that ends in mid-frame for a whole one.
-    frame = None
-    for chunk in _plain_chunks(file):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends too early")
-
-
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of a line that is not whole yet; joined once, or a long line would be copied per chunk
-    for chunk in chunks:
-        first, *lines = chunk.split(b"\n")
-        parts.append(first)
-        for line in lines:
-            yield b"".join(parts) + b"\n"
-            parts = [line]
-    if rest := b"".join(parts):
-        yield rest
+def _is_half_zeros(head: bytes) -> bool:
+    """Whether every other byte is zero, as in UTF-16 of Latin letters."""
+    if len(head) < 16:
+        return False
+    return any(not any(head[start::2]) and all(head[1 - start :: 2]) for start in (0, 1))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from natsjax.data.file_marks import check_no_pointer
 from natsjax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -236,7 +237,9 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: the file cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        check_no_pointer(path, data)
+        content = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

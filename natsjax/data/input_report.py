@@ -1,0 +1,144 @@
+"""What became of everything that an input holds: read, or left out and why, in counts and names.
+
+`prepare` prints it after the scan and keeps it in corpus.json under `input_report`, by argument:
+
+    {"input": {"files": 5, "documents": 13, "linked": {"count": 1, "names": ["more/"]}, "hidden": {…}, …}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from natsjax.errors import printable
+
+_NAMES_KEPT = 20
+_NAMES_SHOWN = 3
+
+# What there may be in an input beside documents, in the order of the report, and its words for it.
+CLASSES = {
+    "linked": "links followed",
+    "linked_again": "links to what is read already, so not read again",
+    "empty": "documents without text",
+    "no_documents": "files without a document",
+    "no_text": "JSON files without such texts, not read",
+    "other_suffix": "files of other kinds, not read",
+    "hidden": "hidden, not read",
+    "beside_dataset": "in the folders of saved datasets but no part of them, not read",
+    "other_split": "other splits of saved datasets, not read",
+    "prepared": "prepared corpora, not read",
+    "special": "neither files nor folders, not read",
+    "pointer": "pointers to files that are kept elsewhere, skipped",
+    "unreadable": "files that cannot be read here, skipped",
+    "damaged": "files damaged or not in UTF-8, skipped",
+}
+READ = ("linked",)  # the classes that are read; of all others something is left out
+
+
+@dataclass
+class Tally:
+    """A number of things of one class, and the names of the first ones.
+
+    Attributes:
+      count: how many.
+      names: of the first ones.
+      kinds: how many of each kind, where the class has kinds.
+    """
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, kind: str | None = None) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.names) < _NAMES_KEPT:
+            self.names.append(name)
+        if kind is not None:
+            self.kinds[kind] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        found = dataclasses.asdict(self)
+        found["kinds"] = dict(self.kinds.most_common())
+        return found if self.kinds else {"count": self.count, "names": self.names}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Tally:
+        """What `to_json` gave."""
+        return cls(found["count"], list(found["names"]), Counter(found.get("kinds", {})))
+
+
+class Tallies(dict[str, Tally]):
+    """A tally by class; asking for one makes it."""
+
+    def __missing__(self, name: str) -> Tally:
+        if name not in CLASSES:
+            raise KeyError(name)
+        return self.setdefault(name, Tally())
+
+    @classmethod
+    def joined(cls, all_tallies: Iterable[Tallies]) -> Tallies:
+        """Those of consecutive parts as one."""
+        joined = cls()
+        for tallies in all_tallies:
+            for name, tally in tallies.items():
+                mine = joined[name]
+                mine.count += tally.count
+                mine.names = [*mine.names, *tally.names][:_NAMES_KEPT]
+                mine.kinds += tally.kinds
+        return joined
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON, in the order of the report."""
+        return {name: self[name].to_json() for name in CLASSES if name in self and self[name].count}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Tallies:
+        """What `to_json` gave; other fields are passed over."""
+        return cls({name: Tally.from_json(found[name]) for name in CLASSES if name in found})
+
+
+def report(*, files: int, documents: int, tallies: Tallies) -> dict[str, Any]:
+    """The report on an input, as plain JSON: what was read, and every class of which there is something.
+
+    Args:
+      files: that were read to their end (shards, packages).
+      documents: with text in them.
+      tallies: what else there is.
+    """
+    return {"files": files, "documents": documents} | tallies.to_json()
+
+
+def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
+    """A report for people: a line for what was read, and an indented one for each class."""
+    lines = [f"Read {report['documents']:,} documents in {report['files']:,} files of {input}"]
+    for name, tally in Tallies.from_json(report).items():
+        lines.append(f"  {CLASSES[name]}: {_shown(tally)}")
+    if "held_out_end" in report:
+        end = report["held_out_end"]
+        lines.append(
+            f"  {printable(end['document'])} is its only document: the last {end['held_out_bytes']:,} of "
+            f"{end['bytes']:,} bytes are held out for validation"
+        )
+    return lines
+
+
+def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How many of each class were left out, in a few words each."""
+    total = Tallies.joined(Tallies.from_json(report) for report in reports)
+    return [
+        f"{total[name].count:,} {CLASSES[name].removesuffix(', not read').removesuffix(', skipped')}"
+        for name in CLASSES
+        if name in total and total[name].count and name not in READ
+    ]
+
+
+def _shown(tally: Tally) -> str:
+    kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in tally.kinds.most_common(_NAMES_KEPT))
+    names = ", ".join(printable(name) for name in tally.names[:_NAMES_SHOWN])
+    more = ", …" if tally.count > _NAMES_SHOWN else ""
+    return f"{tally.count:,}{f' ({kinds})' if kinds else ''}: {names}{more}"

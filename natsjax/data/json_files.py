@@ -1,0 +1,258 @@
+"""Files of JSON records: lines (`.jsonl`, `.ndjson`), and `.json`, which may hold lines, an array, or one object."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import textwrap
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from natsjax.data.sources import UNREADABLE, BadFileError, Document, NoTextError, bad_file, reason
+from natsjax.data.text_files import CompressibleFile, with_compressions
+
+JSON_LINES_SUFFIXES = with_compressions(".jsonl", ".ndjson")
+JSON_SUFFIXES = with_compressions(".json")
+
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+# Python's int takes 4,300 digits, JSON any number of them.
+_LONG_NUMBERS_DECODER = json.JSONDecoder(parse_int=Decimal)
+_EDGE = 16  # characters; a value that goes on behind the end of what was read fails within these
+
+
+class _JsonRecords(CompressibleFile):
+    """A file of JSON objects, each a document.
+
+    Args:
+      path: where it is.
+      name: its path below the input.
+      text_field: field of each object that holds the text.
+      optional: whether the file may hold other things than texts.
+    """
+
+    def __init__(self, path: Path, name: str, text_field: str, *, optional: bool = False):
+        super().__init__(path, name)
+        self._text_field = text_field
+        self.optional = optional
+
+    @abstractmethod
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        """Number (of the line, or of the value) and value of each."""
+
+    def documents(self) -> Iterator[Document]:
+        """A document a record; an empty one where the text is null, or missing and not so everywhere in the file."""
+        without = array("Q")
+        found, has_field = "", False
+        for number, record in self._records():
+            where = f"{self.path}:{number}"
+            if not isinstance(record, dict):
+                raise NoTextError(f"{where} holds a JSON {type(record).__name__}; every record must be a JSON object.")
+            if self._text_field not in record:
+                found = found or textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …")
+                without.append(number)
+                continue
+            has_field = True
+            yield self._document(record, where, number)
+        if without and not has_field:
+            raise NoTextError(
+                f"{self.path}:{without[0]} has no field {self._text_field!r} (fields found: {found or 'none'}), nor "
+                "has any other record of the file; name the field that holds the text with text_field."
+            )
+        for number in without:
+            yield Document(f"{self.name}:{number}", "")
+
+    def _document(self, record: dict[str, Any], where: str, number: int) -> Document:
+        text = record[self._text_field]
+        if not (text is None or isinstance(text, str)):
+            raise NoTextError(
+                f"{where} has no text in field {self._text_field!r} but a JSON {type(text).__name__} (fields found: "
+                f"{textwrap.shorten(', '.join(sorted(record)), 120, placeholder=' …')}); name the field that holds "
+                "the text with text_field."
+            )
+        identity = record.get("id")
+        has_id = isinstance(identity, (str, int, Decimal)) and not isinstance(identity, bool)
+        document = Document(str(identity) if has_id else f"{self.name}:{number}", text or "")
+        try:  # JSON can escape half a surrogate pair, which no UTF-8 can hold
+            (document.id + document.text).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self._bad_record(number, "holds a lone surrogate escape, which is no valid Unicode") from error
+        return document
+
+    def _bad_record(self, number: int, what: str, **options: str) -> BadFileError:
+        return bad_file(Path(f"{self.path}:{number}"), what, **options)
+
+    def _parsed(self, text: str, start: int, number: int) -> tuple[Any, int]:
+        """The value at `start` and its end.
+
+        Raises:
+          JSONDecodeError: there is none.
+          BadFileError: it is nested too deeply.
+        """
+        try:
+            try:
+                return _DECODER.raw_decode(text, start)
+            except json.JSONDecodeError:
+                raise
+            except ValueError:
+                return _LONG_NUMBERS_DECODER.raw_decode(text, start)
+        except RecursionError as error:
+            raise self._bad_record(
+                number,
+                "nests JSON deeper than Python reads it",
+                kind=UNREADABLE,
+                advice="flatten that record, or leave its other fields out",
+            ) from error
+
+    def _lines(self) -> Iterator[str]:
+        offset = 0
+        for line in _split_lines(self.chunks()):
+            yield self.decode(line, offset)
+            offset += len(line)
+
+
+class JsonLines(_JsonRecords):
+    """A file with a JSON object in each line."""
+
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        return self._records_of(self._lines())
+
+    def _records_of(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            stripped = line.strip(" \t\n\r")
+            try:
+                value, end = self._parsed(stripped, 0, number)
+                if end != len(stripped):
+                    raise json.JSONDecodeError("Extra data", stripped, end)
+            except json.JSONDecodeError as error:
+                raise self._bad_record(number, f"is no valid JSON: {error}") from error
+            yield number, value
+
+
+class JsonFile(JsonLines):
+    """A file of JSON that is laid out in whatever way: lines as in `JsonLines`, an array of objects, or one object."""
+
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        if self._has_lines():
+            return super()._records()
+        return self._values()
+
+    def _has_lines(self) -> bool:
+        """Whether the first line that is not blank holds a whole object."""
+        if _Growing(self._pieces()).next() != "{":  # else an array, which may be one line of any length
+            return False
+        for line in self._lines():
+            if stripped := line.strip(" \t\n\r"):
+                try:
+                    value, end = self._parsed(stripped, 0, 1)
+                except json.JSONDecodeError:
+                    return False
+                return isinstance(value, dict) and end == len(stripped)
+        return False
+
+    def _values(self) -> Iterator[tuple[int, Any]]:
+        """The items of an array, one at a time; or the values that the file holds one behind the other."""
+        text = _Growing(self._pieces())
+        number = 0
+        is_array = text.next() == "["
+        if is_array:
+            text.at += 1
+        while (character := text.next()) and not (is_array and character == "]"):
+            number += 1
+            yield number, self._value(text, number)
+            if is_array and (character := text.next()) == ",":
+                text.at += 1
+                if text.next() == "]":
+                    raise self._bad_record(number, "is no valid JSON: a comma with nothing behind it")
+            elif is_array and character != "]":
+                raise self._bad_record(number, "is no valid JSON: neither a comma nor a bracket behind it")
+        if is_array:
+            if not character:
+                raise self.bad("is no valid JSON: its array does not end")
+            text.at += 1
+            if text.next():
+                raise self.bad("is no valid JSON: there is more behind its array")
+
+    def _value(self, text: _Growing, number: int) -> Any:
+        while True:
+            try:
+                value, end = self._parsed(text.read, text.at, number)
+            except json.JSONDecodeError as error:
+                may_go_on = error.msg.startswith("Unterminated") or error.pos >= len(text.read) - _EDGE
+                if may_go_on and text.grow():
+                    continue
+                raise self._bad_record(number, f"is no valid JSON: {error.msg}") from error
+            # A number that ends where the text does may have more digits.
+            if end < len(text.read) or not text.grow():
+                text.at = end
+                return value
+
+    def _pieces(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        offset = 0
+        for chunk in self.chunks():
+            waiting = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise self.not_utf8(error.object[error.start], offset - waiting + error.start) from error
+            offset += len(chunk)
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise self.bad(f"is no whole UTF-8 ({reason(error)})") from error
+
+
+class _Growing:
+    """Text that is read as it is needed.
+
+    Attributes:
+      read: what is held of it.
+      at: place in `read`; what lies before is let go.
+    """
+
+    def __init__(self, pieces: Iterator[str]):
+        self._pieces = pieces
+        self.read = ""
+        self.at = 0
+
+    def next(self) -> str:
+        """The next character that is not white space, which becomes the place; empty at the end."""
+        while True:
+            match = _WHITE_SPACE.match(self.read, self.at)
+            self.at = match.end() if match else self.at
+            if self.at < len(self.read):
+                return self.read[self.at]
+            if not self.grow():
+                return ""
+
+    def grow(self) -> bool:
+        """Read on, as much again as is held, so that a long value is tried a few times only; False: at the end."""
+        parts = [self.read[self.at :]]
+        held, new = len(parts[0]), 0
+        for piece in self._pieces:
+            parts.append(piece)
+            new += len(piece)
+            if new > held:
+                break
+        self.read, self.at = "".join(parts), 0
+        return new > 0
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    parts: list[bytes] = []  # of a line that is not whole yet; joined once, or a long line would be copied per chunk
+    for chunk in chunks:
+        first, *lines = chunk.split(b"\n")
+        parts.append(first)
+        for line in lines:
+            yield b"".join(parts) + b"\n"
+            parts = [line]
+    if rest := b"".join(parts):
+        yield rest
