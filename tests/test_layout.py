@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # A row imports lower rows, and within a row only what stands further left.
 RANKS = (
-    ("errors", "settings", "config", "process_line", "processes", "watchdog", "signals", "command_line"),
+    ("errors", "checksums", "settings", "config", "process_line", "processes", "watchdog", "signals", "command_line"),
     ("hardware", "program_text", "program_costs", "program_flow"),
     (
         "partition",
