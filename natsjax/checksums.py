@@ -5,7 +5,6 @@ chunk whose bytes have changed as other numbers.
 """
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ def digests(folder: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
     Raises:
       OSError: one cannot be read.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
         return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
 
 
@@ -70,5 +69,5 @@ def first_damaged(folder: pathlib.Path, sums: Mapping[str, str], names: Iterable
         except OSError:
             return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         return next((name for name, damaged in zip(names, pool.map(is_damaged, names), strict=True) if damaged), None)
