@@ -150,7 +150,7 @@ class Documents:
             with path.open(encoding="utf-8") as file:
                 return tuple(json.loads(line) for line in file)
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({error}); prepare the corpus again.") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); prepare the corpus again.") from error
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _read_description(folder: Path) -> dict:
             f"`python -m natsjax.data.prepare --input=… --output={folder}`."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        raise UserError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(

@@ -32,7 +32,7 @@ from natsjax.data.pipeline import PackedSource, RowSource, evaluation_contexts
 from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 
 _CONFIG_FILE = "config.json"  # of a run
 _CORPUS_FOLDER = "corpus"  # in a run, unless its config names another
@@ -175,7 +175,7 @@ def _read_run(path: Path) -> Config:
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str, Any]]:

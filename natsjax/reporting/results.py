@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 
 Row = Mapping[str, Any]
 
@@ -147,7 +147,7 @@ def read(directory: Path) -> Results:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); python -m natsjax.evaluate --workdir=… writes it again."
+            f"{path} cannot be read ({first_line(error)}); python -m natsjax.evaluate --workdir=… writes it again."
         ) from error
     return results
 
