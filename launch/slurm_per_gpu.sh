@@ -22,7 +22,7 @@ cd "$SLURM_SUBMIT_DIR"
 source launch/slurm_gpu_env.sh
 
 status=0
-srun --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
+srun --cpus-per-task="$SRUN_CPUS_PER_TASK" --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
 if [ "$status" -eq 130 ]; then # saved and stopped, because the time was up: go on in a new allocation
   scontrol requeue "$SLURM_JOB_ID"
 fi

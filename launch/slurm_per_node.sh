@@ -26,7 +26,7 @@ export JAX_LOCAL_DEVICE_IDS
 
 # The processes find each other through Slurm's variables: train.py gets no flags for that.
 status=0
-srun --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
+srun --cpus-per-task="$SRUN_CPUS_PER_TASK" --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
 if [ "$status" -eq 130 ]; then # saved and stopped, because the time was up: go on in a new allocation
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -2,6 +2,11 @@
 
 Saving copies the state off the devices and goes on writing while training does. What a process that was killed left
 unfinished is passed over, and said.
+
+When a checkpoint is complete, each process adds the checksums of the files that it wrote: ``STEP/SHA256SUMS.RANK``.
+They are compared before anything is read, and a checkpoint that is not what was saved is passed over like one that
+cannot be read. One without them (an older natsjax wrote it, or a process was killed in the moment between) is read as
+it is, and that is said.
 """
 
 import contextlib
@@ -11,16 +16,23 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
-from natsjax import processes
-from natsjax.errors import UserError
+from natsjax import checksums, processes
+from natsjax.errors import UserError, first_line
+from natsjax.workdir import write_atomically
 
 State = TypeVar("State")
+
+SUMS_FILE = "SHA256SUMS"
+_ITEM = "default"  # Orbax's name for what is saved; beside it lie files that nothing is read from
 
 
 class Checkpoints:
@@ -41,6 +53,8 @@ class Checkpoints:
         self._read_only = read_only
         self._saving: int | None = None
         self._failed = False
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="natsjax-checkpoint")
+        self._finishing: Future[None] | None = None
         # Of a killed process: the workdir is locked, so nobody is writing them.
         unfinished = [] if read_only else self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
@@ -81,6 +95,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.PyTreeSave(state))
             self._saving = step
+            self._finishing = self._finisher.submit(self._finish, step)
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's own errors are ValueErrors
             raise self._unwritten(step, error) from error
 
@@ -90,17 +105,33 @@ class Checkpoints:
         Raises:
           UserError: it cannot be written.
         """
-        if self._saving is None:
+        if self._saving is None or self._finishing is None:
             return
         step = self._saving
         try:
-            self._manager.wait_until_finished()
+            self._finishing.result()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(step, error) from error
-        self._saving = None
+        self._saving = self._finishing = None
+
+    def _finish(self, step: int) -> None:
+        """Waits, in a thread of its own, until a checkpoint is complete, and adds the checksums of what is in it."""
+        self._manager.wait_until_finished()
+        folder = self.folder / str(step)
+        rank, mine = jax.process_index(), f"{_ITEM}/ocdbt.process_"
+        names = [
+            name
+            for name in checksums.names_below(folder, _ITEM)
+            if (name.startswith(f"{mine}{rank}/") or (rank == 0 and not name.startswith(mine)))
+        ]
+        try:
+            sums = checksums.digests(folder, names)
+            write_atomically(folder / f"{SUMS_FILE}.{rank}", checksums.as_text(sums))
+        except (OSError, UserError) as error:
+            processes.say(f"the checkpoint of step {step} is saved, but its checksums are not: {first_line(error)}")
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
-        self._saving, self._failed = None, True
+        self._saving, self._finishing, self._failed = None, None, True
         self._manager.reload()
         self._remove_unfinished()
         last = max((saved for saved in self._manager.all_steps() if saved != step), default=None)
@@ -128,20 +159,56 @@ class Checkpoints:
         failures: list[UserError] = []
         for step in steps:
             try:
+                unverified = self._verify(step)
                 state = self._read(step, abstract)
             except Exception as error:  # Orbax raises bare exceptions for damaged files
-                reason = str(error).split("\n")[0]
-                failure = UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {reason}.")
+                failure = UserError(
+                    f"the checkpoint of step {step} in {self.folder} cannot be read: {first_line(error)}."
+                )
                 failure.__cause__ = error
                 failures.append(failure)
                 continue
             for failure in failures:
                 processes.say(str(failure))
+            if unverified:
+                processes.say(f"the checkpoint of step {step} in {self.folder} is read without a check: {unverified}")
             if failures:
                 processes.say(f"going back to step {step}")
                 self._set_aside([later for later in steps if later > step])
             return state
         raise failures[0]
+
+    def _verify(self, step: int) -> str:
+        """Compares the files of a checkpoint with their checksums, each process its share of them.
+
+        Returns:
+          Why some cannot be compared; empty where all were.
+
+        Raises:
+          ValueError: one is not what was saved, or the checksums themselves are damaged.
+        """
+        folder = self.folder / str(step)
+        sums: dict[str, str] = {}
+        for file in sorted(folder.glob(f"{SUMS_FILE}.*[0-9]")):
+            try:
+                sums |= checksums.from_text(file.read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} is damaged; if it is all there is, delete that file to read it") from error
+        names = sorted(sums)
+        share = names[jax.process_index() :: jax.process_count()]
+        damaged = checksums.first_damaged(folder, sums, share)
+        place = -1 if damaged is None else names.index(damaged)
+        if jax.process_count() > 1:  # all must come to the same step
+            place = int(np.max(multihost_utils.process_allgather(np.int32(place))))
+        if place >= 0:
+            raise ValueError(
+                f"{folder / names[place]} is not what was saved (its SHA-256 is another); if it is all there is, "
+                f"delete the files {SUMS_FILE}.* in {folder} to read it all the same"
+            )
+        if not sums:
+            return "it has no checksums, as those of an older natsjax, or of a process that was killed as it saved"
+        missing = next((name for name in checksums.names_below(folder, _ITEM) if name not in sums), None)
+        return "" if missing is None else f"{folder / missing} has no checksum"
 
     def _read(self, step: int, abstract: Any) -> Any:
         arguments = ocp.args.PyTreeRestore(
@@ -178,19 +245,21 @@ class Checkpoints:
           UserError: it cannot be written, and no other call has said so.
         """
         try:
-            self._manager.close()
-        except (OSError, ValueError, RuntimeError) as error:
-            if self._saving is not None:
-                raise self._unwritten(self._saving, error) from error
-            if not self._failed:
-                raise  # else a part of the save that failed, which had gone on
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            try:
+                self._manager.close()
+            except (OSError, ValueError, RuntimeError):
+                if not self._failed:
+                    raise  # else a part of the save that failed, which had gone on
 
 
 def _reason(error: Exception) -> str:
     """Why something could not be written, without the inner life of TensorStore where the system has a word for it."""
     text = str(error)
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
-    return next((word for word in known if word in text), text.split("\n")[0])
+    return next((word for word in known if word in text), first_line(error))
 
 
 def _kept(last: int, every: int) -> PreservationPolicy:

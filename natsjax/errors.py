@@ -1,4 +1,9 @@
-"""The one exception for mistakes that a person can put right."""
+"""The one exception for mistakes that a person can put right, and what other exceptions say, for its sentence."""
+
+import re
+
+_MOST = 300  # characters of another's words in a sentence
+_REPR = re.compile(r"<(?:bound method|built-in|function|class|module|coroutine|[\w.]+ object at)\b")
 
 
 class UserError(Exception):
@@ -14,6 +19,25 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__("".join(map(_printable, message)))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, for a sentence of ours: its first line, without reprs of objects, and without a stop.
+
+    Args:
+      error: of a library or the system; where it says nothing, its type is what is known.
+
+    Example:
+      >>> first_line(ValueError("no index. See <bound method spec of Store({\n  'driver': 'zarr'…"))
+      'no index'
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if (found := _REPR.search(line)) is not None:  # the sentence that ends in the inner life of an object
+        before = line[: found.start()]
+        line = before.rpartition(". ")[0] or before
+    line = line.rstrip(" .:;,(") or type(error).__name__
+    return line if len(line) <= _MOST else f"{line[:_MOST]}…"
 
 
 def _printable(character: str) -> str:

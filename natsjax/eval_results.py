@@ -3,7 +3,8 @@
 ``natsjax.reporting.results`` has the fields.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
 from natsjax.metrics import perplexity
 from natsjax.policies import Nats
+from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.role_statistics import sliding_windows
 
 _NUM_SAMPLES = 3  # contexts for the role reader
@@ -31,11 +33,14 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
     """
     sums = found.documents
 
-    def interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
-        return [float(end) for end in _interval(numerator, denominator, config)]
+    def interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float | None]:
+        ends = [float(end) for end in _interval(numerator, denominator, config)]
+        return [None if math.isnan(end) else end for end in ends]
 
     entropy = interval(sums.nll, sums.tokens)
-    bits = (None, None) if sums.bytes is None else interval(sums.nll / np.log(2), sums.bytes)
+    bits: list[float | None] = [None, None]
+    if sums.text_nll is not None and sums.bytes is not None:
+        bits = interval(sums.text_nll / np.log(2), sums.bytes)
     accuracy = interval(sums.correct, sums.tokens)
     return {
         "method": setting.policy.method,
@@ -50,8 +55,8 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
         "kv_live_mean_per_head": found.live_mean.tolist(),
         "kv_live_max_per_head": found.live_max.tolist(),
         "perplexity": found.perplexity,
-        "perplexity_low": perplexity(entropy[0]),
-        "perplexity_high": perplexity(entropy[1]),
+        "perplexity_low": None if entropy[0] is None else perplexity(entropy[0]),
+        "perplexity_high": None if entropy[1] is None else perplexity(entropy[1]),
         "bits_per_byte": found.bits_per_byte,
         "bits_per_byte_low": bits[0],
         "bits_per_byte_high": bits[1],
@@ -62,6 +67,28 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
         "num_documents": len(sums.ids),
         "by_position": _by_position(found.positions, config),
     }
+
+
+def about_intervals(rows: Sequence[Mapping[str, Any]], config: Config) -> tuple[str, str | None]:
+    """What a reader has to know of the intervals.
+
+    Returns:
+      What the intervals are, for the sentence about the evaluation; and where there are none, a note that says why.
+    """
+    count, resamplings = rows[0]["num_documents"], config.eval.bootstrap_samples
+    metrics = ("perplexity", "accuracy") if rows[0]["bits_per_byte"] is None else ("perplexity",)
+    missing = [metric for metric in metrics if all(row[f"{metric}_low"] is None for row in rows)]
+    if not missing:
+        return "intervals are 95 % bootstrap intervals by document", None
+    if count < MIN_DOCUMENTS:
+        documents = "1 held-out document is" if count == 1 else f"{count} held-out documents are"
+        why = f"{documents} too few for intervals ({MIN_DOCUMENTS} are the fewest)"
+        return "there are no intervals", f"{why}, and little to tell by whether a budget is met."
+    if resamplings < MIN_RESAMPLINGS:
+        why = f"eval.bootstrap_samples = {resamplings} is too few for intervals ({MIN_RESAMPLINGS} are the fewest)."
+        return "there are no intervals", why
+    found = "intervals are 95 % bootstrap intervals by document, where documents differ"
+    return found, f"no interval of the {' and the '.join(missing)}: all {count} held-out documents came out alike."
 
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:

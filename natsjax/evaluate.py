@@ -25,7 +25,7 @@ from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
 from natsjax.errors import UserError
-from natsjax.eval_results import row_of, samples_of
+from natsjax.eval_results import about_intervals, row_of, samples_of
 from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of
 from natsjax.loading import LoadedRun, load
 from natsjax.matching import wanted_budgets
@@ -126,13 +126,16 @@ def run(
 
     measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
     rows = [row_of(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
+    intervals, no_intervals = about_intervals(rows, this.config)
+    if no_intervals is not None:
+        notes.append(no_intervals)
     contract, samples = None, []
     if this.config.model.has_roles:
         contract = _contract(this, held_out, rows)
         dials = [row["setting"]["dial"] for row in rows if row["method"] == Nats.method]
         samples = samples_of(this, held_out, dials, progress)
     command = _command(workdir, budgets, dense_workdir, prepared_dir, decoded)
-    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, notes, decoded)
+    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, intervals, notes, decoded)
     paths = []
     if processes.is_main():  # all of several processes measure, one writes
         paths = report.write_report(this.workdir, rows=rows, contract=contract, samples=samples, run=run_info)
@@ -180,6 +183,7 @@ def _run_info(
     any_found: Measurement,
     held_out: Row,
     dial_contexts: Row,
+    intervals: str,
     notes: Sequence[str],
     chunk: int | None,
 ) -> dict[str, Any]:
@@ -187,9 +191,8 @@ def _run_info(
     config = this.config
     evaluation = (
         f"Teacher-forced prediction of {int(any_found.documents.tokens.sum())} held-out tokens in "
-        f"{len(held_out['inputs'])} contexts from {len(any_found.documents.ids)} documents; intervals are 95 % "
-        f"bootstrap intervals by document. Dials and windows were set on {len(dial_contexts['inputs'])} contexts of "
-        "the training split."
+        f"{len(held_out['inputs'])} contexts from {len(any_found.documents.ids)} documents; {intervals}. Dials "
+        f"and windows were set on {len(dial_contexts['inputs'])} contexts of the training split."
     )
     if chunk is not None:
         evaluation += f" Decoded in chunks of {chunk} tokens through a KV buffer."

@@ -7,8 +7,8 @@ number of devices. It holds
 
 config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which need not be there
 data.json            which corpus that was
-export.json          step, dtype and number of the parameters, and where they came from
-checkpoints/         the parameters, through Orbax
+export.json          step, dtype and number of the parameters, where they came from, and the tokenizer's checksums
+checkpoints/         the parameters, through Orbax, with their checksums
 tokenizer/           the tokenizer, unless the data is the recall task, which is a part of the config
 """
 
@@ -26,7 +26,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from natsjax import processes
+from natsjax import checksums, processes
 from natsjax.checkpoint import Checkpoints
 from natsjax.command_line import run_command
 from natsjax.config import Config
@@ -166,6 +166,7 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
         "num_parameters": num_parameters(run),
         "data": run.data.description,
         "source": str(run.workdir.path.absolute()),
+        "sha256": checksums.digests(target.path, checksums.names_below(target.path, target.tokenizer.name)),
         "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

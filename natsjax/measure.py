@@ -8,7 +8,6 @@ Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy import special
 
 from natsjax import losses, partition
 from natsjax.attention import RoleChoice
-from natsjax.data import Row
+from natsjax.data import Row, Tokenizer, Vocabulary
 from natsjax.loading import LoadedRun
 from natsjax.metrics import perplexity
 from natsjax.policies import StaticPolicy
+from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.role_statistics import sliding_windows
 from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
@@ -39,6 +40,7 @@ class DocumentSums:
       nll: float64 ``[d]``, negative log-likelihood, nats.
       tokens: float64 ``[d]``, predicted tokens.
       correct: float64 ``[d]``, predicted tokens whose most likely token is right.
+      text_nll: float64 ``[d]``, ``nll`` without that of EOS, which stands for no text; None where there is no text.
       bytes: float64 ``[d]``, UTF-8 bytes of the predicted tokens; None where there is no text behind tokens.
     """
 
@@ -46,6 +48,7 @@ class DocumentSums:
     nll: np.ndarray
     tokens: np.ndarray
     correct: np.ndarray
+    text_nll: np.ndarray | None
     bytes: np.ndarray | None
 
 
@@ -115,10 +118,14 @@ class Measurement:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per UTF-8 byte of predicted text; None where there is no text behind tokens."""
-        if self.documents.bytes is None:
+        """Bits per UTF-8 byte of predicted text, as lm-evaluation-harness counts; None where there is no text.
+
+        The end of a document is predicted too, and counts in the perplexity: here it does not, for it is no text.
+        """
+        sums = self.documents
+        if sums.text_nll is None or sums.bytes is None or not sums.bytes.sum():
             return None
-        return float(self.documents.nll.sum() / math.log(2) / self.documents.bytes.sum())
+        return float(sums.text_nll.sum() / math.log(2) / sums.bytes.sum())
 
     @property
     def accuracy(self) -> float:
@@ -146,7 +153,7 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
     count, valid = len(contexts["inputs"]), contexts["document_end"] > 0
     found = np.concatenate(nll)[:count], np.concatenate(correct)[:count]
     return Measurement(
-        documents=sum_by_document(contexts, *found, run.data.vocabulary.token_bytes),
+        documents=sum_by_document(contexts, *found, run.data.vocabulary),
         positions=sum_by_position(contexts, *found),
         live_pairs=np.sum(pairs, axis=0),
         live_max=np.max(most, axis=0),
@@ -184,18 +191,33 @@ def bootstrap_interval(
       seed: of the draws; the same seed draws the same documents, so that rows of a table differ by what was measured.
 
     Returns:
-      ``(low, high)``, float64 ``[…]``; with one document both are its ratio. Draws whose denominator is 0 are passed
-      over, and where all are, both are NaN.
+      ``(low, high)``, float64 ``[…]``. Both are NaN where nothing is known of the spread: with fewer than
+      ``MIN_DOCUMENTS`` documents whose denominator is not 0, fewer than ``MIN_RESAMPLINGS`` resamplings, or documents
+      that are all alike.
+
+    Source: Hesterberg 2015 (arXiv:1411.5279), section 3.2: percentiles expanded for few documents, whose plain ones
+    cover less than they say.
     """
     count = len(numerator)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
     above, below = (np.tensordot(draws, values, axes=1) for values in (numerator, denominator))
     ratios = np.full_like(above, np.nan)
     np.divide(above, below, out=ratios, where=below != 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN somewhere
-        low, high = np.nanpercentile(ratios, [2.5, 97.5], axis=0)
-    return low, high
+    documents = np.count_nonzero(denominator, axis=0)
+    low, high = np.full(above.shape[1:], np.nan), np.full(above.shape[1:], np.nan)
+    for place in np.ndindex(low.shape):
+        known = ratios[(slice(None), *place)]
+        known = known[np.isfinite(known)]
+        if documents[place] >= MIN_DOCUMENTS and len(known) >= MIN_RESAMPLINGS:
+            tail = _expanded_tail(int(documents[place]))
+            low[place], high[place] = np.quantile(known, [tail, 1 - tail])
+    alike = np.isclose(low, high, rtol=1e-6, atol=0)  # to float32's rounding
+    return np.where(alike, np.nan, low)[()], np.where(alike, np.nan, high)[()]
+
+
+def _expanded_tail(count: int) -> float:
+    """The share of resamplings beyond each end of a 95 % interval: 0.025 for many documents, less for few."""
+    return float(special.ndtr(math.sqrt(count / (count - 1)) * special.stdtrit(count - 1, 0.025)))
 
 
 def live_keys(key_end: jax.Array) -> jax.Array:
@@ -295,10 +317,11 @@ def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
     return np.pad(values, ((0, count - len(values)), (0, 0)))
 
 
-def sum_by_document(
-    contexts: Row, nll: np.ndarray, correct: np.ndarray, token_bytes: np.ndarray | None
-) -> DocumentSums:
-    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``, ``token_bytes`` int32 ``[vocab_size]``."""
+def sum_by_document(contexts: Row, nll: np.ndarray, correct: np.ndarray, vocabulary: Vocabulary) -> DocumentSums:
+    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``."""
+    token_bytes = vocabulary.token_bytes
+    # By the token and not by its bytes: one that stands for unknown text has none, and would be left out for free.
+    is_end = contexts["targets"] == vocabulary.eos_id if isinstance(vocabulary, Tokenizer) else False
     predicted = contexts["loss_weight"] > 0
     ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
 
@@ -310,6 +333,7 @@ def sum_by_document(
         nll=total(nll),
         tokens=total(predicted),
         correct=total(correct),
+        text_nll=None if token_bytes is None else total(np.where(is_end, 0, nll)),
         bytes=None if token_bytes is None else total(token_bytes[contexts["targets"]]),
     )
 

@@ -77,7 +77,7 @@ def measure_decoding(
             allocated = np.maximum(allocated, cache.capacities)
     valid = contexts["document_end"] > 0
     return Measurement(
-        documents=sum_by_document(contexts, nll, correct, run.data.vocabulary.token_bytes),
+        documents=sum_by_document(contexts, nll, correct, run.data.vocabulary),
         positions=sum_by_position(contexts, nll, correct),
         live_pairs=pairs,
         live_max=most,

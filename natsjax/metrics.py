@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from natsjax import processes
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.event_file import EventFile
 from natsjax.workdir import Workdir
 
@@ -57,7 +57,7 @@ class MetricsWriter:
             _drop_after(self._path, start_step)
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._path} cannot be read and written: {error}.") from error
+            raise UserError(f"{self._path} cannot be read and written: {first_line(error)}.") from error
         try:
             self._events = EventFile(self._events_path, start_step)
         except OSError as error:

@@ -14,6 +14,7 @@ import numpy as np
 from natsjax import hardware, processes, watchdog
 from natsjax.config import Config
 from natsjax.display import Display, Shown
+from natsjax.errors import first_line
 from natsjax.flops import step_flops
 from natsjax.health import Health
 from natsjax.metrics import MetricsWriter, WallTime, perplexity
@@ -178,7 +179,7 @@ class Profile:
                 jax.profiler.start_trace(str(self._path))
                 self._running = True
             except (RuntimeError, OSError) as error:
-                processes.say(f"the profiler does not start ({_first_line(error)}); training goes on")
+                processes.say(f"the profiler does not start ({first_line(error)}); training goes on")
 
     def close(self) -> None:
         """Stops where it runs."""
@@ -189,11 +190,7 @@ class Profile:
             jax.profiler.stop_trace()
             processes.say(f"the profile lies in {self._path}; tensorboard --logdir={self._path} shows it")
         except (RuntimeError, OSError) as error:
-            processes.say(f"the profile cannot be written to {self._path} ({_first_line(error)}); training goes on")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            processes.say(f"the profile cannot be written to {self._path} ({first_line(error)}); training goes on")
 
 
 def memory() -> dict[str, float]:

@@ -23,7 +23,7 @@ from absl import flags
 from natsjax import compare, processes, train
 from natsjax.command_line import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.config import Config
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.reporting.results import try_reports, write_files
 from natsjax.settings import resolve_paths
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
@@ -199,8 +199,7 @@ def _train_one(planned: PlannedRun) -> SweepRun:
     except UserError as error:
         found = failed(planned, str(error))
     except jax.errors.JaxRuntimeError as error:  # too little memory, say; a dense twin needs more than the rest
-        first_line = str(error).split("\n")[0]
-        found = failed(planned, f"the program failed on the device: {first_line}.")
+        found = failed(planned, f"the program failed on the device: {first_line(error)}.")
     else:
         found = measured(planned, evaluation, time.monotonic() - began if whole else None)
     if found.error is not None:

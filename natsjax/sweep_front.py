@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from natsjax.reporting import picture
-from natsjax.reporting.results import percent, significant
+from natsjax.reporting.results import percent, significant, with_interval
 from natsjax.reporting.styles import METHOD_STYLES
 from natsjax.sweep_runs import SweepRun
 
@@ -40,6 +40,7 @@ class FrontPoint:
       over_dense: mean over the seeds that have a dense twin of what it costs: perplexity over the twin's, less 1
         (geometric); or accuracy less the twin's. None where there is no pair.
       over_dense_range: the smallest and the largest of them.
+      num_pairs: seeds that have a dense twin.
     """
 
     kv_budget: float | None
@@ -51,6 +52,7 @@ class FrontPoint:
     quality_range: tuple[float, float]
     over_dense: float | None
     over_dense_range: tuple[float, float] | None
+    num_pairs: int
 
     @property
     def is_dense(self) -> bool:
@@ -97,6 +99,7 @@ def _point(runs: Sequence[SweepRun], twins: dict[int, SweepRun]) -> FrontPoint:
         (min(values), max(values)),
         over,
         (min(costs), max(costs)) if costs else None,
+        len(costs),
     )
 
 
@@ -112,12 +115,14 @@ def format_runs(runs: Sequence[SweepRun]) -> str:
     """A table with a line a run, aligned plain text that is GitHub Markdown too."""
     accuracy = any(run.show_accuracy for run in runs)
     metric = "accuracy" if accuracy else "perplexity"
-    header = ["run", "seed", "KV", "sampled", "undialled", f"{metric} [95 %]"] + ["bits/byte"] * (not accuracy)
+    interval = " [95 %]" * any(getattr(run, f"{metric}_low") is not None for run in runs)
+    header = ["run", "seed", "KV", "sampled", "undialled", f"{metric}{interval}"] + ["bits/byte"] * (not accuracy)
     lines = [[*header, "step", "state"]]
     for run in runs:
         shown = _shown(accuracy)
-        low, high = (shown(getattr(run, f"{metric}_{end}")) for end in ("low", "high"))
-        value = "-" if run.status == "failed" else f"{shown(quality(run))} [{low}, {high}]"
+        ends = (getattr(run, f"{metric}_{end}") for end in ("low", "high"))
+        low, high = (None if end is None else shown(end) for end in ends)
+        value = "-" if run.status == "failed" else with_interval(shown(quality(run)), low, high)
         state = run.status if run.met in (None, True) else "finished, budget missed"
         lines.append(
             [
@@ -134,14 +139,15 @@ def format_runs(runs: Sequence[SweepRun]) -> str:
 
 
 def format_front(points: Sequence[FrontPoint], is_accuracy: bool) -> str:
-    """A table with a line a setting, mean over its seeds and their range."""
+    """A table with a line a setting, mean over its seeds and their range; one seed has none."""
     shown = _shown(is_accuracy)
     has_twin = any(point.over_dense is not None for point in points)
     metric = "accuracy" if is_accuracy else "perplexity"
     lines = [["setting", "seeds", "KV", f"mean {metric}", "smallest", "largest"] + ["to the twin [range]"] * has_twin]
     for point in points:
         cells = [_setting(point), str(len(point.seeds)), percent(point.kv_fraction)]
-        cells += [shown(value) for value in (point.quality, *point.quality_range)]
+        ends = point.quality_range if len(point.seeds) > 1 else (None, None)
+        cells += [shown(value) for value in (point.quality, *ends)]
         lines.append(cells + [_difference(point, is_accuracy)] * has_twin)
     return _aligned(lines, text=(0,))
 
@@ -159,8 +165,8 @@ def _shown(is_accuracy: bool) -> Callable[[float | None], str]:
 def _difference(point: FrontPoint, is_accuracy: bool) -> str:
     if point.over_dense is None or point.over_dense_range is None:
         return "-"
-    low, high = (f"{100 * value:+.1f}" for value in point.over_dense_range)
-    return f"{100 * point.over_dense:+.1f} {'points' if is_accuracy else '%'} [{low}, {high}]"
+    low, high = (f"{100 * value:+.1f}" if point.num_pairs > 1 else None for value in point.over_dense_range)
+    return with_interval(f"{100 * point.over_dense:+.1f} {'points' if is_accuracy else '%'}", low, high)
 
 
 def _aligned(lines: Sequence[Sequence[str]], text: Sequence[int]) -> str:

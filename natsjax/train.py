@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, optim, partition, processes, report, signals, token_types, wandb_writer, watchdog
+from natsjax import evaluate, partition, processes, report, signals, token_types, wandb_writer, watchdog
 from natsjax.checkpoint import Checkpoints
 from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
@@ -25,7 +25,7 @@ from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
 from natsjax.run_paths import settle_paths
 from natsjax.signals import StopRequests
-from natsjax.train_step import StepMetrics, Trainer, TrainState
+from natsjax.train_step import StepMetrics, Trainer, TrainState, schedules_at
 from natsjax.workdir import Workdir
 
 Interrupted = processes.Interrupted
@@ -198,18 +198,16 @@ def _on_devices(trainer: Trainer) -> str:
 
 
 def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None:
-    """What another length of the run does to the learning rate, which may jump."""
+    """What another length of the run does to all that follows a schedule over it, and so may jump."""
     if earlier is None or earlier.train.num_steps == config.train.num_steps:
         return
-    then, now = (
-        float(optim.learning_rate(which.optimizer, which.train.num_steps)(step)) for which in (earlier, config)
-    )
-    if math.isclose(then, now, rel_tol=1e-3):
-        return
-    processes.say(
-        f"the learning rate's schedule now ends at step {config.train.num_steps} instead of {earlier.train.num_steps}: "
-        f"at step {step} it goes from {then:.3g} to {now:.3g}"
-    )
+    now, ends = schedules_at(config, step), (config.train.num_steps, earlier.train.num_steps)
+    for name, then in schedules_at(earlier, step).items():
+        if not math.isclose(then, now[name], rel_tol=1e-3):
+            processes.say(
+                f"the {name}'s schedule now ends at step {ends[0]} instead of {ends[1]}: at step {step} it goes "
+                f"from {then:.3g} to {now[name]:.3g}"
+            )
 
 
 class _Loop:

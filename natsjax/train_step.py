@@ -86,6 +86,21 @@ class StepMetrics(NamedTuple):
     forced_globals: jax.Array
 
 
+def schedules_at(config: Config, step: int) -> dict[str, float]:
+    """What depends on how long the run is, by name, in the step that follows ``step`` others.
+
+    The budget's ramp and the warm-up are given in steps, and the price is steered from where it is: they do not.
+    """
+    optimizer, num_steps = config.optimizer, config.train.num_steps
+    rate = float(optim.learning_rate(optimizer, num_steps)(step))
+    values = {"learning rate": rate}
+    if config.model.has_roles:
+        if optimizer.scorer_learning_rate:
+            values["scorer learning rate"] = rate * optimizer.scorer_learning_rate / optimizer.peak_learning_rate
+        values["temperature"] = float(token_types.temperature_at(jnp.int32(step), config.nats, num_steps))
+    return values
+
+
 class Trainer:
     """The step of one config on one mesh: ``init``, and ``step`` compiled once.
 

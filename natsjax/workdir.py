@@ -33,8 +33,9 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
+from natsjax import checksums
 from natsjax.config import Config
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.outputs import advice, check_utf8, make_folder, real_path, reason, try_files, write_file
 from natsjax.settings import differences
 
@@ -138,7 +139,7 @@ class Workdir:
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.config_file} cannot be read: {error}.") from error
+            raise UserError(f"{self.config_file} cannot be read: {first_line(error)}.") from error
         try:
             return Config.from_stored(values)
         except UserError as error:
@@ -234,22 +235,28 @@ class Workdir:
         try:
             return str(json.loads(self.data_file.read_text())["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.data_file} cannot be read: {error}.") from error
+            raise UserError(f"{self.data_file} cannot be read: {first_line(error)}.") from error
 
     def read_export(self) -> dict[str, Any]:
         """What ``export.json`` says (``natsjax.export`` has the fields).
 
         Raises:
-          UserError: it cannot be read, or another natsjax wrote it.
+          UserError: it cannot be read, another natsjax wrote it, or a file is not what was exported.
         """
         try:
             values = json.loads(self.export_file.read_text())
             version = values["format_version"]
+            sums = dict(values.get("sha256", {}))  # absent in older exports
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.export_file} cannot be read: {error}.") from error
+            raise UserError(f"{self.export_file} cannot be read: {first_line(error)}.") from error
         if version != EXPORT_FORMAT:
             raise UserError(
                 f"{self.export_file} has format_version {version!r}, and this natsjax reads version {EXPORT_FORMAT}."
+            )
+        if (damaged := checksums.first_damaged(self.path, sums, sums)) is not None:
+            raise UserError(
+                f"{self.path / damaged} is not what was exported (it is missing, or its SHA-256 is another); export "
+                "the run again."
             )
         return values
 

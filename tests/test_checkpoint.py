@@ -11,10 +11,12 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from natsjax import partition
 from natsjax.checkpoint import Checkpoints
+from natsjax.errors import UserError, first_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -91,6 +93,99 @@ def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
     assert checkpoints.latest_step() == 5
     assert (tmp_path / "10.unreadable").exists()
     checkpoints.close()
+
+
+def flip(path, at, mask=1):
+    """Changes one bit of a byte; what the file was."""
+    data = path.read_bytes()
+    changed = bytearray(data)
+    changed[at] ^= mask
+    path.write_bytes(changed)
+    return data
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(tmp_path, capfd):
+    state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.float32), "step": jnp.int32(5)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, state)
+    checkpoints.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    noticed = set()
+    for path in files:
+        size = path.stat().st_size
+        for at, mask in ((0, 1), (size // 2, 0x80), (size - 1, 4)):
+            data = flip(path, at, mask)
+            try:
+                reader = Checkpoints(tmp_path, read_only=True)
+                found = reader.restore(abstract)
+                reader.close()
+                assert all(np.array_equal(found[name], value) for name, value in state.items()), path
+            except UserError as error:
+                if str(path) in str(error) or path.name == "SHA256SUMS.0":
+                    noticed.add(str(path.relative_to(tmp_path)))
+            path.write_bytes(data)
+    # Orbax writes these beside what is read, and takes no numbers from them.
+    assert {str(path.relative_to(tmp_path)) for path in files} - noticed == {
+        "5/_CHECKPOINT_METADATA",
+        "5/commit_success.txt",
+    }
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "sums"])
+def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd, damage):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (5, 10):
+        checkpoints.save(step, {"w": jnp.full(3000, float(step))})
+    checkpoints.wait()
+    path = tmp_path / "10/SHA256SUMS.0" if damage == "sums" else largest(tmp_path / "10/default")
+    path.unlink() if damage == "missing" else flip(path, path.stat().st_size // 2)
+    state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3000,), jnp.float32)})
+    np.testing.assert_array_equal(state["w"], np.full(3000, 5.0))
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: {tmp_path / '10'}")
+    assert said[1:] == ["going back to step 5"]
+    assert (tmp_path / "10.unreadable").exists()
+    checkpoints.close()
+
+
+def test_one_without_checksums_is_read_and_that_is_said(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"w": jnp.ones(3)})
+    checkpoints.wait()
+    (tmp_path / "5/SHA256SUMS.0").unlink()
+    np.testing.assert_array_equal(checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})["w"], np.ones(3))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"step 5 in {tmp_path} is read without a check: it has no checksums" in said[0]
+    checkpoints.close()
+
+
+def test_sha256sum_reads_the_checksums(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"w": jnp.ones(3)})
+    checkpoints.close()
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS.0"], cwd=tmp_path / "5", check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception("no index (3). See details: <bound method spec of Store({\n  'a': 1})>"), "no index (3)"),
+        (ValueError("a.b <function f at 0x7f> is no shape"), "a.b"),
+        (ValueError("\n\n first.\nsecond"), "first"),
+        (OSError(28, "No space left on device", "x"), "No space left on device"),
+        (RuntimeError(""), "RuntimeError"),
+        (ValueError("x" * 1000), "x" * 300 + "…"),
+    ],
+)
+def test_of_what_a_library_says_a_sentence_has_the_first_line_without_reprs(error, said):
+    assert first_line(error) == said
 
 
 def steps_in(folder):

@@ -83,6 +83,20 @@ def test_quantiles_are_lengths_that_so_many_documents_do_not_exceed():
         assert (lengths < value).mean() < share
 
 
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (1, ["p50", "max"]),
+        (4, ["p50", "max"]),
+        (5, ["p10", "p50", "p90", "max"]),
+        (49, ["p10", "p50", "p90", "max"]),
+        (50, ["p10", "p50", "p90", "p99", "max"]),
+    ],
+)
+def test_a_percentile_that_is_the_longest_under_another_name_is_left_out(count, names):
+    assert list(length_quantiles(np.arange(1, count + 1))) == names
+
+
 def _smallest(rows, window):
     """By its definition, query by query: what a context holds, over what dense attention holds."""
     kept = dense = 0

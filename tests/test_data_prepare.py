@@ -314,6 +314,8 @@ def test_loading_what_does_not_fit(texts, tmp_path):
         ("00000.arrayrecord", lambda path: os.truncate(path, path.stat().st_size // 2), "cannot be read"),
         ("lengths.npy", lambda path: path.unlink(), r"lengths\.npy cannot be read"),
         ("lengths.npy", lambda path: np.save(path, np.array([1, 2])), "and 2 lengths where corpus.json says"),
+        ("lengths.npy", lambda path: _flip(path, -8), r"lengths\.npy counts \d+ tokens where corpus\.json says \d+"),
+        ("lengths.npy", lambda path: np.save(path, np.load(path)[::-1]), r"lengths\.npy is not what was prepared"),
     ],
 )
 def test_damaged_splits(texts, tmp_path, name, damage, sentence):
@@ -321,6 +323,45 @@ def test_damaged_splits(texts, tmp_path, name, damage, sentence):
     damage(tmp_path / "out" / "train" / name)
     with pytest.raises(UserError, match=sentence):
         corpus.documents("train")
+
+
+def _flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _all_of(folder):
+    """Everything that is read of a corpus."""
+    corpus = Corpus.load(folder)
+    splits = [corpus.documents(split) for split in ("train", "validation")]
+    documents = [[split[index].tolist() for index in range(len(split))] for split in splits]
+    return documents, [split.ids for split in splits], corpus.tokenizer.encode("the house").tolist()
+
+
+def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(texts, tmp_path):
+    """Of corpus.json only what is read back as it is, counts of bytes say, may change."""
+    _prepare(texts, tmp_path / "out")
+    whole, noticed = _all_of(tmp_path / "out"), set()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "corpus.json"]
+    for path in files:
+        data = path.read_bytes()
+        used = np.flatnonzero(np.frombuffer(data, np.uint8))  # a shard is filled up with zeros, which nobody reads
+        for at in used[:: max(1, len(used) // 8)]:
+            _flip(path, at)
+            try:
+                assert _all_of(tmp_path / "out") == whole, (path, at)
+            except UserError:
+                noticed.add(path)
+            path.write_bytes(data)
+    assert noticed == set(files)
+
+
+def test_a_corpus_without_checksums_is_read(texts, tmp_path):
+    _prepare(texts, tmp_path / "out")
+    whole, path = _all_of(tmp_path / "out"), tmp_path / "out/corpus.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}))
+    assert _all_of(tmp_path / "out") == whole
 
 
 def test_the_command(texts, tmp_path, capsys):

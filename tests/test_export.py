@@ -65,6 +65,18 @@ def test_an_export_is_the_run_wherever_it_is_moved(corpus_run, tmp_path):
     assert said["source"] == str(corpus_run.workdir.path)
     assert said["num_parameters"] == export.num_parameters(corpus_run)
     assert not list((tmp_path / "here").iterdir())
+    ids = tmp_path / "there/moved/tokenizer/natsjax_tokenizer.json"
+    text = ids.read_text()
+    ids.write_text(text.replace('"', " ", 1))
+    with pytest.raises(UserError, match=f"{ids} is not what was exported"):
+        natsjax.load(tmp_path / "there/moved")
+    ids.write_text(text)
+    numbers = max((tmp_path / "there/moved/checkpoints").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(numbers.read_bytes())
+    content[len(content) // 2] ^= 1
+    numbers.write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot be read: {numbers} is not what was saved"):
+        natsjax.load(tmp_path / "there/moved")
 
 
 def test_without_its_corpus_it_loads_and_says_what_evaluation_needs(corpus_run, tmp_path):

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RANKS = (
     (
         "errors",
+        "checksums",
         "outputs",
         "paths",
         "settings",

@@ -30,6 +30,7 @@ from report_data import (
 
 from natsjax import report
 from natsjax.errors import UserError
+from natsjax.eval_results import about_intervals
 from natsjax.reporting import results, training
 from natsjax.reporting.styles import RUN_COLORS
 from natsjax.workdir import Workdir
@@ -255,6 +256,49 @@ def awkward_rows():
     no_interval.update(bits_per_byte_low=None, bits_per_byte_high=None)
     no_budget_reached = make_row("own method $x$", "weights $\\bad", {"note": "a"}, 0.3, 55.0)
     return [wide, nan, infinite, no_interval, no_budget_reached]
+
+
+def test_without_intervals_the_table_claims_none():
+    rows = [row | {"perplexity_low": None, "perplexity_high": None} for row in make_rows()]
+    table = report.format_table(rows)
+    assert "95 %" not in table
+    assert "[" not in table
+    mixed = report.format_table([*rows[:-1], make_rows()[-1]])
+    assert mixed.count("[") == 2  # the head's and one row's
+
+
+def test_an_older_evaluation_of_few_documents_loses_its_intervals(tmp_path):
+    rows = make_rows()
+    for row in rows[:2]:
+        row["num_documents"] = 9
+    write(tmp_path, rows=rows)
+    found = results.read(tmp_path / "report").rows
+    for row, before in zip(found, rows, strict=True):
+        few = before["num_documents"] < results.MIN_DOCUMENTS
+        for name in ("perplexity", "bits_per_byte"):
+            assert row[name] == before[name]
+            assert row[f"{name}_low"] == (None if few else before[f"{name}_low"])
+        by_position = row["by_position"]
+        assert by_position["perplexity"] == before["by_position"]["perplexity"]
+        assert by_position["perplexity_high"] == ([None] * 4 if few else before["by_position"]["perplexity_high"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "resamplings", "words"),
+    [
+        ({}, 1000, None),
+        ({"num_documents": 1}, 1000, "1 held-out document is too few for intervals (10 are the fewest), and little"),
+        ({"num_documents": 9}, 1000, "9 held-out documents are too few for intervals (10 are the fewest), and little"),
+        ({}, 39, "eval.bootstrap_samples = 39 is too few for intervals (40 are the fewest)."),
+        ({}, 1000, "no interval of the perplexity: all 12 held-out documents came out alike."),
+    ],
+)
+def test_why_there_is_no_interval_is_said(changes, resamplings, words):
+    none = {} if words is None else {"perplexity_low": None, "perplexity_high": None}
+    rows = [row | changes | none for row in make_rows()]
+    what, note = about_intervals(rows, tiny.config(eval={"bootstrap_samples": resamplings}))
+    assert (note is None) if words is None else note.startswith(words)
+    assert ("95 %" in what) == (words is None or "alike" in words)
 
 
 CASES = {

@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from natsjax import optim, parts, spikes, token_types
+from natsjax import optim, parts, spikes, token_types, train
 from natsjax.config import NatsConfig, OptimizerConfig
 from natsjax.errors import UserError
 from natsjax.train_step import Trainer
@@ -45,6 +45,28 @@ def test_the_scorer_has_a_learning_rate_of_its_own():
     assert moved[1e-1]["scorer"] == pytest.approx(moved[0.0]["scorer"] * 10, rel=1e-4)
     for rate in (1e-3, 1e-1):
         assert moved[rate] | {"scorer": 0} == pytest.approx(moved[0.0] | {"scorer": 0}, rel=1e-5)
+
+
+def test_a_longer_run_says_every_schedule_that_jumps(capfd):
+    def of(steps, **nats):
+        return tiny.config(
+            nats={"temperature": 2.0, "end_temperature": 0.5, "budget_ramp_steps": 8} | nats,
+            optimizer={"scorer_learning_rate": 1e-1},
+            train={"num_steps": steps},
+        )
+
+    train._say_new_schedule(of(101), of(51), 50)
+    now = 1e-3 + 9e-3 * (1 + np.cos(np.pi * 48 / 99)) / 2  # peak 1e-2, end 1e-3, 2 steps of warm-up
+    ends = "now ends at step 101 instead of 51: at step 50 it goes from"
+    assert capfd.readouterr().err.splitlines() == [
+        f"the learning rate's schedule {ends} {1e-3 + 9e-3 * (1 + np.cos(np.pi * 48 / 49)) / 2:.3g} to {now:.3g}",
+        f"the scorer learning rate's schedule {ends} 0.0101 to {10 * now:.3g}",
+        f"the temperature's schedule {ends} 0.5 to 1",
+    ]
+    for earlier in (None, of(101)):
+        train._say_new_schedule(of(101), earlier, 50)
+    train._say_new_schedule(of(101, end_temperature=0.0), of(51, end_temperature=0.0), 50)
+    assert "temperature" not in capfd.readouterr().err
 
 
 def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():

@@ -215,7 +215,25 @@ def test_means_of_perplexity_are_geometric_and_twins_are_paired_by_seed():
     table = format_front(points, is_accuracy=False)
     assert "+25.0 %" in table
     assert "20.00" in table
+    assert "+25.0 % [" not in table  # of one pair
     assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_one_seed_has_no_range_and_a_run_without_an_interval_none():
+    runs = [made(0.1, 0, 10.0, kv=0.1), *(made(0.2, seed, 10.0 + seed, kv=0.2) for seed in (0, 1))]
+    runs += [made(None, seed, 8.0, kind="dense") for seed in (0, 1)]
+    one, two, dense = (
+        [cell.strip() for cell in line.split("|")[4:-1]]
+        for line in format_front(front_of(runs), False).splitlines()[2:]
+    )
+    assert one == ["10.00", "-", "-", "+25.0 %"]
+    assert two == ["10.49", "10.00", "11.00", "+31.1 % [+25.0, +37.5]"]
+    assert dense[:3] == ["8.000", "8.000", "8.000"]
+    assert "[" not in format_runs(runs)
+    known = dataclasses.replace(runs[0], perplexity_low=9.0, perplexity_high=11.0)
+    table = format_runs([known, *runs[1:]])
+    assert "perplexity [95 %]" in table
+    assert (table.count("10.00 [9.000, 11.00]"), table.count("[")) == (1, 2)
 
 
 def test_the_picture_holds_the_points_of_the_table(monkeypatch):

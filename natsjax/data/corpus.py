@@ -9,6 +9,9 @@
 
 with SPLIT one of `train` and `validation`. Lengths and ids lie beside the records, not in corpus.json, so
 that this stays small enough to read by eye and a run can lay out its stream without opening a shard.
+
+A changed byte is noticed when a file is read: shards have checksums of their own, and corpus.json has those of the
+tokenizer, of lengths and ids.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import dataclasses
 import functools
 import json
 import os
+import tokenize
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,10 @@ import numpy as np
 import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from natsjax import checksums
 from natsjax.data.file_marks import HEAD_BYTES, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -85,47 +91,70 @@ class Documents:
       folder: the split's folder.
       summary: its counts, as corpus.json gives them.
       dtype: how the records store token ids.
+      sums: SHA-256 (hex) of the lengths and the ids, by file name; those of an older corpus are not compared.
 
     Raises:
-      UserError: a file is missing, damaged, or does not fit the counts.
+      UserError: a file is missing, damaged, or does not fit the counts. So does reading a document.
     """
 
-    def __init__(self, folder: Path, summary: SplitSummary, dtype: np.dtype):
+    def __init__(self, folder: Path, summary: SplitSummary, dtype: np.dtype, sums: Mapping[str, str]):
         self._folder = folder
         self._dtype = dtype
+        self._sums = sums
         shards = [folder / shard_name(number) for number in range(summary.shards)]
         for path in (folder / LENGTHS_FILE, *shards):
             _check_no_pointer(path)
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({error}); prepare the corpus again.") from error
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # its header is Python
+            reason = first_line(error)
+            raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({reason}); prepare the corpus again.") from error
         try:
             self._records = ArrayRecordDataSource(shards)
-        except RuntimeError as error:  # the one exception of array_record's C++ side
-            raise UserError(f"a shard of {folder} cannot be read ({error}); prepare the corpus again.") from error
+        except (RuntimeError, ValueError) as error:  # of array_record's C++ side; no shards at all
+            reason = first_line(error)
+            raise UserError(f"a shard of {folder} cannot be read ({reason}); prepare the corpus again.") from error
         if not len(self._records) == len(self.lengths) == summary.documents:
             raise UserError(
                 f"{folder} holds {len(self._records)} records and {len(self.lengths)} lengths where "
                 f"{CORPUS_FILE} says {summary.documents} documents; prepare the corpus again."
             )
 
+        if (found := int(self.lengths.sum())) != summary.tokens:
+            raise UserError(
+                f"{folder / LENGTHS_FILE} counts {found} tokens where {CORPUS_FILE} says {summary.tokens}; prepare the "
+                "corpus again."
+            )
+        _compare(folder, sums, LENGTHS_FILE)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
         """Token ids of one document, int32 `[lengths[index]]`, without BOS and EOS."""
-        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise UserError(
+                f"document {index} of {self._folder} cannot be read ({first_line(error)}); prepare the corpus again."
+            ) from error
+        if len(record) != self.lengths[index] * self._dtype.itemsize:
+            raise UserError(
+                f"document {index} of {self._folder} has {len(record) // self._dtype.itemsize} tokens where "
+                f"{LENGTHS_FILE} says {self.lengths[index]}; prepare the corpus again."
+            )
+        return np.frombuffer(record, self._dtype).astype(np.int32)
 
     @functools.cached_property
     def ids(self) -> tuple[str, ...]:
         """The documents' ids, in order; read when first asked for."""
         path = self._folder / IDS_FILE
+        _compare(self._folder, self._sums, IDS_FILE)
         try:
             with path.open(encoding="utf-8") as file:
                 return tuple(json.loads(line) for line in file)
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({error}); prepare the corpus again.") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); prepare the corpus again.") from error
 
 
 @dataclass(frozen=True)
@@ -142,6 +171,7 @@ class Corpus:
       skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
       dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
       input_report: by input, what became of everything that it held (`natsjax.data.input_report`).
+      sums: SHA-256 (hex) of the files that have no checksums of their own, by name; none in an older corpus.
     """
 
     folder: Path
@@ -153,6 +183,7 @@ class Corpus:
     skipped_files: dict[str, str]
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     input_report: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sums: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
@@ -164,6 +195,12 @@ class Corpus:
         """
         folder = Path(os.path.expanduser(folder))
         description = _read_description(folder)
+        sums = description.get("sha256", {})  # absent in corpora made before they were stored
+        if not isinstance(sums, dict):
+            raise UserError(f"{folder / CORPUS_FILE} garbles the field sha256; prepare the corpus again.")
+        for name in sums:
+            if name.startswith(f"{TOKENIZER_FOLDER}/"):
+                _compare(folder, sums, name)
         tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         try:
             expected = description["tokenizer"]["fingerprint"]
@@ -177,6 +214,7 @@ class Corpus:
                 skipped_files=description["skipped_files"],
                 dropped=description.get("dropped", {}),  # absent in corpora made before it was counted
                 input_report=description.get("input_report", {}),  # the same
+                sums=sums,
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / CORPUS_FILE} lacks or garbles the field {error}.") from error
@@ -195,6 +233,8 @@ class Corpus:
           OSError: the folder cannot be written.
         """
         self.tokenizer.save(self.folder / TOKENIZER_FOLDER)
+        small = [f"{split}/{name}" for split in self.summaries for name in (LENGTHS_FILE, IDS_FILE)]
+        names = [*checksums.names_below(self.folder, TOKENIZER_FOLDER), *small]
         description = {
             "format_version": FORMAT_VERSION,
             "tokenizer": {
@@ -209,6 +249,7 @@ class Corpus:
             "skipped_files": self.skipped_files,
             "dropped": self.dropped,
             "input_report": self.input_report,
+            "sha256": checksums.digests(self.folder, names),
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         # Paths that are no UTF-8 hold surrogates, which JSON writes as these escapes.
@@ -222,7 +263,21 @@ class Corpus:
         """
         if split not in self.summaries:
             raise UserError(f"the corpus {self.folder} has no split {split!r}; it has {', '.join(self.summaries)}.")
-        return Documents(self.folder / split, self.summaries[split], record_dtype(self.tokenizer.vocab_size))
+        sums = {name.removeprefix(f"{split}/"): value for name, value in self.sums.items()}
+        return Documents(self.folder / split, self.summaries[split], record_dtype(self.tokenizer.vocab_size), sums)
+
+
+def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
+    """Compares a file with its checksum, where it has one.
+
+    Raises:
+      UserError: it is not there, or not what it was.
+    """
+    if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
+        raise UserError(
+            f"{folder / name} is not what was prepared (it is missing, or its SHA-256 is another); prepare the corpus "
+            "again."
+        )
 
 
 def _check_no_pointer(path: Path) -> None:
@@ -249,7 +304,7 @@ def _read_description(folder: Path) -> dict:
             f"`python -m natsjax.data.prepare --input=… --output={folder}`."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        raise UserError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(

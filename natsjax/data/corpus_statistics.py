@@ -17,16 +17,19 @@ WINDOWS = (4, 16, 64, 256)
 
 
 def length_quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Tokens that so many percent of the documents do not exceed.
+    """Tokens that so many percent of the documents do not exceed, as far as the documents are enough to say.
 
     Args:
       lengths: int64 `[num_documents]`, tokens in each document, without BOS and EOS; at least one.
 
     Returns:
-      `p10`, `p50`, `p90`, `p99` and `max`; each is the length of a document.
+      `p10`, `p50`, `p90`, `p99` and `max`; each is the length of a document. One that has less than half
+      a document beyond it is left out, for it is the longest or the shortest: `p99` of fewer than 50 documents, `p10`
+      and `p90` of fewer than 5.
     """
-    values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
-    quantiles = {f"p{percentile}": int(value) for percentile, value in zip(PERCENTILES, values, strict=True)}
+    known = [p for p in PERCENTILES if len(lengths) * min(p, 100 - p) >= 50]
+    values = np.percentile(lengths, known, method="inverted_cdf")
+    quantiles = {f"p{percentile}": int(value) for percentile, value in zip(known, values, strict=True)}
     return quantiles | {"max": int(lengths.max())}
 
 

@@ -36,7 +36,7 @@ from natsjax.data.pipeline import PackedSource, RowSource, Shuffle, evaluation_c
 from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.settings import resolve_paths
 
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
@@ -196,7 +196,7 @@ def _read_run(path: Path) -> Config:
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def _fingerprint(run: Path) -> str | None:

@@ -40,8 +40,10 @@ function showPositions(groups) {
       [{ color, name, shape: dash ? "line" : marker, dash }]));
     showPositionTable(series);
     byId("position-description").textContent = (byId("position-scale").value === "0"
-      ? `The band is the 95 % bootstrap interval by document of ${series[0]?.name}; those of the others are about as wide, and ` +
-        "in the table: documents differ more than methods do. "
+      ? series[0]?.points.some(({ low }) => Number.isFinite(low))
+        ? `The band is the 95 % bootstrap interval by document of ${series[0].name}; those of the others are about as wide, and ` +
+          "in the table: documents differ more than methods do. "
+        : "There are no intervals: too few documents. "
       : "Full attention on the same weights; both predict the same tokens. ") +
       "The first positions have few predictions. The numbers are in the table below.";
   };

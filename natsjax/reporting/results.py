@@ -3,9 +3,9 @@
 * A *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
   context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
   that a KV buffer had, None where masks stood for it; `*_low` and `*_high` bound the 95 % bootstrap interval by
-  document; `weights` says which weights ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its
-  document a prediction could look back at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None
-  where nothing was predicted.
+  document, None where there is none (fewer documents than `MIN_DOCUMENTS`, or all alike); `weights` says which weights
+  ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its document a prediction could look back
+  at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None where nothing was predicted.
 * The *contract* (METHOD.md 4; `CONTRACT_FIELDS`) sets the sampled, the argmax and the dialled KV fraction
   against the budget. A run without roles has none.
 * A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `dials` (each one of a
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.outputs import make_folder, try_files, unwritable, write_file
 
 Row = Mapping[str, Any]
@@ -52,6 +52,12 @@ SAMPLE_FIELDS = ("title", "tokens", "dials", "roles", "windows", "document_start
 ROWS_FILE = "results.jsonl"
 EVALUATION_FILE = "evaluation.json"
 _FORMAT = 1
+
+MIN_DOCUMENTS = 10
+"""Fewer give no interval: resampling them says too little of the documents that were not drawn (docs/evaluate.md)."""
+
+MIN_RESAMPLINGS = 40
+"""Fewer give no interval: no resampling lies beyond its ends."""
 
 
 class Results(NamedTuple):
@@ -135,13 +141,13 @@ def read(directory: Path) -> Results:
             version = values["format_version"]
             raise UserError(f"{path} has format_version {version!r}, and this natsjax reads version {_FORMAT}.")
         results = Results(**{name: values[name] for name in Results._fields})
-        results = results._replace(rows=[_with_numbers(row) for row in results.rows])
+        results = results._replace(rows=[_without_small_intervals(_with_numbers(row)) for row in results.rows])
         results.check()
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); python -m natsjax.evaluate --workdir=… writes it again."
+            f"{path} cannot be read ({first_line(error)}); python -m natsjax.evaluate --workdir=… writes it again."
         ) from error
     return results
 
@@ -149,6 +155,21 @@ def read(directory: Path) -> Results:
 def _with_numbers(row: Row) -> Row:
     """A row whose NaN and infinities are numbers again (``to_json``); words stay words."""
     return {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
+
+
+def _without_small_intervals(row: Row) -> Row:
+    """A row as it is written today: older ones had intervals of any number of documents."""
+    if row["num_documents"] >= MIN_DOCUMENTS:
+        return row
+
+    def cleared(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: None if name.endswith(("_low", "_high")) else value for name, value in values.items()}
+
+    by_position = row["by_position"]
+    if by_position is not None:
+        empty = [None] * len(by_position["tokens"])
+        by_position = {name: empty if value is None else value for name, value in cleared(by_position).items()}
+    return {**cleared(row), "by_position": by_position}
 
 
 def _number(value: Any) -> Any:
@@ -217,6 +238,11 @@ def significant(value: float | None, digits: int) -> str:
         return f"{value:.{digits - 1}e}"
     decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
     return f"{value:.{max(decimals, 0)}f}"
+
+
+def with_interval(value: str, low: str | None, high: str | None) -> str:
+    """A number for a table with its interval, where it has one."""
+    return value if low is None or high is None else f"{value} [{low}, {high}]"
 
 
 def percent(value: float | None) -> str:

@@ -128,7 +128,7 @@ function tableRow(row) {
 }
 
 function showTable() {
-  const columns = ["Method", "Setting", "KV", "Perplexity (95 %)", "Bits/byte", "Live keys (max)", "Budget", "Weights"];
+  const columns = ["Method", "Setting", "KV", rows.some((row) => between(row, "perplexity")) ? "Perplexity (95 %)" : "Perplexity", "Bits/byte", "Live keys (max)", "Budget", "Weights"];
   if (someAllocated) columns.splice(6, 0, "Slots");
   if (run.show_accuracy) columns.splice(3, 0, "Accuracy");
   byId("rows").append(tableHead(columns, ["Method", "Setting", "Weights"]));

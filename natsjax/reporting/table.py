@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from natsjax.reporting.results import Row, percent, significant
+from natsjax.reporting.results import Row, percent, significant, with_interval
 from natsjax.reporting.styles import style_of
 
 
 def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> str:
     """Return perplexity against KV as an aligned plain-text table that is also a GitHub Markdown table.
 
-    Rows on the same weights stand together; otherwise they keep their order. Intervals are 95 %, by document.
+    Rows on the same weights stand together; otherwise they keep their order. Intervals are 95 %, by document; a row
+    without one has its number alone.
 
     Args:
         rows: the measured settings.
@@ -21,7 +22,8 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     if show_accuracy is None:
         show_accuracy = any(row["accuracy"] is not None for row in rows)
     show_allocated = any(row["kv_allocated"] is not None for row in rows)
-    numbers = ["budget", "KV", "live keys (max)"] + ["slots"] * show_allocated + ["perplexity [95 %]", "bits/byte"]
+    interval = " [95 %]" * any(row["perplexity_low"] is not None for row in rows)
+    numbers = ["budget", "KV", "live keys (max)"] + ["slots"] * show_allocated + [f"perplexity{interval}", "bits/byte"]
     header = ["method", "setting", "weights", *numbers]
     lines = [header + ["accuracy"] * show_accuracy]
     for weights in dict.fromkeys(row["weights"] for row in rows):
@@ -36,7 +38,8 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
 
 
 def _table_cells(row: Row, show_accuracy: bool, show_allocated: bool) -> list[str]:
-    low, high = (significant(row[f"perplexity_{end}"], 4) for end in ("low", "high"))
+    ends = (row[f"perplexity_{end}"] for end in ("low", "high"))
+    low, high = (None if end is None else significant(end, 4) for end in ends)
     setting = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["setting"].items()]
     cells = [
         style_of(row["method"]).label,
@@ -46,7 +49,7 @@ def _table_cells(row: Row, show_accuracy: bool, show_allocated: bool) -> list[st
         percent(row["kv_fraction"]),
         f"{significant(row['kv_live_mean'], 3)} ({row['kv_live_max']})",
         *([significant(row["kv_allocated"], 3)] if show_allocated else []),
-        f"{significant(row['perplexity'], 4)} [{low}, {high}]",
+        with_interval(significant(row["perplexity"], 4), low, high),
         significant(row["bits_per_byte"], 4),
     ]
     return [*cells, percent(row["accuracy"])] if show_accuracy else cells

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from natsjax.config import Config
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.metrics import read_metrics
 from natsjax.workdir import Workdir
 
@@ -30,7 +30,7 @@ def read_training(workdir: Workdir) -> dict[str, Any] | None:
         lines = read_metrics(workdir.metrics_file)
         steps = [line["step"] for line in lines]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"{workdir.metrics_file} cannot be read: {error}.") from error
+        raise UserError(f"{workdir.metrics_file} cannot be read: {first_line(error)}.") from error
     if not lines:
         return None
     count = min(len(lines), _MAX_POINTS)
