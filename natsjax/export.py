@@ -12,7 +12,6 @@ checkpoints/         the parameters, through Orbax
 tokenizer/           the tokenizer, unless the data is the recall task, which is a part of the config
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -28,13 +27,14 @@ import jax.numpy as jnp
 
 from natsjax import processes
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import run_command
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import Tokenizer
 from natsjax.data.atomic_folder import folder_lock, new_folder
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
+from natsjax.settings import did_you_mean
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
@@ -69,7 +69,7 @@ def export(
       450
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected.")
+        raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected{did_you_mean(dtype, DTYPES)}.")
     target = Workdir(output)
     folder = target.path.absolute()
     replaced = folder.parent / f".{folder.name}.replaced"
@@ -141,7 +141,7 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
         "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    target.export_file.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    target.export_file.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Config:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       UserError: see ``export``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.export",
         description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
         "that can be moved, and that natsjax.load, natsjax.evaluate and train.initial_parameters read.",

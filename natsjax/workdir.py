@@ -79,7 +79,7 @@ class Workdir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
             raise UserError(f"--workdir={self.path} cannot be used: {error.strerror}.") from error
         with file:
@@ -108,7 +108,7 @@ class Workdir:
           UserError: there is no run here, or its config cannot be read.
         """
         try:
-            values = json.loads(self.config_file.read_text())
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ class Workdir:
           UserError: it is not written here.
         """
         try:
-            return str(json.loads(self.data_file.read_text())["fingerprint"])
+            return str(json.loads(self.data_file.read_text(encoding="utf-8"))["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.data_file} cannot be read: {error}.") from error
 
@@ -191,7 +191,7 @@ class Workdir:
           UserError: it cannot be read, or another natsjax wrote it.
         """
         try:
-            values = json.loads(self.export_file.read_text())
+            values = json.loads(self.export_file.read_text(encoding="utf-8"))
             version = values["format_version"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.export_file} cannot be read: {error}.") from error
@@ -227,7 +227,7 @@ class Workdir:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         line = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "time": now, "versions": versions()}
         try:
-            with open(self.starts_file, "a") as file:
+            with open(self.starts_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"{self.starts_file} cannot be written: {error.strerror}.") from error
@@ -258,7 +258,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax import signals
+from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.data.atomic_folder import PartialFolder, folder_lock, partial_path
 from natsjax.data.corpus import CORPUS_FILE, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
@@ -217,8 +218,8 @@ def _is_there(output: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.prepare --help`. Returns the exit status (2: a mistake)."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with ExitStack() as stack:
             stack.enter_context(log_lines())
             stop = stack.enter_context(signals.stop_requests())
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.data.prepare",
         description="Tokenise text into a corpus that natsjax trains on, and say what is in it. Running it again "
         "with the same arguments goes on where it was interrupted; if the corpus is there, it is only described.",
@@ -270,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
-    add("text_field", "JSON field or column that holds the text")
+    add("text_field", "JSON field or column that holds the text", type=typed_text)
     add(
         "skip_bad_files",
         "leave out files that are not UTF-8 or damaged",
@@ -293,4 +294,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
