@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import textwrap
 import typing
@@ -141,6 +142,23 @@ def _is_text(value: str) -> bool:
         return b"\0" not in value.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair, as of a file name that is not UTF-8
         return False
+
+
+def check_file_name(path: str | os.PathLike[str]) -> None:
+    """For folders of checkpoints and shards, whose libraries take names in UTF-8 alone.
+
+    Raises:
+      UserError: the name, or that of a folder around it, is not.
+    """
+    try:
+        os.path.abspath(path).encode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
+    except UnicodeEncodeError as error:  # Python keeps other bytes as halves of surrogate pairs
+        raise UserError(
+            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or, where it is UTF-8 and the locale "
+            "is not, set PYTHONUTF8=1."
+        ) from error
 
 
 def _check_range(path: str, value: int | float, kind: type, limits: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.settings import differences
+from natsjax.settings import check_file_name, differences
 
 EXPORT_FORMAT = 1
 
@@ -47,9 +47,13 @@ class Workdir:
 
     Args:
       path: the folder; it need not be there yet.
+
+    Raises:
+      UserError: its name is no UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        check_file_name(path)
         self.path = pathlib.Path(path)
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"

@@ -26,6 +26,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError
+from natsjax.settings import check_file_name
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -156,6 +157,7 @@ class Corpus:
           UserError: the folder holds no prepared corpus, one of another format version, or a tokenizer that
             is not the one that it was made with.
         """
+        check_file_name(folder)
         folder = Path(folder)
         description = _read_description(folder)
         tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)

@@ -35,6 +35,7 @@ from natsjax.data.scan import TRAIN, VALIDATION, divide
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
+from natsjax.settings import check_file_name
 
 _PARTS_VERSION = 1  # of what lies in a partial folder
 
@@ -108,6 +109,7 @@ def prepare(
         workers=workers,
         progress=progress,
     )
+    check_file_name(output)
     request.check()
     target = request.output.absolute()
     try:
