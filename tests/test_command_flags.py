@@ -38,17 +38,17 @@ FLAGS = [
     ("natsjax.evaluate", "--workdir"),
     ("natsjax.evaluate", "--budgets"),
     ("natsjax.export", "--output"),
-    ("natsjax.generate", "--dial"),
+    ("natsjax.generate", "--temperature"),
     ("natsjax.report", "--title"),
     ("natsjax.data.prepare", "--tokenizer"),
-    ("natsjax.data.inspect", "--context_length"),
+    ("natsjax.data.inspect", "--batch_size"),
     ("natsjax.plan", "--topology"),
     ("natsjax.sweep", "--kv_budgets"),
     ("train", "--workdir"),
     ("benchmarks.attention", "--lengths"),
     ("benchmarks.decode", "--layers"),
     ("benchmarks.plans", "--hardware"),
-    ("benchmarks.recall", "--seeds"),
+    ("benchmarks.recall", "--workdir"),
     ("benchmarks.sampling", "--draws"),
     ("benchmarks.train_step", "--repeats"),
     ("pallas_kernels.nats_attention.autotune", "--backend"),
@@ -79,6 +79,8 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--policy=H20:4"], "did you mean h2o"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--max_kv=9", "--eviction=soonest"], "mean soonest_end"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--mesh=fdsp=2"], "did you mean fsdp"),
+        ("natsjax.generate", ["--dail=3"], "unknown flag --dail; did you mean --dial; see --help"),
+        ("natsjax.evaluate", ["-help"], "unknown flag -help; did you mean --help"),
         ("natsjax.generate", ["--workdir=x", "--dial", "-0.3", "--prompt", "-- a b"], "x holds no run"),
         ("natsjax.plan", [CONFIG, "--topolgy", "v5e-16"], "did you mean --topology"),
         ("natsjax.plan", [CONFIG, "--nosearhc"], "unknown flag --nosearhc; did you mean --search"),
@@ -91,7 +93,7 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("pallas_kernels.nats_attention.autotune", ["--heads=a"], "invalid"),
         ("train", [CONFIG, "--workdir=x", "--config.kv_budget=0.1"], "kv_budget; did you mean nats.kv_budget"),
         ("train", [CONFIG, "--workdir=x", "--config.train.kv_budget=0.1"], "did you mean nats.kv_budget"),
-        ("train", [CONFIG, "--workdir=x", "--config.train.learning_rate=1"], "mean optimizer.peak_learning_rate"),
+        ("train", [CONFIG, "--workdir=x", "--config.train.learning_rate=1"], "did you mean optimizer.*learning_rate"),
         ("train", [CONFIG, "--workdir=x", "--config.optimiser.beta1=1"], "did you mean optimizer.beta1"),
         ("train", [CONFIG, "--workdir=x", "-config.model.widht=1"], "did you mean model.width"),
         ("train", [CONFIG, "--workdir=x", "--config.modle=1"], "did you mean model"),
@@ -124,15 +126,15 @@ def test_words_that_only_look_like_flags():
     parser.add_argument("--number", type=float)
     parser.add_argument("--text", type=typed_text)
     parser.add_argument("rest", nargs="*")
-    flags = parser.parse_args(["--number", "-1e3", "--text", "-a b=c", "--", "--x"])
-    assert (flags.number, flags.text, flags.rest) == (-1e3, "-a b=c", ["--x"])
+    flags = parser.parse_args(["--number", "-1.5", "--text", "-a b=c", "--", "--x"])
+    assert (flags.number, flags.text, flags.rest) == (-1.5, "-a b=c", ["--x"])
 
 
 def test_text_that_the_locale_did_not_read():
     assert typed_text("k\udcc3\udcb6ln") == typed_text("köln") == "köln"
     parser = Parser()
     parser.add_argument("--text", type=typed_text)
-    with pytest.raises(UserError, match=r"--text: 'k\\\\udcf6ln' is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"--text: 'k\\udcf6ln' is no UTF-8 text"):
         parser.parse_args(["--text=k\udcf6ln"])
 
 
