@@ -38,6 +38,8 @@ from benchmarks.attention_contestants import (
     timed_call,
     torch_rivals,
 )
+from natsjax.command_line import Parser, run_command
+from natsjax.settings import did_you_mean
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.counting import count_pairs
@@ -158,14 +160,16 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=numbers(int), default=[8192, 16384, 32768], help="tokens")
     parser.add_argument("--global_fractions", type=numbers(float), default=[0.05], help="share of GLOBAL tokens")
     parser.add_argument("--windows", type=numbers(int), default=[256], help="of SLIDING tokens")
     parser.add_argument("--passes", type=numbers(str), default=["forward", "sampled", "exact"], help=", ".join(PASSES))
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--dtype", default=None, help="float32 (default on a CPU) or bfloat16 (default elsewhere)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="(default: float32 on a CPU, bfloat16 elsewhere)"
+    )
     parser.add_argument("--heads", type=numbers(int), default=[8, 2, 64], help="query heads, KV heads, head dim")
     parser.add_argument(
         "--implementation", default=None, choices=sorted(api.BACKENDS), help="backend (default: by platform)"
@@ -175,7 +179,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     unknown = set(arguments.passes) - set(PASSES)
     if unknown:
-        parser.error(f"--passes: {', '.join(sorted(unknown))} is none of {', '.join(PASSES)}.")
+        meant = did_you_mean(min(unknown), PASSES)
+        parser.error(f"--passes: {', '.join(sorted(unknown))} is none of {', '.join(PASSES)}{meant}.")
     num_kv_heads = arguments.heads[1]
     if arguments.devices is not None and (arguments.devices < 1 or num_kv_heads % arguments.devices):
         parser.error(f"--devices={arguments.devices}: {num_kv_heads} KV heads do not divide evenly among them.")
@@ -240,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -48,6 +48,7 @@ import numpy as np
 from benchmarks.attention import ratio
 from benchmarks.train_step import OtherLoad
 from natsjax import capacity, decode_loop, kv_buffer, partition
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
 from natsjax.decoder import NO_LIMIT, Decoder
@@ -382,7 +383,7 @@ def print_curve(rows: list[Row]) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(x) for x in text.split(",") if x]  # noqa: E731
     parser.add_argument("--layers", type=int, default=SIZES["layers"], help="of the model")
     parser.add_argument("--batch", type=int, default=SIZES["batch"], help="sequences")
@@ -447,8 +448,8 @@ def main(argv: list[str] | None = None) -> None:
         table = {"rows": rows, "curve": points}
         about |= {"others": others, "peak_gib": peak, "ratios": ratios_of(rows)}
         about |= {name: [row._asdict() for row in rows] for name, rows in table.items()}
-        (arguments.output / "decode.json").write_text(json.dumps(about, indent=2) + "\n")
+        (arguments.output / "decode.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

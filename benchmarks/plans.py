@@ -11,13 +11,14 @@ import argparse
 import json
 import pathlib
 
-from natsjax.command_line import read_config_file, run_command
+from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
 from natsjax.outputs import check_files
 from natsjax.plan import as_json, summary
 from natsjax.planning import CompilerCrashed, plan_apart
+from natsjax.settings import did_you_mean
 from natsjax.workdir import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def main() -> None:
     Raises:
       UserError: a name that is not known, or a compiler that is not there.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: text.split(",")  # noqa: E731
     tpus = [name for name in HARDWARE if not name.startswith("h100")] + [topology for _, _, topology in LARGER]
     parser.add_argument("--configs", type=names, default=list(CONFIGS), help=", ".join(CONFIGS))
@@ -112,14 +113,15 @@ def main() -> None:
     for name, known in (("configs", CONFIGS), ("hardware", (*tpus, "h100-8")), ("attention", ("nats", "dense"))):
         unknown = [value for value in getattr(flags, name) if value not in known]
         if unknown:
-            raise UserError(f"--{name}={','.join(unknown)}: {', '.join(known)} were expected.")
+            meant = did_you_mean(unknown[0], known)
+            raise UserError(f"--{name}={','.join(unknown)}: {', '.join(known)} were expected{meant}.")
     todo = cases(flags.configs, flags.hardware)
     if flags.output is not None and not flags.output.is_dir():
         raise UserError(f"--output={flags.output}: there is no such folder.")
     path = None if flags.output is None else flags.output / "plans.json"
     if path is not None:
         check_files(f"--output={flags.output}", [path])
-    rows = json.loads(path.read_text()) if path is not None and path.exists() else []
+    rows = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
     for config, word, topology in todo:
         for attention in flags.attention:
             try:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from natsjax import evaluate, train
-from natsjax.command_line import read_config_file
+from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
@@ -39,8 +39,8 @@ def trained(workdir: pathlib.Path, *, seed: int, attention: str) -> float:
     if not taken.exists():
         began = time.monotonic()
         train.run(Config.from_dict(values), workdir)
-        taken.write_text(f"{time.monotonic() - began:.0f}\n")
-    return float(taken.read_text())
+        taken.write_text(f"{time.monotonic() - began:.0f}\n", encoding="utf-8")
+    return float(taken.read_text(encoding="utf-8"))
 
 
 def kept_by_kind(run: LoadedRun, dial: float) -> np.ndarray:
@@ -129,13 +129,14 @@ def draw_kept(path: pathlib.Path, run: LoadedRun, dial: float) -> None:
 
 
 def main() -> None:
-    """Trains, measures, prints, draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Trains, measures, draws, prints."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the pictures")
-    parser.add_argument("--seeds", default="0,1,2", help="train.seed of each repetition")
+    numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="train.seed of each repetition")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/recall"), help="folder of the runs")
     arguments = parser.parse_args()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds = arguments.seeds
     pictures = [arguments.output / name for name in ("recall_curve.png", "recall_kept.png")]
     try:
         try_files(pictures)  # before the training
@@ -164,6 +165,8 @@ def main() -> None:
         ]
         lines.append("| " + " | ".join(cells) + " |")
         shares.append(kept_by_kind(load(folders["nats"]), 0.0))
+    draw_curve(pictures[0], rows_by_seed)
+    draw_kept(pictures[1], load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
     titles = (
         "seed",
         "full attention (twin)",
@@ -184,8 +187,6 @@ def main() -> None:
         for layer, head in np.ndindex(share.shape[:2]):
             cells = " | ".join(f"{100 * x:.1f} %" for x in share[layer, head])
             print(f"| {seed} | {layer} | {head} | {cells} |")
-    draw_curve(pictures[0], rows_by_seed)
-    draw_kept(pictures[1], load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
 
 
 def print_budgets(rows_by_seed: dict[int, list[dict[str, Any]]]) -> None:
@@ -207,4 +208,4 @@ def print_budgets(rows_by_seed: dict[int, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ import jax.flatten_util
 import numpy as np
 
 from natsjax import losses
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.loading import LoadedRun, load
@@ -65,7 +66,7 @@ def row(name: str, exact: np.ndarray, other: np.ndarray) -> str:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a NAtS run")
     parser.add_argument("--fractions", default="0.5,0.25,0.125,0.0625,0.03125")
     parser.add_argument("--draws", type=int, default=64, help="batches, each with noise of its own")
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -39,6 +39,7 @@ import numpy as np
 from benchmarks.attention import race, ratio
 from benchmarks.attention_contestants import Contestant
 from configs import quickstart
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.outputs import try_files, unwritable
@@ -245,7 +246,8 @@ class OtherLoad:
         path = pathlib.Path("/proc/stat")
         if not path.exists():
             return None
-        user, nice, system, _, _, interrupt, soft, steal, *_ = map(int, path.read_text().split("\n")[0].split()[1:])
+        line = path.read_text(encoding="ascii").split("\n")[0]
+        user, nice, system, _, _, interrupt, soft, steal, *_ = map(int, line.split()[1:])
         busy = (user + nice + system + interrupt + soft + steal) / os.sysconf("SC_CLK_TCK")
         return time.perf_counter(), busy, time.process_time()
 
@@ -306,12 +308,12 @@ def print_table(rows: list[Row]) -> None:
 def write_json(path: pathlib.Path, rows: list[Row], about: dict[str, Any]) -> None:
     """Everything that was measured."""
     table = [row._asdict() | {"case": row.case._asdict()} for row in rows]
-    path.write_text(json.dumps(about | {"rows": table}, indent=2) + "\n")
+    path.write_text(json.dumps(about | {"rows": table}, indent=2) + "\n", encoding="utf-8")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=numbers, default=[1024, 8192], help="tokens in a context")
     parser.add_argument("--tokens", type=int, default=8192, help="in a step; a batch has at least one sequence")
@@ -379,4 +381,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

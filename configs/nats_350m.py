@@ -11,6 +11,7 @@ one it is v5e-16. The dense twin: --config.model.attention=dense. Hardware: comp
 
 from natsjax.config import default_config
 from natsjax.errors import UserError
+from natsjax.settings import did_you_mean
 
 HARDWARE = {
     "v5e-16": {"train.num_microbatches": 1},
@@ -23,7 +24,8 @@ HARDWARE = {
 
 def get_config(hardware="v5e-16"):
     if hardware not in HARDWARE:
-        raise UserError(f"--config=configs/nats_350m.py:{hardware}: one of {', '.join(HARDWARE)} was expected.")
+        meant = did_you_mean(hardware, HARDWARE)
+        raise UserError(f"--config=configs/nats_350m.py:{hardware}: one of {', '.join(HARDWARE)} was expected{meant}.")
     config = default_config()
     config.model.attention = "nats"
     config.model.num_layers = 24

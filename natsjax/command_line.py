@@ -1,6 +1,8 @@
-"""Flags of ``train.py``: a config file, overrides of its fields and who else trains; every mistake one sentence."""
+"""Flags of the commands: a config file, overrides of its fields and who else trains; every mistake one sentence."""
 
+import argparse
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import logging
@@ -11,24 +13,91 @@ import sys
 import textwrap
 import traceback
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from natsjax import processes
+from natsjax import processes, standard_streams
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.settings import nearest, shown
+from natsjax.settings import closest, did_you_mean, nearest, shown
 
-_OVERRIDE = "--config."
+_OVERRIDE = re.compile(r"--?config\.")
 _MOST_OF_AN_ERROR = 250  # characters
+_OF_ABSL = ("flagfile", "undefok")  # it always has them
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"
 _CONFIG_HELP = "the experiment: a file of configs/, or one of your own; FILE.py:WORD gives its get_config a word"
 _WORKDIR_HELP = "where the run lives: the same folder for all processes"
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a command that has no config; the nearest one is named for a flag or a choice that does not exist.
+
+    Flags are not abbreviated: one that is added later would change what an abbreviation means.
+
+    Raises:
+      UserError: in place of ``SystemExit`` where the command line does not fit.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The flags; unknown ones are a mistake here already, before argparse misses the right ones."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        names = sorted({name.lstrip("-") for name in known} - {"h"})
+        for word in words:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            # What argparse takes for a value: a single dash, a number, words with spaces between them.
+            if word.startswith("-") and word != "-" and name not in known and " " not in name and not _is_number(word):
+                raise _unknown_flag(name, names, "see --help")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ``UserError``."""
+        raise UserError(f"{message.rstrip('.')}; see --help.")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            meant = did_you_mean(value, known)
+            raise argparse.ArgumentError(action, f"{shown(value)} is none of {', '.join(known)}{meant}")
+
+
+def typed_text(argument: str) -> str:
+    """The type of a flag that is no path: where the locale is not UTF-8, Python may have kept the bytes of a character.
+
+    Raises:
+      argparse.ArgumentTypeError: what was typed is no UTF-8.
+    """
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode("utf-8")
+        except UnicodeError as error:
+            raise argparse.ArgumentTypeError(f"{shown(argument)} is no UTF-8 text") from error
+    return argument
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown_flag(name: str, known: Sequence[str], advice: str) -> UserError:
+    shown_name = name if re.fullmatch(r"[\w.-]{1,100}", name) else shown(name)
+    return UserError(f"unknown flag {shown_name}{nearest(name.lstrip('-'), known, '--')}; {advice}.")
 
 
 def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
@@ -57,6 +126,7 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
     Raises:
       UserError: a flag, file, field or value that does not fit; the message says which.
     """
+    _check_flags(argv, values, usage)
     read_config_file(_config_file(argv, usage))  # ml_collections reads it again, but hides what is wrong with it
     _check_overrides(argv)
     try:
@@ -67,6 +137,23 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
     if len(rest) > 1:
         raise UserError(f"unexpected argument {shown(rest[1])}; {usage}.")
     return Config.from_dict(flag.value)
+
+
+def _check_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> None:
+    """Unknown flags, before it is said that the ones they were meant for are missing."""
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-") or word == "--":  # absl reads no further
+            break
+        flag, separator, _ = word.partition("=")
+        name = flag.removeprefix("-").removeprefix("-")
+        if name == "config" or name.startswith("config.") or name in _OF_ABSL:
+            continue
+        is_switch = name.startswith("no") and name[2:] in values and values[name[2:]].boolean
+        if name not in values and not is_switch:
+            raise _unknown_flag(flag, ["config", "help", *values], usage)
+        if not separator and not is_switch and not values[name].boolean:
+            next(words, None)  # its value
 
 
 def join_processes(argv: Sequence[str]) -> None:
@@ -144,7 +231,8 @@ def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     name, separator, word = os.fspath(path).partition(".py:")
     path = pathlib.Path(f"{name}.py" if separator else name)
     if not path.is_file():
-        raise UserError(f"--config={path}: there is no such file.")
+        there = sorted(str(other) for other in path.parent.glob("*.py"))
+        raise UserError(f"--config={path}: there is no such file{did_you_mean(str(path), there)}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path} is no Python file: its name must end in .py.")
@@ -174,7 +262,7 @@ def _explained(error: Exception) -> str:
         return f"unknown config field {unknown[2]}; did you mean {unknown[1]}"
     locked = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
     if locked:
-        return f"unknown config field {locked[1]}"
+        return f"unknown config field {locked[1]}{_nearest_field(locked[1])}"
     return f"{type(error).__name__}: {text}".rstrip(".")
 
 
@@ -190,9 +278,9 @@ def _config_file(argv: Sequence[str], usage: str) -> str:
 def _check_overrides(argv: Sequence[str]) -> None:
     """Looks fields up before ml_collections does, whose errors for unknown and mistyped ones are hard to read."""
     for argument in argv:
-        if not argument.startswith(_OVERRIDE):
+        if not _OVERRIDE.match(argument):
             continue
-        path, separator, value = argument.removeprefix(_OVERRIDE).partition("=")
+        path, separator, value = _OVERRIDE.sub("", argument, count=1).partition("=")
         path_shown = path if re.fullmatch(r"[\w.]{1,100}", path) else shown(path)
         group: type = Config
         kind: type | None = None
@@ -200,7 +288,8 @@ def _check_overrides(argv: Sequence[str]) -> None:
         for name in path.split("."):
             fields = typing.get_type_hints(group) if dataclasses.is_dataclass(group) else {}
             if name not in fields:
-                raise UserError(f"unknown config field {path_shown}{nearest(name, fields, above) if fields else ''}.")
+                hint = _nearest_field(path) or (nearest(name, fields, above) if fields else "")
+                raise UserError(f"unknown config field {path_shown}{hint}.")
             group = kind = fields[name]
             above += f"{name}."
         if dataclasses.is_dataclass(kind):
@@ -210,6 +299,24 @@ def _check_overrides(argv: Sequence[str]) -> None:
         if not separator and kind is not bool:
             raise UserError(f"--config.{path} has no value; --config.{path}=VALUE was expected, in one word.")
         _check_override(path, kind, value)
+
+
+def _nearest_field(path: str) -> str:
+    """``"; did you mean GROUP.FIELD"``, or nothing: by the last name, in the group that was meant or in another."""
+    group, _, name = path.rpartition(".")
+    paths = list(_field_paths(Config))
+    close = closest(name, [other.rpartition(".")[2] for other in paths])
+    found = [other for other in paths if other.rpartition(".")[2] == close]
+    if not found:
+        return ""
+    return f"; did you mean {max(found, key=lambda other: difflib.SequenceMatcher(None, group, other).ratio())}"
+
+
+def _field_paths(group: type, above: str = "") -> Iterator[str]:
+    for name, kind in typing.get_type_hints(group).items():
+        yield f"{above}{name}"
+        if dataclasses.is_dataclass(kind):
+            yield from _field_paths(typing.cast(type, kind), f"{above}{name}.")
 
 
 def _check_override(path: str, kind: Any, value: str) -> None:
@@ -232,23 +339,26 @@ def _check_override(path: str, kind: Any, value: str) -> None:
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command, whose result is the exit status; a ``UserError`` becomes one sentence and exit status 2.
 
-    What goes wrong inside ``processes.stop_together`` with others around is shown there, once, and does not come here.
+    Its printing cannot fail (``standard_streams``); where standard output is incomplete for a reason such as a full
+    disk, the exit status is 1. What goes wrong inside ``processes.stop_together`` with others around is shown there,
+    once, and does not come here.
     """
     # Orbax reports every part of a save at INFO, without a cluster missing coordination at WARNING, and at ERROR, with
     # a traceback, what it raises as well; asyncio does so too.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_echoes
-    try:
-        status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        processes.say("interrupted")
-        sys.exit(130)
-    if status:
-        sys.exit(status)
+    with standard_streams.guarded():
+        try:
+            status = main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            processes.say("interrupted")
+            sys.exit(130)
+        if status:
+            sys.exit(status)
 
 
 def _without_echoes(unraisable: Any) -> None:

@@ -13,7 +13,7 @@ import ml_collections
 
 from natsjax.errors import UserError
 from natsjax.paths import PathSyntax
-from natsjax.settings import build, setting, shown
+from natsjax.settings import build, did_you_mean, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
 
@@ -323,7 +323,8 @@ def _check_attention(model: ModelConfig) -> None:
         if kind not in ATTENTION_KINDS:
             raise UserError(
                 f"config field model.attention is {shown(model.attention)}; of "
-                f"{', '.join(map(repr, ATTENTION_KINDS))} one, or several with commas, were expected."
+                f"{', '.join(map(repr, ATTENTION_KINDS))} one, or several with commas, were expected"
+                f"{did_you_mean(kind, ATTENTION_KINDS)}."
             )
     if model.num_layers % len(pattern):
         raise UserError(

@@ -27,6 +27,7 @@ from natsjax.loading import LoadedRun
 from natsjax.model import ModelStructure, model_structure
 from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy
 from natsjax.serving import serving_parameters
+from natsjax.settings import did_you_mean
 from pallas_kernels.decode_attention import storage_format
 
 _PREFILL_GROWTH = 1.5
@@ -75,7 +76,9 @@ class DecodeSettings:
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: it must be 1 or more.")
         if self.eviction not in EVICTIONS:
-            raise UserError(f"eviction={self.eviction!r}: one of {', '.join(map(repr, EVICTIONS))} was expected.")
+            known = ", ".join(map(repr, EVICTIONS))
+            meant = did_you_mean(self.eviction, EVICTIONS)
+            raise UserError(f"eviction={self.eviction!r}: one of {known} was expected{meant}.")
 
 
 class Cache(NamedTuple):

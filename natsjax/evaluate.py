@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 
 from natsjax import processes, report, token_types
-from natsjax.command_line import run_command
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       UserError: see ``run``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.evaluate",
         description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
         "(one line a setting), pareto.png (the curve), report.html (curve, table, and text coloured by role) and "

@@ -12,7 +12,6 @@ checkpoints/         the parameters, through Orbax, with their checksums
 tokenizer/           the tokenizer, unless the data is the recall task, which is a part of the config
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 
 from natsjax import checksums, processes
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import run_command
+from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import Tokenizer
 from natsjax.data.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
@@ -37,6 +36,7 @@ from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
 from natsjax.outputs import hidden_name, real_path, unwritable
+from natsjax.settings import did_you_mean
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
@@ -73,7 +73,7 @@ def export(
       450
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected.")
+        raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected{did_you_mean(dtype, DTYPES)}.")
     target = Workdir(output)
     folder = real_path(target.path)
     with _errors_of(target), folder_lock(folder):  # tried before the parameters are read
@@ -170,7 +170,8 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
         "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    target.export_file.write_text(json.dumps(description, indent=2) + "\n")  # ASCII: a path may be no UTF-8
+    text = json.dumps(description, indent=2) + "\n"  # ASCII: a path may be no UTF-8
+    target.export_file.write_text(text, encoding="utf-8")
 
 
 def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Config:
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       UserError: see ``export``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.export",
         description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
         "that can be moved, and that natsjax.load, natsjax.evaluate and train.initial_parameters read.",

@@ -8,7 +8,6 @@ output, in the order of the prompts; warnings and the closing line go to standar
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -190,7 +189,10 @@ def run(
     decoder = Decoder.of_run(this, policy, settings)
     notes = _notes(ids, max_new_tokens, this.config.data.context_length)
     batches = []
-    with _writer(output) as write, Printer(stream, tokenizer, ids, stop, max_new_tokens, echo) as printer:
+    with (
+        _writer(output) as write,
+        Printer(stream, tokenizer, ids, stop, max_new_tokens, echo, output is not None) as printer,
+    ):
         if warn is not None:
             for note in notes:
                 warn(note)
@@ -302,7 +304,7 @@ def _records(
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command.
 
     Raises:
@@ -314,15 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
         "that of full attention) goes to standard error.",
     )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters
-    try:
-        found = run(**arguments, stream=sys.stdout, warn=lambda note: processes.say(f"warning: {note}"))
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again when it closes the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    found = run(**arguments, stream=sys.stdout, warn=lambda note: processes.say(f"warning: {note}"))
     processes.say(found.summary())
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from natsjax.command_line import Parser, typed_text
 from natsjax.config import MeshConfig
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
@@ -13,7 +14,7 @@ from natsjax.errors import UserError
 from natsjax.partition import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
 from natsjax.sampling import Sampling
-from natsjax.settings import nearest
+from natsjax.settings import did_you_mean, nearest
 
 _MOST_DIAL = 1e6  # logits are of order 1 to 10
 
@@ -21,11 +22,6 @@ READING = Sampling(temperature=0.8)
 """How the command draws unless it is told otherwise: text to read; greedy text soon repeats itself."""
 
 _TOO_LARGE = 2**30  # numbers become int32, and are added to others
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
 
 
 def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
@@ -64,10 +60,16 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m natsjax.generate", description=description)
+    parser = Parser(prog="python -m natsjax.generate", description=description)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="the run, as given to train.py, or an export")
-    add("--prompt", action="append", metavar="TEXT", help="where a document begins, may be empty; for several: again")
+    add(
+        "--prompt",
+        action="append",
+        type=typed_text,
+        metavar="TEXT",
+        help="where a document begins, may be empty; for several: again",
+    )
     add(
         "--prompt_file",
         metavar="FILE",
@@ -173,6 +175,8 @@ def _prompts(flags: argparse.Namespace) -> list[str] | list[list[int]]:
 
 def _lines(name: str) -> list[str]:
     what = "standard input" if name == "-" else f"--prompt_file={name}"
+    if name == "-" and sys.stdin is None:
+        raise UserError("--prompt_file=-: standard input is closed; give a file, or --prompt=TEXT.")
     try:
         if name == "-":
             content = sys.stdin.buffer.read()
@@ -242,7 +246,9 @@ def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy 
         return None if dial is None else Nats(dial)
     name, colon, rest = text.partition(":")
     if name not in _POLICIES:
-        raise UserError(f"--policy={text}: one of {', '.join(policy_forms())} was expected.")
+        raise UserError(
+            f"--policy={text}: one of {', '.join(policy_forms())} was expected{did_you_mean(name, _POLICIES)}."
+        )
     if dial is not None and name != "nats":
         raise UserError(f"--dial={dial:g} is for the model's roles, and --policy={text} does not read them.")
     form, make, types, least = _POLICIES[name]

@@ -117,7 +117,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is passed over."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -125,7 +125,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
 
 

@@ -200,7 +200,7 @@ def memory() -> dict[str, float]:
         in_use = max(float(one.get("bytes_in_use", 0)) for one in stats)
         return {"memory_in_use": in_use, "peak_memory": max(float(one.get("peak_bytes_in_use", 0)) for one in stats)}
     try:
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="ascii") as file:
             return {"host_memory": float(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))}
     except OSError:  # no Linux: the most that it ever was, in bytes on macOS and in KiB elsewhere
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -328,13 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(made: Plan | DecodePlan, text: str, numbers: dict[str, Any], files: dict[str, pathlib.Path]) -> int:
-    """Prints and writes; the exit status."""
-    print(text)
-    if made.refusal is not None and "program" in files:
-        print(f"--program={files.pop('program')} is not written: there is no program.")
+    """Writes and prints; the exit status."""
+    unwritten = files.pop("program", None) if made.refusal is not None else None
     texts = {"json": json.dumps(numbers, indent=2) + "\n", "program": made.program}
     for name, path in files.items():
         write_atomically(path, texts[name])
+    print(text)
+    if unwritten is not None:
+        print(f"--program={unwritten} is not written: there is no program.")
     return 1 if made.fits is False else 0
 
 

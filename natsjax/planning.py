@@ -217,7 +217,7 @@ def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: 
             try:
                 return pool.submit(_plan_here, plan, name, num_slices, log).result()
             except concurrent.futures.process.BrokenProcessPool as error:
-                lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
                 fatal = next((line.partition("] ")[2] for line in lines if line.startswith("F")), "")
                 raise CompilerCrashed(
                     f"--topology={name}: the compiler crashed on this step{f' ({fatal.strip()})' if fatal else ''}; "
@@ -226,7 +226,7 @@ def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: 
 
 
 def _plan_here(plan: Callable[[Topology], Made], name: str, num_slices: int, log: pathlib.Path) -> Made:
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)  # of the compilers too, which are not Python
     if name != "local":
         jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others

@@ -7,14 +7,13 @@
 ``results`` say what rows, contracts, samples and runs are.
 """
 
-import argparse
 import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from natsjax.command_line import run_command
+from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.compare import compare
 from natsjax.errors import UserError
 from natsjax.outputs import advice, reason, try_files
@@ -137,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       UserError: see ``rewrite`` and ``natsjax.compare.compare``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.report",
         description="Writes report.html and pareto.png of one run again, from what natsjax.evaluate stored in its "
         "workdir, or compares several runs in one report.html and pareto.png. Measures nothing.",
@@ -151,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where a comparison goes (default: report/ in the current folder); one run's report is always in its "
         "workdir",
     )
-    parser.add_argument("--title", default="", metavar="TEXT", help="of a comparison (default: the runs' names)")
+    parser.add_argument(
+        "--title", type=typed_text, default="", metavar="TEXT", help="of a comparison (default: the runs' names)"
+    )
     flags = parser.parse_args(argv)
     workdirs = [part for part in flags.workdir.split(",") if part]
     if not workdirs:

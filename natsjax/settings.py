@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import textwrap
 import typing
@@ -77,9 +78,31 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
 def nearest(name: Any, known: typing.Iterable[str], path: str = "") -> str:
     """``"; did you mean X?"`` without the question mark, or what there is; ``path`` is put before X."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
+    close = closest(name, known)
     there = textwrap.shorten(", ".join(known), 200, placeholder=" …")
-    return f"; did you mean {path}{close[0]}" if close else f"; known here: {there}"
+    return f"; known here: {there}" if close is None else f"; did you mean {path}{close}"
+
+
+def did_you_mean(name: Any, known: typing.Iterable[str]) -> str:
+    """``"; did you mean X"``, or nothing: for a message that lists what there is."""
+    close = closest(name, known)
+    return "" if close is None else f"; did you mean {close}"
+
+
+def closest(name: Any, known: typing.Iterable[str]) -> str | None:
+    """The known name that looks most like this one, or that it abbreviates; None where there is none."""
+    if not isinstance(name, str) or not name:
+        return None
+    by_plain_name = {_plain(other): other for other in reversed(list(known))}
+    plain = _plain(name[:_MOST_SHOWN])
+    close = difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.5)
+    close = close or [other for other in reversed(by_plain_name) if other.startswith(plain)]
+    return by_plain_name[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    """Without what is often confused."""
+    return name.lower().replace("-", "_")
 
 
 class _Shown(reprlib.Repr):
@@ -106,7 +129,8 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
         choices = typing.get_args(kind)
         if type(value) not in map(type, choices) or value not in choices:
             expected = ", ".join(map(repr, choices))
-            raise UserError(f"config field {path} is {shown(value)}; one of {expected} was expected.")
+            meant = did_you_mean(value, map(str, choices))
+            raise UserError(f"config field {path} is {shown(value)}; one of {expected} was expected{meant}.")
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, tuple | list):
@@ -129,6 +153,23 @@ def _is_text(value: str, *, is_path: bool) -> bool:
         return b"\0" not in value.encode("utf-8", "surrogateescape" if is_path else "strict")
     except UnicodeEncodeError:  # half a surrogate pair
         return False
+
+
+def check_file_name(path: str | os.PathLike[str]) -> None:
+    """For folders of checkpoints and shards, whose libraries take names in UTF-8 alone.
+
+    Raises:
+      UserError: the name, or that of a folder around it, is not.
+    """
+    try:
+        os.path.abspath(path).encode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
+    except UnicodeEncodeError as error:  # Python keeps other bytes as halves of surrogate pairs
+        raise UserError(
+            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or, where it is UTF-8 and the locale "
+            "is not, set PYTHONUTF8=1."
+        ) from error
 
 
 def _check_range(path: str, value: int | float, kind: type, limits: Mapping[str, Any]) -> None:

@@ -304,7 +304,7 @@ def finished(run: PlannedRun) -> SweepRun | None:
 def read_record(workdir: Path) -> tuple[SweepRun, Config] | None:
     """How the run in a folder ended, and the config that it was trained and evaluated with; None: it does not say."""
     try:
-        values = json.loads((workdir / RECORD_FILE).read_text())
+        values = json.loads((workdir / RECORD_FILE).read_text(encoding="utf-8"))
         config = Config.from_stored(values["config"])
         fields = _restored(values["run"])
         return SweepRun(**fields | {"workdir": workdir, "front": tuple(fields["front"])}), config

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TextIO
 
+from natsjax import standard_streams
 from natsjax.data import Tokenizer
 from natsjax.decode import OnTokens
 
@@ -59,6 +60,7 @@ class Printer:
       stop: ids that end a prompt.
       num_new: tokens that end a prompt.
       echo: whether prompts are written too.
+      kept: whether tokens are kept elsewhere too, so that they are wanted though the stream is gone.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Printer:
         stop: set[int],
         num_new: int,
         echo: bool,
+        kept: bool = False,
     ):
         self._stream, self._tokenizer, self._prompts = stream, tokenizer, prompts
-        self._stop, self._num_new, self._echo = stop, num_new, echo
+        self._stop, self._num_new, self._echo, self._kept = stop, num_new, echo, kept
         self._waiting: list[list[int]] = [[] for _ in prompts]
         self._count, self._is_done = [0] * len(prompts), [False] * len(prompts)
         self._at, self._is_open = 0, False
@@ -98,7 +101,13 @@ class Printer:
         return lambda row, tokens, _: self.add(first + row, tokens)
 
     def add(self, number: int, tokens: list[int]) -> None:
-        """More tokens of a prompt, counted from 0."""
+        """More tokens of a prompt, counted from 0.
+
+        Raises:
+          standard_streams.OutputLost: nobody gets them.
+        """
+        if not self._kept:
+            standard_streams.check(self._stream)
         self._waiting[number] += tokens
         self._count[number] += len(tokens)
         self._is_done[number] = tokens[-1] in self._stop or self._count[number] == self._num_new

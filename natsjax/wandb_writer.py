@@ -84,7 +84,7 @@ class WandbWriter:
 def _run_id(workdir: Workdir) -> str:
     """Of the run that is here, or a new one."""
     try:
-        return str(json.loads(workdir.wandb_file.read_text())["id"])
+        return str(json.loads(workdir.wandb_file.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError, TypeError):
         number = uuid.uuid4().hex[:12]
         write_atomically(workdir.wandb_file, json.dumps({"id": number}) + "\n")

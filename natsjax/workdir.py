@@ -37,7 +37,7 @@ from natsjax import checksums
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
 from natsjax.outputs import advice, check_utf8, make_folder, real_path, reason, try_files, write_file
-from natsjax.settings import differences
+from natsjax.settings import check_file_name, differences
 
 EXPORT_FORMAT = 1
 _TRIED = "tried"
@@ -50,9 +50,13 @@ class Workdir:
 
     Args:
       path: the folder; it need not be there yet.
+
+    Raises:
+      UserError: its name is no UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        check_file_name(path)
         self.path = pathlib.Path(os.path.expanduser(path))
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
@@ -83,7 +87,7 @@ class Workdir:
         try:
             check_utf8(real_path(self.path))
             make_folder(self.path)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
             raise self._unusable(error) from error
         with file:
@@ -135,7 +139,7 @@ class Workdir:
           UserError: there is no run here, or its config cannot be read.
         """
         try:
-            values = json.loads(self.config_file.read_text())
+            values = json.loads(self.config_file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -233,7 +237,7 @@ class Workdir:
           UserError: it is not written here.
         """
         try:
-            return str(json.loads(self.data_file.read_text())["fingerprint"])
+            return str(json.loads(self.data_file.read_text(encoding="utf-8"))["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.data_file} cannot be read: {first_line(error)}.") from error
 
@@ -244,7 +248,7 @@ class Workdir:
           UserError: it cannot be read, another natsjax wrote it, or a file is not what was exported.
         """
         try:
-            values = json.loads(self.export_file.read_text())
+            values = json.loads(self.export_file.read_text(encoding="utf-8"))
             version = values["format_version"]
             sums = dict(values.get("sha256", {}))  # absent in older exports
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -286,7 +290,7 @@ class Workdir:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         line = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "time": now, "versions": versions()}
         try:
-            with open(self.starts_file, "a") as file:
+            with open(self.starts_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"{self.starts_file} cannot be written: {error.strerror}.") from error

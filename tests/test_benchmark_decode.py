@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from benchmarks import decode as benchmark
+from natsjax import UserError
 from natsjax.decoder import DecodeSettings
 from natsjax.model import init_parameters
 from natsjax.policies import FullAttention, Nats
@@ -174,7 +175,7 @@ def test_it_prints_tables_and_writes_what_it_measured(decoders, monkeypatch, cap
     ]
     assert len(written["curve"]) == 6
     for flag in ("--rounds=0", "--live=0", "--contexts=0", f"--output={tmp_path / 'none'}"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError):
             benchmark.main([flag])
 
 

@@ -114,7 +114,7 @@ def test_it_prints_a_table_and_writes_what_it_measured(dense, monkeypatch, capsy
     assert set(row["ratios"]) == {"nats / dense", "sampled / dense"}
     assert 0.2 < row["kv_fraction"] < 0.8
     for flag in ("--repeats=0", "--lengths=1", f"--output={tmp_path / 'none'}"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError):
             benchmark.main([flag])
 
 

@@ -282,7 +282,7 @@ def test_a_mesh_is_completed():
         (["--prompt=a", "--dial=nan"], r"--dial=nan: a number between -1e\+06 and 1e\+06 was expected"),
         (["--prompt=a", "--mesh=data=3,fsdp=1"], "mesh.data = 3, .* make 3 devices, and there are 1"),
         (["--prompt=a", "--output=/nowhere/x"], "--output=/nowhere/x cannot be written: No such file or directory"),
-        (["--prompt=a", "--tempo=1"], "unrecognized arguments: --tempo=1; see --help"),
+        (["--prompt=a", "--tempo=1"], "unknown flag --tempo; did you mean --temperature; see --help"),
     ],
 )
 def test_a_mistake_is_one_sentence(text_run, capsys, flags, sentence):

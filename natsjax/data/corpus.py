@@ -34,6 +34,7 @@ from natsjax import checksums
 from natsjax.data.file_marks import HEAD_BYTES, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError, first_line
+from natsjax.settings import check_file_name
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -193,6 +194,7 @@ class Corpus:
           UserError: the folder holds no prepared corpus, one of another format version, or a tokenizer that
             is not the one that it was made with.
         """
+        check_file_name(folder)
         folder = Path(os.path.expanduser(folder))
         description = _read_description(folder)
         sums = description.get("sha256", {})  # absent in corpora made before they were stored

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from natsjax.command_line import read_config_file
+from natsjax import standard_streams
+from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
 from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
@@ -192,7 +193,7 @@ def _prepared(config: Config) -> str:
 
 def _read_run(path: Path) -> Config:
     try:
-        return Config.from_stored(json.loads(path.read_text()))
+        return Config.from_stored(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -236,8 +237,8 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with log_lines():
             config, prepared = _config_of(options)
             index, place = _index(options, config.train.batch_size)
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 place |= {} if documents is None else {"documents_in_batch": documents}
             example = example_at(data, options.split, index, place)
         if options.json:
-            print(json.dumps(example.to_json(), ensure_ascii=False))
+            standard_streams.print_json(example.to_json())
         else:
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             print(COLOUR_LEGEND if colour else LEGEND)
@@ -256,15 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.data.inspect",
         description="Show a context that a model is trained or measured on: decoded, with its document pieces, token "
         "boundaries, positions, and where nothing is learned.",
@@ -294,4 +293,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

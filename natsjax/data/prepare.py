@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax import signals
+from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, partial_paths, place, try_folder
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
@@ -35,6 +36,7 @@ from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import Tokenizer
 from natsjax.errors import UserError
 from natsjax.outputs import advice, is_full, real_path
+from natsjax.settings import check_file_name
 
 _PARTS_VERSION = 2  # of what lies in a partial folder
 
@@ -110,6 +112,7 @@ def prepare(
         workers=workers,
         progress=progress,
     )
+    check_file_name(output)
     request.check()
     target = real_path(request.output)
     try:
@@ -220,8 +223,8 @@ def _is_there(output: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.prepare --help`. Returns the exit status (2: a mistake)."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with ExitStack() as stack:
             stack.enter_context(log_lines())
             stop = stack.enter_context(signals.stop_requests())
@@ -239,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m natsjax.data.prepare",
         description="Tokenise text into a corpus that natsjax trains on, and say what is in it. Running it again "
         "with the same arguments goes on where it was interrupted; if the corpus is there, it is only described.",
@@ -273,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
-    add("text_field", "JSON field or column that holds the text")
+    add("text_field", "JSON field or column that holds the text", type=typed_text)
     add(
         "skip_bad_files",
         "leave out files that are damaged, not UTF-8, pointers, or not to be read here",
@@ -296,4 +299,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -143,6 +143,6 @@ def absolute_input(input: str | os.PathLike[str]) -> str:
     if not name or name.startswith(PACKAGE_PREFIX):
         return name
     path = Path(os.path.expanduser(name))
-    if os.path.islink(path) and not os.path.isdir(path):  # a file goes by the name of its link: the suffix says what it is
+    if os.path.islink(path) and not os.path.isdir(path):  # a file goes by the name of its link, for its suffix
         return str(real_path(path.parent) / path.name)
     return str(real_path(path))

@@ -31,6 +31,7 @@ from natsjax.data.tokenizer_base import (
     read_json,
 )
 from natsjax.errors import UserError
+from natsjax.settings import did_you_mean
 
 _PRETRAINED: dict[str, type[HuggingFaceTokenizer | SentencePieceTokenizer | TiktokenTokenizer]] = {
     tokenizer.kind: tokenizer for tokenizer in (HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer)
@@ -60,8 +61,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PieceTokenizer:
         return _open(_file_in(path))
     if not path.exists():
         raise UserError(
-            f"there is no tokenizer in {path}, which does not exist; name a folder, or a tokenizer.json, SentencePiece "
-            ".model or .tiktoken file."
+            f"there is no tokenizer in {path}, which does not exist{did_you_mean(str(path), ('byte', 'bpe'))}; name a "
+            "folder, or a tokenizer.json, SentencePiece .model or .tiktoken file."
         )
     return _open(path)
 

@@ -136,7 +136,7 @@ def read(directory: Path) -> Results:
     """
     path = Path(directory) / EVALUATION_FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if values["format_version"] != _FORMAT:
             version = values["format_version"]
             raise UserError(f"{path} has format_version {version!r}, and this natsjax reads version {_FORMAT}.")

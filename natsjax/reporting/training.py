@@ -62,7 +62,7 @@ def read_starts(workdir: Workdir) -> list[dict[str, str]]:
     if not workdir.starts_file.exists():
         return []
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for text in workdir.starts_file.read_text(errors="replace").splitlines():
+    for text in workdir.starts_file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = {name: str(value) for name, value in json.loads(text).items()}
             found.setdefault((line["command"], line["versions"]), line)

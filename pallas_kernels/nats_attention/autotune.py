@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from natsjax.command_line import Parser, run_command  # a command, which the kernels do not import
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
@@ -93,21 +94,22 @@ def _entry(name: str, problem: Problem, tiling: Tiling) -> tilings.Entry:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Times, writes, prints."""
+    numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="xla", choices=sorted(api.BACKENDS))
-    parser.add_argument("--lengths", default="1024,8192", help="tokens")
+    parser.add_argument("--lengths", type=numbers, default=[1024, 8192], help="tokens")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--heads", default="8,2,64", help="query heads, KV heads, head dim")
+    parser.add_argument("--heads", type=numbers, default=[8, 2, 64], help="query heads, KV heads, head dim")
     parser.add_argument("--window", type=int, default=256, help="of SLIDING tokens")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--global_fraction", type=float, default=0.05)
     parser.add_argument("--mask_gradient", default="sampled", choices=("exact", "sampled", "visible"))
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--output", type=pathlib.Path, default=tilings.TABLE, help="table to put the rows into")
     arguments = parser.parse_args(argv)
-    num_heads, num_kv_heads, head_dim = (int(x) for x in arguments.heads.split(","))
-    for length in (int(x) for x in arguments.lengths.split(",")):
+    num_heads, num_kv_heads, head_dim = arguments.heads
+    for length in arguments.lengths:
         group = num_heads // num_kv_heads
         shape = (arguments.batch, length, length, num_kv_heads, group, head_dim)
         problem = Problem(*shape, arguments.window, arguments.dtype)
@@ -122,15 +124,15 @@ def main(argv: list[str] | None = None) -> None:
         )
         if not seconds:
             raise SystemExit(f"no tiling of {arguments.backend} could be compiled for {problem}.")
-        for tiling, value in sorted(seconds.items(), key=lambda pair: pair[1]):
-            print(f"{value:.4f} s  {tiling}", flush=True)
         best = _entry(arguments.backend, problem, min(seconds, key=lambda tiling: seconds[tiling]))
         same = (best.backend, best.device, best.problem)
         tilings.read_table.cache_clear()
         kept = [x for x in tilings.read_table(arguments.output) if (x.backend, x.device, x.problem) != same]
         tilings.write_table([*kept, best], arguments.output)
         tilings.read_table.cache_clear()
+        for tiling, value in sorted(seconds.items(), key=lambda pair: pair[1]):
+            print(f"{value:.4f} s  {tiling}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

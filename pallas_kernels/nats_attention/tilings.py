@@ -60,14 +60,14 @@ def read_table(path: pathlib.Path = TABLE) -> tuple[Entry, ...]:
     """The entries of a table; none where there is no file."""
     if not path.exists():
         return ()
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding="utf-8"))
     return tuple(Entry(row["backend"], row["device"], Problem(**row["problem"]), row["tiling"]) for row in rows)
 
 
 def write_table(entries: list[Entry], path: pathlib.Path = TABLE) -> None:
     """Writes a table that ``read_table`` reads."""
     rows = [{**dataclasses.asdict(entry), "problem": entry.problem._asdict()} for entry in entries]
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def device_kind() -> str:
