@@ -204,9 +204,9 @@ def _fingerprint(run: Path) -> str | None:
     """Of the data of a run; None where nobody wrote it down."""
     path = run / _DATA_FILE
     try:
-        return str(json.loads(path.read_text())["fingerprint"]) if path.exists() else None
+        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"]) if path.exists() else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str, Any]]:
