@@ -81,6 +81,8 @@ def unpad(tokens: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
 def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0) -> tuple[Cache, jax.Array]:
     """Reads prompts in chunks; memory grows with the chunk and the live keys.
 
+    What observes, evicts when the prompts have been read whole, so that nothing depends on the chunk.
+
     Args:
       decoder: whose model.
       prompts: token ids; a row without any stays without (rows are padded so to whole batches).
@@ -92,11 +94,11 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0
     lengths = np.array([len(prompt) for prompt in prompts])
     longest = int(lengths.max(initial=1))
     chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
-    cache = decoder.start(len(prompts), longest + num_new)
-    policy, observed_from, waits = decoder.policy, None, False
+    policy, observed_from = decoder.policy, None
+    waits = isinstance(policy, ObservingPolicy)
+    cache = decoder.start(len(prompts), longest if waits else longest + num_new)
     if isinstance(policy, ObservingPolicy):
         observed_from = np.maximum(lengths - policy.observed, 0)
-        waits = not policy.every_token
     model = decoder.config.model
     with jax.set_mesh(decoder.mesh):
         hidden = jnp.zeros((len(prompts), model.width), model.dtype)

@@ -46,8 +46,8 @@ NO_LIMIT = int(np.iinfo(np.int32).max)
 class DecodeSettings:
     """How decoding uses the machine.
 
-    What is generated does not depend on it, but for ``max_kv``, and, where keys are evicted, ``chunk``: the tokens of a
-    chunk read what was kept before it and the chunk's own keys, and eviction comes behind it.
+    What is generated does not depend on it, but for ``max_kv``, and with that on ``chunk``: the tokens of a chunk read
+    what was kept before it and the chunk's own keys, and eviction comes behind it.
 
     Attributes:
       chunk: prompt tokens of a sequence that are read at once.
@@ -144,7 +144,7 @@ class Decoder:
                 raise UserError(f"max_kv={self.settings.max_kv} and {self.policy} are two limits; choose one.")
             self.eviction, self.limit = EVICTIONS[self.settings.eviction], self.settings.max_kv
         elif isinstance(self.policy, ObservingPolicy):
-            self.eviction, self.limit = self.policy, self.policy.num_keys
+            self.eviction, self.limit = self.policy, min(self.policy.num_keys, NO_LIMIT)
         self.parameters = serving_parameters(parameters, model, config, mesh)
 
     @classmethod
@@ -167,10 +167,12 @@ class Decoder:
 
         Args:
           batch: sequences, a multiple of ``shards``.
-          length: tokens that a sequence will have, at most, where that is known.
+          length: tokens that a sequence will have before anything is evicted, at most, where that is known.
         """
         slots = self.settings.block
-        if self.evicts_in_loop:  # not before the limit
+        if isinstance(self.policy, ObservingPolicy):  # it evicts when all has been read
+            slots = slots if length is None else length
+        elif self.evicts_in_loop:  # not before the limit
             slots = self.limit if length is None else min(length, self.limit)
         elif isinstance(self.policy, IntervalPolicy) and length is not None:
             slots = most_live(self.policy, length, self.config.model.num_kv_heads)
@@ -280,10 +282,14 @@ class Decoder:
             buffer, evicted = decode_loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
             return Cache(buffer, cache.num_tokens, cache.evicted + evicted)
 
-    def forget(self, cache: Cache) -> Cache:
-        """Without the attention that keys have received so far; the buffer of ``cache`` is used up."""
+    def resized(self, cache: Cache, slots: int) -> Cache:
+        """With so many slots of every head, as few as are live or more; the buffer of ``cache`` is used up."""
+        return self._move(cache, [self.config.model.num_layers], [capacity.round_up(slots, self.settings.block)])
+
+    def copied(self, cache: Cache) -> Cache:
+        """The same, in buffers of its own."""
         with jax.set_mesh(self.mesh):
-            return cache._replace(buffer=_forget(cache.buffer))
+            return _copied(cache)
 
     def need(self, cache: Cache) -> np.ndarray:
         """Live slots of each layer's fullest head, int ``[num_layers]``."""
@@ -297,8 +303,10 @@ class Decoder:
 
     def _enlarged(self, need: int) -> int:
         slots = capacity.enlarged(need, self.settings.block)
-        # Where evicting goes on, no head ever needs more than the limit.
-        return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.evicts_in_loop else slots
+        if not self.evicts_in_loop:
+            return slots
+        # Where evicting goes on, no head needs more than the limit, but while a prompt is read that is evicted by.
+        return min(slots, capacity.round_up(max(self.limit, need), self.settings.block))
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
         """Everything in other groups; where these are the same, nothing moves."""
@@ -354,9 +362,7 @@ class Decoder:
 
 _replicate = jax.jit(partition.replicate)
 _need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
-_forget = functools.partial(jax.jit, donate_argnames=("buffer",))(
-    lambda buffer: tuple(dataclasses.replace(group, mass=0 * group.mass) for group in buffer)
-)
+_copied = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
 _regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_allocation.regroup)
 _empty = functools.partial(
     jax.jit,
