@@ -160,6 +160,10 @@ class StreamingLLM(IntervalPolicy):
         return jnp.where(positions < cut(self.num_sinks), NO_END, window_end(positions, self.window))[:, None, :]
 
 
+RANDOM_DRAWS = 2**24
+"""Different draws of ``RandomKeys``: float32 holds them exactly."""
+
+
 @policy
 class RandomKeys(IntervalPolicy):
     """A random share of the keys of each head lives to the end of the document, the others as in ``SlidingWindow``.
@@ -193,11 +197,15 @@ class RandomKeys(IntervalPolicy):
 
     def key_end(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
         """int32 ``[b, k, s]``."""
-        head = jnp.arange(num_kv_heads, dtype=jnp.uint32)[:, None]
-        draws = _hash(positions[:, None, :].astype(jnp.uint32) ^ _hash(head ^ _hash(jnp.uint32(self.seed))))
-        is_kept = (draws >> 8).astype(jnp.float32) < self.share * 2.0**24  # 24 bits are exact in float32
+        is_kept = self.draws(positions, num_kv_heads).astype(jnp.float32) < self.share * RANDOM_DRAWS
         positions = positions[:, None, :]
         return jnp.where(is_kept | (positions == 0), NO_END, window_end(positions, self.window))
+
+    def draws(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
+        """A key is kept where its draw is below ``share * RANDOM_DRAWS``: int32 ``[b, k, s]``, 0 or more."""
+        head = jnp.arange(num_kv_heads, dtype=jnp.uint32)[:, None]
+        draws = _hash(positions[:, None, :].astype(jnp.uint32) ^ _hash(head ^ _hash(jnp.uint32(self.seed))))
+        return (draws >> 8).astype(jnp.int32)
 
 
 def _hash(x: jax.Array) -> jax.Array:
