@@ -7,6 +7,7 @@ Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``
 """
 
 import functools
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,7 @@ def read_tokens(
         reads = forward_chunk(model, buffer, one, policy, count_live=True)
         pairs = zip(buffer, reads.new, strict=True)
         buffer = tuple(kv_buffer.write_chunk(group, new, one.next_index, eviction, limit)[0] for group, new in pairs)
-        return buffer, (reads.hidden[:, 0], reads.live[..., 0])
+        return buffer, (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
 
     tokens = partition.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
     numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -180,7 +181,7 @@ def _decoded_policies(
     """Random keys, and the policies that observe, at each budget that they can meet: policy, budget, ``continued``."""
     policies: list[tuple[DecodingPolicy, float | None, int | None]] = []
     seed, window = config.train.seed, config.nats.window
-    positions = np.arange(pieces.max(), dtype=np.int32)[None]
+    positions = jnp.arange(pieces.max(), dtype=jnp.int32)[None]
     draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, config.model.num_kv_heads))[0]
     for budget in budgets:
         share, window_within = share_for_budget(pieces, budget, window, layers, draws)

@@ -13,6 +13,7 @@ Axis letters: ``n`` contexts, ``t`` token, ``b`` document pieces of a batch, ``l
 """
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from flax import nnx
 from natsjax import decode_loop
 from natsjax.data import Row
 from natsjax.decode_step import Chunk, DecodingPolicy
-from natsjax.decoder import Cache, Decoder, DecodeSettings
+from natsjax.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, sum_by_document, sum_by_position
 from natsjax.policies import ObservingPolicy
@@ -61,6 +62,8 @@ def measure_decoding(
     """
     decoder = Decoder.of_run(run, policy, settings or DecodeSettings(block=64))
     pieces = _pieces(contexts)
+    longest = pieces[0][2] - pieces[0][1]  # of all, so that batches have one shape
+    chunk = min(chunk, longest)
     size = -(-run.config.eval.batch_size // decoder.shards) * decoder.shards
     model = run.config.model
     nll = np.zeros(contexts["inputs"].shape)
@@ -71,7 +74,7 @@ def measure_decoding(
     for begin in range(0, len(pieces), size):
         batch = pieces[begin : begin + size]
         lengths = np.pad([stop - start for _, start, stop in batch], (0, size - len(batch)))
-        reader = _reader(decoder, lengths, chunk)
+        reader = _reader(decoder, lengths, chunk, longest)
         for first in range(0, int(lengths.max()), chunk):
             count = np.clip(lengths - first, 0, chunk)
 
@@ -126,7 +129,7 @@ class _Read(NamedTuple):
     """
 
     hidden: jax.Array
-    live: jax.Array
+    live: jax.Array | None
     capacities: list[int]
 
 
@@ -137,17 +140,13 @@ Tokens = Callable[[int, int], np.ndarray]
 class _ByChunk:
     """Reads chunk by chunk: what fixes lifetimes when a key is written."""
 
-    def __init__(self, decoder: Decoder, lengths: np.ndarray, chunk: int):
-        self.decoder, self.lengths, self.chunk = decoder, lengths, chunk
+    def __init__(self, decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int):
+        self.decoder, self.lengths, self.chunk, self.longest = decoder, lengths, chunk, longest
         self.cache = self.start()
 
-    @property
-    def longest(self) -> int:
-        """In whole chunks, so that few shapes are compiled."""
-        return -(-int(self.lengths.max()) // self.chunk) * self.chunk
-
-    def start(self) -> Cache:
-        return self.decoder.start(len(self.lengths), self.longest)
+    def start(self, slots: int = NO_LIMIT) -> Cache:
+        """Room for all tokens, or for so many of them."""
+        return self.decoder.start(len(self.lengths), min(self.longest, slots), self.longest)
 
     def read(self, tokens: Tokens, first: int) -> _Read:
         """The chunk that begins at ``first``; all before it have been read."""
@@ -164,8 +163,9 @@ class _ByChunk:
 class _ByToken(_ByChunk):
     """Reads token by token and evicts after each, in one program for a chunk."""
 
-    def start(self) -> Cache:
-        return self.decoder.start(len(self.lengths), min(self.longest, self.decoder.limit))
+    def start(self, slots: int = NO_LIMIT) -> Cache:
+        """Room for the keys that may be live."""
+        return super().start(min(slots, self.decoder.limit))
 
     def read(self, tokens: Tokens, first: int) -> _Read:
         decoder, cache = self.decoder, self.cache
@@ -194,7 +194,7 @@ class _AsContinuation(_ByChunk):
     _at = 0  # tokens that the cache holds
 
     def read(self, tokens: Tokens, first: int) -> _Read:
-        decoder, observed = self.decoder, self.decoder.policy.observed
+        decoder, observed = self.decoder, typing.cast(ObservingPolicy, self.decoder.policy).observed
         self._go_on(tokens, max(first - observed, 0))
         prompt = decoder.copied(self.cache)
         if first:
@@ -220,11 +220,11 @@ class _AsContinuation(_ByChunk):
             self._at = min(end, self._at + self.chunk)
 
 
-def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int) -> _ByChunk:
-    """The one that reads pieces of these lengths as the decoder's policy is defined."""
+def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> _ByChunk:
+    """The one that reads pieces of these lengths, of at most ``longest`` tokens, as the policy is defined."""
     if not isinstance(decoder.policy, ObservingPolicy):
-        return _ByChunk(decoder, lengths, chunk)
-    return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk)
+        return _ByChunk(decoder, lengths, chunk, longest)
+    return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 
 
 def _scored(decoder: Decoder, read: _Read, targets: np.ndarray):

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natsjax import token_types
 from natsjax.attention import Inputs, RoleChoice
@@ -216,6 +217,17 @@ def _hash(x: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
+
+
+def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
+    """The most keys of a head that are live at once in a sequence of ``length`` tokens."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    ends = np.asarray(policy.key_end(positions, num_kv_heads)).reshape(-1, length)
+    most = 0
+    for end in ends:
+        ended = np.bincount(np.minimum(end, length), minlength=length + 1)
+        most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
+    return most
 
 
 # --- static: from the model's roles ---
