@@ -130,6 +130,8 @@ def test_negative_numbers_are_refused(make):
         make()
 
 
+CHOICE = jax.jit(lambda policy, inputs: policy.choice(inputs, CONFIG).key_end)
+ORDER = jax.jit(lambda policy, *arrays: policy.order(*arrays))
 HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
 
 
@@ -140,23 +142,21 @@ HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
 def test_numbers_beyond_every_sequence_keep_everything(make, number):
     """Traced or not, nothing wraps; reports get the number that was given."""
     inputs, policy = packed([[7, 5], [12], [3]]), make(number)
-    everything = np.asarray(FullAttention().choice(inputs, CONFIG).key_end)
-    for choose in (policy.choice, jax.jit(lambda x, _: policy.choice(x, CONFIG), static_argnums=1)):
-        key_end = np.asarray(choose(inputs, CONFIG).key_end)
-        assert np.array_equal(key_end, np.broadcast_to(everything, key_end.shape))
-    traced = jax.jit(lambda policy, x: policy.key_end(x, 2))(policy, inputs.positions)
-    assert np.all(np.asarray(traced) > LENGTH)
+    everything = np.broadcast_to(np.asarray(inputs.document_end)[:, None], (3, 4, LENGTH))
+    for key_end in (policy.choice(inputs, CONFIG).key_end, CHOICE(policy, inputs)):
+        assert np.array_equal(np.broadcast_to(key_end, everything.shape), everything)
     assert number in policy.setting.values()
 
 
 @pytest.mark.parametrize("number", HUGE)
-@pytest.mark.parametrize("make", [lambda n: H2O(n, n // 2), lambda n: H2O(n, n), lambda n: SnapKV(n + 1, n), SnapKV])
+@pytest.mark.parametrize("make", [lambda n: H2O(n, n // 2), lambda n: H2O(n, n), lambda n: SnapKV(n + 1, n)])
 def test_observing_policies_with_huge_numbers_order_what_there_is(make, number):
     policy = make(number)
     arrays = jnp.arange(5, dtype=jnp.int32)[None, None], jnp.full((1, 1, 5), 2**31 - 1), jnp.ones((1, 1, 5))
-    order = jax.jit(lambda policy: policy.order(*arrays, jnp.full((1, 1, 1), 5)))(policy)
-    assert all(x.shape == (1, 1, 5) for x in order)
-    assert np.array_equal(order[0], policy.order(*arrays, jnp.full((1, 1, 1), 5))[0])
+    at = jnp.full((1, 1, 1), 5)
+    for first, second in (policy.order(*arrays, at), ORDER(policy, *arrays, at)):
+        assert np.all(np.asarray(first) == np.inf)  # all are recent
+        assert np.array_equal(second, arrays[0])
 
 
 NAN, INF = float("nan"), float("inf")

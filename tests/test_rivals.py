@@ -65,13 +65,17 @@ def held(group, at):
 
 
 def kept_of_prompt(policy, mass):
-    """What the heads keep of a prompt whose keys received this, ``mass [k, s]``."""
-    heads, length = np.shape(mass)
-    at, group = jnp.array([length]), buffer_of(heads, length + 3)  # with slots that stay free
-    group, _ = kv_buffer.write_chunk(group, keys_of(heads, range(length), mass), at)
-    group, evicted = kv_buffer.compact(group, at, policy, jnp.int32(policy.num_keys))
-    assert np.all(np.asarray(evicted) == max(length - policy.num_keys, 0))
-    return held(group, length)
+    """What the heads keep of a prompt whose keys received this, ``mass [k, s]``; free slots hold anything."""
+    length = np.shape(mass)[1]
+    mass = np.pad(np.asarray(mass, np.float32), ((0, 0), (0, 3)), constant_values=9)[None]
+    position = np.broadcast_to(np.arange(length + 3, dtype=np.int32), mass.shape)
+    end = np.where(position < length, NO_END, length).astype(np.int32)
+    arrays = policy.order(*map(jnp.asarray, (position, end, mass)), jnp.full((1, 1, 1), length))
+    result = []
+    for first, second in zip(*(np.asarray(x)[0, :, :length] for x in arrays), strict=True):
+        leaves = np.lexsort((second, first))[: max(length - policy.num_keys, 0)]
+        result.append(sorted(set(range(length)) - set(leaves.tolist())))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,10 @@ def test_h2o_adds_up_and_evicts_as_its_code():
     policy, limit = H2O(4, 2), jnp.int32(4)
     prompt = [[1.98, 2.39, 0.41, 1.01, 0.06, 0.14], [1.48, 1.38, 2.08, 0.23, 0.64, 0.19]]
     assert kept_of_prompt(policy, prompt) == [[0, 1, 4, 5], [0, 2, 4, 5]]
-    group, _ = kv_buffer.write_chunk(buffer_of(2, 6), keys_of(2, range(6), prompt), jnp.array([6]), policy, limit)
+    write = jax.jit(kv_buffer.write_chunk)
+    group, evicted = write(buffer_of(2, 6), keys_of(2, range(6), prompt), jnp.array([6]), policy, limit)
+    assert held(group, 6) == [[0, 1, 4, 5], [0, 2, 4, 5]]
+    assert np.all(np.asarray(evicted) == 2)
     steps = [
         ([[0.16, 0.02, 0.79, 0.01, 0.01], [0.01, 0.9, 0.06, 0.02, 0.01]], [[0, 1, 5, 6], [0, 2, 5, 6]]),
         ([[0.39, 0.02, 0.01, 0.57, 0.02], [0.03, 0.06, 0.02, 0.05, 0.84]], [[0, 1, 6, 7], [0, 2, 6, 7]]),
@@ -144,7 +151,7 @@ def test_h2o_adds_up_and_evicts_as_its_code():
         weights = np.array(weights)
         seen = np.pad(weights[:, :4], ((0, 0), (0, 2)))
         new = keys_of(2, [token], weights[:, 4], seen)
-        group, _ = kv_buffer.write_chunk(group, new, jnp.array([token + 1]), policy, limit)
+        group, _ = write(group, new, jnp.array([token + 1]), policy, limit)
         assert held(group, token + 1) == kept
 
 
