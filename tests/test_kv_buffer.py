@@ -221,7 +221,7 @@ def test_nothing_takes_more_than_full_attention(block):
         for need in needs:
             slots = capacity.slots_for(need, block, most, any_block=True)
             assert need <= slots <= full
-            assert slots <= max(16, need + most / 8 + block * (most >= 8 * block))
+            assert slots <= 1.125 * need + max(32, most / 8)
             unit = capacity.storage_block(slots, block)
             assert slots % unit == 0
             assert unit <= 2 * block
