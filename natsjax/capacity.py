@@ -3,13 +3,16 @@
 Everything here runs on the host, between compiled programs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 _PER_OCTAVE = 8
 """Sizes between a number and its double; each is compiled for once."""
+
+_VECTOR = 16
+"""Slots, the smallest part of a block that sizes are multiples of: a CPU's product takes as many at once."""
 
 _HEADROOM = 1.125
 """What a buffer is enlarged to beyond the need: with the step to the next size at most 1.27 times what is needed."""
@@ -32,14 +35,54 @@ def round_up(need: int, block: int) -> int:
     return -(-blocks // step) * step * block
 
 
+def slots_for(need: int, block: int, most: int, *, any_block: bool) -> int:
+    """Slots of a head that needs ``need``, and never more than the sequence would fill with full attention.
+
+    Where storage comes in blocks of any size, the block follows from the length: with sequences shorter than eight
+    blocks sizes are multiples of a part of it, at least 16, and full attention over ``most`` tokens takes as many
+    slots, rounded up to 16 beyond two blocks. Else everything takes whole blocks.
+
+    Args:
+      need: slots.
+      block: slots that are read together.
+      most: tokens that the sequence will have, at most.
+      any_block: whether a block of the storage may have any number of slots (``storage.py``: "transposed").
+
+    Example:
+      >>> [slots_for(need, 128, 73, any_block=True) for need in (10, 40, 73)]
+      [16, 48, 73]
+    """
+    need = min(need, most)
+    if not any_block:
+        return round_up(need, block)
+    part = block
+    while part % 2 == 0 and part > max(_VECTOR, most // _PER_OCTAVE):
+        part //= 2
+    if most <= 2 * block:
+        full = most
+    else:
+        full = round_up(most, block) if part == block else -(-most // _VECTOR) * _VECTOR
+    return min(round_up(need, part), max(1, full))
+
+
+def with_headroom(need: int) -> int:
+    """Slots of a buffer that will need more than ``need`` soon, before they are rounded up."""
+    return int(np.ceil(_HEADROOM * need))
+
+
 def enlarged(need: int, block: int) -> int:
     """The size for a buffer that will need more than ``need`` slots soon."""
-    return round_up(int(np.ceil(_HEADROOM * need)), block)
+    return round_up(with_headroom(need), block)
 
 
 def storage_block(capacity: int, block: int) -> int:
-    """Slots of a block of the storage: ``block``, or twice as many where that divides the capacity."""
-    return 2 * block if capacity % (2 * block) == 0 else block
+    """Slots of a block of the storage, which divide the capacity: ``block``, or up to twice as many."""
+    if capacity % block == 0:
+        return 2 * block if capacity % (2 * block) == 0 else block
+    blocks = -(-capacity // (2 * block))
+    while capacity % blocks:
+        blocks += 1
+    return capacity // blocks
 
 
 def layer_groups(need: Sequence[int] | np.ndarray, most: int) -> list[int]:
@@ -80,11 +123,11 @@ class Layout(NamedTuple):
     slots: tuple[int, ...]
 
     @classmethod
-    def of(cls, need: np.ndarray, most: int, block: int) -> "Layout":
-        """For these slots by layer: ``layer_groups``, each with a size that holds its fullest layer."""
+    def of(cls, need: np.ndarray, most: int, size: Callable[[int], int]) -> "Layout":
+        """For these slots by layer: ``layer_groups``, each with the size of what its fullest layer needs."""
         layers = layer_groups(need, most)
         parts = np.split(np.asarray(need), np.cumsum(layers)[:-1])
-        return cls(tuple(layers), tuple(round_up(int(np.max(part)), block) for part in parts))
+        return cls(tuple(layers), tuple(size(int(np.max(part))) for part in parts))
 
     @property
     def by_layer(self) -> np.ndarray:

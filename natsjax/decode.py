@@ -22,6 +22,7 @@ from natsjax.decode_loop import Loop, Segment
 from natsjax.decoder import NO_LIMIT, Cache, Decoder
 from natsjax.errors import UserError
 from natsjax.policies import FullAttention, ObservingPolicy
+from natsjax.policy_numbers import LARGEST
 from natsjax.sampling import Sampling
 
 OnTokens = Callable[[int, list[int], list[float]], None]
@@ -78,13 +79,18 @@ def unpad(tokens: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
     return [row[used] for row, used in zip(np.asarray(tokens), np.asarray(is_token, bool), strict=True)]
 
 
-def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0) -> tuple[Cache, jax.Array]:
+def prefill(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0, most: int = NO_LIMIT
+) -> tuple[Cache, jax.Array]:
     """Reads prompts in chunks; memory grows with the chunk and the live keys.
+
+    What observes, evicts when the prompts have been read whole, so that nothing depends on the chunk.
 
     Args:
       decoder: whose model.
       prompts: token ids; a row without any stays without (rows are padded so to whole batches).
-      num_new: tokens that each sequence will get, at most, where that is known.
+      num_new: tokens that room is made for behind each prompt.
+      most: tokens that a sequence will have, at most.
 
     Returns:
       The cache, and what the output layer reads after each prompt's last token, ``[b, d]``.
@@ -92,11 +98,11 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0
     lengths = np.array([len(prompt) for prompt in prompts])
     longest = int(lengths.max(initial=1))
     chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
-    cache = decoder.start(len(prompts), longest + num_new)
-    policy, observed_from, waits = decoder.policy, None, False
+    policy, observed_from = decoder.policy, None
+    waits = isinstance(policy, ObservingPolicy)
+    cache = decoder.start(len(prompts), longest if waits else longest + num_new, most)
     if isinstance(policy, ObservingPolicy):
         observed_from = np.maximum(lengths - policy.observed, 0)
-        waits = not policy.every_token
     model = decoder.config.model
     with jax.set_mesh(decoder.mesh):
         hidden = jnp.zeros((len(prompts), model.width), model.dtype)
@@ -163,6 +169,8 @@ def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
     new = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),))
     if new.min() < 1:
         raise UserError(f"max_new_tokens={new.min()}: it must be 1 or more.")
+    if new.max() >= LARGEST:
+        raise UserError(f"max_new_tokens={new.max()}: it must be less than {LARGEST}.")
     return new
 
 
@@ -187,7 +195,8 @@ class _Run:
         expected = int(new.max()) - 1
         if not decoder.evicts_in_loop:
             expected = min(expected, max(_AHEAD, *map(len, prompts)))
-        cache, hidden = prefill(decoder, [*prompts, *[()] * padding], expected)
+        self.most = max(map(len, prompts)) + int(new.max()) - 1  # the last one is not read
+        cache, hidden = prefill(decoder, [*prompts, *[()] * padding], expected, self.most)
         with jax.set_mesh(decoder.mesh):
             sequence = decoder.put_rows(first_sequence + np.arange(rows))
             drawn = decode_loop.first_token(
@@ -279,7 +288,7 @@ class _Run:
         """A larger buffer for the groups that lack room; nothing is lost."""
         groups = [group.num_layers for group in self.loop.buffer]
         lacks = np.repeat(segment.lacks_room, groups)
-        cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted)
+        cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted, self.most)
         need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
         self.loop = self.loop._replace(buffer=self.decoder.enlarge(cache, need).buffer)
         self.moves += 1

@@ -7,6 +7,7 @@ Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``
 """
 
 import functools
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,49 @@ def read_chunk(
     pairs = zip(buffer, reads.new, strict=True)
     need = jnp.concatenate([fullest(kv_buffer.need(group, new, chunk.next_index)) for group, new in pairs])
     return ReadChunk(reads.hidden, reads.new, reads.live, partition.replicate(need))
+
+
+@functools.partial(jax.jit, static_argnames=("structure",), donate_argnames=("buffer",))
+def read_tokens(
+    parameters: Any,
+    buffer: KVBuffer,
+    chunk: Chunk,
+    policy: DecodingPolicy,
+    eviction: Eviction,
+    limit: jax.Array,
+    *,
+    structure: nnx.GraphDef,
+) -> tuple[KVBuffer, jax.Array, jax.Array]:
+    """Reads a chunk as it would be generated: one token after the other, and evicts after each.
+
+    Args:
+      parameters: in the compute layout.
+      buffer: of the tokens before, of at least ``limit`` slots or one for each token.
+      chunk: the tokens.
+      policy: how long keys live.
+      eviction: what goes where more than ``limit`` keys would be live.
+      limit: int32 scalar.
+      structure: of the model.
+
+    Returns:
+      The buffer, ``hidden [b, t, d]``, and ``live``, int32 ``[num_layers, b, k, t]``, as in ``Reads``.
+    """
+    model = nnx.merge(structure, parameters)
+
+    def step(buffer, numbered):
+        number, token = numbered
+        # A sequence that has ended stays behind its last token.
+        begin = chunk.begin + jnp.minimum(number, chunk.num_tokens)
+        one = Chunk(token[:, None], (number < chunk.num_tokens).astype(jnp.int32), begin, chunk.observed_from)
+        reads = forward_chunk(model, buffer, one, policy, count_live=True)
+        pairs = zip(buffer, reads.new, strict=True)
+        buffer = tuple(kv_buffer.write_chunk(group, new, one.next_index, eviction, limit)[0] for group, new in pairs)
+        return buffer, (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
+
+    tokens = partition.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
+    numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    buffer, (hidden, live) = jax.lax.scan(step, buffer, (numbers, tokens))
+    return buffer, jnp.swapaxes(hidden, 0, 1), jnp.moveaxis(live, 0, -1)
 
 
 def fullest(live: jax.Array) -> jax.Array:

@@ -23,12 +23,11 @@ from natsjax.config import ATTENTION_KINDS, Config
 from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import Block, Transformer
 from natsjax.policies import IntervalPolicy, Nats, ObservingPolicy
+from natsjax.policy_numbers import cut, window_end
 from pallas_kernels.decode_attention import decode_attention, observed_attention
 from pallas_kernels.nats_attention import GLOBAL, LOCAL, NO_END, SLIDING, interval_attention, key_end_from_roles
 
 DecodingPolicy = IntervalPolicy | Nats | ObservingPolicy
-
-_LONGEST_WINDOW = 2**30  # a longer one is the same, and int32 has an end
 
 
 class Chunk(NamedTuple):
@@ -129,14 +128,14 @@ def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_i
 def _by_kind(kind, config: Config, positions, ids, end):
     """Roles, ends and the window of SLIDING keys, as the kind of the layer says."""
     model = config.model
-    sliding = min(model.sliding_window, _LONGEST_WINDOW)
-    window = jnp.int32(min(config.nats.window, _LONGEST_WINDOW))
+    sliding = cut(model.sliding_window)
+    window = jnp.int32(cut(config.nats.window))
     is_dense, is_sliding = (kind == ATTENTION_KINDS.index(name) for name in ("dense", "sliding"))
     if ids is not None and set(model.pattern) != {"nats"}:
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
         window = jnp.where(is_sliding, sliding, window)
     if end is not None and "sliding" in model.pattern:
-        end = jnp.where(is_sliding, jnp.minimum(end, positions[:, None] + sliding + 1), end)
+        end = jnp.where(is_sliding, jnp.minimum(end, window_end(positions[:, None], sliding)), end)
     return ids, end, window
 
 

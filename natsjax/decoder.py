@@ -25,7 +25,7 @@ from natsjax.errors import UserError
 from natsjax.kv_buffer import Eviction, KVBuffer
 from natsjax.loading import LoadedRun
 from natsjax.model import ModelStructure, model_structure
-from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy
+from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy, most_live
 from natsjax.serving import serving_parameters
 from natsjax.settings import did_you_mean
 from pallas_kernels.decode_attention import storage_format
@@ -40,20 +40,21 @@ _MOST_GROUPS = 16
 """Each is compiled by itself."""
 
 NO_LIMIT = int(np.iinfo(np.int32).max)
-"""Slots of a head where nothing limits them."""
+"""Slots of a head, or tokens of a sequence, where nothing limits them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSettings:
     """How decoding uses the machine.
 
-    What is generated does not depend on it, but for ``max_kv``, and, where keys are evicted, ``chunk``: the tokens of a
-    chunk read what was kept before it and the chunk's own keys, and eviction comes behind it.
+    What is generated does not depend on it, but for ``max_kv``, and with that on ``chunk``: the tokens of a chunk read
+    what was kept before it and the chunk's own keys, and eviction comes behind it.
 
     Attributes:
       chunk: prompt tokens of a sequence that are read at once.
       segment: tokens that are drawn between two looks at the host, which streams, compacts and enlarges.
-      block: capacities are multiples of it (slots).
+      block: capacities are multiples of it (slots); on a CPU of a part of it for sequences shorter than eight blocks,
+        so that none takes more than full attention would (``capacity.slots_for``).
       max_groups: layers are divided into at most so many groups of one capacity each (more where the kinds of layers
         alternate, up to 16).
       max_kv: the most keys that a head keeps, hard (a query reads these and its own); None: what the policy keeps.
@@ -88,11 +89,13 @@ class Cache(NamedTuple):
       buffer: their live keys.
       num_tokens: int32 ``[b]``, how many each has.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
+      most: tokens that a sequence will have, at most.
     """
 
     buffer: KVBuffer
     num_tokens: jax.Array
     evicted: jax.Array
+    most: int = NO_LIMIT
 
     @property
     def capacities(self) -> list[int]:
@@ -135,6 +138,7 @@ class Decoder:
         if is_dense and isinstance(self.policy, Nats):
             raise UserError("a dial reads the roles of tokens, and a model with dense attention has none.")
         check_mesh(mesh)
+        self._format = storage_format(mesh.devices.flat[0].platform)
         self._layouts: list[Layout] = []  # after prompts so far
         # A dense layer between two with roles would give both its capacity.
         kinds = config.model.layer_kinds
@@ -145,9 +149,9 @@ class Decoder:
         if self.settings.max_kv is not None:
             if isinstance(self.policy, ObservingPolicy):
                 raise UserError(f"max_kv={self.settings.max_kv} and {self.policy} are two limits; choose one.")
-            self.eviction, self.limit = EVICTIONS[self.settings.eviction], self.settings.max_kv
+            self.eviction, self.limit = EVICTIONS[self.settings.eviction], min(self.settings.max_kv, NO_LIMIT)
         elif isinstance(self.policy, ObservingPolicy):
-            self.eviction, self.limit = self.policy, self.policy.num_keys
+            self.eviction, self.limit = self.policy, min(self.policy.num_keys, NO_LIMIT)
         self.parameters = serving_parameters(parameters, model, config, mesh)
 
     @classmethod
@@ -165,23 +169,26 @@ class Decoder:
 
     # --- reading ---
 
-    def start(self, batch: int, length: int | None = None) -> Cache:
+    def start(self, batch: int, length: int | None = None, most: int = NO_LIMIT) -> Cache:
         """An empty cache.
 
         Args:
           batch: sequences, a multiple of ``shards``.
-          length: tokens that a sequence will have, at most, where that is known.
+          length: tokens that there is to be room for, where that is known.
+          most: tokens that a sequence will have, at most.
         """
         slots = self.settings.block
-        if self.evicts_in_loop:  # not before the limit
+        if isinstance(self.policy, ObservingPolicy):  # it evicts when all has been read
+            slots = slots if length is None else length
+        elif self.evicts_in_loop:  # not before the limit
             slots = self.limit if length is None else min(length, self.limit)
         elif isinstance(self.policy, IntervalPolicy) and length is not None:
             slots = most_live(self.policy, length, self.config.model.num_kv_heads)
-        slots = capacity.round_up(slots, self.settings.block)
+        slots = self._size(slots, most)
         layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
         with jax.set_mesh(self.mesh):
             evicted = self.put(np.zeros((layers, batch, heads), np.int32), None, "batch", "kv_heads")
-            return Cache(self.allocate([layers], [slots], batch), self.put_rows(np.zeros(batch)), evicted)
+            return Cache(self.allocate([layers], [slots], batch), self.put_rows(np.zeros(batch)), evicted, most)
 
     def read(
         self,
@@ -220,7 +227,7 @@ class Decoder:
             buffer, evicted = decode_loop.write_chunk(
                 cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
             )
-            return Cache(buffer, chunk.next_index, cache.evicted + evicted), read
+            return cache._replace(buffer=buffer, num_tokens=chunk.next_index, evicted=cache.evicted + evicted), read
 
     # --- room ---
 
@@ -240,7 +247,7 @@ class Decoder:
         slots = dict.fromkeys(old, 0)
         for before, wanted in zip(old, most, strict=True):
             if wanted > before:
-                slots[before] = max(slots[before], self._enlarged(max(wanted, int(growth * before))))
+                slots[before] = max(slots[before], self._enlarged(max(wanted, int(growth * before)), cache.most))
         new = [slots[before] or before for before in old]
         if any(after < wanted for after, wanted in zip(new, most, strict=True)):  # the loop would stop here for ever
             raise RuntimeError(f"{new} slots were to hold {most} keys.")
@@ -260,19 +267,21 @@ class Decoder:
         if self.evicts_in_loop:
             need = np.minimum(need + num_tokens, self.limit)
         else:  # also where few tokens come: a later batch may need a little more
-            need = np.array([self._enlarged(int(n)) for n in need])
-        layers, slots = self._layout(need)
+            need = np.array([self._enlarged(int(n), cache.most) for n in need])
+        layers, slots = self._layout(need, cache.most)
         return self._move(cache, list(layers), list(slots))
 
-    def _layout(self, need: np.ndarray) -> Layout:
+    def _layout(self, need: np.ndarray, most: int) -> Layout:
         """For these slots by layer: one that programs have been compiled for, unless it wastes too much."""
-        wanted = Layout.of(need, self._max_groups, self.settings.block)
-        enough = [known for known in self._layouts if np.all(known.by_layer >= need)]
+        size = functools.partial(self._size, most=most)
+        wanted = Layout.of(need, self._max_groups, size)
+        fits = (known for known in self._layouts if max(known.slots) <= size(most))
+        enough = [known for known in fits if np.all(known.by_layer >= need)]
         close = [known for known in enough if known.total <= _WORTH_COMPILING * wanted.total]
         if close:
             return min(close, key=lambda known: known.total)
         if self._layouts:  # one that holds what the last one held, so that there are soon no new ones
-            both = Layout.of(np.maximum(need, self._layouts[-1].by_layer), self._max_groups, self.settings.block)
+            both = Layout.of(np.maximum(need, self._layouts[-1].by_layer), self._max_groups, size)
             wanted = both if both.total <= _WORTH_COMPILING * wanted.total else wanted
         self._layouts.append(wanted)
         return wanted
@@ -281,12 +290,16 @@ class Decoder:
         """Cuts an ``ObservingPolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
         with jax.set_mesh(self.mesh):
             buffer, evicted = decode_loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
-            return Cache(buffer, cache.num_tokens, cache.evicted + evicted)
+            return cache._replace(buffer=buffer, evicted=cache.evicted + evicted)
 
-    def forget(self, cache: Cache) -> Cache:
-        """Without the attention that keys have received so far; the buffer of ``cache`` is used up."""
+    def resized(self, cache: Cache, slots: int) -> Cache:
+        """With so many slots of every head, as few as are live or more; the buffer of ``cache`` is used up."""
+        return self._move(cache, [self.config.model.num_layers], [self._size(slots, cache.most)])
+
+    def copied(self, cache: Cache) -> Cache:
+        """The same, in buffers of its own."""
         with jax.set_mesh(self.mesh):
-            return cache._replace(buffer=_forget(cache.buffer))
+            return cache._replace(buffer=_copied(cache.buffer))
 
     def need(self, cache: Cache) -> np.ndarray:
         """Live slots of each layer's fullest head, int ``[num_layers]``."""
@@ -298,10 +311,18 @@ class Decoder:
         """Whether keys are evicted while tokens are generated."""
         return self.eviction is not None and getattr(self.policy, "every_token", True)
 
-    def _enlarged(self, need: int) -> int:
-        slots = capacity.enlarged(need, self.settings.block)
-        # Where evicting goes on, no head ever needs more than the limit.
-        return min(slots, capacity.round_up(self.limit, self.settings.block)) if self.evicts_in_loop else slots
+    def _size(self, need: int, most: int) -> int:
+        """Slots of a head that needs so many, in a sequence of at most ``most`` tokens."""
+        any_block = self._format == "transposed"
+        return capacity.slots_for(need, self.settings.block, most, any_block=any_block)
+
+    def _enlarged(self, need: int, most: int) -> int:
+        """Slots of a head that will need more than ``need`` soon."""
+        slots = self._size(capacity.with_headroom(need), most)
+        if not self.evicts_in_loop:
+            return slots
+        # Where evicting goes on, no head needs more than the limit, but while a prompt is read that is evicted by.
+        return min(slots, self._size(max(self.limit, need), most))
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
         """Everything in other groups; where these are the same, nothing moves."""
@@ -317,8 +338,7 @@ class Decoder:
     def allocate(self, layers: list[int], slots: list[int], batch: int) -> KVBuffer:
         """An empty buffer: layers and slots of each group, and sequences."""
         model = self.config.model
-        format = storage_format(self.mesh.devices.flat[0].platform)
-        if format == "plain":  # the library takes a layer as an array of its own
+        if self._format == "plain":  # the library takes a layer as an array of its own
             slots = [c for number, c in zip(layers, slots, strict=True) for _ in range(number)]
             layers = [1] * len(slots)
         return _empty(
@@ -328,7 +348,7 @@ class Decoder:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             dtype=model.dtype,
-            format=format,
+            format=self._format,
             block=self.settings.block,
             observed=isinstance(self.policy, ObservingPolicy),
         )
@@ -357,9 +377,7 @@ class Decoder:
 
 _replicate = jax.jit(partition.replicate)
 _need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
-_forget = functools.partial(jax.jit, donate_argnames=("buffer",))(
-    lambda buffer: tuple(dataclasses.replace(group, mass=0 * group.mass) for group in buffer)
-)
+_copied = jax.jit(lambda buffer: jax.tree.map(jnp.copy, buffer))
 _regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_allocation.regroup)
 _empty = functools.partial(
     jax.jit,
@@ -387,14 +405,3 @@ def check_mesh(mesh: Mesh) -> None:
         raise UserError(
             f"mesh.context = {mesh.shape['context']}: decoding divides batch and heads, not sequences; make it 1."
         )
-
-
-def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
-    """The most keys of a head that are live at once in a sequence of ``length`` tokens."""
-    positions = jnp.arange(length, dtype=jnp.int32)[None]
-    ends = np.asarray(policy.key_end(positions, num_kv_heads)).reshape(-1, length)
-    most = 0
-    for end in ends:
-        ended = np.bincount(np.minimum(end, length), minlength=length + 1)
-        most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
-    return most

@@ -45,7 +45,7 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
     return {
         "method": setting.policy.method,
         "weights": setting.weights,
-        "setting": setting.policy.setting,
+        "setting": setting.numbers,
         "budget": setting.budget,
         "kv_fraction": found.kv_fraction,
         "kv_live_mean": float(found.live_mean.mean()),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -42,14 +43,36 @@ TOLERANCE = 0.1
 """Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""
 
 
+_FEWEST_KEYS = 2
+"""Of a head, for a policy that keeps some for being recent and some for being read."""
+
+_MOST_CONTINUED = 0.5
+"""Tokens behind a prompt of SnapKV, as a share of the keys that a query reads: all of them are kept, and more of them
+would leave it nothing to choose. On average they take half as many keys."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One row to be: a policy on some weights, for a budget or for none."""
+    """One row to be: a policy on some weights, for a budget or for none.
+
+    Attributes:
+      run: whose model.
+      weights: what a report calls it.
+      policy: who reads what.
+      budget: that it meets.
+      continued: tokens that follow a prompt, for a policy that cuts prompts down (``measure_decode``); None: any.
+    """
 
     run: LoadedRun
     weights: str
     policy: Policy
     budget: float | None = None
+    continued: int | None = None
+
+    @property
+    def numbers(self) -> dict[str, int | float]:
+        """For a report."""
+        return self.policy.setting | ({} if self.continued is None else {"continued": self.continued})
 
 
 def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
@@ -84,8 +107,8 @@ def settings_of(
     model = this.config.model
     pieces = piece_lengths(dial_contexts)
 
-    def fixed(layers: Layers) -> list[tuple[Any, float | None]]:
-        found: list[tuple[Any, float | None]] = [*_interval_policies(this.config, layers, pieces, budgets, notes)]
+    def fixed(layers: Layers) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = [*_interval_policies(this.config, layers, pieces, budgets, notes)]
         if chunk is not None:
             found += _decoded_policies(this.config, layers, pieces, budgets, chunk, notes)
         return found
@@ -94,12 +117,10 @@ def settings_of(
     if model.has_roles:
         policies = [*_dials(this, dial_contexts, budgets, notes, progress), *policies]
     weights = f"this run ({model.attention}, step {this.step})"
-    settings = [Setting(this, weights, policy, budget) for policy, budget in policies]
+    settings = [Setting(this, weights, *found) for found in policies]
     if twin is not None:
         weights = f"dense twin {twin.workdir.path} (step {twin.step})"
-        settings += [
-            Setting(twin, weights, policy, budget) for policy, budget in fixed(layer_windows(twin.config.model))
-        ]
+        settings += [Setting(twin, weights, *found) for found in fixed(layer_windows(twin.config.model))]
     notes[:] = dict.fromkeys(notes)  # what holds for both weights is said once
     return settings
 
@@ -156,26 +177,28 @@ def _interval_policies(
 
 def _decoded_policies(
     config: Config, layers: Layers, pieces: np.ndarray, budgets: Sequence[float], chunk: int, notes: list[str]
-) -> list[tuple[DecodingPolicy, float | None]]:
-    """Random keys, and the policies that observe, at each budget that they can meet."""
-    policies: list[tuple[DecodingPolicy, float | None]] = []
+) -> list[tuple[DecodingPolicy, float | None, int | None]]:
+    """Random keys, and the policies that observe, at each budget that they can meet: policy, budget, ``continued``."""
+    policies: list[tuple[DecodingPolicy, float | None, int | None]] = []
+    seed, window = config.train.seed, config.nats.window
+    positions = jnp.arange(pieces.max(), dtype=jnp.int32)[None]
+    draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, config.model.num_kv_heads))[0]
     for budget in budgets:
-        share, window = share_for_budget(pieces, budget, config.nats.window, layers)
+        share, window_within = share_for_budget(pieces, budget, window, layers, draws)
         if share is not None:
-            policies.append((RandomKeys(share, window, config.train.seed), budget))
-    for name, smallest, made in (("H2O", 2, _h2o), ("SnapKV", 2, _snapkv)):
-        for budget in budgets:
-            num_keys = keys_for_budget(pieces, budget, chunk, layers)
-            if num_keys is None or num_keys < smallest:
-                notes.append(f"{name} is left out at the KV budget {budget:.4g}: chunks of {chunk} tokens take more.")
-            else:
-                policies.append((made(num_keys), budget))
+            policies.append((RandomKeys(share, window_within, seed), budget, None))
+    mean_context = np.sum(pieces * (pieces + 1) / 2) / np.sum(pieces)
+    for budget in budgets:
+        num_keys = keys_for_budget(pieces, budget, 1, layers)
+        if num_keys is None or num_keys < _FEWEST_KEYS:
+            notes.append(f"H2O is left out at the KV budget {budget:.4g}: each query's own key takes more.")
+        else:
+            policies.append((H2O(num_keys, num_keys // 2), budget, None))
+    for budget in budgets:
+        continued = int(np.clip(_MOST_CONTINUED * budget * mean_context, 1, chunk))
+        num_keys = keys_for_budget(pieces, budget, continued, layers)
+        if num_keys is None or num_keys < _FEWEST_KEYS:
+            notes.append(f"SnapKV is left out at the KV budget {budget:.4g}: what follows its prompts takes more.")
+        else:
+            policies.append((SnapKV(num_keys, min(32, num_keys // 2)), budget, continued))
     return policies
-
-
-def _h2o(num_keys: int) -> H2O:
-    return H2O(num_keys, num_keys // 2)
-
-
-def _snapkv(num_keys: int) -> SnapKV:
-    return SnapKV(num_keys, min(32, num_keys // 2))

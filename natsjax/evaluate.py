@@ -100,7 +100,7 @@ def run(
       loaded: the run, when it is in memory already.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
         policies and random keys too; rows then say what was allocated.
-      chunk: tokens that are decoded at once.
+      chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
 
     Raises:
       UserError: there is no run or no held-out text, a budget or a chunk cannot be, the twin does not fit, or the
@@ -156,7 +156,8 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
     """With masks, or in chunks through a KV buffer."""
     if chunk is None:
         return measure(setting.run, contexts, typing.cast(StaticPolicy, setting.policy))
-    return measure_decoding(setting.run, contexts, typing.cast(DecodingPolicy, setting.policy), chunk=chunk)
+    policy = typing.cast(DecodingPolicy, setting.policy)
+    return measure_decoding(setting.run, contexts, policy, chunk=setting.continued or chunk)
 
 
 def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=DEFAULT_CHUNK,
         metavar="N",
-        help="tokens that --mode=decode reads at once (%(default)s)",
+        help="tokens that --mode=decode reads at once, and the most that follow a prompt of SnapKV (%(default)s)",
     )
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"

@@ -133,13 +133,14 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--chunk",
         type=int,
         metavar="N",
-        help=f"prompt tokens read at once; evicting comes behind them (default: {DecodeSettings().chunk})",
+        help=f"prompt tokens read at once; --max_kv evicts behind them (default: {DecodeSettings().chunk})",
     )
     add(
         "--block",
         type=int,
         metavar="N",
-        help=f"keys are allocated in multiples of it (default: {DecodeSettings().block}); smaller for small models",
+        help=f"keys are allocated in multiples of it (default: {DecodeSettings().block}), or of a part of it for short "
+        "sequences on a CPU",
     )
     add("--output", metavar="FILE", help="also write prompts, texts, ids and log-probabilities: JSON, a line a prompt")
     add(

@@ -15,6 +15,7 @@ import numpy as np
 from natsjax import token_types
 from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
+from natsjax.policies import RANDOM_DRAWS
 
 NUM_BUDGETS = 6
 """How many budgets are measured at least, unless somebody asks for others."""
@@ -173,15 +174,22 @@ def window_for_budget(
 
 
 def share_for_budget(
-    piece_lengths: np.ndarray, budget: float, window: int, layers: Layers = UNLIMITED
+    piece_lengths: np.ndarray,
+    budget: float,
+    window: int,
+    layers: Layers = UNLIMITED,
+    draws: np.ndarray | None = None,
 ) -> tuple[float | None, int]:
-    """The share of keys that ``RandomKeys`` keeps to meet a budget on average, and its window.
+    """The share of keys that ``RandomKeys`` keeps to meet a budget, and its window.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
       window: tokens, wherever the budget has room for it; else 0.
       layers: windows of the layers' own.
+      draws: int ``[k, longest]``, ``RandomKeys.draws`` of the heads at each position of the longest piece: the share
+        then is the one whose KV fraction with these draws is closest. None: a share that meets the budget on average
+        over all draws; those of a short piece and a few heads can be some percent of the KV off.
 
     Returns:
       ``(share, window)``; the share is None where the first keys and each query's own take more, or the layers' own
@@ -193,20 +201,44 @@ def share_for_budget(
     rest = fractions[-1] - fractions[window]
     if not fractions[window] <= budget <= fractions[-1] or rest == 0:
         return None, window
-    return float((budget - fractions[window]) / rest), window
+    share = float((budget - fractions[window]) / rest)
+    return share if draws is None else _share_of_draws(piece_lengths, budget, window, layers, draws), window
+
+
+def _share_of_draws(lengths: np.ndarray, budget: float, window: int, layers: Layers, draws: np.ndarray) -> float:
+    """The share that keeps the draws below it, as many as come closest to the budget."""
+    lengths = np.asarray(lengths, np.int64)
+    longest = draws.shape[1]
+    longer = np.cumsum(np.bincount(lengths, minlength=longest + 1)[::-1])[::-1]  # [r]: pieces of at least r tokens
+    queries = np.append(np.cumsum(longer[:0:-1])[::-1], 0)  # [s]: that can read the key at s, over all pieces
+
+    def read_within(window):  # a key of its window: those but the ones behind it
+        index = np.arange(longest)
+        return queries[index] - queries[np.minimum(index + window + 1, longest)]
+
+    own = [longest if limit is None else limit for limit in layers]
+    kept = np.mean([read_within(limit) for limit in own], axis=0)
+    other = np.mean([read_within(min(limit, window)) for limit in own], axis=0)
+    gained = np.broadcast_to(kept - other, draws.shape).copy()
+    gained[:, 0] = 0  # the first key is kept anyway
+    order = np.argsort(draws, axis=None, kind="stable")
+    pairs = len(draws) * (other.sum() + kept[0] - other[0]) + np.append(0, np.cumsum(gained.reshape(-1)[order]))
+    fractions = pairs / len(draws) / np.sum(lengths * (lengths + 1) // 2)
+    number = int(np.argmin(np.abs(fractions - budget)))
+    return float(np.append(draws.reshape(-1)[order], RANDOM_DRAWS)[number]) / RANDOM_DRAWS
 
 
 def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers: Layers = UNLIMITED) -> int | None:
-    """How many keys of a head a policy may keep behind each chunk to meet a budget.
+    """How many keys of a head a policy that observes may keep to meet a budget.
 
-    A query reads what was kept before its chunk, and the chunk's keys up to its own. In a layer with a window of its
-    own it is taken to read as many of these as the window holds: what runs out of a chunk's kept keys counts as if
-    others had been kept, so a little less can come of it.
+    A query reads what was kept of the tokens before its chunk, and the chunk's keys up to its own. In a layer with a
+    window of its own it is taken to read as many of these as the window holds: what runs out of a chunk's kept keys
+    counts as if others had been kept, so a little less can come of it.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
-      chunk: tokens that are read at once.
+      chunk: tokens of which all keys are kept: 1 where a policy evicts after every token, else what follows a prompt.
       layers: windows of the layers' own.
 
     Returns:

@@ -11,16 +11,19 @@ to add one.
 Axis letters: ``b`` batch, ``s`` key index, ``k`` KV head, ``c`` slot.
 """
 
-import dataclasses
-import typing
 from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natsjax import token_types
 from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config
+from natsjax.observing import H2O as H2O
+from natsjax.observing import ObservingPolicy as ObservingPolicy
+from natsjax.observing import SnapKV as SnapKV
+from natsjax.policy_numbers import check_count, check_finite, check_seed, cut, policy, window_end
 from pallas_kernels.nats_attention import NO_END
 
 
@@ -47,27 +50,6 @@ class StaticPolicy(Policy, Protocol):
           config: of the run.
         """
         ...
-
-
-@typing.dataclass_transform(frozen_default=True)
-def policy(cls):
-    """Class decorator: a frozen dataclass, and a tree whose leaves are its fields."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-
-    def unflatten(_, values):
-        result = object.__new__(cls)  # traced numbers are not checked again
-        for name, value in zip(names, values, strict=True):
-            object.__setattr__(result, name, value)
-        return result
-
-    jax.tree_util.register_pytree_node(cls, lambda x: ([getattr(x, name) for name in names], None), unflatten)
-    return cls
-
-
-def _check_at_least(name: str, value: float, smallest: float) -> None:
-    if value < smallest:
-        raise ValueError(f"{name}={value}: it must be {smallest:g} or more.")
 
 
 # --- static: from indices ---
@@ -97,7 +79,8 @@ class IntervalPolicy:
         positions = inputs.positions
         end = self.key_end(positions, config.model.num_kv_heads)
         start = jnp.arange(positions.shape[-1], dtype=jnp.int32) - positions
-        end = jnp.where(end == NO_END, NO_END, end + start[:, None, :])
+        start = start[:, None, :]
+        end = jnp.where(end >= NO_END - start, NO_END, end + start)
         return RoleChoice(key_end=jnp.minimum(end, inputs.document_end[:, None, :]))
 
 
@@ -132,7 +115,7 @@ class SlidingWindow(IntervalPolicy):
     window: int
 
     def __post_init__(self):
-        _check_at_least("window", self.window, 0)
+        check_count("window", self.window, 0)
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -141,7 +124,7 @@ class SlidingWindow(IntervalPolicy):
 
     def key_end(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
         """``s + window + 1``, int32 ``[b, 1, s]``."""
-        return (positions + (self.window + 1))[:, None, :]
+        return window_end(positions, self.window)[:, None, :]
 
 
 @policy
@@ -165,8 +148,8 @@ class StreamingLLM(IntervalPolicy):
     window: int
 
     def __post_init__(self):
-        _check_at_least("num_sinks", self.num_sinks, 0)
-        _check_at_least("window", self.window, 0)
+        check_count("num_sinks", self.num_sinks, 0)
+        check_count("window", self.window, 0)
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -175,7 +158,11 @@ class StreamingLLM(IntervalPolicy):
 
     def key_end(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
         """int32 ``[b, 1, s]``."""
-        return jnp.where(positions < self.num_sinks, NO_END, positions + (self.window + 1))[:, None, :]
+        return jnp.where(positions < cut(self.num_sinks), NO_END, window_end(positions, self.window))[:, None, :]
+
+
+RANDOM_DRAWS = 2**24
+"""Different draws of ``RandomKeys``: float32 holds them exactly."""
 
 
 @policy
@@ -199,8 +186,9 @@ class RandomKeys(IntervalPolicy):
     seed: int = 0
 
     def __post_init__(self):
-        _check_at_least("window", self.window, 0)
-        if not 0 <= self.share <= 1:
+        check_count("window", self.window, 0)
+        check_seed(self.seed)
+        if not 0 <= self.share <= 1:  # also when it is nan
             raise ValueError(f"share={self.share}: it must lie between 0 and 1.")
 
     @property
@@ -210,11 +198,15 @@ class RandomKeys(IntervalPolicy):
 
     def key_end(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
         """int32 ``[b, k, s]``."""
+        is_kept = self.draws(positions, num_kv_heads).astype(jnp.float32) < self.share * RANDOM_DRAWS
+        positions = positions[:, None, :]
+        return jnp.where(is_kept | (positions == 0), NO_END, window_end(positions, self.window))
+
+    def draws(self, positions: jax.Array, num_kv_heads: int) -> jax.Array:
+        """A key is kept where its draw is below ``share * RANDOM_DRAWS``: int32 ``[b, k, s]``, 0 or more."""
         head = jnp.arange(num_kv_heads, dtype=jnp.uint32)[:, None]
         draws = _hash(positions[:, None, :].astype(jnp.uint32) ^ _hash(head ^ _hash(jnp.uint32(self.seed))))
-        is_kept = (draws >> 8).astype(jnp.float32) < self.share * 2.0**24  # 24 bits are exact in float32
-        positions = positions[:, None, :]
-        return jnp.where(is_kept | (positions == 0), NO_END, positions + (self.window + 1))
+        return (draws >> 8).astype(jnp.int32)
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -227,6 +219,17 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
+    """The most keys of a head that are live at once in a sequence of ``length`` tokens."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    ends = np.asarray(policy.key_end(positions, num_kv_heads)).reshape(-1, length)
+    most = 0
+    for end in ends:
+        ended = np.bincount(np.minimum(end, length), minlength=length + 1)
+        most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
+    return most
+
+
 # --- static: from the model's roles ---
 
 
@@ -236,10 +239,16 @@ class Nats:
 
     Attributes:
       dial: added to the logits of the roles that ``nats.dial`` names; above 0 keeps more KV, below less.
+
+    Raises:
+      ValueError: the dial is not finite.
     """
 
     method: ClassVar[str] = "nats"
     dial: float = 0.0
+
+    def __post_init__(self):
+        check_finite("dial", self.dial)
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -257,10 +266,16 @@ class SampledNats:
 
     Attributes:
       seed: of the noise.
+
+    Raises:
+      ValueError: the seed is out of range.
     """
 
     method: ClassVar[str] = "nats_sampled"
     seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -270,114 +285,6 @@ class SampledNats:
     def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
         """The noise key; whoever measures several batches folds the batch's number into it."""
         return RoleChoice(noise_key=jax.random.key(self.seed))
-
-
-# --- from the attention that keys receive ---
-
-
-class ObservingPolicy:
-    """Keeps ``num_keys`` keys of every head, chosen by the attention that they have received.
-
-    Attributes:
-      num_keys: the most keys of a head, tokens.
-    """
-
-    method: ClassVar[str]
-    every_token: ClassVar[bool]
-    """Whether it goes on evicting while tokens are generated; else the prompt alone is cut down."""
-    num_keys: int
-
-    @property
-    def observed(self) -> int:
-        """Queries at the end of the prompt, or of a chunk, whose attention counts; ``NO_END``: all."""
-        return NO_END
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
-        raise NotImplementedError
-
-
-@policy
-class H2O(ObservingPolicy):
-    """The newest keys, and of the others those that have received the most attention in all ("heavy hitters").
-
-    Attributes:
-      num_keys: of a head, 1 or more.
-      num_recent: of them, the newest ones; the paper takes half.
-
-    Raises:
-      ValueError: a number is out of range.
-
-    Source: arXiv:2306.14048.
-    """
-
-    method: ClassVar[str] = "h2o"
-    every_token: ClassVar[bool] = True
-    num_keys: int
-    num_recent: int
-
-    def __post_init__(self):
-        _check_at_least("num_keys", self.num_keys, 1)
-        if not 0 <= self.num_recent <= self.num_keys:
-            raise ValueError(f"num_recent={self.num_recent}: it must lie between 0 and num_keys={self.num_keys}.")
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """Both numbers."""
-        return {"keys": self.num_keys, "recent": self.num_recent}
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """By attention received, then by age."""
-        assert mass is not None
-        return jnp.where(key_position >= at - self.num_recent, jnp.inf, mass), key_position
-
-
-@policy
-class SnapKV(ObservingPolicy):
-    """When the prompt has been read: its last keys, and those that its last queries look at, with their neighbours.
-
-    Attributes:
-      num_keys: of a head, more than the observation window.
-      observation_window: queries at the end of the prompt.
-
-    Raises:
-      ValueError: a number is out of range.
-
-    Source: arXiv:2404.14469.
-    """
-
-    method: ClassVar[str] = "snapkv"
-    every_token: ClassVar[bool] = False
-    _POOL: ClassVar[int] = 7  # neighbouring keys that are kept with one, as in the paper
-    num_keys: int
-    observation_window: int = 32
-
-    def __post_init__(self):
-        _check_at_least("observation_window", self.observation_window, 1)
-        _check_at_least("num_keys", self.num_keys, self.observation_window + 1)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """Both numbers."""
-        return {"keys": self.num_keys, "observed": self.observation_window}
-
-    @property
-    def observed(self) -> int:
-        """The observation window."""
-        return self.observation_window
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """By attention received by the key or a neighbour, then by age; slots are in the order of the keys."""
-        assert mass is not None
-        window = (1,) * (mass.ndim - 1) + (self._POOL,)
-        pooled = jax.lax.reduce_window(mass, -jnp.inf, jax.lax.max, window, (1,) * mass.ndim, "SAME")
-        return jnp.where(key_position >= at - self.observation_window, jnp.inf, pooled), key_position
 
 
 # --- what goes first where a static policy would keep more than there may be ---

@@ -63,7 +63,7 @@ class Sampling:
         """What a compiled program takes."""
         return Numbers(
             jnp.float32(self.temperature),
-            jnp.int32(self.top_k),
+            jnp.int32(min(self.top_k, 2**31 - 1)),  # beyond any vocabulary
             jnp.float32(self.top_p),
             jnp.float32(self.min_p),
             jnp.int32(self.seed),

@@ -312,6 +312,20 @@ def attention_received(config, parameters, row):
     return np.stack(result)
 
 
+@pytest.mark.parametrize(
+    "policy", [None, FullAttention(), StreamingLLM(2, 4), H2O(6, 3), SnapKV(9, 4)], ids=lambda x: str(x and x.method)
+)
+@pytest.mark.parametrize("length", [5, 41])
+def test_a_short_context_takes_no_more_than_full_attention_would_hold(policy, length):
+    """With the blocks that are the default; one prompt, for rows of a batch have the slots of the longest."""
+    decoder = decoding.decoder(CONFIG, PARAMETERS, policy, DecodeSettings())
+    found = generate(decoder, decoding.prompts([length]), max_new_tokens=32)
+    assert found.kv_full == 3 * 2 * (length + 31)
+    assert found.kv_allocated <= found.kv_full
+    assert found.kv_live <= found.kv_live_max <= max(found.capacities) + 1
+    assert found.kv_allocated_bytes <= found.kv_full * (2 * 8 * 4 + 3 * 4) + 3 * 2 * 4
+
+
 def test_one_token_and_a_stop_token_at_once():
     decoder, rows = decoding.decoder(CONFIG, PARAMETERS), decoding.prompts([3, 8])
     one = generate(decoder, rows, max_new_tokens=1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from natsjax import capacity, kv_allocation, kv_buffer
 from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.policies import H2O, Oldest, SnapKV, SoonestEnd
+from pallas_kernels.decode_attention import Storage
 from pallas_kernels.decode_attention.storage import FORMATS
 from pallas_kernels.nats_attention import NO_END
 
@@ -207,6 +208,40 @@ def test_sizes_are_few_and_close():
     for need in (1, 100, 128, 129, 1000, 5000, 131072):
         assert need <= capacity.round_up(need, 128) <= max(128, 1.125 * need + 128)
         assert capacity.enlarged(need, 1) <= 1.27 * need + 2
+
+
+@pytest.mark.parametrize("block", [16, 64, 100, 128])
+def test_nothing_takes_more_than_full_attention(block):
+    """At every length, for every need: blocks of any size follow the length, fixed ones are whole."""
+    for most in [*range(1, 301), 1023, 1024, 1025, 5000]:
+        full = capacity.slots_for(most, block, most, any_block=True)
+        assert most <= full <= (most if most <= 2 * block else max(most + 15, capacity.round_up(most, block)))
+        needs = range(1, most + 1) if most <= 64 else range(1, most + 1, most // 13)
+        sizes = set()
+        for need in needs:
+            slots = capacity.slots_for(need, block, most, any_block=True)
+            assert need <= slots <= full
+            assert slots <= 1.125 * need + max(32, most / 8)
+            unit = capacity.storage_block(slots, block)
+            assert slots % unit == 0
+            assert unit <= 2 * block
+            sizes.add(slots)
+            fixed = capacity.slots_for(need, block, most, any_block=False)
+            assert fixed == capacity.round_up(need, block) <= capacity.slots_for(most, block, most, any_block=False)
+        assert len(sizes) <= 40  # each is compiled for
+    assert capacity.slots_for(73, 128, 73, any_block=True) == 73
+    assert capacity.slots_for(9, 128, 73, any_block=True) == 16
+    assert capacity.slots_for(200, 128, 73, any_block=True) == 73  # nothing needs more than the sequence has
+
+
+def test_storage_takes_the_sizes_of_every_length():
+    for most in (1, 7, 73, 129, 257, 300, 511):
+        slots = capacity.slots_for(most, 128, most, any_block=True)
+        shape = (2, 1, 3, slots, 8)
+        unit = capacity.storage_block(slots, 128)
+        storage = jax.eval_shape(lambda: Storage.empty(shape, "float32", "transposed", unit))  # noqa: B023
+        assert storage.shape == shape
+        assert sum(x.size for x in storage.arrays) == 2 * 2 * 3 * slots * 8
 
 
 @settings(max_examples=50, deadline=None)

@@ -37,6 +37,8 @@ RANKS = (
         "capacity",
         "kv_buffer",
         "kv_allocation",
+        "policy_numbers",
+        "observing",
         "policies",
     ),
     ("losses", "train_step", "diagnosis", "loading", "initial_parameters", "flops", "planning"),

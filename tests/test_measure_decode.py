@@ -45,10 +45,10 @@ def test_the_buffer_gives_what_the_mask_gives(run, policy, chunk):
 
 @pytest.mark.parametrize("policy", [H2O(5, 2), SnapKV(5, 2)], ids=lambda policy: policy.method)
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_observing_policies_read_what_they_keep_and_their_chunk(run, policy, chunk):
+def test_observing_policies_read_what_they_keep_and_what_came_since(run, policy, chunk):
     found = measure_decoding(run, CONTEXTS, policy, chunk=chunk)
     positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
-    begin = positions // chunk * chunk
+    begin = positions if policy.every_token else positions // chunk * chunk
     expected = np.sum(np.minimum(5, begin) + positions - begin + 1)
     assert np.all(found.live_pairs == expected)
     assert found.perplexity != measure_decoding(run, CONTEXTS, FullAttention(), chunk=chunk).perplexity
@@ -102,6 +102,11 @@ def test_an_evaluation_through_the_buffer(tmp_path):
     decoded = evaluate.run(tmp_path, loaded=loaded, budgets=[0.6, 0.8], progress=False, mode="decode", chunk=4)
     rows = {(row["method"], str(row["setting"])): row for row in decoded.rows}
     assert {"random", "h2o", "snapkv"} <= {row["method"] for row in decoded.rows}
+    for row in decoded.rows:  # no rival holds more than it says
+        numbers = row["setting"]
+        if row["method"] in ("h2o", "snapkv"):
+            assert row["kv_live_max"] <= numbers["keys"] + numbers.get("continued", 1)
+            assert row["kv_fraction"] == pytest.approx(row["budget"], abs=0.1)
     for row in masked.rows:
         other = rows[row["method"], str(row["setting"])]
         assert abs(other["perplexity"] - row["perplexity"]) < 1e-3

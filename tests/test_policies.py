@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from natsjax.attention import Inputs
 from natsjax.config import Config, NatsConfig
-from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SampledNats, SlidingWindow, SnapKV, StreamingLLM
 
 LENGTH = 12
 CONFIG = Config()
@@ -128,3 +128,71 @@ def test_settings_are_what_a_report_shows():
 def test_negative_numbers_are_refused(make):
     with pytest.raises(ValueError, match="0 or more"):
         make()
+
+
+CHOICE = jax.jit(lambda policy, inputs: policy.choice(inputs, CONFIG).key_end)
+ORDER = jax.jit(lambda policy, *arrays: policy.order(*arrays))
+HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize(
+    "make", [SlidingWindow, lambda n: StreamingLLM(0, n), lambda n: StreamingLLM(n, 0), lambda n: RandomKeys(0.0, n)]
+)
+def test_numbers_beyond_every_sequence_keep_everything(make, number):
+    """Traced or not, nothing wraps; reports get the number that was given."""
+    inputs, policy = packed([[7, 5], [12], [3]]), make(number)
+    everything = np.broadcast_to(np.asarray(inputs.document_end)[:, None], (3, 4, LENGTH))
+    for key_end in (policy.choice(inputs, CONFIG).key_end, CHOICE(policy, inputs)):
+        assert np.array_equal(np.broadcast_to(key_end, everything.shape), everything)
+    assert number in policy.setting.values()
+
+
+@pytest.mark.parametrize("number", HUGE)
+@pytest.mark.parametrize("make", [lambda n: H2O(n, n // 2), lambda n: H2O(n, n), lambda n: SnapKV(n + 1, n)])
+def test_observing_policies_with_huge_numbers_order_what_there_is(make, number):
+    policy = make(number)
+    arrays = jnp.arange(5, dtype=jnp.int32)[None, None], jnp.full((1, 1, 5), 2**31 - 1), jnp.ones((1, 1, 5))
+    at = jnp.full((1, 1, 1), 5)
+    for first, second in (policy.order(*arrays, at), ORDER(policy, *arrays, at)):
+        assert np.all(np.asarray(first) == np.inf)  # all are recent
+        assert np.array_equal(second, arrays[0])
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlidingWindow(2.5), "window=2.5: a whole number"),
+        (lambda: SlidingWindow(NAN), "window=nan: a whole number"),
+        (lambda: SlidingWindow(True), "window=True: a whole number"),
+        (lambda: StreamingLLM(INF, 3), "num_sinks=inf: a whole number"),
+        (lambda: H2O(NAN, 1), "num_keys=nan: a whole number"),
+        (lambda: H2O(4, NAN), "num_recent=nan: a whole number"),
+        (lambda: H2O(4, 5), "num_recent=5: it must lie between 0 and num_keys=4"),
+        (lambda: SnapKV(NAN, 2), "num_keys=nan: a whole number"),
+        (lambda: SnapKV(8, 8), "num_keys=8: it must be 9 or more"),
+        (lambda: RandomKeys(NAN), "share=nan: it must lie between 0 and 1"),
+        (lambda: RandomKeys(INF), "share=inf"),
+        (lambda: RandomKeys(0.5, NAN), "window=nan"),
+        (lambda: RandomKeys(0.5, 0, -1), "seed=-1: it must be 0 or more"),
+        (lambda: RandomKeys(0.5, 0, 2**32), "seed=4294967296: it must be less than"),
+        (lambda: SampledNats(2**40), "seed=1099511627776: it must be less than"),
+        (lambda: Nats(NAN), "dial=nan: a finite number"),
+        (lambda: Nats(-INF), "dial=-inf: a finite number"),
+    ],
+)
+def test_what_is_no_number_of_a_policy_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_seeds_up_to_the_largest_draw_differently():
+    positions = jnp.arange(200)[None]
+    ends = [np.asarray(RandomKeys(0.5, 0, seed).key_end(positions, 2)) for seed in (0, 2**31, 2**32 - 1)]
+    assert not np.array_equal(ends[0], ends[1])
+    assert not np.array_equal(ends[1], ends[2])
+    traced = jax.jit(lambda policy: policy.key_end(positions, 2))(RandomKeys(0.5, 0, 2**32 - 1))
+    assert np.array_equal(traced, ends[2])

@@ -1,0 +1,139 @@
+"""H2O and SnapKV in plain numpy, float64, one sequence at a time, as their papers and official code have them.
+
+Written from their descriptions, with loops where the code under test has arrays. ``NumpyModel`` is a dense transformer.
+"""
+
+import jax
+import numpy as np
+
+
+class NumpyModel:
+    """The layers of a model with dense attention: ``k`` KV heads, each with ``g`` query heads."""
+
+    def __init__(self, config, parameters):
+        self.config, self.model = config, config.model
+        self.parameters = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+        self.layers = [
+            jax.tree.map(lambda x, n=n: x[n], self.parameters["blocks"]) for n in range(self.model.num_layers)
+        ]
+
+    def embed(self, tokens):
+        """``[t, d]``."""
+        return self.parameters["embedding"][np.asarray(tokens)] * self.model.width**0.5
+
+    def project(self, layer, x, first=0):
+        """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on."""
+        y, a = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]
+        query, key, value = (
+            np.einsum(f"td,dk{g}h->tk{g}h", y, a[name]) for name, g in (("query", "g"), ("key", ""), ("value", ""))
+        )
+        index = first + np.arange(len(x))
+        return self._rotate(query, index), self._rotate(key, index), value
+
+    def weights(self, query, key, is_read):
+        """Softmax weights ``[t, k, g, s]``; ``is_read`` is bool ``[t, s]`` or ``[t, k, s]``."""
+        logits = np.einsum("tkgh,skh->tkgs", query, key) * self.model.head_dim**-0.5
+        is_read = is_read[:, :, None] if is_read.ndim == 3 else is_read[:, None, None]
+        weights = np.exp(np.where(is_read, logits - logits.max(-1, keepdims=True), -np.inf))
+        return weights / weights.sum(-1, keepdims=True)
+
+    def finish(self, layer, x, out):
+        """The layer's result from what its heads read, ``[t, k, g, h]``."""
+        x = x + np.einsum("tkgh,kghd->td", out, layer["attention"]["output"])
+        y, m = self._norm(x, layer["mlp_norm"]["scale"]), layer["mlp"]
+        gate = y @ m["gate"]
+        return x + (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
+
+    def logprobs(self, x):
+        """``[t, v]``."""
+        logits = self._norm(x, self.parameters["final_norm"]["scale"]) @ self.parameters["unembedding"].T
+        top = logits.max(-1, keepdims=True)
+        return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+    def _norm(self, x, scale):
+        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.model.norm_epsilon) * scale
+
+    def _rotate(self, x, index):
+        half = x.shape[-1] // 2
+        angle = index[:, None] * self.model.rope_base ** (-np.arange(half) / half)
+        sin, cos = (f(angle).reshape(len(index), *(1,) * (x.ndim - 2), half) for f in (np.sin, np.cos))
+        left, right = x[..., :half], x[..., half:]
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def h2o_choice(score, positions, num_keys, num_recent):
+    """Positions that a head keeps: the newest, and of the others those with the highest score."""
+    order = sorted(positions)
+    if len(order) <= num_keys:
+        return order
+    recent = order[len(order) - num_recent :]
+    others = order[: len(order) - num_recent]
+    best = sorted(others, key=lambda s: (score[s], s))[len(others) - (num_keys - num_recent) :]
+    return sorted(best) + recent
+
+
+def snapkv_choice(votes, num_keys, observed, pool=7):
+    """Positions that a head keeps of a prompt; ``votes [s]``: what its keys got from the queries of the window."""
+    length = len(votes)
+    if length <= num_keys:
+        return list(range(length))
+    rest = votes[: length - observed]
+    pooled = [max(rest[max(0, s - pool // 2) : s + pool // 2 + 1]) for s in range(len(rest))]
+    best = sorted(range(len(rest)), key=lambda s: (pooled[s], s))[len(rest) - (num_keys - observed) :]
+    return sorted(best) + list(range(length - observed, length))
+
+
+def h2o(model, tokens, num_keys, num_recent, prompt=0):
+    """Reads a prompt whole, evicts, and goes on token by token.
+
+    Returns:
+      Log-probabilities ``[t, v]``, and what every layer and head holds in the end.
+    """
+    x, length, kept = model.embed(tokens), len(tokens), []
+    for layer in model.layers:
+        query, key, value = model.project(layer, x)
+        heads = range(key.shape[1])
+        out = np.zeros(query.shape)
+        score = np.zeros((len(heads), length))
+        held = [[] for _ in heads]
+        for t in range(length):
+            for k in heads:
+                held[k].append(t)
+                is_read = np.zeros((1, length), bool)
+                is_read[0, held[k]] = True
+                weights = model.weights(query[t : t + 1, k : k + 1], key[:, k : k + 1], is_read)[0, 0]  # [g, s]
+                out[t, k] = weights @ value[:, k]
+                score[k] += weights.sum(0)
+                if t + 1 >= prompt:
+                    held[k] = h2o_choice(score[k], held[k], num_keys, num_recent)
+        x = model.finish(layer, x, out)
+        kept.append(held)
+    return model.logprobs(x), kept
+
+
+def snapkv(model, tokens, prompt, num_keys, observed):
+    """Reads a prompt with full attention, cuts it down once, and reads the tokens behind it.
+
+    Returns:
+      Log-probabilities of the tokens behind the prompt ``[t, v]``, and what every layer and head keeps of the prompt.
+    """
+    x, kept = model.embed(tokens), []
+    before, after = x[:prompt], x[prompt:]
+    count = len(after)
+    for layer in model.layers:
+        query, key, value = model.project(layer, before)
+        weights = model.weights(query, key, np.tri(prompt, dtype=bool)) if prompt else np.zeros((0, 1, 1, 0))
+        votes = weights[-observed:].sum((0, 2))  # [k, s]
+        choice = [snapkv_choice(votes[k], num_keys, observed) if prompt else [] for k in range(key.shape[1])]
+        new_query, new_key, new_value = model.project(layer, after, prompt)
+        is_read = np.zeros((count, key.shape[1], prompt + count), bool)
+        is_read[:, :, prompt:] = np.tri(count, dtype=bool)[:, None]
+        for k, positions in enumerate(choice):
+            is_read[:, k, positions] = True
+        all_keys, all_values = np.concatenate([key, new_key]), np.concatenate([value, new_value])
+        new_weights = model.weights(new_query, all_keys, is_read)
+        after = model.finish(layer, after, np.einsum("tkgs,skh->tkgh", new_weights, all_values))
+        if prompt:
+            before = model.finish(layer, before, np.einsum("tkgs,skh->tkgh", weights, value))
+        kept.append(choice)
+    return model.logprobs(after), kept

@@ -1,0 +1,261 @@
+"""Rivals against their own definition: tables of scores and choices, and whole models in plain numpy.
+
+The tables' choices were made by the official code (github.com/FasterDecoding/SnapKV, ``update_kv`` with ``maxpool`` and
+a kernel of 7; github.com/FMInference/H2O, ``H2OKVCache_LayerWise``), fed with these scores.
+"""
+
+import dataclasses
+
+import decoding
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from rival_oracles import NumpyModel, h2o, snapkv
+
+from natsjax import kv_allocation, kv_buffer
+from natsjax.decode import prefill
+from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
+from natsjax.matching import share_for_budget
+from natsjax.measure_decode import measure_decoding
+from natsjax.policies import H2O, RandomKeys, SnapKV, StreamingLLM
+from pallas_kernels.nats_attention import NO_END
+
+CONFIG = decoding.config(model={"attention": "dense"})
+PARAMETERS = decoding.parameters_of(CONFIG)
+MODEL = NumpyModel(CONFIG, PARAMETERS)
+
+
+def keys_of(heads, positions, mass, seen=None):
+    """Keys of one layer and row on their way into the buffer; ``mass`` is ``[k, t]``."""
+    shape = (1, 1, heads, len(positions))
+    wide = jnp.zeros((*shape, 4))
+    mass = jnp.asarray(mass, jnp.float32).reshape(shape)
+    return NewKeys(
+        wide,
+        wide,
+        jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shape),
+        jnp.full(shape, NO_END),
+        jnp.full(shape[:3], UNTIL_GLOBAL),
+        mass,
+        None if seen is None else jnp.asarray(seen, jnp.float32)[None, None],
+    )
+
+
+def buffer_of(heads, slots):
+    (group,) = kv_allocation.empty(
+        [1],
+        [slots],
+        batch=1,
+        num_kv_heads=heads,
+        head_dim=4,
+        dtype="float32",
+        format="transposed",
+        block=slots,
+        observed=True,
+    )
+    return group
+
+
+def held(group, at):
+    """Positions that each head of the first row holds, by slot."""
+    pairs = zip(np.asarray(group.key_position)[0, 0], np.asarray(group.key_end)[0, 0], strict=True)
+    return [position[end > at].tolist() for position, end in pairs]
+
+
+def kept_of_prompt(policy, mass):
+    """What the heads keep of a prompt whose keys received this, ``mass [k, s]``; free slots hold anything."""
+    length = np.shape(mass)[1]
+    mass = np.pad(np.asarray(mass, np.float32), ((0, 0), (0, 3)), constant_values=9)[None]
+    position = np.broadcast_to(np.arange(length + 3, dtype=np.int32), mass.shape)
+    end = np.where(position < length, NO_END, length).astype(np.int32)
+    arrays = policy.order(*map(jnp.asarray, (position, end, mass)), jnp.full((1, 1, 1), length))
+    result = []
+    for first, second in zip(*(np.asarray(x)[0, :, :length] for x in arrays), strict=True):
+        leaves = np.lexsort((second, first))[: max(length - policy.num_keys, 0)]
+        result.append(sorted(set(range(length)) - set(leaves.tolist())))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("keys", "observed", "scores", "kept"),
+    [
+        (
+            6,
+            2,
+            [
+                [0.30, 0.05, 0.10, 0.05, 0.05, 0.02, 0.01, 0.03, 0.02, 0.01, 0.60, 0.70],
+                [0.02, 0.05, 0.01, 0.04, 0.03, 0.20, 0.02, 0.01, 0.06, 0.40, 0.90, 0.10],
+            ],
+            [[0, 1, 2, 3, 10, 11], [6, 7, 8, 9, 10, 11]],
+        ),
+        (
+            9,
+            2,
+            [
+                [0.05, 0.04, 0.03, 0.06, 0.02, 0.40, 0.02, 0.01, 0.02, 0.03, 0.80, 0.90],
+                [0.20, 0.05, 0.02, 0.03, 0.01, 0.02, 0.01, 0.02, 0.03, 0.04, 0.50, 0.99],
+            ],
+            [[2, 3, 4, 5, 6, 7, 8, 10, 11], [0, 1, 2, 3, 4, 8, 9, 10, 11]],
+        ),
+        # Where the best seven are alike the original takes any; here the newest. The window's own scores are nothing.
+        (
+            5,
+            2,
+            [[0.1, 0.1, 0.9, *[0.1] * 7, 2.0, 3.0], [*[0.1] * 10, 2.0, 3.0]],
+            [[3, 4, 5, 10, 11], [7, 8, 9, 10, 11]],
+        ),
+        (12, 2, [[0.5] * 12], [[*range(12)]]),  # a prompt within the budget
+        (30, 20, [[0.5] * 12], [[*range(12)]]),  # within the observation window
+        (13, 11, [[0.5] * 12], [[*range(12)]]),
+    ],
+)
+def test_snapkv_drops_the_window_and_pools_the_rest(keys, observed, scores, kept):
+    assert kept_of_prompt(SnapKV(keys, observed), scores) == kept
+
+
+def test_snapkv_knows_neighbours_by_their_age():
+    """Slots in any order, free ones with anything in them: the choice is the same."""
+    rng = np.random.default_rng(0)
+    policy, at = SnapKV(9, 3), jnp.full((1, 1, 1), 16)
+    mass, ends = rng.random(20).astype(np.float32), np.where(np.arange(20) < 16, NO_END, 16)
+    mass[16:] = 9
+
+    def order(slots):
+        arrays = (x[slots][None, None] for x in (np.arange(20, dtype=np.int32), ends.astype(np.int32), mass))
+        first = np.asarray(policy.order(*map(jnp.asarray, arrays), at)[0])[0, 0]
+        return first[np.argsort(slots)][:16].tolist()
+
+    shuffled = rng.permutation(20)
+    assert order(shuffled) == order(np.arange(20))
+    assert order(shuffled)[:13] == [mass[:13][max(0, s - 3) : s + 4].max() for s in range(13)]
+
+
+def test_h2o_adds_up_and_evicts_as_its_code():
+    """A prompt of six tokens, then four more: what slots received of each, and what was kept."""
+    policy, limit = H2O(4, 2), jnp.int32(4)
+    prompt = [[1.98, 2.39, 0.41, 1.01, 0.06, 0.14], [1.48, 1.38, 2.08, 0.23, 0.64, 0.19]]
+    assert kept_of_prompt(policy, prompt) == [[0, 1, 4, 5], [0, 2, 4, 5]]
+    write = jax.jit(kv_buffer.write_chunk)
+    group, evicted = write(buffer_of(2, 6), keys_of(2, range(6), prompt), jnp.array([6]), policy, limit)
+    assert held(group, 6) == [[0, 1, 4, 5], [0, 2, 4, 5]]
+    assert np.all(np.asarray(evicted) == 2)
+    steps = [
+        ([[0.16, 0.02, 0.79, 0.01, 0.01], [0.01, 0.9, 0.06, 0.02, 0.01]], [[0, 1, 5, 6], [0, 2, 5, 6]]),
+        ([[0.39, 0.02, 0.01, 0.57, 0.02], [0.03, 0.06, 0.02, 0.05, 0.84]], [[0, 1, 6, 7], [0, 2, 6, 7]]),
+        ([[0.02, 0.05, 2.71, 0.41, 0.31], [0.55, 0.13, 0.13, 0.08, 0.12]], [[0, 6, 7, 8], [0, 2, 7, 8]]),
+        ([[0.03, 0.01, 0.02, 0.89, 0.05], [0.0, 0.79, 2.4, 0.0, 0.15]], [[0, 6, 8, 9], [2, 7, 8, 9]]),
+    ]
+    for token, (weights, kept) in enumerate(steps, 6):
+        weights = np.array(weights)
+        seen = np.pad(weights[:, :4], ((0, 0), (0, 2)))
+        new = keys_of(2, [token], weights[:, 4], seen)
+        group, _ = write(group, new, jnp.array([token + 1]), policy, limit)
+        assert held(group, token + 1) == kept
+
+
+def test_h2o_lets_the_oldest_of_those_alike_go():
+    assert kept_of_prompt(H2O(4, 2), [[0.5] * 6, [0.5, 0.5, 0.4, 0.4, 0.1, 0.1]]) == [[2, 3, 4, 5], [0, 1, 4, 5]]
+
+
+@pytest.mark.parametrize(("policy", "chunk"), [(H2O(6, 3), 3), (H2O(6, 3), 32), (SnapKV(9, 4), 3)], ids=str)
+def test_a_prompt_is_seen_whole_before_a_key_goes(policy, chunk):
+    """Head by head, with grouped queries, in rows of other lengths, whatever the chunk."""
+    rows = decoding.prompts([21, 5, 14])
+    settings = dataclasses.replace(decoding.SMALL, chunk=chunk)
+    cache, _ = prefill(decoding.decoder(CONFIG, PARAMETERS, policy, settings), rows)
+    for number, row in enumerate(rows):
+        if policy.method == "h2o":
+            _, kept = h2o(MODEL, row, policy.num_keys, policy.num_recent, prompt=len(row))
+        else:
+            _, kept = snapkv(MODEL, row, len(row), policy.num_keys, policy.observation_window)
+        position, end = (
+            np.concatenate([np.asarray(x)[:, number] for x in arrays])
+            for arrays in zip(*((group.key_position, group.key_end) for group in cache.buffer), strict=True)
+        )
+        for layer, head in np.ndindex(3, 2):
+            live = end[layer, head] > len(row)
+            assert sorted(position[layer, head][live].tolist()) == kept[layer][head], (number, layer, head)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    made = tiny.make_run(tmp_path_factory.mktemp("rivals") / "run", CONFIG)
+    placed = jax.tree.map(lambda x: x.sharding, made.parameters)
+    return dataclasses.replace(made, parameters=jax.device_put(PARAMETERS, placed))
+
+
+def by_document(contexts, logprobs):
+    """Negative log-likelihood of each context's predicted tokens; ``logprobs(tokens) -> [t, v]`` of a document."""
+    total = np.zeros(len(contexts["inputs"]))
+    starts = (contexts["positions"] == 0) & (contexts["document_end"] > 0)
+    for row, start in zip(*np.nonzero(starts), strict=True):
+        piece = slice(start, contexts["document_end"][row, start])
+        targets, weight = contexts["targets"][row, piece], contexts["loss_weight"][row, piece]
+        found = logprobs(contexts["inputs"][row, piece])
+        total[row] -= np.sum(found[np.arange(len(targets)), targets] * weight)
+    return total
+
+
+CONTEXTS = tiny.packed_batch(length=30) | {"document_id": np.repeat([[0], [1], [2]], 30, axis=1)}
+
+
+def test_h2o_is_measured_token_by_token(run):
+    """Packed documents of several lengths; nothing depends on how many tokens are read at once."""
+    found = measure_decoding(run, CONTEXTS, H2O(5, 2), chunk=7)
+    expected = by_document(CONTEXTS, lambda tokens: h2o(MODEL, tokens, 5, 2)[0])
+    assert np.allclose(found.documents.nll, expected, rtol=1e-4)
+    positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
+    assert np.all(found.live_pairs == np.sum(np.minimum(5, positions) + 1))
+    assert np.all(found.live_max == 6)
+
+
+def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run, chunk=4):
+    def logprobs(tokens):
+        parts = [snapkv(MODEL, tokens[: b + chunk], b, 6, 3)[0] for b in range(0, len(tokens), chunk)]
+        return np.concatenate(parts)
+
+    found = measure_decoding(run, CONTEXTS, SnapKV(6, 3), chunk=chunk)
+    assert np.allclose(found.documents.nll, by_document(CONTEXTS, logprobs), rtol=1e-4)
+    positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
+    begin = positions // chunk * chunk
+    assert np.all(found.live_pairs == np.sum(np.minimum(6, begin) + positions - begin + 1))
+    assert np.all(found.allocated <= 6 + chunk + 15)
+
+
+def test_streaming_llm_holds_what_its_cache_holds():
+    """Between two tokens: the sinks and the newest, ``start_size + recent_size`` in all."""
+    sinks, recent, length = 3, 4, 20
+    end = np.asarray(StreamingLLM(sinks, recent).key_end(jnp.arange(length)[None], 1))[0, 0]
+    cache = []
+    for t in range(length):
+        assert [s for s in range(t + 1) if end[s] > t] == [*cache, t]
+        cache.append(t)
+        if len(cache) > sinks + recent:
+            cache = cache[:sinks] + cache[-recent:]
+    assert len(cache) == sinks + recent
+
+
+@pytest.mark.parametrize("layers", [(None,), (None, 6), (3, None)])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_random_keys_meet_their_number(layers, heads):
+    """With the very draws, in pieces of any length: within one key of a head."""
+    lengths = np.random.default_rng(0).integers(1, 120, 40)
+    positions = np.arange(lengths.max(), dtype=np.int32)[None]
+    causal = np.sum(lengths * (lengths + 1) // 2)
+
+    def fraction(policy):
+        ends = np.asarray(policy.key_end(positions, heads), np.int64)[0]
+        total = 0
+        for own in layers:
+            for length in lengths:
+                reach = length if own is None else own + 1
+                total += np.sum(np.minimum(np.minimum(ends[:, :length], length) - positions[0, :length], reach))
+        return total / heads / len(layers) / causal
+
+    for seed in (0, 1):
+        draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, heads))[0]
+        for budget in (0.25, 0.35, 0.45):
+            share, window = share_for_budget(lengths, budget, 4, layers, draws)
+            assert abs(fraction(RandomKeys(share, window, seed)) - budget) <= 0.5 * len(lengths) * 120 / causal / heads
