@@ -22,6 +22,7 @@ from natsjax.data import (
     Tokenizer,
     Vocabulary,
     evaluation_contexts,
+    is_tokenizer_of,
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
@@ -179,6 +180,7 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
             data.input,
             folder,
             tokenizer=data.tokenizer,
+            tiktoken_pattern=data.tiktoken_pattern,
             vocab_size=data.vocab_size,
             held_out_fraction=data.held_out_fraction,
             validation_input=data.validation_input,
@@ -282,7 +284,7 @@ def _check_tokenizer(config: Config, corpus: Corpus) -> None:
     """Compares the tokenizer that the config asks for with that of a corpus that was prepared earlier."""
     asked, found = config.data.tokenizer, corpus.tokenizer
     if asked not in ("bpe", "byte"):
-        found_is_asked = load_tokenizer(asked).fingerprint == found.fingerprint
+        found_is_asked = is_tokenizer_of(asked, found, tiktoken_pattern=config.data.tiktoken_pattern)
     else:
         found_is_asked = asked == found.kind and (asked == "byte" or config.data.vocab_size == found.vocab_size)
     if not found_is_asked:

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from natsjax.data.tokenizer_base import Int32Array, PieceTokenizer, read_json, utf8
+from natsjax.data.tokenizer_base import Int32Array, PieceTokenizer, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 NUM_SPECIALS = 2  # BOS and EOS
@@ -164,7 +164,7 @@ class BPETokenizer(_ByteStringTokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [as_ids(encoding.ids) for encoding in encodings]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a folder (made if missing), with a `tokenizer.json` for other programs.

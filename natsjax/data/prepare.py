@@ -32,7 +32,7 @@ from natsjax.data.prepare_request import PrepareRequest, absolute_input
 from natsjax.data.progress import Progress, log_lines
 from natsjax.data.scan import TRAIN, VALIDATION, divide
 from natsjax.data.split_writer import SplitWriter
-from natsjax.data.tokenizer import Tokenizer
+from natsjax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from natsjax.errors import UserError
 
 _PARTS_VERSION = 1  # of what lies in a partial folder
@@ -235,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))
             print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
+            if isinstance(corpus.tokenizer, PretrainedTokenizer) and corpus.tokenizer.caveat:
+                print(f"  of the tokenizer: {corpus.tokenizer.caveat}")
             for line in describe(corpus):
                 print(f"  {line}".rstrip())
     except UserError as error:
