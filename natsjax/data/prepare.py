@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from natsjax import signals
+from natsjax import processes, signals
 from natsjax.data.atomic_folder import PartialFolder, folder_lock, partial_path
 from natsjax.data.corpus import CORPUS_FILE, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
@@ -243,7 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        signals.end_if_abandoned(signals.EXIT_STATUS)
         return signals.EXIT_STATUS
     return 0
 
@@ -311,4 +310,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == signals.EXIT_STATUS:  # at once: the interpreter would wait for what is still inside a library
+        processes.end(KeyboardInterrupt("interrupted"), status)
+    sys.exit(status)

@@ -91,6 +91,8 @@ class PretrainedTokenizer(PieceTokenizer):
         if unknown:
             found.append(f"it knows no token for parts of {_short(unknown[0])!r}")
         own = self._own_tokens()
+        if lost:  # of the others, which are read as ordinary text, nothing new is to be found
+            own = [token for token in own if token.encode() in {self._piece(at) for at in self.encode(token).tolist()}]
         for token in own[:: -(-len(own) // _MAX_OWN) or 1]:
             if changed := self._loss_around(token):
                 found.append(changed)
