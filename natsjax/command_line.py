@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from natsjax import processes, standard_streams
+from natsjax import processes, signals, standard_streams
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.settings import closest, did_you_mean, nearest, shown
@@ -356,7 +356,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             sys.exit(2)
         except KeyboardInterrupt:
             processes.say("interrupted")
-            sys.exit(130)
+            signals.end_if_abandoned(signals.EXIT_STATUS)
+            sys.exit(signals.EXIT_STATUS)
         if status:
             sys.exit(status)
 

@@ -141,6 +141,11 @@ class DataConfig:
         "preparing",
         path=PathSyntax(words=("bpe", "byte")),
     )
+    tiktoken_pattern: str = setting(
+        "",
+        "how a .tiktoken tokenizer cuts text up before BPE: gpt2, r50k, p50k, cl100k, o200k or a regular expression; "
+        "empty: as its publisher does, where the file is known; for preparing",
+    )
     vocab_size: int = setting(2048, "entries of a trained BPE, BOS and EOS among them; for preparing", minimum=258)
     validation_input: str = setting(
         "", "text held out for evaluation; empty: a part of input", path=PathSyntax(prefix="package:")

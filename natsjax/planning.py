@@ -251,7 +251,9 @@ def vocab_size_of(config: Config) -> int:
         return Corpus.load(data.prepared_dir).tokenizer.vocab_size
     if data.tokenizer == "bpe":
         return data.vocab_size
-    return ByteTokenizer().vocab_size if data.tokenizer == "byte" else load_tokenizer(data.tokenizer).vocab_size
+    if data.tokenizer == "byte":
+        return ByteTokenizer().vocab_size
+    return load_tokenizer(data.tokenizer, tiktoken_pattern=data.tiktoken_pattern).vocab_size
 
 
 # --- memory ---

@@ -22,6 +22,7 @@ from natsjax.data import (
     Tokenizer,
     Vocabulary,
     evaluation_contexts,
+    is_tokenizer_of,
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
@@ -195,6 +196,7 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
             data.input,
             folder,
             tokenizer=data.tokenizer,
+            tiktoken_pattern=data.tiktoken_pattern,
             vocab_size=data.vocab_size,
             held_out_fraction=data.held_out_fraction,
             validation_input=data.validation_input,
@@ -309,7 +311,7 @@ def _check_tokenizer(config: Config, workdir: Workdir, corpus: Corpus) -> None:
     if asked not in ("bpe", "byte"):
         if workdir.has_checkpoint() and not os.path.exists(asked):
             return  # it was moved away after it had been compared; the corpus has a copy
-        found_is_asked = load_tokenizer(asked).fingerprint == found.fingerprint
+        found_is_asked = is_tokenizer_of(asked, found, tiktoken_pattern=config.data.tiktoken_pattern)
     else:
         found_is_asked = asked == found.kind and (asked == "byte" or config.data.vocab_size == found.vocab_size)
     if not found_is_asked:

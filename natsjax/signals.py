@@ -9,9 +9,14 @@
 Python runs a handler in the main thread, and only when that returns to Python, which may take minutes while XLA
 compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it says what will follow, and for a
 second signal it ends the process, whatever the main thread is doing.
+
+Work that may be left anywhere but spends minutes inside libraries goes through ``interruptible``: it runs in a thread,
+and the main one only waits.
 """
 
 import contextlib
+import contextvars
+import ctypes
 import gc
 import os
 import select
@@ -20,8 +25,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import FrameType
+from typing import TypeVar
 
 from natsjax import processes
 from natsjax.processes import Interrupted
@@ -36,6 +43,11 @@ _PUT_OFF = 0.05
 """Seconds until a signal is looked at again that came where nothing can be raised."""
 _SAY_AFTER = 1.0
 """Seconds that a request waits before it is said what it waits for."""
+_GRACE = 1.0
+"""Seconds that interrupted work gets to put things in order."""
+_T = TypeVar("_T")
+
+_abandoned: list[threading.Thread] = []
 
 _current: "StopRequests | None" = None
 
@@ -143,6 +155,59 @@ class StopRequests:
                         file=sys.stderr,
                     )
                 processes.end(KeyboardInterrupt(name), EXIT_STATUS)
+
+
+def interruptible(work: Callable[[], _T]) -> _T:
+    """Calls ``work`` so that a signal is heard at once, though ``work`` be inside a library for minutes.
+
+    It runs in a thread of its own, which must be able to end anywhere without loss. When the wait for it is left by an
+    exception (``KeyboardInterrupt``), the same is raised in that thread. A library that does not come back within a
+    second is left alone: what it returns one day is thrown away, and ``end_if_abandoned`` ends the process without it.
+    In another thread than the main one, which hears of no signal, ``work`` is called directly.
+
+    Returns:
+      What ``work`` returned.
+
+    Raises:
+      BaseException: what ``work`` raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    outcome: Future[_T] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            outcome.set_result(context.run(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="natsjax-interruptible", daemon=True)
+    try:
+        thread.start()
+        return outcome.result()
+    except BaseException:
+        if not outcome.done() and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
+            )
+            thread.join(_GRACE)
+            if thread.is_alive():
+                _abandoned.append(thread)
+        raise
+
+
+def end_if_abandoned(status: int) -> None:
+    """Ends an interrupted process at once where work is still inside a library; else does nothing.
+
+    The interpreter's own end would wait for what that work has started, and a thread of native code that comes back
+    in the middle of it aborts the process.
+
+    Args:
+      status: the exit status.
+    """
+    if any(thread.is_alive() for thread in _abandoned):
+        processes.end(KeyboardInterrupt("interrupted"), status)
 
 
 def _is_in_gc_callback(frame: FrameType | None) -> bool:

@@ -366,7 +366,10 @@ def test_changed_saved_files_are_noticed(opened, name, tmp_path):
     ("name", "caveat"),
     [
         ("byte_level", ""),
-        ("tiktoken", ""),
+        (
+            "tiktoken",
+            "its file does not say how text is cut up before BPE, and the pattern of cl100k (GPT-4) is assumed",
+        ),
         ("sp_no_space", "it does not give back every text ('a▁b' comes back as 'a b')"),
         (
             "sp_bpe_bytes",

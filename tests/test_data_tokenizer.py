@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natsjax.data import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, load_tokenizer
+from natsjax.data import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, byte_tokenizers, load_tokenizer
+from natsjax.data.byte_tokenizers import LONGEST_TRAINING_WORD
 from natsjax.errors import UserError
 
 TEXTS = [
@@ -146,3 +147,29 @@ def test_damaged_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text((tmp_path / "other" / "tokenizer.json").read_text())
     with pytest.raises(UserError, match="was changed"):
         load_tokenizer(tmp_path)
+
+
+def test_training_cuts_long_words_and_encoding_does_not():
+    """The time of training is quadratic in the longest word: DNA has only one."""
+    tokenizer = BPETokenizer.train(["a" * 100_000], vocab_size=300)
+    assert tokenizer.token_bytes.max() == LONGEST_TRAINING_WORD == 256
+    assert len(tokenizer.encode("a" * 1024)) == 4
+    wide = BPETokenizer.train(["東" * 10_000], vocab_size=300)  # characters are not cut in two
+    assert "東" * 256 in {wide.token_text(token) for token in range(wide.vocab_size)}
+
+
+def test_tokenizers_of_ordinary_text_are_what_they_always_were():
+    """Of the version before words were cut, so that what was trained then is what is trained today."""
+    assert BPE.fingerprint == "1b0f151a2f3779bd4aec1177d62991e7b0cf9cfb20d316c25b187f000a563f96"
+
+
+@given(words=st.lists(st.from_regex(r"[^\s\w]{0,3}[\w東ö]{0,9}'?[a-z0-9é京]", fullmatch=True)), data=st.data())
+def test_a_long_text_is_encoded_as_if_it_were_in_one_piece(words, data):
+    spaces = [data.draw(st.sampled_from([" ", "  ", "\n", "\t \r\n", " \u3000"])) for _ in words]
+    text = "".join(word + space for word, space in zip(words, spaces, strict=True))
+    (whole,) = BPE._encode_batch([text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(byte_tokenizers, "_LONGEST_PART", 20)
+        assert BPE.encode(text).tolist() == whole.tolist()
+        assert BPE.encode_batch(["x", text])[1].tolist() == whole.tolist()
+        assert BPE.decode(BPE.encode("ACGT" * 50)) == "ACGT" * 50

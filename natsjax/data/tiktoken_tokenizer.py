@@ -3,11 +3,13 @@
 Each line of a `.tiktoken` file is a token, its bytes in base64, and its rank, which is its id. What the file does not
 say can stand in a JSON file beside it, `NAME.tiktoken.json`, all of it optional:
 
-    {"pattern": "…",                              the regular expression that text is cut up with before BPE
+    {"pattern": "…",                              what text is cut up with before BPE: a regular expression, or a name
+                                                  of `natsjax.data.tiktoken_patterns`
      "special_tokens": {"<|endoftext|>": 100257}, ids that stand for no text
      "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
-By default the pattern is that of cl100k (GPT-4), which Llama 3 uses too, and BOS and EOS are appended.
+Of the files of OpenAI and of Llama 3, which are recognised by their hash, the publisher's settings are known. Of others
+the pattern is assumed to be that of cl100k (GPT-4), with a warning, and BOS and EOS are appended.
 """
 
 from __future__ import annotations
@@ -26,19 +28,17 @@ import numpy as np
 from natsjax.data.pretrained_tokenizer import (
     PretrainedTokenizer,
     as_user_error,
+    note_on,
     num_threads,
     read_bytes,
     with_specials,
 )
-from natsjax.data.tokenizer_base import Int32Array, read_json, utf8
+from natsjax.data.tiktoken_patterns import CL100K_PATTERN, assumption, find_pattern, recognise
+from natsjax.data.tokenizer_base import Int32Array, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
-CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-
 _RANKS_FILE = "tokenizer.tiktoken"
+_SETTINGS = {"pattern": str, "special_tokens": dict, "bos_token": str, "eos_token": str}
 _MAX_ID = 2**24  # far above any vocabulary; an id beyond is a damaged file
 # In a longer run of white space the library's regular expressions run out of stack; the run is cut up before.
 _LONGEST_SPACE = 10_000
@@ -101,34 +101,59 @@ class TiktokenTokenizer(PretrainedTokenizer):
             )
 
     @classmethod
-    def open(cls, path: Path) -> TiktokenTokenizer:
+    def open(cls, path: Path, *, pattern: str = "", as_before: bool = False) -> TiktokenTokenizer:
         """Read a `.tiktoken` file, and the settings beside it if there are any.
+
+        Args:
+          path: the file.
+          pattern: a name of `natsjax.data.tiktoken_patterns` or a regular expression; goes before the settings.
+          as_before: read it as was done before files were recognised, when all were cut with cl100k's pattern.
 
         Raises:
           UserError: a file cannot be read, is damaged or holds something else.
         """
         settings_file = path.with_name(path.name + ".json")
         settings = read_json(settings_file) if settings_file.is_file() else {}
-        return cls._from(path, settings, settings_file)
+        _check_types(settings, settings_file)
+        if pattern:
+            settings = settings | {"pattern": pattern}
+        if settings.get("pattern") is not None:
+            settings = settings | {"pattern": find_pattern(settings["pattern"])}
+        ranks = _read_ranks(path)
+        known = None if as_before else recognise(ranks)
+        notes = []
+        if known is not None:
+            name, found = known
+            if "special_tokens" in settings:  # BOS and EOS are names of these
+                found = {"pattern": found["pattern"]}
+            settings = found | settings
+            notes.append(f"its ranks are {name}, whose settings are known")
+        given = {name: value for name, value in settings.items() if value is not None}
+        tokenizer = cls(ranks, **given, source=path)
+        tokenizer.notes = (
+            *notes,
+            note_on("BOS", given.get("bos_token"), "as its settings say", tokenizer.bos_id),
+            note_on("EOS", given.get("eos_token"), "as its settings say", tokenizer.eos_id),
+        )
+        if "pattern" not in given:
+            tokenizer.assumed = assumption(ranks)
+        return tokenizer
 
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> TiktokenTokenizer:
         """Read what `save` wrote; `description` is the folder's description file."""
-        settings = {name: description.get(name) for name in ("pattern", "special_tokens", "bos_token", "eos_token")}
-        return cls._from(folder / _RANKS_FILE, settings, folder)
-
-    @classmethod
-    def _from(cls, path: Path, settings: Mapping[str, Any], settings_file: Path) -> TiktokenTokenizer:
-        types = {"pattern": str, "special_tokens": dict, "bos_token": str, "eos_token": str}
-        for name, value in settings.items():
-            if name not in types:
-                raise UserError(
-                    f"{settings_file} has a setting {name!r}; a tokenizer's settings are {', '.join(types)}."
-                )
-            if value is not None and not isinstance(value, types[name]):
-                raise UserError(f"{name} in {settings_file} is {value!r}; it must be a {types[name].__name__}.")
+        settings = {name: description.get(name) for name in _SETTINGS}
+        _check_types(settings, folder)
+        path = folder / _RANKS_FILE
         given = {name: value for name, value in settings.items() if value is not None}
-        return cls(_read_ranks(path), **given, source=path)
+        tokenizer = cls(_read_ranks(path), **given, source=path)
+        tokenizer.assumed = str(description.get("assumed", ""))
+        return tokenizer
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that cuts text up before BPE."""
+        return self._settings["pattern"]
 
     def encode(self, text: str) -> Int32Array:
         """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
@@ -137,7 +162,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
           UserError: the text is no valid Unicode (it holds a lone surrogate).
         """
         utf8(text)
-        return np.array([token_id for part in _parts(text) for token_id in self._encode(part)], np.int32)
+        return np.concatenate([as_ids(self._encode(part)) for part in _parts(text)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
@@ -155,7 +180,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
             if not _is_panic(error):
                 raise
             batch = [self._encode(text) for text in texts]
-        return [np.array(ids, np.int32) for ids in batch]
+        return [as_ids(ids) for ids in batch]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a folder (made if missing), with a `.tiktoken` file for other programs.
@@ -179,8 +204,11 @@ class TiktokenTokenizer(PretrainedTokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._ranks, self._settings)
 
+    def _own_tokens(self) -> Sequence[str]:
+        return [*self._settings["special_tokens"]]
+
     def _options(self) -> dict[str, Any]:
-        return self._settings
+        return super()._options() | self._settings
 
     def _definition(self) -> list[object]:
         settings = {**self._settings, "special_tokens": sorted(self._settings["special_tokens"].items())}
@@ -194,7 +222,10 @@ def is_tiktoken(path: Path) -> bool:
 
 def _parts(text: str) -> list[str]:
     """The text, cut where a run of white space is too long for the library."""
-    if len(text) < _LONGEST_SPACE or not (runs := list(_LONG_SPACE.finditer(text))):
+    # A long run covers one of these places; the regular expression takes a second for a long text, and holds Python up.
+    if not any(text[at].isspace() for at in range(0, len(text), _LONGEST_SPACE // 2)):
+        return [text]
+    if not (runs := list(_LONG_SPACE.finditer(text))):
         return [text]
     cuts = [
         0,
@@ -229,6 +260,16 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             raise UserError(f"{path}:{number} holds the token {piece!r} for the second time.")
         ranks[piece] = token_id
     return ranks
+
+
+def _check_types(settings: Mapping[str, Any], settings_file: Path) -> None:
+    for name, value in settings.items():
+        if name not in _SETTINGS:
+            raise UserError(
+                f"{settings_file} has a setting {name!r}; a tokenizer's settings are {', '.join(_SETTINGS)}."
+            )
+        if value is not None and not isinstance(value, _SETTINGS[name]):
+            raise UserError(f"{name} in {settings_file} is {value!r}; it must be a {_SETTINGS[name].__name__}.")
 
 
 def _check(

@@ -13,6 +13,7 @@ special ids and with bits per byte stands in `natsjax.data.pretrained_tokenizer`
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from natsjax.data.byte_tokenizers import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokeni
 from natsjax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from natsjax.data.pretrained_tokenizer import PretrainedTokenizer
 from natsjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from natsjax.data.tiktoken_patterns import find_pattern
 from natsjax.data.tiktoken_tokenizer import TiktokenTokenizer, is_tiktoken
 from natsjax.data.tokenizer_base import (
     DESCRIPTION_FILE,
@@ -41,30 +43,72 @@ _HUGGING_FACE_FILE = "tokenizer.json"
 _MODEL_NAME = re.compile(r".*\.model(\.v\w+)?", re.IGNORECASE | re.DOTALL)  # Mistral's are called tokenizer.model.v3
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> PieceTokenizer:
+# Files that do not hold a whole tokenizer, and what to do.
+_OTHER_FORMATS: dict[tuple[str, ...], str] = {
+    ("tekken.json",): (
+        "Mistral's format, which natsjax does not read; give the tokenizer.json that is published beside it."
+    ),
+    **{
+        names: (
+            "which do not say how text is cut up; if they are byte-level like GPT-2's, make one file of them: "
+            f"python -c \"from tokenizers import ByteLevelBPETokenizer as T; T('{names[0]}', '{names[1]}')"
+            ".save('tokenizer.json')\""
+        )
+        for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+    },
+}
+
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, tiktoken_pattern: str = "") -> PieceTokenizer:
     """Read a tokenizer that `save` wrote, or one that was made elsewhere (see the module).
 
     Args:
       path: a folder, or a tokenizer.json, .model or .tiktoken file.
+      tiktoken_pattern: what text is cut up with before BPE, for a `.tiktoken` file, which does not say it: a name or
+        a regular expression (`natsjax.data.tiktoken_patterns`). Empty: as its settings or its publisher say, else
+        cl100k's, and a warning.
 
     Raises:
-      UserError: there is no tokenizer there, its files are damaged or of another version, or the library that runs it
-        is not installed.
+      UserError: there is no tokenizer there, its files are damaged or of another version, the library that runs it
+        is not installed, or `tiktoken_pattern` is not for it.
 
     Example:
       >>> load_tokenizer("gpt2/tokenizer.json").encode("Fellow citizens")
     """
     path = Path(path)
-    if path.is_dir():
-        if (path / DESCRIPTION_FILE).is_file():
-            return _load_saved(path)
-        return _open(_file_in(path))
-    if not path.exists():
-        raise UserError(
-            f"there is no tokenizer in {path}, which does not exist{did_you_mean(str(path), ('byte', 'bpe'))}; name a "
-            "folder, or a tokenizer.json, SentencePiece .model or .tiktoken file."
-        )
-    return _open(path)
+    if (path / DESCRIPTION_FILE).is_file():
+        tokenizer = _load_saved(path)
+        if tiktoken_pattern and getattr(tokenizer, "pattern", None) != find_pattern(tiktoken_pattern):
+            raise UserError(
+                f"tiktoken_pattern is {tiktoken_pattern!r}, but the tokenizer in {path} was stored with all that it "
+                "needs; leave tiktoken_pattern out, or name the .tiktoken file itself."
+            )
+        return tokenizer
+    tokenizer = _open(_file(path), tiktoken_pattern)
+    tokenizer.warn_once(path)
+    return tokenizer
+
+
+def is_tokenizer_of(path: str | os.PathLike[str], tokenizer: Tokenizer, *, tiktoken_pattern: str = "") -> bool:
+    """Whether a corpus with this tokenizer was prepared with the one at `path`, perhaps by an earlier natsjax.
+
+    Raises:
+      UserError: see `load_tokenizer`.
+    """
+    if load_tokenizer(path, tiktoken_pattern=tiktoken_pattern).fingerprint == tokenizer.fingerprint:
+        return True
+    if tiktoken_pattern or tokenizer.kind != TiktokenTokenizer.kind or (Path(path) / DESCRIPTION_FILE).is_file():
+        return False
+    file = _file(Path(path))
+    if not _holds_ranks(file) or TiktokenTokenizer.open(file, as_before=True).fingerprint != tokenizer.fingerprint:
+        return False
+    _log.warning(
+        "%s is cut up otherwise today than when the corpus was prepared; its corpus and tokenizer stay as they were.",
+        path,
+    )
+    return True
 
 
 def _load_saved(folder: Path) -> PieceTokenizer:
@@ -94,12 +138,25 @@ def _load_saved(folder: Path) -> PieceTokenizer:
     return tokenizer
 
 
+def _file(path: Path) -> Path:
+    """The file of a tokenizer that was made elsewhere; of a folder, the one that it holds."""
+    if not path.exists():
+        raise UserError(
+            f"there is no tokenizer in {path}, which does not exist{did_you_mean(str(path), ('byte', 'bpe'))}; name a "
+            "folder, or a tokenizer.json, SentencePiece .model or .tiktoken file."
+        )
+    return _file_in(path) if path.is_dir() else path
+
+
 def _file_in(folder: Path) -> Path:
     """The one tokenizer file of a folder; of several formats of the same, Hugging Face's is the one to take."""
     if (folder / _HUGGING_FACE_FILE).is_file():
         return folder / _HUGGING_FACE_FILE
     files = sorted(file for file in folder.iterdir() if file.is_file() and (_is_model(file) or _has_ranks(file)))
     if not files:
+        for others, advice in _OTHER_FORMATS.items():
+            if all((folder / name).is_file() for name in others):
+                raise UserError(f"{folder} holds {' and '.join(others)}, {advice}")
         raise UserError(
             f"there is no tokenizer in {folder}: it holds no {DESCRIPTION_FILE}, {_HUGGING_FACE_FILE}, SentencePiece "
             ".model or .tiktoken file."
@@ -109,13 +166,18 @@ def _file_in(folder: Path) -> Path:
     return files[0]
 
 
-def _open(path: Path) -> PieceTokenizer:
-    """A tokenizer that was made elsewhere; warns once if it loses text."""
+def _open(path: Path, tiktoken_pattern: str) -> PretrainedTokenizer:
+    """A tokenizer that was made elsewhere."""
+    for others, advice in _OTHER_FORMATS.items():
+        if path.name in others:
+            raise UserError(
+                f"{path} is one of {' and '.join(others)}, {advice}" if others[1:] else f"{path} is {advice}"
+            )
+    if _holds_ranks(path):
+        return TiktokenTokenizer.open(path, pattern=tiktoken_pattern)
     tokenizer: PretrainedTokenizer
     if path.suffix.lower() == ".json":
         tokenizer = HuggingFaceTokenizer.open(path)
-    elif _has_ranks(path) or (_is_model(path) and is_tiktoken(path)):
-        tokenizer = TiktokenTokenizer.open(path)
     elif _is_model(path):
         tokenizer = SentencePieceTokenizer.open(path)
     else:
@@ -123,8 +185,16 @@ def _open(path: Path) -> PieceTokenizer:
             f"{path} is no tokenizer that natsjax knows: it must be a folder, or a tokenizer.json, SentencePiece "
             ".model or .tiktoken file."
         )
-    tokenizer.warn_once(path)
+    if tiktoken_pattern:
+        raise UserError(
+            f"tiktoken_pattern is {tiktoken_pattern!r}, but {path} is no .tiktoken file and says itself how text is "
+            "cut up; leave tiktoken_pattern out."
+        )
     return tokenizer
+
+
+def _holds_ranks(path: Path) -> bool:
+    return _has_ranks(path) or (_is_model(path) and is_tiktoken(path))
 
 
 def _is_model(path: Path) -> bool:
@@ -147,5 +217,6 @@ __all__ = [
     "TiktokenTokenizer",
     "Tokenizer",
     "Vocabulary",
+    "is_tokenizer_of",
     "load_tokenizer",
 ]

@@ -18,6 +18,7 @@ from natsjax.data.file_marks import check_no_pointer
 from natsjax.errors import UserError
 
 FORMAT_VERSION = 1
+_IDS_AT_A_TIME = 1 << 18
 DESCRIPTION_FILE = "natsjax_tokenizer.json"
 
 Int32Array = npt.NDArray[np.int32]
@@ -213,6 +214,14 @@ class PieceTokenizer(ABC):
         if not 0 <= token_id < self.vocab_size:
             raise IndexError(f"token id {token_id} is outside 0 … {self.vocab_size - 1}")
         return self._pieces[token_id]
+
+
+def as_ids(ids: Sequence[int]) -> Int32Array:
+    """Token ids as int32 `[num_tokens]`, with a chance for other threads now and then."""
+    found = np.empty(len(ids), np.int32)
+    for begin in range(0, len(ids), _IDS_AT_A_TIME):
+        found[begin : begin + _IDS_AT_A_TIME] = ids[begin : begin + _IDS_AT_A_TIME]
+    return found
 
 
 def utf8(text: str) -> bytes:

@@ -1,0 +1,144 @@
+"""What a `.tiktoken` file does not say: how text is cut up before BPE, and which ids stand for no text.
+
+The patterns and the hashes of files are those of tiktoken (https://github.com/openai/tiktoken,
+`tiktoken_ext/openai_public.py`); that of Llama 3's `tokenizer.model` is the one that Hugging Face's hub shows for
+`meta-llama/Meta-Llama-3-8B`, and its special ids are in Meta's `llama3/tokenizer.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from natsjax.data.byte_tokenizers import GPT2_PATTERN
+from natsjax.errors import UserError
+
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""Of cl100k (GPT-3.5 and GPT-4), and of Llama 3."""
+
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Of o200k (GPT-4o)."""
+
+PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "r50k": GPT2_PATTERN,
+    "p50k": GPT2_PATTERN,
+    "cl100k": CL100K_PATTERN,
+    "o200k": O200K_PATTERN,
+}
+"""By the names that they can be asked for with."""
+
+ASSUMED = "cl100k"
+"""The pattern where nothing says which."""
+
+_FILES = {
+    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": (
+        "r50k_base (GPT-2)",
+        "r50k",
+        {"<|endoftext|>": 50256},
+    ),
+    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": (
+        "p50k_base",
+        "p50k",
+        {"<|endoftext|>": 50256},
+    ),
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": (
+        "cl100k_base",
+        "cl100k",
+        {"<|endoftext|>": 100257},
+    ),
+    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d": (
+        "o200k_base",
+        "o200k",
+        {"<|endoftext|>": 199999},
+    ),
+    "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55": (
+        "Llama 3's",
+        "cl100k",
+        {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001},
+    ),
+}
+_MOST_TRIED = 20_000  # tokens
+_WORTH_SAYING = 0.005  # of the tokens
+
+
+def find_pattern(asked: str) -> str:
+    """The regular expression that a name or a regular expression asks for.
+
+    Raises:
+      UserError: it is spelled like a name, but is none of the known.
+    """
+    name = asked.lower().removesuffix("_base")
+    if name in PATTERNS:
+        return PATTERNS[name]
+    if re.fullmatch(r"[\w. -]*", asked):  # as a regular expression, it would match this word alone
+        raise UserError(
+            f"tiktoken_pattern is {asked!r}; it must be one of {', '.join(PATTERNS)}, or a regular expression that "
+            "cuts up every text."
+        )
+    return asked
+
+
+def recognise(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
+    """Name and settings of a file that its publisher has said more about, or None.
+
+    Args:
+      ranks: what it holds; the order of its lines and how they end do not matter.
+
+    Returns:
+      The name, and the arguments of `TiktokenTokenizer` beside `ranks`.
+    """
+    digest = hashlib.sha256()
+    for piece, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
+        digest.update(base64.b64encode(piece) + b" %d\n" % rank)
+    if (found := _FILES.get(digest.hexdigest())) is None:
+        return None
+    name, pattern, specials = found
+    return name, {
+        "pattern": PATTERNS[pattern],
+        "special_tokens": dict(specials),
+        "bos_token": next(iter(specials)),
+        "eos_token": next(reversed(specials)),
+    }
+
+
+def assumption(ranks: Mapping[bytes, int]) -> str:
+    """What is assumed of an unknown file, for a sentence, with what speaks against it."""
+    found = f"its file does not say how text is cut up before BPE, and the pattern of {ASSUMED} (GPT-4) is assumed"
+    advice = "give --tiktoken_pattern to say which"
+    lost = {name: _unreachable(ranks, PATTERNS[name]) for name in ("gpt2", "cl100k", "o200k")}
+    best = min(lost, key=lambda name: (lost[name], name != ASSUMED))
+    if lost[ASSUMED] - lost[best] > _WORTH_SAYING:
+        advice = (
+            f"no text gives {lost[ASSUMED]:.1%} of its tokens then, and {lost[best]:.1%} with {best}'s: give "
+            f"--tiktoken_pattern={best} if that is right"
+        )
+    return f"{found} ({advice})"
+
+
+def _unreachable(ranks: Mapping[bytes, int], pattern: str) -> float:
+    """Share of the tokens, of those that are text, that the pattern cuts in two."""
+    import regex  # which tiktoken depends on
+
+    cut = regex.compile(pattern)
+    pieces = sorted(ranks)
+    num_cut = num_tried = 0
+    for piece in pieces[:: -(-len(pieces) // _MOST_TRIED)]:
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        num_tried += 1
+        found = cut.match(text)
+        num_cut += found is None or found.end() < len(text)
+    return num_cut / max(1, num_tried)
