@@ -11,13 +11,17 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data_arrow_files import _save, save_dataset, save_splits
 
-from natsjax.data import Corpus, CorpusReader, input_folder, load_tokenizer, text_files
+from natsjax.data import Corpus, CorpusReader, arrow_files, input_folder, load_tokenizer, text_files
 from natsjax.data import prepare as command
 from natsjax.data.hold_out import end_held_out
 from natsjax.data.prepare import prepare
 from natsjax.data.sources import BadFileError
 from natsjax.errors import UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -169,9 +173,6 @@ def test_a_null_is_a_document_without_text_in_every_format(tmp_path, name):
         content = json.dumps(records, indent=1).encode() if name.endswith("json") else _lines(*records)
         (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith("xz") else content)
     else:
-        pa = pytest.importorskip("pyarrow")
-        from test_data_arrow_files import _save
-
         _save(tmp_path / name, pa.table({"text": values}))
     for skip in (False, True):
         reader = CorpusReader(tmp_path, skip_bad_files=skip)
@@ -245,9 +246,6 @@ def test_json_with_other_fields_alone_is_an_error_that_names_them(tmp_path):
 
 
 def test_other_splits_and_what_lies_in_a_datasets_folder_are_named(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from test_data_arrow_files import save_splits
-
     save_splits(tmp_path / "d", train=pa.table({"text": ["t"]}), test=pa.table({"text": ["v"]}))
     (tmp_path / "d" / "train" / "notes.txt").write_text("n")
     for path, name in ((tmp_path, "d/"), (tmp_path / "d", "")):
@@ -306,7 +304,6 @@ def test_corpora_from_before_there_was_a_report(tmp_path):
     ],
 )
 def test_a_pointer_is_no_text_and_no_damage(tmp_path, name, content, tool):
-    pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     (tmp_path / "y.txt").write_text("LFS pointers begin so: " + LFS.decode())
     with pytest.raises(UserError, match=rf"{name} is a pointer of {tool}"):
@@ -361,9 +358,6 @@ def test_a_tokenizer_of_a_pointer_says_so(tmp_path, name):
 
 
 def test_a_saved_dataset_of_pointers_says_so(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from test_data_arrow_files import save_dataset
-
     for name in ("data-00000-of-00001.arrow", "state.json"):
         save_dataset(tmp_path / "d", pa.table({"text": ["a"]}))
         (tmp_path / "d" / name).write_bytes(LFS)
@@ -377,16 +371,7 @@ def _wide_zstd(path):
     path.write_bytes(frame.compress(b'{"text": "a"}') + frame.flush())
 
 
-def _large_footer(path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pa.table({"text": ["a"]}).replace_schema_metadata({"k": b"v" * 101_000_000})
-    pq.write_table(table, path, store_schema=False)
-
-
 def _other_arrow_format(path):
-    pa = pytest.importorskip("pyarrow")
-    from test_data_arrow_files import save_dataset
-
     table = pa.table({"text": ["a"]})
     save_dataset(path, table)
     with pa.OSFile(str(path / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
@@ -394,9 +379,6 @@ def _other_arrow_format(path):
 
 
 def _text_in_runs(path):
-    pa = pytest.importorskip("pyarrow")
-    from test_data_arrow_files import save_dataset
-
     save_dataset(path, pa.table({"text": pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), ["a"])}))
 
 
@@ -404,7 +386,6 @@ def _text_in_runs(path):
     ("name", "write"),
     [
         ("long_window.jsonl.zst", _wide_zstd),
-        ("footer.parquet", _large_footer),
         ("file_format", _other_arrow_format),
         ("runs", _text_in_runs),
         ("digits.jsonl", lambda path: path.write_text('{"id": %s, "text": "a"}' % ("9" * 5000))),
@@ -418,8 +399,21 @@ def test_what_a_library_refuses_or_drops_by_default_is_read(tmp_path, name, writ
     assert _texts(tmp_path) == ["a"]
 
 
+def test_the_limits_of_parquet_footers_are_lifted(tmp_path, monkeypatch):
+    """By default 100 MB a string, a million a list. Files beyond that take seconds to write: here they are lowered."""
+    _save(tmp_path / "x.parquet", pa.table({"text": ["a"]}))
+    assert _texts(tmp_path) == ["a"]
+    names = {"thrift_string_size_limit", "thrift_container_size_limit"}
+    limits = arrow_files._limits(pq.ParquetFile)
+    assert names <= set(limits)
+    assert set(limits.values()) == {2**31 - 1}
+    for name in names:
+        monkeypatch.setattr(arrow_files, "_limits", lambda opener, name=name: limits | {name: 1})
+        with pytest.raises(UserError, match=r"x\.parquet is a Parquet file that pyarrow .* cannot read .*size limit"):
+            _texts(tmp_path)
+
+
 def _lzo(path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["a"] * 50}), path, compression="snappy")
     data = path.read_bytes()
     assert data.count(b"text\x15\x02\x16") == 1
@@ -464,8 +458,6 @@ _DEEP = b"[" * 100_000 + b"]" * 100_000
     ],
 )
 def test_what_cannot_be_read_is_called_what_it_is(tmp_path, name, write, sentence, kind):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     write(tmp_path / name)
     (tmp_path / "y.txt").write_text("good")
     with pytest.raises(UserError, match=sentence):
@@ -511,7 +503,6 @@ def test_one_text_holds_its_end_out_and_says_so(tmp_path, name, tokenizer, capsy
         (path / "a.txt").write_text(text)
         (path / "empty.txt").write_text("")
     elif name == "input.parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"text": [text, None]}), path)
     else:
         path.write_text(text if name == "input.txt" else json.dumps({"text": text}, indent=1))
