@@ -43,7 +43,7 @@ def settle_paths(config: Config, workdir: Workdir) -> Config:
         with contextlib.suppress(UserError):  # then training opens what is named, and says what is wrong with it
             data = locate(candidate, workdir.path, workdir.known_fingerprint())
             break
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=resolve_paths(data))
 
 
 def _kept(group: Any, earlier: Any) -> Any:
