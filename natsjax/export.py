@@ -74,6 +74,8 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: one of {', '.join(DTYPES)} was expected{did_you_mean(dtype, DTYPES)}.")
+    if not os.fspath(output):
+        raise UserError("--output is empty; name the folder to make ('.' is the current one).")
     target = Workdir(output)
     folder = real_path(target.path)
     with _errors_of(target), folder_lock(folder):  # tried before the parameters are read

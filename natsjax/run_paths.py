@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+from typing import Any
 
 from natsjax.config import Config
 from natsjax.data import Corpus
@@ -28,26 +29,34 @@ def settle_paths(config: Config, workdir: Workdir) -> Config:
     """
     config = resolve_paths(config)
     earlier = workdir.earlier_config()
-    if earlier is None or config.data.source != "corpus":
+    if earlier is None:
         return config
-    data, before = config.data, earlier.data
-    kept = {
-        field.name: then
-        for field in dataclasses.fields(data)
-        if (syntax := field.metadata.get("path")) is not None
-        and syntax.may_be_moved(then := getattr(before, field.name), now := getattr(data, field.name))
-        and not syntax.is_mixture
-        and not input_exists(now)
-    }
-    data = dataclasses.replace(data, **kept)
+    train, data = _kept(config.train, earlier.train), _kept(config.data, earlier.data)
+    config = dataclasses.replace(config, train=train, data=data)
+    if data.source != "corpus":
+        return config
     parts = parse_mixture(data.mixture) if data.mixture else [(data.prepared_dir or workdir.corpus, 1.0)]
     if all(os.path.exists(os.path.join(folder, CORPUS_FILE)) for folder, _ in parts):
-        return dataclasses.replace(config, data=data)
-    for candidate in (data, dataclasses.replace(data, mixture=before.mixture, prepared_dir=before.prepared_dir)):
+        return config
+    before = dataclasses.replace(data, mixture=earlier.data.mixture, prepared_dir=earlier.data.prepared_dir)
+    for candidate in (data, before):
         with contextlib.suppress(UserError):  # then training opens what is named, and says what is wrong with it
             data = locate(candidate, workdir.path, workdir.known_fingerprint())
             break
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=resolve_paths(data))
+
+
+def _kept(group: Any, earlier: Any) -> Any:
+    """A group of fields, with the paths of the earlier one where what they name may be moved, and is not there."""
+    changes = {}
+    for field in dataclasses.fields(group):
+        syntax, then, now = field.metadata.get("path"), getattr(earlier, field.name), getattr(group, field.name)
+        # What may be another one on resume is asked for anew; a mixture's folders are looked for.
+        if syntax is None or field.metadata["resume"] or syntax.is_mixture:
+            continue
+        if syntax.may_be_moved(then, now) and not input_exists(now):
+            changes[field.name] = then
+    return dataclasses.replace(group, **changes)
 
 
 def check_moved_text(config: Config, workdir: Workdir, corpus: Corpus) -> None:

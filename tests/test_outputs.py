@@ -110,6 +110,7 @@ def test_a_corpus_fills_a_mount_point(texts, tmp_path):
         ("caf\udce9", "no UTF-8.*in UTF-8 alone"),
         ("texts/0.txt", "exists and is no prepared corpus"),
         ("texts", "exists and is no prepared corpus"),
+        ("", "output is empty"),
         ("loop", "exists and is no prepared corpus"),
     ],
 )
@@ -118,7 +119,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(texts, tmp_path, mo
     before = sorted(path.name for path in tmp_path.rglob("*"))
     monkeypatch.setattr(command, "_build", lambda *_: pytest.fail("the work began"))
     with pytest.raises(UserError, match=says):
-        make(texts, tmp_path / output)
+        make(texts, output and tmp_path / output)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 

