@@ -211,7 +211,9 @@ def test_h2o_is_measured_token_by_token(run):
     assert np.all(found.live_max == 6)
 
 
-def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run, chunk=4):
+def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run):
+    chunk = 4
+
     def logprobs(tokens):
         parts = [snapkv(MODEL, tokens[: b + chunk], b, 6, 3)[0] for b in range(0, len(tokens), chunk)]
         return np.concatenate(parts)
