@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _INT32 = np.iinfo(np.int32)
-_FLOAT32 = np.finfo(np.float32)
+_LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 def as_int32(name: str, array: Any, shape: Sequence[int], outside: int | None = None) -> jax.Array:
@@ -79,6 +79,6 @@ def checked_scale(given: float | None, head_dim: int) -> float:
         scale = float(given)
     except (TypeError, ValueError):  # an array that is being traced is a TypeError
         scale = math.nan
-    if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
+    if not _LEAST <= scale <= _MOST:
         raise ValueError(f"scale={given}: a positive number was expected.")
     return scale
