@@ -1,11 +1,12 @@
 """How a backend is compared with the dense oracle: inputs, values and every gradient, one number for the error."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Shape
+from cases import Placed, Shape, any_places
 
 from pallas_kernels import nats_attention as na
 
@@ -48,3 +49,76 @@ def relative_error(got, expected):
     """
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     return np.abs(got - expected).max() / max(0.05, np.abs(expected).max())
+
+
+class Call(NamedTuple):
+    """What ``interval_attention`` takes and what comes back for its results; NumPy arrays."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    places: Placed
+    dout: np.ndarray
+    dlse: np.ndarray
+
+
+def any_call(b, t, s, k, g, h, seed, broken=np.nan) -> Call:
+    """A random call in which everything that is not read, and what comes back for it, is ``broken``."""
+    rng = np.random.default_rng(seed)
+    places = any_places(b, t, s, k, rng)
+    query, dout = rng.normal(size=(2, b, t, k * g, h))
+    key, value = rng.normal(size=(2, b, s, k, h))
+    at, begin, end = (x.astype(np.int64) for x in places)
+    first, last = at.min(1)[:, None, None], at.max(1)[:, None, None]
+    unread = np.moveaxis((end <= begin) | (end <= first) | (begin > last), 1, 2)[..., None]
+    idle = np.repeat(np.moveaxis(~places.visible.any(-1), 1, 2), g, axis=2)
+    key, value = (np.where(unread, broken, x) for x in (key, value))
+    query, dout = (np.where(idle[..., None], broken, x) for x in (2 * query, dout))
+    dlse = np.where(idle, broken, rng.normal(size=idle.shape))
+    return Call(*(x.astype(np.float32) for x in (query, key, value)), places, *map(np.float32, (dout, dlse)))
+
+
+def results(attention, call: Call):
+    """``(out, lse, dquery, dkey, dvalue)`` of ``attention(query, key, value, places)``."""
+    attend = functools.partial(attention, places=call.places)
+    (out, lse), pullback = jax.vjp(attend, call.query, call.key, call.value)
+    return out, lse, *pullback((call.dout.astype(out.dtype), call.dlse.astype(lse.dtype)))
+
+
+def expected_results(call: Call, scale: float):
+    """The same by the definition, in NumPy and float64, with gradients written out."""
+    visible = call.places.visible[:, :, None]
+    b, k, _, t, _ = visible.shape
+    reads, is_read = visible.any(-1), np.moveaxis(visible.any((2, 3)), 1, 2)[..., None]
+
+    def by_row(x):  # [b, t, n, …] → [b, k, g, t, …], 0 where nothing is read
+        x = np.moveaxis(x.astype(np.float64).reshape(b, t, k, -1, *x.shape[3:]), 1, 3)
+        return np.where(reads[..., None] if x.ndim == 5 else reads, x, 0)
+
+    def by_query(x):
+        return np.moveaxis(x, 3, 1).reshape(b, t, -1, *x.shape[4:])
+
+    query, dout, dlse = (by_row(x) for x in (call.query, call.dout, call.dlse))
+    key, value = (np.where(is_read, x.astype(np.float64), 0) for x in (call.key, call.value))
+    logits = np.where(visible, scale * np.einsum("bkgth,bskh->bkgts", query, key), -np.inf)
+    top = np.where(reads, logits.max(-1), 0)
+    total = np.exp(logits - top[..., None]).sum(-1)
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(total)
+    weights = np.exp(logits - np.where(reads, lse, 0)[..., None])
+    out = np.einsum("bkgts,bskh->bkgth", weights, value)
+    dweights = np.einsum("bkgth,bskh->bkgts", dout, value)
+    dlogits = weights * (dweights - (dout * out).sum(-1)[..., None] + dlse[..., None])
+    dquery = scale * np.einsum("bkgts,bskh->bkgth", dlogits, key)
+    dkey = scale * np.einsum("bkgts,bkgth->bskh", dlogits, query)
+    return by_query(out), by_query(lse), by_query(dquery), dkey, np.einsum("bkgts,bkgth->bskh", weights, dout)
+
+
+def worst_error(got, expected) -> float:
+    """The largest ``relative_error`` of ``results``; −∞ has to be where it is expected."""
+    errors = []
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.isneginf(np.asarray(x, np.float32)), np.isneginf(y))
+        rows = np.isfinite(y)
+        errors.append(relative_error(np.asarray(x, np.float64)[rows], y[rows]) if rows.any() else 0.0)
+    return float(np.max(errors))  # NaN too

@@ -57,3 +57,62 @@ def document_ends(kind: str, shape: Shape, rng: np.random.Generator) -> np.ndarr
         row = cuts[np.searchsorted(cuts, np.arange(used), side="right")]
         rows.append(np.pad(row, (0, shape.length - used)))
     return np.stack(rows).astype(np.int32)
+
+
+_EDGES = (-(2**31), 1 - 2**31, -2, -1, 0, 1, 2, 2**31 - 2, 2**31 - 1)
+
+
+def any_positions(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """int64 within int32: one way of many to place the tokens of a sequence, in order or not, far out, negative."""
+    index, span = np.arange(size[-1]), int(rng.choice([3, size[-1], 4 * size[-1]]))
+    ways = (
+        lambda: np.broadcast_to(index, size),
+        lambda: index + rng.integers(-3 * span, span, (*size[:-1], 1)),
+        lambda: np.sort(rng.integers(-span, span, size), axis=-1),
+        lambda: rng.integers(-span, span, size),
+        lambda: rng.integers(-2, 3, size),
+        lambda: _EDGES[0] + rng.integers(0, span, size),
+        lambda: _EDGES[-1] - rng.integers(0, span, size),
+        lambda: rng.choice(_EDGES, size),
+    )
+    return ways[rng.integers(len(ways))]()
+
+
+def any_ends(key_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same of the ends of keys: short lives, none, no end, ends that have nothing to do with the positions."""
+    size = key_position.shape
+    lives = np.minimum(key_position + rng.integers(0, int(rng.choice([3, 2 * size[-1]])), size), _EDGES[-1])
+    ways = (
+        lambda: lives,
+        lambda: np.where(rng.random(size) < 0.5, lives, rng.choice(_EDGES, size)),
+        lambda: rng.integers(-size[-1], 2 * size[-1], size),
+        lambda: rng.choice(_EDGES, size),
+        lambda: np.full(size, _EDGES[-1]),
+        lambda: np.zeros(size, np.int64),
+    )
+    return ways[rng.integers(len(ways))]()
+
+
+class Placed(NamedTuple):
+    """Who stands where, int32: ``query_position [b, t]``, ``key_position`` and ``key_end [b, k, s]``."""
+
+    query_position: np.ndarray
+    key_position: np.ndarray
+    key_end: np.ndarray
+
+    @property
+    def visible(self) -> np.ndarray:
+        """The definition: bool ``[b, k, t, s]``."""
+        at = self.query_position[:, None, :, None]
+        return (self.key_position[:, :, None] <= at) & (at < self.key_end[:, :, None])
+
+
+def any_places(b: int, t: int, s: int, k: int, rng: np.random.Generator) -> Placed:
+    """Every sequence in another way; the queries often where the keys are, some of them at -1 among the others."""
+    rows = []
+    for _ in range(b):
+        key_position = any_positions((k, s), rng)
+        chosen = rng.choice(key_position.reshape(-1), t) if rng.random() < 0.5 else any_positions((t,), rng)
+        query_position = np.where(rng.random(t) < 0.2 * rng.integers(2), -1, chosen)
+        rows.append((query_position, key_position, any_ends(key_position, rng)))
+    return Placed(*(np.stack(x).astype(np.int32) for x in zip(*rows, strict=True)))

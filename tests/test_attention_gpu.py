@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import compiled, inputs, nats, relative_error
+from attention_oracle import any_call, compiled, expected_results, inputs, nats, relative_error, results, worst_error
 from cases import Shape, document_ends, role_ids
 
 from pallas_kernels import nats_attention as na
@@ -139,6 +139,28 @@ def test_interval_attention_with_positions_and_lse():
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
     for x, y in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert relative_error(x, y) < TOLERANCE
+
+
+@interpreted
+def test_any_positions_and_ends_and_nan_where_nothing_is_read():
+    def attention(query, key, value, places):
+        return na.interval_attention(
+            query,
+            key,
+            value,
+            places.key_end,
+            query_position=places.query_position,
+            key_position=places.key_position,
+            return_lse=True,
+            implementation="pallas_gpu",
+            tiling=GATHERED,
+        )
+
+    call = any_call(6, 5, 100, 1, 2, 64, seed=0)
+    narrow = {name: jnp.asarray(getattr(call, name), jnp.bfloat16) for name in ("query", "key", "value", "dout")}
+    got = jax.jit(functools.partial(results, attention))(call._replace(**narrow))
+    wide = call._replace(**{name: np.asarray(x, np.float32) for name, x in narrow.items()})
+    assert worst_error(got, expected_results(wide, 64**-0.5)) < TOLERANCE
 
 
 @interpreted

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention_oracle import inputs, relative_error, value_and_gradients
-from cases import Shape, document_ends, role_ids
+from cases import Shape, any_ends, document_ends, role_ids
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import tilings, xla
@@ -98,8 +98,13 @@ def error_of_divided_intervals():
     mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     shape = Shape(2, 48, 4, 2, 8, 5)
     q, k, v, _, end, _ = arguments_of(shape)
-    sliding = jnp.minimum(end[:, None], jnp.arange(shape.length, dtype=jnp.int32) + 9)
-    key_end = jnp.broadcast_to(sliding, (shape.b, shape.k, shape.length))
+    index = np.arange(shape.length)
+    sliding = np.minimum(np.asarray(end)[:, None], index + 9)
+    rng = np.random.default_rng(1)
+    size = (shape.b, shape.k, shape.length)
+    key_end = np.where(rng.random(size) < 0.3, any_ends(np.broadcast_to(index, size), rng), sliding).astype(np.int32)
+    unread = jnp.moveaxis(jnp.asarray(key_end <= index), 1, 2)[..., None]
+    k, v = (jnp.where(unread, jnp.nan, x) for x in (k, v))
     rows = jax.P(None, "context")
 
     def gradient(axis_name):

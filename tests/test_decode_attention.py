@@ -169,6 +169,97 @@ def test_what_no_slot_below_the_length_is_in_is_not_read(implementation, monkeyp
     assert relative_error(got, expected_of(case, 0)) < 2e-5
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu"])
+def test_any_end_length_and_position(implementation, monkeypatch):
+    """Lengths beyond the buffer, ends and positions at the edges of int32, sequences that read no slot at all."""
+    interpreted(monkeypatch)
+    shape = Shape(2, 2, 4, 1, 512, 64, 128)
+    block = None if implementation == "reference" else shape.u
+    rng = np.random.default_rng(0)
+    edges = [-(2**31), -1, 0, 1, 600, 2**31 - 2, 2**31 - 1]
+    for draw in range(4):
+        case = cast(case_of(shape, draw), np.float32)
+        length = rng.choice([-(2**31), -1, 0, 1, 128, 200, shape.c, shape.c + 1, 2**31 - 1], case.length.shape)
+        position = rng.choice([-(2**31), -1, 0, 600, 2**31 - 1], case.position.shape)
+        now = np.maximum(position, 0)[:, None, None]
+        key_end = np.where(rng.random(case.key_end.shape) < 0.5, now + 9, rng.choice(edges, case.key_end.shape))
+        key_end = np.where(np.arange(shape.c) < length[..., None], key_end, np.minimum(key_end, now))
+        numbers = {"key_end": key_end, "length": length, "position": position}
+        case = case._replace(**{name: x.clip(-(2**31), 2**31 - 1).astype(np.int32) for name, x in numbers.items()})
+        for layer, counts_as in ((1, 1), (-3, 0), (2**31 - 1, 1)):
+            got = run(case, layer, "packed" if block else "plain", block, implementation)
+            assert relative_error(got, by_definition(case, counts_as)) < 2e-5, (draw, layer)
+
+
+def by_definition(case: Case, layer: int):
+    """In NumPy and float64; a negative position counts as 0."""
+    b, k, h = case.key.shape
+    query, *arrays = (np.asarray(x, np.float64) for x in case[:3])
+    keys, values = (
+        np.concatenate([x[layer], own[:, :, None]], axis=2)
+        for x, own in zip((case.keys, case.values), arrays, strict=True)
+    )
+    is_read = np.maximum(case.position, 0)[:, None, None] < case.key_end[layer]
+    is_read = np.concatenate([is_read, np.ones((b, k, 1), bool)], axis=2)[:, :, None]
+    logits = np.einsum("bkgh,bkch->bkgc", query.reshape(b, k, -1, h), keys) * h**-0.5
+    weights = np.exp(np.where(is_read, logits - logits.max(-1, keepdims=True), -np.inf))
+    return (np.einsum("bkgc,bkch->bkgh", weights, values) / weights.sum(-1, keepdims=True)).reshape(query.shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        (Shape(1, 1, 1, 1, 1, 1, 1), 1),
+        (Shape(1, 2, 1, 2, 0, 4, 8), 0),
+        (Shape(1, 0, 1, 2, 8, 4, 8), 1),
+        (Shape(1, 2, 0, 2, 8, 4, 8), 1),
+        (Shape(1, 2, 1, 0, 8, 4, 8), 1),
+    ],
+    ids=["one_slot", "no_slot", "no_sequence", "no_head", "no_query"],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_smallest_buffers(shape, blocks, format):
+    layers, b, k, g, c, h, u = shape
+    width = {"transposed": (h, u), "plain": (u, h), "packed": (u, 2 * h)}[format]
+    arrays = (jnp.zeros((layers, blocks, b, k, *width)), jnp.zeros((layers, blocks, b, k, u, h)))
+    storage = da.Storage(arrays[:1] if format == "packed" else arrays, format)
+    assert storage.shape == (layers, b, k, c, h)
+    new = jnp.ones((b, k, h))
+    numbers = {"key_end": jnp.zeros((layers, b, k, c), int), "length": jnp.zeros((layers, b, k), int)}
+    out = da.decode_attention(
+        jnp.ones((b, k * g, h)), new, 3 * new, storage, **numbers, position=jnp.zeros(b, int), implementation="xla"
+    )
+    np.testing.assert_array_equal(out, np.full((b, k * g, h), 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 0.0}, "scale=0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"layer": 2}, "layer=2: the buffer has layers 0 to 1"),
+        ({"layer": -1}, "layer=-1"),
+        ({"position": jnp.zeros(2)}, "position has dtype float32"),
+        ({"length": jnp.zeros((2, 2, 2))}, "length has dtype float32"),
+        ({"query": jnp.zeros((2, 4, 8), int)}, "query has dtype int32"),
+        ({"query": jnp.zeros((2, 3, 8))}, "query"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_with_the_reason(change, message):
+    case = cast(case_of(Shape(2, 2, 2, 2, 16, 8, 8)), np.float32)
+    storage = da.Storage.of(jnp.asarray(case.keys), jnp.asarray(case.values), "plain", 16)
+    call = case._asdict() | {"storage": storage} | change
+    del call["keys"], call["values"]
+    with pytest.raises(ValueError, match=message):
+        da.decode_attention(**call)
+
+
+def test_integers_beyond_int32_do_not_wrap_around():
+    case = cast(case_of(Shape(1, 1, 1, 1, 8, 4, 8)), np.float32)
+    case = case._replace(length=np.full((1, 1, 1), 2**40), key_end=np.full((1, 1, 1, 8), 2**40))
+    np.testing.assert_allclose(run.__wrapped__(case, 0, "plain", 8, "xla"), by_definition(case, 0), rtol=1e-5)
+
+
 def attend_of(module, case: Case, storage, layer=0, **options):
     b, k, _ = case.key.shape
     query = case.query.reshape(b, k, -1, case.query.shape[-1])

@@ -1,10 +1,13 @@
 """What to call: checks the arguments, picks a backend, adds the token's own key."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale
 from pallas_kernels.decode_attention import cudnn, pallas_tpu, reference, xla
 from pallas_kernels.decode_attention.backend import Backend
 from pallas_kernels.decode_attention.storage import Format, Storage
@@ -38,17 +41,24 @@ def decode_attention(
     """One token of each sequence reads its own key and the live slots of a KV buffer.
 
     A slot is read when ``position < key_end``; from ``length`` on there is none. The buffer holds the past: the token's
-    own key is written after. On a mesh call it inside ``jax.shard_map``, batch and heads divided.
+    own key is written after. Where no slot is read, the result is the token's own value. On a mesh call it inside
+    ``jax.shard_map``, batch and heads divided.
+
+    Logits and sums are float32, whatever the dtype of the arguments. The slots of a block that holds one below
+    ``length`` must be finite, read or not, as they are in a buffer that began with zeros; other blocks may hold
+    anything.
 
     Args:
       query: ``[b, n, h]``, float; the query heads of one KV head are neighbours.
       key, value: ``[b, k, h]``, of the same tokens.
       storage: keys and values of some layers.
-      key_end: int32 ``[l, b, k, c]``, exclusive; 0 in a free slot.
-      length: int32 ``[l, b, k]``: from this slot on all are free, ``key_end <= position``.
-      position: int32 ``[b]``, index of each token.
-      layer: int32 scalar, which layer.
-      scale: of the logits, positive; default ``h ** -0.5``.
+      key_end: int32 ``[l, b, k, c]``, exclusive; at most ``position`` (so 0, or less) in a free slot, ``NO_END``
+        where nothing ends. Other integers are cut to the range of int32.
+      length: int32 ``[l, b, k]``: from this slot on all are free, ``key_end <= position``; cut to ``0 … c``.
+      position: int32 ``[b]``, index of each token: 0 or more, and a smaller number counts as 0, so that no free slot
+        is read.
+      layer: int32 scalar, which layer; a traced one is cut to ``0 … l-1``.
+      scale: of the logits, a positive Python number; default ``h ** -0.5``.
       implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense, for tests), or None for the first backend of
         this platform that can serve the call.
 
@@ -64,22 +74,27 @@ def decode_attention(
       >>> out = decode_attention(q, k, v, storage, key_end=key_end, length=length, position=t, layer=3)
     """
     layers, b, k, c, h = storage.shape
-    if query.ndim != 3 or query.shape[0] != b or query.shape[2] != h or query.shape[1] % k:
+    n = query.shape[1] if query.ndim == 3 else 0
+    if query.shape != (b, n, h) or (n % k if k else n):
         raise ValueError(f"query {query.shape} does not fit a buffer of batch {b}, {k} KV heads of {h}.")
-    for name, array, shape in (
-        ("key", key, (b, k, h)),
-        ("value", value, (b, k, h)),
-        ("key_end", key_end, (layers, b, k, c)),
-        ("length", length, (layers, b, k)),
-        ("position", position, (b,)),
-    ):
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}; {shape} was expected.")
-    scale = h**-0.5 if scale is None else float(scale)
+    for name, array in (("key", key), ("value", value)):
+        if array.shape != (b, k, h):
+            raise ValueError(f"{name} has shape {array.shape}; {(b, k, h)} was expected.")
+    check_head_dim(h)
+    check_floats(query=query, key=key, value=value, storage=storage)
+    scale = checked_scale(scale, h)
+    layer = _layer(layer, layers)
+    key_end = as_int32("key_end", key_end, (layers, b, k, c))
+    length = jnp.clip(as_int32("length", length, (layers, b, k)), 0, c)
+    position = jnp.maximum(as_int32("position", position, (b,)), 0)
+    if 0 in query.shape:  # no sequence or no head
+        return query
     grouped = query.reshape(b, k, -1, h)
-    out, lse = _first_that_serves(
-        implementation, (grouped, storage, key_end, length, position, jnp.asarray(layer, jnp.int32), scale)
-    )
+    if c:
+        out, lse = _first_that_serves(implementation, (grouped, storage, key_end, length, position, layer, scale))
+    else:
+        out = jnp.zeros(grouped.shape, jnp.float32)
+        lse = jnp.full(out.shape[:-1], -jnp.inf, out.dtype)
     # The own key, in the precision of the backend's results.
     wide = [x.astype(lse.dtype) for x in (grouped, key, value)]
     own = scale * jnp.einsum("bkgh,bkh->bkg", wide[0], wide[1], precision=jax.lax.Precision.HIGHEST)
@@ -87,6 +102,13 @@ def decode_attention(
     past, new = jnp.exp(lse - top)[..., None], jnp.exp(own - top)[..., None]
     out = (past * out + new * wide[2][:, :, None]) / (past + new)
     return out.reshape(query.shape).astype(query.dtype)
+
+
+def _layer(given: Any, layers: int) -> jax.Array:
+    """An int32 scalar of one of the layers; a number that is none of them is refused, where it is known already."""
+    if not isinstance(given, jax.core.Tracer) and not 0 <= operator.index(given) < layers:
+        raise ValueError(f"layer={given}: the buffer has layers 0 to {layers - 1}.")
+    return jnp.clip(jnp.asarray(given, jnp.int32), 0, layers - 1)
 
 
 def _first_that_serves(implementation: str | None, arguments: Sequence) -> tuple[jax.Array, jax.Array]:

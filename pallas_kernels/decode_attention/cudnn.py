@@ -24,8 +24,8 @@ PLATFORMS: Sequence[str] = ("gpu",)
 READS: Sequence[Format] = ("plain",)
 
 _DTYPES = ("bfloat16", "float16")
-_NOTHING = -1e4
-"""Log-sum-exps below are of masked slots alone: the library takes 2^41 from a logit, or 2^15 in float16."""
+_NOTHING = {"bfloat16": -(2.0**40), "float16": -(2.0**14)}
+"""Log-sum-exps below are of masked slots alone: the library takes twice as much from a logit that is masked."""
 
 
 def check(storage: Storage) -> None:
@@ -62,7 +62,7 @@ def attend(
     folded, keys, values, is_read, length = vary_alike((folded, keys, values, is_read, length))
     out, lse = _call(folded, keys, values, is_read, length, scale)
     lse = lse.reshape(b, k, g)
-    nothing = lse < _NOTHING
+    nothing = lse < _NOTHING[storage.dtype.name]
     out = jnp.where(nothing[..., None], 0, out.reshape(query.shape).astype(jnp.float32))
     return out, jnp.where(nothing, -jnp.inf, lse)
 

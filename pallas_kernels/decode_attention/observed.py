@@ -8,6 +8,10 @@ dim.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale
+from pallas_kernels.nats_attention.roles import NO_END
 
 
 def observed_attention(
@@ -23,31 +27,41 @@ def observed_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
+    Positions and ends as in ``interval_attention``; a key that no query reads may hold anything.
+
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
       key, value: ``[b, s, k, h]``, float.
       key_end, key_position: int32 ``[b, k, s]``.
-      query_position: int32 ``[b, t]``; -1 reads nothing.
+      query_position: int32 ``[b, t]``; ``NO_END`` reads nothing, and so does -1 where no key stands before 0.
       observed: bool ``[b, t]``, queries whose attention is counted.
-      scale: of the logits; default ``h ** -0.5``.
+      scale: of the logits, a positive Python number; default ``h ** -0.5``.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``, 0 where nothing is read, and float32 ``[b, k, s]``: the weights that
       each key got, summed over the observed queries and the query heads of its KV head.
     """
     b, t, _, h = query.shape
-    k = key.shape[2]
-    scale = h**-0.5 if scale is None else scale
-    grouped = query.reshape(b, t, k, -1, h).astype(jnp.float32)
+    s, k = key.shape[1:3]
+    check_floats(query=query, key=key, value=value)
+    check_head_dim(h)
+    scale = checked_scale(scale, h)
+    query_position = as_int32("query_position", query_position, (b, t), outside=NO_END)
+    key_position = as_int32("key_position", key_position, (b, k, s))
+    key_end = as_int32("key_end", key_end, (b, k, s))
+    grouped = query.reshape(b, t, k, query.shape[2] // k, h).astype(jnp.float32)
     logits = scale * jnp.einsum(
         "btkgh,bskh->bkgts", grouped, key.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     at = query_position[:, None, :, None]
     is_read = ((key_position[:, :, None] <= at) & (at < key_end[:, :, None]))[:, :, None]
-    top = jnp.max(jnp.where(is_read, logits, -1e30), axis=-1, keepdims=True)
+    lowest = float(np.finfo(np.float32).min)
+    top = jnp.max(jnp.where(is_read, logits, lowest), axis=-1, keepdims=True, initial=lowest)
     weights = jnp.where(is_read, jnp.exp(logits - top), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights /= jnp.where(total == 0, 1, total)
+    is_seen = jnp.moveaxis(is_read.any((2, 3)), 1, 2)[..., None]  # 0 times what another key holds might be NaN
+    value = jnp.where(is_seen, value, 0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     mass = jnp.sum(jnp.where(observed[:, None, None, :, None], weights, 0), axis=(2, 3))
     return out.reshape(query.shape).astype(query.dtype), mass

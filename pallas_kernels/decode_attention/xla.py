@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.decode_attention.storage import FORMATS, Format, Storage
 from pallas_kernels.nats_attention.manual_axes import vary_like
@@ -15,7 +16,8 @@ from pallas_kernels.nats_attention.manual_axes import vary_like
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 READS: Sequence[Format] = FORMATS
 
-_LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN
+# No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def check(storage: Storage) -> None:

@@ -11,8 +11,8 @@ Both pick a backend for the platform; ``implementation="xla"`` (or another of ``
 ``tiling=`` says how it cuts the work, which changes no result but for what ``Sampled`` draws together. How a call goes
 through the folder:
 
-1. ``api`` checks the arguments, asks ``tilings`` for a tiling (from ``tilings.json``, which ``autotune`` writes, or by
-   the backend's own rule) and tries the backends in turn.
+1. ``api`` checks the arguments, which ``contract`` brings to what backends rely on, asks ``tilings`` for a tiling (from
+   ``tilings.json``, which ``autotune`` writes, or by the backend's own rule) and tries the backends in turn.
 2. ``differentiable`` has the custom gradients: ``roles`` turns roles into intervals, ``layout`` gathers the long-lived
    keys, and the backend's three passes (``backend.Backend``) do the work; ``sampling`` draws the queries of
    ``Sampled``, and ``roles`` turns the sums that come back into the gradient of the roles.
@@ -31,11 +31,20 @@ from pallas_kernels.nats_attention.api import (
     interval_attention,
     nats_attention,
 )
-from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NO_END, NUM_ROLES, SLIDING, key_end_from_roles
+from pallas_kernels.nats_attention.roles import (
+    GLOBAL,
+    LOCAL,
+    NEVER,
+    NO_END,
+    NUM_ROLES,
+    SLIDING,
+    key_end_from_roles,
+)
 
 __all__ = [
     "GLOBAL",
     "LOCAL",
+    "NEVER",
     "NO_END",
     "NUM_ROLES",
     "SLIDING",

@@ -1,15 +1,26 @@
 """What to call: checks the arguments, picks a backend, and says all reasons when none can serve the call."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention import differentiable, pallas_gpu, pallas_tpu, reference, ring, tilings, xla
-from pallas_kernels.nats_attention.backend import Backend, Intervals
+from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale, checked_window
+from pallas_kernels.nats_attention import (
+    contract,
+    differentiable,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    ring,
+    tilings,
+    xla,
+)
+from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.differentiable import Settings
+from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 from pallas_kernels.platforms import current_platform
@@ -73,21 +84,26 @@ def _check(query, key, value) -> None:
         )
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(f"query {query.shape} and key {key.shape} differ in batch or head dim.")
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(f"{query.shape[2]} query heads do not divide evenly among {key.shape[2]} KV heads.")
+    n, k = query.shape[2], key.shape[2]
+    if n % k if k else n:
+        raise ValueError(f"{n} query heads do not divide evenly among {k} KV heads.")
+    check_floats(query=query, key=key, value=value)
+    check_head_dim(query.shape[3])
 
 
-def _expect(name: str, array: jax.Array, shape: Sequence[int]) -> None:
-    if array.shape != tuple(shape):
-        raise ValueError(f"{name} has shape {array.shape}; {tuple(shape)} was expected.")
+def _is_empty(query: jax.Array, key: jax.Array) -> bool:
+    """Whether there is no pair at all: 0 sequences, queries, keys or heads, which no tile can be cut from."""
+    return 0 in query.shape or 0 in key.shape
 
 
-def _scale(given: float | None, head_dim: int) -> float:
-    if given is None:
-        return head_dim**-0.5
-    if not 0 < given < float("inf"):
-        raise ValueError(f"scale={given}: a positive number was expected.")
-    return float(given)
+def _expect(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; {shape} was expected.")
+
+
+def _first_index(length: int, axis_name: str | None) -> jax.Array:
+    """The index in the sequence of the first token of this device's ``length``."""
+    return jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * length
 
 
 def _check_divided(length: int, axis_name: str | None) -> None:
@@ -95,9 +111,9 @@ def _check_divided(length: int, axis_name: str | None) -> None:
         raise ValueError(f"axis_name={axis_name!r}: a device's part is {length} tokens; an even number was expected.")
 
 
-def _problem(query: jax.Array, key: jax.Array, window: int) -> Problem:
+def _problem(query: jax.Array, key: jax.Array, value: jax.Array, window: int) -> Problem:
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
-    return Problem(b, t, s, k, n // k, h, window, query.dtype.name)
+    return Problem(b, t, s, k, n // k, h, window, jnp.result_type(query, key, value).name)
 
 
 def _first_that_serves(
@@ -150,14 +166,19 @@ def nats_attention(
     with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
     ``jax.shard_map``, batch and heads divided, and with ``axis_name`` the sequence.
 
+    Dtypes, scale, what may be NaN and what comes back for no pairs at all: as in ``interval_attention``. Here the keys
+    that nobody reads are those of padding, ``document_end[s] <= s``.
+
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
       key, value: ``[b, t, k, h]``, float, ``n`` a multiple of ``k``.
-      roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING).
-      window: tokens; 0 leaves a SLIDING key to its own query alone.
-      document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 marks padding, whose
-        rows are 0. None: one document.
-      scale: of the logits, positive; default ``h ** -0.5``.
+      roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING); of others the largest counts, the first of
+        equal ones.
+      window: tokens, 0 or more; 0 leaves a SLIDING key to its own query alone, one of ``t`` or more is no bound.
+      document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 (or any number up to the
+        token's own index) marks padding, whose rows are 0; ``t`` or more is the end of the sequence. It bounds who
+        reads the token's own key, and need not agree with its neighbours'. None: one document.
+      scale: of the logits, a positive Python number; default ``h ** -0.5``.
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
@@ -171,7 +192,7 @@ def nats_attention(
       ``[b, t, n, h]`` in the dtype of ``query``.
 
     Raises:
-      ValueError: shapes or names that do not fit.
+      ValueError: shapes, dtypes, numbers or names that do not fit.
       NotImplementedError: no backend can serve the call; the message has each one's reason.
 
     Example:
@@ -184,17 +205,21 @@ def nats_attention(
     b, t, _, _ = query.shape
     _expect("key", key, (b, t, *key.shape[2:]))
     _expect("roles", roles, (b, key.shape[2], t, NUM_ROLES))
-    if window < 0:
-        raise ValueError(f"window={window}: it must be 0 or more tokens.")
+    check_floats(roles=roles)
+    window = checked_window(window)
     _check_divided(t, axis_name)
     length = t if axis_name is None else t * jax.lax.axis_size(axis_name)
     window = min(window, length)  # a longer one is the same, and int32 has an end
-    if document_end is not None:
-        _expect("document_end", document_end, (b, t))
     mask_gradient = _mask_gradient(mask_gradient)
     if isinstance(mask_gradient, Sampled) and sample_key is None:
         raise ValueError("mask_gradient=Sampled needs a sample_key.")
-    scale = _scale(scale, query.shape[-1])
+    scale = checked_scale(scale, query.shape[-1])
+    if document_end is not None:
+        document_end = as_int32("document_end", document_end, (b, t))
+        unread = document_end <= _first_index(t, axis_name) + jnp.arange(t, dtype=jnp.int32)
+        key, value = contract.clear(unread[:, None], key, value)
+    if _is_empty(query, key):
+        return vary_like(jnp.zeros(query.shape, query.dtype), (query, key, value, roles, document_end))
 
     def call_backend(backend, chosen):
         settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient))
@@ -211,7 +236,7 @@ def nats_attention(
             query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible)
         )
 
-    return _first_that_serves(implementation, _problem(query, key, window), tiling, call_backend, call_reference)
+    return _first_that_serves(implementation, _problem(query, key, value, window), tiling, call_backend, call_reference)
 
 
 def interval_attention(
@@ -233,56 +258,75 @@ def interval_attention(
     Differentiable in query, key and value (and through the log-sum-exp). On a mesh call it inside ``jax.shard_map``,
     batch and heads divided.
 
+    *Positions and ends* are any int32: negative, in any order, more than once, unrelated to each other. The inequality
+    above is all that counts, so a key with ``key_end <= key_position`` is read by nobody, and a query at ``NO_END``
+    (the largest int32) reads nothing. Integers of other dtypes are cut to the range of int32 (NumPy's before JAX makes
+    them int32), and a query outside of it reads nothing. Neighbouring positions in order are fast: a tile of queries
+    and keys is left out when no interval of its keys can meet its queries.
+
+    *Nothing to read*: a query without a visible key gives 0 and a log-sum-exp of −∞, gets the gradient 0 and gives none
+    to any key, whatever it holds and whatever comes back for it, NaN included. The same holds of a key whose interval
+    is empty or lies before the first or behind the last position of the queries. All other arguments are finite: where
+    one query reads a key, the others' weight of 0 for it would be 0 times NaN. With 0 sequences, queries, keys or
+    heads the results are zeros and −∞ of their shapes.
+
+    *Precision*: logits, weights and sums are float32 whatever the dtypes, float64 included, and query, key and value
+    may differ in theirs. Logits must not overflow float32. Gradients take the exponential of a logit less the
+    log-sum-exp, so that what float32 rounds off a logit (6e-8 of it) is their relative error.
+
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
       key, value: ``[b, s, k, h]``, float, ``n`` a multiple of ``k``.
-      key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding.
+      key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding among positions of 0
+        and more (``NEVER``, the smallest int32, among any).
       query_position: int32 ``[b, t]``, index of each query; default ``0 … t-1``.
       key_position: int32 ``[b, k, s]``, index of each key; default ``0 … s-1``.
-      scale: of the logits, positive; default ``h ** -0.5``.
+      scale: of the logits, a positive Python number that float32 can hold; default ``h ** -0.5``.
       return_lse: also return the log-sum-exp of the visible logits.
       implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
         of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
-      axis_name: as in ``nats_attention``; without positions.
+      axis_name: as in ``nats_attention``; without positions, which are refused.
 
     Returns:
       ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``. A query without a
       visible key gets 0 and −∞.
 
     Raises:
-      ValueError: shapes or names that do not fit.
+      ValueError: shapes, dtypes, numbers or names that do not fit.
+      NotImplementedError: no backend can serve the call; the message has each one's reason.
 
     Example:
-      >>> sliding = jnp.arange(s) + window + 1  # a plain sliding window
+      >>> sliding = jnp.arange(s) + min(window, s) + 1  # a plain sliding window; int32 has an end
       >>> out = interval_attention(q, k, v, jnp.broadcast_to(sliding, (b, num_kv_heads, s)))
     """
     _check(query, key, value)
     (b, t), (s, k) = query.shape[:2], key.shape[1:3]
-    _expect("key_end", key_end, (b, k, s))
+    key_end = as_int32("key_end", key_end, (b, k, s))
     _check_divided(t, axis_name)
     if axis_name is not None and not (s == t and query_position is None and key_position is None):
         raise ValueError(f"axis_name={axis_name!r}: queries and keys are those of one sequence, without positions.")
-    if query_position is None:
-        query_position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    if key_position is None:
-        key_position = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, k, s))
-    _expect("query_position", query_position, (b, t))
-    _expect("key_position", key_position, (b, k, s))
-    scale = _scale(scale, query.shape[-1])
+    scale = checked_scale(scale, query.shape[-1])
+    if axis_name is None:
+        intervals, unread = contract.place(query_position, key_position, key_end, t)
+    else:
+        unread = key_end <= _first_index(t, axis_name) + jnp.arange(t, dtype=jnp.int32)
+    key, value = contract.clear(unread, key, value)
+    if _is_empty(query, key):
+        nothing = jnp.zeros(query.shape, query.dtype), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+        out, lse = vary_like(nothing, (query, key, value, unread))
+        return (out, lse) if return_lse else out
 
     def call_backend(backend, chosen):
         if axis_name is not None:
             return ring.interval_attention(query, key, value, key_end, Settings(backend, chosen, scale), axis_name)
-        intervals = Intervals(query_position, key_position, key_end)
         return differentiable.interval_attention(query, key, value, intervals, Settings(backend, chosen, scale))
 
     def call_reference():
         if axis_name is not None:
             raise NotImplementedError("the reference knows no divided sequence")
-        return reference.interval_attention(
-            query, key, value, key_end, query_position=query_position, key_position=key_position, scale=scale
-        )
+        at, begin, end = intervals
+        return reference.interval_attention(query, key, value, end, query_position=at, key_position=begin, scale=scale)
 
-    out, lse = _first_that_serves(implementation, _problem(query, key, 0), tiling, call_backend, call_reference)
+    out, lse = _first_that_serves(implementation, _problem(query, key, value, 0), tiling, call_backend, call_reference)
     return (out, lse) if return_lse else out

@@ -17,9 +17,9 @@ class Intervals(NamedTuple):
     """Who reads whom: query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
     Attributes:
-      query_position: int32 ``[b, t]``; -1 reads nothing.
+      query_position: int32 ``[b, t]``; ``NO_END`` reads nothing.
       key_position: int32 ``[b, k, s]``.
-      key_end: int32 ``[b, k, s]``, exclusive.
+      key_end: int32 ``[b, k, s]``, exclusive; ``NEVER`` is read by nothing.
     """
 
     query_position: jax.Array
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """What a backward pass knows of the queries.
 
     Attributes:
-      query, dout: ``[b, k, g, t, h]``.
+      query, dout: ``[b, k, g, t, h]``; in a row that reads nothing they may hold anything.
       lse: float32 ``[b, k, g, t]``, +∞ in a row that reads nothing.
       delta: float32 ``[b, k, g, t]``, ``dout · out`` less the gradient of ``lse``.
     """

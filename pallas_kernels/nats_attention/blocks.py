@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.roles import NO_END, RoleColumns
+from pallas_kernels.nats_attention.backend import Intervals, Rows
+from pallas_kernels.nats_attention.roles import NEVER, NO_END, RoleColumns
 
 
 class Tiles(NamedTuple):
@@ -48,10 +48,16 @@ def pad_to_blocks(x: jax.Array, axis: int, block: int, value) -> jax.Array:
 def pad_intervals(intervals: Intervals, query_block: int, key_block: int) -> Intervals:
     """Intervals of whole blocks: padded rows read nothing and padded keys are read by none."""
     return Intervals(
-        pad_to_blocks(intervals.query_position, 1, query_block, -1),
+        pad_to_blocks(intervals.query_position, 1, query_block, NO_END),
         pad_to_blocks(intervals.key_position, 2, key_block, NO_END),
-        pad_to_blocks(intervals.key_end, 2, key_block, 0),
+        pad_to_blocks(intervals.key_end, 2, key_block, NEVER),
     )
+
+
+def clear_empty_rows(rows: Rows) -> Rows:
+    """``rows`` of any shape with 0 for query and dout where a row reads nothing: 0 times what is there may be NaN."""
+    reads = ~jnp.isposinf(rows.lse)[..., None]
+    return rows._replace(query=jnp.where(reads, rows.query, 0), dout=jnp.where(reads, rows.dout, 0))
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:
@@ -60,18 +66,18 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
 
 def first_query(query_position: jax.Array, block: int) -> jax.Array:
     """Least position in each query block, ``NO_END`` if no row reads anything: ``[b, t]`` → int32 ``[b, 1, q, 1]``."""
-    position = _blocks(query_position, block)
-    return jnp.min(jnp.where(position < 0, NO_END, position), -1)[:, None, :, None]
+    return jnp.min(_blocks(query_position, block), -1)[:, None, :, None]
 
 
 def last_query(query_position: jax.Array, block: int) -> jax.Array:
-    """Largest position in each query block: ``[b, t]`` → int32 ``[b, 1, q, 1]``."""
-    return jnp.max(_blocks(query_position, block), -1)[:, None, :, None]
+    """Largest position in each query block of a row that may read something, as ``first_query``."""
+    position = _blocks(query_position, block)
+    return jnp.max(jnp.where(position == NO_END, NEVER, position), -1)[:, None, :, None]
 
 
 def all_rows_read(query_position: jax.Array, block: int) -> jax.Array:
     """Whether no row of a query block is padding: ``[b, t]`` → bool ``[b, 1, q, 1]``."""
-    return jnp.min(_blocks(query_position, block), -1)[:, None, :, None] >= 0
+    return jnp.max(_blocks(query_position, block), -1)[:, None, :, None] != NO_END
 
 
 def least(x: jax.Array, block: int) -> jax.Array:

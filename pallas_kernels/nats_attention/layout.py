@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.roles import NEVER, NO_END
 from pallas_kernels.nats_attention.tiling import Tiling
 
 
@@ -42,8 +43,10 @@ class Layout(NamedTuple):
 
 def lifetime_class(key_position: jax.Array, key_end: jax.Array, thresholds: Sequence[int]) -> jax.Array:
     """How many of the ascending ``thresholds`` each key outlives (queries): int32 ``[b, k, s]``; 0 stays in place."""
-    lifetime = key_end - key_position  # padding: 0 - position, no class
-    outlived = lifetime[..., None] > jnp.asarray(thresholds, jnp.int32)
+    # A difference of two int32 may be beyond int32; as uint32 it is what it should be.
+    lifetime = jnp.where(key_end > key_position, (key_end - key_position).astype(jnp.uint32), 0)
+    longest = np.iinfo(np.uint32).max
+    outlived = lifetime[..., None] > jnp.asarray([min(x, longest) for x in thresholds], jnp.uint32)
     return jnp.sum(outlived, axis=-1, dtype=jnp.int32)
 
 
@@ -105,11 +108,12 @@ def gather(layout: Layout, x: jax.Array) -> jax.Array:
 def gather_intervals(layout: Layout, key_position: jax.Array, key_end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(key_position, key_end)`` by slot, int32 ``[b, k, capacity + s]``: empty and vacated slots are dead.
 
-    Dead slots of the run stand at ``NO_END``, behind everything; in place a vacated slot keeps its position.
+    Dead slots of the run stand at ``NO_END``, behind everything; in place a vacated slot keeps its position. Both end
+    at ``NEVER``: an end of 0 would be read by queries before it.
     """
     position = jnp.take_along_axis(key_position, layout.source, axis=2, mode="fill", fill_value=NO_END)
-    end = jnp.take_along_axis(key_end, layout.source, axis=2, mode="fill", fill_value=0)
-    in_place = jnp.where(layout.slot < layout.capacity, 0, key_end)
+    end = jnp.take_along_axis(key_end, layout.source, axis=2, mode="fill", fill_value=NEVER)
+    in_place = jnp.where(layout.slot < layout.capacity, NEVER, key_end)
     return jnp.concatenate([position, key_position], axis=2), jnp.concatenate([end, in_place], axis=2)
 
 

@@ -73,6 +73,13 @@ def _masked_softmax(logits, mask, visible_somewhere):
     return weights / jnp.where(total == 0, 1, total)
 
 
+def _log_sum_exp(logits, visible):
+    """Over the last axis; −∞, without a gradient, where nothing is visible."""
+    something = visible.any(-1)
+    lse = jax.nn.logsumexp(jnp.where(visible | ~something[..., None], logits, -jnp.inf), axis=-1)
+    return jnp.where(something, lse, -jnp.inf)
+
+
 def relaxed_attention(query, key, value, roles, *, window, document_end=None, scale=None):
     """``nats_attention`` by the relaxed mask, to be differentiated automatically (no clip). Shapes as there."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -91,8 +98,10 @@ def interval_attention(
     key_position = jnp.arange(s)[None, None] if key_position is None else key_position
     at = query_position[:, None, None, :, None]
     visible = (key_position[:, :, None, None, :] <= at) & (at < key_end[:, :, None, None, :])
+    reads = jnp.moveaxis(visible.any(-1), 3, 1)[..., None]  # [b, t, k, 1, 1]
+    query = jnp.where(reads, _grouped(query, key.shape[2]), 0).reshape(query.shape)
     logits = _logits(query, key, scale)
-    lse = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)  # [b, k, g, t]
+    lse = _log_sum_exp(logits, visible)  # [b, k, g, t]
     out = _output(_masked_softmax(logits, visible.astype(logits.dtype), visible), value, query)
     return out, jnp.moveaxis(lse, 3, 1).reshape(b, t, -1)
 
@@ -118,6 +127,9 @@ def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip
 def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
     query, key, value, roles, document_end, key_end, out, lse = residuals
     (b, length, n, _h), num_kv = query.shape, key.shape[2]
+    # A row that reads nothing may hold anything, and so may what comes back for it.
+    empty = jnp.isneginf(lse)[..., None]
+    query, dout = jnp.where(empty, 0, query), jnp.where(empty, 0, dout)
     logits = _logits(query, key, scale)
     lse = jnp.moveaxis(lse.reshape(b, length, num_kv, n // num_kv), 1, 3)[..., None]
     index = jnp.arange(length)

@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.arguments import checked_window
+
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
 NUM_ROLES = 3
 NO_END = int(np.iinfo(np.int32).max)
-"""``key_end`` of a key that every later query can read."""
+"""``key_end`` of a key that every later query can read; as a query's position, that of one that reads nothing."""
+NEVER = int(np.iinfo(np.int32).min)
+"""``key_end`` of a key that nobody reads, wherever its position and the query's are."""
 
 
 class RoleRanges(NamedTuple):
@@ -107,11 +111,15 @@ def key_end_from_roles(
 
     Args:
       role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
-      window: how many queries behind its own a SLIDING key can be read by; may be traced, an int32 scalar.
+      window: how many queries behind its own a SLIDING key can be read by, 0 or more; may be traced, an int32 scalar.
+        One beyond int32 is none at all.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 
     Returns:
       int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key that nothing ends, 0 for padding.
+
+    Raises:
+      ValueError: a negative window (a traced one counts as 0).
 
     Example:
       >>> key_end_from_roles(jnp.array([[[1, 2, 0, 1, 2, 2]]]), window=1)  # L S G L S S
@@ -123,7 +131,10 @@ def key_end_from_roles(
     local_end = jnp.where(following < length, following + 1, NO_END)
     key_end = jnp.where(role_ids == LOCAL, local_end, NO_END)
     longest = NO_END - length  # a longer one is the same, and int32 has an end
-    window = jnp.minimum(window, longest) if isinstance(window, jax.Array) else min(window, longest)
+    if isinstance(window, jax.Array):
+        window = jnp.clip(window, 0, longest)
+    else:
+        window = min(checked_window(window), longest)
     key_end = jnp.where(role_ids == SLIDING, index + window + 1, key_end)
     if document_end is not None:
         key_end = jnp.minimum(key_end, document_end[:, None, :])
@@ -162,7 +173,9 @@ def global_credit(
 
     starts = previous(is_global)
     if document_end is not None:
-        starts |= (document_end != previous(document_end))[:, None, :]
+        # Where nothing before is read any more. Of documents side by side that is where each begins.
+        last_end = jax.lax.cummax(previous(document_end), axis=document_end.ndim - 1)
+        starts |= (last_end <= jnp.arange(document_end.shape[-1], dtype=jnp.int32))[:, None, :]
     steps = jnp.stack([previous(column) - row, previous(past)])
 
     def combine(left, right):

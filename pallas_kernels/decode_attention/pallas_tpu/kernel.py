@@ -7,13 +7,15 @@ rows and wait for each other, so some blocks, of several heads or of one, are co
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_attention.pallas_tpu.tiers import Tiers
 from pallas_kernels.nats_attention.pallas_tpu import tile
 
 LANES = 128
-_LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN
+# No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def kernel(

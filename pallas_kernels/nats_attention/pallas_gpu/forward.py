@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import LiveBlocks, visible_tiles
+from pallas_kernels.nats_attention.blocks import LiveBlocks, pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E, one_head_axis, pad
 from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
-_LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN
+# No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def forward(
@@ -30,7 +32,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the visible pairs: see ``Backend``."""
     b, k, g, t, h = query.shape
-    intervals = lists_lib.pad_intervals(intervals)
+    intervals = pad_intervals(intervals, BLOCK, BLOCK)
     lists = lists_lib.lists_by_query(visible_tiles(intervals, BLOCK, BLOCK))
     query = one_head_axis(pad(query, 3), 3)
     key, value = (one_head_axis(pad(x, 2)) for x in (key, value))

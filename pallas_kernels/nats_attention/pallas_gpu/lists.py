@@ -10,12 +10,13 @@ from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     LiveBlocks,
     Tiles,
+    clear_empty_rows,
     first_query,
     live_blocks,
     most,
 )
 from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
-from pallas_kernels.nats_attention.roles import NO_END, RoleColumns
+from pallas_kernels.nats_attention.roles import RoleColumns
 
 LOG2E = 1.4426950408889634
 """Exponentials are powers of two here, the one that the hardware has: ``exp(x) = exp2(LOG2E · x)``."""
@@ -28,15 +29,6 @@ def pad(x: jax.Array, axis: int, value=0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def pad_intervals(intervals: Intervals) -> Intervals:
-    """Padded rows read nothing and padded keys are read by none."""
-    return Intervals(
-        pad(intervals.query_position, 1, -1),
-        pad(intervals.key_position, 2, NO_END),
-        pad(intervals.key_end, 2, 0),
-    )
-
-
 def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:
     """``[b, k, …]`` → ``[n, …]``, or more leading axes in one."""
     return x.reshape(-1, *x.shape[axes:])
@@ -45,6 +37,7 @@ def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:
 def kernel_rows(rows: Rows) -> Rows:
     """``[b, k, g, t, …]`` → ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows give nothing."""
     fill = (0, 0, jnp.inf, 0)
+    rows = clear_empty_rows(rows)
     padded = Rows(*(one_head_axis(pad(x, 3, value), 3) for x, value in zip(rows, fill, strict=True)))
     return padded._replace(lse=padded.lse * LOG2E)
 

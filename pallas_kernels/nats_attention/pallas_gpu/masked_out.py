@@ -18,14 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import LiveBlocks, masked_out_tiles
+from pallas_kernels.nats_attention.blocks import LiveBlocks, masked_out_tiles, pad_intervals
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
 from pallas_kernels.nats_attention.pallas_gpu.lists import one_head_axis, pad
 from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
 from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
-from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 
 _NUM_SUMS = 4
 
@@ -53,7 +53,7 @@ def masked_out_pass(
 ) -> RoleSums:
     """The role sums over pairs that the mask hides: see ``Backend``."""
     b, k, length, _ = key.shape
-    intervals = lists_lib.pad_intervals(intervals)
+    intervals = pad_intervals(intervals, BLOCK, BLOCK)
     is_global = columns.is_global
     columns = RoleColumns(*(pad(x, 2) for x in columns))
     lists = lists_lib.lists_by_key(masked_out_tiles(intervals, columns, window, BLOCK, BLOCK))
@@ -65,7 +65,7 @@ def masked_out_pass(
         reach=columns.reach,
         local=columns.next_global,
         sliding=begin + window,
-        past=jnp.where(columns.is_local, columns.second_global, -1),
+        past=jnp.where(columns.is_local, columns.second_global, NEVER),
     )
     key, value = (one_head_axis(pad(x, 2)) for x in (key, value))
     sums = _sums(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import Tiles, visible_tiles
+from pallas_kernels.nats_attention.blocks import Tiles, pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu.by_key import key_gradients
 from pallas_kernels.nats_attention.pallas_gpu.by_query import query_gradient
@@ -33,7 +33,7 @@ def visible_pass(
     """
     b, k, g, t, _ = rows.query.shape
     length = key.shape[2]
-    intervals = lists_lib.pad_intervals(intervals)
+    intervals = pad_intervals(intervals, BLOCK, BLOCK)
     tiles = visible_tiles(intervals, BLOCK, BLOCK)
     is_local = next_global = None
     if columns is not None:

@@ -4,16 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import visible_tiles
+from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 
-_LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN
+# No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def forward(
@@ -24,7 +26,7 @@ def forward(
     bq = tiling.query_block
     geometry = Geometry.of(g, h, tiling)
     dtype = jnp.result_type(query, key, value)
-    intervals = packing.pad_intervals(intervals, geometry)
+    intervals = pad_intervals(intervals, bq, tiling.key_block)
     tiles = visible_tiles(intervals, bq, tiling.key_block)
     at = jnp.broadcast_to(intervals.query_position[:, None], (b, k, intervals.query_position.shape[-1]))
     num_blocks = at.shape[-1] // bq
@@ -68,7 +70,8 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
         logits = scale * tile.dot_transposed(query, keys)
         if masked:
             begin, end = numbers_ref[0:1], numbers_ref[1:2]
-            logits = tile.add_by_head(logits, tile.bias((begin <= at) & (at < end)))
+            # Not by adding −∞: a row that reads nothing may hold NaN.
+            logits = tile.keep_by_head(logits, (begin <= at) & (at < end))
         top = top_ref[...]
         new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp(logits - tile.spread(new_top, geometry.key_block))

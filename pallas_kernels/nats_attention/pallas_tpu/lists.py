@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import Tiles, first_query, last_query, least, most
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
-from pallas_kernels.nats_attention.roles import RoleColumns
+from pallas_kernels.nats_attention.roles import NEVER, NO_END, RoleColumns
 
 PLAIN, MASKED, SUMMED = 0, 1, 2
 """Segments: every pair counts; some do; some do, and the role sums ask about single ones."""
@@ -46,8 +46,8 @@ def transposed(tiles: Tiles) -> Tiles:
 
 def with_local_keys(intervals: Intervals, is_local: jax.Array, geometry: Geometry) -> jax.Array:
     """Whether a LOCAL key may be visible in a tile, bool ``[b, k, q, j]``: there the sums by row are asked for."""
-    begin = jnp.where(is_local, intervals.key_position, jnp.iinfo(jnp.int32).max)
-    end = jnp.where(is_local, intervals.key_end, 0)
+    begin = jnp.where(is_local, intervals.key_position, NO_END)
+    end = jnp.where(is_local, intervals.key_end, NEVER)
     first, last = (f(intervals.query_position, geometry.query_block) for f in (first_query, last_query))
     return (least(begin, geometry.key_block) <= last) & (most(end, geometry.key_block) > first)
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import masked_out_tiles
+from pallas_kernels.nats_attention.blocks import masked_out_tiles, pad_intervals
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
-from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 
 
 def masked_out_pass(
@@ -36,7 +36,7 @@ def masked_out_pass(
     """The role sums over pairs that the mask hides: see ``Backend``."""
     b, k, length, h = key.shape
     geometry = Geometry.of(rows.query.shape[2], h, tiling)
-    intervals = packing.pad_intervals(intervals, geometry)
+    intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
     is_global = columns.is_global
     columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
     tiles = masked_out_tiles(intervals, columns, window, geometry.query_block, geometry.key_block)
@@ -44,7 +44,7 @@ def masked_out_pass(
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = rows._replace(dout=dout, delta=rows.delta * weight)
     row_pairs, row_numbers = packing.packed_rows(rows, intervals.query_position, key.dtype, geometry)
-    second_global = jnp.where(columns.is_local, columns.second_global, -1)  # -1: before every query
+    second_global = jnp.where(columns.is_local, columns.second_global, NEVER)
     numbers = [*intervals[1:], columns.reach, columns.next_global, second_global]
     num_blocks = intervals.key_end.shape[-1] // geometry.key_block
     (sums,) = launch(

@@ -20,8 +20,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.roles import NO_END
+from pallas_kernels.nats_attention.backend import Rows
+from pallas_kernels.nats_attention.blocks import clear_empty_rows
 from pallas_kernels.nats_attention.tiling import Tiling
 
 _LANES = 128
@@ -74,15 +74,6 @@ def pad(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths, constant_values=value)
-
-
-def pad_intervals(intervals: Intervals, geometry: Geometry) -> Intervals:
-    """Padded rows read nothing and padded keys are read by none."""
-    return Intervals(
-        pad(intervals.query_position, 1, geometry.query_block, -1),
-        pad(intervals.key_position, 2, geometry.key_block, NO_END),
-        pad(intervals.key_end, 2, geometry.key_block, 0),
-    )
 
 
 def row_blocks(x: jax.Array, geometry: Geometry, value=0) -> jax.Array:
@@ -144,6 +135,7 @@ def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geom
       ``[query | dout] [b, k, g, t, 2 · half]``, padded to whole blocks, and int32 ``[b, k, i, 3, m]``: position, lse
       and delta.
     """
+    rows = clear_empty_rows(rows)
     dtype = jnp.result_type(rows.query, rows.dout, key_dtype)
     pairs = pad(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), 3, geometry.query_block)
     b, k, g, _ = rows.lse.shape

@@ -110,6 +110,12 @@ def add_by_head(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (by_head + mask[None]).reshape(x.shape)
 
 
+def keep_by_head(x: jax.Array, where: jax.Array) -> jax.Array:
+    """``x [m, s]`` where bool ``where [query_block, s]`` holds in every head of the group, else −∞, NaN or not."""
+    by_head = x.reshape(-1, *where.shape)
+    return jnp.where(where[None], by_head, -jnp.inf).reshape(x.shape)
+
+
 def sum_heads(x: jax.Array, query_block: int) -> jax.Array:
     """``[m, s]`` → ``[query_block, s]``."""
     return jnp.sum(x.reshape(-1, query_block, x.shape[1]), axis=0)

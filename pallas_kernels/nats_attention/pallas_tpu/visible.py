@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import visible_tiles
+from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
@@ -34,7 +34,7 @@ def visible_pass(
     _, _, g, t, h = rows.query.shape
     length = key.shape[2]
     geometry = Geometry.of(g, h, tiling)
-    intervals = packing.pad_intervals(intervals, geometry)
+    intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
     if columns is not None:
         columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
     row_pairs, row_numbers = packing.packed_rows(rows, intervals.query_position, key.dtype, geometry)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     Tiles,
+    clear_empty_rows,
     first_query,
     masked_out_tiles,
     most,
@@ -57,7 +58,8 @@ def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
 
 
 def _block_of_rows(rows: Rows, at: jax.Array, i, lanes: Lanes) -> _Block:
-    query, dout, lse, delta = (lanes.rows_of(x, i) for x in rows)
+    # Block by block: a copy of all rows with some of them cleared would be as large as the query.
+    query, dout, lse, delta = clear_empty_rows(Rows(*(lanes.rows_of(x, i) for x in rows)))
     return _Block(query, dout, lse, delta, jnp.tile(at, lse.shape[-1] // at.shape[-1]))
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import visible_tiles
@@ -9,7 +10,8 @@ from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.xla.lanes import Lanes, dot, take
 from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
-_LOWEST = -1e30  # below every logit, and finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN
+# No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def forward(
