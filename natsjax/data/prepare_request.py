@@ -142,8 +142,6 @@ def absolute_input(input: str | os.PathLike[str]) -> str:
     if not name or name.startswith(PACKAGE_PREFIX):
         return name
     path = Path(name)
-    if os.path.islink(path) and not os.path.isdir(
-        path
-    ):  # a file goes by the name of its link, whose suffix says what it is
-        return str(path.parent.resolve() / path.name)
-    return str(path.resolve())
+    # A file goes by the name of its link, whose suffix says what is in it.
+    is_file_link = os.path.islink(path) and not os.path.isdir(path)
+    return str(path.parent.resolve() / path.name) if is_file_link else str(path.resolve())
