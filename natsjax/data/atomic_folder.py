@@ -49,9 +49,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
       OSError: the parent folder cannot be made or written.
     """
     make_folder(folder.parent)
-    path = folder.parent / hidden_name(folder.name, "lock")
-    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
-        path = folder / _LOCK
+    path = lock_path(folder)
     file = _locked(path, folder)
     # Whoever held the lock before us removed the file; a process that came later then locked a new one.
     while not _is_file_at(file, path):
@@ -62,6 +60,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def lock_path(folder: Path) -> Path:
+    """Where `folder_lock` has its file; one that is there while nobody holds it was left by a killed process."""
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+        return folder / _LOCK
+    return folder.parent / hidden_name(folder.name, "lock")
 
 
 def is_free(folder: Path, own: Collection[str]) -> bool:
