@@ -31,7 +31,8 @@ PART_SUFFIX = ".npz"
 _IDENTITY_FILE = "request.json"
 _UNFINISHED = ".unfinished"
 # Inside a folder that is there already.
-_LOCK, _PARTIAL, _TRIAL, _REPLACED = ".lock", ".partial", ".tried", ".replaced"
+_LOCK, _PARTIAL, _REPLACED = ".lock", ".partial", ".replaced"
+_TRIED, _TRIED_AND_MOVED = ".tried", ".moved.tried"
 _LOST_AND_FOUND = "lost+found"  # on every ext4 disk, mounted
 
 _log = logging.getLogger(__name__)
@@ -48,9 +49,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
       OSError: the parent folder cannot be made or written.
     """
     make_folder(folder.parent)
-    path = folder.parent / hidden_name(folder.name, "lock")
-    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
-        path = folder / _LOCK
+    path = lock_path(folder)
     file = _locked(path, folder)
     # Whoever held the lock before us removed the file; a process that came later then locked a new one.
     while not _is_file_at(file, path):
@@ -61,6 +60,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def lock_path(folder: Path) -> Path:
+    """Where `folder_lock` has its file; one that is there while nobody holds it was left by a killed process."""
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+        return folder / _LOCK
+    return folder.parent / hidden_name(folder.name, "lock")
 
 
 def is_free(folder: Path, own: Collection[str]) -> bool:
@@ -75,7 +81,7 @@ def is_free(folder: Path, own: Collection[str]) -> bool:
     """
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIAL, _LOST_AND_FOUND}
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIED, _TRIED_AND_MOVED, _LOST_AND_FOUND}
     return not names or ((folder / _PARTIAL).is_dir() and names <= set(own))
 
 
@@ -86,23 +92,22 @@ def try_folder(folder: Path) -> None:
       OSError: it cannot be made there.
     """
     check_utf8(folder)
-    is_there = folder.is_dir()
-    trial = folder / _TRIAL if is_there else folder.parent / hidden_name(folder.name, "tried")
-    shutil.rmtree(trial, ignore_errors=True)  # of a killed process
-    name = f"{_TRIAL}.{os.getpid()}"
+    # Beside a folder that is not there under another name than its own, which a killed process would leave there.
+    names: tuple[str, ...] = (_TRIED, _TRIED_AND_MOVED)
+    if not folder.is_dir():
+        names = tuple(hidden_name(folder.name, name.removeprefix(".")) for name in names)
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # whether its name is too long
+    before, after = ((folder if folder.is_dir() else folder.parent) / name for name in names)
     try:
-        (trial / name).mkdir(parents=True)
-        (trial / name / "file").write_bytes(b"tried before the work\n")
-        if is_there:
-            (trial / name).rename(folder / name)
-        else:
-            trial.rename(folder)
+        for left in (before, after):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed process
+        before.mkdir()
+        (before / "file").write_bytes(b"tried before the work\n")
+        before.rename(after)
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        if not is_there:
-            with suppress(OSError):
-                folder.rmdir()
+        for left in (before, after):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def place(temporary: Path, folder: Path, marker: str) -> None:
@@ -124,7 +129,7 @@ def set_aside(folder: Path, marker: str) -> None:
     Raises:
       OSError: it cannot be moved.
     """
-    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIAL, _REPLACED, _LOST_AND_FOUND}
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIED, _TRIED_AND_MOVED, _REPLACED, _LOST_AND_FOUND}
     (folder / _REPLACED).mkdir()
     _move(folder, folder / _REPLACED, sorted(names, key=lambda name: (name != marker, name)))
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from natsjax import processes, signals
 from natsjax.command_line import Parser, run_command, typed_text
-from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, partial_paths, place, try_folder
+from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, lock_path, partial_paths, place, try_folder
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
 from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
@@ -128,7 +128,7 @@ def prepare(
 def _prepared(request: PrepareRequest) -> Corpus:
     target = real_path(request.output)
     try:
-        if not _is_there(request.output) or any(path.exists() for path in partial_paths(target)):
+        if not _is_there(request.output) or any(path.exists() for path in (*partial_paths(target), lock_path(target))):
             with folder_lock(target):
                 if not _is_there(request.output):  # another process may have made it while we waited
                     try_folder(target)
