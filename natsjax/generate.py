@@ -17,7 +17,7 @@ from typing import Any, TextIO, cast
 
 import jax
 
-from natsjax import decode, processes
+from natsjax import decode, processes, signals
 from natsjax.command_line import run_command
 from natsjax.config import Config, MeshConfig
 from natsjax.data import Tokenizer
@@ -245,7 +245,8 @@ def _token_ids(this: LoadedRun, number: int, prompt: str | Sequence[int]) -> lis
             f"{this.workdir.path} is a recall run, whose tokens stand for no text; give ids, as in "
             "--prompt_tokens=0,5,7."
         )
-    return [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    ids = signals.interruptible(lambda: tokenizer.encode(prompt))  # a library takes minutes for a prompt of many MB
+    return [tokenizer.bos_id, *ids.tolist()]
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

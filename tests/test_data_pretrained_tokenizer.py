@@ -3,6 +3,7 @@
 import base64
 import functools
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -21,13 +22,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from natsjax.data import BPETokenizer, Corpus, HuggingFaceTokenizer, Tokenizer, load_tokenizer, pretrained_tokenizer
+from natsjax.data import (
+    BPETokenizer,
+    Corpus,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    is_tokenizer_of,
+    load_tokenizer,
+    pretrained_tokenizer,
+    tiktoken_patterns,
+)
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
 from natsjax.text_stream import TextStream
 
 sentencepiece = pytest.importorskip("sentencepiece")
-pytest.importorskip("tiktoken")
+tiktoken = pytest.importorskip("tiktoken")
+regex = pytest.importorskip("regex")
+openai_public = pytest.importorskip("tiktoken_ext.openai_public")
 
 TEXTS = [
     "the cat sat on the mat, and the dog sat on the cat",
@@ -572,3 +584,196 @@ def test_lone_surrogates_are_refused(opened, name):
         opened(name).encode("ab\ud83d")
     with pytest.raises(UserError, match=r"U\+D83D"):
         opened(name).encode_batch(["fine", "\ud83d"])
+
+
+def _edited(folder, name, change, **beside):
+    """A tokenizer.json with a change, and files beside it."""
+    definition = json.loads(content(name))
+    change(definition)
+    folder.mkdir(exist_ok=True)
+    for file, values in {"tokenizer": definition, **beside}.items():
+        (folder / f"{file}.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "random"),
+    [("byte_level", {"dropout": 0.3}), ("unigram", {"alpha": 0.1}), ("unigram", {"alpha": 0.5, "nbest_size": 5})],
+)
+def test_what_is_random_in_a_file_is_off(opened, tmp_path, caplog, monkeypatch, name, random):
+    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    with caplog.at_level(logging.INFO):
+        tokenizer = load_tokenizer(_edited(tmp_path, name, lambda definition: definition["model"].update(random)))
+    text = " ".join(TEXTS)
+    assert {tuple(tokenizer.encode(text).tolist()) for _ in range(10)} == {tuple(opened(name).encode(text).tolist())}
+    assert all(f"its {setting} = {value} is off" in caplog.text for setting, value in random.items())
+    # Tokenizers that earlier versions stored have this fingerprint.
+    parsed = json.loads((tmp_path / "tokenizer.json").read_text())
+    parsed |= {"truncation": None, "padding": None, "post_processor": None}
+    definition = ["huggingface", tokenizer._declared, json.dumps(parsed, sort_keys=True)]
+    assert tokenizer.fingerprint == hashlib.sha256(json.dumps(definition).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "caveat"),
+    [
+        ({}, ""),
+        ({"single_word": True}, ""),
+        ({"lstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' comes back as 'a<tool> b')"),
+        ({"rstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' comes back as 'a <tool>b')"),
+    ],
+)
+def test_a_files_own_tokens_are_probed_with_white_space_around_them(tmp_path, settings, caveat):
+    def change(definition):
+        for token in definition["added_tokens"]:
+            token.update(settings)  # of special ones too, which are ordinary text here
+
+    assert load_tokenizer(_edited(tmp_path, "byte_level", change)).caveat == caveat
+
+
+def test_an_own_token_that_stands_for_other_spellings_is_said_and_so_is_unknown_text(tmp_path, opened):
+    def change(definition):
+        definition["normalizer"] = {"type": "Replace", "pattern": {"String": "<TOOL>"}, "content": "<tool>"}
+        next(token for token in definition["added_tokens"] if token["content"] == "<tool>")["normalized"] = True
+
+    assert "('a <TOOL> b' comes back as 'a <tool> b')" in load_tokenizer(_edited(tmp_path, "byte_level", change)).caveat
+    assert "it knows no token for parts of" in opened("sp_unigram").caveat
+    assert "it knows no token" not in opened("sp_unigram_bytes").caveat
+
+
+def test_a_tokenizer_that_draws_at_random_after_all_is_found_out(opened, monkeypatch):
+    tokenizer = HuggingFaceTokenizer(content("byte_level").decode())
+    calls = iter(range(1000))
+    monkeypatch.setattr(tokenizer, "encode", lambda text: np.array([next(calls) % 3 + 50], np.int32))
+    assert "it does not always encode the same text alike" in tokenizer.caveat
+
+
+def test_files_that_contradict_tokenizer_json_are_named(tmp_path):
+    config = {"add_prefix_space": True, "add_bos_token": True, "model_max_length": 4, "do_lower_case": None}
+    tokenizer = load_tokenizer(_edited(tmp_path / "x", "byte_level", lambda _: None, tokenizer_config=config))
+    assert "says add_prefix_space = true and tokenizer.json the contrary, which counts" in tokenizer.caveat
+    assert len(tokenizer.encode(TEXTS[0])) > 4
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat
+    assert json.loads((tmp_path / "saved" / "natsjax_tokenizer.json").read_text())["caveat"] == tokenizer.caveat
+    same = _edited(tmp_path / "y", "roberta", lambda _: None, tokenizer_config={"add_prefix_space": True})
+    assert "add_prefix_space" not in load_tokenizer(same).caveat
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["vocab.json", "merges.txt"], r"which do not say how text is cut up; .*ByteLevelBPETokenizer"),
+        (["encoder.json", "vocab.bpe"], r"which do not say how text is cut up; .*ByteLevelBPETokenizer"),
+        (["tekken.json"], r"Mistral's format, which natsjax does not read; give the tokenizer\.json"),
+    ],
+)
+def test_formats_that_are_not_read_are_recognised(tmp_path, files, sentence):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    for path in (tmp_path, *(tmp_path / file for file in files)):
+        with pytest.raises(UserError, match=sentence):
+            load_tokenizer(path)
+
+
+# --- tiktoken ---
+
+NUMBERED = "In 2024, I'VE seen 12345 things;  don't you?\n\n\n  Été naïve 東京\t\tend  HTMLParser's/x "
+
+
+def _public_patterns(monkeypatch):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+    return {
+        "gpt2": openai_public.r50k_pat_str,
+        "r50k": openai_public.r50k_base()["pat_str"],
+        "p50k": openai_public.p50k_base()["pat_str"],
+        "cl100k": openai_public.cl100k_base()["pat_str"],
+        "o200k": openai_public.o200k_base()["pat_str"],
+    }
+
+
+@quick
+@given(text=tricky_text | st.text("aZé東19 '.!/\n\r\t\u3000svt", max_size=30))
+def test_named_patterns_cut_as_tiktokens_own_do(text):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, pattern in _public_patterns(patch).items():
+            ours, theirs = (
+                [found.group() for found in regex.finditer(p, text)]
+                for p in (tiktoken_patterns.PATTERNS[name], pattern)
+            )
+            assert ours == theirs, name
+
+
+def test_known_files_are_those_that_tiktoken_checks(monkeypatch):
+    asked = {}
+    patterns = _public_patterns(monkeypatch)
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda _, expected_hash: asked.update(now=expected_hash))
+    for constructor in ("r50k_base", "p50k_base", "cl100k_base", "o200k_base"):
+        theirs = getattr(openai_public, constructor)()
+        name, pattern, specials = tiktoken_patterns._FILES[asked["now"]]
+        assert name.split()[0] == constructor
+        assert patterns[pattern] == theirs["pat_str"]
+        assert specials.items() <= theirs["special_tokens"].items()
+
+
+@pytest.mark.parametrize("name", [*tiktoken_patterns.PATTERNS, "GPT2", "o200k_base", r"\d|\D+?(?=\d|$)"])
+def test_a_pattern_can_be_asked_for(tmp_path, name, monkeypatch):
+    file = write("tiktoken", tmp_path)
+    tokenizer = load_tokenizer(file, tiktoken_pattern=name)
+    pattern = _public_patterns(monkeypatch).get(name.lower().removesuffix("_base"), name)
+    theirs = tiktoken.Encoding("theirs", pat_str=pattern, mergeable_ranks=dict(_ranks()), special_tokens={})
+    assert tokenizer.encode(NUMBERED).tolist() == theirs.encode_ordinary(NUMBERED)
+    assert "assumed" not in tokenizer.caveat
+    (tmp_path / "x.tiktoken.json").write_text(json.dumps({"pattern": name}))
+    assert load_tokenizer(file).fingerprint == tokenizer.fingerprint
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved", tiktoken_pattern=name).fingerprint == tokenizer.fingerprint
+
+
+def test_an_assumed_pattern_is_said_and_kept(tmp_path):
+    tokenizer = load_tokenizer(write("tiktoken", tmp_path))
+    assert "the pattern of cl100k (GPT-4) is assumed (no text gives 1.1% of its tokens then" in tokenizer.caveat
+    assert "give --tiktoken_pattern=gpt2 if that is right" in tokenizer.caveat
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "sentence"),
+    [
+        ("tiktoken", "gpt-2", r"tiktoken_pattern is 'gpt-2'; it must be one of gpt2, r50k, p50k, cl100k, o200k, or a"),
+        ("tiktoken", "((", r"the pattern '\(\(' of the tokenizer .* is no regular expression"),
+        ("byte_level", "gpt2", r"tokenizer\.json is no \.tiktoken file and says itself how text is cut up"),
+        ("sp_bpe", "gpt2", r"x\.model is no \.tiktoken file"),
+    ],
+)
+def test_a_pattern_that_is_none_or_not_for_this_tokenizer(tmp_path, make, pattern, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(write(make, tmp_path), tiktoken_pattern=pattern)
+
+
+def test_a_pattern_for_a_tokenizer_without_one(tmp_path, opened):
+    opened("tiktoken").save(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"was stored with all that it needs; leave tiktoken_pattern out"):
+        load_tokenizer(tmp_path / "saved", tiktoken_pattern="o200k")
+    with pytest.raises(UserError, match=r"tiktoken_pattern is 'gpt2', but tokenizer is 'bpe'"):
+        prepare(tmp_path, tmp_path / "out", tiktoken_pattern="gpt2")
+
+
+def test_a_known_file_is_recognised_and_earlier_corpora_of_it_stay_what_they_are(tmp_path, monkeypatch, opened):
+    before = opened("tiktoken")
+    mark = hashlib.sha256(content("tiktoken")).hexdigest()
+    monkeypatch.setitem(tiktoken_patterns._FILES, mark, ("toy", "gpt2", {"<bos>": 400, "<eos>": 401}))
+    file = write("tiktoken", tmp_path)
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.pattern, tokenizer.bos_id, tokenizer.eos_id) == (tiktoken_patterns.PATTERNS["gpt2"], 400, 401)
+    assert tokenizer.caveat == ""
+    file.write_bytes(b"\r\n".join(reversed(content("tiktoken").splitlines())))  # the same ranks
+    assert load_tokenizer(file).fingerprint == tokenizer.fingerprint
+    assert is_tokenizer_of(file, tokenizer)
+    assert is_tokenizer_of(file, before)  # which was cut with cl100k's pattern, and has a corpus
+    assert not is_tokenizer_of(file, before, tiktoken_pattern="gpt2")
+    assert not is_tokenizer_of(file, opened("byte_level"))
+    (tmp_path / "x.tiktoken.json").write_text(json.dumps({"special_tokens": {"<eot>": 500}, "eos_token": "<eot>"}))
+    mine = load_tokenizer(file)
+    assert (mine.pattern, mine.eos_id, mine.bos_id) == (tokenizer.pattern, 500, 501)

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from natsjax import processes, signals
+from natsjax.errors import UserError
 from natsjax.processes import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -200,3 +201,53 @@ def test_handlers_of_before_come_back_after_the_interruption_of_a_caller():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
+
+
+def test_work_gives_back_what_it_returns_and_raises():
+    assert signals.interruptible(lambda: 7) == 7
+    with pytest.raises(UserError, match="nothing there"):
+        signals.interruptible(lambda: (_ for _ in ()).throw(UserError("nothing there")))
+    found = []
+    worker = threading.Thread(target=lambda: found.append(signals.interruptible(threading.current_thread)))
+    worker.start()
+    worker.join()
+    assert found == [worker]  # no signal is heard there, and nothing is gained by another thread
+
+
+@NUMBERS
+def test_work_is_left_at_a_signal_and_puts_things_in_order(number):
+    seen = []
+
+    def work():
+        try:
+            signal.pthread_kill(threading.main_thread().ident, number)
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            seen.append("left")
+            raise
+
+    left = pytest.raises(KeyboardInterrupt, match=signal.Signals(number).name)
+    with left, signals.stop_requests() as stop, stop.at_once("run it again"):
+        signals.interruptible(work)
+    assert seen == ["left"]
+
+
+def test_work_inside_a_library_is_abandoned_and_the_process_can_end_without_it(monkeypatch):
+    monkeypatch.setattr(signals, "_GRACE", 0.05)
+    monkeypatch.setattr(signals, "_abandoned", [])
+    comes_back, ended = threading.Event(), []
+    monkeypatch.setattr(processes, "end", lambda error, status: ended.append(status))
+
+    def work():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        comes_back.wait(30)  # as deaf as a library: what is raised here is raised when it returns
+
+    with pytest.raises(KeyboardInterrupt), signals.stop_requests() as stop, stop.at_once("run it again"):
+        signals.interruptible(work)
+    signals.end_if_abandoned(130)
+    assert ended == [130]
+    comes_back.set()
+    signals._abandoned[0].join()
+    signals.end_if_abandoned(130)
+    assert ended == [130]

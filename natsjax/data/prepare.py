@@ -251,13 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signals.end_if_abandoned(signals.EXIT_STATUS)
         return signals.EXIT_STATUS
     return 0
 
 
 def _command() -> int:
     status = main()
-    if status == signals.EXIT_STATUS:  # at once: the interpreter would wait for what is still inside a library
+    if status == signals.EXIT_STATUS:  # at once: taking the interpreter down can take seconds where cores are busy
         processes.end(KeyboardInterrupt("interrupted"), status)
     return status
 
