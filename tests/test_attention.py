@@ -92,19 +92,13 @@ def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones():
 
 def test_bfloat16_is_close_and_keeps_dtypes():
     shape, rng = SHAPES["grouped"], np.random.default_rng(3)
-    arrays = inputs(shape)
+    narrow = [x.astype(jnp.bfloat16) for x in inputs(shape)]
     roles = jax.nn.one_hot(role_ids("random", shape, rng), 3)
-
-    def attention(*a):
-        return na.nats_attention(*a, window=shape.window)
-
-    narrow = [x.astype(jnp.bfloat16) for x in arrays]
-    out, pullback = jax.vjp(attention, *narrow[:3], roles)
-    gradients = pullback(narrow[3])
-    assert out.dtype == jnp.bfloat16
-    assert [x.dtype for x in gradients] == [jnp.bfloat16] * 3 + [jnp.float32]
-    wide_out, wide_pullback = jax.vjp(attention, *[x.astype(jnp.float32) for x in narrow[:3]], roles)
-    for got, expected in zip((out, *gradients), (wide_out, *wide_pullback(narrow[3].astype(jnp.float32))), strict=True):
+    results = []
+    for arrays in (narrow, [x.astype(jnp.float32) for x in narrow]):
+        results.append(compiled(nats(shape.window), *arrays[:3], roles, None, arrays[3]))
+    assert [x.dtype for x in results[0]] == [jnp.bfloat16] * 4 + [jnp.float32]
+    for got, expected in zip(*results, strict=True):
         assert relative_error(got, expected) < 3e-2
 
 
