@@ -305,8 +305,8 @@ def _records(
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status.
 
     Raises:
       UserError: see ``run`` and ``generate_flags.parse_generate_flags``.
@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     found = run(**arguments, stream=sys.stdout, warn=lambda note: processes.say(f"warning: {note}"))
     processes.say(found.summary())
+    return 0
 
 
 if __name__ == "__main__":

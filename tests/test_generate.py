@@ -169,7 +169,7 @@ def test_the_closing_line(text_run, capsys):
     assert found.total.kv_full == 7 * 4
     text = found.summary()
     assert " tokens/s after that (less what had to be compiled); KV under full: 5.0 live keys a " in text
-    assert text.endswith("where full attention would hold 28 (1,828.6 %).")
+    assert text.endswith("where full attention would hold 28 (100.0 %).")
     moved = dataclasses.replace(found, total=dataclasses.replace(found.total, moves=2)).summary()
     assert moved == f"{text[:-1]}; 2 moves to larger buffers."
 
@@ -268,7 +268,7 @@ def test_a_mesh_is_completed():
         (["--prompt_tokens=1,b"], "--prompt_tokens=1,b: ids separated by commas were expected, as in 0,5,7"),
         (["--prompt_tokens=1,999"], "prompt 1: the vocabulary has the ids 0 … 257, and not 999"),
         (["--prompt=a", "--stop_tokens=-2"], "stop_tokens: the vocabulary has the ids 0 … 257, and not -2"),
-        (["--prompt=\udcff"], "the text is no valid Unicode"),
+        (["--prompt=\udcff"], "is no UTF-8 text"),
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0: it must be 1 or more"),
         (["--prompt=a", "--max_new_tokens=9999999999"], "max_new_tokens=9999999999: it must be less than 1073741824"),
         (["--prompt=a", "--batch_size=0"], "batch_size=0: it must be 1 or more"),
