@@ -79,6 +79,17 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
+def named_path(path: str | os.PathLike[str]) -> Path:
+    """Resolves a path as ``real_path`` does, but leaves the name of a file that is a link: its suffix says what it is.
+
+    Caches of downloads (Hugging Face's) hold such links, to files that are named by their checksums.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if os.path.islink(expanded) and not os.path.isdir(expanded):
+        return real_path(expanded.parent) / expanded.name
+    return real_path(expanded)
+
+
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Makes a folder with those above it, where it is not there yet; where a link leads, if it is one.
 
