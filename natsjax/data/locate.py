@@ -57,8 +57,8 @@ def locate(data: DataConfig, run: Path, fingerprint: str | None, *, remedy: str 
         if fingerprint is None or fingerprint == _fingerprint(data, chosen, shares):
             if not data.mixture:
                 return dataclasses.replace(data, prepared_dir=str(chosen[0].folder))
-            folders = (str(found.folder) for found in chosen)
-            return dataclasses.replace(data, mixture=MIXTURE.changed(data.mixture, lambda _: next(folders)))
+            here = {folder: str(found.folder) for (folder, _), found in zip(wanted, chosen, strict=True)}
+            return dataclasses.replace(data, mixture=MIXTURE.changed(data.mixture, here.__getitem__))
     if missing := [folder for (folder, _), found in zip(wanted, choices, strict=True) if not found]:
         why = f"{' and '.join(missing)} {'holds' if len(missing) == 1 else 'hold'} none"
     else:
