@@ -227,7 +227,8 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in steps:
-                (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
+                names = (self.folder / f"{step}.unreadable{number}" for number in ("", *range(2, 1000)))
+                (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
         self._manager.reload()
 
     def _remove_unfinished(self) -> list[str]:

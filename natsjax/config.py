@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
-from natsjax.paths import PathSyntax
+from natsjax.paths import MIXTURE, PathSyntax
 from natsjax.settings import build, did_you_mean, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
@@ -130,7 +130,7 @@ class DataConfig:
         "",
         "several prepared corpora instead of one, with weights: DIR=WEIGHT,DIR=WEIGHT; each gives that share of the "
         "training tokens",
-        path=PathSyntax(is_mixture=True),
+        path=MIXTURE,
     )
     prepared_dir: str = setting(
         "", "folder of the prepared corpus; empty: corpus/ in the workdir", resume=True, path=PathSyntax()

@@ -32,11 +32,10 @@ from natsjax.config import Config
 from natsjax.data import Tokenizer
 from natsjax.data.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
 from natsjax.data.locate import locate
-from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
 from natsjax.outputs import hidden_name, real_path, unwritable
-from natsjax.settings import did_you_mean
+from natsjax.settings import did_you_mean, resolve_paths
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
@@ -188,11 +187,8 @@ def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Conf
         data = dataclasses.replace(data, mixture=os.fspath(prepared_dir))
     else:
         data = dataclasses.replace(data, prepared_dir=os.fspath(prepared_dir))
-    if data.mixture:
-        parts = [f"{real_path(folder)}={share!r}" for folder, share in parse_mixture(data.mixture)]
-        data = dataclasses.replace(data, mixture=",".join(parts))
-    else:
-        data = dataclasses.replace(data, prepared_dir=str(real_path(data.prepared_dir)))
+    here = resolve_paths(data)
+    data = dataclasses.replace(data, mixture=here.mixture, prepared_dir=here.prepared_dir)
     return dataclasses.replace(run.config, data=data)
 
 

@@ -27,7 +27,7 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
-from natsjax.outputs import unwritable
+from natsjax.outputs import check_files, make_folder, real_path, unwritable
 from natsjax.policies import Policy
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
@@ -176,6 +176,8 @@ def run(
             raise UserError(f"{name}={value}: it must be 1 or more.")
     if jax.process_count() > 1:
         raise UserError(f"there are {jax.process_count()} processes, and natsjax.generate runs as one.")
+    if output is not None and not os.path.exists(os.path.expanduser(output)):
+        check_files(f"--output={os.fspath(output)}", [output])
     this = loaded
     if this is None:
         mesh_config = _default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
@@ -275,13 +277,19 @@ def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[di
         yield lambda _: None
         return
     try:
+        make_folder(real_path(output).parent)
         file = open(os.path.expanduser(output), "w", encoding="utf-8")  # noqa: SIM115 (closed below; only opening fails)
     except OSError as error:
         raise unwritable(f"--output={os.fspath(output)}", error) from error
 
     def write(records: list[dict[str, Any]]) -> None:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
+        try:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is still in its buffer would fail again
+                file.close()
+            raise unwritable(f"--output={os.fspath(output)}", error) from error
 
     with file:
         yield write

@@ -31,7 +31,6 @@ _ADVICE = {
     errno.EBUSY: "something else uses it: name a new folder inside it, or another place",
     errno.EXDEV: "it lies on two file systems: name a new folder inside it, or another place",
     errno.EINVAL: "that file system takes no such name: name another one",
-    errno.EILSEQ: "libraries that write there take names in UTF-8 alone: name another path",
     errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n)",
     errno.ENFILE: "this machine may open no more files: end other programs, or raise its limit",
     errno.EIO: "the disk or its connection fails: look into the system's log, and name a place on another disk",
@@ -75,8 +74,28 @@ def unwritable(name: str | os.PathLike[str], error: OSError) -> UserError:
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """Resolves a path: absolute, ``~`` and all links followed (the last one too), without ``.`` and ``..``."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    """Resolves a path: absolute, ``~`` and all links followed (the last one too), without ``.`` and ``..``.
+
+    Raises:
+      UserError: it is relative to a folder that was removed, or holds what no path can hold.
+    """
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)!r} is no path: {error}.") from error
+
+
+def named_path(path: str | os.PathLike[str]) -> Path:
+    """Resolves a path as ``real_path`` does, but leaves the name of a file that is a link: its suffix says what it is.
+
+    Caches of downloads (Hugging Face's) hold such links, to files that are named by their checksums.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if os.path.islink(expanded) and not os.path.isdir(expanded):
+        return real_path(expanded.parent) / expanded.name
+    return real_path(expanded)
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
@@ -88,19 +107,8 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     try:
         os.makedirs(real_path(folder), exist_ok=True)
     except FileExistsError as error:  # which is a file
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
-
-
-def check_utf8(path: Path) -> None:
-    """Refuses a path that ArrayRecord and TensorStore cannot open.
-
-    Raises:
-      OSError: ``EILSEQ``.
-    """
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise OSError(errno.EILSEQ, "its bytes are no UTF-8", str(path)) from error
+        number = errno.ELOOP if os.path.islink(error.filename) else errno.ENOTDIR
+        raise OSError(number, os.strerror(number), error.filename) from error
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from natsjax.outputs import real_path
+from natsjax.outputs import named_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class PathSyntax:
         return ",".join(parts)
 
     def resolved(self, text: str) -> str:
-        """Returns the text with each of its paths absolute, links followed."""
-        return self.changed(text, lambda path: str(real_path(path)))
+        """Returns the text with each of its paths absolute, links followed (``outputs.named_path``)."""
+        return self.changed(text, lambda path: str(named_path(path)))
 
     def is_path(self, text: str) -> bool:
         """Whether the text names any path."""
@@ -52,3 +52,7 @@ class PathSyntax:
         if self.is_mixture:
             return self.changed(old, lambda _: "") == self.changed(new, lambda _: "")
         return Path(old).name == Path(new).name
+
+
+MIXTURE = PathSyntax(is_mixture=True)
+"""Of ``data.mixture``; the weights stay as they are written."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ml_collections
 
 from natsjax.errors import UserError
+from natsjax.outputs import real_path
 from natsjax.paths import PathSyntax
 
 LARGEST_INT = 2**31 - 1
@@ -159,12 +160,11 @@ def check_file_name(path: str | os.PathLike[str]) -> None:
     """For folders of checkpoints and shards, whose libraries take names in UTF-8 alone.
 
     Raises:
-      UserError: the name, or that of a folder around it, is not.
+      UserError: the name, or that of a folder around it, is not; or see ``outputs.real_path``.
     """
+    real_path(path)
     try:
         os.path.abspath(path).encode("utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
     except UnicodeEncodeError as error:  # Python keeps other bytes as halves of surrogate pairs
         raise UserError(
             f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or, where it is UTF-8 and the locale "

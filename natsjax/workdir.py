@@ -36,7 +36,7 @@ from typing import IO, Any
 from natsjax import checksums
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
-from natsjax.outputs import advice, check_utf8, make_folder, real_path, reason, try_files, write_file
+from natsjax.outputs import advice, make_folder, real_path, reason, try_files, write_file
 from natsjax.settings import check_file_name, differences
 
 EXPORT_FORMAT = 1
@@ -85,7 +85,7 @@ class Workdir:
           UserError: another process holds it, or it cannot be made.
         """
         try:
-            check_utf8(real_path(self.path))
+            check_file_name(real_path(self.path))
             make_folder(self.path)
             file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:

@@ -139,6 +139,7 @@ def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(tmp_path, capfd):
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "sums"])
 def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd, damage):
+    (tmp_path / "10.unreadable/of_an_earlier_start").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in (5, 10):
         checkpoints.save(step, {"w": jnp.full(3000, float(step))})
@@ -150,7 +151,7 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd,
     said = capfd.readouterr().err.splitlines()
     assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: {tmp_path / '10'}")
     assert said[1:] == ["going back to step 5"]
-    assert (tmp_path / "10.unreadable").exists()
+    assert (tmp_path / "10.unreadable2/default").exists()
     checkpoints.close()
 
 

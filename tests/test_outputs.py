@@ -67,6 +67,21 @@ def test_a_corpus_is_written_wherever_it_can_be(texts, tmp_path, monkeypatch, ou
     assert hidden(tmp_path) == []
 
 
+def test_a_corpus_beside_a_folder_that_is_not_there_is_found_again(texts, tmp_path):
+    corpus = make(texts, tmp_path / "missing/../new")
+    assert Corpus.load(tmp_path / "new").content_hash == corpus.content_hash
+    assert make(texts, tmp_path / "missing/../new").content_hash == corpus.content_hash
+
+
+def test_paths_from_a_folder_that_was_removed_are_one_sentence(texts, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for input, output in (("texts", tmp_path / "out"), (texts, "out")):
+        with pytest.raises(UserError, match="the current folder is no longer there"):
+            make(input, output)
+
+
 MOUNTS = """
 import os, sys
 from natsjax.data.prepare import prepare
@@ -107,7 +122,9 @@ def test_a_corpus_fills_a_mount_point(texts, tmp_path):
     [
         ("texts/0.txt/out", "Not a directory.*a part of that path is a file"),
         ("n" * 300, "File name too long.*name a shorter one"),
-        ("caf\udce9", "no UTF-8.*in UTF-8 alone"),
+        ("caf\udce9", "no UTF-8 to Python; rename it"),
+        ("latin", "no UTF-8 to Python; rename it"),
+        ("a\0b", "a.*b' is no path: embedded null byte"),
         ("texts/0.txt", "exists and is no prepared corpus"),
         ("texts", "exists and is no prepared corpus"),
         ("", "output is empty"),
@@ -116,6 +133,7 @@ def test_a_corpus_fills_a_mount_point(texts, tmp_path):
 )
 def test_an_output_that_cannot_be_is_refused_before_the_work(texts, tmp_path, monkeypatch, output, says):
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "latin").symlink_to("caf\udce9")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     monkeypatch.setattr(command, "_build", lambda *_: pytest.fail("the work began"))
     with pytest.raises(UserError, match=says):

@@ -71,6 +71,8 @@ def snapshot(folder):
         ("tokenizer", "bpe", "bpe"),
         ("tokenizer", "byte", "byte"),
         ("tokenizer", "tokenizer.json", "{}/tokenizer.json"),
+        ("tokenizer", "link.json", "{}/link.json"),  # to a file whose name has no suffix
+        ("input", "link/link.json", "{}/a/link.json"),
     ],
 )
 def test_paths_are_stored_absolute_and_words_as_they_are(tmp_path, monkeypatch, field, text, stored):
@@ -78,6 +80,9 @@ def test_paths_are_stored_absolute_and_words_as_they_are(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to("a")
+    (tmp_path / "blob").touch()
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "link.json").symlink_to(tmp_path / "blob")
     data = resolve_paths(dataclasses.replace(Config().data, **{field: text}))
     assert getattr(data, field) == (str(tmp_path.parent / "x") if stored is None else stored.format(tmp_path))
     assert resolve_paths(data) == data
@@ -163,12 +168,27 @@ def test_mixtures_are_found_part_by_part(corpora, tmp_path):
     shutil.copytree(corpora / "texts", tmp_path / "data/b")  # of that name, and not the one
     data = corpus_config(mixture="/gone/data/a=3,/gone/data/b=1").data
     found = locate(data, tmp_path / "runs/r", fingerprint)
-    assert found.mixture == f"{tmp_path}/data/a=0.75,{tmp_path}/runs/b=0.25"
+    assert found.mixture == f"{tmp_path}/data/a=3,{tmp_path}/runs/b=1"
     with pytest.raises(UserError, match=r"is not here \(what .* holds is another one\); .* as --prepared_dir"):
         locate(data, tmp_path / "runs/r", "f" * 64)
     shutil.rmtree(tmp_path / "data/a")
     with pytest.raises(UserError, match=r"\(/gone/data/a holds none\); give its folder \(of a mixture, DIR=WEIGHT"):
         locate(data, tmp_path / "runs/r", fingerprint)
+
+
+def test_a_run_on_a_mixture_is_resumed_from_another_folder(corpora, tmp_path, monkeypatch):
+    """Also one that stored its paths as they were given."""
+    monkeypatch.chdir(corpora)
+    config = corpus_config(mixture="texts=2, other=1")
+    workdir = make_run(tmp_path / "run", config)
+    workdir.record(config, workdir.read_data_fingerprint())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename(corpora / "run")  # beside the corpora
+    moved = Workdir(corpora / "run")
+    settled = settle_paths(config, moved)
+    assert settled.data.mixture == f"{corpora}/texts=2,{corpora}/other=1"
+    moved.compare_config(settled)
+    moved.compare_data(open_data(settled, moved).fingerprint)
 
 
 def test_a_reading_command_never_prepares_and_says_what_to_give(corpora, tmp_path, monkeypatch, capsys):

@@ -24,7 +24,8 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from natsjax.errors import UserError
-from natsjax.outputs import check_utf8, hidden_name, make_folder
+from natsjax.outputs import hidden_name, make_folder
+from natsjax.settings import check_file_name
 
 PART_SUFFIX = ".npz"
 
@@ -89,9 +90,10 @@ def try_folder(folder: Path) -> None:
     """Do what making `folder` ends with, before work is spent on it, and undo it; hold `folder_lock(folder)`.
 
     Raises:
+      UserError: its name is no UTF-8.
       OSError: it cannot be made there.
     """
-    check_utf8(folder)
+    check_file_name(folder)
     # Beside a folder that is not there under another name than its own, which a killed process would leave there.
     names: tuple[str, ...] = (_TRIED, _TRIED_AND_MOVED)
     if not folder.is_dir():

@@ -21,6 +21,7 @@ from natsjax.data.corpus import CORPUS_FILE, Corpus
 from natsjax.data.mixture import mixture_fingerprint, parse_mixture
 from natsjax.errors import UserError
 from natsjax.outputs import real_path
+from natsjax.paths import MIXTURE
 
 CORPUS_FOLDER = "corpus"  # in a run whose config names no other
 _MOST_COMBINATIONS = 1000
@@ -56,8 +57,8 @@ def locate(data: DataConfig, run: Path, fingerprint: str | None, *, remedy: str 
         if fingerprint is None or fingerprint == _fingerprint(data, chosen, shares):
             if not data.mixture:
                 return dataclasses.replace(data, prepared_dir=str(chosen[0].folder))
-            parts = [f"{found.folder}={share!r}" for found, share in zip(chosen, shares, strict=True)]
-            return dataclasses.replace(data, mixture=",".join(parts))
+            here = {folder: str(found.folder) for (folder, _), found in zip(wanted, chosen, strict=True)}
+            return dataclasses.replace(data, mixture=MIXTURE.changed(data.mixture, here.__getitem__))
     if missing := [folder for (folder, _), found in zip(wanted, choices, strict=True) if not found]:
         why = f"{' and '.join(missing)} {'holds' if len(missing) == 1 else 'hold'} none"
     else:

@@ -106,7 +106,8 @@ def prepare(
         raise UserError("output is empty; name the folder to make ('.' is the current one).")
     request = PrepareRequest(
         input=absolute_input(input),
-        output=Path(os.path.expanduser(output)),
+        # What is left of missing/.. once it is made is not found by that name.
+        output=real_path(output) if ".." in Path(output).parts else Path(os.path.expanduser(output)),
         tokenizer=os.fspath(tokenizer),
         tiktoken_pattern=tiktoken_pattern,
         vocab_size=vocab_size,

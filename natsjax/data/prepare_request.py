@@ -11,7 +11,7 @@ from natsjax.data.corpus import Corpus
 from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
 from natsjax.data.tokenizer import MIN_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from natsjax.errors import UserError
-from natsjax.outputs import real_path
+from natsjax.outputs import named_path
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,4 @@ def absolute_input(input: str | os.PathLike[str]) -> str:
     name = os.fspath(input)
     if not name or name.startswith(PACKAGE_PREFIX):
         return name
-    path = Path(os.path.expanduser(name))
-    if os.path.islink(path) and not os.path.isdir(path):  # a file goes by the name of its link, for its suffix
-        return str(real_path(path.parent) / path.name)
-    return str(real_path(path))
+    return str(named_path(name))
