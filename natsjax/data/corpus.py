@@ -276,6 +276,7 @@ def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
       UserError: it is not there, or not what it was.
     """
     if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
+        _check_no_pointer(folder / name)
         raise UserError(
             f"{folder / name} is not what was prepared (it is missing, or its SHA-256 is another); prepare the corpus "
             "again."
