@@ -19,6 +19,7 @@ from natsjax.data.hold_out import end_held_out
 from natsjax.data.prepare import prepare
 from natsjax.data.sources import BadFileError
 from natsjax.errors import UserError
+from natsjax.workdir import Workdir
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -348,6 +349,20 @@ def test_a_corpus_of_pointers_says_so(tmp_path, name):
     (tmp_path / "out" / name).write_bytes(LFS)
     with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS to .*`git lfs pull`\.$"):
         Corpus.load(tmp_path / "out").documents("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", Workdir.read_config),
+        ("data.json", Workdir.read_data_fingerprint),
+        ("export.json", Workdir.read_export),
+    ],
+)
+def test_a_run_of_pointers_says_so(tmp_path, name, read):
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS to .*`git lfs pull`\.$"):
+        read(Workdir(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "x.model", "x.tiktoken"])

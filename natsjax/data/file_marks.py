@@ -81,6 +81,23 @@ def check_no_pointer(path: Path, content: bytes) -> None:
         raise UserError(f"{path} is a pointer of {tool} to a file that is kept elsewhere; {advice}.")
 
 
+def check_file_no_pointer(path: Path) -> None:
+    """The same for a file that could not be read as what it should be; one that cannot be opened is no pointer."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return
+    check_no_pointer(path, head)
+
+
+def check_folder_no_pointers(folder: Path) -> None:
+    """The same for all files below a folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            check_file_no_pointer(path)
+
+
 def link_pointer(target: str) -> tuple[str, str] | None:
     """The same for a link that leads nowhere, by where it leads."""
     if _ANNEX_TARGET.search(target):
