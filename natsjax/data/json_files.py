@@ -37,6 +37,8 @@ class _JsonRecords(CompressibleFile):
       optional: whether the file may hold other things than texts.
     """
 
+    _any_layout = False  # whether records may lie otherwise than one a line
+
     def __init__(self, path: Path, name: str, text_field: str, *, optional: bool = False):
         super().__init__(path, name)
         self._text_field = text_field
@@ -53,7 +55,7 @@ class _JsonRecords(CompressibleFile):
         for number, record in self._records():
             where = f"{self.path}:{number}"
             if not isinstance(record, dict):
-                hint = "" if isinstance(self, JsonFile) else "; a file that is one array must be called .json"
+                hint = "" if self._any_layout else "; a file that is one array must be called .json"
                 raise NoTextError(
                     f"{where} holds a JSON {type(record).__name__}; every record must be a JSON object{hint}."
                 )
@@ -127,7 +129,7 @@ class _JsonRecords(CompressibleFile):
         if known is not None:
             advice = advice_on(known, "convert it")
             return self._bad_record(number, f"{what} (it begins like {known})", kind=UNREADABLE, advice=advice)
-        if is_first and text[0] in "[{" and not isinstance(self, JsonFile):
+        if is_first and text[0] in "[{" and not self._any_layout:
             advice = "correct the file, or name it .json if that is an array, or an object over several lines"
             return self._bad_record(number, what, advice=advice)
         return self._bad_record(number, what)
@@ -163,6 +165,8 @@ class JsonLines(_JsonRecords):
 
 class JsonFile(JsonLines):
     """A file of JSON that is laid out in whatever way: lines as in `JsonLines`, an array of objects, or one object."""
+
+    _any_layout = True
 
     def _records(self) -> Iterator[tuple[int, Any]]:
         if self._has_lines():
