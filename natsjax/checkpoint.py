@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from natsjax import checksums, processes
+from natsjax.data.file_marks import check_folder_no_pointers
 from natsjax.errors import UserError, first_line
 from natsjax.workdir import write_atomically
 
@@ -162,9 +163,8 @@ class Checkpoints:
                 unverified = self._verify(step)
                 state = self._read(step, abstract)
             except Exception as error:  # Orbax raises bare exceptions for damaged files
-                failure = UserError(
-                    f"the checkpoint of step {step} in {self.folder} cannot be read: {first_line(error)}."
-                )
+                why = _why_unreadable(self.folder / str(step), error)
+                failure = UserError(f"the checkpoint of step {step} in {self.folder} cannot be read: {why}.")
                 failure.__cause__ = error
                 failures.append(failure)
                 continue
@@ -254,6 +254,15 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError):
                 if not self._failed:
                     raise  # else a part of the save that failed, which had gone on
+
+
+def _why_unreadable(folder: pathlib.Path, error: Exception) -> str:
+    """What is wrong with a checkpoint, without a stop: pointers in the place of its files, or what a library says."""
+    try:
+        check_folder_no_pointers(folder)
+    except UserError as found:
+        return str(found).removesuffix(".")
+    return first_line(error)
 
 
 def _reason(error: Exception) -> str:

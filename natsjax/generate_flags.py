@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from natsjax.command_line import Parser, typed_text
 from natsjax.config import MeshConfig
+from natsjax.data.file_marks import check_no_pointer
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError
@@ -184,6 +186,7 @@ def _lines(name: str) -> list[str]:
         else:
             with open(name, "rb") as file:
                 content = file.read()
+            check_no_pointer(pathlib.Path(name), content)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}.") from error

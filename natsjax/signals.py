@@ -64,6 +64,7 @@ class StopRequests:
         self._at_once = False
         self._waits_for = "the step is done"
         self._left: BaseException | None = None  # raised by the handler
+        self._is_leaving = False
         self._put_off = False
         self._echoes: list[threading.Timer] = []  # each sends a signal of our own, which is no second request
 
@@ -109,6 +110,7 @@ class StopRequests:
 
     def _interruption(self) -> KeyboardInterrupt:
         alone = not processes.label()
+        self._is_leaving = True
         self._left = Interrupted(self.requested) if alone else KeyboardInterrupt(self.requested)
         return self._left
 
@@ -135,7 +137,7 @@ class StopRequests:
             ready, _, _ = select.select([end], [], [], _SAY_AFTER if waits else None)
             if not ready:
                 said = True
-                if not self._at_once:
+                if not (self._at_once or self._is_leaving):
                     processes.say(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
                 continue
             numbers = end.recv(4096)

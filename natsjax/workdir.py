@@ -35,6 +35,7 @@ from typing import IO, Any
 
 from natsjax import checksums
 from natsjax.config import Config
+from natsjax.data.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
 from natsjax.outputs import advice, make_folder, real_path, reason, try_files, write_file
 from natsjax.settings import check_file_name, differences
@@ -143,6 +144,7 @@ class Workdir:
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no run: there is no {self.config_file.name} in it.") from error
         except (OSError, ValueError, RecursionError) as error:
+            check_file_no_pointer(self.config_file)
             raise UserError(f"{self.config_file} cannot be read: {first_line(error)}.") from error
         try:
             return Config.from_stored(values)
@@ -239,6 +241,7 @@ class Workdir:
         try:
             return str(json.loads(self.data_file.read_text(encoding="utf-8"))["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            check_file_no_pointer(self.data_file)
             raise UserError(f"{self.data_file} cannot be read: {first_line(error)}.") from error
 
     def read_export(self) -> dict[str, Any]:
@@ -252,6 +255,7 @@ class Workdir:
             version = values["format_version"]
             sums = dict(values.get("sha256", {}))  # absent in older exports
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            check_file_no_pointer(self.export_file)
             raise UserError(f"{self.export_file} cannot be read: {first_line(error)}.") from error
         if version != EXPORT_FORMAT:
             raise UserError(

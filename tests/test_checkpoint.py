@@ -137,7 +137,7 @@ def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(tmp_path, capfd):
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing", "sums"])
+@pytest.mark.parametrize("damage", ["flipped", "missing", "sums", "pointer"])
 def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd, damage):
     (tmp_path / "10.unreadable/of_an_earlier_start").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, keep_last=2)
@@ -145,11 +145,17 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd,
         checkpoints.save(step, {"w": jnp.full(3000, float(step))})
     checkpoints.wait()
     path = tmp_path / "10/SHA256SUMS.0" if damage == "sums" else largest(tmp_path / "10/default")
-    path.unlink() if damage == "missing" else flip(path, path.stat().st_size // 2)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "pointer":
+        path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
+    else:
+        flip(path, path.stat().st_size // 2)
     state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3000,), jnp.float32)})
     np.testing.assert_array_equal(state["w"], np.full(3000, 5.0))
     said = capfd.readouterr().err.splitlines()
     assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: {tmp_path / '10'}")
+    assert said[0].endswith("fetch the file itself with `git lfs pull`.") == (damage == "pointer")
     assert said[1:] == ["going back to step 5"]
     assert (tmp_path / "10.unreadable2/default").exists()
     checkpoints.close()

@@ -19,6 +19,7 @@ from natsjax.data.hold_out import end_held_out
 from natsjax.data.prepare import prepare
 from natsjax.data.sources import BadFileError
 from natsjax.errors import UserError
+from natsjax.workdir import Workdir
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -350,6 +351,20 @@ def test_a_corpus_of_pointers_says_so(tmp_path, name):
         Corpus.load(tmp_path / "out").documents("train")
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", Workdir.read_config),
+        ("data.json", Workdir.read_data_fingerprint),
+        ("export.json", Workdir.read_export),
+    ],
+)
+def test_a_run_of_pointers_says_so(tmp_path, name, read):
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS to .*`git lfs pull`\.$"):
+        read(Workdir(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "x.model", "x.tiktoken"])
 def test_a_tokenizer_of_a_pointer_says_so(tmp_path, name):
     (tmp_path / name).write_bytes(LFS)
@@ -432,6 +447,9 @@ def _bytes(content):
 _DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
+_PAGE = b"<!DOCTYPE html><html>404</html>"
+
+
 @pytest.mark.parametrize(
     ("name", "write", "sentence", "kind"),
     [
@@ -443,10 +461,18 @@ _DEEP = b"[" * 100_000 + b"]" * 100_000
         ("x.jsonl", _bytes(b'{"text": "a", "x": ' + _DEEP + b"}"), "jsonl:1 nests JSON deeper than", "unreadable"),
         ("x.json", _bytes(b'[{"text": "a", "x": ' + _DEEP + b"}]"), "json:1 nests JSON deeper than", "unreadable"),
         ("x.txt", _bytes("Es war einmal".encode("utf-16-le")), "looks like UTF-16 without a byte-", "unreadable"),
-        ("x.txt", _bytes(gzip.compress(b"a")), "is not UTF-8: .*begins like gzip data.*; unpack", "damaged"),
+        ("x.txt", _bytes(gzip.compress(b"a")), "is not UTF-8: .*begins like gzip data.*; unpack", "unreadable"),
         ("x.txt", _bytes(b"caf\xe9"), "is not UTF-8: byte 0xe9 at offset 3; convert it, as `iconv", "damaged"),
         ("x.txt", _bytes(b"\xff\xfea"), "begins with the byte-order mark of UTF-16 but is not", "damaged"),
-        ("x.txt.gz", _bytes(bz2.compress(b"a")), "is no whole gzip file .*begins like bzip2 data", "damaged"),
+        ("x.txt.gz", _bytes(bz2.compress(b"a")), "is no whole gzip file .*begins like bzip2 data", "unreadable"),
+        ("x.txt.zst", _bytes(b"Es war einmal"), "begins like plain text: .* name .* without .zst, or", "unreadable"),
+        ("x.txt.gz", _bytes(gzip.compress(b"a") + b"rest"), "is no whole gzip file .*; correct the file", "damaged"),
+        ("x.json.xz", _bytes(_PAGE), "begins like an HTML page: .* fetch the file again", "unreadable"),
+        ("x.jsonl", _bytes(_PAGE), r"jsonl:1 is no valid JSON: .*like an HTML page\); .* fetch the", "unreadable"),
+        ("x.json", _bytes(_PAGE), r"json:1 is no valid JSON: .*like an HTML page\); .* fetch the", "unreadable"),
+        ("x.parquet", _bytes(b'<?xml version="1.0"?>\n<Error>'), "is an XML page, no Parquet.*fetch the", "unreadable"),
+        ("x.parquet", _bytes(b"text\na\n"), "is plain text, no Parquet file; write it in that", "unreadable"),
+        ("x.jsonl", _bytes(b'[\n{"text": "a"}\n]'), "jsonl:1 is no valid JSON: .*or name it .json if", "damaged"),
         ("x.txt.bz2", _bytes(bz2.compress(b"a") * 2 + b"BZh9"), r"no whole bzip2 file \(it ends too", "damaged"),
         ("x.txt.bz2", _bytes(bz2.compress(b"a") + b"rest" * 9), "is no whole bzip2 file", "damaged"),
         ("x.txt.xz", _bytes(lzma.compress(b"a") + lzma.compress(b"b")[:-9]), r"whole xz file \(it ends", "damaged"),
@@ -543,3 +569,41 @@ def test_a_text_too_short_to_divide_and_ids_that_are_all_the_same(tmp_path):
     (tmp_path / "one.jsonl").write_bytes(_lines({"id": 0, "text": "a"}, {"id": 0, "text": "b"}))
     with pytest.raises(UserError, match="holds 2 documents and fewer than two documents with different ids"):
         _prepare(tmp_path / "one.jsonl", tmp_path / "out")
+
+
+def test_copies_of_one_text_are_one_text(tmp_path):
+    text = "".join(f"Line {number} of the text.\n" for number in range(40))
+    (tmp_path / "a.jsonl").write_bytes(_lines(*[{"text": text}] * 3))
+    (tmp_path / "b.txt").write_text(text)
+    corpus = _prepare(tmp_path, tmp_path / "out", deduplicate=True)
+    assert corpus.dropped["duplicate"] == 3
+    report = corpus.input_report["input"]["held_out_end"]
+    assert (report["document"], report["bytes"]) == ("a.jsonl:1", len(text))
+    lengths = [corpus.documents(split).lengths.tolist() for split in ("train", "validation")]
+    assert lengths == [[len(text) - report["held_out_bytes"]], [report["held_out_bytes"]]]
+
+
+def test_what_a_link_reads_is_not_called_unread(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    for name in ("d2a8", "e5"):
+        (tmp_path / "blobs" / name).write_text("text")
+    (tmp_path / "a.txt").symlink_to("blobs/d2a8")
+    assert _tallies(CorpusReader(tmp_path)) == {"linked": (1, ["a.txt"]), "other_suffix": (1, ["blobs/e5"])}
+
+
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n"])
+def test_a_pointer_behind_a_byte_order_mark_is_one(tmp_path, before):
+    (tmp_path / "a.txt").write_bytes(before + LFS)
+    with pytest.raises(UserError, match=r"a\.txt is a pointer of Git LFS"):
+        _texts(tmp_path)
+
+
+def test_the_older_format_in_an_xz_file_is_read(tmp_path):
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"old", format=lzma.FORMAT_ALONE))
+    assert _texts(tmp_path) == ["old"]
+
+
+def test_an_input_without_text_names_what_it_holds(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(UserError, match=r"no \.txt, .* or \.parquet file .*1 files of other kinds \(a\.csv\)"):
+        CorpusReader(tmp_path)

@@ -18,7 +18,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -614,6 +614,17 @@ def test_what_is_random_in_a_file_is_off(opened, tmp_path, caplog, monkeypatch, 
     assert tokenizer.fingerprint == hashlib.sha256(json.dumps(definition).encode()).hexdigest()
 
 
+def test_what_cuts_texts_off_is_off_and_a_byte_order_mark_is_no_damage(opened, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path = _edited(tmp_path, "byte_level", lambda definition: definition.update(truncation=cut)) / "tokenizer.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with caplog.at_level(logging.INFO):
+        tokenizer = load_tokenizer(path)
+    assert "its truncation is off, so that texts keep their length" in caplog.text
+    assert tokenizer.encode(TEXTS[0]).tolist() == opened("byte_level").encode(TEXTS[0]).tolist()
+
+
 @pytest.mark.parametrize(
     ("settings", "caveat"),
     [
@@ -656,6 +667,12 @@ def test_files_that_contradict_tokenizer_json_are_named(tmp_path):
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat
     assert json.loads((tmp_path / "saved" / "natsjax_tokenizer.json").read_text())["caveat"] == tokenizer.caveat
+    named = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"999": {"content": "<new>"}}}
+    added = {"tokenizer_config": named, "added_tokens": {"<new>": 999, "a": 1}}
+    lacking = load_tokenizer(_edited(tmp_path / "z", "byte_level", lambda _: None, **added))
+    assert lacking.caveat == (
+        "files beside tokenizer.json name tokens that it lacks ('<|im_end|>', '<new>'), which are not used"
+    )
     same = _edited(tmp_path / "y", "roberta", lambda _: None, tokenizer_config={"add_prefix_space": True})
     assert "add_prefix_space" not in load_tokenizer(same).caveat
 
@@ -694,6 +711,7 @@ def _public_patterns(monkeypatch):
 
 @quick
 @given(text=tricky_text | st.text("aZé東19 '.!/\n\r\t\u3000svt", max_size=30))
+@example(text="a line\n  ")
 def test_named_patterns_cut_as_tiktokens_own_do(text):
     with pytest.MonkeyPatch.context() as patch:
         for name, pattern in _public_patterns(patch).items():
@@ -743,6 +761,8 @@ def test_an_assumed_pattern_is_said_and_kept(tmp_path):
     [
         ("tiktoken", "gpt-2", r"tiktoken_pattern is 'gpt-2'; it must be one of gpt2, r50k, p50k, cl100k, o200k, or a"),
         ("tiktoken", "((", r"the pattern '\(\(' of the tokenizer .* is no regular expression"),
+        ("tiktoken", "x*", r"the pattern 'x\*' of the tokenizer .* matches where it takes no character"),
+        ("tiktoken", r"\w+|\s*", r"matches where it takes no character"),
         ("byte_level", "gpt2", r"tokenizer\.json is no \.tiktoken file and says itself how text is cut up"),
         ("sp_bpe", "gpt2", r"x\.model is no \.tiktoken file"),
     ],

@@ -304,6 +304,9 @@ def test_where_there_is_no_prompt_that_is_said(text_run, monkeypatch, tmp_path):
     (tmp_path / "latin").write_bytes("ja\nKöln\n".encode("latin-1"))
     with pytest.raises(UserError, match="latin is no UTF-8 text: line 2 holds the byte 0xf6"):
         parse(f"--prompt_file={tmp_path / 'latin'}")
+    (tmp_path / "lfs").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
+    with pytest.raises(UserError, match="lfs is a pointer of Git LFS"):
+        parse(f"--prompt_file={tmp_path / 'lfs'}")
     with pytest.raises(UserError, match="there is no prompt"):
         run(text_run, [])
     with pytest.raises(UserError, match="prompt 2 has no token"):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsjax.data.file_marks import HEAD_BYTES, format_of
+from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_or_text
 from natsjax.data.sources import (
     UNREADABLE,
     BadFileError,
@@ -84,14 +84,15 @@ class _Table(FileSource):
             return cannot_read(self.path, error)
         head = self.head()
         self.refuse_pointer(head)
-        known = format_of(head)
+        known = format_or_text(head)
         said = reason(error)
         if "crypt" in f"{known}{said}":
             return self.bad(
                 f"is an encrypted {self.format} ({said})", kind=UNREADABLE, advice="write it without encryption"
             )
         if known is not None and not known.endswith(self.format):
-            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=f"write it as a {self.format}")
+            advice = advice_on(known, "write it in that format")
+            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=advice)
         if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(said):
             return self.bad(
                 f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({said})",
@@ -260,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         refuse_pointer(path, data[:HEAD_BYTES])
-        content = json.loads(data)
+        content = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise cannot_read(path, error) from error
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from natsjax import checksums
-from natsjax.data.file_marks import HEAD_BYTES, check_no_pointer
+from natsjax.data.file_marks import check_file_no_pointer, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError, first_line
 from natsjax.settings import check_file_name
@@ -104,7 +104,7 @@ class Documents:
         self._sums = sums
         shards = [folder / shard_name(number) for number in range(summary.shards)]
         for path in (folder / LENGTHS_FILE, *shards):
-            _check_no_pointer(path)
+            check_file_no_pointer(path)
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
         except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # its header is Python
@@ -277,18 +277,11 @@ def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
     """
     _check_no_pointer(folder / name)
     if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
+        check_file_no_pointer(folder / name)
         raise UserError(
             f"{folder / name} is not what was prepared (it is missing, or its SHA-256 is another); prepare the corpus "
             "again."
         )
-
-
-def _check_no_pointer(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            check_no_pointer(path, file.read(HEAD_BYTES))
-    except OSError:
-        pass  # whoever reads it will say so
 
 
 def _summary(fields: dict) -> SplitSummary:

@@ -30,7 +30,7 @@ from natsjax.data import arrow_files
 from natsjax.data.file_marks import format_of
 from natsjax.data.hold_out import end_held_out
 from natsjax.data.input_folder import (
-    SUFFIXES,
+    SUFFIXES_IN_WORDS,
     dataset,
     file_source,
     is_prepared,
@@ -283,7 +283,7 @@ def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
     if not sources:
         rest = ", ".join(left_out([found.to_json()]))
         raise UserError(
-            f"nothing to read in {input!r}: it holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file and no "
+            f"nothing to read in {input!r}: it holds no {SUFFIXES_IN_WORDS} file and no "
             f"dataset with rows that was saved with save_to_disk{f' (what it holds: {rest})' if rest else ''}."
         )
     return sources, found
@@ -298,6 +298,6 @@ def _one_file(path: Path, text_field: str) -> Source:
     except OSError as error:
         raise cannot_read(path, error) from error
     raise UserError(
-        f"nothing to read in {str(path)!r}: its name ends with none of {', '.join(SUFFIXES)}"
+        f"nothing to read in {str(path)!r}: its name ends with none of {SUFFIXES_IN_WORDS}"
         f"{f' (and it begins like {known})' if known else ''}; if it holds one of these, name it so, plain text .txt."
     )

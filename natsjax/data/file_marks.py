@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 
@@ -50,7 +51,10 @@ _FORMATS = (
     (b"\0\x05\x16\x07", "the resource fork of a file of macOS"),
     (b"<!DOCTYPE html", "an HTML page"),
     (b"<html", "an HTML page"),
+    (b"<?xml", "an XML page"),
 )
+_PLAIN_TEXT = "plain text"
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def pointer(head: bytes) -> tuple[str, str] | None:
@@ -59,10 +63,10 @@ def pointer(head: bytes) -> tuple[str, str] | None:
     Args:
       head: the file's first bytes, `HEAD_BYTES` or all of them.
     """
-    for pattern, tool, advice in _POINTERS:
-        if len(head) < HEAD_BYTES and pattern.match(head):
-            return tool, advice
-    return None
+    if len(head) >= HEAD_BYTES:
+        return None
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()  # which editors and shells put there
+    return next(((tool, advice) for pattern, tool, advice in _POINTERS if pattern.match(start)), None)
 
 
 def check_no_pointer(path: Path, content: bytes) -> None:
@@ -77,6 +81,23 @@ def check_no_pointer(path: Path, content: bytes) -> None:
         raise UserError(f"{path} is a pointer of {tool} to a file that is kept elsewhere; {advice}.")
 
 
+def check_file_no_pointer(path: Path) -> None:
+    """The same for a file that could not be read as what it should be; one that cannot be opened is no pointer."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return
+    check_no_pointer(path, head)
+
+
+def check_folder_no_pointers(folder: Path) -> None:
+    """The same for all files below a folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            check_file_no_pointer(path)
+
+
 def link_pointer(target: str) -> tuple[str, str] | None:
     """The same for a link that leads nowhere, by where it leads."""
     if _ANNEX_TARGET.search(target):
@@ -87,3 +108,25 @@ def link_pointer(target: str) -> tuple[str, str] | None:
 def format_of(head: bytes) -> str | None:
     """What a file with these first bytes is, for a sentence; None: nothing that is known here."""
     return next((name for mark, name in _FORMATS if head[: len(mark)].lower() == mark.lower()), None)
+
+
+def format_or_text(head: bytes) -> str | None:
+    """The same, where text is something else than what the file's name says."""
+    if (known := format_of(head)) is not None:
+        return known
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return None
+    return None if not text or _CONTROLS.search(text) else _PLAIN_TEXT
+
+
+def advice_on(known: str, otherwise: str) -> str:
+    """What to do about a file that is not of the format that its name says.
+
+    Args:
+      known: what it is.
+      otherwise: the advice where it is no page.
+    """
+    is_page = known.endswith(" page")
+    return "if it is what a server answered in place of the file, fetch the file again" if is_page else otherwise

@@ -47,7 +47,8 @@ class HoldOut:
         if lowest == highest:
             raise UserError(
                 f"the input holds {len(hashes)} documents and fewer than two documents with different ids, so none can "
-                "be held out for validation; add documents, or name others with validation_input."
+                "be held out for validation (an id is what the field id says, else a document's place); add documents, "
+                "name others with validation_input, or give that field another name if it is no id."
             )
         # In a small corpus the fraction may miss every document, or hit all of them.
         threshold = min(max(round(fraction * _NUM_HASHES), lowest + 1), highest)
@@ -86,8 +87,8 @@ def end_held_out(document_id: str, text: str, fraction: float) -> list[tuple[str
     last = len(text.rstrip()) - 1
     if last < first:
         raise UserError(
-            f"{document_id} is the only document of the input and too short to hold its end out for validation; add "
-            "documents, or name others with validation_input."
+            f"{document_id} is the only document of the input and too short to hold its end out for validation, and "
+            "fewer than two documents cannot be divided otherwise; add documents, or name others with validation_input."
         )
     wanted = min(max(round(len(text) * (1 - fraction)), first), last)
     reach = max(1, round(len(text) * fraction / 4))

@@ -34,6 +34,7 @@ EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[E
 
 _FILE = "tokenizer.json"
 _DECLARING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_ADDING_FILE = "added_tokens.json"  # names and ids
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Of a model: how it draws at random which tokens a text becomes.
 _RANDOM = ("dropout", "alpha", "nbest_size")
@@ -53,6 +54,7 @@ class _Definition:
 
     Attributes:
       text: as it was given.
+      changes_length: names of settings of it that would cut texts off or pad them.
       parsed: without what would cut texts off, pad them or add special tokens, which the pipeline does itself.
       runnable: the same, without what is random.
       library: the tokenizer as the library runs it.
@@ -69,6 +71,7 @@ class _Definition:
             raise UserError(
                 f"{source} is no tokenizer.json of Hugging Face's library tokenizers: it holds no object with a model."
             )
+        self.changes_length = [name for name in ("truncation", "padding") if parsed.get(name)]
         self.parsed: dict[str, Any] = parsed | {"truncation": None, "padding": None, "post_processor": None}
         # Not in `parsed`, whose fingerprint stored tokenizers have.
         model = {name: value for name, value in self.parsed["model"].items() if name not in _RANDOM}
@@ -99,13 +102,15 @@ class _Definition:
         found_by_name = (self.library.token_to_id(name) for name in names)
         return next((token_id for token_id in found_by_name if token_id in self.specials), None)
 
-    def random_settings(self) -> list[str]:
-        """Notes on what was random and is off."""
-        found = {name: self.parsed["model"].get(name) for name in _RANDOM}
+    def what_is_off(self) -> list[str]:
+        """Notes on what was random, or changes the length of texts, and is off."""
+        random = {name: value for name in _RANDOM if (value := self.parsed["model"].get(name))}
         return [
-            f"its {name} = {value} is off, so that a text always gives the same ids"
-            for name, value in found.items()
-            if value
+            *(
+                f"its {name} = {value} is off, so that a text always gives the same ids"
+                for name, value in random.items()
+            ),
+            *(f"its {name} is off, so that texts keep their length" for name in self.changes_length),
         ]
 
     def contradictions(self, declared: Mapping[str, Any]) -> str:
@@ -116,7 +121,11 @@ class _Definition:
             if isinstance(asked, bool) and here and asked not in here:
                 found.append(f"{theirs} = {str(asked).lower()}")
         files = " or ".join(_DECLARING_FILES)
-        return f"{files} says {', '.join(found)} and {_FILE} the contrary, which counts" if found else ""
+        said = [f"{files} says {', '.join(found)} and {_FILE} the contrary, which counts"] if found else []
+        if lacking := [name for name in _declared_tokens(declared) if self.library.token_to_id(name) is None]:
+            shown = f"{', '.join(map(repr, lacking[:3]))}{', …' if lacking[3:] else ''}"
+            said.append(f"files beside {_FILE} name tokens that it lacks ({shown}), which are not used")
+        return ", and ".join(said)
 
     def _unknown(self) -> int | None:
         model = self.parsed["model"]
@@ -180,7 +189,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         tokenizer = cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
         tokenizer.assumed = definition.contradictions(declared)
         tokenizer.notes = (
-            *definition.random_settings(),
+            *definition.what_is_off(),
             *(
                 note_on(
                     setting[:3].upper(),
@@ -260,7 +269,7 @@ def _rebuild(definition: str, declared: Mapping[str, int | None]) -> HuggingFace
 
 def _decode(data: bytes, path: Path) -> str:
     with as_user_error(f"the tokenizer {path} is no UTF-8"):
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # editors of Windows put a byte-order mark before it
 
 
 def _declarations(folder: Path) -> dict[str, Any]:
@@ -268,7 +277,18 @@ def _declarations(folder: Path) -> dict[str, Any]:
     for name in _DECLARING_FILES:
         if (folder / name).is_file():
             found = read_json(folder / name) | found
+    if (folder / _ADDING_FILE).is_file():
+        found |= {_ADDING_FILE: read_json(folder / _ADDING_FILE)}
     return found
+
+
+def _declared_tokens(declared: Mapping[str, Any]) -> list[str]:
+    """Spellings of the tokens that files beside `tokenizer.json` name, each once."""
+    added = declared.get("added_tokens_decoder")
+    own = [declared.get("bos_token"), declared.get("eos_token"), *(added.values() if isinstance(added, dict) else [])]
+    names = [token.get("content") if isinstance(token, dict) else token for token in own]
+    names += declared.get(_ADDING_FILE, {})
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def _for_text(parsed: dict[str, Any], specials: Mapping[int, str]) -> tokenizers.Tokenizer:

@@ -27,6 +27,10 @@ from natsjax.data.sources import (
 from natsjax.data.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, TextFile
 
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, arrow_files.PARQUET_SUFFIX)
+SUFFIXES_IN_WORDS = (
+    f"{', '.join(suffix for suffix in SUFFIXES[:-1] if not suffix.endswith(COMPRESSION_SUFFIXES))} "
+    f"(also with {', '.join(COMPRESSION_SUFFIXES)} behind it) or {SUFFIXES[-1]}"
+)
 
 # What `prepare` makes beside a folder for as long as it works there: in an input it comes and goes.
 _OWN = re.compile(r"^\.(.+\.)?(lock|partial|tried|replaced)$")
@@ -124,6 +128,7 @@ class _Walk:
         self._files: set[str] = set()  # and of what is read
         self._folder_links: list[tuple[str, str]] = []  # path and name
         self._file_links: list[tuple[str, str]] = []
+        self._others: list[tuple[str, str]] = []  # name and real path of what no name says how to read
 
     def run(self, root: Path) -> None:
         self._visit(str(root), "", os.path.realpath(root))
@@ -141,6 +146,9 @@ class _Walk:
             self._tally("linked_again" if real in self._files else "linked", name)
             if real not in self._files:
                 self._add(path, name, real)
+        for name, real in self._others:
+            if real not in self._files:  # else a link with a better name led to it, as in caches of Hugging Face's hub
+                self._other(name)
 
     def _visit(self, top: str, top_name: str, top_real: str) -> None:
         """All below a folder but what lies behind links, which are noted."""
@@ -214,7 +222,7 @@ class _Walk:
         elif name.lower().endswith(DVC_SUFFIX) and not os.path.lexists(path[: -len(DVC_SUFFIX)]):
             self._broken(name, pointer_error(Path(path), "DVC", "fetch the file itself with `dvc pull`"))
         else:
-            self._other(name)
+            self._others.append((name, real))
 
     def _add(self, path: str, name: str, real: str) -> None:
         self._files.add(real)

@@ -128,10 +128,11 @@ def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
 
 
 def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """How many of each class were left out, in a few words each."""
+    """How many of each class were left out, in a few words each, and the names of the first."""
     total = Tallies.joined(Tallies.from_json(report) for report in reports)
     return [
-        f"{total[name].count:,} {CLASSES[name].removesuffix(', not read').removesuffix(', skipped')}"
+        f"{total[name].count:,} {CLASSES[name].removesuffix(', not read').removesuffix(', skipped')} "
+        f"({_names(total[name])})"
         for name in CLASSES
         if name in total and total[name].count and name not in READ
     ]
@@ -139,6 +140,9 @@ def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _shown(tally: Tally) -> str:
     kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in tally.kinds.most_common(_NAMES_KEPT))
+    return f"{tally.count:,}{f' ({kinds})' if kinds else ''}: {_names(tally)}"
+
+
+def _names(tally: Tally) -> str:
     names = ", ".join(printable(name) for name in tally.names[:_NAMES_SHOWN])
-    more = ", …" if tally.count > _NAMES_SHOWN else ""
-    return f"{tally.count:,}{f' ({kinds})' if kinds else ''}: {names}{more}"
+    return names + (", …" if tally.count > _NAMES_SHOWN else "")

@@ -30,6 +30,7 @@ from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
 from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
+from natsjax.data.file_marks import check_file_no_pointer
 from natsjax.data.locate import locate
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
 from natsjax.data.packing import Row
@@ -197,6 +198,7 @@ def _read_run(path: Path) -> Config:
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
     except (OSError, ValueError, RecursionError) as error:
+        check_file_no_pointer(path)
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
@@ -206,6 +208,7 @@ def _fingerprint(run: Path) -> str | None:
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"]) if path.exists() else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        check_file_no_pointer(path)
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 

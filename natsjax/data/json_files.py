@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_of
 from natsjax.data.sources import UNREADABLE, BadFileError, Document, NoTextError, bad_file, reason
 from natsjax.data.text_files import CompressibleFile, with_compressions
 
@@ -36,6 +37,8 @@ class _JsonRecords(CompressibleFile):
       optional: whether the file may hold other things than texts.
     """
 
+    _any_layout = False  # whether records may lie otherwise than one a line
+
     def __init__(self, path: Path, name: str, text_field: str, *, optional: bool = False):
         super().__init__(path, name)
         self._text_field = text_field
@@ -52,7 +55,10 @@ class _JsonRecords(CompressibleFile):
         for number, record in self._records():
             where = f"{self.path}:{number}"
             if not isinstance(record, dict):
-                raise NoTextError(f"{where} holds a JSON {type(record).__name__}; every record must be a JSON object.")
+                hint = "" if self._any_layout else "; a file that is one array must be called .json"
+                raise NoTextError(
+                    f"{where} holds a JSON {type(record).__name__}; every record must be a JSON object{hint}."
+                )
             if self._text_field not in record:
                 found = found or textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …")
                 without.append(number)
@@ -109,6 +115,25 @@ class _JsonRecords(CompressibleFile):
                 advice="flatten that record, or leave its other fields out",
             ) from error
 
+    def _no_json(self, number: int, what: str, text: str, *, is_first: bool) -> BadFileError:
+        """The error for what does not parse; where nothing did before, the file may be of another kind.
+
+        Args:
+          number: of the record.
+          what: is wrong.
+          text: of the record, its beginning at least.
+          is_first: whether nothing was parsed before.
+        """
+        what = f"is no valid JSON: {what}"
+        known = format_of(text[:HEAD_BYTES].encode("utf-8", "replace")) if is_first else None
+        if known is not None:
+            advice = advice_on(known, "convert it")
+            return self._bad_record(number, f"{what} (it begins like {known})", kind=UNREADABLE, advice=advice)
+        if is_first and text[0] in "[{" and not self._any_layout:
+            advice = "correct the file, or name it .json if that is an array, or an object over several lines"
+            return self._bad_record(number, what, advice=advice)
+        return self._bad_record(number, what)
+
     def _lines(self) -> Iterator[str]:
         offset = 0
         for line in _split_lines(self.chunks()):
@@ -123,6 +148,7 @@ class JsonLines(_JsonRecords):
         return self._records_of(self._lines())
 
     def _records_of(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+        is_first = True
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -132,12 +158,15 @@ class JsonLines(_JsonRecords):
                 if end != len(stripped):
                     raise json.JSONDecodeError("Extra data", stripped, end)
             except json.JSONDecodeError as error:
-                raise self._bad_record(number, f"is no valid JSON: {error}") from error
+                raise self._no_json(number, str(error), stripped, is_first=is_first) from error
             yield number, value
+            is_first = False
 
 
 class JsonFile(JsonLines):
     """A file of JSON that is laid out in whatever way: lines as in `JsonLines`, an array of objects, or one object."""
+
+    _any_layout = True
 
     def _records(self) -> Iterator[tuple[int, Any]]:
         if self._has_lines():
@@ -188,7 +217,8 @@ class JsonFile(JsonLines):
                 may_go_on = error.msg.startswith("Unterminated") or error.pos >= len(text.read) - _EDGE
                 if may_go_on and text.grow():
                     continue
-                raise self._bad_record(number, f"is no valid JSON: {error.msg}") from error
+                start = text.read[text.at : text.at + HEAD_BYTES]
+                raise self._no_json(number, error.msg, start, is_first=number == 1) from error
             # A number that ends where the text does may have more digits.
             if end < len(text.read) or not text.grow():
                 text.at = end

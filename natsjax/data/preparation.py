@@ -23,7 +23,7 @@ from natsjax.data.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretche
 from natsjax.data.input_report import report_lines
 from natsjax.data.prepare_request import PrepareRequest
 from natsjax.data.progress import Progress
-from natsjax.data.scan import TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
+from natsjax.data.scan import DROPPED, TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
 from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from natsjax.data.worker_pool import WorkerPool, finished
 
@@ -93,7 +93,7 @@ class Preparation:
                     progress.add(len(scan.sizes), int(scan.sizes.sum()))
             scans[name] = Scan.joined(found)
             self.reports[name] = scans[name].report(reader)
-        if list(scans) == ["input"] and len(scans["input"].hashes) == 1:
+        if list(scans) == ["input"] and scans["input"].is_one_text:
             scans["input"] = self._hold_out_end(scans["input"])
         for name, reader in self._readers.items():
             lines = report_lines(reader.input, self.reports[name])
@@ -107,8 +107,10 @@ class Preparation:
           UserError: a split would have no document.
         """
         request = self._request
-        if "held_out_end" in self.reports["input"]:
-            return {"input": np.array([TRAIN, VALIDATION], np.int8)}, 0
+        if "held_out_end" in self.reports["input"]:  # of the first document; the others are its copies
+            places = np.full(len(scans["input"].sizes), DROPPED, np.int8)
+            places[:2] = TRAIN, VALIDATION
+            return {"input": places}, len(places) // 2 - 1
         return divide(scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate)
 
     def tokenizer(self, scans: dict[str, Scan], splits: Splits) -> Tokenizer:
@@ -183,7 +185,7 @@ class Preparation:
         scan = scan.with_end_held_out(cut)
         self.reports["input"]["held_out_end"] = {
             "document": document,
-            "bytes": int(scan.sizes.sum()),
+            "bytes": int(scan.sizes[:2].sum()),
             "held_out_bytes": int(scan.sizes[1]),
         }
         return scan

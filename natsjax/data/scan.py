@@ -116,20 +116,26 @@ class Scan:
         not_read = len(self.skipped) + self.left_out["no_text"].count
         return report(files=reader.num_sources - not_read, documents=len(self.hashes), tallies=tallies)
 
+    @property
+    def is_one_text(self) -> bool:
+        """Whether there is one document only, or copies of one where digests were asked for."""
+        same = len(self.digests) > 0 and bool((self.digests == self.digests[0]).all())
+        return len(self.hashes) == 1 or same
+
     def with_end_held_out(self, reader: CorpusReader) -> Scan:
-        """This scan, of an input with one document, as of a reader that gives that as two (`held_out_end`).
+        """This scan, of an input with one text, as of a reader that gives every document as two (`held_out_end`).
 
         Raises:
           UserError: the document is too short, or changed.
         """
         counts = 2 * self.counts
-        ends = list(documents_from(reader, counts, 0))
+        sizes = [len(document.text.encode("utf-8")) for document in documents_from(reader, counts, 0)]
         return dataclasses.replace(
             self,
             counts=counts,
-            hashes=np.zeros(len(ends), np.uint64),  # nothing is chosen by them
-            sizes=np.array([len(document.text.encode("utf-8")) for document in ends], np.int64),
-            digests=np.zeros((len(ends), 2), np.uint64),
+            hashes=np.zeros(len(sizes), np.uint64),  # nothing is chosen by them
+            sizes=np.array(sizes, np.int64),
+            digests=np.zeros((len(sizes), 2), np.uint64),
         )
 
 

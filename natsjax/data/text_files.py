@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from natsjax.data.file_marks import HEAD_BYTES, format_of
+from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_of, format_or_text
 from natsjax.data.sources import UNREADABLE, Document, FileSource, cannot_read, reason
 
 _CHUNK_BYTES = 1 << 20
@@ -33,7 +33,7 @@ _COMPRESSIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     ".gz": ("gzip", lambda: zlib.decompressobj(16 + zlib.MAX_WBITS)),
     ".zst": ("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW).decompressobj()),
     ".bz2": ("bzip2", bz2.BZ2Decompressor),
-    ".xz": ("xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)),
+    ".xz": ("xz", lzma.LZMADecompressor),  # of the format before as well, which is called .lzma elsewhere
 }
 
 
@@ -85,16 +85,16 @@ class CompressibleFile(FileSource):
         """The error for a byte that no UTF-8 has there, `offset` bytes into the uncompressed file."""
         known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(self.head())
         looks = f" (it begins like {known})" if known else ""
-        return self.bad(
-            f"is not UTF-8: byte 0x{value:02x} at offset {offset}{looks}",
-            advice="convert it, as `iconv -f WINDOWS-1252 -t UTF-8` does" if known is None else "unpack or convert it",
-        )
+        what = f"is not UTF-8: byte 0x{value:02x} at offset {offset}{looks}"
+        if known is None:
+            return self.bad(what, advice="convert it, as `iconv -f WINDOWS-1252 -t UTF-8` does")
+        return self.bad(what, kind=UNREADABLE, advice="unpack or convert it")
 
     def _members(self, file: BinaryIO, suffix: str) -> Iterator[bytes]:
         # Member by member: the readers of the libraries take a file that ends in mid-frame for a whole one (zstd), or
         # pass over all that comes behind padding or a damaged header (bz2, lzma).
         name, new = _COMPRESSIONS[suffix]
-        member, is_first = None, True
+        member, is_first, is_begun = None, True, False
         for piece in _pieces(file):
             chunk = piece
             while True:
@@ -106,7 +106,8 @@ class CompressibleFile(FileSource):
                 try:
                     data = member.decompress(chunk)
                 except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, MemoryError) as error:
-                    raise self._cannot_decompress(name, error) from error
+                    raise self._cannot_decompress(name, error, is_begun=is_begun) from error
+                is_begun = True
                 yield data
                 if not member.eof:
                     break
@@ -114,7 +115,7 @@ class CompressibleFile(FileSource):
         if member is not None:
             raise self.bad(f"is no whole {name} file (it ends too early)")
 
-    def _cannot_decompress(self, name: str, error: Exception) -> Exception:
+    def _cannot_decompress(self, name: str, error: Exception, *, is_begun: bool) -> Exception:
         if isinstance(error, zstandard.ZstdError) and "ictionary" in str(error):
             return self.bad(
                 "was compressed with a dictionary, which lies elsewhere",
@@ -127,9 +128,12 @@ class CompressibleFile(FileSource):
                 kind=UNREADABLE,
                 advice=f"compress it again with a smaller window or dictionary of {name}",
             )
-        known = format_of(self.head())
-        looks = f"; it begins like {known}" if known and not known.startswith(name) else ""
-        return self.bad(f"is no whole {name} file ({reason(error)}{looks})")
+        what = f"is no whole {name} file ({reason(error)})"
+        known = None if is_begun else format_or_text(self.head())
+        if known is None or known.startswith(name):
+            return self.bad(what)
+        advice = advice_on(known, f"give it the name of what it is, without {self.path.suffix}")
+        return self.bad(what, kind=UNREADABLE, advice=f"it begins like {known}: {advice}")
 
     def _as_utf8(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         head = b""

@@ -33,7 +33,13 @@ from natsjax.data.pretrained_tokenizer import (
     read_bytes,
     with_specials,
 )
-from natsjax.data.tiktoken_patterns import CL100K_PATTERN, assumption, find_pattern, recognise
+from natsjax.data.tiktoken_patterns import (
+    FIRST_CL100K_PATTERN,
+    assumption,
+    check_pattern,
+    find_pattern,
+    recognise,
+)
 from natsjax.data.tokenizer_base import Int32Array, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
@@ -67,7 +73,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
         self,
         ranks: Mapping[bytes, int],
         *,
-        pattern: str = CL100K_PATTERN,
+        pattern: str = FIRST_CL100K_PATTERN,
         special_tokens: Mapping[str, int] | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
@@ -95,6 +101,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
         }
         tiktoken = _import_tiktoken(source)
         # The library is not told of special tokens: it then reads them as ordinary text.
+        check_pattern(pattern, source)
         with as_user_error(f"the pattern {pattern!r} of the tokenizer {source} is no regular expression for tiktoken"):
             self._encoding = tiktoken.Encoding(
                 "natsjax", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
@@ -196,8 +203,10 @@ class TiktokenTokenizer(PretrainedTokenizer):
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if not _is_panic(error) or len(text) < 2:
+            if not _is_panic(error):
                 raise
+            if len(text) < 2:
+                raise UserError(f"tiktoken cannot encode {text!r} with the pattern {self.pattern!r}.") from error
         middle = len(text) // 2  # some other pattern ran out of stack: halves need less, and stand for the same bytes
         return self._encode(text[:middle]) + self._encode(text[middle:])
 

@@ -248,7 +248,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         check_no_pointer(path, data)
-        content = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
