@@ -275,9 +275,8 @@ def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
     Raises:
       UserError: it is not there, only a pointer to what was kept elsewhere, or not what it was.
     """
-    _check_no_pointer(folder / name)
+    check_file_no_pointer(folder / name)
     if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
-        check_file_no_pointer(folder / name)
         raise UserError(
             f"{folder / name} is not what was prepared (it is missing, or its SHA-256 is another); prepare the corpus "
             "again."
