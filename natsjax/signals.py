@@ -43,7 +43,7 @@ _PUT_OFF = 0.05
 """Seconds until a signal is looked at again that came where nothing can be raised."""
 _SAY_AFTER = 1.0
 """Seconds that a request waits before it is said what it waits for."""
-_GRACE = 1.0
+_GRACE = 0.5
 """Seconds that interrupted work gets to put things in order."""
 _T = TypeVar("_T")
 
