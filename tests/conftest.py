@@ -6,6 +6,11 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On busy cores generating the first input alone can take half a minute, which says nothing of the code.
+settings.register_profile("natsjax", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("natsjax")
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 

@@ -74,6 +74,18 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
     assert sorted(_tallies(reader)["linked_again"][1]) == again
 
 
+def test_text_that_is_named_as_held_out_is_not_trained_on_in_silence(tmp_path):
+    """The habit of nanoGPT's users and of datasets; where nothing is called training text, names mean nothing."""
+    for name in ("train.jsonl", "val.jsonl", "test-00000-of-00001.jsonl", "valley.jsonl"):
+        (tmp_path / name).write_bytes(_lines({"text": name}))
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "x.txt").write_text("x")
+    expected = ["test-00000-of-00001.jsonl", "val.jsonl", "validation/"]
+    assert _tallies(CorpusReader(tmp_path)) == {"named_held_out": (3, expected)}
+    (tmp_path / "train.jsonl").rename(tmp_path / "more.jsonl")
+    assert _tallies(CorpusReader(tmp_path)) == {}
+
+
 def test_a_linked_file_goes_by_the_name_of_the_link(tmp_path):
     """As in the hub's cache, whose files lie under hashes."""
     (tmp_path / "blobs").mkdir()

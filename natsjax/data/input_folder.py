@@ -34,6 +34,9 @@ SUFFIXES_IN_WORDS = (
 
 # What `prepare` makes beside a folder for as long as it works there: in an input it comes and goes.
 _OWN = re.compile(r"^\.(.+\.)?(lock|partial|tried|replaced)$")
+# Beside what is called so, other names tell that their text was not meant to be trained on.
+_TRAIN = re.compile(r"^train(ing)?(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(r"^(val(id(ation)?)?|dev|test|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE)
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,9}$")
 
 
@@ -166,10 +169,14 @@ class _Walk:
             except OSError as error:
                 self._broken(name or os.path.basename(folder), cannot_read(Path(folder), error))
                 continue
+            has_train = any(_TRAIN.match(entry.name) for entry in entries)
             for entry in entries:
                 below = f"{name}/{entry.name}" if name else entry.name
                 if _OWN.search(entry.name):
                     continue
+                is_folder = os.path.isdir(entry.path)
+                if has_train and _HELD_OUT.match(entry.name) and (is_folder or is_readable_name(entry.name)):
+                    self._tally("named_held_out", below + "/" * is_folder)
                 if entry.name.startswith("."):
                     self._tally("hidden", below + "/" * entry.is_dir(follow_symlinks=False))
                 elif entry.is_symlink():

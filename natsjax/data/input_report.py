@@ -22,6 +22,7 @@ _NAMES_SHOWN = 3
 CLASSES = {
     "linked": "links followed",
     "linked_again": "links to what is read already, so not read again",
+    "named_held_out": "named as text to hold out, but read with the rest; --validation_input holds text out",
     "empty": "documents without text",
     "no_documents": "files without a document",
     "no_text": "JSON files without such texts, not read",
@@ -35,7 +36,7 @@ CLASSES = {
     "unreadable": "files that cannot be read here, skipped",
     "damaged": "files damaged or not in UTF-8, skipped",
 }
-READ = ("linked",)  # the classes that are read; of all others something is left out
+READ = ("linked", "named_held_out")  # the classes that are read; of all others something is left out
 
 
 @dataclass
