@@ -34,7 +34,7 @@ def load_twin(
 
 
 def twin_notes(run: LoadedRun, twin: LoadedRun) -> list[str]:
-    """Sentences about what makes the comparison uneven: another shape, or another number of steps."""
+    """Sentences about what makes the comparison uneven: another shape, number of steps, or order of the contexts."""
     pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(twin).items()}
     return [f"The dense twin's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
 
@@ -52,4 +52,6 @@ def _data_marks(run: LoadedRun) -> dict[str, object]:
 def _shape(run: LoadedRun) -> dict[str, object]:
     model = dataclasses.asdict(run.config.model)
     free = ("attention", "sliding_window", "remat")  # the first two are the difference, the last changes no number
-    return {"step": run.step} | {f"model.{name}": value for name, value in model.items() if name not in free}
+    return {"step": run.step, "data.shuffle": run.config.data.shuffle} | {
+        f"model.{name}": value for name, value in model.items() if name not in free
+    }

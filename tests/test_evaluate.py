@@ -65,7 +65,7 @@ def nats_evaluation(tmp_path_factory):
     path = tmp_path_factory.mktemp("nats run")
     dense = make_run(tmp_path_factory.mktemp("dense"), "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twin, "load", lambda workdir, progress: dense)
+        patch.setattr(twin, "load", lambda workdir, prepared_dir: dense)
         return evaluate.run(path, loaded=make_run(path), dense_workdir=dense.workdir.path, progress=False)
 
 
@@ -287,7 +287,7 @@ def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
         "its data fingerprint is ": make_run(tmp_path, "dense", train=dataclasses.replace(dense.config.train, seed=3)),
     }
     for message, other in cases.items():
-        monkeypatch.setattr(twin, "load", lambda workdir, progress, other=other: other)
+        monkeypatch.setattr(twin, "load", lambda workdir, prepared_dir, other=other: other)
         with pytest.raises(UserError, match=message):
             evaluate.run(tmp_path, loaded=run, dense_workdir="runs/x", progress=False)
     with pytest.raises(UserError, match="is itself a dense one"):
