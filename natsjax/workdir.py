@@ -131,7 +131,8 @@ class Workdir:
     def _unusable(self, error: OSError) -> UserError:
         where = str(error.filename or self.path).removesuffix(f"/{_TRIED}")
         what = "" if where == str(self.path) else f"{where}: "
-        return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {advice(error)}.")
+        better = advice(error, may_move=not self.has_checkpoint())  # a run that has begun goes on where it lies
+        return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {better}.")
 
     def read_config(self) -> Config:
         """The config that the run was started with.

@@ -102,7 +102,8 @@ def test_every_file_that_cannot_be_written_is_a_sentence_and_the_run_goes_on_fro
     assert (found["first"]["said"], found["first"]["latest"]) == (None, 6)
     why = "No space left on device"
     run = folder / "run"
-    assert found["config"]["said"] == f"{run}/config.json cannot be written: {why}."
+    # Tried before anything else is done.
+    assert found["config"]["said"] == f"--workdir={run} cannot be used: {run}/checkpoints: {why}; make room there."
     assert found["metrics"]["said"] == (
         f"{run}/metrics.jsonl cannot be written: {why}; put that right and run the same command again, which goes on "
         "from the newest checkpoint."
