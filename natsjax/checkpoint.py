@@ -191,7 +191,7 @@ class Checkpoints:
         sums: dict[str, str] = {}
         for file in sorted(folder.glob(f"{SUMS_FILE}.*[0-9]")):
             try:
-                sums |= checksums.from_text(file.read_text("utf-8"))
+                sums |= checksums.from_text(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{file} is damaged; if it is all there is, delete that file to read it") from error
         names = sorted(sums)
