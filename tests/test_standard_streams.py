@@ -288,7 +288,8 @@ def unspecified_encodings(source):
             is_text = False  # bytes by default
         if name == "open" and isinstance(node.func, ast.Attribute) and len(node.args) == 1 and not words:
             is_text = False  # a class's own, or os.open
-        if name == "open" and getattr(getattr(node.func, "value", None), "id", "") == "os":
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        if name == "open" and (owner == "os" or owner[:1].isupper()):
             is_text = False
         if (is_text or ("text" in given & {"text", "universal_newlines"} and name in ("run", "Popen"))) and (
             "encoding" not in given
@@ -305,6 +306,6 @@ def test_text_files_are_utf_8_in_every_locale():
 
 def test_the_rule_finds_them():
     bad = "open(p)\nopen(p, 'w')\np.open('a')\np.read_text()\nsubprocess.run(c, text=True)\nwith p.open(): pass\n"
-    good = "open(p, 'rb')\nos.open(p, 1)\nT.open(p)\np.read_text(encoding='utf-8')\np.open('wb')\nopen(f, mode='rb')\n"
+    good = "open(p, 'rb')\nos.open(p, 1)\nT.open(p)\nT.open(p, as_before=True)\np.read_text(encoding='utf-8')\np.open('wb')\nopen(f, mode='rb')\n"
     assert list(unspecified_encodings(bad)) == [1, 2, 3, 4, 5, 6]
     assert not list(unspecified_encodings(good))
