@@ -239,10 +239,10 @@ def test_the_smallest_buffers(shape, blocks, format):
         ({"scale": float("nan")}, "scale=nan"),
         ({"layer": 2}, "layer=2: the buffer has layers 0 to 1"),
         ({"layer": -1}, "layer=-1"),
-        ({"position": jnp.zeros(2)}, "position has dtype float32"),
-        ({"length": jnp.zeros((2, 2, 2))}, "length has dtype float32"),
-        ({"query": jnp.zeros((2, 4, 8), int)}, "query has dtype int32"),
-        ({"query": jnp.zeros((2, 3, 8))}, "query"),
+        ({"position": np.zeros(2, np.float32)}, "position has dtype float32"),
+        ({"length": np.zeros((2, 2, 2), np.float32)}, "length has dtype float32"),
+        ({"query": np.zeros((2, 4, 8), np.int32)}, "query has dtype int32"),
+        ({"query": np.zeros((2, 3, 8), np.float32)}, "query"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_the_reason(change, message):

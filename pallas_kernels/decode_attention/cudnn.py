@@ -24,7 +24,7 @@ PLATFORMS: Sequence[str] = ("gpu",)
 READS: Sequence[Format] = ("plain",)
 
 _DTYPES = ("bfloat16", "float16")
-_NOTHING = {"bfloat16": -(2.0**40), "float16": -(2.0**14)}
+_NOTHING, _NOTHING_FLOAT16 = -(2.0**40), -(2.0**14)
 """Log-sum-exps below are of masked slots alone: the library takes twice as much from a logit that is masked."""
 
 
@@ -62,7 +62,7 @@ def attend(
     folded, keys, values, is_read, length = vary_alike((folded, keys, values, is_read, length))
     out, lse = _call(folded, keys, values, is_read, length, scale)
     lse = lse.reshape(b, k, g)
-    nothing = lse < _NOTHING[storage.dtype.name]
+    nothing = lse < (_NOTHING_FLOAT16 if storage.dtype == jnp.float16 else _NOTHING)
     out = jnp.where(nothing[..., None], 0, out.reshape(query.shape).astype(jnp.float32))
     return out, jnp.where(nothing, -jnp.inf, lse)
 
