@@ -103,6 +103,8 @@ def interval_attention(
     logits = _logits(query, key, scale)
     lse = _log_sum_exp(logits, visible)  # [b, k, g, t]
     out = _output(_masked_softmax(logits, visible.astype(logits.dtype), visible), value, query)
+    # Also what comes back for a row that reads nothing may be anything.
+    out = jnp.where(reads, _grouped(out, key.shape[2]), 0).reshape(out.shape)
     return out, jnp.moveaxis(lse, 3, 1).reshape(b, t, -1)
 
 
