@@ -198,8 +198,11 @@ class Workdir:
         return self.read_config() if os.path.exists(self.config_file) and self.has_checkpoint() else None
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something that a run could go on from."""
-        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        """Whether there is something that a run could go on from; not where the folder cannot even be read."""
+        try:
+            return any(name.isdigit() for name in os.listdir(self.checkpoints))
+        except OSError:
+            return False
 
     def compare_data(self, fingerprint: str, *, to_train: bool = True) -> None:
         """Compares the data with what the run that is here was started with.

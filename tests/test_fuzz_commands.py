@@ -222,3 +222,11 @@ def test_damaged_runs(command, damage, run_folder, tmp_path, monkeypatch):
     assert_explained(status, out, err)
     reads = CONFIG_DAMAGES if command == "natsjax.data.inspect" else DAMAGES.keys() - HARMLESS
     assert status == 2 or damage not in reads or command.endswith("prepare"), f"{command} took a run with {damage}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_flag_takes_a_path_that_holds_a_nul(command):
+    for flag in flags_of(command):
+        status, out, err = run(command, [f"--{flag}=\0"])
+        assert status != 0, flag
+        assert_explained(status, out, err)

@@ -39,7 +39,7 @@ from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
 from natsjax.errors import UserError, first_line
-from natsjax.settings import resolve_paths
+from natsjax.settings import check_file_name, resolve_paths
 
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 
@@ -157,6 +157,7 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
     """The config, with what flags change of it, and the prepared corpus or mixture; an empty one for recall."""
     prepared = os.path.expanduser(options.prepared_dir)
     if options.workdir:
+        check_file_name(options.workdir)
         run = Path(os.path.expanduser(options.workdir))
         config = _read_run(run / _CONFIG_FILE)
         if not prepared and config.data.source == "corpus":
