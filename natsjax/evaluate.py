@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 
-from natsjax import processes, report, token_types
+from natsjax import kv_fraction, processes, report
 from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
@@ -174,7 +174,7 @@ def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) ->
         "dial": dial,
         "tolerance": TOLERANCE,
         "met": off <= TOLERANCE * nats.kv_budget,
-        "smallest_possible": token_types.smallest_model_kv_fraction(this.config, piece_lengths(held_out)),
+        "smallest_possible": kv_fraction.smallest_model_kv_fraction(this.config, piece_lengths(held_out)),
     }
 
 

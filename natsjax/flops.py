@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from natsjax.config import Config
+from natsjax.kv_fraction import live_share
 
 
 class Flops(NamedTuple):
@@ -23,19 +22,6 @@ class Flops(NamedTuple):
     def total(self) -> float:
         """Of both."""
         return sum(self)
-
-
-def live_share(config: Config) -> float:
-    """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
-    a layer that learns to meet it.
-    """
-    if config.model.has_roles:
-        return config.nats.kv_budget
-    length = config.data.context_length
-    read = min(config.model.sliding_window + 1, length)
-    sliding = (length - read) * read + read * (read + 1) / 2
-    share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
-    return float(np.mean([share[kind] for kind in config.model.pattern]))
 
 
 def step_flops(

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from natsjax import token_types
 from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
+from natsjax.kv_fraction import smallest_model_kv_fraction
 from natsjax.policies import RANDOM_DRAWS
 
 NUM_BUDGETS = 6
@@ -138,7 +138,7 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
     """
     asked = config.eval.budgets if asked is None else asked
     if config.model.has_roles:
-        smallest = token_types.smallest_model_kv_fraction(config, pieces)
+        smallest = smallest_model_kv_fraction(config, pieces)
         why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
         if len(config.model.pattern) > 1:
             why = f"with model.attention = {config.model.attention!r}, {why.removeprefix('with ')}"

@@ -20,11 +20,10 @@ from scipy import special
 from natsjax import losses, partition
 from natsjax.attention import RoleChoice
 from natsjax.data import Row, Tokenizer, Vocabulary
+from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.loading import LoadedRun
-from natsjax.metrics import perplexity
 from natsjax.policies import StaticPolicy
 from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
-from natsjax.role_statistics import sliding_windows
 from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
 

@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -20,11 +19,6 @@ from natsjax import processes
 from natsjax.errors import UserError, first_line
 from natsjax.event_file import EventFile
 from natsjax.workdir import Workdir
-
-
-def perplexity(cross_entropy: float) -> float:
-    """``exp`` of nats per token, infinite where it overflows."""
-    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:

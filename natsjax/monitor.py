@@ -17,7 +17,8 @@ from natsjax.display import Display, Shown
 from natsjax.errors import first_line
 from natsjax.flops import step_flops
 from natsjax.health import Health
-from natsjax.metrics import MetricsWriter, WallTime, perplexity
+from natsjax.kv_fraction import perplexity
+from natsjax.metrics import MetricsWriter, WallTime
 from natsjax.train_step import StepMetrics, Trainer
 from natsjax.wandb_writer import WandbWriter
 from natsjax.workdir import Workdir

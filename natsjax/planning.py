@@ -27,8 +27,9 @@ from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
-from natsjax.flops import Flops, live_share, step_flops
+from natsjax.flops import Flops, step_flops
 from natsjax.hardware import Topology
+from natsjax.kv_fraction import live_share
 from natsjax.program_costs import ProgramCosts
 from natsjax.train_step import Trainer
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from natsjax import partition
 from natsjax.config import Config
+from natsjax.kv_fraction import sliding_windows
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDING
 
 _NUM_THRESHOLDS = 64
@@ -71,14 +72,6 @@ def role_sums(ids: jax.Array, positions: jax.Array, document_end: jax.Array, con
     axes = ((None, "batch", "kv_heads", None), ("batch", None), ("batch", None))
     out_axes: list[partition.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
     return RoleSums(*partition.shard_map(local, axes, out_axes)(ids, positions, document_end))
-
-
-def sliding_windows(config: Config) -> np.ndarray:
-    """How many later queries read a SLIDING key, by layer: int32 ``[l]``."""
-    model = config.model
-    return np.array(
-        [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.layer_kinds], np.int32
-    )
 
 
 def live_keys(ids: jax.Array, positions: jax.Array, window: jax.Array | int) -> jax.Array:

@@ -9,9 +9,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from natsjax.config import Config, NatsConfig
+from natsjax.config import NatsConfig
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, key_end_from_roles
 
@@ -176,40 +175,6 @@ def causal_pairs(positions: jax.Array, document_end: jax.Array) -> jax.Array:
       document_end: int32 ``[b, s]``; 0 marks padding.
     """
     return jnp.sum(jnp.where(document_end > 0, positions + 1, 0), dtype=jnp.float32)
-
-
-def smallest_kv_fraction(piece_lengths: np.ndarray, window: int) -> float:
-    """The KV fraction when every token is SLIDING but the first of each document, which is GLOBAL.
-
-    Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
-      window: tokens.
-    """
-    length = np.asarray(piece_lengths, np.float64)
-    reach = np.minimum(length, window + 1)
-    # Keys 1 … L-1 live for window + 1 queries, the last ones until the end of the document; key 0 lives for L.
-    sliding = np.where(length > window + 1, (length - 1 - window) * (window + 1), 0) + np.where(
-        length > window + 1, window * (window + 1) / 2, reach * (reach - 1) / 2
-    )
-    return float(np.sum(length + sliding) / np.sum(length * (length + 1) / 2))
-
-
-def smallest_model_kv_fraction(config: Config, piece_lengths: np.ndarray) -> float:
-    """The smallest KV fraction of a model, the mean over its layers: only "nats" layers have a choice.
-
-    Args:
-      config: of the run.
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
-    """
-    length = np.asarray(piece_lengths, np.float64)
-    reach = np.minimum(length, config.model.sliding_window + 1)
-    sliding = np.sum((length - reach) * reach + reach * (reach + 1) / 2) / np.sum(length * (length + 1) / 2)
-    by_kind = {
-        "nats": smallest_kv_fraction(piece_lengths, config.nats.window),
-        "dense": 1.0,
-        "sliding": float(sliding),
-    }
-    return float(np.mean([by_kind[kind] for kind in config.model.pattern]))
 
 
 def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:

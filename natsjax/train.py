@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, partition, processes, report, signals, token_types, wandb_writer, watchdog
+from natsjax import evaluate, kv_fraction, partition, processes, report, signals, wandb_writer, watchdog
 from natsjax.checkpoint import Checkpoints
 from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
@@ -126,7 +126,7 @@ def _check_budget(config: Config, data: RunData) -> None:
     """
     if not config.model.has_roles:
         return
-    smallest = token_types.smallest_model_kv_fraction(config, data.piece_lengths)
+    smallest = kv_fraction.smallest_model_kv_fraction(config, data.piece_lengths)
     processes.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(

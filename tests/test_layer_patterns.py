@@ -8,7 +8,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import evaluate, losses, model, token_types
+from natsjax import evaluate, kv_fraction, losses, model
 from natsjax.attention import RoleChoice
 from natsjax.data import piece_lengths
 from natsjax.decode import generate
@@ -93,7 +93,7 @@ def test_kv_fraction_counts_all_layers_and_the_smallest_is_reached():
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     batch = tiny.packed_batch(batch=4)
     _, metrics = trainer.step(trainer.init(), batch)
-    smallest = token_types.smallest_model_kv_fraction(config, piece_lengths(batch))
+    smallest = kv_fraction.smallest_model_kv_fraction(config, piece_lengths(batch))
     assert float(metrics.kv_fraction) == pytest.approx(smallest, rel=1e-5)
     live = np.asarray(metrics.live_keys).mean(axis=1)
     assert np.all(live[[1, 4]] > live[[2, 5]])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.errors import UserError
+from natsjax.kv_fraction import smallest_kv_fraction
 from natsjax.matching import (
     check_budgets,
     dense_budgets,
@@ -18,7 +19,6 @@ from natsjax.matching import (
     share_for_budget,
     window_for_budget,
 )
-from natsjax.token_types import smallest_kv_fraction
 
 pieces = st.lists(st.integers(1, 15), min_size=1, max_size=6).map(np.array)
 

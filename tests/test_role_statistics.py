@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from natsjax import losses, role_statistics
-from natsjax.role_statistics import live_keys, live_quantiles, live_thresholds, role_sums, sliding_windows
+from natsjax.kv_fraction import sliding_windows
+from natsjax.role_statistics import live_keys, live_quantiles, live_thresholds, role_sums
 from pallas_kernels.nats_attention import key_end_from_roles
 from pallas_kernels.nats_attention.roles import LOCAL
 

@@ -42,7 +42,7 @@ def smallest_kv_fractions(
 ) -> dict[int, dict[int, float]]:
     """The smallest possible KV fraction by context length and window: what no model trained on the corpus can go below.
 
-    It is `natsjax.token_types.smallest_kv_fraction` on the document pieces of one epoch of training contexts, with
+    It is `natsjax.kv_fraction.smallest_kv_fraction` on the document pieces of one epoch of training contexts, with
     seed 0. Windows that reach over a whole context are left out, and contexts longer than the split.
 
     Args:
@@ -57,7 +57,7 @@ def smallest_kv_fractions(
     Raises:
       UserError: the split's files are missing or damaged.
     """
-    from natsjax.token_types import smallest_kv_fraction  # here, because it brings JAX
+    from natsjax.kv_fraction import smallest_kv_fraction  # here, because it brings JAX
 
     table: dict[int, dict[int, float]] = {}
     for context_length in context_lengths:
