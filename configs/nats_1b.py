@@ -10,8 +10,8 @@ one it is v5p-128. The dense twin: --config.model.attention=dense. Hardware: com
 """
 
 from natsjax.config import default_config
+from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
-from natsjax.settings import did_you_mean
 
 HARDWARE = {
     "v5e-16": {"train.num_microbatches": 2},

@@ -23,8 +23,8 @@ from ml_collections.config_flags import tuple_parser
 
 from natsjax import processes, signals, standard_streams
 from natsjax.config import Config
+from natsjax.config_fields import closest, did_you_mean, nearest, shown
 from natsjax.errors import UserError
-from natsjax.settings import closest, did_you_mean, nearest, shown
 
 _OVERRIDE = re.compile(r"--?config\.")
 _MOST_OF_AN_ERROR = 250  # characters

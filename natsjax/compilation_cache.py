@@ -18,8 +18,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from natsjax import processes
+from natsjax.config_fields import real_path
 from natsjax.errors import UserError
-from natsjax.outputs import make_folder, real_path
+from natsjax.outputs import make_folder
 from natsjax.workdir import Workdir
 
 AUTO, NONE = "auto", "none"

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import ml_collections
 
+from natsjax.config_fields import MIXTURE, PathSyntax, build, did_you_mean, setting, shown
 from natsjax.errors import UserError
-from natsjax.paths import MIXTURE, PathSyntax
-from natsjax.settings import build, did_you_mean, setting, shown
 
 ATTENTION_KINDS = ("nats", "dense", "sliding")
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from natsjax import capacity, decode_loop, kv_allocation, kv_buffer, partition
 from natsjax.capacity import Layout
 from natsjax.config import Config
+from natsjax.config_fields import did_you_mean
 from natsjax.decode_loop import ReadChunk
 from natsjax.decode_step import Chunk, DecodingPolicy
 from natsjax.errors import UserError
@@ -27,7 +28,6 @@ from natsjax.loading import LoadedRun
 from natsjax.model import ModelStructure, model_structure
 from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy, most_live
 from natsjax.serving import serving_parameters
-from natsjax.settings import did_you_mean
 from pallas_kernels.decode_attention import storage_format
 
 _PREFILL_GROWTH = 1.5

@@ -29,13 +29,13 @@ from natsjax import checksums, processes
 from natsjax.checkpoint import Checkpoints
 from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
+from natsjax.config_fields import did_you_mean, real_path, resolve_paths
 from natsjax.data import Tokenizer
 from natsjax.data.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
 from natsjax.data.locate import locate
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
-from natsjax.outputs import hidden_name, real_path, unwritable
-from natsjax.settings import did_you_mean, resolve_paths
+from natsjax.outputs import hidden_name, unwritable
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]

@@ -20,6 +20,7 @@ import jax
 from natsjax import decode, processes, signals
 from natsjax.command_line import run_command
 from natsjax.config import Config, MeshConfig
+from natsjax.config_fields import real_path
 from natsjax.data import Tokenizer
 from natsjax.decode import Generation
 from natsjax.decode_step import DecodingPolicy
@@ -27,7 +28,7 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
-from natsjax.outputs import check_files, make_folder, real_path, unwritable
+from natsjax.outputs import check_files, make_folder, unwritable
 from natsjax.policies import Policy
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer

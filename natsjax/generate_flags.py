@@ -9,6 +9,7 @@ from typing import Any
 
 from natsjax.command_line import Parser, typed_text
 from natsjax.config import MeshConfig
+from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.file_marks import check_no_pointer
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
@@ -16,7 +17,6 @@ from natsjax.errors import UserError
 from natsjax.partition import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
 from natsjax.sampling import Sampling
-from natsjax.settings import did_you_mean, nearest
 
 _MOST_DIAL = 1e6  # logits are of order 1 to 10
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from natsjax.config_fields import nearest
 from natsjax.errors import UserError
-from natsjax.settings import nearest
 
 GIB = 2**30
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from natsjax.config_fields import real_path
 from natsjax.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
@@ -71,31 +72,6 @@ def _number(error: OSError) -> int:
 def unwritable(name: str | os.PathLike[str], error: OSError) -> UserError:
     """Makes the sentence about something that cannot be written, with the advice that follows from the error."""
     return UserError(f"{os.fspath(name)} cannot be written: {reason(error)}; {advice(error)}.")
-
-
-def real_path(path: str | os.PathLike[str]) -> Path:
-    """Resolves a path: absolute, ``~`` and all links followed (the last one too), without ``.`` and ``..``.
-
-    Raises:
-      UserError: it is relative to a folder that was removed, or holds what no path can hold.
-    """
-    try:
-        return Path(os.path.realpath(os.path.expanduser(path)))
-    except FileNotFoundError as error:
-        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
-    except ValueError as error:
-        raise UserError(f"{os.fspath(path)!r} is no path: {error}.") from error
-
-
-def named_path(path: str | os.PathLike[str]) -> Path:
-    """Resolves a path as ``real_path`` does, but leaves the name of a file that is a link: its suffix says what it is.
-
-    Caches of downloads (Hugging Face's) hold such links, to files that are named by their checksums.
-    """
-    expanded = Path(os.path.expanduser(path))
-    if os.path.islink(expanded) and not os.path.isdir(expanded):
-        return real_path(expanded.parent) / expanded.name
-    return real_path(expanded)
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:

@@ -24,13 +24,13 @@ from absl import flags
 from natsjax import hardware
 from natsjax.command_line import flag_help, parse_config_flags, run_command
 from natsjax.config import Config
+from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError
 from natsjax.hardware import GIB
 from natsjax.outputs import check_files
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
-from natsjax.settings import resolve_paths
 from natsjax.workdir import write_atomically
 
 _USAGE = (

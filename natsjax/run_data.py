@@ -13,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from natsjax.config import Config
+from natsjax.config_fields import LARGEST_INT
 from natsjax.data import (
     Corpus,
     PackedSource,
@@ -38,7 +39,6 @@ from natsjax.data.mixture import (
 from natsjax.data.progress import log_lines
 from natsjax.errors import UserError
 from natsjax.run_paths import check_moved_text
-from natsjax.settings import LARGEST_INT
 from natsjax.workdir import Workdir
 
 

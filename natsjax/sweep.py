@@ -23,9 +23,9 @@ from absl import flags
 from natsjax import compare, processes, train
 from natsjax.command_line import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.config import Config
+from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError, first_line
 from natsjax.reporting.results import try_reports, write_files
-from natsjax.settings import resolve_paths
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
 from natsjax.sweep_runs import (
     PlannedRun,

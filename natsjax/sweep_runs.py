@@ -15,16 +15,15 @@ from typing import Any, Literal
 
 from natsjax import evaluate, partition
 from natsjax.config import Config, NatsConfig
+from natsjax.config_fields import differences, real_path
 from natsjax.errors import UserError
 from natsjax.evaluate import Evaluation
 from natsjax.initial_parameters import InitialParameters
 from natsjax.matching import wanted_budgets
 from natsjax.model import model_structure
-from natsjax.outputs import real_path
 from natsjax.reporting.results import to_json
 from natsjax.run_data import RunData, open_data
 from natsjax.run_paths import settle_paths
-from natsjax.settings import differences
 from natsjax.workdir import Workdir, write_atomically
 
 RECORD_FILE = "sweep.json"

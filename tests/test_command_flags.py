@@ -9,7 +9,7 @@ import pytest
 
 from natsjax import UserError
 from natsjax.command_line import Parser, parse_train_flags, read_config_file, typed_text
-from natsjax.settings import closest
+from natsjax.config_fields import closest
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs/smoke.py'}"

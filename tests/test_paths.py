@@ -10,6 +10,7 @@ import tiny
 
 from natsjax import train
 from natsjax.config import Config
+from natsjax.config_fields import differences, resolve_paths
 from natsjax.data import inspect
 from natsjax.data.locate import locate
 from natsjax.data.prepare import prepare
@@ -17,7 +18,6 @@ from natsjax.errors import UserError
 from natsjax.loading import load
 from natsjax.run_data import find_data, open_data, open_vocabulary
 from natsjax.run_paths import settle_paths
-from natsjax.settings import differences, resolve_paths
 from natsjax.workdir import Workdir
 
 

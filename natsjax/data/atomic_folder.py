@@ -4,7 +4,7 @@ A folder that is not there yet is made beside its place and renamed. One that is
 the folder that it is: it may be a mount point, where a link leads, somebody's current folder, or all that one may
 write. Its contents are made in `.partial` inside it and renamed one by one, last the file that tells a finished folder
 from any other (`marker`). Either way the last step is tried before the work (`try_folder`). Callers give folders as
-`natsjax.outputs.real_path` returns them.
+`natsjax.config_fields.real_path` returns them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
+from natsjax.config_fields import check_file_name
 from natsjax.errors import UserError
 from natsjax.outputs import hidden_name, make_folder
-from natsjax.settings import check_file_name
 
 PART_SUFFIX = ".npz"
 

@@ -28,6 +28,7 @@ import numpy as np
 from natsjax import standard_streams
 from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
+from natsjax.config_fields import check_file_name, resolve_paths
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
 from natsjax.data.examples import COLOUR_LEGEND, LEGEND, Example
 from natsjax.data.file_marks import check_file_no_pointer
@@ -39,7 +40,6 @@ from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
 from natsjax.errors import UserError, first_line
-from natsjax.settings import check_file_name, resolve_paths
 
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from natsjax.config import DataConfig
+from natsjax.config_fields import MIXTURE, real_path
 from natsjax.data.corpus import CORPUS_FILE, Corpus
 from natsjax.data.mixture import mixture_fingerprint, parse_mixture
 from natsjax.errors import UserError
-from natsjax.outputs import real_path
-from natsjax.paths import MIXTURE
 
 CORPUS_FOLDER = "corpus"  # in a run whose config names no other
 _MOST_COMBINATIONS = 1000

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from natsjax import processes, signals
 from natsjax.command_line import Parser, run_command, typed_text
+from natsjax.config_fields import check_file_name, real_path
 from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, lock_path, partial_paths, place, try_folder
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
@@ -35,8 +36,7 @@ from natsjax.data.scan import TRAIN, VALIDATION
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from natsjax.errors import UserError
-from natsjax.outputs import advice, is_full, real_path
-from natsjax.settings import check_file_name
+from natsjax.outputs import advice, is_full
 
 _PARTS_VERSION = 2  # of what lies in a partial folder
 

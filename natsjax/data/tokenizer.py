@@ -18,6 +18,7 @@ import os
 import re
 from pathlib import Path
 
+from natsjax.config_fields import did_you_mean
 from natsjax.data.byte_tokenizers import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokenizer, ByteTokenizer
 from natsjax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from natsjax.data.pretrained_tokenizer import PretrainedTokenizer
@@ -33,7 +34,6 @@ from natsjax.data.tokenizer_base import (
     read_json,
 )
 from natsjax.errors import UserError
-from natsjax.settings import did_you_mean
 
 _PRETRAINED: dict[str, type[HuggingFaceTokenizer | SentencePieceTokenizer | TiktokenTokenizer]] = {
     tokenizer.kind: tokenizer for tokenizer in (HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer)

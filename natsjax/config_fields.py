@@ -1,4 +1,4 @@
-"""What settings are: fields of frozen dataclasses that know their limits, read from nested dicts and compared."""
+"""Fields of frozen dataclasses that know their limits and are read from nested dicts; how a field names a path."""
 
 import dataclasses
 import difflib
@@ -7,14 +7,86 @@ import os
 import reprlib
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
 
 from natsjax.errors import UserError
-from natsjax.outputs import real_path
-from natsjax.paths import PathSyntax
+
+
+@dataclasses.dataclass(frozen=True)
+class PathSyntax:
+    """How the text of a field names paths.
+
+    Attributes:
+      words: texts that name none, beside the empty one.
+      prefix: begins texts that name none; empty: there is no such.
+      is_mixture: the text is ``PATH=WEIGHT,PATH=WEIGHT``.
+    """
+
+    words: tuple[str, ...] = ()
+    prefix: str = ""
+    is_mixture: bool = False
+
+    def changed(self, text: str, change: Callable[[str], str]) -> str:
+        """Returns the text with each of its paths changed."""
+        if not self.is_path(text):
+            return text
+        if not self.is_mixture:
+            return change(text)
+        parts = []
+        for part in text.split(","):
+            path, equals, weight = part.strip().rpartition("=")
+            parts.append(f"{change(path)}={weight}" if equals and path else part)
+        return ",".join(parts)
+
+    def resolved(self, text: str) -> str:
+        """Returns the text with each of its paths absolute, links followed (``outputs.named_path``)."""
+        return self.changed(text, lambda path: str(named_path(path)))
+
+    def is_path(self, text: str) -> bool:
+        """Whether the text names any path."""
+        return bool(text) and text not in self.words and not (self.prefix and text.startswith(self.prefix))
+
+    def may_be_moved(self, old: str, new: str) -> bool:
+        """Whether ``new`` may be what ``old`` was, in another place: whoever reads it must compare the contents."""
+        if not self.is_path(old) or not self.is_path(new):
+            return False
+        if self.is_mixture:
+            return self.changed(old, lambda _: "") == self.changed(new, lambda _: "")
+        return Path(old).name == Path(new).name
+
+
+MIXTURE = PathSyntax(is_mixture=True)
+"""Of ``data.mixture``; the weights stay as they are written."""
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Resolves a path: absolute, ``~`` and all links followed (the last one too), without ``.`` and ``..``.
+
+    Raises:
+      UserError: it is relative to a folder that was removed, or holds what no path can hold.
+    """
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except FileNotFoundError as error:
+        raise UserError(f"{os.fspath(path)}: the current folder is no longer there; change to one that is.") from error
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)!r} is no path: {error}.") from error
+
+
+def named_path(path: str | os.PathLike[str]) -> Path:
+    """Resolves a path as ``real_path`` does, but leaves the name of a file that is a link: its suffix says what it is.
+
+    Caches of downloads (Hugging Face's) hold such links, to files that are named by their checksums.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if os.path.islink(expanded) and not os.path.isdir(expanded):
+        return real_path(expanded.parent) / expanded.name
+    return real_path(expanded)
+
 
 LARGEST_INT = 2**31 - 1
 """Of a setting without a maximum: steps and sizes are int32 on the devices."""
