@@ -8,8 +8,9 @@ with the same workdir (docs/clusters.md).
 
 import sys
 
-from natsjax import processes, train
-from natsjax.command_line import join_processes, parse_train_flags, run_command, train_help
+from natsjax import train
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import join_processes, parse_train_flags, run_command, train_help
 
 
 def main() -> None:
@@ -18,10 +19,10 @@ def main() -> None:
         print(train_help(__doc__))
         return
     join_processes(sys.argv)
-    with processes.stop_together():
+    with distributed.stop_together():
         config, workdir = parse_train_flags(sys.argv)
         evaluation = train.run(config, workdir)
-        if processes.is_main():
+        if distributed.is_main():
             print(evaluation.summary())
 
 

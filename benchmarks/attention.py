@@ -38,8 +38,8 @@ from benchmarks.attention_contestants import (
     timed_call,
     torch_rivals,
 )
-from natsjax.command_line import Parser, run_command
 from natsjax.config_fields import did_you_mean
+from natsjax.runtime.flags import Parser, run_command
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.counting import count_pairs

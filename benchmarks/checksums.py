@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax import checksums
 from natsjax.checkpoint import Checkpoints
+from natsjax.runtime import checksums
 
 _ARRAYS = 30
 

@@ -48,14 +48,14 @@ import numpy as np
 from benchmarks.attention import ratio
 from benchmarks.train_step import OtherLoad
 from natsjax import capacity, decode_loop, kv_buffer, partition
-from natsjax.command_line import Parser, run_command
 from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
 from natsjax.decoder import NO_LIMIT, Decoder
 from natsjax.kv_buffer import LayerGroup
 from natsjax.model import init_parameters, model_structure
-from natsjax.outputs import try_files, unwritable
 from natsjax.policies import FullAttention, Nats
+from natsjax.runtime.files import try_files, unwritable
+from natsjax.runtime.flags import Parser, run_command
 from natsjax.sampling import Sampling
 from pallas_kernels.nats_attention import NO_END
 from pallas_kernels.nats_attention.tiling import num_cores

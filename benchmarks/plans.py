@@ -11,14 +11,14 @@ import argparse
 import json
 import pathlib
 
-from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
-from natsjax.hardware import GIB
-from natsjax.outputs import check_files
 from natsjax.plan import as_json, summary
 from natsjax.planning import CompilerCrashed, plan_apart
+from natsjax.runtime.chips import GIB
+from natsjax.runtime.files import check_files
+from natsjax.runtime.flags import Parser, read_config_file, run_command
 from natsjax.workdir import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]

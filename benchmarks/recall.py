@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from natsjax import evaluate, train
-from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
-from natsjax.outputs import make_folder, try_files, unwritable
 from natsjax.policies import Nats
+from natsjax.runtime.files import make_folder, try_files, unwritable
+from natsjax.runtime.flags import Parser, read_config_file, run_command
 from natsjax.token_types import ROLE_NAMES
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "recall.py"

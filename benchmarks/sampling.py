@@ -22,10 +22,10 @@ import jax.flatten_util
 import numpy as np
 
 from natsjax import losses
-from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.loading import LoadedRun, load
+from natsjax.runtime.flags import Parser, run_command
 from natsjax.train_step import Trainer
 
 

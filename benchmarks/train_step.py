@@ -39,10 +39,10 @@ import numpy as np
 from benchmarks.attention import race, ratio
 from benchmarks.attention_contestants import Contestant
 from configs import quickstart
-from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.outputs import try_files, unwritable
+from natsjax.runtime.files import try_files, unwritable
+from natsjax.runtime.flags import Parser, run_command
 from natsjax.token_types import ROLE_NAMES
 from natsjax.train_step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores

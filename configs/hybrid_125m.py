@@ -10,7 +10,7 @@ this size yet.
 
 import pathlib
 
-from natsjax.command_line import read_config_file
+from natsjax.runtime.flags import read_config_file
 
 
 def get_config():

@@ -7,7 +7,7 @@ Hardware: made for one accelerator with 80 GB; it has not been run at this size 
 
 import pathlib
 
-from natsjax.command_line import read_config_file
+from natsjax.runtime.flags import read_config_file
 
 
 def get_config():

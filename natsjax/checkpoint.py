@@ -25,9 +25,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
-from natsjax import checksums, processes
 from natsjax.data.file_marks import check_folder_no_pointers
 from natsjax.errors import UserError, first_line
+from natsjax.runtime import checksums, distributed
 from natsjax.workdir import write_atomically
 
 State = TypeVar("State")
@@ -73,7 +73,7 @@ class Checkpoints:
         if unfinished:
             latest = self.latest_step()
             newest = "there is no complete one" if latest is None else f"the newest complete one is of step {latest}"
-            processes.say(
+            distributed.say(
                 f"the checkpoint of step {', '.join(unfinished)} in {folder} is unfinished: a process was killed while "
                 f"it saved; {newest}"
             )
@@ -129,7 +129,7 @@ class Checkpoints:
             sums = checksums.digests(folder, names)
             write_atomically(folder / f"{SUMS_FILE}.{rank}", checksums.as_text(sums))
         except (OSError, UserError) as error:
-            processes.say(f"the checkpoint of step {step} is saved, but its checksums are not: {first_line(error)}")
+            distributed.say(f"the checkpoint of step {step} is saved, but its checksums are not: {first_line(error)}")
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
         self._saving, self._finishing, self._failed = None, None, True
@@ -169,11 +169,11 @@ class Checkpoints:
                 failures.append(failure)
                 continue
             for failure in failures:
-                processes.say(str(failure))
+                distributed.say(str(failure))
             if unverified:
-                processes.say(f"the checkpoint of step {step} in {self.folder} is read without a check: {unverified}")
+                distributed.say(f"the checkpoint of step {step} in {self.folder} is read without a check: {unverified}")
             if failures:
-                processes.say(f"going back to step {step}")
+                distributed.say(f"going back to step {step}")
                 self._set_aside([later for later in steps if later > step])
             return state
         raise failures[0]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from natsjax import watchdog
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
@@ -38,6 +37,7 @@ from natsjax.policies import (
     StaticPolicy,
     StreamingLLM,
 )
+from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1
 """Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""

@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 import jax
 
-from natsjax import kv_fraction, processes, report
-from natsjax.command_line import Parser, run_command
+from natsjax import kv_fraction, report
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
@@ -33,6 +32,8 @@ from natsjax.measure import Measurement, measure
 from natsjax.measure_decode import DEFAULT_CHUNK, measure_decoding
 from natsjax.policies import Nats, SampledNats, StaticPolicy
 from natsjax.run_data import RunData
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import Parser, run_command
 from natsjax.twin import load_twin, twin_notes
 from natsjax.workdir import versions
 
@@ -112,9 +113,9 @@ def run(
     """
     if chunk < 1:
         raise UserError(f"--chunk={chunk}: it must be 1 or more tokens.")
-    progress = progress and processes.is_main()
+    progress = progress and distributed.is_main()
     this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
-    if processes.is_main():
+    if distributed.is_main():
         report.try_report(this.workdir)
     twin = None if dense_workdir is None else load_twin(this, dense_workdir, prepared_dir=prepared_dir)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
@@ -137,7 +138,7 @@ def run(
     command = _command(workdir, budgets, dense_workdir, prepared_dir, decoded)
     run_info = _run_info(this, command, measured[0], held_out, dial_contexts, intervals, notes, decoded)
     paths = []
-    if processes.is_main():  # all of several processes measure, one writes
+    if distributed.is_main():  # all of several processes measure, one writes
         paths = report.write_report(this.workdir, rows=rows, contract=contract, samples=samples, run=run_info)
     return Evaluation(rows, contract, samples, run_info, paths, notes)
 

@@ -25,17 +25,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from natsjax import checksums, processes
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import Parser, run_command
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean, real_path, resolve_paths
 from natsjax.data import Tokenizer
-from natsjax.data.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
 from natsjax.data.locate import locate
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun, load
-from natsjax.outputs import hidden_name, unwritable
+from natsjax.runtime import checksums, distributed
+from natsjax.runtime.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
+from natsjax.runtime.files import hidden_name, unwritable
+from natsjax.runtime.flags import Parser, run_command
 from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
-    processes.say(f"{run.config.model.attention}, step {run.step}; data: {run.data.description}")
+    distributed.say(f"{run.config.model.attention}, step {run.step}; data: {run.data.description}")
     print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
 
 

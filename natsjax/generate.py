@@ -17,8 +17,7 @@ from typing import Any, TextIO, cast
 
 import jax
 
-from natsjax import decode, processes, signals
-from natsjax.command_line import run_command
+from natsjax import decode
 from natsjax.config import Config, MeshConfig
 from natsjax.config_fields import real_path
 from natsjax.data import Tokenizer
@@ -28,8 +27,10 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
-from natsjax.outputs import check_files, make_folder, unwritable
 from natsjax.policies import Policy
+from natsjax.runtime import distributed, signals
+from natsjax.runtime.files import check_files, make_folder, unwritable
+from natsjax.runtime.flags import run_command
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
 from natsjax.workdir import Workdir
@@ -326,8 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
         "that of full attention) goes to standard error.",
     )
-    found = run(**arguments, stream=sys.stdout, warn=lambda note: processes.say(f"warning: {note}"))
-    processes.say(found.summary())
+    found = run(**arguments, stream=sys.stdout, warn=lambda note: distributed.say(f"warning: {note}"))
+    distributed.say(found.summary())
     return 0
 
 

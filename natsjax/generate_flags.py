@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from natsjax.command_line import Parser, typed_text
 from natsjax.config import MeshConfig
 from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.file_marks import check_no_pointer
@@ -16,6 +15,7 @@ from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError
 from natsjax.partition import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.runtime.flags import Parser, typed_text
 from natsjax.sampling import Sampling
 
 _MOST_DIAL = 1e6  # logits are of order 1 to 10

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-from natsjax import processes
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import Vocabulary
 from natsjax.errors import UserError
 from natsjax.model import ModelStructure, model_structure
 from natsjax.run_data import open_vocabulary, token_meaning
+from natsjax.runtime import distributed
 from natsjax.workdir import Workdir
 
 _SCORER = "scorer"  # the name of that module in its block
@@ -69,7 +69,7 @@ class InitialParameters:
             checkpoints.close()
         scorer = ", the scorer fresh" if self._fresh_scorer else ""
         attention = self._config.model.attention
-        processes.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
+        distributed.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
         return _merged(parameters, read["parameters"])
 
     def _check_parameters(self, config: Config, model: ModelStructure, vocab_size: int) -> None:
@@ -99,7 +99,7 @@ class InitialParameters:
         # Of the same shapes, and perhaps what somebody wants; put_into says what attention it was.
         silent = [field for field in fields if not field.startswith("model.attention")]
         if silent:
-            processes.say(f"starting from a model with {', '.join(silent)}")
+            distributed.say(f"starting from a model with {', '.join(silent)}")
 
 
 def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from natsjax import processes
 from natsjax.errors import UserError, first_line
 from natsjax.event_file import EventFile
+from natsjax.runtime import distributed
 from natsjax.workdir import Workdir
 
 
@@ -86,7 +86,7 @@ class MetricsWriter:
         try:
             self._events.close()
         except OSError as error:
-            processes.say(str(_unwritten(self._events_path, error)))
+            distributed.say(str(_unwritten(self._events_path, error)))
 
 
 def _append(file: FileIO, data: bytes) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from natsjax import hardware, processes, watchdog
 from natsjax.config import Config
 from natsjax.display import Display, Shown
 from natsjax.errors import first_line
@@ -19,6 +18,8 @@ from natsjax.flops import step_flops
 from natsjax.health import Health
 from natsjax.kv_fraction import perplexity
 from natsjax.metrics import MetricsWriter, WallTime
+from natsjax.runtime import distributed, watchdog
+from natsjax.runtime.chips import chip_of
 from natsjax.train_step import StepMetrics, Trainer
 from natsjax.wandb_writer import WandbWriter
 from natsjax.workdir import Workdir
@@ -51,17 +52,17 @@ class Monitor:
     def __init__(self, config: Config, workdir: Workdir, trainer: Trainer, start: int, wall_time: WallTime):
         self._config, self._wall_time = config, wall_time
         self._vocab_size, devices = trainer.vocab_size, trainer.mesh.devices.flat
-        chips = [hardware.chip_of(device) for device in devices]
+        chips = [chip_of(device) for device in devices]
         self._peak = None if None in chips else sum(chip.flops for chip in chips if chip is not None)
-        self._writer = MetricsWriter(workdir, start) if processes.is_main() else None
+        self._writer = MetricsWriter(workdir, start) if distributed.is_main() else None
         self._wandb: WandbWriter | None = None
-        if config.train.wandb and processes.is_main():
+        if config.train.wandb and distributed.is_main():
             with watchdog.phase("starting Weights & Biases"):
                 self._wandb = WandbWriter(config, workdir)
         self._health = Health(config)
         self._profile = Profile(config, workdir, start)
         self._layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind == "nats"]
-        shown = config.train.progress and processes.is_main()
+        shown = config.train.progress and distributed.is_main()
         self._display = Display(config.train.num_steps, start, shown, str(workdir.path))
         self._logged_step, self._logged_time = start, time.monotonic()
         self._first_step: int | None = start + 1  # until its metrics are read
@@ -105,12 +106,12 @@ class Monitor:
         if step % self._config.train.log_every and step != self._config.train.num_steps:
             self._display.advance(step)
             return
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         line = flat(jax.device_get(metrics))
         line |= self._speed(step, line["kv_fraction"])
         for change in self._health.update(step, line):
-            processes.say(f"{'warning: ' if change.began else ''}{change.text}")
+            distributed.say(f"{'warning: ' if change.began else ''}{change.text}")
         line |= memory() | self._wall_time.shares() | self._once | {"warnings": self._health.active}
         self._once = {}
         if self._writer is not None:
@@ -151,7 +152,7 @@ class Monitor:
         self._first_step = None
         self._once = {"time_to_first_step": seconds, "compile_time": compiling}
         share = 100 * compiling / seconds
-        processes.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
+        distributed.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
 
 
 class Profile:
@@ -166,7 +167,7 @@ class Profile:
     def __init__(self, config: Config, workdir: Workdir, start: int):
         self._path, self._running = workdir.profile, False
         self._first, self._last = config.train.profile or (0, 0)
-        self._wanted = bool(config.train.profile) and start < self._last and processes.is_main()
+        self._wanted = bool(config.train.profile) and start < self._last and distributed.is_main()
 
     def before(self, step: int, state: Any) -> None:
         """Starts before the first step, and stops when the devices are done with the last one."""
@@ -180,7 +181,7 @@ class Profile:
                 jax.profiler.start_trace(str(self._path))
                 self._running = True
             except (RuntimeError, OSError) as error:
-                processes.say(f"the profiler does not start ({first_line(error)}); training goes on")
+                distributed.say(f"the profiler does not start ({first_line(error)}); training goes on")
 
     def close(self) -> None:
         """Stops where it runs."""
@@ -189,9 +190,9 @@ class Profile:
         self._running = False
         try:
             jax.profiler.stop_trace()
-            processes.say(f"the profile lies in {self._path}; tensorboard --logdir={self._path} shows it")
+            distributed.say(f"the profile lies in {self._path}; tensorboard --logdir={self._path} shows it")
         except (RuntimeError, OSError) as error:
-            processes.say(f"the profile cannot be written to {self._path} ({first_line(error)}); training goes on")
+            distributed.say(f"the profile cannot be written to {self._path} ({first_line(error)}); training goes on")
 
 
 def memory() -> dict[str, float]:

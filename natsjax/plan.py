@@ -21,16 +21,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from natsjax import hardware
-from natsjax.command_line import flag_help, parse_config_flags, run_command
+from natsjax import topologies
 from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError
-from natsjax.hardware import GIB
-from natsjax.outputs import check_files
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
+from natsjax.runtime.chips import GIB
+from natsjax.runtime.files import check_files
+from natsjax.runtime.flags import flag_help, parse_config_flags, run_command
 from natsjax.workdir import write_atomically
 
 _USAGE = (
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
-    flags.DEFINE_string("topology", None, hardware.known_topologies(), flag_values=values)
+    flags.DEFINE_string("topology", None, topologies.known_topologies(), flag_values=values)
     flags.DEFINE_integer("num_slices", 1, "TPU slices joined by the data-centre network", flag_values=values)
     flags.DEFINE_bool("search", False, "try rematerialisation policies and numbers of microbatches", flag_values=values)
     flags.DEFINE_string("json", None, "also write all numbers to this file", flag_values=values)
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config = resolve_paths(parse_config_flags(argv, values, _USAGE))
     if not values["topology"].value:
-        raise UserError(f"--topology is missing: {hardware.known_topologies()}.")
+        raise UserError(f"--topology is missing: {topologies.known_topologies()}.")
     files = {name: pathlib.Path(values[name].value).expanduser() for name in ("json", "program") if values[name].value}
     for name, path in files.items():
         if not path.absolute().parent.is_dir():

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natsjax import hardware, losses, partition, program_costs, program_text
+from natsjax import losses, partition, program_costs, program_text, topologies
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.flops import Flops, step_flops
-from natsjax.hardware import Topology
 from natsjax.kv_fraction import live_share
 from natsjax.program_costs import ProgramCosts
+from natsjax.runtime import chips
+from natsjax.topologies import Topology
 from natsjax.train_step import Trainer
 
 Made = TypeVar("Made")
@@ -117,7 +118,7 @@ class Plan:
     config: Config
     topology: str
     num_devices: int
-    chip: hardware.Chip | None
+    chip: chips.Chip | None
     mesh: dict[str, int]
     num_parameters: int
     memory: Memory
@@ -231,7 +232,7 @@ def _plan_here(plan: Callable[[Topology], Made], name: str, num_slices: int, log
         os.dup2(file.fileno(), 2)  # of the compilers too, which are not Python
     if name != "local":
         jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
-    return plan(hardware.topology(name, num_slices))
+    return plan(topologies.topology(name, num_slices))
 
 
 def vocab_size_of(config: Config) -> int:
@@ -345,7 +346,7 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
 # --- time ---
 
 
-def _roofline(chip: hardware.Chip, flops: Flops, costs: ProgramCosts, num_devices: int) -> Roofline:
+def _roofline(chip: chips.Chip, flops: Flops, costs: ProgramCosts, num_devices: int) -> Roofline:
     inside = sum(c.bytes_inside for c in costs.collectives)
     across = sum(c.bytes_across for c in costs.collectives)
     return Roofline(

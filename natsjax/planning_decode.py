@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from natsjax import (
     capacity,
     decode_loop,
-    hardware,
     kv_allocation,
     kv_buffer,
     partition,
@@ -34,14 +33,15 @@ from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
 from natsjax.decoder import DecodeSettings, check_mesh
 from natsjax.errors import UserError
-from natsjax.hardware import Topology
 from natsjax.kv_buffer import KVBuffer
 from natsjax.model import model_structure
 from natsjax.planning import Roofline, bytes_on_device
 from natsjax.policies import FullAttention, Nats
 from natsjax.program_costs import Collective
 from natsjax.program_text import Instruction, Program
+from natsjax.runtime import chips
 from natsjax.serving import serving_layout
+from natsjax.topologies import Topology
 from pallas_kernels.decode_attention import storage_format
 
 _SEQUENCES = 16
@@ -130,7 +130,7 @@ class DecodePlan:
     config: Config
     topology: str
     num_devices: int
-    chip: hardware.Chip | None
+    chip: chips.Chip | None
     mesh: dict[str, int]
     mesh_is_chosen: bool
     num_parameters: int
@@ -401,7 +401,7 @@ def _flops(config: Config, weights: Any, buffer: KVBuffer, rows: int) -> float:
     return 2.0 * rows * size + 4.0 * slots * (model.num_heads // model.num_kv_heads) * model.head_dim
 
 
-def _roofline(chip: hardware.Chip, flops: float, reads: float, collectives: tuple[Collective, ...]) -> Roofline:
+def _roofline(chip: chips.Chip, flops: float, reads: float, collectives: tuple[Collective, ...]) -> Roofline:
     return Roofline(
         compute=flops / chip.flops,
         memory=reads / chip.memory_bandwidth,

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.compare import compare
 from natsjax.errors import UserError
-from natsjax.outputs import advice, reason, try_files
 from natsjax.reporting import page, picture, results, training
 from natsjax.reporting.commands import evaluate_command, run_commands
 from natsjax.reporting.results import CONTRACT_FIELDS, POSITION_FIELDS, ROW_FIELDS, RUN_FIELDS, SAMPLE_FIELDS, Results
 from natsjax.reporting.styles import METHOD_STYLES, MethodStyle
 from natsjax.reporting.table import format_table
+from natsjax.runtime.files import advice, reason, try_files
+from natsjax.runtime.flags import Parser, run_command, typed_text
 from natsjax.workdir import Workdir
 
 FILES = (results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE)

@@ -36,9 +36,9 @@ from natsjax.data.mixture import (
     mixture_fingerprint,
     mixture_name,
 )
-from natsjax.data.progress import log_lines
 from natsjax.errors import UserError
 from natsjax.run_paths import check_moved_text
+from natsjax.runtime.progress import log_lines
 from natsjax.workdir import Workdir
 
 

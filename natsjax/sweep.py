@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 import jax
 from absl import flags
 
-from natsjax import compare, processes, train
-from natsjax.command_line import flag_help, join_processes, parse_config_flags, run_command
+from natsjax import compare, train
 from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError, first_line
 from natsjax.reporting.results import try_reports, write_files
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
 from natsjax.sweep_runs import (
     PlannedRun,
@@ -140,11 +141,11 @@ def run(
             _train_all(runs, directory, ended)
         except KeyboardInterrupt as error:
             done = sum(run.status == "finished" for run in ended.values())
-            processes.say(
+            distributed.say(
                 f"the sweep in {directory} stops with {done} of {len(runs)} runs finished; run the same command again "
                 "to go on"
             )
-            raise processes.Interrupted from error
+            raise distributed.Interrupted from error
         known = tuple(ended[run.name] for run in runs)
         paths = [*_write(known, directory), *_write_page(known, directory)]
     return Sweep(known, tuple(paths))
@@ -180,11 +181,11 @@ def _train_all(runs: Sequence[PlannedRun], directory: pathlib.Path, ended: dict[
         if (known := finished(planned)) is not None:
             ended[planned.name] = known
     if ended:
-        processes.say(f"sweep: {len(ended)} of {len(runs)} runs are finished")
+        distributed.say(f"sweep: {len(ended)} of {len(runs)} runs are finished")
     left = [planned for planned in runs if planned.name not in ended]
     for number, planned in enumerate(left):
         time_left = _time_left([run.seconds for run in ended.values()], len(left) - number)
-        processes.say(f"sweep: run {runs.index(planned) + 1} of {len(runs)}, {planned.name}{time_left}")
+        distributed.say(f"sweep: run {runs.index(planned) + 1} of {len(runs)}, {planned.name}{time_left}")
         ended[planned.name] = _train_one(planned)
         _write([ended[run.name] for run in runs if run.name in ended], directory)
 
@@ -203,7 +204,7 @@ def _train_one(planned: PlannedRun) -> SweepRun:
     else:
         found = measured(planned, evaluation, time.monotonic() - began if whole else None)
     if found.error is not None:
-        processes.say(f"sweep: {planned.name} failed: {found.error}")
+        distributed.say(f"sweep: {planned.name} failed: {found.error}")
     write_record(found, planned.config)
     # Each run compiles a step of its own, and a process may hold only so many programs (65530 mappings on Linux).
     jax.clear_caches()
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(flag_help(__doc__ or "", values))
         return 0
     join_processes(argv)  # a sweep refuses to be one of several; without joining them, each would take itself for alone
-    with processes.stop_together():
+    with distributed.stop_together():
         config = parse_config_flags(argv, values, _USAGE)
         if not values["workdir"].value:
             raise UserError(f"--workdir is missing; {_USAGE}.")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TextIO
 
-from natsjax import standard_streams
 from natsjax.data import Tokenizer
 from natsjax.decode import OnTokens
+from natsjax.runtime import standard_streams
 
 
 class TextStream:

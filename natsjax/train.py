@@ -10,9 +10,8 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, kv_fraction, partition, processes, report, signals, wandb_writer, watchdog
+from natsjax import evaluate, kv_fraction, partition, report, wandb_writer
 from natsjax.checkpoint import Checkpoints
-from natsjax.compilation_cache import compilation_cache
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.diagnosis import FiniteCheck
@@ -24,17 +23,19 @@ from natsjax.metrics import WallTime
 from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
 from natsjax.run_paths import settle_paths
-from natsjax.signals import StopRequests
+from natsjax.runtime import distributed, signals, watchdog
+from natsjax.runtime.compilation_cache import compilation_cache
+from natsjax.runtime.signals import StopRequests
 from natsjax.train_step import StepMetrics, Trainer, TrainState, schedules_at
 from natsjax.workdir import Workdir
 
-Interrupted = processes.Interrupted
+Interrupted = distributed.Interrupted
 
 
 def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     """Trains to the last step, going on from the newest checkpoint in the workdir, and evaluates.
 
-    Several processes (``natsjax.processes``) call it alike, with the same workdir; the first of them writes in it.
+    Several processes (``natsjax.runtime.distributed``) call it alike, with the same workdir; the first writes in it.
 
     Args:
       config: of the run.
@@ -58,13 +59,13 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         stop.at_once("nothing was trained since it was started; run the same command again to go on"),
         watchdog.watching(config.train.watchdog),
         _locked(workdir),
-        compilation_cache(config.train.compilation_cache, workdir),
+        compilation_cache(config.train.compilation_cache, workdir.compiled),
     ):
-        if processes.is_main():
+        if distributed.is_main():
             workdir.try_writing("checkpoints/", "tensorboard/", *["profile/"] * bool(config.train.profile))
             report.try_report(workdir)
         for line in workdir.compare_config(config):
-            processes.say(f"resuming with {line}")
+            distributed.say(f"resuming with {line}")
         config = _with_own_order(config, workdir)
         earlier = workdir.earlier_config()
         with (
@@ -74,14 +75,14 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             data = _open_data(config, workdir)
         workdir.compare_data(data.fingerprint)
         config = resolve_length(config, data)
-        processes.say(f"data: {data.description}")
-        processes.say(f"length of the run: {length_of_run(config, data)}")
+        distributed.say(f"data: {data.description}")
+        distributed.say(f"length of the run: {length_of_run(config, data)}")
         _check_budget(config, data)
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
         initial = _initial_parameters(config, workdir, data, trainer)
-        processes.wait_for_all("the checks of the workdir")
-        if processes.is_main():
+        distributed.wait_for_all("the checks of the workdir")
+        if distributed.is_main():
             workdir.record(config, data.fingerprint)
             workdir.record_start()
         state = _train(config, workdir, data, trainer, initial, wall_time, stop, earlier)
@@ -94,8 +95,8 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
 @contextlib.contextmanager
 def _locked(workdir: Workdir) -> Iterator[None]:
     """Holds the workdir for all processes."""
-    with workdir.lock() if processes.is_main() else contextlib.nullcontext():
-        processes.wait_for_all("the lock of the workdir")
+    with workdir.lock() if distributed.is_main() else contextlib.nullcontext():
+        distributed.wait_for_all("the lock of the workdir")
         yield
 
 
@@ -103,7 +104,7 @@ def _with_own_order(config: Config, workdir: Workdir) -> Config:
     """A resumed run reads its data in the order that it began with."""
     kept = workdir.with_own_order(config)
     if kept != config:
-        processes.say(
+        distributed.say(
             f'resuming with data.shuffle = "{kept.data.shuffle}" as the run began, not "{config.data.shuffle}"; a new '
             "--workdir takes that"
         )
@@ -112,10 +113,10 @@ def _with_own_order(config: Config, workdir: Workdir) -> Config:
 
 def _open_data(config: Config, workdir: Workdir) -> RunData:
     """The data; where it has to be prepared, one process does it, and the others wait."""
-    if processes.is_main():
+    if distributed.is_main():
         data = open_data(config, workdir, progress=config.train.progress)
-    processes.wait_for_all("the data")
-    return data if processes.is_main() else open_data(config, workdir, progress=False)
+    distributed.wait_for_all("the data")
+    return data if distributed.is_main() else open_data(config, workdir, progress=False)
 
 
 def _check_budget(config: Config, data: RunData) -> None:
@@ -127,7 +128,7 @@ def _check_budget(config: Config, data: RunData) -> None:
     if not config.model.has_roles:
         return
     smallest = kv_fraction.smallest_model_kv_fraction(config, data.piece_lengths)
-    processes.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
+    distributed.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.price == "steered" and config.nats.kv_budget < smallest:
         raise UserError(
             f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
@@ -167,7 +168,7 @@ def _train(
             with watchdog.phase("compiling the step"), wall_time.spent_on("compiling"):
                 trainer.compile()
             # A collective gives up on a process that still compiles (Gloo: after 30 s).
-            processes.wait_for_all("the compiled step")
+            distributed.wait_for_all("the compiled step")
             loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time, stop)
             rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
             dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
@@ -184,11 +185,13 @@ def _restore_or_init(
         if initial is not None:
             state = state._replace(parameters=initial.put_into(state.parameters))
         size = sum(x.size for x in jax.tree.leaves(state.parameters))
-        processes.say(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
+        distributed.say(
+            f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}"
+        )
         return state
     state = checkpoints.restore(trainer.abstract_state())
-    processes.wait_for_all(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
-    processes.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
+    distributed.wait_for_all(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
+    distributed.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
     return state
 
 
@@ -204,7 +207,7 @@ def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None
     now, ends = schedules_at(config, step), (config.train.num_steps, earlier.train.num_steps)
     for name, then in schedules_at(earlier, step).items():
         if not math.isclose(then, now[name], rel_tol=1e-3):
-            processes.say(
+            distributed.say(
                 f"the {name}'s schedule now ends at step {ends[0]} instead of {ends[1]}: at step {step} it goes "
                 f"from {then:.3g} to {now[name]:.3g}"
             )
@@ -238,7 +241,7 @@ class _Loop:
         step, last = int(state.step), self._config.train.num_steps
         pending: StepMetrics | None = None
         with self._stop.later("the step is done and saved"), watchdog.phase(f"in step {step + 1}"):
-            if processes.any_process(self._stop.requested is not None):  # it came while the step was compiled
+            if distributed.any_process(self._stop.requested is not None):  # it came while the step was compiled
                 self._save_and_stop(step, state)
             self._wall_time.begin_steps()
             batch = self._next(batches, None)
@@ -252,7 +255,7 @@ class _Loop:
                     self._handle(step, pending)
                     watchdog.progress(f"in step {step + 1}")
                 step, pending = step + 1, metrics
-                stop = processes.any_process(self._stop.requested is not None)
+                stop = distributed.any_process(self._stop.requested is not None)
                 if step % self._config.checkpoint.save_every == 0 or step == last or stop:
                     self._handle(step, pending)  # never save what a non-finite loss has spoilt
                     watchdog.progress(f"in step {step + 1}")
@@ -281,7 +284,7 @@ class _Loop:
         with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
             self._checkpoints.wait()
         why = self._stop.requested or "asked to stop on another host"
-        processes.say(f"{why}: saved step {step}; run the same command again to go on")
+        distributed.say(f"{why}: saved step {step}; run the same command again to go on")
         raise Interrupted
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:

@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from natsjax import processes
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.metrics import scalars
+from natsjax.runtime import distributed
 from natsjax.workdir import Workdir, write_atomically
 
 
@@ -78,7 +78,7 @@ class WandbWriter:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        processes.say(f"Weights & Biases gets no more metrics of this start ({reason}); training goes on")
+        distributed.say(f"Weights & Biases gets no more metrics of this start ({reason}); training goes on")
 
 
 def _run_id(workdir: Workdir) -> str:

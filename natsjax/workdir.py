@@ -33,12 +33,12 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
-from natsjax import checksums
 from natsjax.config import Config
 from natsjax.config_fields import check_file_name, differences, real_path
 from natsjax.data.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
-from natsjax.outputs import advice, make_folder, reason, try_files, write_file
+from natsjax.runtime import checksums
+from natsjax.runtime.files import advice, make_folder, reason, try_files, write_file
 
 EXPORT_FORMAT = 1
 _TRIED = "tried"

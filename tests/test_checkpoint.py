@@ -246,7 +246,7 @@ HAND_ON = """
 import json, pathlib, sys
 import jax, numpy as np
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import join_processes, run_command
+from natsjax.runtime.flags import join_processes, run_command
 from natsjax.config import Config
 from natsjax.train_step import Trainer
 

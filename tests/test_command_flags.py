@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from natsjax import UserError
-from natsjax.command_line import Parser, parse_train_flags, read_config_file, typed_text
 from natsjax.config_fields import closest
+from natsjax.runtime.flags import Parser, parse_train_flags, read_config_file, typed_text
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs/smoke.py'}"

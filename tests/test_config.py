@@ -11,11 +11,11 @@ import pytest
 import tiny
 
 from natsjax import partition
-from natsjax.command_line import parse_train_flags, read_config_file
 from natsjax.config import Config, default_config
 from natsjax.config_fields import differences
 from natsjax.errors import UserError
 from natsjax.model import model_structure
+from natsjax.runtime.flags import parse_train_flags, read_config_file
 from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 

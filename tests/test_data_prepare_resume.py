@@ -14,13 +14,14 @@ import types
 import numpy as np
 import pytest
 
-from natsjax.data import preparation, progress
+from natsjax.data import preparation
 from natsjax.data import prepare as command
-from natsjax.data.atomic_folder import PartialFolder, read_part, write_part
 from natsjax.data.prepare import prepare
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.worker_pool import WorkerPool, finished
 from natsjax.errors import UserError
+from natsjax.runtime import progress
+from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part
 
 CHUNK_BYTES = 4000
 

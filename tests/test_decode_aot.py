@@ -13,9 +13,9 @@ import pathlib
 import pytest
 from planned import plan_and_program
 
-from natsjax import hardware, plan, planning_decode, program_costs, program_text
-from natsjax.command_line import read_config_file
+from natsjax import plan, planning_decode, program_costs, program_text, topologies
 from natsjax.config import Config
+from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
@@ -30,7 +30,7 @@ by_case = pytest.mark.parametrize(("name", "topology"), CASES, ids=lambda value:
 def planned(name, topology):
     """The plan, and what the compiler itself says of the memory."""
     config = Config.from_dict(read_config_file(ROOT / f"configs/{name}.py"))
-    made, compiled = plan_and_program(config, hardware.topology(topology), planning_decode.plan_decode)
+    made, compiled = plan_and_program(config, topologies.topology(topology), planning_decode.plan_decode)
     print(f"\n{plan.decode_summary(made)}")
     return made, compiled.memory_analysis()
 

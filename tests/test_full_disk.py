@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, pathlib, sys
 from natsjax import evaluate, train
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import run_command
+from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.metrics import read_metrics

@@ -19,7 +19,7 @@ import tiny
 from fuzzing import assert_one_sentence, cases
 from hypothesis import strategies as st
 
-from natsjax.command_line import run_command
+from natsjax.runtime.flags import run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = sorted(

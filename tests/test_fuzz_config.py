@@ -20,10 +20,10 @@ from fuzzing import A_FIELD, FIELDS, GROUPS, ODD_KEYS, TINY, assert_one_sentence
 from hypothesis import strategies as st
 
 from natsjax import train
-from natsjax.command_line import parse_train_flags
 from natsjax.config import Config
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
+from natsjax.runtime.flags import parse_train_flags
 from natsjax.train_step import Trainer
 
 

@@ -37,7 +37,7 @@ DRIVER = """
 import json, os, signal, sys, time, traceback
 from natsjax import evaluate, train
 from natsjax.checkpoint import Checkpoints
-from natsjax.command_line import run_command
+from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.train_step import Trainer
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, partition, processes, signals, train, watchdog
+from natsjax import evaluate, partition, train
 from natsjax.errors import UserError
 from natsjax.metrics import WallTime, read_metrics
-from natsjax.signals import StopRequests
+from natsjax.runtime import distributed, signals, watchdog
+from natsjax.runtime.signals import StopRequests
 from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
 
@@ -260,7 +261,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch, nothing_compiled_before):
     workdir = Workdir(tmp_path)
 
     def found(setting):
-        with train.compilation_cache(setting, workdir):
+        with train.compilation_cache(setting, workdir.compiled):
             return jax.config.jax_compilation_cache_dir
 
     assert found("auto") is None
@@ -288,8 +289,8 @@ def test_a_cache_that_cannot_be_written_is_a_sentence_of_process_0(
     ):
         train.run(config, tmp_path / "run")
     assert jax.config.jax_compilation_cache_dir is None
-    monkeypatch.setattr(processes, "is_main", lambda: False)  # the others go on to where they wait for it
-    with train.compilation_cache(config.train.compilation_cache, Workdir(tmp_path / "run")):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)  # the others go on to where they wait for it
+    with train.compilation_cache(config.train.compilation_cache, tmp_path / "run"):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / name)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, flops, hardware, monitor, partition, train, wandb_writer
+from natsjax import evaluate, flops, monitor, partition, topologies, train, wandb_writer
 from natsjax.errors import UserError
 from natsjax.health import WARNINGS
 from natsjax.metrics import WallTime, read_metrics
 from natsjax.monitor import EVERY_STEP, Monitor, fetch_every_step
 from natsjax.parts import PARTS
+from natsjax.runtime import chips
 from natsjax.workdir import Workdir
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
@@ -71,7 +72,7 @@ def test_a_run_writes_what_is_documented(tmp_path, monkeypatch):
 
 def test_all_that_can_be_written_is_documented(tmp_path, monkeypatch):
     """With devices that tell their memory and their speed."""
-    monkeypatch.setattr(hardware, "chip_of", lambda device: hardware.CHIPS["v5p"])
+    monkeypatch.setattr(topologies, "chip_of", lambda device: chips.CHIPS["v5p"])
     stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}, None]
     devices = [types.SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
     config = tiny.config()

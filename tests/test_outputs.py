@@ -15,12 +15,12 @@ import tiny
 from natsjax import export, report, sweep, train
 from natsjax.config_fields import real_path
 from natsjax.data import Corpus, encode
-from natsjax.data.atomic_folder import folder_lock, new_folder, put_back, set_aside, try_folder
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
-from natsjax.outputs import advice, make_folder, try_files, write_file
 from natsjax.run_data import open_data
+from natsjax.runtime.atomic_folder import folder_lock, new_folder, put_back, set_aside, try_folder
+from natsjax.runtime.files import advice, make_folder, try_files, write_file
 from natsjax.workdir import Workdir, write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -95,7 +95,7 @@ def test_every_mesh_gives_the_losses_of_one_device(attention):
 TRAIN = """
 import json, sys
 from natsjax import evaluate, processes, train
-from natsjax.command_line import join_processes, run_command
+from natsjax.runtime.flags import join_processes, run_command
 from natsjax.config import Config
 
 def main():

@@ -14,22 +14,23 @@ import tiny
 from planned import plan_and_program
 
 from natsjax import attention as attention_layer
-from natsjax import hardware, plan, planning
+from natsjax import plan, planning, topologies
 from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
+from natsjax.runtime import chips
 from natsjax.train_step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHIP = dataclasses.replace(hardware.CHIPS["v5e"], name="test")
+CHIP = dataclasses.replace(chips.CHIPS["v5e"], name="test")
 
 
 def here(chip=CHIP):
     """This machine's device, as if it were a chip that is known."""
-    return dataclasses.replace(hardware.topology("local"), chip=chip)
+    return dataclasses.replace(topologies.topology("local"), chip=chip)
 
 
 def test_local_is_this_machine():
-    topology = hardware.topology("local")
+    topology = topologies.topology("local")
     assert topology.devices == jax.devices()
     assert topology.chip is None
 
@@ -56,24 +57,24 @@ def test_local_is_this_machine():
 )
 def test_a_topology_that_is_not_known_is_named(name, num_slices, message):
     with pytest.raises(UserError, match=message):
-        hardware.topology(name, num_slices)
+        topologies.topology(name, num_slices)
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--topology=v5p-128 needs the TPUs' compiler, no TPU: pip install"):
-        hardware.topology("v5p-128")
+        topologies.topology("v5p-128")
 
     def fail(**_):
         raise NotImplementedError("topology not implemented for cuda\nmore")
 
-    monkeypatch.setattr(hardware.topologies, "get_topology_desc", fail)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", fail)
     with pytest.raises(UserError, match=r"--topology=h100-8 needs .* jax-cuda13-plugin==.* \(topology not implemented"):
-        hardware.topology("h100-8")
+        topologies.topology("h100-8")
 
 
 @pytest.mark.parametrize(
-    "size", [*hardware._SHAPES_2D.items(), *((n // 2, s) for n, s in hardware._SHAPES_V5P.items())]
+    "size", [*topologies._SHAPES_2D.items(), *((n // 2, s) for n, s in topologies._SHAPES_V5P.items())]
 )
 def test_shapes_multiply_to_their_chips(size):
     assert math.prod(int(n) for n in size[1].split("x")) == size[0]

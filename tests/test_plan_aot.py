@@ -16,9 +16,9 @@ import time
 import pytest
 from planned import plan_and_program
 
-from natsjax import hardware, planning, program_costs, program_text
-from natsjax.command_line import read_config_file
+from natsjax import planning, program_costs, program_text, topologies
 from natsjax.config import Config
+from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
@@ -42,7 +42,7 @@ def planned(name, topology, attention="nats"):
     config = config_of(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     began = time.monotonic()
-    made, compiled = plan_and_program(config, hardware.topology(topology))
+    made, compiled = plan_and_program(config, topologies.topology(topology))
     return made, time.monotonic() - began, compiled.memory_analysis()
 
 
@@ -96,7 +96,7 @@ def test_slices_talk_across_the_network_about_gradients_alone():
     config = config_of("nats_1b:v5p-128", data=2)
     # With 16 sequences a device libtpu crashes here (docs/scaling.md).
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_microbatches=2))
-    made = planning.plan_step(config, hardware.topology("v5p:2x2x2", num_slices=2))
+    made = planning.plan_step(config, topologies.topology("v5p:2x2x2", num_slices=2))
     crossing = [c for c in made.costs.collectives if c.bytes_across]
     assert crossing
     assert all("data" in c.axes for c in crossing)
@@ -107,7 +107,7 @@ def test_slices_talk_across_the_network_about_gradients_alone():
 
 def test_a_sequence_that_goes_round_a_ring_compiles_for_a_pod():
     config = config_of("nats_1b:v5p-128", context=4)
-    made = planning.plan_step(config, hardware.topology("v5p:4x4x4"))
+    made = planning.plan_step(config, topologies.topology("v5p:4x4x4"))
     assert made.mesh == {"fsdp": 16, "context": 4}
     ring = [c for c in made.costs.collectives if c.kind == "collective-permute" and c.axes == ("context",)]
     assert ring

@@ -13,17 +13,18 @@ import pytest
 import tiny
 from planned import plan_and_program
 
-from natsjax import hardware, plan, planning, planning_decode, program_flow, program_text
+from natsjax import plan, planning, planning_decode, program_flow, program_text, topologies
 from natsjax.errors import UserError
 from natsjax.planning_decode import DecodeRequest
+from natsjax.runtime import chips
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHIP = dataclasses.replace(hardware.CHIPS["v5e"], name="test")
+CHIP = dataclasses.replace(chips.CHIPS["v5e"], name="test")
 
 
 def here():
     """This machine's device, as if it were a chip that is known."""
-    return dataclasses.replace(hardware.topology("local"), chip=CHIP)
+    return dataclasses.replace(topologies.topology("local"), chip=CHIP)
 
 
 @pytest.fixture(scope="module", params=["nats", "dense"])
@@ -79,7 +80,9 @@ def test_slots_are_those_that_the_decoder_would_allocate():
 
 def test_the_mesh_for_serving_divides_what_it_must():
     def mesh(devices, domains=1, **model):
-        topology = hardware.Topology("x", [None] * devices, None, tuple(n * domains // devices for n in range(devices)))
+        topology = topologies.Topology(
+            "x", [None] * devices, None, tuple(n * domains // devices for n in range(devices))
+        )
         return planning_decode.serving_mesh(tiny.config(model=model), 16, topology).tensor
 
     assert mesh(64, num_heads=8, num_kv_heads=8) == 8

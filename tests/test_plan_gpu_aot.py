@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-from natsjax import hardware, planning
-from natsjax.command_line import read_config_file
+from natsjax import planning, topologies
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.partition import make_mesh
+from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 
 def test_a_step_compiles_for_eight_h100s():
     config = Config.from_dict(read_config_file(ROOT / "configs/nats_350m.py:h100-8"))
-    made = planning.plan_step(config, hardware.topology("h100-8"))
+    made = planning.plan_step(config, topologies.topology("h100-8"))
     assert made.fits is True
     assert made.mesh == {"fsdp": 8}
     assert {c.axes for c in made.costs.collectives} == {("fsdp",)}
@@ -31,7 +31,7 @@ def test_a_step_compiles_for_eight_h100s():
 
 
 def test_nodes_are_domains_and_may_share_parameters():
-    topology = hardware.topology("h100-16")
+    topology = topologies.topology("h100-16")
     assert topology.domains == (0,) * 8 + (1,) * 8
     config = Config.from_dict(read_config_file(ROOT / "configs/nats_350m.py:h100-8"))
     assert dict(make_mesh(config.mesh, topology.devices).shape) == {"data": 1, "fsdp": 16, "tensor": 1, "context": 1}
@@ -39,10 +39,10 @@ def test_nodes_are_domains_and_may_share_parameters():
 
 def test_the_share_of_the_memory_is_what_jax_is_told(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert hardware.topology("h100-8").chip.memory == 0.75 * 84929347584
+    assert topologies.topology("h100-8").chip.memory == 0.75 * 84929347584
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert hardware.topology("h100-8").chip.memory == 0.9 * 84929347584
+    assert topologies.topology("h100-8").chip.memory == 0.9 * 84929347584
     for wrong in ("much", "0", "1.5"):
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", wrong)
         with pytest.raises(UserError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION = .?{wrong}"):
-            hardware.topology("h100-8")
+            topologies.topology("h100-8")

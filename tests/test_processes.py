@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from natsjax import processes
-from natsjax.command_line import join_processes, train_help
 from natsjax.errors import UserError
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import join_processes, train_help
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCHER = re.compile("SLURM|OMPI|PMI|JAX|TPU|KUBERNETES")
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax._src import xla_bridge
 from natsjax import processes
-from natsjax.command_line import join_processes, parse_train_flags, run_command
+from natsjax.runtime.flags import join_processes, parse_train_flags, run_command
 from natsjax.errors import UserError
 
 def main():
@@ -226,7 +226,7 @@ def problems(*places, timeout=1):
     """What ``initialize`` says to processes at ``(num_processes, process_id)``, here threads that never get so far."""
     address = f"127.0.0.1:{free_port()}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        joining = [pool.submit(processes.initialize, address, *place, timeout) for place in places]
+        joining = [pool.submit(distributed.initialize, address, *place, timeout) for place in places]
         errors = [future.exception() for future in joining]
     assert all(isinstance(error, UserError) for error in errors), errors
     return [str(error).replace(address, "ADDRESS") for error in errors]
@@ -258,7 +258,7 @@ def test_processes_that_contradict_each_other_are_named():
 def test_strangers_at_the_port_do_not_count():
     address = f"127.0.0.1:{free_port()}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        joining = pool.submit(processes.initialize, address, 2, 0, 3)
+        joining = pool.submit(distributed.initialize, address, 2, 0, 3)
         for words in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"[1]\n", b'{"process_id": "one"}\n'):
             time.sleep(0.3)
             with socket.create_connection(("127.0.0.1", int(address.split(":")[1]))) as stranger:
@@ -270,7 +270,7 @@ def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen on port {port} .* in use; choose another port"):
-            processes.initialize(f"127.0.0.1:{port}", 2, 0, timeout=1)
+            distributed.initialize(f"127.0.0.1:{port}", 2, 0, timeout=1)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_the_launcher_says_which_process_this_is(monkeypatch, variables, place):
         monkeypatch.setenv(name, value)
     if isinstance(place, str):
         with pytest.raises(UserError, match=place):
-            processes._place(None, None, None, 1)
-        assert processes._place(None, 1, None, 1) is None
+            distributed._place(None, None, None, 1)
+        assert distributed._place(None, 1, None, 1) is None
     else:
-        assert processes._place(None, None, None, 1) == place
+        assert distributed._place(None, None, None, 1) == place

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from natsjax import processes, signals
 from natsjax.errors import UserError
-from natsjax.processes import Interrupted
+from natsjax.runtime import distributed, signals
+from natsjax.runtime.distributed import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUMBERS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -102,7 +102,7 @@ def test_a_request_that_was_swallowed_is_not_forgotten(capfd):
 
 def test_several_processes_are_told(monkeypatch):
     """``Interrupted`` is what all raise together; one alone fails, and ``stop_together`` tells the others."""
-    monkeypatch.setattr(processes, "label", lambda: "process 1 of 2: ")
+    monkeypatch.setattr(distributed, "label", lambda: "process 1 of 2: ")
     with pytest.raises(KeyboardInterrupt, match="SIGTERM") as error, signals.stop_requests() as stop, stop.at_once(""):
         signal.raise_signal(signal.SIGTERM)
     assert not isinstance(error.value, Interrupted)
@@ -237,7 +237,7 @@ def test_work_inside_a_library_is_abandoned_and_the_process_can_end_without_it(m
     monkeypatch.setattr(signals, "_GRACE", 0.05)
     monkeypatch.setattr(signals, "_abandoned", [])
     comes_back, ended = threading.Event(), []
-    monkeypatch.setattr(processes, "end", lambda error, status: ended.append(status))
+    monkeypatch.setattr(distributed, "end", lambda error, status: ended.append(status))
 
     def work():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)

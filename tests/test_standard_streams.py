@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from natsjax import UserError, evaluate, processes, standard_streams
-from natsjax.command_line import run_command
+from natsjax import UserError, evaluate
 from natsjax.data import ByteTokenizer, inspect
 from natsjax.data.corpus import Corpus
 from natsjax.data.prepare import prepare
 from natsjax.display import Shown, panel
+from natsjax.runtime import distributed, standard_streams
+from natsjax.runtime.flags import run_command
 from natsjax.text_stream import Printer
 from natsjax.workdir import Workdir
 
@@ -167,12 +168,12 @@ def test_a_log_line_that_is_lost_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", stream_to(file, line_buffering=True))
     with standard_streams.guarded():
         descriptor = sys.stderr.buffer.raw
-        processes.say("one")
+        distributed.say("one")
         full = OSError(errno.ENOSPC, "No space left on device")
         descriptor.lose(full)  # the disk has room again later
-        processes.say("three")
+        distributed.say("three")
         descriptor.lose(BrokenPipeError(errno.EPIPE, "Broken pipe"))
-        processes.say("nobody reads this")
+        distributed.say("nobody reads this")
     assert file.read_text() == "one\nthree\n"
 
 
@@ -183,7 +184,7 @@ def test_a_terminal_that_was_closed_ends_nothing(monkeypatch):
         assert sys.stderr.isatty()
         os.close(ours)
         for _ in range(2):
-            processes.say("step 1")
+            distributed.say("step 1")
         assert sys.stderr.buffer.raw.lost.errno == errno.EIO
         assert sys.stderr.buffer.raw.reader_gone
 
@@ -236,7 +237,7 @@ def test_an_evaluation_is_shown_in_ascii(tmp_path, monkeypatch):
 def test_closed_from_the_beginning():
     """The descriptors are taken, so that no file that is opened gets them and what C libraries log."""
     code = (
-        "import os\nfrom natsjax.command_line import run_command\n"
+        "import os\nfrom natsjax.runtime.flags import run_command\n"
         "def main():\n    print('lost')\n    assert os.open('/dev/null', os.O_RDONLY) > 2\nrun_command(main)"
     )
     command = f'exec "{sys.executable}" -c "$0" <&- >&- 2>&-'
@@ -246,7 +247,7 @@ def test_closed_from_the_beginning():
 def test_the_reader_of_a_real_pipe_goes():
     """Nothing on standard error, not even from Python's own end."""
     code = (
-        "import time\nfrom natsjax.command_line import run_command\n"
+        "import time\nfrom natsjax.runtime.flags import run_command\n"
         "run_command(lambda: [print(line, flush=time.sleep(0.05) is None) for line in range(4)] and None)"
     )
     command = f'("{sys.executable}" -c "$0"; echo $? >&3) 3>&2 | head -n 1'

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from natsjax import processes, watchdog
+from natsjax.runtime import distributed, watchdog
 
 
 class Looks:
@@ -59,7 +59,7 @@ def test_the_stacks_name_every_thread_and_where_it_is():
 
 
 def test_each_of_several_processes_says_which_one_it_is(monkeypatch):
-    monkeypatch.setattr(processes, "label", lambda: "process 1 of 4: ")
+    monkeypatch.setattr(distributed, "label", lambda: "process 1 of 4: ")
     looks = Looks()
     assert looks.after(100)[0].startswith("process 1 of 4: no progress for 100 s while starting")
     looks.watchdog.progress()

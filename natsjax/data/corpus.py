@@ -30,11 +30,11 @@ import numpy as np
 import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from natsjax import checksums
 from natsjax.config_fields import check_file_name
 from natsjax.data.file_marks import check_file_no_pointer, check_no_pointer
 from natsjax.data.tokenizer import Tokenizer, load_tokenizer
 from natsjax.errors import UserError, first_line
+from natsjax.runtime import checksums
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")

@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from natsjax import standard_streams
-from natsjax.command_line import Parser, read_config_file, run_command
 from natsjax.config import Config
 from natsjax.config_fields import check_file_name, resolve_paths
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, Corpus
@@ -36,10 +34,12 @@ from natsjax.data.locate import locate
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts
 from natsjax.data.packing import Row
 from natsjax.data.pipeline import PackedSource, RowSource, Shuffle, evaluation_contexts
-from natsjax.data.progress import log_lines
 from natsjax.data.synthetic import RecallTask
 from natsjax.data.tokenizer import Vocabulary
 from natsjax.errors import UserError, first_line
+from natsjax.runtime import standard_streams
+from natsjax.runtime.flags import Parser, read_config_file, run_command
+from natsjax.runtime.progress import log_lines
 
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 

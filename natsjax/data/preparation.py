@@ -17,15 +17,15 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.atomic_folder import PartialFolder, read_part, write_part, write_whole
 from natsjax.data.corpus_reader import CorpusReader
 from natsjax.data.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
 from natsjax.data.input_report import report_lines
 from natsjax.data.prepare_request import PrepareRequest
-from natsjax.data.progress import Progress
 from natsjax.data.scan import DROPPED, TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
 from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from natsjax.data.worker_pool import WorkerPool, finished
+from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part, write_whole
+from natsjax.runtime.progress import Progress
 
 # With less text than this, starting processes (each imports natsjax) takes longer than they save.
 PARALLEL_BYTES = 1 << 26

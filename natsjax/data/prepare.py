@@ -22,21 +22,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from natsjax import processes, signals
-from natsjax.command_line import Parser, run_command, typed_text
 from natsjax.config_fields import check_file_name, real_path
-from natsjax.data.atomic_folder import PartialFolder, folder_lock, is_free, lock_path, partial_paths, place, try_folder
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.corpus_statistics import describe
 from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
 from natsjax.data.preparation import Preparation, totals
 from natsjax.data.prepare_request import PrepareRequest, absolute_input
-from natsjax.data.progress import Progress, log_lines
 from natsjax.data.scan import TRAIN, VALIDATION
 from natsjax.data.split_writer import SplitWriter
 from natsjax.data.tokenizer import PretrainedTokenizer, Tokenizer
 from natsjax.errors import UserError
-from natsjax.outputs import advice, is_full
+from natsjax.runtime import distributed, signals
+from natsjax.runtime.atomic_folder import (
+    PartialFolder,
+    folder_lock,
+    is_free,
+    lock_path,
+    partial_paths,
+    place,
+    try_folder,
+)
+from natsjax.runtime.files import advice, is_full
+from natsjax.runtime.flags import Parser, run_command, typed_text
+from natsjax.runtime.progress import Progress, log_lines
 
 _PARTS_VERSION = 2  # of what lies in a partial folder
 
@@ -260,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command() -> int:
     status = main()
     if status == signals.EXIT_STATUS:  # at once: taking the interpreter down can take seconds where cores are busy
-        processes.end(KeyboardInterrupt("interrupted"), status)
+        distributed.end(KeyboardInterrupt("interrupted"), status)
     return status
 
 

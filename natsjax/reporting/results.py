@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from natsjax.errors import UserError, first_line
-from natsjax.outputs import make_folder, try_files, unwritable, write_file
+from natsjax.runtime.files import make_folder, try_files, unwritable, write_file
 
 Row = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from natsjax.command_line import Parser, run_command  # a command, which the kernels do not import
+from natsjax.runtime.flags import Parser, run_command  # a command, which the kernels do not import
 from pallas_kernels.nats_attention import api, tilings
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling

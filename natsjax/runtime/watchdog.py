@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from natsjax import processes
+from natsjax.runtime import distributed
 
 Item = TypeVar("Item")
 
@@ -62,7 +62,7 @@ class Watchdog:
     def look(self) -> None:
         """Speaks once for a run that is stuck, and once when it goes on."""
         heard, phase = self._heard, self._phase
-        who = processes.label()
+        who = distributed.label()
         if self._stuck is not None and self._stuck[1] != heard:
             stuck_phase, since = self._stuck
             self._stuck = None

@@ -32,7 +32,7 @@ import jax
 from jax._src.clusters import ClusterEnv  # private: nothing public says whether there is a cluster, without joining it
 
 from natsjax.errors import UserError
-from natsjax.process_line import Hub, Line, Member
+from natsjax.runtime.control_channel import Hub, Line, Member
 
 # What launchers say that JAX may not understand: then every process would train for itself.
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -66,7 +66,9 @@ def initialize(
     """
     global _member
     if jax.distributed.is_initialized():
-        raise UserError("jax.distributed is initialized already; call natsjax.processes.initialize in its place.")
+        raise UserError(
+            "jax.distributed is initialized already; call natsjax.runtime.distributed.initialize in its place."
+        )
     place = _place(coordinator_address, num_processes, process_id, timeout)
     if place is None:
         return

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from natsjax import watchdog
+from natsjax.runtime import watchdog
 
 _SECONDS_BETWEEN_LINES = 10.0
 _MEGABYTE = 1e6

@@ -30,8 +30,8 @@ from concurrent.futures import Future
 from types import FrameType
 from typing import TypeVar
 
-from natsjax import processes
-from natsjax.processes import Interrupted
+from natsjax.runtime import distributed
+from natsjax.runtime.distributed import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = 130
@@ -88,7 +88,7 @@ class StopRequests:
                 raise self._interruption()
         except KeyboardInterrupt as error:
             if error is self._left:
-                processes.say(f"{self.requested}: {sentence}")
+                distributed.say(f"{self.requested}: {sentence}")
                 self._left = None  # said; blocks around this one have nothing to add
             raise
         finally:
@@ -109,7 +109,7 @@ class StopRequests:
             self._at_once, self._waits_for = before
 
     def _interruption(self) -> KeyboardInterrupt:
-        alone = not processes.label()
+        alone = not distributed.label()
         self._is_leaving = True
         self._left = Interrupted(self.requested) if alone else KeyboardInterrupt(self.requested)
         return self._left
@@ -138,7 +138,7 @@ class StopRequests:
             if not ready:
                 said = True
                 if not (self._at_once or self._is_leaving):
-                    processes.say(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
+                    distributed.say(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
                 continue
             numbers = end.recv(4096)
             if not numbers:
@@ -156,7 +156,7 @@ class StopRequests:
                         f"a second {name}: ended at once; run the same command again to go on from the newest save",
                         file=sys.stderr,
                     )
-                processes.end(KeyboardInterrupt(name), EXIT_STATUS)
+                distributed.end(KeyboardInterrupt(name), EXIT_STATUS)
 
 
 def interruptible(work: Callable[[], _T]) -> _T:
@@ -209,7 +209,7 @@ def end_if_abandoned(status: int) -> None:
       status: the exit status.
     """
     if any(thread.is_alive() for thread in _abandoned):
-        processes.end(KeyboardInterrupt("interrupted"), status)
+        distributed.end(KeyboardInterrupt("interrupted"), status)
 
 
 def _is_in_gc_callback(frame: FrameType | None) -> bool:

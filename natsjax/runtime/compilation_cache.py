@@ -17,33 +17,32 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from natsjax import processes
 from natsjax.config_fields import real_path
 from natsjax.errors import UserError
-from natsjax.outputs import make_folder
-from natsjax.workdir import Workdir
+from natsjax.runtime import distributed
+from natsjax.runtime.files import make_folder
 
 AUTO, NONE = "auto", "none"
 
 
 @contextlib.contextmanager
-def compilation_cache(setting: str, workdir: Workdir) -> Iterator[None]:
+def compilation_cache(setting: str, folder_of_run: Path) -> Iterator[None]:
     """Keeps what is compiled in the block, unless JAX has a cache already (``JAX_COMPILATION_CACHE_DIR``).
 
     Args:
       setting: ``train.compilation_cache``.
-      workdir: of the run.
+      folder_of_run: used where the setting is "auto" and the devices are no CPUs.
 
     Raises:
       UserError: the folder cannot be made or written. Process 0 alone looks, and alone raises it: the others compile
-        nothing before they wait for it (``processes.wait_for_all``), which then ends them.
+        nothing before they wait for it (``distributed.wait_for_all``), which then ends them.
     """
-    folder = _folder(setting, workdir)
+    folder = _folder(setting, folder_of_run)
     known: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder is None or known is not None:
         yield
         return
-    if processes.is_main():
+    if distributed.is_main():
         _check(setting, folder)
     _use(str(real_path(folder)))
     try:
@@ -52,9 +51,9 @@ def compilation_cache(setting: str, workdir: Workdir) -> Iterator[None]:
         _use(None)
 
 
-def _folder(setting: str, workdir: Workdir) -> Path | None:
+def _folder(setting: str, folder_of_run: Path) -> Path | None:
     if setting == AUTO:
-        return None if jax.default_backend() == "cpu" else workdir.compiled
+        return None if jax.default_backend() == "cpu" else folder_of_run
     return None if setting in (NONE, "") else Path(setting)
 
 

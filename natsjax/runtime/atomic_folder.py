@@ -25,7 +25,7 @@ import numpy as np
 
 from natsjax.config_fields import check_file_name
 from natsjax.errors import UserError
-from natsjax.outputs import hidden_name, make_folder
+from natsjax.runtime.files import hidden_name, make_folder
 
 PART_SUFFIX = ".npz"
 

@@ -21,10 +21,10 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from natsjax import processes, signals, standard_streams
 from natsjax.config import Config
 from natsjax.config_fields import closest, did_you_mean, nearest, shown
 from natsjax.errors import UserError
+from natsjax.runtime import distributed, signals, standard_streams
 
 _OVERRIDE = re.compile(r"--?config\.")
 _MOST_OF_AN_ERROR = 250  # characters
@@ -170,7 +170,7 @@ def join_processes(argv: Sequence[str]) -> None:
         values(list(argv), known_only=True)
     except flags.Error as error:
         raise _flag_error(error, _USAGE) from error
-    processes.initialize(
+    distributed.initialize(
         values["coordinator_address"].value,
         values["num_processes"].value,
         values["process_id"].value,
@@ -355,7 +355,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            processes.say("interrupted")
+            distributed.say("interrupted")
             signals.end_if_abandoned(signals.EXIT_STATUS)
             sys.exit(signals.EXIT_STATUS)
         if status:
