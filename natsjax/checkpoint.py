@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
-from natsjax.data.file_marks import check_folder_no_pointers
+from natsjax.data.readers.file_marks import check_folder_no_pointers
 from natsjax.errors import UserError, first_line
 from natsjax.runtime import checksums, distributed
 from natsjax.workdir import write_atomically

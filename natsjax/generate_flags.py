@@ -9,7 +9,7 @@ from typing import Any
 
 from natsjax.config import MeshConfig
 from natsjax.config_fields import did_you_mean, nearest
-from natsjax.data.file_marks import check_no_pointer
+from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError

@@ -9,9 +9,9 @@ from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.data import Corpus
 from natsjax.data.corpus import CORPUS_FILE
-from natsjax.data.corpus_reader import CorpusReader, input_exists
 from natsjax.data.locate import locate
 from natsjax.data.mixture import parse_mixture
+from natsjax.data.readers.corpus_reader import CorpusReader, input_exists
 from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 

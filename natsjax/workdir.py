@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from natsjax.config import Config
 from natsjax.config_fields import check_file_name, differences, real_path
-from natsjax.data.file_marks import check_file_no_pointer
+from natsjax.data.readers.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
 from natsjax.runtime import checksums
 from natsjax.runtime.files import advice, make_folder, reason, try_files, write_file

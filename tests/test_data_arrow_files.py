@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.data import CorpusReader, arrow_files
+from natsjax.data import CorpusReader
+from natsjax.data.readers import arrow_files
 from natsjax.errors import UserError
 
 pa = pytest.importorskip("pyarrow")

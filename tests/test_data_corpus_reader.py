@@ -8,7 +8,8 @@ import re
 import pytest
 import zstandard
 
-from natsjax.data import CorpusReader, sources, text_files
+from natsjax.data import CorpusReader
+from natsjax.data.readers import sources, text_files
 from natsjax.errors import UserError
 
 GZIP = gzip.compress(bytes(range(256)) * 8, mtime=0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from natsjax.data import Corpus, PackedSource
-from natsjax.data import prepare as command
-from natsjax.data.corpus_statistics import describe, length_quantiles, smallest_kv_fractions
+from natsjax.data.prepare import __main__ as command
 from natsjax.data.prepare import prepare
+from natsjax.data.prepare.statistics import describe, length_quantiles, smallest_kv_fractions
 from natsjax.errors import UserError
 
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_arrow_files import _save, save_dataset, save_splits
 
-from natsjax.data import Corpus, CorpusReader, arrow_files, input_folder, load_tokenizer, text_files
-from natsjax.data import prepare as command
+from natsjax.data import Corpus, CorpusReader, load_tokenizer
 from natsjax.data.hold_out import end_held_out
-from natsjax.data.prepare import prepare
-from natsjax.data.sources import BadFileError
+from natsjax.data.prepare import __main__ as prepare_command
+from natsjax.data.prepare import build, prepare
+from natsjax.data.readers import arrow_files, input_folder, text_files
+from natsjax.data.readers.sources import BadFileError
 from natsjax.errors import UserError
 from natsjax.workdir import Workdir
 
@@ -217,7 +218,7 @@ def test_the_report_names_all_that_an_input_holds(tmp_path, capsys):
     capsys.readouterr()
     arguments = [f"--input={folder}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
     arguments += ["--held_out_fraction=0.3", "--skip_bad_files"]
-    assert command.main(arguments) == 0
+    assert prepare_command.main(arguments) == 0
     printed = capsys.readouterr()
     report = json.loads((tmp_path / "out" / "corpus.json").read_text("utf-8"))["input_report"]["input"]
     assert report == Corpus.load(tmp_path / "out").input_report["input"]
@@ -244,7 +245,7 @@ def test_the_report_names_all_that_an_input_holds(tmp_path, capsys):
         )
         assert "pointers to files that are kept elsewhere, skipped: 1: lfs.txt" in text
         assert "new\nline" not in text
-    assert command.main(arguments) == 0
+    assert prepare_command.main(arguments) == 0
     assert capsys.readouterr().out == printed.out
 
 
@@ -545,7 +546,7 @@ def test_one_text_holds_its_end_out_and_says_so(tmp_path, name, tokenizer, capsy
     else:
         path.write_text(text if name == "input.txt" else json.dumps({"text": text}, indent=1))
     arguments = [f"--input={path}", f"--output={tmp_path / 'out'}", f"--tokenizer={tokenizer}", "--no-progress"]
-    assert command.main([*arguments, "--vocab_size=270", "--deduplicate"]) == 0
+    assert prepare_command.main([*arguments, "--vocab_size=270", "--deduplicate"]) == 0
     printed = capsys.readouterr()
     corpus = Corpus.load(tmp_path / "out")
     (beginning,), (end,) = (_content(corpus, split).values() for split in ("train", "validation"))
@@ -560,13 +561,13 @@ def test_one_text_holds_its_end_out_and_says_so(tmp_path, name, tokenizer, capsy
 
 
 def test_one_text_in_parts_is_the_same(tmp_path, monkeypatch):
-    from natsjax.data import preparation
+    from natsjax.data.prepare import passes
 
     (tmp_path / "input.txt").write_text("To be, or not to be.\n" * 2000)
     first = _prepare(tmp_path / "input.txt", tmp_path / "one", workers=1)
-    monkeypatch.setattr(preparation, "PARALLEL_BYTES", 1)
-    monkeypatch.setattr(command, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(preparation, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(passes, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(build, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 500)
     second = _prepare(tmp_path / "input.txt", tmp_path / "two", workers=1)
     assert first.content_hash == second.content_hash
     assert first.input_report == second.input_report

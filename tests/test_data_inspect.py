@@ -6,8 +6,8 @@ import pytest
 
 from natsjax.config import Config, DataConfig, TrainConfig
 from natsjax.data import Corpus, PackedSource, evaluation_contexts
-from natsjax.data import inspect as command
-from natsjax.data.examples import visible
+from natsjax.data.inspect import __main__ as command
+from natsjax.data.inspect.examples import visible
 from natsjax.data.prepare import prepare
 
 SEED, CONTEXT_LENGTH, BATCH_SIZE = 3, 48, 4

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.data import PackedSource, evaluation_contexts, iterate, piece_lengths, train_dataset
-from natsjax.data.lru_cache import LRUCache
 from natsjax.data.packing import context_order, epoch_order
+from natsjax.data.pipeline import LRUCache
 from natsjax.errors import UserError
 
 BOS, EOS = 900, 901

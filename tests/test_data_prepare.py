@@ -12,11 +12,12 @@ import time
 import numpy as np
 import pytest
 
-from natsjax.data import Corpus, encode, evaluation_contexts
-from natsjax.data import prepare as command
+from natsjax.data import Corpus, evaluation_contexts
 from natsjax.data.hold_out import HoldOut, hash_id
-from natsjax.data.prepare import prepare
-from natsjax.data.split_writer import SplitWriter
+from natsjax.data.prepare import __main__ as prepare_command
+from natsjax.data.prepare import build as command
+from natsjax.data.prepare import encode, prepare
+from natsjax.data.prepare.split_writer import SplitWriter
 from natsjax.errors import UserError
 
 
@@ -366,17 +367,17 @@ def test_a_corpus_without_checksums_is_read(texts, tmp_path):
 
 def test_the_command(texts, tmp_path, capsys):
     arguments = [f"--input={texts}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
-    assert command.main(arguments) == 0
+    assert prepare_command.main(arguments) == 0
     first = capsys.readouterr().out
     assert "byte tokenizer with 258 ids" in first
-    assert command.main(arguments) == 0  # the same of a corpus that is there
+    assert prepare_command.main(arguments) == 0  # the same of a corpus that is there
     assert capsys.readouterr().out == first
-    assert command.main([*arguments, "--seed=1"]) == 2
+    assert prepare_command.main([*arguments, "--seed=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert "seed is 0 there and 1 here" in captured.err
     with pytest.raises(SystemExit) as stop:
-        command.main(["--help"])
+        prepare_command.main(["--help"])
     assert stop.value.code == 0
     assert "--held_out_fraction" in capsys.readouterr().out
 

@@ -14,11 +14,10 @@ import types
 import numpy as np
 import pytest
 
-from natsjax.data import preparation
-from natsjax.data import prepare as command
-from natsjax.data.prepare import prepare
-from natsjax.data.split_writer import SplitWriter
-from natsjax.data.worker_pool import WorkerPool, finished
+from natsjax.data.prepare import build as command
+from natsjax.data.prepare import passes, prepare
+from natsjax.data.prepare.split_writer import SplitWriter
+from natsjax.data.prepare.worker_pool import WorkerPool, finished
 from natsjax.errors import UserError
 from natsjax.runtime import progress
 from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part
@@ -54,12 +53,12 @@ def whole(texts, tmp_path, monkeypatch):
     """Files of the corpus, made by one process without an interruption, and with the text in one chunk."""
     prepare(texts, tmp_path / "whole", workers=1, **_options())
     monkeypatch.setattr(command, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(preparation, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", CHUNK_BYTES)
     return _files(tmp_path / "whole")
 
 
 def test_several_processes_make_the_same(texts, tmp_path, whole, monkeypatch, caplog):
-    monkeypatch.setattr(preparation, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(passes, "PARALLEL_BYTES", 1)
     with caplog.at_level(logging.INFO):
         prepare(texts, tmp_path / "one", workers=1, **_options())
         assert "Skipped: " in caplog.text
@@ -181,7 +180,7 @@ def test_training_a_tokenizer_hears_of_signals(texts, tmp_path, whole):
 
 _ORPHANS = """
 import sys, time
-from natsjax.data.worker_pool import WorkerPool
+from natsjax.data.prepare.worker_pool import WorkerPool
 if __name__ == "__main__":
     with WorkerPool(1, time.sleep, (0,)) as pool:
         from os import getpid
@@ -256,14 +255,14 @@ def test_parts_of_something_else_are_thrown_away(texts, tmp_path, whole, monkeyp
 
 
 def test_text_that_changes_meanwhile_is_noticed(texts, tmp_path, monkeypatch):
-    scan = preparation.Preparation.scan
+    scan = passes.Preparation.scan
 
     def scan_and_change(self):
         found = scan(self)
         (texts / "5.txt").write_text("another text", "utf-8")
         return found
 
-    monkeypatch.setattr(preparation.Preparation, "scan", scan_and_change)
+    monkeypatch.setattr(passes.Preparation, "scan", scan_and_change)
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(texts, tmp_path / "out", **_options(tokenizer="byte"))
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]

@@ -22,17 +22,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from natsjax.data import (
-    BPETokenizer,
-    Corpus,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    is_tokenizer_of,
-    load_tokenizer,
-    pretrained_tokenizer,
-    tiktoken_patterns,
-)
+from natsjax.data import BPETokenizer, Corpus, HuggingFaceTokenizer, Tokenizer, is_tokenizer_of, load_tokenizer
 from natsjax.data.prepare import prepare
+from natsjax.data.tokenizers import pretrained, tiktoken_patterns
 from natsjax.errors import UserError
 from natsjax.text_stream import TextStream
 
@@ -392,7 +384,7 @@ def test_changed_saved_files_are_noticed(opened, name, tmp_path):
     ],
 )
 def test_what_is_lost_is_said_once_when_a_tokenizer_is_opened(opened, tmp_path, caplog, monkeypatch, name, caveat):
-    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    monkeypatch.setattr(pretrained, "_warned", set())
     file = write(name, tmp_path)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -567,7 +559,7 @@ def test_one_variable_limits_the_threads_of_all(monkeypatch, variables, threads)
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert pretrained_tokenizer.num_threads() == threads
+    assert pretrained.num_threads() == threads
 
 
 def test_importing_brings_in_no_optional_package():
@@ -601,7 +593,7 @@ def _edited(folder, name, change, **beside):
     [("byte_level", {"dropout": 0.3}), ("unigram", {"alpha": 0.1}), ("unigram", {"alpha": 0.5, "nbest_size": 5})],
 )
 def test_what_is_random_in_a_file_is_off(opened, tmp_path, caplog, monkeypatch, name, random):
-    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    monkeypatch.setattr(pretrained, "_warned", set())
     with caplog.at_level(logging.INFO):
         tokenizer = load_tokenizer(_edited(tmp_path, name, lambda definition: definition["model"].update(random)))
     text = " ".join(TEXTS)
@@ -615,7 +607,7 @@ def test_what_is_random_in_a_file_is_off(opened, tmp_path, caplog, monkeypatch, 
 
 
 def test_what_cuts_texts_off_is_off_and_a_byte_order_mark_is_no_damage(opened, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(pretrained_tokenizer, "_warned", set())
+    monkeypatch.setattr(pretrained, "_warned", set())
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     path = _edited(tmp_path, "byte_level", lambda definition: definition.update(truncation=cut)) / "tokenizer.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

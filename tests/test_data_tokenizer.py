@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natsjax.data import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, byte_tokenizers, load_tokenizer
-from natsjax.data.byte_tokenizers import LONGEST_TRAINING_WORD
+from natsjax.data import BPETokenizer, ByteTokenizer, Tokenizer, Vocabulary, load_tokenizer
+from natsjax.data.tokenizers import bpe
+from natsjax.data.tokenizers.bpe import LONGEST_TRAINING_WORD
 from natsjax.errors import UserError
 
 TEXTS = [
@@ -169,7 +170,7 @@ def test_a_long_text_is_encoded_as_if_it_were_in_one_piece(words, data):
     text = "".join(word + space for word, space in zip(words, spaces, strict=True))
     (whole,) = BPE._encode_batch([text])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(byte_tokenizers, "_LONGEST_PART", 20)
+        patch.setattr(bpe, "_LONGEST_PART", 20)
         assert BPE.encode(text).tolist() == whole.tolist()
         assert BPE.encode_batch(["x", text])[1].tolist() == whole.tolist()
         assert BPE.decode(BPE.encode("ACGT" * 50)) == "ACGT" * 50

@@ -14,8 +14,8 @@ import tiny
 
 from natsjax import export, report, sweep, train
 from natsjax.config_fields import real_path
-from natsjax.data import Corpus, encode
-from natsjax.data.prepare import prepare
+from natsjax.data import Corpus
+from natsjax.data.prepare import encode, prepare
 from natsjax.errors import UserError
 from natsjax.loading import LoadedRun
 from natsjax.run_data import open_data

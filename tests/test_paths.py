@@ -11,7 +11,7 @@ import tiny
 from natsjax import train
 from natsjax.config import Config
 from natsjax.config_fields import differences, resolve_paths
-from natsjax.data import inspect
+from natsjax.data.inspect import __main__ as inspect_command
 from natsjax.data.locate import locate
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
@@ -207,7 +207,7 @@ def test_a_reading_command_never_prepares_and_says_what_to_give(corpora, tmp_pat
     run = Workdir("../moved/run")
     before = snapshot(tmp_path)
     assert find_data(run.read_config(), run).description.startswith(str(project))
-    inspect.main(["--workdir=../moved/run"])
+    inspect_command.main(["--workdir=../moved/run"])
     assert "|t|h|e| |h|o|u|s|e|" in capsys.readouterr().out
     assert snapshot(tmp_path) == before
     (tmp_path / "moved/data/mine").rename(tmp_path / "hidden")
@@ -215,7 +215,7 @@ def test_a_reading_command_never_prepares_and_says_what_to_give(corpora, tmp_pat
     says = rf"is not here \({project}/data/mine holds none\); give its folder .* as --prepared_dir"
     with pytest.raises(UserError, match=says):
         load("../moved/run")
-    inspect.main(["--workdir=../moved/run"])
+    inspect_command.main(["--workdir=../moved/run"])
     assert "as --prepared_dir" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"export that run where its corpus is"):
         open_vocabulary(run.read_config(), run)

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from natsjax import UserError, evaluate
-from natsjax.data import ByteTokenizer, inspect
+from natsjax.data import ByteTokenizer
 from natsjax.data.corpus import Corpus
+from natsjax.data.inspect import __main__ as inspect_command
 from natsjax.data.prepare import prepare
 from natsjax.display import Shown, panel
 from natsjax.runtime import distributed, standard_streams
@@ -258,7 +259,7 @@ def test_the_reader_of_a_real_pipe_goes():
 def test_inspect_prints_json_in_ascii(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", stream_to(tmp_path / "out", "ascii"))
     arguments = [f"--config={ROOT / 'configs/recall.py'}", "--json"]
-    assert status_of(lambda: inspect.main(arguments)) == 0
+    assert status_of(lambda: inspect_command.main(arguments)) == 0
     assert json.loads((tmp_path / "out").read_text("ascii"))["pieces"][0]["tokens"][0]["text"] == "⟨bos⟩"
 
 

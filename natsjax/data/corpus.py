@@ -1,7 +1,7 @@
 """A prepared corpus on disk: its files, and reading them.
 
     DIR/corpus.json                 what it is: format, tokenizer, counts, content hash, how it was made
-    DIR/tokenizer/                  the tokenizer (`natsjax.data.tokenizer.load_tokenizer`)
+    DIR/tokenizer/                  the tokenizer (`natsjax.data.tokenizers.load_tokenizer`)
     DIR/SPLIT/00000.arrayrecord …   one record a document: its token ids without BOS and EOS, little-endian
                                     uint16, or uint32 where the vocabulary has more than 65,536 ids
     DIR/SPLIT/lengths.npy           int64 [num_documents], tokens in each document
@@ -31,8 +31,8 @@ import numpy.typing as npt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from natsjax.config_fields import check_file_name
-from natsjax.data.file_marks import check_file_no_pointer, check_no_pointer
-from natsjax.data.tokenizer import Tokenizer, load_tokenizer
+from natsjax.data.readers.file_marks import check_file_no_pointer, check_no_pointer
+from natsjax.data.tokenizers import Tokenizer, load_tokenizer
 from natsjax.errors import UserError, first_line
 from natsjax.runtime import checksums
 
@@ -171,7 +171,7 @@ class Corpus:
       input_signatures: cheap marks of what its inputs held.
       skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
       dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
-      input_report: by input, what became of everything that it held (`natsjax.data.input_report`).
+      input_report: by input, what became of everything that it held (`natsjax.data.readers.input_report`).
       sums: SHA-256 (hex) of the files that have no checksums of their own, by name; none in an older corpus.
     """
 

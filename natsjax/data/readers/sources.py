@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from natsjax.data.file_marks import HEAD_BYTES, pointer
+from natsjax.data.readers.file_marks import HEAD_BYTES, pointer
 from natsjax.errors import UserError
 
 

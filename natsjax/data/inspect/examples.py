@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from natsjax.data.packing import Row
-from natsjax.data.tokenizer import Tokenizer, Vocabulary
+from natsjax.data.tokenizers import Tokenizer, Vocabulary
 
 _UNLEARNED = "°"
 _SHADES = ("\x1b[48;5;236m", "\x1b[48;5;240m")  # neighbouring tokens have different backgrounds

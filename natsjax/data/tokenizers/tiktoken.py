@@ -4,7 +4,7 @@ Each line of a `.tiktoken` file is a token, its bytes in base64, and its rank, w
 say can stand in a JSON file beside it, `NAME.tiktoken.json`, all of it optional:
 
     {"pattern": "…",                              what text is cut up with before BPE: a regular expression, or a name
-                                                  of `natsjax.data.tiktoken_patterns`
+                                                  of `natsjax.data.tokenizers.tiktoken_patterns`
      "special_tokens": {"<|endoftext|>": 100257}, ids that stand for no text
      "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from natsjax.data.pretrained_tokenizer import (
+from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json, utf8
+from natsjax.data.tokenizers.pretrained import (
     PretrainedTokenizer,
     as_user_error,
     note_on,
@@ -33,14 +34,13 @@ from natsjax.data.pretrained_tokenizer import (
     read_bytes,
     with_specials,
 )
-from natsjax.data.tiktoken_patterns import (
+from natsjax.data.tokenizers.tiktoken_patterns import (
     FIRST_CL100K_PATTERN,
     assumption,
     check_pattern,
     find_pattern,
     recognise,
 )
-from natsjax.data.tokenizer_base import Int32Array, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 _RANKS_FILE = "tokenizer.tiktoken"
@@ -113,7 +113,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
 
         Args:
           path: the file.
-          pattern: a name of `natsjax.data.tiktoken_patterns` or a regular expression; goes before the settings.
+          pattern: a name of `tiktoken_patterns` or a regular expression; goes before the settings.
           as_before: read it as was done before files were recognised, when all were cut with cl100k's pattern.
 
         Raises:

@@ -17,13 +17,13 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.corpus_reader import CorpusReader
-from natsjax.data.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
-from natsjax.data.input_report import report_lines
-from natsjax.data.prepare_request import PrepareRequest
-from natsjax.data.scan import DROPPED, TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
-from natsjax.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
-from natsjax.data.worker_pool import WorkerPool, finished
+from natsjax.data.prepare.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
+from natsjax.data.prepare.request import PrepareRequest
+from natsjax.data.prepare.scan import DROPPED, TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
+from natsjax.data.prepare.worker_pool import WorkerPool, finished
+from natsjax.data.readers.corpus_reader import CorpusReader
+from natsjax.data.readers.input_report import report_lines
+from natsjax.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
 from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part, write_whole
 from natsjax.runtime.progress import Progress
 
@@ -55,7 +55,7 @@ class Preparation:
       partial: where parts lie.
 
     Attributes:
-      reports: by input, what became of everything in it (`natsjax.data.input_report`); there once it is scanned.
+      reports: by input, what became of everything in it (`readers.input_report`); there once it is scanned.
     """
 
     def __init__(self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder):

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from natsjax.data.pretrained_tokenizer import (
+from natsjax.data.tokenizers.base import Int32Array, as_ids, utf8
+from natsjax.data.tokenizers.pretrained import (
     UNKNOWN,
     PretrainedTokenizer,
     as_user_error,
@@ -17,7 +18,6 @@ from natsjax.data.pretrained_tokenizer import (
     read_bytes,
     with_specials,
 )
-from natsjax.data.tokenizer_base import Int32Array, as_ids, utf8
 from natsjax.errors import UserError
 
 _MODEL_FILE = "tokenizer.model"

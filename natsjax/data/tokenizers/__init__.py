@@ -8,7 +8,7 @@
 | a `.tiktoken` file (or Llama 3's `tokenizer.model`), or a folder with one | `tiktoken` |
 
 `ByteTokenizer` (`byte`) and `BPETokenizer` (`bpe`, trained here) are our own. What tokenizers from elsewhere do with
-special ids and with bits per byte stands in `natsjax.data.pretrained_tokenizer`.
+special ids and with bits per byte stands in `natsjax.data.tokenizers.pretrained`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ import re
 from pathlib import Path
 
 from natsjax.config_fields import did_you_mean
-from natsjax.data.byte_tokenizers import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokenizer, ByteTokenizer
-from natsjax.data.huggingface_tokenizer import HuggingFaceTokenizer
-from natsjax.data.pretrained_tokenizer import PretrainedTokenizer
-from natsjax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from natsjax.data.tiktoken_patterns import find_pattern
-from natsjax.data.tiktoken_tokenizer import TiktokenTokenizer, is_tiktoken
-from natsjax.data.tokenizer_base import (
+from natsjax.data.tokenizers.base import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
     PieceTokenizer,
@@ -33,6 +27,12 @@ from natsjax.data.tokenizer_base import (
     Vocabulary,
     read_json,
 )
+from natsjax.data.tokenizers.bpe import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokenizer, ByteTokenizer
+from natsjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from natsjax.data.tokenizers.pretrained import PretrainedTokenizer
+from natsjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from natsjax.data.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken
+from natsjax.data.tokenizers.tiktoken_patterns import find_pattern
 from natsjax.errors import UserError
 
 _PRETRAINED: dict[str, type[HuggingFaceTokenizer | SentencePieceTokenizer | TiktokenTokenizer]] = {
@@ -67,7 +67,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, tiktoken_pattern: str = "") 
     Args:
       path: a folder, or a tokenizer.json, .model or .tiktoken file.
       tiktoken_pattern: what text is cut up with before BPE, for a `.tiktoken` file, which does not say it: a name or
-        a regular expression (`natsjax.data.tiktoken_patterns`). Empty: as its settings or its publisher say, else
+        a regular expression (`tiktoken_patterns`). Empty: as its settings or its publisher say, else
         cl100k's, and a warning.
 
     Raises:

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.corpus import Corpus
-from natsjax.data.input_report import report_lines
 from natsjax.data.pipeline import PackedSource
+from natsjax.data.readers.input_report import report_lines
 
 PERCENTILES = (10, 50, 90, 99)
 CONTEXT_LENGTHS = (256, 1024, 4096)

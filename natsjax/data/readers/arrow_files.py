@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_or_text
-from natsjax.data.sources import (
+from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_or_text
+from natsjax.data.readers.sources import (
     UNREADABLE,
     BadFileError,
     Document,

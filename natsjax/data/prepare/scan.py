@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.corpus_reader import CorpusReader, Document
 from natsjax.data.hold_out import HoldOut, hash_id
-from natsjax.data.input_report import Tallies, report
+from natsjax.data.readers.corpus_reader import CorpusReader, Document
+from natsjax.data.readers.input_report import Tallies, report
 from natsjax.errors import UserError
 
 TRAIN, VALIDATION, DROPPED = 0, 1, 2
@@ -105,7 +105,7 @@ class Scan:
         return self.left_out["empty"].count
 
     def report(self, reader: CorpusReader) -> dict[str, Any]:
-        """What became of everything in the input (`natsjax.data.input_report`), which all of it was scanned for.
+        """What became of everything in the input (`readers.input_report`), which all of it was scanned for.
 
         Raises:
           UserError: none of it is text.

@@ -13,9 +13,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_of
-from natsjax.data.sources import UNREADABLE, BadFileError, Document, NoTextError, bad_file, reason
-from natsjax.data.text_files import CompressibleFile, with_compressions
+from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_of
+from natsjax.data.readers.sources import UNREADABLE, BadFileError, Document, NoTextError, bad_file, reason
+from natsjax.data.readers.text_files import CompressibleFile, with_compressions
 
 JSON_LINES_SUFFIXES = with_compressions(".jsonl", ".ndjson")
 JSON_SUFFIXES = with_compressions(".json")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from natsjax.data.byte_tokenizers import GPT2_PATTERN
+from natsjax.data.tokenizers.bpe import GPT2_PATTERN
 from natsjax.errors import UserError
 
 CL100K_PATTERN = (

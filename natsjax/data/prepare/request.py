@@ -9,8 +9,8 @@ from pathlib import Path
 
 from natsjax.config_fields import named_path
 from natsjax.data.corpus import Corpus
-from natsjax.data.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
-from natsjax.data.tokenizer import MIN_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
+from natsjax.data.readers.corpus_reader import PACKAGE_PREFIX, CorpusReader, input_exists
+from natsjax.data.tokenizers import MIN_VOCAB_SIZE, ByteTokenizer, Tokenizer, load_tokenizer
 from natsjax.errors import UserError
 
 

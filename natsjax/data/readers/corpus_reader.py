@@ -26,10 +26,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from natsjax.data import arrow_files
-from natsjax.data.file_marks import format_of
 from natsjax.data.hold_out import end_held_out
-from natsjax.data.input_folder import (
+from natsjax.data.readers import arrow_files
+from natsjax.data.readers.file_marks import format_of
+from natsjax.data.readers.input_folder import (
     SUFFIXES_IN_WORDS,
     dataset,
     file_source,
@@ -38,8 +38,8 @@ from natsjax.data.input_folder import (
     lost_link,
     sources_below,
 )
-from natsjax.data.input_report import Tallies, left_out
-from natsjax.data.sources import (
+from natsjax.data.readers.input_report import Tallies, left_out
+from natsjax.data.readers.sources import (
     PACKAGES,
     BadFileError,
     Document,

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from natsjax.data.tokenizer_base import Int32Array, PieceTokenizer, as_ids, read_json, utf8
+from natsjax.data.tokenizers.base import Int32Array, PieceTokenizer, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 NUM_SPECIALS = 2  # BOS and EOS

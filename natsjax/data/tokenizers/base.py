@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.file_marks import check_no_pointer
+from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
 
     `token_bytes` is int32 `[vocab_size]`, the UTF-8 bytes of text that each token stands for (0 for BOS, EOS and
     other specials), so that bits per byte = nats / ln 2 / bytes; None where there is no text. With a tokenizer that
-    does not give back every text (`natsjax.data.pretrained_tokenizer`), it is the text that comes back that counts.
+    does not give back every text (`natsjax.data.tokenizers.pretrained`), it is the text that comes back that counts.
     """
 
     @property

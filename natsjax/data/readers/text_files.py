@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from natsjax.data.file_marks import HEAD_BYTES, advice_on, format_of, format_or_text
-from natsjax.data.sources import UNREADABLE, Document, FileSource, cannot_read, reason
+from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_of, format_or_text
+from natsjax.data.readers.sources import UNREADABLE, Document, FileSource, cannot_read, reason
 
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"

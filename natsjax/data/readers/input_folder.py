@@ -7,12 +7,12 @@ import re
 import stat
 from pathlib import Path
 
-from natsjax.data import arrow_files
 from natsjax.data.corpus import CORPUS_FILE, TOKENIZER_FOLDER
-from natsjax.data.file_marks import DVC_SUFFIX, link_pointer
-from natsjax.data.input_report import Tallies
-from natsjax.data.json_files import JSON_LINES_SUFFIXES, JSON_SUFFIXES, JsonFile, JsonLines
-from natsjax.data.sources import (
+from natsjax.data.readers import arrow_files
+from natsjax.data.readers.file_marks import DVC_SUFFIX, link_pointer
+from natsjax.data.readers.input_report import Tallies
+from natsjax.data.readers.json_files import JSON_LINES_SUFFIXES, JSON_SUFFIXES, JsonFile, JsonLines
+from natsjax.data.readers.sources import (
     UNREADABLE,
     BadFileError,
     BrokenSource,
@@ -24,7 +24,7 @@ from natsjax.data.sources import (
     reason,
     utf8_name,
 )
-from natsjax.data.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, TextFile
+from natsjax.data.readers.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, TextFile
 
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, arrow_files.PARQUET_SUFFIX)
 SUFFIXES_IN_WORDS = (

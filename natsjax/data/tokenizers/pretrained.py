@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from natsjax.data.file_marks import check_no_pointer
-from natsjax.data.tokenizer_base import PieceTokenizer
+from natsjax.data.readers.file_marks import check_no_pointer
+from natsjax.data.tokenizers.base import PieceTokenizer
 from natsjax.errors import UserError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()

@@ -17,8 +17,9 @@ from typing import Any
 
 import tokenizers
 
-from natsjax.data.byte_tokenizers import byte_of_character
-from natsjax.data.pretrained_tokenizer import (
+from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json, utf8
+from natsjax.data.tokenizers.bpe import byte_of_character
+from natsjax.data.tokenizers.pretrained import (
     UNKNOWN,
     PretrainedTokenizer,
     as_user_error,
@@ -26,7 +27,6 @@ from natsjax.data.pretrained_tokenizer import (
     read_bytes,
     with_specials,
 )
-from natsjax.data.tokenizer_base import Int32Array, as_ids, read_json, utf8
 from natsjax.errors import UserError
 
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")

@@ -1,0 +1,1 @@
+"""A context that a model is trained or measured on, decoded for people."""

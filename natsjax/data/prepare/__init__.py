@@ -1,0 +1,5 @@
+"""Text to a prepared corpus: ``prepare``, and the command ``python -m natsjax.data.prepare``."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Documents from text, JSON, Parquet, saved datasets and installed packages."""
