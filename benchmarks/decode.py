@@ -47,12 +47,13 @@ import numpy as np
 
 from benchmarks.attention import ratio
 from benchmarks.train_step import OtherLoad
-from natsjax import capacity, decode_loop, kv_buffer, partition
+from natsjax import capacity, decode_loop, kv_buffer
 from natsjax.config import Config, MeshConfig
 from natsjax.decode_loop import Loop
 from natsjax.decoder import NO_LIMIT, Decoder
 from natsjax.kv_buffer import LayerGroup
-from natsjax.model import init_parameters, model_structure
+from natsjax.model import sharding
+from natsjax.model.transformer import init_parameters, model_structure
 from natsjax.policies import FullAttention, Nats
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
@@ -134,7 +135,7 @@ def decoders(shape: Config) -> dict[str, Decoder]:
     _, parameters = init_parameters(shape, VOCAB_SIZE, jax.random.key(0))
     # Less of the token in the stream and more of what was computed: else each would be followed by itself.
     parameters["embedding"] *= 0.1
-    mesh = partition.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     model = model_structure(shape, VOCAB_SIZE)
     found = {policy.method: Decoder(shape, model, parameters, mesh, policy) for policy in (FullAttention(), Nats())}
     found["nats"].parameters = found["full"].parameters  # once in memory
@@ -190,7 +191,7 @@ def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Arra
 
     storage = jax.lax.fori_loop(0, group.num_layers, layer, group.storage)
     numbers = (jnp.broadcast_to(x, group.key_end.shape) for x in (position, end))
-    numbers = (partition.reshard(x, *kv_buffer.AXES[4]) for x in numbers)
+    numbers = (sharding.reshard(x, *kv_buffer.AXES[4]) for x in numbers)
     return LayerGroup(storage, *numbers, jnp.full_like(group.length, live))
 
 

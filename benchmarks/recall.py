@@ -19,10 +19,10 @@ from natsjax import evaluate, train
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
+from natsjax.model.roles import ROLE_NAMES
 from natsjax.policies import Nats
 from natsjax.runtime.files import make_folder, try_files, unwritable
 from natsjax.runtime.flags import Parser, read_config_file, run_command
-from natsjax.token_types import ROLE_NAMES
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "recall.py"
 ROLE_COLORS = ("#d55e00", "#56b4e9", "#eeeeee")  # as in report.html: GLOBAL stands out, SLIDING recedes

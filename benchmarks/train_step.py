@@ -41,9 +41,9 @@ from benchmarks.attention_contestants import Contestant
 from configs import quickstart
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.model.roles import ROLE_NAMES
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
-from natsjax.token_types import ROLE_NAMES
 from natsjax.train_step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores
 

@@ -235,7 +235,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh (``natsjax.partition``); one of them may be -1, what the others leave."""
+    """Devices along each axis of the mesh (``model.sharding``); one of them may be -1, what the others leave."""
 
     data: int = setting(1, "replicas, across slices too; -1: the rest", minimum=-1, resume=True)
     fsdp: int = setting(-1, "shards of parameters and optimizer state; -1: the rest", minimum=-1, resume=True)

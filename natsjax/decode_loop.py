@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import kv_buffer, partition, sampling
+from natsjax import kv_buffer, sampling
 from natsjax.decode_step import Chunk, DecodingPolicy, forward_chunk
 from natsjax.kv_buffer import Eviction, KVBuffer, NewKeys
-from natsjax.model import Transformer
+from natsjax.model import sharding
+from natsjax.model.transformer import Transformer
 from natsjax.policies import ObservingPolicy
 
 
@@ -52,7 +53,7 @@ def read_chunk(
     reads = forward_chunk(model, buffer, chunk, policy, count_live=count_live)
     pairs = zip(buffer, reads.new, strict=True)
     need = jnp.concatenate([fullest(kv_buffer.need(group, new, chunk.next_index)) for group, new in pairs])
-    return ReadChunk(reads.hidden, reads.new, reads.live, partition.replicate(need))
+    return ReadChunk(reads.hidden, reads.new, reads.live, sharding.replicate(need))
 
 
 @functools.partial(jax.jit, static_argnames=("structure",), donate_argnames=("buffer",))
@@ -92,7 +93,7 @@ def read_tokens(
         buffer = tuple(kv_buffer.write_chunk(group, new, one.next_index, eviction, limit)[0] for group, new in pairs)
         return buffer, (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
 
-    tokens = partition.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
+    tokens = sharding.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
     numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     buffer, (hidden, live) = jax.lax.scan(step, buffer, (numbers, tokens))
     return buffer, jnp.swapaxes(hidden, 0, 1), jnp.moveaxis(live, 0, -1)
@@ -230,7 +231,7 @@ def decode_segment(
       length: tokens, n.
     """
     model = nnx.merge(structure, parameters)
-    tokens = partition.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)
+    tokens = sharding.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)
     carry = (loop, _free(loop, limit), jnp.int32(0), tokens, tokens.astype(jnp.float32), 0 * loop.at)
 
     def goes_on(carry):
@@ -281,7 +282,7 @@ def decode_segment(
         fullest(kv_buffer.occupancy(loop.buffer, loop.at)),
         jnp.concatenate([fullest(group.length) for group in loop.buffer]),
     )
-    return loop, partition.replicate(segment)
+    return loop, sharding.replicate(segment)
 
 
 def _write(group, new, slot, done, at, eviction, limit):

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import partition, token_types
-from natsjax.attention import RoleChoice
 from natsjax.config import ATTENTION_KINDS, Config
 from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
-from natsjax.model import Block, Transformer
+from natsjax.model import roles, sharding
+from natsjax.model.attention import RoleChoice
+from natsjax.model.transformer import Block, Transformer
 from natsjax.policies import IntervalPolicy, Nats, ObservingPolicy
 from natsjax.policy_numbers import cut, window_end
 from pallas_kernels.decode_attention import decode_attention, observed_attention
@@ -111,8 +111,8 @@ def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_i
     ids = end = None
     if isinstance(policy, Nats):
         logits = attention.scorer(normed)
-        logits += token_types.dial_bias(policy.dial, attention.config.nats.dial)
-        first = token_types.first_of_document(positions)
+        logits += roles.dial_bias(policy.dial, attention.config.nats.dial)
+        first = roles.first_of_document(positions)
         ids = attention.choose_roles(logits, first, RoleChoice(role_ids=role_ids))
     elif isinstance(policy, IntervalPolicy):
         end = policy.key_end(positions, attention.config.model.num_kv_heads)
@@ -217,7 +217,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
     )
     out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
     out_axes += [by_head] * (2 * is_observed + count_live)
-    out, *rest = partition.shard_map(on_device, axes, out_axes)(
+    out, *rest = sharding.shard_map(on_device, axes, out_axes)(
         query, key, value, ids, end, layer, window, *numbers, *slots
     )
     live = rest.pop() if count_live else None
@@ -237,5 +237,5 @@ def _ends_by_role(ids, index, is_token, window):
 
 
 # No mesh for decoding divides sequences.
-_QUERY: partition.Axes = ("batch", None, "kv_heads", None, None)
-_KEY: partition.Axes = ("batch", None, "kv_heads", None)
+_QUERY: sharding.Axes = ("batch", None, "kv_heads", None, None)
+_KEY: sharding.Axes = ("batch", None, "kv_heads", None)

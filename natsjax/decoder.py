@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from natsjax import capacity, decode_loop, kv_allocation, kv_buffer, partition
+from natsjax import capacity, decode_loop, kv_allocation, kv_buffer
 from natsjax.capacity import Layout
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
@@ -25,7 +25,8 @@ from natsjax.decode_step import Chunk, DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.kv_buffer import Eviction, KVBuffer
 from natsjax.loading import LoadedRun
-from natsjax.model import ModelStructure, model_structure
+from natsjax.model import sharding
+from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy, most_live
 from natsjax.serving import serving_parameters
 from pallas_kernels.decode_attention import storage_format
@@ -363,7 +364,7 @@ class Decoder:
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Of an array with these axes."""
-        return NamedSharding(self.mesh, partition.compute_spec(axes))
+        return NamedSharding(self.mesh, sharding.compute_spec(axes))
 
     def fetch(self, tree: Any) -> Any:
         """The values, whole, on the host of every process."""
@@ -375,8 +376,8 @@ class Decoder:
         return self.put(values, "batch")
 
 
-_replicate = jax.jit(partition.replicate)
-_need = jax.jit(lambda buffer, at: partition.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
+_replicate = jax.jit(sharding.replicate)
+_need = jax.jit(lambda buffer, at: sharding.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
 _copied = jax.jit(lambda buffer: jax.tree.map(jnp.copy, buffer))
 _regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_allocation.regroup)
 _empty = functools.partial(

@@ -13,7 +13,7 @@ from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError
-from natsjax.partition import AXES
+from natsjax.model.sharding import AXES
 from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
 from natsjax.runtime.flags import Parser, typed_text
 from natsjax.sampling import Sampling

@@ -13,7 +13,7 @@ from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import Vocabulary
 from natsjax.errors import UserError
-from natsjax.model import ModelStructure, model_structure
+from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.run_data import open_vocabulary, token_meaning
 from natsjax.runtime import distributed
 from natsjax.workdir import Workdir

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from natsjax import capacity as capacities
-from natsjax import partition
 from natsjax.kv_buffer import AXES, KVBuffer, LayerGroup, by_shard
+from natsjax.model import sharding
 from pallas_kernels.decode_attention import Format, Storage
 
 
@@ -50,7 +50,7 @@ def empty(
             jnp.zeros(shape[:3], jnp.int32),
             jnp.zeros(shape, jnp.float32) if observed else None,
         )
-        return jax.tree.map(lambda x: partition.reshard(x, *AXES[x.ndim]), group)
+        return jax.tree.map(lambda x: sharding.reshard(x, *AXES[x.ndim]), group)
 
     return tuple(group(layers, slots) for layers, slots in zip(num_layers, capacity, strict=True))
 

@@ -19,11 +19,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from natsjax import partition
+from natsjax.model import sharding
 from pallas_kernels.decode_attention import Storage
 from pallas_kernels.nats_attention import NO_END
 
-AXES: dict[int, partition.Axes] = {
+AXES: dict[int, sharding.Axes] = {
     6: (None, None, "batch", "kv_heads", None, None),  # storage
     5: (None, "batch", "kv_heads", None, None),
     4: (None, "batch", "kv_heads", None),
@@ -39,7 +39,7 @@ UNTIL_GLOBAL = NO_END - 1
 
 def by_shard(function: Callable) -> Callable:
     """``function`` on each device's own sequences and heads, where there are several devices."""
-    return partition.by_rank(function, AXES)
+    return sharding.by_rank(function, AXES)
 
 
 @dataclasses.dataclass(frozen=True)

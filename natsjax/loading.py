@@ -8,11 +8,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from natsjax import partition
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
-from natsjax.model import Transformer, model_structure
+from natsjax.model import sharding
+from natsjax.model.transformer import Transformer, model_structure
 from natsjax.run_data import RunData, find_data
 from natsjax.workdir import Workdir
 
@@ -84,11 +84,11 @@ def load(
     data = find_data(config, workdir, prepared_dir=prepared_dir)
     workdir.compare_data(data.fingerprint, to_train=False)
     mesh = _mesh(config, mesh_config)
-    partition.check_arrays(config, data.vocabulary.vocab_size, mesh)
+    sharding.check_arrays(config, data.vocabulary.vocab_size, mesh)
     model = model_structure(config, data.vocabulary.vocab_size)
     parameters = jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=partition.named_sharding(mesh, partition.storage_spec(axes))
+            x.shape, x.dtype, sharding=sharding.named_sharding(mesh, sharding.storage_spec(axes))
         ),
         model.parameters,
         model.axes,
@@ -104,8 +104,8 @@ def load(
 def _mesh(config: Config, asked: MeshConfig | None) -> Mesh:
     """The mesh asked for, or the run's own where it has as many devices as are here, or one that divides parameters."""
     if asked is not None:
-        return partition.make_mesh(asked)
+        return sharding.make_mesh(asked)
     try:
-        return partition.make_mesh(config.mesh)
+        return sharding.make_mesh(config.mesh)
     except UserError:
-        return partition.make_mesh(MeshConfig())
+        return sharding.make_mesh(MeshConfig())

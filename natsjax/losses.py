@@ -6,18 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import token_types
-from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config
+from natsjax.model.attention import RoleChoice
+from natsjax.model.cross_entropy import loss_totals
+from natsjax.model.inputs import Batch, model_inputs
+from natsjax.model.roles import causal_pairs
 from natsjax.role_statistics import RoleSums, role_sums
-from natsjax.vocabulary_loss import loss_totals
-
-Batch = dict[str, jax.Array]
-"""A batch of ``natsjax.data``: arrays ``[b, t]`` by field."""
-
-
-BATCH_FIELDS = ("inputs", "targets", "loss_weight", "positions", "document_end")
-"""What the step reads of a batch: ``loss_weight`` float32, the others int32."""
 
 
 class BatchTotals(NamedTuple):
@@ -60,14 +54,9 @@ def batch_totals(batch: Batch) -> BatchTotals:
     """The denominators of a batch."""
     return BatchTotals(
         jnp.sum(batch["loss_weight"]),
-        token_types.causal_pairs(batch["positions"], batch["document_end"]),
+        causal_pairs(batch["positions"], batch["document_end"]),
         jnp.sum(batch["document_end"] > 0, dtype=jnp.float32),
     )
-
-
-def model_inputs(batch: Batch) -> Inputs:
-    """What the model reads of a batch."""
-    return Inputs(batch["inputs"], batch["positions"], batch["document_end"])
 
 
 def loss(

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 from scipy import special
 
-from natsjax import losses, partition
-from natsjax.attention import RoleChoice
 from natsjax.data import Row, Tokenizer, Vocabulary
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.loading import LoadedRun
+from natsjax.model import inputs, sharding
+from natsjax.model.attention import RoleChoice
+from natsjax.model.cross_entropy import token_losses
 from natsjax.policies import StaticPolicy
 from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
-from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import key_end_from_roles
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
@@ -263,10 +263,10 @@ class _BatchResult(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-def _forward(parameters, batch: losses.Batch, choice: RoleChoice, windows: jax.Array, *, structure) -> _BatchResult:
+def _forward(parameters, batch: inputs.Batch, choice: RoleChoice, windows: jax.Array, *, structure) -> _BatchResult:
     """One batch, arrays ``[b, t]``; ``windows [l]`` are those of SLIDING keys. The result is whole on every device."""
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(losses.model_inputs(batch), choice)
+    x, roles = model.hidden(inputs.model_inputs(batch), choice)
     softcap = model.config.model.final_logit_softcap
     predicted = token_losses(x, model.output_weight(), batch["targets"], softcap=softcap)
     key_end = None if choice.key_end is None else jnp.broadcast_to(choice.key_end, roles.ids.shape[1:])
@@ -280,7 +280,7 @@ def _forward(parameters, batch: losses.Batch, choice: RoleChoice, windows: jax.A
         return live_keys(ends if key_end is None else jnp.minimum(ends, key_end))
 
     by_head = (None, "batch", "kv_heads", None)
-    live = partition.shard_map(count, (by_head, ("batch", None), by_head[1:], (None,)), by_head)(
+    live = sharding.shard_map(count, (by_head, ("batch", None), by_head[1:], (None,)), by_head)(
         roles.ids, batch["document_end"], key_end, windows
     )
     result = _BatchResult(
@@ -291,19 +291,19 @@ def _forward(parameters, batch: losses.Batch, choice: RoleChoice, windows: jax.A
         live_max=jnp.max(live, axis=(1, 3)),
         role_ids=roles.ids,
     )
-    return partition.replicate(result)
+    return sharding.replicate(result)
 
 
 def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Iterator[_BatchResult]:
     """The contexts in batches of one shape: the last is filled up with padding."""
-    shards = math.prod(run.mesh.shape[axis] for axis in partition.BATCH)
+    shards = math.prod(run.mesh.shape[axis] for axis in sharding.BATCH)
     size = -(-run.config.eval.batch_size // shards) * shards
     for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
         # Zeros are padding: document_end = 0.
         rows = {name: _pad_rows(contexts[name][begin : begin + size], size) for name in _MODEL_FIELDS}
-        batch = partition.put_batch(run.mesh, rows, size)
+        batch = sharding.put_batch(run.mesh, rows, size)
         with jax.set_mesh(run.mesh):
-            choice = policy.choice(losses.model_inputs(batch), run.config)
+            choice = policy.choice(inputs.model_inputs(batch), run.config)
             if choice.key_end is None and not run.config.model.has_roles:
                 raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
             if choice.noise_key is not None:

@@ -28,8 +28,8 @@ from natsjax.decode_step import Chunk, DecodingPolicy
 from natsjax.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, sum_by_document, sum_by_position
+from natsjax.model.cross_entropy import token_losses
 from natsjax.policies import ObservingPolicy
-from natsjax.vocabulary_loss import token_losses
 from pallas_kernels.nats_attention import NO_END
 
 DEFAULT_CHUNK = 16

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natsjax import losses, partition, program_costs, program_text, topologies
+from natsjax import losses, program_costs, program_text, topologies
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
@@ -29,6 +29,7 @@ from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.flops import Flops, step_flops
 from natsjax.kv_fraction import live_share
+from natsjax.model import sharding
 from natsjax.program_costs import ProgramCosts
 from natsjax.runtime import chips
 from natsjax.topologies import Topology
@@ -150,7 +151,7 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
       UserError: the config cannot be divided along its mesh.
     """
     vocab_size = vocab_size_of(config) if vocab_size is None else vocab_size
-    mesh = partition.make_mesh(config.mesh, topology.devices)
+    mesh = sharding.make_mesh(config.mesh, topology.devices)
     trainer = Trainer(config, vocab_size, mesh)
     began = time.monotonic()
     compiled, refusal = compile_program(trainer.lower())
@@ -171,7 +172,7 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
         topology=topology.name,
         num_devices=len(topology.devices),
         chip=topology.chip,
-        mesh=dict(partition.axes_of(mesh)),
+        mesh=dict(sharding.axes_of(mesh)),
         num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.parameters)),
         memory=memory,
         refusal=refusal,

@@ -22,7 +22,6 @@ from natsjax import (
     decode_loop,
     kv_allocation,
     kv_buffer,
-    partition,
     planning,
     program_costs,
     program_flow,
@@ -34,7 +33,8 @@ from natsjax.decode_loop import Loop
 from natsjax.decoder import DecodeSettings, check_mesh
 from natsjax.errors import UserError
 from natsjax.kv_buffer import KVBuffer
-from natsjax.model import model_structure
+from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
+from natsjax.model.transformer import model_structure
 from natsjax.planning import Roofline, bytes_on_device
 from natsjax.policies import FullAttention, Nats
 from natsjax.program_costs import Collective
@@ -194,9 +194,9 @@ def plan_decode(
     settings = DecodeSettings() if settings is None else settings
     vocab_size = planning.vocab_size_of(config)
     mesh_config = config.mesh if request.as_trained else serving_mesh(config, vocab_size, topology)
-    mesh = partition.make_mesh(mesh_config, topology.devices)
+    mesh = make_mesh(mesh_config, topology.devices)
     check_mesh(mesh)
-    partition.check_arrays(config, vocab_size, mesh)
+    check_arrays(config, vocab_size, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = _SEQUENCES * shards if request.batch is None else request.batch
     if batch % shards:
@@ -236,7 +236,7 @@ def plan_decode(
         topology=topology.name,
         num_devices=len(topology.devices),
         chip=topology.chip,
-        mesh=dict(partition.axes_of(mesh)),
+        mesh=dict(axes_of(mesh)),
         mesh_is_chosen=not request.as_trained,
         num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(model.parameters)),
         batch=batch,
@@ -307,7 +307,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
 
 
 def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-    sharding = partition.named_sharding(mesh, partition.compute_spec(axes))
+    sharding = named_sharding(mesh, compute_spec(axes))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

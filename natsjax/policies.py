@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax import token_types
-from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config
+from natsjax.model import roles
+from natsjax.model.attention import RoleChoice
+from natsjax.model.inputs import Inputs
 from natsjax.observing import H2O as H2O
 from natsjax.observing import ObservingPolicy as ObservingPolicy
 from natsjax.observing import SnapKV as SnapKV
@@ -257,7 +258,7 @@ class Nats:
 
     def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
         """The dial's bias, float32 ``[3]``."""
-        return RoleChoice(bias=token_types.dial_bias(self.dial, config.nats.dial))
+        return RoleChoice(bias=roles.dial_bias(self.dial, config.nats.dial))
 
 
 @policy

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax import partition
 from natsjax.config import Config
 from natsjax.kv_fraction import sliding_windows
+from natsjax.model import sharding
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDING
 
 _NUM_THRESHOLDS = 64
@@ -63,15 +63,15 @@ def role_sums(ids: jax.Array, positions: jax.Array, document_end: jax.Array, con
 
         counts, unended, more = jax.lax.map(lambda x: layer(*x), (ids, windows))
         return (
-            partition.psum(counts, "batch"),
-            partition.psum(unended, "batch"),
-            partition.psum(more, "batch", "kv_heads"),
+            sharding.psum(counts, "batch"),
+            sharding.psum(unended, "batch"),
+            sharding.psum(more, "batch", "kv_heads"),
         )
 
     # Whole sequences, as small integers, as for the lifetimes.
     axes = ((None, "batch", "kv_heads", None), ("batch", None), ("batch", None))
-    out_axes: list[partition.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
-    return RoleSums(*partition.shard_map(local, axes, out_axes)(ids, positions, document_end))
+    out_axes: list[sharding.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
+    return RoleSums(*sharding.shard_map(local, axes, out_axes)(ids, positions, document_end))
 
 
 def live_keys(ids: jax.Array, positions: jax.Array, window: jax.Array | int) -> jax.Array:

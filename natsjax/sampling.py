@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natsjax import partition
 from natsjax.errors import UserError
+from natsjax.model import sharding
 
 _COLDEST = 1e-30
 """Temperatures below are 0: float32 would have none of their quotients."""
@@ -114,7 +114,7 @@ def sample(
         return token, logprob
 
     axes = (("batch", None), ("batch",), ("batch",), *((),) * len(numbers))
-    return partition.shard_map(on_device, axes, [("batch",), ("batch",)])(logits, sequence, index, *numbers)
+    return sharding.shard_map(on_device, axes, [("batch",), ("batch",)])(logits, sequence, index, *numbers)
 
 
 def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from natsjax import partition
 from natsjax.config import Config
-from natsjax.model import ModelStructure
+from natsjax.model.sharding import compute_spec
+from natsjax.model.transformer import ModelStructure
 
 
 def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
@@ -29,7 +29,7 @@ def serving_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
 
     def place(path, x, axes):
         is_wide = any(getattr(key, "key", None) in wide for key in path)
-        sharding = NamedSharding(mesh, partition.compute_spec(axes))
+        sharding = NamedSharding(mesh, compute_spec(axes))
         return jax.ShapeDtypeStruct(x.shape, "float32" if is_wide else config.model.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, model.parameters, model.axes)

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from natsjax import evaluate, partition
+from natsjax import evaluate
 from natsjax.config import Config, NatsConfig
 from natsjax.config_fields import differences, real_path
 from natsjax.errors import UserError
 from natsjax.evaluate import Evaluation
 from natsjax.initial_parameters import InitialParameters
 from natsjax.matching import wanted_budgets
-from natsjax.model import model_structure
+from natsjax.model import sharding
+from natsjax.model.transformer import model_structure
 from natsjax.reporting.results import to_json
 from natsjax.run_data import RunData, open_data
 from natsjax.run_paths import settle_paths
@@ -278,7 +279,7 @@ def check_data(runs: Sequence[PlannedRun], progress: bool) -> None:
         if config.model.attention not in checked:  # what follows is the same for all budgets and seeds
             checked.add(config.model.attention)
             vocab_size = data.vocabulary.vocab_size
-            partition.check(config, vocab_size, partition.make_mesh(config.mesh))
+            sharding.check(config, vocab_size, sharding.make_mesh(config.mesh))
             if config.train.initial_parameters and not workdir.has_checkpoint():
                 InitialParameters(config, model_structure(config, vocab_size), data.vocabulary)
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, kv_fraction, partition, report, wandb_writer
+from natsjax import evaluate, kv_fraction, report, wandb_writer
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
@@ -18,8 +18,9 @@ from natsjax.diagnosis import FiniteCheck
 from natsjax.errors import UserError
 from natsjax.initial_parameters import InitialParameters
 from natsjax.loading import LoadedRun
-from natsjax.losses import Batch
 from natsjax.metrics import WallTime
+from natsjax.model import sharding
+from natsjax.model.inputs import Batch
 from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
 from natsjax.run_paths import settle_paths
@@ -170,7 +171,7 @@ def _train(
             # A collective gives up on a process that still compiles (Gloo: after 30 s).
             distributed.wait_for_all("the compiled step")
             loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time, stop)
-            rows = partition.batch_rows(trainer.mesh, config.train.batch_size)
+            rows = sharding.batch_rows(trainer.mesh, config.train.batch_size)
             dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
             with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
                 return loop.run(state, batches)
@@ -196,7 +197,7 @@ def _restore_or_init(
 
 
 def _on_devices(trainer: Trainer) -> str:
-    axes = ", ".join(f"{name}={size}" for name, size in partition.axes_of(trainer.mesh))
+    axes = ", ".join(f"{name}={size}" for name, size in sharding.axes_of(trainer.mesh))
     return f" on {trainer.mesh.size} devices: {axes}" if axes else ""
 
 

@@ -10,11 +10,24 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from natsjax import losses, optim, partition, role_statistics, spikes, token_types
+from natsjax import budget_controller, losses, optim, role_statistics, spikes
 from natsjax.config import Config
-from natsjax.losses import Batch, BatchTotals, LossSums
-from natsjax.model import init_parameters, model_structure
-from natsjax.parts import norms_by_part, part_labels
+from natsjax.losses import BatchTotals, LossSums
+from natsjax.model import inputs
+from natsjax.model.inputs import Batch
+from natsjax.model.parameters import norms_by_part, part_labels
+from natsjax.model.sharding import (
+    check,
+    compute_sharding,
+    compute_spec,
+    make_mesh,
+    named_sharding,
+    put_batch,
+    replicate,
+    sharding_of,
+    storage_spec,
+)
+from natsjax.model.transformer import init_parameters, model_structure
 from natsjax.spikes import SpikeDetector
 from pallas_kernels.nats_attention import LOCAL
 
@@ -33,7 +46,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     parameters: Any
     optimizer: Any
-    controller: token_types.Controller
+    controller: budget_controller.Controller
     spikes: SpikeDetector
 
 
@@ -97,7 +110,7 @@ def schedules_at(config: Config, step: int) -> dict[str, float]:
     if config.model.has_roles:
         if optimizer.scorer_learning_rate:
             values["scorer learning rate"] = rate * optimizer.scorer_learning_rate / optimizer.peak_learning_rate
-        values["temperature"] = float(token_types.temperature_at(jnp.int32(step), config.nats, num_steps))
+        values["temperature"] = float(budget_controller.temperature_at(jnp.int32(step), config.nats, num_steps))
     return values
 
 
@@ -107,7 +120,7 @@ class Trainer:
     Args:
       config: of the run.
       vocab_size: of the data.
-      mesh: of ``partition.make_mesh``; by default the config's, over all devices.
+      mesh: of ``sharding.make_mesh``; by default the config's, over all devices.
 
     Attributes:
       model: ``model.ModelStructure``.
@@ -120,8 +133,8 @@ class Trainer:
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh | None = None):
         self.config = config
         self.vocab_size = vocab_size
-        self.mesh = partition.make_mesh(config.mesh) if mesh is None else mesh
-        partition.check(config, vocab_size, self.mesh)
+        self.mesh = make_mesh(config.mesh) if mesh is None else mesh
+        check(config, vocab_size, self.mesh)
         self.model = model_structure(config, vocab_size)
         is_scorer = jax.tree.map(lambda part: part == "scorer", part_labels(self.model.parameters))
         self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
@@ -148,9 +161,9 @@ class Trainer:
         return jax.tree.map(sharded, jax.eval_shape(self._init), self.shardings)
 
     def put_batch(self, rows: dict[str, np.ndarray]) -> Batch:
-        """The global batch on the devices, from this process's rows of it (``partition.batch_rows``)."""
-        rows = {name: rows[name] for name in losses.BATCH_FIELDS}
-        return partition.put_batch(self.mesh, rows, self.config.train.batch_size)
+        """The global batch on the devices, from this process's rows of it (``sharding.batch_rows``)."""
+        rows = {name: rows[name] for name in inputs.BATCH_FIELDS}
+        return put_batch(self.mesh, rows, self.config.train.batch_size)
 
     def step(self, state: TrainState, batch: Batch | dict[str, np.ndarray]) -> tuple[TrainState, StepMetrics]:
         """The state after a step, and what it reports.
@@ -171,9 +184,9 @@ class Trainer:
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global batch."""
         shape = (self.config.train.batch_size, self.config.data.context_length)
-        spec = partition.compute_spec(("batch", "sequence"))
-        sharding = partition.named_sharding(self.mesh, spec)
-        kinds = {name: jnp.float32 if name == "loss_weight" else jnp.int32 for name in losses.BATCH_FIELDS}
+        spec = compute_spec(("batch", "sequence"))
+        sharding = named_sharding(self.mesh, spec)
+        kinds = {name: jnp.float32 if name == "loss_weight" else jnp.int32 for name in inputs.BATCH_FIELDS}
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
 
     def lower(self) -> jax.stages.Lowered:
@@ -183,9 +196,9 @@ class Trainer:
 
     def _shardings(self) -> Any:
         abstract = jax.eval_shape(self._init)
-        replicated = partition.named_sharding(self.mesh, partition.storage_spec(()))
+        replicated = named_sharding(self.mesh, storage_spec(()))
         parameters = jax.tree.map(
-            lambda _, axes: partition.named_sharding(self.mesh, partition.storage_spec(axes)),
+            lambda _, axes: named_sharding(self.mesh, storage_spec(axes)),
             self.model.parameters,
             self.model.axes,
         )
@@ -203,22 +216,22 @@ class Trainer:
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         _, parameters = init_parameters(self.config, self.vocab_size, key)
-        controller = token_types.start_controller(self.config.nats)
+        controller = budget_controller.start_controller(self.config.nats)
         return TrainState(
             jnp.int32(0), parameters, self.optimizer.init(parameters), controller, spikes.start_detector()
         )
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """``(state, metrics)`` after the global batch, arrays ``[b, t]``; pure, the noise follows from the step."""
-        price = token_types.kv_price(state.controller)
+        price = budget_controller.kv_price(state.controller)
         totals = losses.batch_totals(batch)
-        temperature = token_types.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
+        temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, price, temperature)
         updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.parameters)
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
         if self.config.model.has_roles:
-            controller = token_types.steer(controller, kv_fraction, state.step, self.config.nats)
+            controller = budget_controller.steer(controller, kv_fraction, state.step, self.config.nats)
         cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
         threshold = self.config.optimizer.spike_threshold
         is_spike, detector = spikes.detect(state.spikes, cross_entropy, threshold)
@@ -234,7 +247,7 @@ class Trainer:
             accuracy=sums.correct / jnp.maximum(totals.loss_weight, 1),
             kv_fraction=kv_fraction,
             kv_price=price,
-            kv_budget=jnp.asarray(token_types.budget_at(state.step, self.config.nats), jnp.float32),
+            kv_budget=jnp.asarray(budget_controller.budget_at(state.step, self.config.nats), jnp.float32),
             gradient_norm=optax.tree.norm(gradients),
             update_norm=optax.tree.norm(updates),
             gradient_norms=norms_by_part(gradients),
@@ -245,7 +258,7 @@ class Trainer:
             skipped_steps=detector.skipped.astype(jnp.float32),
             **self._role_metrics(sums, totals),
         )
-        return TrainState(state.step + 1, *new, detector), partition.replicate(metrics)
+        return TrainState(state.step + 1, *new, detector), replicate(metrics)
 
     def _role_metrics(self, sums: LossSums, totals: BatchTotals) -> dict[str, jax.Array]:
         """Those that say what the roles look like."""
@@ -278,7 +291,7 @@ class Trainer:
         if count == 1:
             return microbatch(0, batch)
         # Each device's rows are dealt out to all microbatches, so that none has to move.
-        dealt = partition.compute_sharding("batch", None, "sequence")
+        dealt = compute_sharding("batch", None, "sequence")
         parts = jax.tree.map(
             lambda x: jnp.reshape(x, (-1, count, *x.shape[1:]), out_sharding=dealt).swapaxes(0, 1), batch
         )
@@ -287,7 +300,7 @@ class Trainer:
             return jax.tree.map(jnp.add, total, microbatch(*scanned)), None
 
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=partition.sharding_of(x)), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=sharding_of(x)), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
 
 

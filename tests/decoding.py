@@ -6,13 +6,14 @@ import numpy as np
 import tiny
 from flax import nnx
 
-from natsjax import partition
-from natsjax.attention import Inputs, RoleChoice
 from natsjax.config import Config, MeshConfig
 from natsjax.decoder import Decoder, DecodeSettings
-from natsjax.model import init_parameters, model_structure
+from natsjax.model import sharding
+from natsjax.model.attention import RoleChoice
+from natsjax.model.cross_entropy import capped
+from natsjax.model.inputs import Inputs
+from natsjax.model.transformer import init_parameters, model_structure
 from natsjax.policies import Nats
-from natsjax.vocabulary_loss import capped
 from pallas_kernels.nats_attention import NO_END
 
 SMALL = DecodeSettings(chunk=8, segment=4, block=16)
@@ -38,7 +39,7 @@ def parameters_of(config: Config, seed=0, scorer_scale=1.0):
 def decoder(config: Config, parameters, policy=None, settings=SMALL, mesh=None) -> Decoder:
     """On the first device, or on a mesh of ``MeshConfig`` fields."""
     devices = jax.devices()[:1] if mesh is None else jax.devices()
-    made = partition.make_mesh(MeshConfig(**(mesh or {"fsdp": 1})), devices)
+    made = sharding.make_mesh(MeshConfig(**(mesh or {"fsdp": 1})), devices)
     return Decoder(config, model_structure(config, tiny.VOCAB_SIZE), parameters, made, policy, settings)
 
 

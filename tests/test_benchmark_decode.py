@@ -13,7 +13,7 @@ import tiny
 from benchmarks import decode as benchmark
 from natsjax import UserError
 from natsjax.decoder import DecodeSettings
-from natsjax.model import init_parameters
+from natsjax.model.transformer import init_parameters
 from natsjax.policies import FullAttention, Nats
 
 BATCH, CONTEXT, LIVE, TOKENS = 2, 40, 12, 6

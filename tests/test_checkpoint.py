@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import partition
 from natsjax.checkpoint import Checkpoints
 from natsjax.errors import UserError, first_line
+from natsjax.model import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -282,7 +282,7 @@ run_command(main)
 
 def hand_on(folder, *, processes, devices, **mesh):
     """``step devices processes`` of what was restored, in each process."""
-    config = tiny.config(mesh=dict.fromkeys(partition.AXES, 1) | mesh, train={"batch_size": 8})
+    config = tiny.config(mesh=dict.fromkeys(sharding.AXES, 1) | mesh, train={"batch_size": 8})
     with socket.socket() as one:
         one.bind(("", 0))
         port = one.getsockname()[1]

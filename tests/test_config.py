@@ -10,11 +10,11 @@ import jax
 import pytest
 import tiny
 
-from natsjax import partition
 from natsjax.config import Config, default_config
 from natsjax.config_fields import differences
 from natsjax.errors import UserError
-from natsjax.model import model_structure
+from natsjax.model import sharding
+from natsjax.model.transformer import model_structure
 from natsjax.runtime.flags import parse_train_flags, read_config_file
 from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir
@@ -42,9 +42,9 @@ def test_large_configs_can_be_divided_among_the_hardware_that_they_name(name):
     devices = {"v5e-16": 16, "v5p-128": 64, "v6e-256": 256, "h100-8": 8}
     for word, count in devices.items():
         config = load(f"{path}:{word}")
-        sizes = partition.mesh_sizes(config.mesh, count)
-        mesh = types.SimpleNamespace(shape=dict(zip(partition.AXES, sizes, strict=True)))
-        partition.check(config, config.data.vocab_size, mesh)
+        sizes = sharding.mesh_sizes(config.mesh, count)
+        mesh = types.SimpleNamespace(shape=dict(zip(sharding.AXES, sizes, strict=True)))
+        sharding.check(config, config.data.vocab_size, mesh)
     with pytest.raises(UserError, match=f"{name}.py:v5e-17: one of v5e-16, v5p-128, v6e-256, h100-8 was expected"):
         load(f"{path}:v5e-17")
     billions = sum(math.prod(x.shape) for x in jax.tree.leaves(model_structure(config, 32_768).parameters)) / 1e9

@@ -7,7 +7,7 @@ import tiny
 
 from natsjax.data import RecallTask
 from natsjax.diagnosis import Diagnosis, FiniteCheck, Recent, diagnose
-from natsjax.parts import PARTS
+from natsjax.model.parameters import PARTS
 from natsjax.train_step import StepMetrics, Trainer
 
 NAN, INF = float("nan"), float("inf")

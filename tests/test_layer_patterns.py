@@ -8,13 +8,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import evaluate, kv_fraction, losses, model
-from natsjax.attention import RoleChoice
+from natsjax import evaluate, kv_fraction
 from natsjax.data import piece_lengths
 from natsjax.decode import generate
 from natsjax.eval_settings import Nats
 from natsjax.measure import measure
 from natsjax.measure_decode import measure_decoding
+from natsjax.model.attention import RoleChoice
+from natsjax.model.inputs import model_inputs
+from natsjax.model.transformer import init_parameters
 from natsjax.policies import FullAttention, SlidingWindow
 from natsjax.train_step import Trainer
 
@@ -23,7 +25,7 @@ MIXED = {"attention": "nats,dense,sliding", "sliding_window": WINDOW, "num_layer
 
 
 def build(config):
-    structure, parameters = model.init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(0))
+    structure, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(0))
     if config.model.has_roles:
         scorer = parameters["blocks"]["attention"]["scorer"]
         scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
@@ -35,7 +37,7 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
     config = tiny.config(model=MIXED | {"remat": remat})
     structure, parameters = build(config)
     batch, key = tiny.packed_batch(), jax.random.key(3)
-    inputs = losses.model_inputs(batch)
+    inputs = model_inputs(batch)
 
     def scanned(parameters):
         logits, roles = nnx.merge(structure, parameters)(inputs, RoleChoice(noise_key=key))
@@ -68,7 +70,7 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
 def test_a_sliding_layer_reads_its_window_and_nothing_else():
     config = tiny.config(model={"attention": "sliding", "sliding_window": WINDOW, "num_layers": 1})
     structure, parameters = build(config)
-    inputs = losses.model_inputs(tiny.packed_batch())
+    inputs = model_inputs(tiny.packed_batch())
 
     def per_query(embedded):
         transformer = nnx.merge(structure, parameters)
@@ -177,7 +179,7 @@ def test_fixed_policies_meet_their_budgets_beside_sliding_layers(tmp_path):
 def test_qk_norm_leaves_the_scale_of_queries_and_keys_without_effect():
     config = tiny.config(model={"qk_norm": True})
     structure, parameters = build(config)
-    inputs = losses.model_inputs(tiny.packed_batch())
+    inputs = model_inputs(tiny.packed_batch())
     attention = parameters["blocks"]["attention"]
     louder = parameters | {
         "blocks": parameters["blocks"]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, partition, train
+from natsjax import evaluate, train
 from natsjax.errors import UserError
 from natsjax.metrics import WallTime, read_metrics
+from natsjax.model import sharding
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.signals import StopRequests
 from natsjax.train_step import Trainer
@@ -84,7 +85,7 @@ class Device:
     vocab_size = tiny.VOCAB_SIZE
 
     def __init__(self, clock, seconds, log):
-        self.mesh = partition.make_mesh(tiny.config().mesh)
+        self.mesh = sharding.make_mesh(tiny.config().mesh)
         self._clock, self._seconds, self._log, self._busy_until = clock, seconds, log, 0.0
 
     def put_batch(self, rows):

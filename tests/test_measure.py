@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.attention import Inputs
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, PackedSource
 from natsjax.loading import LoadedRun
@@ -24,6 +23,7 @@ from natsjax.measure import (
     sum_by_document,
     sum_by_position,
 )
+from natsjax.model.inputs import Inputs
 from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
 from natsjax.reporting.results import MIN_DOCUMENTS
 from natsjax.run_data import RunData

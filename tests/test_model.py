@@ -9,13 +9,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import attention, layers, losses, model, token_types
-from natsjax.attention import Inputs, RoleChoice
+from natsjax import losses
+from natsjax.model import attention, layers, transformer
+from natsjax.model.attention import RoleChoice
+from natsjax.model.inputs import Inputs, model_inputs
+from natsjax.model.roles import GLOBAL, causal_pairs, dial_bias, key_end_from_roles
 from pallas_kernels.nats_attention import NO_END
 
 
 def build(config, seed=0):
-    structure, parameters = model.init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
+    structure, parameters = transformer.init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
     return structure, parameters
 
 
@@ -36,7 +39,7 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
     config = tiny.config(model={"attention": attention, "num_layers": 1})
     structure, parameters = build(config)
     batch = tiny.packed_batch()
-    inputs = losses.model_inputs(batch)
+    inputs = model_inputs(batch)
     _, roles = forward(structure, parameters, inputs)
 
     def per_query(embedded):  # the only block, on embedded tokens: those have a gradient
@@ -51,7 +54,7 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
     for b in range(inputs.tokens.shape[0]):
         if attention == "nats":
-            key_end = token_types.key_end_from_roles(
+            key_end = key_end_from_roles(
                 roles.ids[0, b : b + 1].astype(jnp.int32),
                 window=config.nats.window,
                 document_end=inputs.document_end[b : b + 1],
@@ -67,7 +70,7 @@ def test_packed_documents_are_as_if_each_stood_alone():
     structure, parameters = build(config)
     parameters = spread_scorer(parameters)
     batch = tiny.packed_batch()
-    logits, roles = forward(structure, parameters, losses.model_inputs(batch))
+    logits, roles = forward(structure, parameters, model_inputs(batch))
     starts = np.nonzero((batch["positions"][0] == 0) & (batch["document_end"][0] > 0))[0]
     for start in starts:
         end = batch["document_end"][0, start]
@@ -85,24 +88,24 @@ def test_packed_documents_are_as_if_each_stood_alone():
 def test_first_tokens_are_global_whatever_the_dial_says():
     structure, parameters = build(tiny.config())
     batch = tiny.packed_batch()
-    bias = token_types.dial_bias(-1e6, "global_local")
-    _, roles = forward(structure, parameters, losses.model_inputs(batch), RoleChoice(bias=bias))
+    bias = dial_bias(-1e6, "global_local")
+    _, roles = forward(structure, parameters, model_inputs(batch), RoleChoice(bias=bias))
     first = batch["positions"] == 0
     ids = np.asarray(roles.ids)
-    assert (ids[:, first[:, None, :].repeat(2, 1)] == token_types.GLOBAL).all()
+    assert (ids[:, first[:, None, :].repeat(2, 1)] == GLOBAL).all()
     assert (ids[:, ~first[:, None, :].repeat(2, 1)] == 2).all()
 
 
 def test_full_key_ends_make_a_nats_model_attend_to_everything():
     structure, parameters = build(tiny.config())
     dense_structure, _ = build(tiny.config(model={"attention": "dense"}))
-    inputs = losses.model_inputs(tiny.packed_batch())
+    inputs = model_inputs(tiny.packed_batch())
     full, roles = forward(structure, parameters, inputs, RoleChoice(key_end=jnp.full((1, 1, 1), NO_END)))
     dense_parameters = jax.tree.map(lambda x: x, parameters)
     del dense_parameters["blocks"]["attention"]["scorer"]
     dense, _ = forward(dense_structure, dense_parameters, inputs)
     np.testing.assert_allclose(full, dense, atol=1e-6)
-    pairs = token_types.causal_pairs(inputs.positions, inputs.document_end)
+    pairs = causal_pairs(inputs.positions, inputs.document_end)
     np.testing.assert_allclose(roles.lifetime, np.full((2, 2), pairs))
 
 
@@ -147,13 +150,13 @@ def count_mismatches(monkeypatch, config, policy=None):
         attention, "nats_attention", lambda q, k, v, roles, **o: real_attention(q, k, v, probe(roles), **o)
     )
     if policy is not None:
-        monkeypatch.setattr(model, "_remat", lambda function, _: jax.checkpoint(function, policy=policy))
+        monkeypatch.setattr(transformer, "_remat", lambda function, _: jax.checkpoint(function, policy=policy))
     structure, parameters = build(config)
     batch = tiny.packed_batch(batch=32)
 
     def loss(parameters):
         choice = RoleChoice(noise_key=jax.random.key(5))
-        logits, roles = nnx.merge(structure, parameters)(losses.model_inputs(batch), choice)
+        logits, roles = nnx.merge(structure, parameters)(model_inputs(batch), choice)
         return jnp.sum(token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
 
     _, ids = jax.jit(jax.grad(loss, has_aux=True))(spread_scorer(parameters))
@@ -222,7 +225,7 @@ def test_roles_at_step_0_have_the_stated_fractions():
 def test_biases_reach_queries_keys_and_values():
     config = tiny.config(model={"qkv_bias": True})
     structure, parameters = build(config)
-    inputs = losses.model_inputs(tiny.packed_batch())
+    inputs = model_inputs(tiny.packed_batch())
 
     def total(attention):
         blocks = parameters["blocks"] | {"attention": attention}
@@ -238,14 +241,14 @@ def test_biases_reach_queries_keys_and_values():
 def test_parameters_are_float32_and_logits_too(tie, dtype):
     config = tiny.config(model={"tie_embeddings": tie, "dtype": dtype})
     structure, parameters = build(config)
-    logits, _ = forward(structure, parameters, losses.model_inputs(tiny.packed_batch()))
+    logits, _ = forward(structure, parameters, model_inputs(tiny.packed_batch()))
     assert {x.dtype for x in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
     assert ("unembedding" in parameters) != tie
 
 
 def test_weight_decay_goes_by_role():
-    *_, decayed = model.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
+    *_, decayed = transformer.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
     block = decayed["blocks"]
     assert block["attention"]["query"]
     assert block["attention"]["output"]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, flops, monitor, partition, topologies, train, wandb_writer
+from natsjax import evaluate, flops, monitor, topologies, train, wandb_writer
 from natsjax.errors import UserError
 from natsjax.health import WARNINGS
 from natsjax.metrics import WallTime, read_metrics
+from natsjax.model import sharding
+from natsjax.model.parameters import PARTS
 from natsjax.monitor import EVERY_STEP, Monitor, fetch_every_step
-from natsjax.parts import PARTS
 from natsjax.runtime import chips
 from natsjax.workdir import Workdir
 
@@ -32,7 +33,7 @@ def documented(title):
 
 def make(tmp_path, config, start=0):
     """A monitor without a trainer behind it."""
-    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=partition.make_mesh(config.mesh))
+    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=sharding.make_mesh(config.mesh))
     wall_time = WallTime()
     wall_time.close()
     wall_time.begin_steps()

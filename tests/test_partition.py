@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import partition
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 from natsjax.metrics import read_metrics
+from natsjax.model import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "context=2,fsdp=4")
@@ -28,7 +28,7 @@ NUM_STEPS = 50
 
 def config_of(attention, mesh="fsdp=-1", **train):
     """The tiny config, with heads, width and batch that eight devices can share."""
-    sizes = dict.fromkeys(partition.AXES, 1) | {
+    sizes = dict.fromkeys(sharding.AXES, 1) | {
         name: int(size) for name, size in (part.split("=") for part in mesh.split(","))
     }
     return tiny.config(
@@ -192,17 +192,17 @@ def test_sigterm_at_one_of_two_processes_leads_to_a_save_in_both(tmp_path):
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, message):
     with pytest.raises(UserError, match=message):
-        partition.mesh_sizes(MeshConfig(**mesh), devices)
+        sharding.mesh_sizes(MeshConfig(**mesh), devices)
 
 
 def test_the_rest_is_what_the_others_leave():
-    assert partition.mesh_sizes(MeshConfig(), 8) == (1, 8, 1, 1)
-    assert partition.mesh_sizes(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2, 1)
+    assert sharding.mesh_sizes(MeshConfig(), 8) == (1, 8, 1, 1)
+    assert sharding.mesh_sizes(MeshConfig(data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2, 1)
 
 
 class FakeMesh:
     def __init__(self, **sizes):
-        self.shape = dict.fromkeys(partition.AXES, 1) | sizes
+        self.shape = dict.fromkeys(sharding.AXES, 1) | sizes
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ class FakeMesh:
 def test_what_cannot_be_divided_is_named(mesh, changes, message):
     config = tiny.config(**changes)
     with pytest.raises(UserError, match=message):
-        partition.check(config, tiny.VOCAB_SIZE, FakeMesh(**mesh))
+        sharding.check(config, tiny.VOCAB_SIZE, FakeMesh(**mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +245,14 @@ def fake_devices(platform):
 
 def test_slices_lie_along_data():
     devices = fake_devices("tpu")
-    mesh = partition.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match=r"mesh.data = 1 cannot be divided among 2 slices; make it a multiple"):
-        partition.make_mesh(MeshConfig(fsdp=8), devices)
+        sharding.make_mesh(MeshConfig(fsdp=8), devices)
 
 
 def test_nodes_of_gpus_may_share_parameters():
-    mesh = partition.make_mesh(MeshConfig(fsdp=8), fake_devices("gpu"))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8), fake_devices("gpu"))
     assert [device.id for device in mesh.devices.flat] == list(range(8))
-    mesh = partition.make_mesh(MeshConfig(data=2, fsdp=4), fake_devices("gpu"))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), fake_devices("gpu"))
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]

@@ -13,10 +13,10 @@ import pytest
 import tiny
 from planned import plan_and_program
 
-from natsjax import attention as attention_layer
 from natsjax import plan, planning, topologies
 from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
+from natsjax.model import attention as attention_layer
 from natsjax.runtime import chips
 from natsjax.train_step import Trainer
 

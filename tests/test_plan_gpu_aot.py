@@ -8,7 +8,7 @@ import pytest
 from natsjax import planning, topologies
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.partition import make_mesh
+from natsjax.model.sharding import make_mesh
 from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.attention import Inputs
 from natsjax.config import Config, NatsConfig
+from natsjax.model.inputs import Inputs
 from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SampledNats, SlidingWindow, SnapKV, StreamingLLM
 
 LENGTH = 12

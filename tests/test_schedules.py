@@ -7,9 +7,11 @@ import optax
 import pytest
 import tiny
 
-from natsjax import optim, parts, spikes, token_types, train
+from natsjax import budget_controller, optim, spikes, train
 from natsjax.config import NatsConfig, OptimizerConfig
 from natsjax.errors import UserError
+from natsjax.model import parameters
+from natsjax.model.roles import lifetime_sum
 from natsjax.train_step import Trainer
 
 
@@ -71,10 +73,10 @@ def test_a_longer_run_says_every_schedule_that_jumps(capfd):
 
 def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
     config = NatsConfig(temperature=2.0, end_temperature=0.5)
-    found = [float(token_types.temperature_at(jnp.int32(step), config, 11)) for step in range(13)]
+    found = [float(budget_controller.temperature_at(jnp.int32(step), config, 11)) for step in range(13)]
     np.testing.assert_allclose(found[:11], np.geomspace(2, 0.5, 11), rtol=1e-5)
     assert found[12] == pytest.approx(0.5)
-    assert float(token_types.temperature_at(jnp.int32(7), NatsConfig(temperature=1.5), 11)) == 1.5
+    assert float(budget_controller.temperature_at(jnp.int32(7), NatsConfig(temperature=1.5), 11)) == 1.5
     norms = []
     for nats in ({"temperature": 4.0}, {"temperature": 1.0, "end_temperature": 4.0}):
         trainer = Trainer(tiny.config(nats=nats, train={"num_steps": 11}), tiny.VOCAB_SIZE)
@@ -87,7 +89,7 @@ def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
 @pytest.mark.parametrize(("path", "middle"), [("linear", 0.55), ("geometric", 0.1**0.5), ("cosine", 0.55)])
 def test_budgets_fall_from_one_after_the_start(path, middle):
     config = NatsConfig(kv_budget=0.1, budget_ramp=path, budget_ramp_start=20, budget_ramp_steps=40)
-    found = np.array([token_types.budget_at(jnp.int32(step), config) for step in range(100)])
+    found = np.array([budget_controller.budget_at(jnp.int32(step), config) for step in range(100)])
     np.testing.assert_allclose(found[:20], 1)
     assert found[39] == pytest.approx(middle, rel=1e-5)
     np.testing.assert_allclose(found[59:], 0.1, rtol=1e-5)
@@ -149,16 +151,16 @@ def test_a_skipped_update_leaves_all_but_the_step_as_it_was():
 def test_every_parameter_has_its_part_and_norms_add_up():
     config = tiny.config(model={"tie_embeddings": False, "qkv_bias": True, "qk_norm": True})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
-    labels = parts.part_labels(trainer.model.parameters)
+    labels = parameters.part_labels(trainer.model.parameters)
     blocks = labels["blocks"]
-    assert set(jax.tree.leaves(labels)) == set(parts.PARTS)
+    assert set(jax.tree.leaves(labels)) == set(parameters.PARTS)
     assert (labels["embedding"], labels["unembedding"]) == ("embedding", "unembedding")
     assert blocks["attention"]["query_norm"]["scale"] == blocks["mlp_norm"]["scale"] == "norm"
     assert blocks["attention"]["query_bias"] == "attention"
     assert set(jax.tree.leaves(blocks["attention"]["scorer"])) == {"scorer"}
     _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))
     for norms, total in ((metrics.gradient_norms, metrics.gradient_norm), (metrics.update_norms, metrics.update_norm)):
-        assert list(norms) == sorted(parts.PARTS)
+        assert list(norms) == sorted(parameters.PARTS)
         assert np.sqrt(sum(float(x) ** 2 for x in norms.values())) == pytest.approx(float(total), rel=1e-5)
 
 
@@ -166,7 +168,7 @@ def test_a_window_without_end_costs_what_the_sequence_is_long():
     roles = jax.nn.one_hot(jnp.array([[[0, 2, 1, 2, 2, 2]]]), 3)
     end = jnp.full((1, 6), 6, jnp.int32)
     for window in (6, 10**6, 2**31 - 1):
-        gradient = jax.grad(lambda r, w=window: token_types.lifetime_sum(r, end, w, "constant").sum())(roles)
+        gradient = jax.grad(lambda r, w=window: lifetime_sum(r, end, w, "constant").sum())(roles)
         np.testing.assert_array_equal(gradient[0, 0, :, 2], [6, 5, 4, 3, 2, 1])
 
 

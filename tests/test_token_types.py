@@ -10,8 +10,18 @@ from cases import Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import kv_fraction, token_types
+from natsjax import budget_controller, kv_fraction
 from natsjax.config import NatsConfig
+from natsjax.model.roles import (
+    causal_pairs,
+    choose_roles,
+    dial_bias,
+    key_end_from_roles,
+    lifetime_sum,
+    lifetimes,
+    scorer_bias,
+    straight_through,
+)
 from pallas_kernels.nats_attention import GLOBAL, reference
 
 SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=3)
@@ -40,7 +50,7 @@ def test_price_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
             return jnp.sum(jnp.sum(mask, axis=(0, 2, 3)) * weight)
 
         def exact(roles):
-            return jnp.sum(token_types.lifetime_sum(roles, end, SHAPE.window, "exact") * weight)
+            return jnp.sum(lifetime_sum(roles, end, SHAPE.window, "exact") * weight)
 
         np.testing.assert_allclose(exact(roles), relaxed(roles), rtol=1e-6)
         np.testing.assert_allclose(jax.grad(exact)(roles), jax.grad(relaxed)(roles), atol=1e-5)
@@ -49,15 +59,13 @@ def test_price_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
 def test_constant_price_gradient_is_the_lifetime_that_each_role_would_have_here():
     rng = np.random.default_rng(1)
     ids, end = role_ids("random", SHAPE, rng), document_ends("packed", SHAPE, rng)
-    gradient = jax.grad(lambda roles: token_types.lifetime_sum(roles, end, SHAPE.window, "constant").sum())(
-        jax.nn.one_hot(ids, 3)
-    )
+    gradient = jax.grad(lambda roles: lifetime_sum(roles, end, SHAPE.window, "constant").sum())(jax.nn.one_hot(ids, 3))
     for role in range(3):
         for b, k, s in np.ndindex(ids.shape):
             changed = ids.copy()
             changed[b, k, s] = role
-            key_end = token_types.key_end_from_roles(jnp.asarray(changed), window=SHAPE.window, document_end=end)
-            assert gradient[b, k, s, role] == token_types.lifetimes(key_end, end)[b, k, s]
+            key_end = key_end_from_roles(jnp.asarray(changed), window=SHAPE.window, document_end=end)
+            assert gradient[b, k, s, role] == lifetimes(key_end, end)[b, k, s]
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,9 +75,9 @@ def test_smallest_fraction_is_what_sliding_everything_costs(length, window, seed
     end = document_ends("padding", shape, np.random.default_rng(seed)) if length > 1 else np.ones((2, 1), np.int32)
     positions = positions_of(end)
     ids = np.where((positions == 0)[:, None], GLOBAL, 2)
-    key_end = token_types.key_end_from_roles(jnp.asarray(ids), window=window, document_end=end)
-    lifetime = np.asarray(token_types.lifetimes(key_end, jnp.asarray(end)))
-    pairs = float(token_types.causal_pairs(jnp.asarray(positions), jnp.asarray(end)))
+    key_end = key_end_from_roles(jnp.asarray(ids), window=window, document_end=end)
+    lifetime = np.asarray(lifetimes(key_end, jnp.asarray(end)))
+    pairs = float(causal_pairs(jnp.asarray(positions), jnp.asarray(end)))
     starts = (positions == 0) & (end > 0)
     lengths = end[starts] - np.nonzero(starts)[1]
     assert pairs == sum(n * (n + 1) / 2 for n in lengths)
@@ -85,11 +93,11 @@ def test_roles_are_exactly_one_hot_with_the_softmaxs_gradient():
     key = jax.random.key(0)
     logits = jax.random.normal(key, (2, 3, 11, 3)) * 5
     first = jnp.zeros((2, 1, 11), bool).at[:, :, [0, 4]].set(True)
-    ids = token_types.choose_roles(logits, first)
+    ids = choose_roles(logits, first)
     weight = jax.random.normal(key, logits.shape)
 
     def through(logits):
-        return token_types.straight_through(logits, ids, first, 0.5)
+        return straight_through(logits, ids, first, 0.5)
 
     roles = through(logits)
     np.testing.assert_array_equal(roles, jax.nn.one_hot(ids, 3))
@@ -103,21 +111,21 @@ def test_roles_are_exactly_one_hot_with_the_softmaxs_gradient():
 @pytest.mark.parametrize("fractions", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.2)])
 def test_the_scorers_start_draws_the_stated_fractions(fractions):
     noise = jax.random.gumbel(jax.random.key(1), (1, 1, 100_000, 3))
-    ids = token_types.choose_roles(token_types.scorer_bias(fractions) + noise, jnp.zeros((1, 1, 100_000), bool))
+    ids = choose_roles(scorer_bias(fractions) + noise, jnp.zeros((1, 1, 100_000), bool))
     np.testing.assert_allclose(np.bincount(np.asarray(ids).ravel(), minlength=3) / ids.size, fractions, atol=0.01)
 
 
 @pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
 def test_dial(roles, expected):
-    np.testing.assert_array_equal(token_types.dial_bias(2.0, roles), expected)
+    np.testing.assert_array_equal(dial_bias(2.0, roles), expected)
 
 
 def steer_for(steps, fraction_of_price, config):
-    state = token_types.start_controller(config)
+    state = budget_controller.start_controller(config)
     history = []
-    step = jax.jit(lambda state, f, n: token_types.steer(state, f, n, config))
+    step = jax.jit(lambda state, f, n: budget_controller.steer(state, f, n, config))
     for n in range(steps):
-        price = float(token_types.kv_price(state))
+        price = float(budget_controller.kv_price(state))
         history.append(price)
         state = step(state, jnp.float32(fraction_of_price(price)), jnp.int32(n))
     return state, history
@@ -146,8 +154,8 @@ def test_a_fixed_price_stays_fixed_also_at_zero():
 
 def test_the_budget_ramp_begins_below_one_and_ends_at_the_budget():
     config = NatsConfig(kv_budget=0.25, budget_ramp_steps=10)
-    budgets = [float(token_types.budget_at(jnp.int32(n), config)) for n in range(15)]
+    budgets = [float(budget_controller.budget_at(jnp.int32(n), config)) for n in range(15)]
     assert budgets[0] == pytest.approx(0.925)
     assert budgets[9:] == [0.25] * 6
     flat = dataclasses.replace(config, budget_ramp_steps=0)
-    assert float(token_types.budget_at(jnp.int32(0), flat)) == 0.25
+    assert float(budget_controller.budget_at(jnp.int32(0), flat)) == 0.25

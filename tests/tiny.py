@@ -8,7 +8,7 @@ import numpy as np
 from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
-from natsjax.parts import PARTS
+from natsjax.model.parameters import PARTS
 from natsjax.role_statistics import QUANTILES
 from natsjax.run_data import open_data
 from natsjax.train_step import StepMetrics, Trainer

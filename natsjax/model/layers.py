@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import partition
 from natsjax.config import ModelConfig
+from natsjax.model import sharding
 
 
 def matrix(
     key: jax.Array,
     shape: tuple[int, ...],
-    axes: partition.Axes,
+    axes: sharding.Axes,
     fan_in: int,
     *,
     gain: float = 1.0,
@@ -28,7 +28,7 @@ def matrix(
     return nnx.Param(value, axes=axes, weight_decay=weight_decay)
 
 
-def vector(value: jax.Array, axes: partition.Axes) -> nnx.Param:
+def vector(value: jax.Array, axes: sharding.Axes) -> nnx.Param:
     """A scale or bias, without weight decay."""
     return nnx.Param(value, axes=axes, weight_decay=False)
 
@@ -36,7 +36,7 @@ def vector(value: jax.Array, axes: partition.Axes) -> nnx.Param:
 def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
     """A parameter in the dtype and the layout that it is used in; rounded first, so that less is moved."""
     axes = parameter.get_metadata("axes")
-    return partition.reshard(parameter[...].astype(dtype), *axes)
+    return sharding.reshard(parameter[...].astype(dtype), *axes)
 
 
 def residual_gain(model: ModelConfig) -> float:
@@ -90,5 +90,5 @@ class MLP(nnx.Module):
         """``[b, t, d]`` → ``[b, t, d]``."""
         gate, up, down = (weight(parameter, x.dtype) for parameter in (self.gate, self.up, self.down))
         hidden = jax.nn.silu(x @ gate) * (x @ up)
-        out_sharding = partition.compute_sharding("batch", "sequence", None)
+        out_sharding = sharding.compute_sharding("batch", "sequence", None)
         return jnp.einsum("btf,fd->btd", hidden, down, out_sharding=out_sharding)

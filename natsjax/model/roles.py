@@ -1,16 +1,15 @@
-"""From scorer logits to roles, lifetimes and what they cost; and the controller that steers the price.
+"""Scorer logits to roles, lifetimes, and what these cost.
 
-Pure functions; METHOD.md 2 and 4 define them. Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index.
+Pure functions; ``docs/method.md`` 2 and 4 define them. Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index.
 Roles are 0 GLOBAL, 1 LOCAL, 2 SLIDING.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from natsjax.config import NatsConfig
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, key_end_from_roles
 
@@ -175,62 +174,3 @@ def causal_pairs(positions: jax.Array, document_end: jax.Array) -> jax.Array:
       document_end: int32 ``[b, s]``; 0 marks padding.
     """
     return jnp.sum(jnp.where(document_end > 0, positions + 1, 0), dtype=jnp.float32)
-
-
-def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
-    """Of the straight-through softmax, float32 scalar: on a geometric path from the first step to the last."""
-    if config.end_temperature == 0:
-        return jnp.float32(config.temperature)
-    progress = jnp.minimum(step / max(1, num_steps - 1), 1.0)
-    return jnp.float32(config.temperature) * (config.end_temperature / config.temperature) ** progress
-
-
-class Controller(NamedTuple):
-    """State of the price, float32 scalars: checkpointed with the run.
-
-    Attributes:
-      log_price: natural logarithm of ``kv_price``.
-      average: running average of the KV fraction.
-    """
-
-    log_price: jax.Array
-    average: jax.Array
-
-
-def start_controller(config: NatsConfig) -> Controller:
-    """The controller before the first step."""
-    # A fixed price may be 0, whose logarithm only says "nothing".
-    return Controller(jnp.log(jnp.float32(config.kv_price)), jnp.float32(1.0))
-
-
-def kv_price(controller: Controller) -> jax.Array:
-    """Nats per token per unit of KV fraction, float32 scalar."""
-    return jnp.exp(controller.log_price)
-
-
-def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
-    """The budget that a steered price aims at: 1 up to ``budget_ramp_start``, then down to ``kv_budget``."""
-    progress = jnp.clip((step + 1 - config.budget_ramp_start) / max(1, config.budget_ramp_steps), 0.0, 1.0)
-    if config.budget_ramp == "geometric":
-        return config.kv_budget**progress
-    if config.budget_ramp == "cosine":
-        progress = (1 - jnp.cos(jnp.pi * progress)) / 2
-    return 1.0 + progress * (config.kv_budget - 1.0)
-
-
-def steer(controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig) -> Controller:
-    """The controller after a step.
-
-    Args:
-      controller: the state that the step used.
-      kv_fraction: float32 scalar, of the step's global batch.
-      step: int32 scalar, the step's number.
-      config: the bounds and rates.
-    """
-    average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
-    if config.price == "fixed":
-        return Controller(controller.log_price, average)
-    budget = budget_at(step, config)
-    log_price = controller.log_price + config.price_rate * jnp.clip((average - budget) / budget, -1, 1)
-    bounds = jnp.log(jnp.float32(config.min_kv_price)), jnp.log(jnp.float32(config.max_kv_price))
-    return Controller(jnp.clip(log_price, *bounds), average)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natsjax import partition
+from natsjax.model import sharding
 
 _CHUNK_BYTES = 1 << 25
 """Of a chunk's float32 logits on a device, about; but see below."""
@@ -57,9 +57,9 @@ def capped(logits: jax.Array, softcap: float) -> jax.Array:
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
-_X: partition.Axes = ("batch", "sequence", None)
-_TOKEN: partition.Axes = ("batch", "sequence")
-_WEIGHT: partition.Axes = ("vocab", None)
+_X: sharding.Axes = ("batch", "sequence", None)
+_TOKEN: sharding.Axes = ("batch", "sequence")
+_WEIGHT: sharding.Axes = ("vocab", None)
 
 
 def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array, *, softcap: float = 0.0) -> TokenLosses:
@@ -80,7 +80,7 @@ def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array, *, 
         _, (nll, _, correct) = _by_chunk(step, None, len(weight), _flat(x), targets.reshape(-1))
         return nll.reshape(targets.shape), correct.reshape(targets.shape)
 
-    return TokenLosses(*partition.shard_map(local, (_X, _WEIGHT, _TOKEN), [_TOKEN, _TOKEN])(x, output_weight, targets))
+    return TokenLosses(*sharding.shard_map(local, (_X, _WEIGHT, _TOKEN), [_TOKEN, _TOKEN])(x, output_weight, targets))
 
 
 def loss_totals(
@@ -110,9 +110,9 @@ def loss_totals(
         # Each device adds its share to the gradients of what it has in common with others.
         x, output_weight = (_vary(y) for y in (x, output_weight))
         totals = _weighted(softcap, z_loss, _flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
-        return tuple(partition.psum(total, "batch", "sequence") for total in totals)
+        return tuple(sharding.psum(total, "batch", "sequence") for total in totals)
 
-    totals = partition.shard_map(local, (_X, _WEIGHT, _TOKEN, _TOKEN), [()] * 4)
+    totals = sharding.shard_map(local, (_X, _WEIGHT, _TOKEN, _TOKEN), [()] * 4)
     return LossTotals(*totals(x, output_weight, targets, weight))
 
 
@@ -122,7 +122,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 def _vary(x: jax.Array) -> jax.Array:
     """``x`` marked as another on every device that shares the work."""
-    axes = [axis for name in ("batch", "sequence", "vocab") for axis in partition.mesh_axes(name)]
+    axes = [axis for name in ("batch", "sequence", "vocab") for axis in sharding.mesh_axes(name)]
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -179,7 +179,7 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(softcap, x, output_weight, targets) -> _Softmax:
-    axes = partition.mesh_axes("vocab")
+    axes = sharding.mesh_axes("vocab")
     logits = capped(jnp.einsum("nd,vd->nv", x, output_weight, preferred_element_type=jnp.float32), softcap)
     size = logits.shape[-1]
     ids = jnp.arange(size, dtype=jnp.int32)

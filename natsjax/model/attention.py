@@ -14,9 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from natsjax import partition, token_types
 from natsjax.config import Config, ModelConfig, NatsConfig
-from natsjax.layers import RMSNorm, matrix, residual_gain, rotate, vector, weight
+from natsjax.model.inputs import Inputs
+from natsjax.model.layers import RMSNorm, matrix, residual_gain, rotate, vector, weight
+from natsjax.model.roles import (
+    NUM_ROLES,
+    choose_roles,
+    first_of_document,
+    lifetimes,
+    scorer_bias,
+    straight_through,
+)
+from natsjax.model.sharding import Axes, compute_sharding, psum, sequence_axis, shard_map
 from pallas_kernels.nats_attention import (
     GLOBAL,
     SLIDING,
@@ -43,20 +52,6 @@ class Roles(NamedTuple):
     ids: jax.Array
     lifetime: jax.Array
     entropy: jax.Array
-
-
-class Inputs(NamedTuple):
-    """A batch of packed documents, all int32 ``[b, t]`` (``natsjax.data.packing`` has the details).
-
-    Attributes:
-      tokens: ids.
-      positions: distance to the start of the document piece.
-      document_end: index at which the piece ends, exclusive; 0 marks padding.
-    """
-
-    tokens: jax.Array
-    positions: jax.Array
-    document_end: jax.Array
 
 
 class RoleChoice(NamedTuple):
@@ -86,9 +81,9 @@ class Scorer(nnx.Module):
     """
 
     def __init__(self, model: ModelConfig, nats: NatsConfig):
-        shape = (model.width, model.num_kv_heads, token_types.NUM_ROLES)
+        shape = (model.width, model.num_kv_heads, NUM_ROLES)
         self.weight = vector(jnp.zeros(shape, jnp.float32), ("width", "kv_heads", None))
-        bias = token_types.scorer_bias(nats.initial_roles)
+        bias = scorer_bias(nats.initial_roles)
         self.bias = vector(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -156,12 +151,12 @@ class Attention(nnx.Module):
 
     def merge(self, out: jax.Array) -> jax.Array:
         """What the heads read, ``[b, t, k, g, h]`` → ``[b, t, d]``."""
-        out_sharding = partition.compute_sharding("batch", "sequence", None)
+        out_sharding = compute_sharding("batch", "sequence", None)
         return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding)
 
     def choose_roles(self, logits: jax.Array, first: jax.Array, choice: RoleChoice) -> jax.Array:
         """int8 ``[b, k, s]``: the roles that are given, or those of the largest logit, GLOBAL where ``first``."""
-        ids = token_types.choose_roles(logits, first)
+        ids = choose_roles(logits, first)
         return ids if choice.role_ids is None else choice.role_ids.astype(jnp.int8)
 
     def _attend_by_roles(self, query, key, value, x, inputs, choice):
@@ -170,13 +165,13 @@ class Attention(nnx.Module):
         entropy = _entropy(jax.lax.stop_gradient(logits), inputs.document_end)
         if choice.noise_key is not None:
             # Drawn for the whole batch: every mesh draws the same.
-            sharding = partition.compute_sharding(*_BY_HEAD, None)
+            sharding = compute_sharding(*_BY_HEAD, None)
             logits += jax.random.gumbel(choice.noise_key, logits.shape, jnp.float32, out_sharding=sharding)
         if choice.bias is not None:
             logits += choice.bias
-        first = token_types.first_of_document(inputs.positions)
+        first = first_of_document(inputs.positions)
         ids = checkpoint_name(self.choose_roles(logits, first, choice), ROLES)
-        roles = token_types.straight_through(
+        roles = straight_through(
             logits, ids, first, nats.temperature if choice.temperature is None else choice.temperature
         )
 
@@ -190,15 +185,15 @@ class Attention(nnx.Module):
                 document_end=document_end,
                 mask_gradient=self._mask_gradient(trained=sample_key is not None),
                 sample_key=sample_key,
-                axis_name=partition.sequence_axis(),
+                axis_name=sequence_axis(),
             ).reshape(query.shape)
 
         def lifetime_sum(roles, document_end):
-            lifetime = token_types.lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
-            return partition.psum(lifetime, "batch")
+            lifetime = lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
+            return psum(lifetime, "batch")
 
         axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), ())
-        out = partition.shard_map(attend, axes, _QUERY)(
+        out = shard_map(attend, axes, _QUERY)(
             query,
             key,
             value,
@@ -208,7 +203,7 @@ class Attention(nnx.Module):
         )
         # Lifetimes are read off the whole sequence, as O(L) integers.
         whole = (("batch", "kv_heads", None, None), ("batch", None))
-        lifetime = partition.shard_map(lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
+        lifetime = shard_map(lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
         return out, Roles(ids, lifetime, entropy)
 
     def _mask_gradient(self, trained: bool) -> MaskGradient | str:
@@ -227,15 +222,15 @@ class Attention(nnx.Module):
             key_end = run_out if key_end is None else jnp.minimum(key_end, run_out)
         end = inputs.document_end[:, None, :] if key_end is None else key_end
         end = jnp.minimum(end, inputs.document_end[:, None, :])
-        end = jnp.broadcast_to(end, (b, k, s), out_sharding=partition.compute_sharding(*_BY_HEAD)).astype(jnp.int32)
+        end = jnp.broadcast_to(end, (b, k, s), out_sharding=compute_sharding(*_BY_HEAD)).astype(jnp.int32)
 
         def attend(query, key, value, end):
             heads = _merge_heads(query)
-            out = interval_attention(heads, key, value, end, axis_name=partition.sequence_axis())
+            out = interval_attention(heads, key, value, end, axis_name=sequence_axis())
             return typing.cast(jax.Array, out).reshape(query.shape)
 
-        out = partition.shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
-        lifetime = jnp.sum(token_types.lifetimes(end, inputs.document_end), axis=(0, 2), dtype=jnp.float32)
+        out = shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
+        lifetime = jnp.sum(lifetimes(end, inputs.document_end), axis=(0, 2), dtype=jnp.float32)
         return out, Roles(jnp.full_like(end, role, jnp.int8), lifetime, jnp.zeros_like(lifetime))
 
     def _cast(self, parameter: nnx.Param) -> jax.Array:
@@ -249,9 +244,9 @@ def _entropy(logits: jax.Array, document_end: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where((document_end > 0)[:, None], of_token, 0), axis=(0, 2))
 
 
-_QUERY: partition.Axes = ("batch", "sequence", "kv_heads", None, None)
-_KEY: partition.Axes = ("batch", "sequence", "kv_heads", None)
-_BY_HEAD: partition.Axes = ("batch", "kv_heads", "sequence")
+_QUERY: Axes = ("batch", "sequence", "kv_heads", None, None)
+_KEY: Axes = ("batch", "sequence", "kv_heads", None)
+_BY_HEAD: Axes = ("batch", "kv_heads", "sequence")
 
 
 def _merge_heads(query: jax.Array) -> jax.Array:

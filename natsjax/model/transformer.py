@@ -3,7 +3,7 @@
 One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.attention``); their parameters carry a
 leading axis ``l``. Nothing is mutated in a call:
 noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
-``natsjax.partition`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
+``model.sharding`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k·g``, ``h`` head
 dim, ``d`` width, ``f`` MLP width, ``v`` vocabulary, ``l`` layer.
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import partition
-from natsjax.attention import ROLES, Attention, Inputs, RoleChoice, Roles
 from natsjax.config import Config
-from natsjax.layers import MLP, RMSNorm, matrix, weight
-from natsjax.vocabulary_loss import capped
+from natsjax.model.attention import ROLES, Attention, RoleChoice, Roles
+from natsjax.model.cross_entropy import capped
+from natsjax.model.inputs import Inputs
+from natsjax.model.layers import MLP, RMSNorm, matrix, weight
+from natsjax.model.sharding import Axes, compute_sharding, gathers
 
 
 class Block(nnx.Module):
@@ -119,7 +120,7 @@ class Transformer(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 ``[b, t]`` → what the first layer reads, ``[b, t, d]``."""
         model = self.config.model
-        sharding = partition.compute_sharding("batch", "sequence", None)
+        sharding = compute_sharding("batch", "sequence", None)
         x = weight(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
         return x * jnp.asarray(math.sqrt(model.width), model.dtype)
 
@@ -132,9 +133,7 @@ class Transformer(nnx.Module):
 def _remat(function, policy: str):
     """The layer under a named rematerialisation policy; every one saves the roles, none the gathered weights."""
     if policy == "none":
-        return (
-            jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False) if partition.gathers() else function
-        )
+        return jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False) if gathers() else function
     saved = jax.checkpoint_policies.save_only_these_names(ROLES)
     if policy == "dots":
         matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -164,7 +163,7 @@ class ModelStructure(NamedTuple):
     Attributes:
       structure: what ``nnx.merge`` makes a model of, with parameters.
       parameters: ``jax.ShapeDtypeStruct``.
-      axes: the names of each parameter's axes (``natsjax.partition``).
+      axes: the names of each parameter's axes (``natsjax.model.sharding``).
       decayed: whether weight decay applies.
     """
 
@@ -183,7 +182,7 @@ def model_structure(config: Config, vocab_size: int) -> ModelStructure:
         parameters = jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Param))
         return nnx.to_pure_dict(parameters)
 
-    def axes(parameter) -> partition.Axes:
+    def axes(parameter) -> Axes:
         named = parameter.get_metadata("axes")
         return (None,) * (len(parameter.get_value().shape) - len(named)) + named  # the layers' axis comes first
 
