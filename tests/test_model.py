@@ -182,7 +182,7 @@ def test_roles_survive_a_recomputation_that_would_choose_others(monkeypatch, sav
         draw = lambda x: rng.integers(0, 3, x.shape[:-1]).astype(np.int8)  # noqa: E731
         return jax.pure_callback(draw, shape, jax.lax.stop_gradient(logits))
 
-    monkeypatch.setattr(token_types, "choose_roles", another_choice)
+    monkeypatch.setattr(attention, "choose_roles", another_choice)
     config = tiny.config(model={"remat": "full"})
     policy = None if saved else jax.checkpoint_policies.nothing_saveable
     mismatches = count_mismatches(monkeypatch, config, policy)

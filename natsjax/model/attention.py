@@ -188,7 +188,7 @@ class Attention(nnx.Module):
                 axis_name=sequence_axis(),
             ).reshape(query.shape)
 
-        def lifetime_sum(roles, document_end):
+        def local_lifetime_sum(roles, document_end):
             lifetime = lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
             return psum(lifetime, "batch")
 
@@ -203,7 +203,7 @@ class Attention(nnx.Module):
         )
         # Lifetimes are read off the whole sequence, as O(L) integers.
         whole = (("batch", "kv_heads", None, None), ("batch", None))
-        lifetime = shard_map(lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
+        lifetime = shard_map(local_lifetime_sum, whole, ("kv_heads",))(roles, inputs.document_end)
         return out, Roles(ids, lifetime, entropy)
 
     def _mask_gradient(self, trained: bool) -> MaskGradient | str:
