@@ -54,7 +54,8 @@ from natsjax.decoder import NO_LIMIT, Decoder
 from natsjax.kv_buffer import LayerGroup
 from natsjax.model import sharding
 from natsjax.model.transformer import init_parameters, model_structure
-from natsjax.policies import FullAttention, Nats
+from natsjax.policies.interval import FullAttention
+from natsjax.policies.nats import Nats
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.sampling import Sampling

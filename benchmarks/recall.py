@@ -20,7 +20,7 @@ from natsjax.config import Config
 from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
 from natsjax.model.roles import ROLE_NAMES
-from natsjax.policies import Nats
+from natsjax.policies.nats import Nats
 from natsjax.runtime.files import make_folder, try_files, unwritable
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 

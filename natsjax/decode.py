@@ -21,8 +21,9 @@ from natsjax import decode_loop, kv_allocation
 from natsjax.decode_loop import Loop, Segment
 from natsjax.decoder import NO_LIMIT, Cache, Decoder
 from natsjax.errors import UserError
-from natsjax.policies import FullAttention, ObservingPolicy
-from natsjax.policy_numbers import LARGEST
+from natsjax.policies.base import LARGEST
+from natsjax.policies.interval import FullAttention
+from natsjax.policies.observing import ObservingPolicy
 from natsjax.sampling import Sampling
 
 OnTokens = Callable[[int, list[int], list[float]], None]

@@ -19,7 +19,7 @@ from natsjax.decode_step import Chunk, DecodingPolicy, forward_chunk
 from natsjax.kv_buffer import Eviction, KVBuffer, NewKeys
 from natsjax.model import sharding
 from natsjax.model.transformer import Transformer
-from natsjax.policies import ObservingPolicy
+from natsjax.policies.observing import ObservingPolicy
 
 
 class ReadChunk(NamedTuple):

@@ -22,8 +22,10 @@ from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import roles, sharding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.transformer import Block, Transformer
-from natsjax.policies import IntervalPolicy, Nats, ObservingPolicy
-from natsjax.policy_numbers import cut, window_end
+from natsjax.policies.base import cut, window_end
+from natsjax.policies.interval import IntervalPolicy
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import ObservingPolicy
 from pallas_kernels.decode_attention import decode_attention, observed_attention
 from pallas_kernels.nats_attention import GLOBAL, LOCAL, NO_END, SLIDING, interval_attention, key_end_from_roles
 

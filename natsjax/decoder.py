@@ -27,7 +27,10 @@ from natsjax.kv_buffer import Eviction, KVBuffer
 from natsjax.loading import LoadedRun
 from natsjax.model import sharding
 from natsjax.model.transformer import ModelStructure, model_structure
-from natsjax.policies import EVICTIONS, FullAttention, IntervalPolicy, Nats, ObservingPolicy, most_live
+from natsjax.policies.eviction import EVICTIONS
+from natsjax.policies.interval import FullAttention, IntervalPolicy, most_live
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import ObservingPolicy
 from natsjax.serving import serving_parameters
 from pallas_kernels.decode_attention import storage_format
 

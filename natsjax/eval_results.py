@@ -15,7 +15,7 @@ from natsjax.eval_settings import Setting, bar
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
-from natsjax.policies import Nats
+from natsjax.policies.nats import Nats
 from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 
 _NUM_SAMPLES = 3  # contexts for the role reader

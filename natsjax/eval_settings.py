@@ -16,7 +16,9 @@ from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
 from natsjax.loading import LoadedRun
-from natsjax.matching import (
+from natsjax.measure import measure
+from natsjax.policies.base import Policy, StaticPolicy
+from natsjax.policies.budgets import (
     Layers,
     dial_for_budget,
     interval_fractions,
@@ -25,18 +27,9 @@ from natsjax.matching import (
     share_for_budget,
     window_for_budget,
 )
-from natsjax.measure import measure
-from natsjax.policies import (
-    H2O,
-    FullAttention,
-    Nats,
-    Policy,
-    RandomKeys,
-    SlidingWindow,
-    SnapKV,
-    StaticPolicy,
-    StreamingLLM,
-)
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1

@@ -27,10 +27,11 @@ from natsjax.errors import UserError
 from natsjax.eval_results import about_intervals, row_of, samples_of
 from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of
 from natsjax.loading import LoadedRun, load
-from natsjax.matching import wanted_budgets
 from natsjax.measure import Measurement, measure
 from natsjax.measure_decode import DEFAULT_CHUNK, measure_decoding
-from natsjax.policies import Nats, SampledNats, StaticPolicy
+from natsjax.policies.base import StaticPolicy
+from natsjax.policies.budgets import wanted_budgets
+from natsjax.policies.nats import Nats, SampledNats
 from natsjax.run_data import RunData
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import Parser, run_command

@@ -27,7 +27,7 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.loading import LoadedRun, load
-from natsjax.policies import Policy
+from natsjax.policies.base import Policy
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.files import check_files, make_folder, unwritable
 from natsjax.runtime.flags import run_command

@@ -14,7 +14,10 @@ from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import DecodeSettings
 from natsjax.errors import UserError
 from natsjax.model.sharding import AXES
-from natsjax.policies import EVICTIONS, H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.policies.eviction import EVICTIONS
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runtime.flags import Parser, typed_text
 from natsjax.sampling import Sampling
 

@@ -29,7 +29,7 @@ from natsjax.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
-from natsjax.policies import ObservingPolicy
+from natsjax.policies.observing import ObservingPolicy
 from pallas_kernels.nats_attention import NO_END
 
 DEFAULT_CHUNK = 16

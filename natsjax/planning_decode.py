@@ -36,7 +36,8 @@ from natsjax.kv_buffer import KVBuffer
 from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
 from natsjax.model.transformer import model_structure
 from natsjax.planning import Roofline, bytes_on_device
-from natsjax.policies import FullAttention, Nats
+from natsjax.policies.interval import FullAttention
+from natsjax.policies.nats import Nats
 from natsjax.program_costs import Collective
 from natsjax.program_text import Instruction, Program
 from natsjax.runtime import chips

@@ -19,9 +19,9 @@ from natsjax.config_fields import differences, real_path
 from natsjax.errors import UserError
 from natsjax.evaluate import Evaluation
 from natsjax.initial_parameters import InitialParameters
-from natsjax.matching import wanted_budgets
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
+from natsjax.policies.budgets import wanted_budgets
 from natsjax.reporting.results import to_json
 from natsjax.run_data import RunData, open_data
 from natsjax.run_paths import settle_paths

@@ -13,7 +13,7 @@ from natsjax.model.attention import RoleChoice
 from natsjax.model.cross_entropy import capped
 from natsjax.model.inputs import Inputs
 from natsjax.model.transformer import init_parameters, model_structure
-from natsjax.policies import Nats
+from natsjax.policies.nats import Nats
 from pallas_kernels.nats_attention import NO_END
 
 SMALL = DecodeSettings(chunk=8, segment=4, block=16)

@@ -14,7 +14,8 @@ from benchmarks import decode as benchmark
 from natsjax import UserError
 from natsjax.decoder import DecodeSettings
 from natsjax.model.transformer import init_parameters
-from natsjax.policies import FullAttention, Nats
+from natsjax.policies.interval import FullAttention
+from natsjax.policies.nats import Nats
 
 BATCH, CONTEXT, LIVE, TOKENS = 2, 40, 12, 6
 

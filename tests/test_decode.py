@@ -15,15 +15,9 @@ from natsjax.decode import generate, prefill, unpad
 from natsjax.decode_step import Chunk
 from natsjax.decoder import DecodeSettings, most_live
 from natsjax.errors import UserError
-from natsjax.policies import (
-    H2O,
-    FullAttention,
-    Nats,
-    RandomKeys,
-    SlidingWindow,
-    SnapKV,
-    StreamingLLM,
-)
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import H2O, SnapKV
 from natsjax.sampling import Sampling
 
 TOLERANCE = 2e-5

@@ -15,9 +15,9 @@ from natsjax.errors import UserError
 from natsjax.eval_settings import bar
 from natsjax.kv_fraction import smallest_kv_fraction
 from natsjax.loading import LoadedRun
-from natsjax.matching import interval_fractions
 from natsjax.measure import chosen_roles
-from natsjax.policies import Nats
+from natsjax.policies.budgets import interval_fractions
+from natsjax.policies.nats import Nats
 from natsjax.run_data import open_data
 from natsjax.train_step import Trainer
 from natsjax.workdir import Workdir

@@ -20,7 +20,9 @@ from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.export import export
 from natsjax.generate_flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
-from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import H2O, SnapKV
 from natsjax.sampling import Sampling
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from natsjax import capacity, kv_allocation, kv_buffer
 from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
-from natsjax.policies import H2O, Oldest, SnapKV, SoonestEnd
+from natsjax.policies.eviction import Oldest, SoonestEnd
+from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.decode_attention import Storage
 from pallas_kernels.decode_attention.storage import FORMATS
 from pallas_kernels.nats_attention import NO_END

@@ -17,7 +17,7 @@ from natsjax.measure_decode import measure_decoding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.inputs import model_inputs
 from natsjax.model.transformer import init_parameters
-from natsjax.policies import FullAttention, SlidingWindow
+from natsjax.policies.interval import FullAttention, SlidingWindow
 from natsjax.train_step import Trainer
 
 WINDOW = 5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from natsjax.errors import UserError
 from natsjax.kv_fraction import smallest_kv_fraction
-from natsjax.matching import (
+from natsjax.policies.budgets import (
     check_budgets,
     dense_budgets,
     dial_for_budget,

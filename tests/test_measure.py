@@ -24,7 +24,8 @@ from natsjax.measure import (
     sum_by_position,
 )
 from natsjax.model.inputs import Inputs
-from natsjax.policies import FullAttention, Nats, SampledNats, SlidingWindow, StreamingLLM
+from natsjax.policies.interval import FullAttention, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats, SampledNats
 from natsjax.reporting.results import MIN_DOCUMENTS
 from natsjax.run_data import RunData
 from natsjax.train_step import Trainer

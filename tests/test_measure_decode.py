@@ -10,10 +10,12 @@ import tiny
 
 from natsjax import evaluate
 from natsjax.errors import UserError
-from natsjax.matching import keys_for_budget, share_for_budget
 from natsjax.measure import measure
 from natsjax.measure_decode import measure_decoding
-from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.policies.budgets import keys_for_budget, share_for_budget
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats
+from natsjax.policies.observing import H2O, SnapKV
 
 CONTEXTS = tiny.packed_batch() | {"document_id": np.repeat([[0], [1], [2]], 24, axis=1)}
 

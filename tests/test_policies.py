@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from natsjax.config import Config, NatsConfig
 from natsjax.model.inputs import Inputs
-from natsjax.policies import H2O, FullAttention, Nats, RandomKeys, SampledNats, SlidingWindow, SnapKV, StreamingLLM
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.nats import Nats, SampledNats
+from natsjax.policies.observing import H2O, SnapKV
 
 LENGTH = 12
 CONFIG = Config()

@@ -17,9 +17,10 @@ from rival_oracles import NumpyModel, h2o, snapkv
 from natsjax import kv_allocation, kv_buffer
 from natsjax.decode import prefill
 from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
-from natsjax.matching import share_for_budget
 from natsjax.measure_decode import measure_decoding
-from natsjax.policies import H2O, RandomKeys, SnapKV, StreamingLLM
+from natsjax.policies.budgets import share_for_budget
+from natsjax.policies.interval import RandomKeys, StreamingLLM
+from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"attention": "dense"})

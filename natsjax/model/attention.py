@@ -21,6 +21,7 @@ from natsjax.model.roles import (
     NUM_ROLES,
     choose_roles,
     first_of_document,
+    lifetime_sum,
     lifetimes,
     scorer_bias,
     straight_through,

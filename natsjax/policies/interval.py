@@ -1,59 +1,16 @@
-"""What decides how long a key lives: one small frozen dataclass per policy.
+"""Policies that look at indices alone: full attention, windows, sinks, random keys."""
 
-Three kinds. ``IntervalPolicy`` fixes the last reader of a key from indices alone, when the key is written; ``Nats``
-lets the model's roles say it. Both are static: ``choice`` turns them into the masks of a whole forward pass, and
-decoding writes the same ``key_end`` into its buffer. ``ObservingPolicy`` decides from the attention that keys receive,
-in the buffer: nothing is known in advance, and there is no mask.
-
-Every policy is a tree whose leaves are its numbers: one compiled program serves every setting. CONTRIBUTING.md says how
-to add one.
-
-Axis letters: ``b`` batch, ``s`` key index, ``k`` KV head, ``c`` slot.
-"""
-
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from natsjax.config import Config
-from natsjax.model import roles
 from natsjax.model.attention import RoleChoice
 from natsjax.model.inputs import Inputs
-from natsjax.observing import H2O as H2O
-from natsjax.observing import ObservingPolicy as ObservingPolicy
-from natsjax.observing import SnapKV as SnapKV
-from natsjax.policy_numbers import check_count, check_finite, check_seed, cut, policy, window_end
+from natsjax.policies.base import check_count, check_seed, cut, policy, window_end
 from pallas_kernels.nats_attention import NO_END
-
-
-class Policy(Protocol):
-    """Decides how long each key can be read."""
-
-    method: ClassVar[str]
-    """What reports call it (``natsjax.report.METHOD_STYLES`` has the known ones)."""
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """Its numbers, for a report."""
-        ...
-
-
-class StaticPolicy(Policy, Protocol):
-    """A policy that can be a mask."""
-
-    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
-        """How the model is to choose on this batch.
-
-        Args:
-          inputs: the batch, ``[b, s]``.
-          config: of the run.
-        """
-        ...
-
-
-# --- static: from indices ---
 
 
 class IntervalPolicy:
@@ -229,90 +186,3 @@ def most_live(policy: IntervalPolicy, length: int, num_kv_heads: int) -> int:
         ended = np.bincount(np.minimum(end, length), minlength=length + 1)
         most = max(most, int(np.max(1 + np.arange(length) - np.cumsum(ended)[:length])))
     return most
-
-
-# --- static: from the model's roles ---
-
-
-@policy
-class Nats:
-    """The model's own roles, by the largest logit.
-
-    Attributes:
-      dial: added to the logits of the roles that ``nats.dial`` names; above 0 keeps more KV, below less.
-
-    Raises:
-      ValueError: the dial is not finite.
-    """
-
-    method: ClassVar[str] = "nats"
-    dial: float = 0.0
-
-    def __post_init__(self):
-        check_finite("dial", self.dial)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """The dial."""
-        return {"dial": self.dial}
-
-    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
-        """The dial's bias, float32 ``[3]``."""
-        return RoleChoice(bias=roles.dial_bias(self.dial, config.nats.dial))
-
-
-@policy
-class SampledNats:
-    """The model's own roles drawn as in training, with Gumbel noise: what the price was steered on, never served.
-
-    Attributes:
-      seed: of the noise.
-
-    Raises:
-      ValueError: the seed is out of range.
-    """
-
-    method: ClassVar[str] = "nats_sampled"
-    seed: int = 0
-
-    def __post_init__(self):
-        check_seed(self.seed)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """The seed."""
-        return {"seed": self.seed}
-
-    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
-        """The noise key; whoever measures several batches folds the batch's number into it."""
-        return RoleChoice(noise_key=jax.random.key(self.seed))
-
-
-# --- what goes first where a static policy would keep more than there may be ---
-
-
-@policy
-class SoonestEnd:
-    """The key whose last reader comes first: SLIDING, LOCAL, GLOBAL; of those alike the oldest, the first one last."""
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
-        is_first = key_position == 0
-        return jnp.where(is_first, NO_END, key_end), jnp.where(is_first, NO_END, key_position)
-
-
-@policy
-class Oldest:
-    """The oldest key but the first of the sequence."""
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
-        return jnp.where(key_position == 0, NO_END, key_position), key_end
-
-
-EVICTIONS: dict[str, SoonestEnd | Oldest] = {"soonest_end": SoonestEnd(), "oldest": Oldest()}
-"""By name, for ``max_kv``."""

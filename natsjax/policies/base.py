@@ -1,18 +1,18 @@
-"""The numbers of a policy: what they may be, and how they get into compiled programs.
-
-A program counts in int32. A window, a number of sinks or of keys from 2**30 on is without an end for every sequence
-there can be, and is cut there on its way to the devices; the policy keeps the number it was given, for reports.
-"""
+"""What a policy is, and the numbers that it is made of."""
 
 import dataclasses
 import math
 import operator
 import typing
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from natsjax.config import Config
+from natsjax.model.attention import RoleChoice
+from natsjax.model.inputs import Inputs
 from pallas_kernels.nats_attention import NO_END
 
 LARGEST = 2**30
@@ -96,3 +96,28 @@ def window_end(positions: jax.Array, window: int | jax.Array) -> jax.Array:
     """
     window = cut(window)
     return jnp.where(window >= NO_END - 1 - positions, NO_END, positions + window + 1)
+
+
+class Policy(Protocol):
+    """Decides how long each key can be read."""
+
+    method: ClassVar[str]
+    """What reports call it (``natsjax.report.METHOD_STYLES`` has the known ones)."""
+
+    @property
+    def setting(self) -> dict[str, int | float]:
+        """Its numbers, for a report."""
+        ...
+
+
+class StaticPolicy(Policy, Protocol):
+    """A policy that can be a mask."""
+
+    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
+        """How the model is to choose on this batch.
+
+        Args:
+          inputs: the batch, ``[b, s]``.
+          config: of the run.
+        """
+        ...

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from natsjax.policy_numbers import check_count, cut, policy
+from natsjax.policies.base import check_count, cut, policy
 from pallas_kernels.nats_attention import NO_END
 
 

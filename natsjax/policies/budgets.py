@@ -15,7 +15,7 @@ import numpy as np
 from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
 from natsjax.kv_fraction import smallest_model_kv_fraction
-from natsjax.policies import RANDOM_DRAWS
+from natsjax.policies.interval import RANDOM_DRAWS
 
 NUM_BUDGETS = 6
 """How many budgets are measured at least, unless somebody asks for others."""
