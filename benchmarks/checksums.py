@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime import checksums
 
 _ARRAYS = 30

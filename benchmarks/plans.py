@@ -16,10 +16,10 @@ from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
 from natsjax.plan import as_json, summary
 from natsjax.planning import CompilerCrashed, plan_apart
+from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB
 from natsjax.runtime.files import check_files
 from natsjax.runtime.flags import Parser, read_config_file, run_command
-from natsjax.workdir import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ("nats_350m", "nats_1b", "nats_7b")

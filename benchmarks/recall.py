@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from natsjax import evaluate, train
 from natsjax.config import Config
-from natsjax.loading import LoadedRun, load
 from natsjax.measure import chosen_roles
 from natsjax.model.roles import ROLE_NAMES
 from natsjax.policies.nats import Nats
+from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.files import make_folder, try_files, unwritable
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 

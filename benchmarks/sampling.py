@@ -24,7 +24,7 @@ import numpy as np
 from natsjax import losses
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
-from natsjax.loading import LoadedRun, load
+from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.train_step import Trainer
 

@@ -15,7 +15,6 @@ and ``natsjax.train.run`` is what ``train.py`` calls. ``docs/`` has a page for e
 around in Python. Importing this touches no device.
 """
 
-from natsjax.errors import UserError
-from natsjax.loading import LoadedRun, load
+import lazy_loader
 
-__all__ = ["LoadedRun", "UserError", "load"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,7 @@ from natsjax.errors import UserError
 from natsjax.reporting import page, picture, training
 from natsjax.reporting.commands import evaluate_command, report_command, training_commands
 from natsjax.reporting.results import Results, read, write_files
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 
 class _Run(NamedTuple):

@@ -24,13 +24,13 @@ from natsjax.decode_loop import ReadChunk
 from natsjax.decode_step import Chunk, DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.kv_buffer import Eviction, KVBuffer
-from natsjax.loading import LoadedRun
 from natsjax.model import sharding
 from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, IntervalPolicy, most_live
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import ObservingPolicy
+from natsjax.runs.load import LoadedRun
 from natsjax.serving import serving_parameters
 from pallas_kernels.decode_attention import storage_format
 

@@ -13,10 +13,10 @@ from natsjax.config import Config
 from natsjax.data import Row
 from natsjax.eval_settings import Setting, bar
 from natsjax.kv_fraction import perplexity, sliding_windows
-from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
 from natsjax.policies.nats import Nats
 from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
+from natsjax.runs.load import LoadedRun
 
 _NUM_SAMPLES = 3  # contexts for the role reader
 _MAX_ROLES = 2_000_000  # of all samples, dials, layers and heads: a byte each in the page

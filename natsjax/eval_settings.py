@@ -15,7 +15,6 @@ from tqdm import tqdm
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode_step import DecodingPolicy
-from natsjax.loading import LoadedRun
 from natsjax.measure import measure
 from natsjax.policies.base import Policy, StaticPolicy
 from natsjax.policies.budgets import (
@@ -30,6 +29,7 @@ from natsjax.policies.budgets import (
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
+from natsjax.runs.load import LoadedRun
 from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1

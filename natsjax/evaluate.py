@@ -26,17 +26,17 @@ from natsjax.decode_step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.eval_results import about_intervals, row_of, samples_of
 from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of
-from natsjax.loading import LoadedRun, load
 from natsjax.measure import Measurement, measure
 from natsjax.measure_decode import DEFAULT_CHUNK, measure_decoding
 from natsjax.policies.base import StaticPolicy
 from natsjax.policies.budgets import wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
-from natsjax.run_data import RunData
+from natsjax.runs.data import RunData
+from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.workdir import versions
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.twin import load_twin, twin_notes
-from natsjax.workdir import versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,18 +25,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean, real_path, resolve_paths
 from natsjax.data import Tokenizer
 from natsjax.data.locate import locate
 from natsjax.errors import UserError
-from natsjax.loading import LoadedRun, load
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 from natsjax.runtime import checksums, distributed
 from natsjax.runtime.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
 from natsjax.runtime.files import hidden_name, unwritable
 from natsjax.runtime.flags import Parser, run_command
-from natsjax.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 
 DType = Literal["float32", "bfloat16"]
 _MARKER = "export.json"  # written last: what has it is whole

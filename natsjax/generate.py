@@ -26,14 +26,14 @@ from natsjax.decode_step import DecodingPolicy
 from natsjax.decoder import Decoder, DecodeSettings
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
-from natsjax.loading import LoadedRun, load
 from natsjax.policies.base import Policy
+from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.files import check_files, make_folder, unwritable
 from natsjax.runtime.flags import run_command
 from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
-from natsjax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

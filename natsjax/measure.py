@@ -19,12 +19,12 @@ from scipy import special
 
 from natsjax.data import Row, Tokenizer, Vocabulary
 from natsjax.kv_fraction import perplexity, sliding_windows
-from natsjax.loading import LoadedRun
 from natsjax.model import inputs, sharding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.base import StaticPolicy
 from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
+from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import key_end_from_roles
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")

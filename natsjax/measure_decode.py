@@ -26,10 +26,10 @@ from natsjax import decode_loop
 from natsjax.data import Row
 from natsjax.decode_step import Chunk, DecodingPolicy
 from natsjax.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
-from natsjax.loading import LoadedRun
 from natsjax.measure import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.observing import ObservingPolicy
+from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import NO_END
 
 DEFAULT_CHUNK = 16

@@ -17,8 +17,8 @@ import numpy as np
 
 from natsjax.errors import UserError, first_line
 from natsjax.event_file import EventFile
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import distributed
-from natsjax.workdir import Workdir
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
@@ -105,14 +105,6 @@ def _unwritten(path: pathlib.Path, error: OSError) -> UserError:
         f"{path} cannot be written: {error.strerror}; put that right and run the same command again, which goes on "
         "from the newest checkpoint."
     )
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is passed over."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -18,11 +18,11 @@ from natsjax.flops import step_flops
 from natsjax.health import Health
 from natsjax.kv_fraction import perplexity
 from natsjax.metrics import MetricsWriter, WallTime
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
 from natsjax.train_step import StepMetrics, Trainer
 from natsjax.wandb_writer import WandbWriter
-from natsjax.workdir import Workdir
 
 EVERY_STEP = ("loss", "cross_entropy", "gradient_norm", "update_norm", "skipped")
 """What is fetched from the devices after each step; the rest is where it is logged, or where these are not finite."""

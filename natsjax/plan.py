@@ -28,10 +28,10 @@ from natsjax.errors import UserError
 from natsjax.planning import CompilerCrashed, Plan, plan_apart
 from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.program_costs import Collective
+from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB
 from natsjax.runtime.files import check_files
 from natsjax.runtime.flags import flag_help, parse_config_flags, run_command
-from natsjax.workdir import write_atomically
 
 _USAGE = (
     "usage: python -m natsjax.plan --config=configs/NAME.py[:HARDWARE] --topology=NAME [--config.GROUP.FIELD=VALUE …]"

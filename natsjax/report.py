@@ -20,9 +20,9 @@ from natsjax.reporting.commands import evaluate_command, run_commands
 from natsjax.reporting.results import CONTRACT_FIELDS, POSITION_FIELDS, ROW_FIELDS, RUN_FIELDS, SAMPLE_FIELDS, Results
 from natsjax.reporting.styles import METHOD_STYLES, MethodStyle
 from natsjax.reporting.table import format_table
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime.files import advice, reason, try_files
 from natsjax.runtime.flags import Parser, run_command, typed_text
-from natsjax.workdir import Workdir
 
 FILES = (results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE)
 """Of a run's report."""

@@ -25,6 +25,7 @@ from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError, first_line
 from natsjax.reporting.results import try_reports, write_files
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import flag_help, join_processes, parse_config_flags, run_command
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
@@ -41,7 +42,6 @@ from natsjax.sweep_runs import (
     with_shared_corpus,
     write_record,
 )
-from natsjax.workdir import Workdir
 
 _USAGE = (
     "usage: python -m natsjax.sweep --config=configs/NAME.py --workdir=DIR --kv_budgets=F,F,… [--seeds=N,N,…] "

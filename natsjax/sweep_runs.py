@@ -18,14 +18,14 @@ from natsjax.config import Config, NatsConfig
 from natsjax.config_fields import differences, real_path
 from natsjax.errors import UserError
 from natsjax.evaluate import Evaluation
-from natsjax.initial_parameters import InitialParameters
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.policies.budgets import wanted_budgets
 from natsjax.reporting.results import to_json
-from natsjax.run_data import RunData, open_data
-from natsjax.run_paths import settle_paths
-from natsjax.workdir import Workdir, write_atomically
+from natsjax.runs.data import RunData, open_data
+from natsjax.runs.initial_parameters import InitialParameters
+from natsjax.runs.paths import settle_paths
+from natsjax.runs.workdir import Workdir, write_atomically
 
 RECORD_FILE = "sweep.json"
 _LARGEST_SEED = 2**31 - 1

@@ -11,24 +11,24 @@ import jax
 import numpy as np
 
 from natsjax import evaluate, kv_fraction, report, wandb_writer
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.diagnosis import FiniteCheck
 from natsjax.errors import UserError
-from natsjax.initial_parameters import InitialParameters
-from natsjax.loading import LoadedRun
 from natsjax.metrics import WallTime
 from natsjax.model import sharding
 from natsjax.model.inputs import Batch
 from natsjax.monitor import Monitor, fetch_every_step
-from natsjax.run_data import RunData, length_of_run, open_data, resolve_length
-from natsjax.run_paths import settle_paths
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.data import RunData, length_of_run, open_data, resolve_length
+from natsjax.runs.initial_parameters import InitialParameters
+from natsjax.runs.load import LoadedRun
+from natsjax.runs.paths import settle_paths
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.compilation_cache import compilation_cache
 from natsjax.runtime.signals import StopRequests
 from natsjax.train_step import StepMetrics, Trainer, TrainState, schedules_at
-from natsjax.workdir import Workdir
 
 Interrupted = distributed.Interrupted
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from natsjax.errors import UserError
-from natsjax.loading import LoadedRun, load
+from natsjax.runs.load import LoadedRun, load
 
 
 def load_twin(

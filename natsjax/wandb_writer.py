@@ -10,8 +10,8 @@ from typing import Any
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.metrics import scalars
+from natsjax.runs.workdir import Workdir, write_atomically
 from natsjax.runtime import distributed
-from natsjax.workdir import Workdir, write_atomically
 
 
 def check(config: Config) -> None:

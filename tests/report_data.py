@@ -7,7 +7,7 @@ import numpy as np
 import tiny
 
 from natsjax import report
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 NATS_WEIGHTS = "this run: nats, step 2000"
 DENSE_WEIGHTS = "dense twin runs/x: dense, step 2000"

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax.checkpoint import Checkpoints
 from natsjax.errors import UserError, first_line
 from natsjax.model import sharding
+from natsjax.runs.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 KILLED_WHILE_SAVING = """
 import os, pathlib, sys
 import jax.numpy as jnp
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]))
 if len(sys.argv) > 2:
@@ -245,7 +245,7 @@ def test_a_save_goes_on_in_the_background_and_the_next_one_waits_for_it(tmp_path
 HAND_ON = """
 import json, pathlib, sys
 import jax, numpy as np
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import join_processes, run_command
 from natsjax.config import Config
 from natsjax.train_step import Trainer

@@ -15,9 +15,9 @@ from natsjax.config_fields import differences
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime.flags import parse_train_flags, read_config_file
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -20,7 +20,7 @@ from natsjax.data.prepare import build, prepare
 from natsjax.data.readers import arrow_files, input_folder, text_files
 from natsjax.data.readers.sources import BadFileError
 from natsjax.errors import UserError
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 import natsjax
 import natsjax.train
-from natsjax import evaluate, export, run_data
+from natsjax import evaluate, export
 from natsjax.data import PackedSource, iterate, train_dataset
 from natsjax.data.mixture import MixtureSource, load_mixture, mixture_contexts, parse_mixture
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
-from natsjax.loading import load
-from natsjax.workdir import Workdir
+from natsjax.runs.data import open_data, resolve_length
+from natsjax.runs.load import load
+from natsjax.runs.workdir import Workdir
 
 LENGTH = 16
 
@@ -167,7 +168,7 @@ def test_a_run_on_a_mixture_trains_resumes_evaluates_and_is_exported(folders, tm
     with pytest.raises(UserError, match=r"data.mixture"):
         natsjax.train.run(dataclasses.replace(longer, data=other), tmp_path / "run")
     workdir = Workdir(tmp_path / "run")
-    another = run_data.open_data(dataclasses.replace(longer, data=other), workdir)
+    another = open_data(dataclasses.replace(longer, data=other), workdir)
     with pytest.raises(UserError, match="the data is not what"):
         workdir.compare_data(another.fingerprint)
     exported = export.export(tmp_path / "run", tmp_path / "export")
@@ -187,25 +188,25 @@ def test_a_run_on_a_mixture_trains_resumes_evaluates_and_is_exported(folders, tm
 )
 def test_tokens_become_steps(folders, tmp_path, train, steps):
     config = of_mixture(folders, train=train, optimizer={"warmup_steps": 0})
-    data = run_data.open_data(config, Workdir(tmp_path))
-    assert run_data.resolve_length(config, data).train.num_steps == steps
+    data = open_data(config, Workdir(tmp_path))
+    assert resolve_length(config, data).train.num_steps == steps
 
 
 def test_epochs_become_steps_exactly(folders, tmp_path):
     config = of_mixture(folders, train={"num_epochs": 3.0})
-    data = run_data.open_data(config, Workdir(tmp_path))
-    steps = run_data.resolve_length(config, data).train.num_steps
+    data = open_data(config, Workdir(tmp_path))
+    steps = resolve_length(config, data).train.num_steps
     assert (steps - 1) * 96 < 3 * data.epoch_tokens <= steps * 96
 
 
 def test_lengths_that_cannot_be_are_one_sentence(folders, tmp_path):
     config = of_mixture(folders, train={"num_tokens": 96}, optimizer={"warmup_steps": 5})
-    data = run_data.open_data(config, Workdir(tmp_path))
+    data = open_data(config, Workdir(tmp_path))
     with pytest.raises(UserError, match=r"warmup_steps = 5 is more than the 1 steps that train.num_tokens = 96 makes"):
-        run_data.resolve_length(config, data)
+        resolve_length(config, data)
     recall = tiny.config(train={"num_epochs": 1.0})
     with pytest.raises(UserError, match="has no epochs"):
-        run_data.resolve_length(recall, run_data.open_data(recall, Workdir(tmp_path)))
+        resolve_length(recall, open_data(recall, Workdir(tmp_path)))
     with pytest.raises(UserError, match="both say how long"):
         tiny.config(train={"num_epochs": 1.0, "num_tokens": 5})
     with pytest.raises(UserError, match="does not go with it"):

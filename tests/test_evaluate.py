@@ -14,13 +14,13 @@ from natsjax.data import RecallTask, piece_lengths
 from natsjax.errors import UserError
 from natsjax.eval_settings import bar
 from natsjax.kv_fraction import smallest_kv_fraction
-from natsjax.loading import LoadedRun
 from natsjax.measure import chosen_roles
 from natsjax.policies.budgets import interval_fractions
 from natsjax.policies.nats import Nats
-from natsjax.run_data import open_data
+from natsjax.runs.data import open_data
+from natsjax.runs.load import LoadedRun
+from natsjax.runs.workdir import Workdir
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 CONTEXT = 32
 WINDOW = 1

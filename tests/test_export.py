@@ -16,8 +16,8 @@ import tiny
 import natsjax
 from natsjax import evaluate, export, train
 from natsjax.errors import UserError
-from natsjax.loading import load
-from natsjax.workdir import Workdir
+from natsjax.runs.load import load
+from natsjax.runs.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 

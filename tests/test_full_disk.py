@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import json, os, pathlib, sys
 from natsjax import evaluate, train
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.errors import UserError

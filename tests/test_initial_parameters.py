@@ -12,13 +12,13 @@ import pytest
 import tiny
 
 from natsjax import evaluate, train
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import RecallTask
 from natsjax.errors import UserError
 from natsjax.export import export
-from natsjax.initial_parameters import InitialParameters
-from natsjax.loading import load
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.initial_parameters import InitialParameters
+from natsjax.runs.load import load
 from natsjax.train_step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -194,10 +194,10 @@ def test_an_export_of_another_natsjax_is_refused(dense, tmp_path):
 ON_EIGHT_DEVICES = """
 import json, sys
 import jax
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import RecallTask
-from natsjax.initial_parameters import InitialParameters
+from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.train_step import Trainer
 import pathlib
 

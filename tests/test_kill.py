@@ -19,11 +19,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax.checkpoint import Checkpoints
-from natsjax.metrics import read_metrics
 from natsjax.optim import learning_rate
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_KILLS = 20
@@ -36,7 +35,7 @@ NUM_STEPS = 240
 DRIVER = """
 import json, os, signal, sys, time, traceback
 from natsjax import evaluate, train
-from natsjax.checkpoint import Checkpoints
+from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.train_step import Trainer

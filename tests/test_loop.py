@@ -12,12 +12,12 @@ import tiny
 
 from natsjax import evaluate, train
 from natsjax.errors import UserError
-from natsjax.metrics import WallTime, read_metrics
+from natsjax.metrics import WallTime
 from natsjax.model import sharding
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.signals import StopRequests
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 
 class Clock:

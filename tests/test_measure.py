@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, PackedSource
-from natsjax.loading import LoadedRun
 from natsjax.measure import (
     Measurement,
     bootstrap_interval,
@@ -27,9 +26,10 @@ from natsjax.model.inputs import Inputs
 from natsjax.policies.interval import FullAttention, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats, SampledNats
 from natsjax.reporting.results import MIN_DOCUMENTS
-from natsjax.run_data import RunData
+from natsjax.runs.data import RunData
+from natsjax.runs.load import LoadedRun
+from natsjax.runs.workdir import Workdir
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 T = 24
 WINDOW = 2

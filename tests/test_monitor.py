@@ -14,12 +14,12 @@ import tiny
 from natsjax import evaluate, flops, monitor, topologies, train, wandb_writer
 from natsjax.errors import UserError
 from natsjax.health import WARNINGS
-from natsjax.metrics import WallTime, read_metrics
+from natsjax.metrics import WallTime
 from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
 from natsjax.monitor import EVERY_STEP, Monitor, fetch_every_step
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import chips
-from natsjax.workdir import Workdir
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
 

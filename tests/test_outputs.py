@@ -17,11 +17,11 @@ from natsjax.config_fields import real_path
 from natsjax.data import Corpus
 from natsjax.data.prepare import encode, prepare
 from natsjax.errors import UserError
-from natsjax.loading import LoadedRun
-from natsjax.run_data import open_data
+from natsjax.runs.data import open_data
+from natsjax.runs.load import LoadedRun
+from natsjax.runs.workdir import Workdir, write_atomically
 from natsjax.runtime.atomic_folder import folder_lock, new_folder, put_back, set_aside, try_folder
 from natsjax.runtime.files import advice, make_folder, try_files, write_file
-from natsjax.workdir import Workdir, write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 command = sys.modules["natsjax.data.prepare"]

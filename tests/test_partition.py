@@ -17,8 +17,8 @@ import tiny
 
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
-from natsjax.metrics import read_metrics
 from natsjax.model import sharding
+from natsjax.runs.workdir import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "context=2,fsdp=4")

@@ -15,10 +15,10 @@ from natsjax.data.inspect import __main__ as inspect_command
 from natsjax.data.locate import locate
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
-from natsjax.loading import load
-from natsjax.run_data import find_data, open_data, open_vocabulary
-from natsjax.run_paths import settle_paths
-from natsjax.workdir import Workdir
+from natsjax.runs.data import find_data, open_data, open_vocabulary
+from natsjax.runs.load import load
+from natsjax.runs.paths import settle_paths
+from natsjax.runs.workdir import Workdir
 
 
 def write_texts(folder, what="house"):

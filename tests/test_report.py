@@ -33,7 +33,7 @@ from natsjax.errors import UserError
 from natsjax.eval_results import about_intervals
 from natsjax.reporting import results, training
 from natsjax.reporting.styles import RUN_COLORS
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 HOSTILE_TOKENS = [
     "</script><b>",

@@ -14,7 +14,7 @@ import pytest
 
 import natsjax
 from natsjax import evaluate, report, train
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 STORED = pathlib.Path(__file__).parent / "data/before_renames"
 EXPECTED = json.loads((STORED / "expected.json").read_text(encoding="utf-8"))

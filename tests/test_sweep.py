@@ -20,12 +20,11 @@ import tiny
 
 from natsjax import sweep, train
 from natsjax.errors import UserError
-from natsjax.metrics import read_metrics
-from natsjax.run_data import open_data
+from natsjax.runs.data import open_data
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime.distributed import Interrupted
 from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
 from natsjax.sweep_runs import SweepRun, read_record, write_record
-from natsjax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = [0.4, 0.6]

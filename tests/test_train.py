@@ -15,13 +15,12 @@ import pytest
 import tiny
 
 from natsjax import evaluate, train
-from natsjax.checkpoint import SUMS_FILE, Checkpoints
 from natsjax.data import RecallTask
 from natsjax.errors import UserError
-from natsjax.loading import load
-from natsjax.metrics import read_metrics
+from natsjax.runs.checkpoint import SUMS_FILE, Checkpoints
+from natsjax.runs.load import load
+from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.train_step import Trainer
-from natsjax.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -127,7 +126,7 @@ def test_a_workdir_in_use_is_refused(tmp_path):
 def test_a_forked_process_that_outlives_the_run_does_not_hold_its_workdir(tmp_path):
     code = f"""
 import os, sys, time
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 with Workdir({str(tmp_path)!r}).lock():
     if os.fork() == 0:
         print("here", flush=True)
@@ -153,7 +152,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path):
     code = f"""
 import resource, sys
 import jax.numpy as jnp, pathlib
-from natsjax.checkpoint import SUMS_FILE, Checkpoints
+from natsjax.runs.checkpoint import SUMS_FILE, Checkpoints
 from natsjax.errors import UserError
 checkpoints = Checkpoints(pathlib.Path({str(tmp_path)!r}))
 checkpoints.save(5, {{"w": jnp.arange(3.0)}})

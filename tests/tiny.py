@@ -5,14 +5,14 @@ import copy
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
-from natsjax.loading import LoadedRun, load
 from natsjax.model.parameters import PARTS
 from natsjax.role_statistics import QUANTILES
-from natsjax.run_data import open_data
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.data import open_data
+from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.workdir import Workdir
 from natsjax.train_step import StepMetrics, Trainer
-from natsjax.workdir import Workdir
 
 _BASE = {
     "model": {

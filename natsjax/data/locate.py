@@ -40,7 +40,7 @@ def locate(data: DataConfig, run: Path, fingerprint: str | None, *, remedy: str 
     Args:
       data: of the run's config.
       run: its folder, or an export.
-      fingerprint: of the data (``natsjax.run_data.RunData``); None: not known, and the first that is there is taken.
+      fingerprint: of the data (``natsjax.runs.data.RunData``); None: not known, and the first that is there is taken.
       remedy: the end of the message where there are none.
 
     Returns:

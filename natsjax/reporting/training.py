@@ -6,8 +6,7 @@ from typing import Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
-from natsjax.metrics import read_metrics
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir, read_metrics
 
 CURVES = ("loss", "perplexity", "kv_fraction", "kv_price")
 """Metrics that are drawn against steps."""

@@ -37,9 +37,9 @@ from natsjax.data.mixture import (
     mixture_name,
 )
 from natsjax.errors import UserError
-from natsjax.run_paths import check_moved_text
+from natsjax.runs.paths import check_moved_text
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime.progress import log_lines
-from natsjax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import Vocabulary
 from natsjax.errors import UserError
 from natsjax.model.transformer import ModelStructure, model_structure
-from natsjax.run_data import open_vocabulary, token_meaning
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.data import open_vocabulary, token_meaning
+from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed
-from natsjax.workdir import Workdir
 
 _SCORER = "scorer"  # the name of that module in its block
 _MAX_NAMED = 6  # parameters in a message

@@ -8,13 +8,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from natsjax.checkpoint import Checkpoints
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.transformer import Transformer, model_structure
-from natsjax.run_data import RunData, find_data
-from natsjax.workdir import Workdir
+from natsjax.runs.checkpoint import Checkpoints
+from natsjax.runs.data import RunData, find_data
+from natsjax.runs.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

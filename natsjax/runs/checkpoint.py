@@ -27,8 +27,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from natsjax.data.readers.file_marks import check_folder_no_pointers
 from natsjax.errors import UserError, first_line
+from natsjax.runs.workdir import write_atomically
 from natsjax.runtime import checksums, distributed
-from natsjax.workdir import write_atomically
 
 State = TypeVar("State")
 

@@ -13,7 +13,7 @@ from natsjax.data.locate import locate
 from natsjax.data.mixture import parse_mixture
 from natsjax.data.readers.corpus_reader import CorpusReader, input_exists
 from natsjax.errors import UserError
-from natsjax.workdir import Workdir
+from natsjax.runs.workdir import Workdir
 
 
 def settle_paths(config: Config, workdir: Workdir) -> Config:

@@ -341,3 +341,11 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
