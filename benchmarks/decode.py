@@ -47,18 +47,18 @@ import numpy as np
 
 from benchmarks.attention import ratio
 from benchmarks.train_step import OtherLoad
-from natsjax import capacity, decode_loop, kv_buffer
 from natsjax.config import Config, MeshConfig
-from natsjax.decode_loop import Loop
-from natsjax.decoder import NO_LIMIT, Decoder
-from natsjax.kv_buffer import LayerGroup
+from natsjax.decode import allocation
+from natsjax.decode.buffer import AXES, LayerGroup, by_shard
+from natsjax.decode.decoder import NO_LIMIT, Decoder
+from natsjax.decode.loop import Loop, Segment, decode_segment
+from natsjax.decode.sampling import Sampling
 from natsjax.model import sharding
 from natsjax.model.transformer import init_parameters, model_structure
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
-from natsjax.sampling import Sampling
 from pallas_kernels.nats_attention import NO_END
 from pallas_kernels.nats_attention.tiling import num_cores
 
@@ -158,7 +158,7 @@ def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: i
     end = np.full(live, NO_END)
     if not is_full:
         end[live - recent :] = position[live - recent :] + window + 1
-    slots = capacity.round_up(live + (tokens if is_full else 1), decoder.settings.block)
+    slots = allocation.round_up(live + (tokens if is_full else 1), decoder.settings.block)
     with jax.set_mesh(decoder.mesh):
         padded = [np.pad(x.astype(np.int32), (0, slots - live)) for x in (position, end)]
         groups = enumerate(decoder.allocate([model.num_layers], [slots], batch))
@@ -183,7 +183,7 @@ def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Arra
     """Random keys in every slot; the first ``live`` are used; int32 ``position`` and ``end`` are ``[c]``."""
     _, b, k, c, h = group.storage.shape
 
-    @kv_buffer.by_shard
+    @by_shard
     def set_layer(storage, number, both):
         return storage.set_layer(number, *both)
 
@@ -192,7 +192,7 @@ def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Arra
 
     storage = jax.lax.fori_loop(0, group.num_layers, layer, group.storage)
     numbers = (jnp.broadcast_to(x, group.key_end.shape) for x in (position, end))
-    numbers = (sharding.reshard(x, *kv_buffer.AXES[4]) for x in numbers)
+    numbers = (sharding.reshard(x, *AXES[4]) for x in numbers)
     return LayerGroup(storage, *numbers, jnp.full_like(group.length, live))
 
 
@@ -211,7 +211,7 @@ class Ours:
         self.loop = filled_loop(decoder, batch, context, live, tokens)
         self.cache_bytes = live_bytes() - before
         self.start = jax.tree.map(jnp.copy, _without_storage(self.loop))
-        self.segment: decode_loop.Segment | None = None
+        self.segment: Segment | None = None
 
     def reset(self) -> None:
         """Slots that were free are free again."""
@@ -225,7 +225,7 @@ class Ours:
         """See ``Contestant``."""
         arguments, static = self._arguments()
         with jax.set_mesh(self.decoder.mesh):
-            self.loop, self.segment = decode_loop.decode_segment(*arguments, **static)
+            self.loop, self.segment = decode_segment(*arguments, **static)
             if np.any(np.asarray(self.segment.num_drawn) != self.tokens):
                 raise RuntimeError(f"{self.segment.num_drawn} tokens were drawn; {self.tokens} were expected.")
 
@@ -241,7 +241,7 @@ class Ours:
         """What the compiled segment allocates beside its arguments and results."""
         arguments, static = self._arguments()
         with jax.set_mesh(self.decoder.mesh):
-            return decode_loop.decode_segment.lower(*arguments, **static).compile().memory_analysis().temp_size_in_bytes
+            return decode_segment.lower(*arguments, **static).compile().memory_analysis().temp_size_in_bytes
 
     def row(self, name: str, seconds: list[float], temporary_bytes: int | None = None) -> Row:
         """Of a race."""

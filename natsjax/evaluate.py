@@ -22,7 +22,7 @@ import jax
 from natsjax import kv_fraction, report
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
-from natsjax.decode_step import DecodingPolicy
+from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.eval_results import about_intervals, row_of, samples_of
 from natsjax.eval_settings import TOLERANCE, Setting, bar, settings_of

@@ -17,13 +17,14 @@ from typing import Any, TextIO, cast
 
 import jax
 
-from natsjax import decode
 from natsjax.config import Config, MeshConfig
 from natsjax.config_fields import real_path
 from natsjax.data import Tokenizer
-from natsjax.decode import Generation
-from natsjax.decode_step import DecodingPolicy
-from natsjax.decoder import Decoder, DecodeSettings
+from natsjax.decode import generation
+from natsjax.decode.decoder import Decoder, DecodeSettings
+from natsjax.decode.generation import Generation
+from natsjax.decode.sampling import Sampling
+from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.generate_flags import READING, parse_generate_flags
 from natsjax.policies.base import Policy
@@ -32,7 +33,6 @@ from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.files import check_files, make_folder, unwritable
 from natsjax.runtime.flags import run_command
-from natsjax.sampling import Sampling
 from natsjax.text_stream import Printer
 
 
@@ -204,7 +204,7 @@ def run(
         for first in range(0, len(ids), batch_size):
             part = slice(first, first + batch_size)
             with _sentence_where_memory_ends():
-                found = decode.generate(
+                found = generation.generate(
                     decoder,
                     ids[part],
                     max_new_tokens=max_new_tokens,

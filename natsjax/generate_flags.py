@@ -10,8 +10,9 @@ from typing import Any
 from natsjax.config import MeshConfig
 from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.readers.file_marks import check_no_pointer
-from natsjax.decode_step import DecodingPolicy
-from natsjax.decoder import DecodeSettings
+from natsjax.decode.decoder import DecodeSettings
+from natsjax.decode.sampling import Sampling
+from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.model.sharding import AXES
 from natsjax.policies.eviction import EVICTIONS
@@ -19,7 +20,6 @@ from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, 
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runtime.flags import Parser, typed_text
-from natsjax.sampling import Sampling
 
 _MOST_DIAL = 1e6  # logits are of order 1 to 10
 

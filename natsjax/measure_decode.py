@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from natsjax import decode_loop
 from natsjax.data import Row
-from natsjax.decode_step import Chunk, DecodingPolicy
-from natsjax.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
+from natsjax.decode import loop
+from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
+from natsjax.decode.step import Chunk, DecodingPolicy
 from natsjax.measure import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.observing import ObservingPolicy
@@ -172,7 +172,7 @@ class _ByToken(_ByChunk):
         with jax.set_mesh(decoder.mesh):
             rows = decoder.put_rows(self.count(first, self.chunk)), cache.num_tokens, 0 * cache.num_tokens
             chunk = Chunk(decoder.put(tokens(first, self.chunk), "batch", "sequence"), *rows)
-            buffer, hidden, live = decode_loop.read_tokens(
+            buffer, hidden, live = loop.read_tokens(
                 decoder.parameters,
                 cache.buffer,
                 chunk,

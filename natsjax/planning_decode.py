@@ -17,22 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from natsjax import (
-    capacity,
-    decode_loop,
-    kv_allocation,
-    kv_buffer,
-    planning,
-    program_costs,
-    program_flow,
-    program_text,
-    sampling,
-)
+from natsjax import planning, program_costs, program_flow, program_text
 from natsjax.config import Config, MeshConfig
-from natsjax.decode_loop import Loop
-from natsjax.decoder import DecodeSettings, check_mesh
+from natsjax.decode import allocation, sampling
+from natsjax.decode.buffer import AXES, KVBuffer
+from natsjax.decode.decoder import DecodeSettings, check_mesh, serving_layout
+from natsjax.decode.loop import Loop, decode_segment
 from natsjax.errors import UserError
-from natsjax.kv_buffer import KVBuffer
 from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
 from natsjax.model.transformer import model_structure
 from natsjax.planning import Roofline, bytes_on_device
@@ -41,7 +32,6 @@ from natsjax.policies.nats import Nats
 from natsjax.program_costs import Collective
 from natsjax.program_text import Instruction, Program
 from natsjax.runtime import chips
-from natsjax.serving import serving_layout
 from natsjax.topologies import Topology
 from pallas_kernels.decode_attention import storage_format
 
@@ -282,10 +272,10 @@ def slots_of(config: Config, context: int, kv: float | None, block: int) -> tupl
       kv: see ``DecodeRequest``.
       block: slots that are read together.
     """
-    full = capacity.round_up(context, block)
+    full = allocation.round_up(context, block)
     if kv is None:
         kv = config.nats.kv_budget if config.model.has_roles else 1.0
-    return min(capacity.enlarged(math.ceil(kv * context), block), full), full
+    return min(allocation.enlarged(math.ceil(kv * context), block), full), full
 
 
 def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: int) -> KVBuffer:
@@ -293,7 +283,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
     model = config.model
     with jax.set_mesh(mesh):
         empty = functools.partial(
-            kv_allocation.empty,
+            allocation.empty,
             [model.num_layers],
             [slots],
             batch=batch,
@@ -304,7 +294,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
             block=block,
         )
         shapes = jax.eval_shape(empty)
-    return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, *kv_buffer.AXES[x.ndim]), shapes)
+    return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, *AXES[x.ndim]), shapes)
 
 
 def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -333,7 +323,7 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
     numbers = jax.eval_shape(lambda: greedy.numbers)
     stop, limit = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     with jax.set_mesh(mesh):
-        return decode_loop.decode_segment.lower(
+        return decode_segment.lower(
             parameters, loop, policy, numbers, stop, None, limit, structure=structure, kind=greedy.kind, length=segment
         )
 

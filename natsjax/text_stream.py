@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from natsjax.data import Tokenizer
-from natsjax.decode import OnTokens
+from natsjax.decode.generation import OnTokens
 from natsjax.runtime import standard_streams
 
 

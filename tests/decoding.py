@@ -7,7 +7,7 @@ import tiny
 from flax import nnx
 
 from natsjax.config import Config, MeshConfig
-from natsjax.decoder import Decoder, DecodeSettings
+from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.model import sharding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.cross_entropy import capped

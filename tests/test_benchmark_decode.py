@@ -12,7 +12,7 @@ import tiny
 
 from benchmarks import decode as benchmark
 from natsjax import UserError
-from natsjax.decoder import DecodeSettings
+from natsjax.decode.decoder import DecodeSettings
 from natsjax.model.transformer import init_parameters
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import decode_loop, kv_allocation, kv_buffer
-from natsjax.decode import generate, prefill, unpad
-from natsjax.decode_step import Chunk
-from natsjax.decoder import DecodeSettings, most_live
+from natsjax.decode import allocation, loop
+from natsjax.decode.buffer import occupancy
+from natsjax.decode.decoder import DecodeSettings, most_live
+from natsjax.decode.generation import generate, prefill, unpad
+from natsjax.decode.sampling import Sampling
+from natsjax.decode.step import Chunk
 from natsjax.errors import UserError
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
-from natsjax.sampling import Sampling
 
 TOLERANCE = 2e-5
 CONFIG = decoding.config()
@@ -202,10 +203,10 @@ def test_programs_are_few():
     """Prompts whose heads need about alike share what was compiled for the first."""
     decoder = decoding.decoder(CONFIG, PARAMETERS, settings=dataclasses.replace(decoding.SMALL, block=8))
     generate(decoder, decoding.prompts([100] * 4, seed=0), max_new_tokens=6)
-    before = decode_loop.decode_segment._cache_size()
+    before = loop.decode_segment._cache_size()
     for seed in range(1, 6):
         generate(decoder, decoding.prompts([100] * 4, seed=seed), max_new_tokens=6)
-    assert decode_loop.decode_segment._cache_size() - before <= 2
+    assert loop.decode_segment._cache_size() - before <= 2
 
 
 def test_memory_of_a_chunk_grows_with_the_chunk_and_the_slots():
@@ -217,7 +218,7 @@ def test_memory_of_a_chunk_grows_with_the_chunk_and_the_slots():
             buffer = decoder.allocate([3], [slots], 1)
             rows = decoder.put_rows(np.zeros(1))
             part = Chunk(decoder.put(np.zeros((1, chunk)), "batch", "sequence"), rows, rows, rows)
-            lowered = decode_loop.read_chunk.lower(
+            lowered = loop.read_chunk.lower(
                 decoder.parameters, buffer, part, Nats(), structure=decoder.structure, count_live=False
             )
         return lowered.compile().memory_analysis().temp_size_in_bytes
@@ -396,7 +397,7 @@ def test_memory_is_what_lives_and_not_what_was_seen():
     decoder = decoding.decoder(config, parameters, settings=DecodeSettings(chunk=1024))
     before = sum(x.nbytes for x in jax.live_arrays())
     cache, hidden = prefill(decoder, prompt)
-    live = np.asarray(kv_buffer.occupancy(cache.buffer, cache.num_tokens))
+    live = np.asarray(occupancy(cache.buffer, cache.num_tokens))
     assert 0.05 < live.mean() / 8192 < 0.15
     cache = decoder.settle(cache, decoder.need(cache), 4096)
     hidden.delete()
@@ -405,7 +406,7 @@ def test_memory_is_what_lives_and_not_what_was_seen():
     dense = 4 * 2 * 8192 * slot
     assert taken <= 1.3 * live.max() * 4 * 2 * slot
     assert taken <= 0.25 * dense
-    assert kv_allocation.allocated_bytes(cache.buffer) <= taken
+    assert allocation.allocated_bytes(cache.buffer) <= taken
 
 
 def _bias_for_a_tenth(config, parameters):

@@ -17,7 +17,7 @@ import jax, numpy as np
 import decoding
 from natsjax.decode import generate
 from natsjax.policies import H2O
-from natsjax.sampling import Sampling
+from natsjax.decode.sampling import Sampling
 
 meshes = json.load(sys.stdin)
 config = decoding.config()

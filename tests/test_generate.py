@@ -13,17 +13,18 @@ import jax
 import pytest
 import tiny
 
-from natsjax import decode, generate
+from natsjax import generate
 from natsjax.config import MeshConfig
 from natsjax.data import ByteTokenizer
-from natsjax.decoder import Decoder, DecodeSettings
+from natsjax.decode import generation
+from natsjax.decode.decoder import Decoder, DecodeSettings
+from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.export import export
 from natsjax.generate_flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
-from natsjax.sampling import Sampling
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = ["--temperature=1", "--max_new_tokens=6"]  # fresh parameters give bytes at random, and greedily the same again
@@ -94,7 +95,7 @@ def test_the_tokens_are_those_of_decode_generate(text_run):
     ids = [[256, *text.encode()] for text in prompts]
     sampling = Sampling(temperature=1.0, top_k=50, seed=3)
     found = run(text_run, prompts, sampling=sampling, policy=Nats(0.5))
-    expected = decode.generate(
+    expected = generation.generate(
         Decoder.of_run(text_run, Nats(0.5)), ids, max_new_tokens=6, sampling=sampling, stop_tokens=[257]
     )
     assert found.prompts == ids

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import capacity, kv_allocation, kv_buffer
-from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
+from natsjax.decode import allocation
+from natsjax.decode import buffer as kv_buffer
+from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.policies.eviction import Oldest, SoonestEnd
 from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.decode_attention import Storage
@@ -22,7 +23,7 @@ LAYERS, BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 2, 4, 4
 
 
 def empty(slots=8, layers=(LAYERS,), format="transposed", observed=False):
-    return kv_allocation.empty(
+    return allocation.empty(
         layers,
         [slots] * len(layers),
         batch=BATCH,
@@ -146,7 +147,7 @@ def test_regrouping_keeps_every_slot():
     before = live_of(tuple(filled), 5)
     assert len(before) == 6 * BATCH * HEADS
     for layers, slots in (((6,), (16,)), ((2, 4), (8, 12)), ((4, 1, 1), (8, 16, 8))):
-        target = kv_allocation.empty(
+        target = allocation.empty(
             layers,
             slots,
             batch=BATCH,
@@ -156,7 +157,7 @@ def test_regrouping_keeps_every_slot():
             format="transposed",
             block=BLOCK,
         )
-        moved = jax.jit(kv_allocation.regroup)(tuple(filled), target)
+        moved = jax.jit(allocation.regroup)(tuple(filled), target)
         assert [group.capacity for group in moved] == list(slots)
         assert live_of(moved, 5) == before
 
@@ -203,43 +204,43 @@ def test_eviction_leaves_the_limit_and_counts_what_went(limit):
 
 
 def test_sizes_are_few_and_close():
-    sizes = {capacity.round_up(need, 128) for need in range(1, 2**15)}
+    sizes = {allocation.round_up(need, 128) for need in range(1, 2**15)}
     assert len(sizes) <= 8 * 8 + 8
     assert all(size % 128 == 0 for size in sizes)
     for need in (1, 100, 128, 129, 1000, 5000, 131072):
-        assert need <= capacity.round_up(need, 128) <= max(128, 1.125 * need + 128)
-        assert capacity.enlarged(need, 1) <= 1.27 * need + 2
+        assert need <= allocation.round_up(need, 128) <= max(128, 1.125 * need + 128)
+        assert allocation.enlarged(need, 1) <= 1.27 * need + 2
 
 
 @pytest.mark.parametrize("block", [16, 64, 100, 128])
 def test_nothing_takes_more_than_full_attention(block):
     """At every length, for every need: blocks of any size follow the length, fixed ones are whole."""
     for most in [*range(1, 301), 1023, 1024, 1025, 5000]:
-        full = capacity.slots_for(most, block, most, any_block=True)
-        assert most <= full <= (most if most <= 2 * block else max(most + 15, capacity.round_up(most, block)))
+        full = allocation.slots_for(most, block, most, any_block=True)
+        assert most <= full <= (most if most <= 2 * block else max(most + 15, allocation.round_up(most, block)))
         needs = range(1, most + 1) if most <= 64 else range(1, most + 1, most // 13)
         sizes = set()
         for need in needs:
-            slots = capacity.slots_for(need, block, most, any_block=True)
+            slots = allocation.slots_for(need, block, most, any_block=True)
             assert need <= slots <= full
             assert slots <= 1.125 * need + max(32, most / 8)
-            unit = capacity.storage_block(slots, block)
+            unit = allocation.storage_block(slots, block)
             assert slots % unit == 0
             assert unit <= 2 * block
             sizes.add(slots)
-            fixed = capacity.slots_for(need, block, most, any_block=False)
-            assert fixed == capacity.round_up(need, block) <= capacity.slots_for(most, block, most, any_block=False)
+            fixed = allocation.slots_for(need, block, most, any_block=False)
+            assert fixed == allocation.round_up(need, block) <= allocation.slots_for(most, block, most, any_block=False)
         assert len(sizes) <= 40  # each is compiled for
-    assert capacity.slots_for(73, 128, 73, any_block=True) == 73
-    assert capacity.slots_for(9, 128, 73, any_block=True) == 16
-    assert capacity.slots_for(200, 128, 73, any_block=True) == 73  # nothing needs more than the sequence has
+    assert allocation.slots_for(73, 128, 73, any_block=True) == 73
+    assert allocation.slots_for(9, 128, 73, any_block=True) == 16
+    assert allocation.slots_for(200, 128, 73, any_block=True) == 73  # nothing needs more than the sequence has
 
 
 def test_storage_takes_the_sizes_of_every_length():
     for most in (1, 7, 73, 129, 257, 300, 511):
-        slots = capacity.slots_for(most, 128, most, any_block=True)
+        slots = allocation.slots_for(most, 128, most, any_block=True)
         shape = (2, 1, 3, slots, 8)
-        unit = capacity.storage_block(slots, 128)
+        unit = allocation.storage_block(slots, 128)
         storage = jax.eval_shape(lambda: Storage.empty(shape, "float32", "transposed", unit))  # noqa: B023
         assert storage.shape == shape
         assert sum(x.size for x in storage.arrays) == 2 * 2 * 3 * slots * 8
@@ -248,7 +249,7 @@ def test_storage_takes_the_sizes_of_every_length():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=12), st.integers(1, 4))
 def test_groups_hold_every_layer_and_are_worth_their_number(need, most):
-    sizes = capacity.layer_groups(need, most)
+    sizes = allocation.layer_groups(need, most)
     assert sum(sizes) == len(need)
     assert 1 <= len(sizes) <= min(most, len(need))
 

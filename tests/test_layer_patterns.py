@@ -10,7 +10,7 @@ from flax import nnx
 
 from natsjax import evaluate, kv_fraction
 from natsjax.data import piece_lengths
-from natsjax.decode import generate
+from natsjax.decode.generation import generate
 from natsjax.eval_settings import Nats
 from natsjax.measure import measure
 from natsjax.measure_decode import measure_decoding

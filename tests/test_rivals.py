@@ -14,9 +14,9 @@ import pytest
 import tiny
 from rival_oracles import NumpyModel, h2o, snapkv
 
-from natsjax import kv_allocation, kv_buffer
-from natsjax.decode import prefill
-from natsjax.kv_buffer import UNTIL_GLOBAL, NewKeys
+from natsjax.decode import allocation, buffer
+from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
+from natsjax.decode.generation import prefill
 from natsjax.measure_decode import measure_decoding
 from natsjax.policies.budgets import share_for_budget
 from natsjax.policies.interval import RandomKeys, StreamingLLM
@@ -45,7 +45,7 @@ def keys_of(heads, positions, mass, seen=None):
 
 
 def buffer_of(heads, slots):
-    (group,) = kv_allocation.empty(
+    (group,) = allocation.empty(
         [1],
         [slots],
         batch=1,
@@ -138,7 +138,7 @@ def test_h2o_adds_up_and_evicts_as_its_code():
     policy, limit = H2O(4, 2), jnp.int32(4)
     prompt = [[1.98, 2.39, 0.41, 1.01, 0.06, 0.14], [1.48, 1.38, 2.08, 0.23, 0.64, 0.19]]
     assert kept_of_prompt(policy, prompt) == [[0, 1, 4, 5], [0, 2, 4, 5]]
-    write = jax.jit(kv_buffer.write_chunk)
+    write = jax.jit(buffer.write_chunk)
     group, evicted = write(buffer_of(2, 6), keys_of(2, range(6), prompt), jnp.array([6]), policy, limit)
     assert held(group, 6) == [[0, 1, 4, 5], [0, 2, 4, 5]]
     assert np.all(np.asarray(evicted) == 2)

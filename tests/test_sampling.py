@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from natsjax.decode.sampling import Sampling, sample
 from natsjax.errors import UserError
-from natsjax.sampling import Sampling, sample
 
 VOCAB = 7
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0, 2.9, -1.0], np.float32)

@@ -14,7 +14,7 @@ class SoonestEnd:
     def order(
         self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
+        """See ``natsjax.decode.buffer.Eviction``."""
         is_first = key_position == 0
         return jnp.where(is_first, NO_END, key_end), jnp.where(is_first, NO_END, key_position)
 
@@ -26,7 +26,7 @@ class Oldest:
     def order(
         self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
+        """See ``natsjax.decode.buffer.Eviction``."""
         return jnp.where(key_position == 0, NO_END, key_position), key_end
 
 

@@ -38,7 +38,7 @@ class ObservingPolicy:
     def order(
         self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.kv_buffer.Eviction``."""
+        """See ``natsjax.decode.buffer.Eviction``."""
         raise NotImplementedError
 
 

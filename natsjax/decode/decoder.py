@@ -16,22 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from natsjax import capacity, decode_loop, kv_allocation, kv_buffer
-from natsjax.capacity import Layout
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
-from natsjax.decode_loop import ReadChunk
-from natsjax.decode_step import Chunk, DecodingPolicy
+from natsjax.decode import allocation, loop
+from natsjax.decode.allocation import Layout
+from natsjax.decode.buffer import Eviction, KVBuffer, occupancy
+from natsjax.decode.loop import ReadChunk
+from natsjax.decode.step import Chunk, DecodingPolicy
 from natsjax.errors import UserError
-from natsjax.kv_buffer import Eviction, KVBuffer
 from natsjax.model import sharding
+from natsjax.model.sharding import compute_spec
 from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, IntervalPolicy, most_live
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import ObservingPolicy
 from natsjax.runs.load import LoadedRun
-from natsjax.serving import serving_parameters
 from pallas_kernels.decode_attention import storage_format
 
 _PREFILL_GROWTH = 1.5
@@ -108,7 +108,7 @@ class Cache(NamedTuple):
 
 
 class Decoder:
-    """A model and a policy, ready to read; ``natsjax.decode.generate`` generates with it.
+    """A model and a policy, ready to read; ``natsjax.decode.generation.generate`` generates with it.
 
     Args:
       config: of the run.
@@ -221,14 +221,14 @@ class Decoder:
             roles = None if role_ids is None else self.put(role_ids, None, "batch", "kv_heads", None)
             rows = self.put_rows(count), cache.num_tokens, self.put_rows(observed_from)
             chunk = Chunk(self.put(tokens, "batch", "sequence"), *rows, roles)
-            read = decode_loop.read_chunk(
+            read = loop.read_chunk(
                 self.parameters, cache.buffer, chunk, self.policy, structure=self.structure, count_live=count_live
             )
             eviction, need = self.eviction if evict else None, np.asarray(read.need)
             need = need if eviction is None else np.minimum(need, self.limit)
             if np.any(need > cache.capacities):
                 cache = self.enlarge(cache, need, _PREFILL_GROWTH)
-            buffer, evicted = decode_loop.write_chunk(
+            buffer, evicted = loop.write_chunk(
                 cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
             )
             return cache._replace(buffer=buffer, num_tokens=chunk.next_index, evicted=cache.evicted + evicted), read
@@ -293,7 +293,7 @@ class Decoder:
     def evict(self, cache: Cache) -> Cache:
         """Cuts an ``ObservingPolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
         with jax.set_mesh(self.mesh):
-            buffer, evicted = decode_loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
+            buffer, evicted = loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
             return cache._replace(buffer=buffer, evicted=cache.evicted + evicted)
 
     def resized(self, cache: Cache, slots: int) -> Cache:
@@ -318,11 +318,11 @@ class Decoder:
     def _size(self, need: int, most: int) -> int:
         """Slots of a head that needs so many, in a sequence of at most ``most`` tokens."""
         any_block = self._format == "transposed"
-        return capacity.slots_for(need, self.settings.block, most, any_block=any_block)
+        return allocation.slots_for(need, self.settings.block, most, any_block=any_block)
 
     def _enlarged(self, need: int, most: int) -> int:
         """Slots of a head that will need more than ``need`` soon."""
-        slots = self._size(capacity.with_headroom(need), most)
+        slots = self._size(allocation.with_headroom(need), most)
         if not self.evicts_in_loop:
             return slots
         # Where evicting goes on, no head needs more than the limit, but while a prompt is read that is evicted by.
@@ -380,9 +380,9 @@ class Decoder:
 
 
 _replicate = jax.jit(sharding.replicate)
-_need = jax.jit(lambda buffer, at: sharding.replicate(decode_loop.fullest(kv_buffer.occupancy(buffer, at))))
+_need = jax.jit(lambda buffer, at: sharding.replicate(loop.fullest(occupancy(buffer, at))))
 _copied = jax.jit(lambda buffer: jax.tree.map(jnp.copy, buffer))
-_regroup = functools.partial(jax.jit, donate_argnames=("target",))(kv_allocation.regroup)
+_regroup = functools.partial(jax.jit, donate_argnames=("target",))(allocation.regroup)
 _empty = functools.partial(
     jax.jit,
     static_argnames=(
@@ -396,7 +396,7 @@ _empty = functools.partial(
         "block",
         "observed",
     ),
-)(kv_allocation.empty)
+)(allocation.empty)
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -409,3 +409,28 @@ def check_mesh(mesh: Mesh) -> None:
         raise UserError(
             f"mesh.context = {mesh.shape['context']}: decoding divides batch and heads, not sequences; make it 1."
         )
+
+
+def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+    """Parameters as ``serving_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
+    layout = serving_layout(model, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, layout)
+    cast = jax.jit(lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), p, layout), out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return cast(parameters)
+
+
+def serving_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+    """The layout and, where that is how they are used, the dtype of the forward pass; scorer and norms stay float32.
+
+    Returns:
+      Nested dict of ``jax.ShapeDtypeStruct`` with shardings.
+    """
+    wide = ("scorer", "scale")
+
+    def place(path, x, axes):
+        is_wide = any(getattr(key, "key", None) in wide for key in path)
+        sharding = NamedSharding(mesh, compute_spec(axes))
+        return jax.ShapeDtypeStruct(x.shape, "float32" if is_wide else config.model.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, model.parameters, model.axes)

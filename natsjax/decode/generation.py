@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax import decode_loop, kv_allocation
-from natsjax.decode_loop import Loop, Segment
-from natsjax.decoder import NO_LIMIT, Cache, Decoder
+from natsjax.decode import allocation
+from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder
+from natsjax.decode.loop import Loop, Segment, compact, decode_segment, first_token, last_hidden
+from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.policies.base import LARGEST
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.observing import ObservingPolicy
-from natsjax.sampling import Sampling
 
 OnTokens = Callable[[int, list[int], list[float]], None]
 """``on_tokens(sequence, tokens, log-probabilities)``: what has been drawn, as soon as it is here."""
@@ -122,7 +122,7 @@ def prefill(
     return cache, hidden
 
 
-_last_hidden = jax.jit(decode_loop.last_hidden)
+_last_hidden = jax.jit(last_hidden)
 
 
 def generate(
@@ -200,9 +200,7 @@ class _Run:
         cache, hidden = prefill(decoder, [*prompts, *[()] * padding], expected, self.most)
         with jax.set_mesh(decoder.mesh):
             sequence = decoder.put_rows(first_sequence + np.arange(rows))
-            drawn = decode_loop.first_token(
-                decoder.parameters, hidden, sequence, cache.num_tokens, self.numbers, **self.static
-            )
+            drawn = first_token(decoder.parameters, hidden, sequence, cache.num_tokens, self.numbers, **self.static)
             token, logprob = (np.asarray(x) for x in decoder.fetch(drawn))
             self._emit(token[:, None], logprob[:, None], np.minimum(new, 1))
             self.first_token_at = time.perf_counter()
@@ -243,7 +241,7 @@ class _Run:
                     self._make_room(segment)
                     ahead, since = self._dispatch(), None
                 elif not is_stale and self._is_wasteful(segment):
-                    buffer, _ = decode_loop.compact(self.loop.buffer, self.loop.at)
+                    buffer, _ = compact(self.loop.buffer, self.loop.at)
                     self.loop = self.loop._replace(buffer=buffer)
                     since, is_stale = None, True
                     continue
@@ -253,7 +251,7 @@ class _Run:
         """Starts the next segment and does not wait."""
         decoder = self.decoder
         limits = (decoder.eviction, decoder.limit) if decoder.evicts_in_loop else (None, NO_LIMIT)
-        self.loop, segment = decode_loop.decode_segment(
+        self.loop, segment = decode_segment(
             decoder.parameters,
             self.loop,
             self.policy,
@@ -315,8 +313,8 @@ class _Run:
             steady_tokens=self.steady_tokens,
             kv_live=float(read.sum()) / (self.queries * heads) if self.queries else float("nan"),
             kv_live_max=int(most.max()),
-            kv_allocated=kv_allocation.allocated_slots(buffer),
-            kv_allocated_bytes=kv_allocation.allocated_bytes(buffer),
+            kv_allocated=allocation.allocated_slots(buffer),
+            kv_allocated_bytes=allocation.allocated_bytes(buffer),
             kv_full=int(index[: self.num_prompts].sum()) * heads,
             evicted=int(evicted.sum()),
             capacities=Cache(buffer, self.loop.at, self.loop.evicted).capacities,

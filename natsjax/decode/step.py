@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax.config import ATTENTION_KINDS, Config
-from natsjax.kv_buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
+from natsjax.decode.buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import roles, sharding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.transformer import Block, Transformer

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax import kv_buffer, sampling
-from natsjax.decode_step import Chunk, DecodingPolicy, forward_chunk
-from natsjax.kv_buffer import Eviction, KVBuffer, NewKeys
+from natsjax.decode import buffer as kv_buffer
+from natsjax.decode import sampling
+from natsjax.decode.buffer import Eviction, KVBuffer, NewKeys
+from natsjax.decode.step import Chunk, DecodingPolicy, forward_chunk
 from natsjax.model import sharding
 from natsjax.model.transformer import Transformer
 from natsjax.policies.observing import ObservingPolicy

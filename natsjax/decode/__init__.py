@@ -1,0 +1,1 @@
+"""Decoding through a KV buffer that frees what a policy drops."""
