@@ -5,7 +5,7 @@
 natsjax.data.prepare   text to a corpus                          ``natsjax.data.prepare.prepare``
 natsjax.data.inspect   what a model is trained on, decoded
 natsjax.evaluate       perplexity against KV budget, the report  ``natsjax.evaluate.run``
-natsjax.report         a report again, or runs compared          ``natsjax.report.rewrite``, ``natsjax.compare.compare``
+natsjax.report         a report again, or runs compared          ``natsjax.report.rewrite``, ``.compare.compare``
 natsjax.sweep          a run for every budget and seed           ``natsjax.sweep.run``
 natsjax.generate       text from prompts                         ``natsjax.generate.run``
 natsjax.export         parameters in a folder of their own       ``natsjax.export.export``

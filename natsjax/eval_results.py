@@ -1,6 +1,6 @@
 """What an evaluation writes down: a row for each setting, and samples of held-out text with their roles.
 
-``natsjax.reporting.results`` has the fields.
+``natsjax.report.results`` has the fields.
 """
 
 import math
@@ -15,7 +15,7 @@ from natsjax.eval_settings import Setting, bar
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
 from natsjax.policies.nats import Nats
-from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
+from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 
 _NUM_SAMPLES = 3  # contexts for the role reader
@@ -23,7 +23,7 @@ _MAX_ROLES = 2_000_000  # of all samples, dials, layers and heads: a byte each i
 
 
 def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
-    """A row of the report (``natsjax.reporting.results``).
+    """A row of the report (``natsjax.report.results``).
 
     Args:
       setting: what was measured.

@@ -23,7 +23,7 @@ from natsjax.model import inputs, sharding
 from natsjax.model.attention import RoleChoice
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.base import StaticPolicy
-from natsjax.reporting.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
+from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import key_end_from_roles
 

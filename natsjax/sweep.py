@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 import jax
 from absl import flags
 
-from natsjax import compare, train
+from natsjax import train
 from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError, first_line
-from natsjax.reporting.results import try_reports, write_files
+from natsjax.report import compare
+from natsjax.report.results import try_reports, write_files
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import flag_help, join_processes, parse_config_flags, run_command

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from natsjax.reporting import picture
-from natsjax.reporting.results import percent, significant, with_interval
-from natsjax.reporting.styles import METHOD_STYLES
+from natsjax.report import picture
+from natsjax.report.results import percent, significant, with_interval
+from natsjax.report.styles import METHOD_STYLES
 from natsjax.sweep_runs import SweepRun
 
 _FRONT = METHOD_STYLES["nats"]

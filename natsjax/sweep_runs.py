@@ -21,7 +21,7 @@ from natsjax.evaluate import Evaluation
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.policies.budgets import wanted_budgets
-from natsjax.reporting.results import to_json
+from natsjax.report.results import to_json
 from natsjax.runs.data import RunData, open_data
 from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.paths import settle_paths

@@ -4,9 +4,9 @@ import pytest
 from report_data import make_rows, make_workdir
 from test_report import check_self_contained, embedded, png_size
 
-from natsjax import report
-from natsjax.compare import compare
 from natsjax.errors import UserError
+from natsjax.report import __main__ as report_command
+from natsjax.report.compare import compare
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ def test_many_runs_have_colours_and_dashes(tmp_path):
 
 def test_the_command_compares_into_report_here(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    report.main(["--workdir=a,b,young"])
+    report_command.main(["--workdir=a,b,young"])
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["pareto.png", "report.html"]
     assert "wrote report/report.html (" in capsys.readouterr().out
-    report.main(["--workdir=a,b", "--output=elsewhere", "--title=two runs"])
+    report_command.main(["--workdir=a,b", "--output=elsewhere", "--title=two runs"])
     assert "two runs" in (tmp_path / "elsewhere" / "report.html").read_text()
 
 
@@ -114,6 +114,6 @@ def test_mistakes_are_one_sentence_and_lose_nothing(runs, tmp_path, monkeypatch)
     before = (runs[0] / "report" / "report.html").read_bytes()
     monkeypatch.chdir(runs[0])
     with pytest.raises(UserError, match="holds the report of the run"):
-        report.main(["--workdir=.,../b"])
+        report_command.main(["--workdir=.,../b"])
     assert (runs[0] / "report" / "report.html").read_bytes() == before
     assert not (tmp_path / "out").exists()

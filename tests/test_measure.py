@@ -25,7 +25,7 @@ from natsjax.measure import (
 from natsjax.model.inputs import Inputs
 from natsjax.policies.interval import FullAttention, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats, SampledNats
-from natsjax.reporting.results import MIN_DOCUMENTS
+from natsjax.report.results import MIN_DOCUMENTS
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir

@@ -31,8 +31,9 @@ from report_data import (
 from natsjax import report
 from natsjax.errors import UserError
 from natsjax.eval_results import about_intervals
-from natsjax.reporting import results, training
-from natsjax.reporting.styles import RUN_COLORS
+from natsjax.report import __main__ as report_command
+from natsjax.report import results, training
+from natsjax.report.styles import RUN_COLORS
 from natsjax.runs.workdir import Workdir
 
 HOSTILE_TOKENS = [
@@ -376,9 +377,9 @@ def test_unwritable_directory_is_a_user_error_and_keeps_the_file(tmp_path):
 def test_a_run_that_was_not_evaluated_is_one_sentence_with_the_command(tmp_path):
     make_workdir(tmp_path / "a", evaluated=False)
     with pytest.raises(UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a does it"):
-        report.main([f"--workdir={tmp_path}/a"])
+        report_command.main([f"--workdir={tmp_path}/a"])
     with pytest.raises(UserError, match="holds no run"):
-        report.main([f"--workdir={tmp_path}/b"])
+        report_command.main([f"--workdir={tmp_path}/b"])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 1, "rows": []}', '{"format_version": 9}'])
@@ -386,7 +387,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, text):
     workdir = make_workdir(tmp_path / "a")
     (workdir.report / results.EVALUATION_FILE).write_text(text)
     with pytest.raises(UserError, match=r"evaluation\.json (cannot be read|has format_version 9)"):
-        report.main([f"--workdir={tmp_path}/a"])
+        report_command.main([f"--workdir={tmp_path}/a"])
 
 
 def test_damaged_metrics_are_one_sentence(tmp_path):
@@ -405,7 +406,7 @@ def test_starts_that_a_killed_process_left_unfinished_are_passed_over(tmp_path):
 
 def test_the_command_says_what_it_wrote_and_how_large_it_is(tmp_path, capsys):
     make_workdir(tmp_path / "a")
-    report.main([f"--workdir={tmp_path}/a"])
+    report_command.main([f"--workdir={tmp_path}/a"])
     assert re.search(rf"wrote {tmp_path}/a/report/report\.html \(\d+ kB\)", capsys.readouterr().out)
 
 
@@ -419,7 +420,7 @@ def test_the_command_says_what_it_wrote_and_how_large_it_is(tmp_path, capsys):
 )
 def test_flags_that_do_not_fit_are_one_sentence(flags, message):
     with pytest.raises(UserError, match=message):
-        report.main(flags)
+        report_command.main(flags)
 
 
 def test_a_start_is_written_down_with_its_command_and_versions(tmp_path, monkeypatch):
@@ -438,8 +439,7 @@ def test_a_start_is_written_down_with_its_command_and_versions(tmp_path, monkeyp
 def test_everything_that_a_page_is_made_of_is_installed():
     root = pathlib.Path(__file__).parents[1]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "natsjax.reporting" in settings["packages"]
-    patterns = settings["package-data"]["natsjax.reporting"]
-    assets = [path for path in (root / "natsjax" / "reporting").iterdir() if path.is_file() and path.suffix != ".py"]
-    assert {path.suffix for path in assets} == {".css", ".html", ".js"}
+    patterns = settings["package-data"]["*"]
+    assets = [path for path in (root / "natsjax").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {path.suffix for path in assets} == {".css", ".html", ".js", ".pyi"}
     assert all(any(path.match(pattern) for pattern in patterns) for path in assets)

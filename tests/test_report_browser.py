@@ -22,7 +22,7 @@ from report_data import (
 )
 from test_report import CASES
 
-from natsjax.compare import compare
+from natsjax.report.compare import compare
 
 _PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(

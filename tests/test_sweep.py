@@ -240,7 +240,7 @@ def test_the_picture_holds_the_points_of_the_table(monkeypatch):
     runs = [made(b, seed, 10 + b + seed, kv=b) for b in (0.1, 0.2) for seed in (0, 1)]
     runs += [made(None, 0, 9.0, kind="dense"), made(0.3, 0, 12.0, kv=0.5, met=False)]
     drawn = []
-    monkeypatch.setattr("natsjax.reporting.picture.as_png", lambda figure: drawn.append(figure) or b"png")
+    monkeypatch.setattr("natsjax.report.picture.as_png", lambda figure: drawn.append(figure) or b"png")
     assert draw_front(runs, "$a_b$") == b"png"
     axes = drawn[0].axes[0]
     points = sorted((point for point in front_of(runs) if not point.is_dense), key=lambda point: point.kv_fraction)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from natsjax.reporting.results import Results, to_json
-from natsjax.reporting.styles import METHOD_STYLES
+from natsjax.report.results import Results, to_json
+from natsjax.report.styles import METHOD_STYLES
 
 _SCRIPTS = {
     "run": ("charts.js", "curves.js", "reader.js", "run.js"),
@@ -46,7 +46,7 @@ def run_page(
 
 
 def comparison_page(values: Mapping[str, Any], title: str) -> bytes:
-    """The page of several runs; ``natsjax.compare`` says what ``values`` are."""
+    """The page of several runs; ``natsjax.report.compare`` says what ``values`` are."""
     return _page("comparison", title, values)
 
 
@@ -68,4 +68,4 @@ def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
 
 
 def _asset(name: str) -> str:
-    return resources.files("natsjax.reporting").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("natsjax.report").joinpath("web", name).read_text(encoding="utf-8")

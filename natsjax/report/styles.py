@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from natsjax.reporting.results import Row
+from natsjax.report.results import Row
 
 
 class MethodStyle(NamedTuple):

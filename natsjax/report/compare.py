@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.reporting import page, picture, training
-from natsjax.reporting.commands import evaluate_command, report_command, training_commands
-from natsjax.reporting.results import Results, read, write_files
+from natsjax.report import page, picture, training
+from natsjax.report.commands import evaluate_command, report_command, training_commands
+from natsjax.report.results import Results, read, write_files
 from natsjax.runs.workdir import Workdir
 
 
@@ -42,7 +42,7 @@ def compare(
       UserError: there is no run in a folder, a folder is named twice, or a file cannot be read or written.
 
     Example:
-      >>> natsjax.compare.compare(["runs/nats", "runs/dense"], "runs/report")
+      >>> natsjax.report.compare.compare(["runs/nats", "runs/dense"], "runs/report")
     """
     output = Path(os.path.expanduser(output))
     places = [Workdir(path) for path in workdirs]

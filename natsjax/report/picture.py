@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from natsjax.reporting.results import Results, Row, is_dialled, percent, significant
-from natsjax.reporting.styles import LINE_STYLES, METHOD_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.report.results import Results, Row, is_dialled, percent, significant
+from natsjax.report.styles import LINE_STYLES, METHOD_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
 _MANY_RUNS = 4  # of more than these, intervals are drawn of the settings dialled to their budgets alone

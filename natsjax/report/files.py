@@ -3,8 +3,8 @@
     python -m natsjax.report --workdir=DIR            writes DIR/report/ again
     python -m natsjax.report --workdir=A,B,C          compares runs, in ./report/
 
-``natsjax.evaluate`` writes the report of its run with ``write_report``. ``natsjax.reporting`` draws, and its
-``results`` say what rows, contracts, samples and runs are.
+``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, contracts, samples
+and runs are.
 """
 
 import errno
@@ -13,35 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from natsjax.compare import compare
 from natsjax.errors import UserError
-from natsjax.reporting import page, picture, results, training
-from natsjax.reporting.commands import evaluate_command, run_commands
-from natsjax.reporting.results import CONTRACT_FIELDS, POSITION_FIELDS, ROW_FIELDS, RUN_FIELDS, SAMPLE_FIELDS, Results
-from natsjax.reporting.styles import METHOD_STYLES, MethodStyle
-from natsjax.reporting.table import format_table
+from natsjax.report import page, picture, results, training
+from natsjax.report.commands import evaluate_command, run_commands
+from natsjax.report.results import Results
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime.files import advice, reason, try_files
-from natsjax.runtime.flags import Parser, run_command, typed_text
 
 FILES = (results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE)
 """Of a run's report."""
-
-__all__ = [
-    "CONTRACT_FIELDS",
-    "FILES",
-    "METHOD_STYLES",
-    "POSITION_FIELDS",
-    "ROW_FIELDS",
-    "RUN_FIELDS",
-    "SAMPLE_FIELDS",
-    "MethodStyle",
-    "Results",
-    "format_table",
-    "rewrite",
-    "try_report",
-    "write_report",
-]
 
 
 def write_report(
@@ -128,45 +108,3 @@ def _drawn(found: Results, workdir: Workdir) -> dict[str, bytes]:
             changed=training.changed_settings(found.run["settings"]),
         ),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
-
-    Raises:
-      UserError: see ``rewrite`` and ``natsjax.compare.compare``.
-    """
-    parser = Parser(
-        prog="python -m natsjax.report",
-        description="Writes report.html and pareto.png of one run again, from what natsjax.evaluate stored in its "
-        "workdir, or compares several runs in one report.html and pareto.png. Measures nothing.",
-    )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR[,DIR…]", help="the run, or the runs to compare, as given to train.py"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="where a comparison goes (default: report/ in the current folder); one run's report is always in its "
-        "workdir",
-    )
-    parser.add_argument(
-        "--title", type=typed_text, default="", metavar="TEXT", help="of a comparison (default: the runs' names)"
-    )
-    flags = parser.parse_args(argv)
-    workdirs = [part for part in flags.workdir.split(",") if part]
-    if not workdirs:
-        raise UserError(f"--workdir={flags.workdir}: the folder of a run was expected, or several with commas.")
-    if len(workdirs) > 1:
-        paths = compare(workdirs, flags.output or "report", title=flags.title)
-    elif flags.output is not None or flags.title:
-        flag = "--output" if flags.output is not None else "--title"
-        raise UserError(f"{flag} goes with several runs in --workdir; the report of one is report/ in its workdir.")
-    else:
-        paths = rewrite(workdirs[0])
-    for path in paths:
-        print(f"wrote {path} ({max(1, round(path.stat().st_size / 1000)):,} kB)")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from natsjax.reporting.results import Row, percent, significant, with_interval
-from natsjax.reporting.styles import style_of
+from natsjax.report.results import Row, percent, significant, with_interval
+from natsjax.report.styles import style_of
 
 
 def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> str:

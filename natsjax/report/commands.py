@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from natsjax.reporting.results import Results
+from natsjax.report.results import Results
 
 
 def evaluate_command(workdir: str | os.PathLike[str]) -> str:

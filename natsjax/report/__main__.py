@@ -1,0 +1,50 @@
+"""The command ``python -m natsjax.report``: a report drawn again, or several runs compared."""
+
+from collections.abc import Sequence
+
+from natsjax.errors import UserError
+from natsjax.report.compare import compare
+from natsjax.report.files import rewrite
+from natsjax.runtime.flags import Parser, run_command, typed_text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: see ``rewrite`` and ``natsjax.report.compare.compare``.
+    """
+    parser = Parser(
+        prog="python -m natsjax.report",
+        description="Writes report.html and pareto.png of one run again, from what natsjax.evaluate stored in its "
+        "workdir, or compares several runs in one report.html and pareto.png. Measures nothing.",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR[,DIR…]", help="the run, or the runs to compare, as given to train.py"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where a comparison goes (default: report/ in the current folder); one run's report is always in its "
+        "workdir",
+    )
+    parser.add_argument(
+        "--title", type=typed_text, default="", metavar="TEXT", help="of a comparison (default: the runs' names)"
+    )
+    flags = parser.parse_args(argv)
+    workdirs = [part for part in flags.workdir.split(",") if part]
+    if not workdirs:
+        raise UserError(f"--workdir={flags.workdir}: the folder of a run was expected, or several with commas.")
+    if len(workdirs) > 1:
+        paths = compare(workdirs, flags.output or "report", title=flags.title)
+    elif flags.output is not None or flags.title:
+        flag = "--output" if flags.output is not None else "--title"
+        raise UserError(f"{flag} goes with several runs in --workdir; the report of one is report/ in its workdir.")
+    else:
+        paths = rewrite(workdirs[0])
+    for path in paths:
+        print(f"wrote {path} ({max(1, round(path.stat().st_size / 1000)):,} kB)")
+
+
+if __name__ == "__main__":
+    run_command(main)
