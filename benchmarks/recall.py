@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from natsjax import evaluate, train
 from natsjax.config import Config
-from natsjax.measure import chosen_roles
+from natsjax.evaluate.masked import chosen_roles
 from natsjax.model.roles import ROLE_NAMES
 from natsjax.policies.nats import Nats
 from natsjax.runs.load import LoadedRun, load

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from natsjax import eval_results, evaluate, report, twin
+from natsjax import evaluate, report
 from natsjax.config import Config
 from natsjax.data import RecallTask, piece_lengths
 from natsjax.errors import UserError
-from natsjax.eval_settings import bar
+from natsjax.evaluate import __main__ as evaluate_command
+from natsjax.evaluate import dense_baseline
+from natsjax.evaluate import rows as eval_results
+from natsjax.evaluate.masked import chosen_roles
+from natsjax.evaluate.settings import bar
 from natsjax.kv_fraction import smallest_kv_fraction
-from natsjax.measure import chosen_roles
 from natsjax.policies.budgets import interval_fractions
 from natsjax.policies.nats import Nats
 from natsjax.runs.data import open_data
@@ -65,7 +68,7 @@ def nats_evaluation(tmp_path_factory):
     path = tmp_path_factory.mktemp("nats run")
     dense = make_run(tmp_path_factory.mktemp("dense"), "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twin, "load", lambda workdir, prepared_dir: dense)
+        patch.setattr(dense_baseline, "load", lambda workdir, prepared_dir: dense)
         return evaluate.run(path, loaded=make_run(path), dense_workdir=dense.workdir.path, progress=False)
 
 
@@ -287,7 +290,7 @@ def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
         "its data fingerprint is ": make_run(tmp_path, "dense", train=dataclasses.replace(dense.config.train, seed=3)),
     }
     for message, other in cases.items():
-        monkeypatch.setattr(twin, "load", lambda workdir, prepared_dir, other=other: other)
+        monkeypatch.setattr(dense_baseline, "load", lambda workdir, prepared_dir, other=other: other)
         with pytest.raises(UserError, match=message):
             evaluate.run(tmp_path, loaded=run, dense_workdir="runs/x", progress=False)
     with pytest.raises(UserError, match="is itself a dense one"):
@@ -298,8 +301,8 @@ def test_a_twin_of_another_shape_or_step_is_noted(tmp_path):
     dense = make_run(tmp_path, "dense")
     model = dataclasses.replace(dense.config.model, mlp_width=8)
     other = dataclasses.replace(dense, step=9, config=dataclasses.replace(dense.config, model=model))
-    assert twin.twin_notes(make_run(tmp_path), dense) == []
-    notes = twin.twin_notes(make_run(tmp_path), other)
+    assert dense_baseline.twin_notes(make_run(tmp_path), dense) == []
+    notes = dense_baseline.twin_notes(make_run(tmp_path), other)
     assert notes == [
         "The dense twin's step is 9, this run's 7.",
         "The dense twin's model.mlp_width is 8, this run's 16.",
@@ -308,12 +311,12 @@ def test_a_twin_of_another_shape_or_step_is_noted(tmp_path):
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        evaluate.main([f"--workdir={tmp_path}"])
+        evaluate_command.main([f"--workdir={tmp_path}"])
 
 
 def test_budgets_that_are_no_numbers_are_refused(tmp_path):
     with pytest.raises(UserError, match="numbers separated by commas"):
-        evaluate.main([f"--workdir={tmp_path}", "--budgets=0.1;0.2"])
+        evaluate_command.main([f"--workdir={tmp_path}", "--budgets=0.1;0.2"])
 
 
 def test_held_out_text_chooses_nothing(tmp_path):

@@ -11,9 +11,9 @@ from flax import nnx
 from natsjax import evaluate, kv_fraction
 from natsjax.data import piece_lengths
 from natsjax.decode.generation import generate
-from natsjax.eval_settings import Nats
-from natsjax.measure import measure
-from natsjax.measure_decode import measure_decoding
+from natsjax.evaluate.decoded import measure_decoding
+from natsjax.evaluate.masked import measure
+from natsjax.evaluate.settings import Nats
 from natsjax.model.attention import RoleChoice
 from natsjax.model.inputs import model_inputs
 from natsjax.model.transformer import init_parameters

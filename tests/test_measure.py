@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, PackedSource
-from natsjax.measure import (
+from natsjax.evaluate.masked import (
     Measurement,
     bootstrap_interval,
     chosen_roles,

@@ -10,8 +10,8 @@ import tiny
 
 from natsjax import evaluate
 from natsjax.errors import UserError
-from natsjax.measure import measure
-from natsjax.measure_decode import measure_decoding
+from natsjax.evaluate.decoded import measure_decoding
+from natsjax.evaluate.masked import measure
 from natsjax.policies.budgets import keys_for_budget, share_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, flops, monitor, topologies, train, wandb_writer
+from natsjax import flops, monitor, topologies, train, wandb_writer
 from natsjax.errors import UserError
+from natsjax.evaluate import evaluation
 from natsjax.health import WARNINGS
 from natsjax.metrics import WallTime
 from natsjax.model import sharding
@@ -54,7 +55,7 @@ def expanded(rows):
 
 
 def test_a_run_writes_what_is_documented(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
+    monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
     config = tiny.config(train={"num_steps": 3})
     train.run(config, tmp_path)
     first, second, _ = read_metrics(tmp_path / "metrics.jsonl")

@@ -30,7 +30,7 @@ from report_data import (
 
 from natsjax import report
 from natsjax.errors import UserError
-from natsjax.eval_results import about_intervals
+from natsjax.evaluate.rows import about_intervals
 from natsjax.report import __main__ as report_command
 from natsjax.report import results, training
 from natsjax.report.styles import RUN_COLORS

@@ -17,7 +17,7 @@ from rival_oracles import NumpyModel, h2o, snapkv
 from natsjax.decode import allocation, buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.decode.generation import prefill
-from natsjax.measure_decode import measure_decoding
+from natsjax.evaluate.decoded import measure_decoding
 from natsjax.policies.budgets import share_for_budget
 from natsjax.policies.interval import RandomKeys, StreamingLLM
 from natsjax.policies.observing import H2O, SnapKV

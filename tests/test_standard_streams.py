@@ -20,6 +20,7 @@ from natsjax.data.corpus import Corpus
 from natsjax.data.inspect import __main__ as inspect_command
 from natsjax.data.prepare import prepare
 from natsjax.display import Shown, panel
+from natsjax.evaluate import __main__ as evaluate_command
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, standard_streams
 from natsjax.runtime.flags import run_command
@@ -151,7 +152,7 @@ def test_a_full_disk_is_reported_at_the_end(monkeypatch, capsys, status):
 
 def test_help_on_a_full_disk(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", stream_to("/dev/full"))
-    assert status_of(lambda: evaluate.main(["--help"])) == 1
+    assert status_of(lambda: evaluate_command.main(["--help"])) == 1
     assert "No space left" in capsys.readouterr().err
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import evaluate, train
+from natsjax import train
 from natsjax.data import RecallTask
 from natsjax.errors import UserError
+from natsjax.evaluate import evaluation as evaluate
 from natsjax.runs.checkpoint import SUMS_FILE, Checkpoints
 from natsjax.runs.load import load
 from natsjax.runs.workdir import Workdir, read_metrics

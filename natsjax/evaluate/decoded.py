@@ -1,4 +1,4 @@
-"""The same measurement as ``natsjax.measure``, as it is served: each document through a KV buffer.
+"""The same measurement as ``natsjax.evaluate.masked``, as it is served: each document through a KV buffer.
 
 Nothing is masked that is not gone: a query reads what the buffer holds and its own chunk, and what the policy drops is
 freed. So policies that decide from the attention they observe can be measured, and the others must give the same
@@ -26,7 +26,7 @@ from natsjax.data import Row
 from natsjax.decode import loop
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.decode.step import Chunk, DecodingPolicy
-from natsjax.measure import Measurement, sum_by_document, sum_by_position
+from natsjax.evaluate.masked import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.observing import ObservingPolicy
 from natsjax.runs.load import LoadedRun

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode.step import DecodingPolicy
-from natsjax.measure import measure
+from natsjax.evaluate.masked import measure
 from natsjax.policies.base import Policy, StaticPolicy
 from natsjax.policies.budgets import (
     Layers,

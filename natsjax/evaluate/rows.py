@@ -11,9 +11,9 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.data import Row
-from natsjax.eval_settings import Setting, bar
+from natsjax.evaluate.masked import Measurement, PositionSums, bootstrap_interval, chosen_roles
+from natsjax.evaluate.settings import Setting, bar
 from natsjax.kv_fraction import perplexity, sliding_windows
-from natsjax.measure import Measurement, PositionSums, bootstrap_interval, chosen_roles
 from natsjax.policies.nats import Nats
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun

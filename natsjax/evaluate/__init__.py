@@ -1,0 +1,8 @@
+"""Perplexity against KV budget: measures a run with its roles and under fixed policies, and writes the report.
+
+python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR] [--prepared_dir=DIR]
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

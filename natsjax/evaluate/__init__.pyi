@@ -1,0 +1,3 @@
+from .evaluation import Evaluation as Evaluation
+from .evaluation import check as check
+from .evaluation import run as run

@@ -1,0 +1,80 @@
+"""The command ``python -m natsjax.evaluate``: perplexity against KV budget, and the report."""
+
+import argparse
+from collections.abc import Sequence
+
+from natsjax.errors import UserError
+from natsjax.evaluate.decoded import DEFAULT_CHUNK
+from natsjax.evaluate.evaluation import run
+from natsjax.runtime.flags import Parser, run_command
+
+
+def _parse_budgets(text: str) -> list[float]:
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--budgets={text}: numbers separated by commas were expected, as in 0.05,0.1.") from error
+    return budgets
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: see ``run``.
+    """
+    parser = Parser(
+        prog="python -m natsjax.evaluate",
+        description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
+        "(one line a setting), pareto.png (the curve), report.html (curve, table, and text coloured by role) and "
+        "evaluation.json (all of it, for natsjax.report).",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py, or an export"
+    )
+    parser.add_argument(
+        "--budgets",
+        metavar="F,F,…",
+        help="KV fractions to measure at, above 0 and up to 1 (default: eval.budgets of the run's config, or a range "
+        "around its nats.kv_budget)",
+    )
+    parser.add_argument(
+        "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
+    )
+    parser.add_argument(
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("masked", "decode"),
+        default="masked",
+        help="whole contexts with masks (the default), or chunk by chunk through a KV buffer, H2O and SnapKV too",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=DEFAULT_CHUNK,
+        metavar="N",
+        help="tokens that --mode=decode reads at once, and the most that follow a prompt of SnapKV (%(default)s)",
+    )
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
+    )
+    flags = parser.parse_args(argv)
+    budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
+    evaluation = run(
+        flags.workdir,
+        budgets=budgets,
+        dense_workdir=flags.dense_workdir,
+        prepared_dir=flags.prepared_dir,
+        progress=flags.progress,
+        mode=flags.mode,
+        chunk=flags.chunk,
+    )
+    print(evaluation.summary())
+
+
+if __name__ == "__main__":
+    run_command(main)
