@@ -21,12 +21,12 @@ import jax
 import jax.flatten_util
 import numpy as np
 
-from natsjax import losses
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.flags import Parser, run_command
-from natsjax.train_step import Trainer
+from natsjax.train import losses
+from natsjax.train.step import Trainer
 
 
 def scorer_gradients(run: LoadedRun, config: Config, draws: int) -> np.ndarray:

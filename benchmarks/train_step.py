@@ -44,7 +44,7 @@ from natsjax.errors import UserError
 from natsjax.model.roles import ROLE_NAMES
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
-from natsjax.train_step import StepMetrics, Trainer
+from natsjax.train.step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores
 
 MAX_DIFFERENCE = 1e-4

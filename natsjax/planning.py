@@ -21,19 +21,20 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natsjax import losses, program_costs, program_text, topologies
+from natsjax import program_costs, program_text, topologies
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
-from natsjax.flops import Flops, step_flops
 from natsjax.kv_fraction import live_share
 from natsjax.model import sharding
 from natsjax.program_costs import ProgramCosts
 from natsjax.runtime import chips
 from natsjax.topologies import Topology
-from natsjax.train_step import Trainer
+from natsjax.train import losses
+from natsjax.train.flops import Flops, step_flops
+from natsjax.train.step import Trainer
 
 Made = TypeVar("Made")
 

@@ -248,7 +248,7 @@ import jax, numpy as np
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import join_processes, run_command
 from natsjax.config import Config
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 def main():
     join_processes(sys.argv)

@@ -17,7 +17,7 @@ from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime.flags import parse_train_flags, read_config_file
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from natsjax.data import RecallTask
-from natsjax.diagnosis import Diagnosis, FiniteCheck, Recent, diagnose
 from natsjax.model.parameters import PARTS
-from natsjax.train_step import StepMetrics, Trainer
+from natsjax.train.logs.nonfinite import Diagnosis, FiniteCheck, Recent, diagnose
+from natsjax.train.step import StepMetrics, Trainer
 
 NAN, INF = float("nan"), float("inf")
 CALM = [Recent(3.0 - 0.01 * step, 1.0) for step in range(20)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from natsjax.display import Display, Shown, duration, panel
+from natsjax.train.logs.display import Display, Shown, duration, panel
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROLES = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
@@ -22,7 +22,7 @@ SHOWN = Shown(20, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, 0.42, ROLES, (0, 3), ("
 SCRIPT = """
 import numpy as np
 from natsjax import processes
-from natsjax.display import Display, Shown
+from natsjax.train.logs.display import Display, Shown
 roles = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
 display = Display(40, 0, {shown})
 for step in (10, 20, 30, 40):

@@ -23,7 +23,7 @@ from natsjax.policies.nats import Nats
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 CONTEXT = 32
 WINDOW = 1

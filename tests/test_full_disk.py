@@ -20,8 +20,8 @@ from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.metrics import read_metrics
-from natsjax.train_step import Trainer
+from natsjax.train.logs.metrics import read_metrics
+from natsjax.train.step import Trainer
 
 disk = pathlib.Path(sys.argv[2])
 evaluate.run = lambda *_, **__: None

@@ -24,7 +24,7 @@ from natsjax.config import Config
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
 from natsjax.runtime.flags import parse_train_flags
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 
 def test_there_are_at_least_500_cases_of_configs_and_corpora():

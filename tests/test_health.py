@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax.health import NUM_POINTS, WARNINGS, Health, places
-from natsjax.monitor import flat
+from natsjax.train.logs.monitor import flat
+from natsjax.train.logs.warnings import NUM_POINTS, WARNINGS, Health, places
 
 
 def line(config, **changes):

@@ -20,7 +20,7 @@ from natsjax.export import export
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.load import load
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASK = RecallTask(24, 2, 5, 5, 5)
@@ -199,7 +199,7 @@ from natsjax.runs.checkpoint import Checkpoints
 from natsjax.config import Config
 from natsjax.data import RecallTask
 from natsjax.runs.initial_parameters import InitialParameters
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 import pathlib
 
 config, task = Config.from_dict(json.loads(sys.argv[1])), RecallTask(24, 2, 5, 5, 5)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax.optim import learning_rate
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.workdir import Workdir, read_metrics
-from natsjax.train_step import Trainer
+from natsjax.train.optimizer import learning_rate
+from natsjax.train.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_KILLS = 20
@@ -38,7 +38,7 @@ from natsjax import evaluate, train
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 PHASES = {
     "preparing": (train, "_open_data"), "compiling": (Trainer, "compile"), "saving": (Checkpoints, "save"),

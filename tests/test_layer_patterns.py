@@ -18,7 +18,7 @@ from natsjax.model.attention import RoleChoice
 from natsjax.model.inputs import model_inputs
 from natsjax.model.transformer import init_parameters
 from natsjax.policies.interval import FullAttention, SlidingWindow
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 WINDOW = 5
 MIXED = {"attention": "nats,dense,sliding", "sliding_window": WINDOW, "num_layers": 6}

@@ -15,7 +15,7 @@ sys.path.insert(0, "tests")
 import jax, numpy as np
 import tiny
 from natsjax import partition
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 groups = {
     "model": {"attention": "nats,dense,sliding", "sliding_window": 5, "num_layers": 3, "qk_norm": True,

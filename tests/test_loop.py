@@ -13,12 +13,13 @@ import tiny
 from natsjax import train
 from natsjax.errors import UserError
 from natsjax.evaluate import evaluation
-from natsjax.metrics import WallTime
 from natsjax.model import sharding
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.signals import StopRequests
-from natsjax.train_step import Trainer
+from natsjax.train.logs.wall_time import WallTime
+from natsjax.train.loop import _Loop, compilation_cache
+from natsjax.train.step import Trainer
 
 
 class Clock:
@@ -128,7 +129,7 @@ def simulate(tmp_path, *, step_seconds, batch_seconds, save_seconds=0.0, num_ste
     config = tiny.config(train={"num_steps": num_steps}, checkpoint={"save_every": save_every})
     wall_time = ClockedWallTime(clock)
     device, checkpoints = Device(clock, step_seconds, log), Checkpoints(clock, save_seconds)
-    loop = train._Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time, StopRequests())
+    loop = _Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time, StopRequests())
     loop.run(State(), batches())
     loop.close()
     wall_time.close()
@@ -221,7 +222,7 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
     monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
     hits, used = [], []
     jax.monitoring.register_event_listener(listener := lambda name, **_: hits.append(name.endswith("/cache_hits")))
-    real = train._Loop._handle
+    real = _Loop._handle
 
     def stop_at_2(self, step, metrics):
         real(self, step, metrics)
@@ -235,7 +236,7 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
     )
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(train._Loop, "_handle", stop_at_2)
+            patch.setattr(_Loop, "_handle", stop_at_2)
             with pytest.raises(RuntimeError):
                 train.run(config, tmp_path / "run")
         assert jax.config.jax_compilation_cache_dir is None
@@ -263,7 +264,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch, nothing_compiled_before):
     workdir = Workdir(tmp_path)
 
     def found(setting):
-        with train.compilation_cache(setting, workdir.compiled):
+        with compilation_cache(setting, workdir.compiled):
             return jax.config.jax_compilation_cache_dir
 
     assert found("auto") is None
@@ -292,7 +293,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence_of_process_0(
         train.run(config, tmp_path / "run")
     assert jax.config.jax_compilation_cache_dir is None
     monkeypatch.setattr(distributed, "is_main", lambda: False)  # the others go on to where they wait for it
-    with train.compilation_cache(config.train.compilation_cache, tmp_path / "run"):
+    with compilation_cache(config.train.compilation_cache, tmp_path / "run"):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / name)
 
 
@@ -324,7 +325,7 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
     device = Signalling(clock, 0.001, log)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with signals.stop_requests() as stop:
-        loop = train._Loop(tiny.config(), Workdir(tmp_path), device, Saving(clock), 0, wall_time, stop)
+        loop = _Loop(tiny.config(), Workdir(tmp_path), device, Saving(clock), 0, wall_time, stop)
         with pytest.raises(train.Interrupted):
             loop.run(State(), iter(range(1, 100)))
     loop.close()
@@ -348,9 +349,7 @@ def test_a_signal_during_compilation_leads_to_a_save_before_the_first_step(tmp_p
     with signals.stop_requests() as stop:
         with stop.later("the step is compiled"):
             signal.raise_signal(signal.SIGTERM)
-        loop = train._Loop(
-            tiny.config(), Workdir(tmp_path), Device(clock, 0.001, log), Saving(clock), 7, wall_time, stop
-        )
+        loop = _Loop(tiny.config(), Workdir(tmp_path), Device(clock, 0.001, log), Saving(clock), 7, wall_time, stop)
         with pytest.raises(train.Interrupted):
             loop.run(State(7), iter(range(1, 100)))
     loop.close()

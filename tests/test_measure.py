@@ -29,7 +29,7 @@ from natsjax.report.results import MIN_DOCUMENTS
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 T = 24
 WINDOW = 2

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from natsjax import losses
 from natsjax.model import attention, layers, transformer
 from natsjax.model.attention import RoleChoice
 from natsjax.model.inputs import Inputs, model_inputs
 from natsjax.model.roles import GLOBAL, causal_pairs, dial_bias, key_end_from_roles
+from natsjax.train import losses
 from pallas_kernels.nats_attention import NO_END
 
 

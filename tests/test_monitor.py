@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import flops, monitor, topologies, train, wandb_writer
+from natsjax import topologies, train
 from natsjax.errors import UserError
 from natsjax.evaluate import evaluation
-from natsjax.health import WARNINGS
-from natsjax.metrics import WallTime
 from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
-from natsjax.monitor import EVERY_STEP, Monitor, fetch_every_step
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import chips
+from natsjax.train import flops
+from natsjax.train.logs import monitor
+from natsjax.train.logs.monitor import EVERY_STEP, Monitor, fetch_every_step
+from natsjax.train.logs.wall_time import WallTime
+from natsjax.train.logs.wandb import importlib
+from natsjax.train.logs.warnings import WARNINGS
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
 
@@ -276,7 +279,7 @@ def test_what_wandb_cannot_do_is_said_once(tmp_path, wandb, capfd, broken_from):
 
 def test_a_missing_package_is_said_before_anything_begins(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(wandb_writer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^train.wandb = 'mine' needs .* pip install 'natsjax\[wandb\]'"):
         train.run(tiny.config(train={"wandb": "mine"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

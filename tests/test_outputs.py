@@ -22,6 +22,7 @@ from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir, write_atomically
 from natsjax.runtime.atomic_folder import folder_lock, new_folder, put_back, set_aside, try_folder
 from natsjax.runtime.files import advice, make_folder, try_files, write_file
+from natsjax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 command = sys.modules["natsjax.data.prepare"]
@@ -327,7 +328,7 @@ def test_files_are_tried_and_written_through_links_and_into_pipes(tmp_path):
 
 @pytest.mark.parametrize("name", ["report", "checkpoints", "tensorboard", "report/report.html"])
 def test_a_run_tries_its_workdir_before_it_trains(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train, "open_data", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(loop, "open_data", lambda *_, **__: pytest.fail("the work began"))
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.mkdir() if name.endswith(".html") else path.touch()

@@ -45,7 +45,7 @@ import jax, numpy as np
 from natsjax import partition
 from natsjax.config import Config
 from natsjax.data import RecallTask
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 configs = [Config.from_dict(values) for values in json.load(sys.stdin)]
 for config in configs:

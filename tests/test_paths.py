@@ -19,6 +19,7 @@ from natsjax.runs.data import find_data, open_data, open_vocabulary
 from natsjax.runs.load import load
 from natsjax.runs.paths import settle_paths
 from natsjax.runs.workdir import Workdir
+from natsjax.train import loop
 
 
 def write_texts(folder, what="house"):
@@ -293,7 +294,7 @@ def test_training_stores_absolute_paths(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_train", stop)  # all else is behind it
+    monkeypatch.setattr(loop, "_train", stop)  # all else is behind it
     with pytest.raises(KeyboardInterrupt):
         train.run(corpus_config(input="texts"), "run")
     stored = Workdir("run").read_config().data

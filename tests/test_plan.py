@@ -18,7 +18,7 @@ from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.model import attention as attention_layer
 from natsjax.runtime import chips
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHIP = dataclasses.replace(chips.CHIPS["v5e"], name="test")
@@ -306,7 +306,7 @@ import json, sys
 import jax
 from natsjax import hardware, partition, planning, program_costs, program_text
 from natsjax.config import Config
-from natsjax.train_step import Trainer
+from natsjax.train.step import Trainer
 
 for values in json.load(sys.stdin):
     config = Config.from_dict(values)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import losses, role_statistics
 from natsjax.kv_fraction import sliding_windows
-from natsjax.role_statistics import live_keys, live_quantiles, live_thresholds, role_sums
+from natsjax.train import losses, role_statistics
+from natsjax.train.role_statistics import live_keys, live_quantiles, live_thresholds, role_sums
 from pallas_kernels.nats_attention import key_end_from_roles
 from pallas_kernels.nats_attention.roles import LOCAL
 
@@ -84,7 +84,7 @@ def test_windows_are_the_layers_own():
 
 def test_entropy_is_that_of_the_scorer_without_noise():
     config = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
-    from natsjax.train_step import Trainer
+    from natsjax.train.step import Trainer
 
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))

@@ -7,12 +7,12 @@ import optax
 import pytest
 import tiny
 
-from natsjax import budget_controller, optim, spikes, train
 from natsjax.config import NatsConfig, OptimizerConfig
 from natsjax.errors import UserError
 from natsjax.model import parameters
 from natsjax.model.roles import lifetime_sum
-from natsjax.train_step import Trainer
+from natsjax.train import budget_controller, loop, loss_spikes, optimizer
+from natsjax.train.step import Trainer
 
 
 @pytest.mark.parametrize(("warmup", "fraction", "steps"), [(10, 0.2, 100), (0, 0.5, 40), (5, 1.0, 50), (3, 0.0, 20)])
@@ -20,7 +20,7 @@ def test_wsd_warms_up_stays_and_decays(warmup, fraction, steps):
     config = OptimizerConfig(
         schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, peak_learning_rate=1e-2, end_learning_rate=1e-4
     )
-    rate = np.array([optim.learning_rate(config, steps)(step) for step in range(steps + 1)])
+    rate = np.array([optimizer.learning_rate(config, steps)(step) for step in range(steps + 1)])
     decay = min(max(1, round(fraction * steps)), steps - warmup)
     expected = np.interp(
         np.arange(steps + 1), [0, warmup, steps - decay, steps], [1e-2 if warmup == 0 else 0, 1e-2, 1e-2, 1e-4]
@@ -30,7 +30,7 @@ def test_wsd_warms_up_stays_and_decays(warmup, fraction, steps):
 
 def test_a_longer_wsd_run_goes_the_same_way_until_the_shorter_one_decays():
     config = OptimizerConfig(schedule="wsd", warmup_steps=5)
-    short, long = (optim.learning_rate(config, steps) for steps in (100, 1000))
+    short, long = (optimizer.learning_rate(config, steps) for steps in (100, 1000))
     assert all(float(short(step)) == float(long(step)) for step in range(80))
     assert float(short(90)) < float(long(90))
 
@@ -57,7 +57,7 @@ def test_a_longer_run_says_every_schedule_that_jumps(capfd):
             train={"num_steps": steps},
         )
 
-    train._say_new_schedule(of(101), of(51), 50)
+    loop._say_new_schedule(of(101), of(51), 50)
     now = 1e-3 + 9e-3 * (1 + np.cos(np.pi * 48 / 99)) / 2  # peak 1e-2, end 1e-3, 2 steps of warm-up
     ends = "now ends at step 101 instead of 51: at step 50 it goes from"
     assert capfd.readouterr().err.splitlines() == [
@@ -66,8 +66,8 @@ def test_a_longer_run_says_every_schedule_that_jumps(capfd):
         f"the temperature's schedule {ends} 0.5 to 1",
     ]
     for earlier in (None, of(101)):
-        train._say_new_schedule(of(101), earlier, 50)
-    train._say_new_schedule(of(101, end_temperature=0.0), of(51, end_temperature=0.0), 50)
+        loop._say_new_schedule(of(101), earlier, 50)
+    loop._say_new_schedule(of(101, end_temperature=0.0), of(51, end_temperature=0.0), 50)
     assert "temperature" not in capfd.readouterr().err
 
 
@@ -101,34 +101,34 @@ def test_a_spike_is_found_and_noise_is_not():
     losses = 3 + 3 * np.exp(-np.arange(400) / 60) + 0.05 * rng.normal(size=400)
     losses[[200, 300]] += 1.0
     losses[10] += 5  # too early to say
-    detector, found = spikes.start_detector(), []
+    detector, found = loss_spikes.start_detector(), []
     for step, loss in enumerate(losses):
-        is_spike, detector = spikes.detect(detector, jnp.float32(loss), 6.0)
+        is_spike, detector = loss_spikes.detect(detector, jnp.float32(loss), 6.0)
         found += [step] if is_spike else []
     assert found == [200, 300]
     assert int(detector.skipped) == 2
 
 
 def test_a_loss_that_stays_high_is_accepted_in_the_end():
-    detector = spikes.start_detector()
+    detector = loss_spikes.start_detector()
     for step in range(300):
-        is_spike, detector = spikes.detect(detector, jnp.float32(2 + 0.01 * (step % 3) + (step >= 100)), 5.0)
+        is_spike, detector = loss_spikes.detect(detector, jnp.float32(2 + 0.01 * (step % 3) + (step >= 100)), 5.0)
     assert not is_spike
     assert 1 <= int(detector.skipped) <= 60
 
 
 @pytest.mark.parametrize(("loss", "threshold"), [(np.nan, 3.0), (np.inf, 3.0), (1e9, 0.0)])
 def test_what_is_not_finite_is_no_spike_and_threshold_0_finds_none(loss, threshold):
-    detector = spikes.start_detector()
+    detector = loss_spikes.start_detector()
     for _ in range(100):
-        _, detector = spikes.detect(detector, jnp.float32(2), threshold)
-    assert not spikes.detect(detector, jnp.float32(loss), threshold)[0]
+        _, detector = loss_spikes.detect(detector, jnp.float32(2), threshold)
+    assert not loss_spikes.detect(detector, jnp.float32(loss), threshold)[0]
 
 
 def test_a_skipped_update_leaves_all_but_the_step_as_it_was():
     config = tiny.config(optimizer={"spike_threshold": 4.0})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
-    known = spikes.SpikeDetector(*(jnp.float32(x) for x in (0.1, 0.0)), jnp.int32(100), jnp.int32(3))
+    known = loss_spikes.SpikeDetector(*(jnp.float32(x) for x in (0.1, 0.0)), jnp.int32(100), jnp.int32(3))
     state = trainer.init()._replace(spikes=known)  # a loss of 0.1 would be usual
     before = jax.device_get(state)
     after, metrics = trainer.step(state, tiny.packed_batch(batch=4))
@@ -144,7 +144,7 @@ def test_a_skipped_update_leaves_all_but_the_step_as_it_was():
             np.testing.assert_array_equal(old, new)
     assert clocks == [(0, 1)]  # the learning rate goes on with the steps
     assert int(after.step) == 1
-    _, metrics = trainer.step(after._replace(spikes=spikes.start_detector()), tiny.packed_batch(batch=4))
+    _, metrics = trainer.step(after._replace(spikes=loss_spikes.start_detector()), tiny.packed_batch(batch=4))
     assert (float(metrics.skipped), float(metrics.update_norm) > 0) == (0, True)
 
 

@@ -10,7 +10,7 @@ from cases import Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax import budget_controller, kv_fraction
+from natsjax import kv_fraction
 from natsjax.config import NatsConfig
 from natsjax.model.roles import (
     causal_pairs,
@@ -22,6 +22,7 @@ from natsjax.model.roles import (
     scorer_bias,
     straight_through,
 )
+from natsjax.train import budget_controller
 from pallas_kernels.nats_attention import GLOBAL, reference
 
 SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=3)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import train
+from natsjax import evaluate, train
 from natsjax.data import RecallTask
 from natsjax.errors import UserError
-from natsjax.evaluate import evaluation as evaluate
 from natsjax.runs.checkpoint import SUMS_FILE, Checkpoints
 from natsjax.runs.load import load
 from natsjax.runs.workdir import Workdir, read_metrics
-from natsjax.train_step import Trainer
+from natsjax.train import loop
+from natsjax.train.step import Trainer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ def losses_of(path):
 def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path, no_evaluation, monkeypatch):
     config = tiny.config(nats={"budget_ramp_steps": 6})
     train.run(config, tmp_path / "whole")
-    real = train._Loop._handle
+    real = loop._Loop._handle
 
     def stop_at_8(self, step, metrics):
         real(self, step, metrics)
@@ -46,7 +46,7 @@ def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Loop, "_handle", stop_at_8)
+        patch.setattr(loop._Loop, "_handle", stop_at_8)
         with pytest.raises(RuntimeError):
             train.run(config, tmp_path / "cut")
     assert losses_of(tmp_path / "cut/metrics.jsonl")[-1][0] == 8  # beyond the checkpoint of step 5

@@ -7,12 +7,12 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.model.parameters import PARTS
-from natsjax.role_statistics import QUANTILES
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import Workdir
-from natsjax.train_step import StepMetrics, Trainer
+from natsjax.train.role_statistics import QUANTILES
+from natsjax.train.step import StepMetrics, Trainer
 
 _BASE = {
     "model": {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from natsjax.config import Config
-from natsjax.train_step import StepMetrics
+from natsjax.train.step import StepMetrics
 
 NUM_RECENT = 20
 """Steps before that a diagnosis looks at."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.metrics import scalars
 from natsjax.runs.workdir import Workdir, write_atomically
 from natsjax.runtime import distributed
+from natsjax.train.logs.metrics import scalars
 
 
 def check(config: Config) -> None:

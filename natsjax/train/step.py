@@ -10,9 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from natsjax import budget_controller, losses, optim, role_statistics, spikes
 from natsjax.config import Config
-from natsjax.losses import BatchTotals, LossSums
 from natsjax.model import inputs
 from natsjax.model.inputs import Batch
 from natsjax.model.parameters import norms_by_part, part_labels
@@ -28,7 +26,10 @@ from natsjax.model.sharding import (
     storage_spec,
 )
 from natsjax.model.transformer import init_parameters, model_structure
-from natsjax.spikes import SpikeDetector
+from natsjax.train import budget_controller, losses, role_statistics
+from natsjax.train.loss_spikes import SpikeDetector, detect, start_detector
+from natsjax.train.losses import BatchTotals, LossSums
+from natsjax.train.optimizer import learning_rate, optimizer
 from pallas_kernels.nats_attention import LOCAL
 
 
@@ -105,7 +106,7 @@ def schedules_at(config: Config, step: int) -> dict[str, float]:
     The budget's ramp and the warm-up are given in steps, and the price is steered from where it is: they do not.
     """
     optimizer, num_steps = config.optimizer, config.train.num_steps
-    rate = float(optim.learning_rate(optimizer, num_steps)(step))
+    rate = float(learning_rate(optimizer, num_steps)(step))
     values = {"learning rate": rate}
     if config.model.has_roles:
         if optimizer.scorer_learning_rate:
@@ -137,8 +138,8 @@ class Trainer:
         check(config, vocab_size, self.mesh)
         self.model = model_structure(config, vocab_size)
         is_scorer = jax.tree.map(lambda part: part == "scorer", part_labels(self.model.parameters))
-        self.optimizer = optim.optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
-        self.schedule = optim.learning_rate(config.optimizer, config.train.num_steps)
+        self.optimizer = optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
+        self.schedule = learning_rate(config.optimizer, config.train.num_steps)
         self.shardings = self._shardings()
         self.compiled_step = jax.jit(self._step, donate_argnums=0)
         self._executable: jax.stages.Compiled | None = None
@@ -217,9 +218,7 @@ class Trainer:
         key = jax.random.key(self.config.train.seed)
         _, parameters = init_parameters(self.config, self.vocab_size, key)
         controller = budget_controller.start_controller(self.config.nats)
-        return TrainState(
-            jnp.int32(0), parameters, self.optimizer.init(parameters), controller, spikes.start_detector()
-        )
+        return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters), controller, start_detector())
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """``(state, metrics)`` after the global batch, arrays ``[b, t]``; pure, the noise follows from the step."""
@@ -234,7 +233,7 @@ class Trainer:
             controller = budget_controller.steer(controller, kv_fraction, state.step, self.config.nats)
         cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
         threshold = self.config.optimizer.spike_threshold
-        is_spike, detector = spikes.detect(state.spikes, cross_entropy, threshold)
+        is_spike, detector = detect(state.spikes, cross_entropy, threshold)
         new = optax.apply_updates(state.parameters, updates), optimizer_state, controller
         if threshold:
             old = state.parameters, state.optimizer, state.controller

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 
 from natsjax.config import Config
-from natsjax.display import Display, Shown
 from natsjax.errors import first_line
-from natsjax.flops import step_flops
-from natsjax.health import Health
 from natsjax.kv_fraction import perplexity
-from natsjax.metrics import MetricsWriter, WallTime
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
-from natsjax.train_step import StepMetrics, Trainer
-from natsjax.wandb_writer import WandbWriter
+from natsjax.train.flops import step_flops
+from natsjax.train.logs.display import Display, Shown
+from natsjax.train.logs.metrics import MetricsWriter
+from natsjax.train.logs.wall_time import WallTime
+from natsjax.train.logs.wandb import WandbWriter
+from natsjax.train.logs.warnings import Health
+from natsjax.train.step import StepMetrics, Trainer
 
 EVERY_STEP = ("loss", "cross_entropy", "gradient_norm", "update_norm", "skipped")
 """What is fetched from the devices after each step; the rest is where it is logged, or where these are not finite."""

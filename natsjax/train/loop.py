@@ -10,15 +10,12 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from natsjax import evaluate, kv_fraction, report, wandb_writer
+from natsjax import evaluate, kv_fraction, report
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
-from natsjax.diagnosis import FiniteCheck
 from natsjax.errors import UserError
-from natsjax.metrics import WallTime
 from natsjax.model import sharding
 from natsjax.model.inputs import Batch
-from natsjax.monitor import Monitor, fetch_every_step
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import RunData, length_of_run, open_data, resolve_length
 from natsjax.runs.initial_parameters import InitialParameters
@@ -28,7 +25,11 @@ from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.compilation_cache import compilation_cache
 from natsjax.runtime.signals import StopRequests
-from natsjax.train_step import StepMetrics, Trainer, TrainState, schedules_at
+from natsjax.train.logs import wandb
+from natsjax.train.logs.monitor import Monitor, fetch_every_step
+from natsjax.train.logs.nonfinite import FiniteCheck
+from natsjax.train.logs.wall_time import WallTime
+from natsjax.train.step import StepMetrics, Trainer, TrainState, schedules_at
 
 Interrupted = distributed.Interrupted
 
@@ -53,7 +54,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     workdir = Workdir(path)
     workdir.refuse_export()
     config = settle_paths(config, workdir)
-    wandb_writer.check(config)
+    wandb.check(config)
     with (
         contextlib.closing(wall_time),
         signals.stop_requests() as stop,

@@ -11,7 +11,7 @@ from natsjax.model.attention import RoleChoice
 from natsjax.model.cross_entropy import loss_totals
 from natsjax.model.inputs import Batch, model_inputs
 from natsjax.model.roles import causal_pairs
-from natsjax.role_statistics import RoleSums, role_sums
+from natsjax.train.role_statistics import RoleSums, role_sums
 
 
 class BatchTotals(NamedTuple):

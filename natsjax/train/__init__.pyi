@@ -1,0 +1,2 @@
+from .loop import Interrupted as Interrupted
+from .loop import run as run
