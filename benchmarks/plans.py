@@ -3,7 +3,7 @@
     python -m benchmarks.plans --output=docs                       with libtpu: pip install 'natsjax[tpu]'
     python -m benchmarks.plans --output=docs --hardware=h100-8     with XLA's compiler for CUDA, jax >= 0.11
 
-Compiles every step, of NAtS and of its dense twin, by ``natsjax.planning``; a minute or two each on two CPU cores. The
+Compiles every step, of NAtS and of its dense twin, by ``plan.train_step``; a minute or two each on two CPU cores. The
 numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
 """
 
@@ -14,8 +14,8 @@ import pathlib
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
-from natsjax.plan import as_json, summary
-from natsjax.planning import CompilerCrashed, plan_apart
+from natsjax.plan.__main__ import as_json, summary
+from natsjax.plan.train_step import CompilerCrashed, plan_apart
 from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB
 from natsjax.runtime.files import check_files

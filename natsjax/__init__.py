@@ -9,7 +9,7 @@ natsjax.report         a report again, or runs compared          ``natsjax.repor
 natsjax.sweep          a run for every budget and seed           ``natsjax.sweep.run``
 natsjax.generate       text from prompts                         ``natsjax.generate.run``
 natsjax.export         parameters in a folder of their own       ``natsjax.export.export``
-natsjax.plan           what a step takes on other hardware       ``natsjax.planning.plan_apart``
+natsjax.plan           what a step takes on other hardware       ``natsjax.plan.train_step.plan_apart``
 
 and ``natsjax.train.run`` is what ``train.py`` calls. ``docs/`` has a page for each, ``docs/tour.md`` goes once
 around in Python. Importing this touches no device.

@@ -1,3 +1,12 @@
+from . import data as data
+from . import decode as decode
+from . import evaluate as evaluate
+from . import export as export
+from . import generate as generate
+from . import plan as plan
+from . import report as report
+from . import sweep as sweep
+from . import train as train
 from .errors import UserError as UserError
 from .runs.load import LoadedRun as LoadedRun
 from .runs.load import load as load

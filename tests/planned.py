@@ -2,13 +2,13 @@
 
 import pytest
 
-from natsjax import planning
+from natsjax.plan import train_step
 
 
-def plan_and_program(config, topology, plan=planning.plan_step):
+def plan_and_program(config, topology, plan=train_step.plan_step):
     """``(plan, compiled)`` of ``plan``, compiled once."""
     programs = []
-    compile_program = planning.compile_program
+    compile_program = train_step.compile_program
 
     def remember(lowered):
         result = compile_program(lowered)
@@ -16,6 +16,6 @@ def plan_and_program(config, topology, plan=planning.plan_step):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "compile_program", remember)
+        patch.setattr(train_step, "compile_program", remember)
         made = plan(config, topology)
     return made, programs[0]

@@ -26,7 +26,7 @@ from natsjax.data import BPETokenizer, Corpus, HuggingFaceTokenizer, Tokenizer, 
 from natsjax.data.prepare import prepare
 from natsjax.data.tokenizers import pretrained, tiktoken_patterns
 from natsjax.errors import UserError
-from natsjax.text_stream import TextStream
+from natsjax.generate.text_stream import TextStream
 
 sentencepiece = pytest.importorskip("sentencepiece")
 tiktoken = pytest.importorskip("tiktoken")

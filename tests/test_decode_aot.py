@@ -13,8 +13,9 @@ import pathlib
 import pytest
 from planned import plan_and_program
 
-from natsjax import plan, planning_decode, program_costs, program_text, topologies
 from natsjax.config import Config
+from natsjax.plan import __main__ as plan_command
+from natsjax.plan import decoding, hlo, hlo_costs, topologies
 from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,8 +31,8 @@ by_case = pytest.mark.parametrize(("name", "topology"), CASES, ids=lambda value:
 def planned(name, topology):
     """The plan, and what the compiler itself says of the memory."""
     config = Config.from_dict(read_config_file(ROOT / f"configs/{name}.py"))
-    made, compiled = plan_and_program(config, topologies.topology(topology), planning_decode.plan_decode)
-    print(f"\n{plan.decode_summary(made)}")
+    made, compiled = plan_and_program(config, topologies.topology(topology), decoding.plan_decode)
+    print(f"\n{plan_command.decode_summary(made)}")
     return made, compiled.memory_analysis()
 
 
@@ -63,7 +64,7 @@ def test_what_is_sent_is_of_one_token(name, topology):
     """By their sizes too: nothing larger than the logits of a device's sequences goes anywhere."""
     made = planned(name, topology)[0]
     rows = made.batch // made.mesh.get("data", 1)
-    sizes = [array.size for _, array in program_costs.collective_results(program_text.parse(made.program))]
+    sizes = [array.size for _, array in hlo_costs.collective_results(hlo.parse(made.program))]
     assert max(sizes) == 4 * rows * made.config.data.vocab_size
     assert {axis for c in made.collectives for axis in c.axes} <= {"data", "tensor"}
     assert all(c.bytes_inside < 1000 for c in made.collectives if "data" in c.axes)

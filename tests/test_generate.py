@@ -21,7 +21,8 @@ from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.export import export
-from natsjax.generate_flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
+from natsjax.generate import __main__ as generate_command
+from natsjax.generate.flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
@@ -53,7 +54,7 @@ def run(loaded, prompts, **arguments):
 
 def command(capsys, loaded, *flags):
     """Standard output and standard error."""
-    generate.main([f"--workdir={loaded.workdir.path}", *flags])
+    generate_command.main([f"--workdir={loaded.workdir.path}", *flags])
     return capsys.readouterr()
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import topologies, train
+from natsjax import train
 from natsjax.errors import UserError
 from natsjax.evaluate import evaluation
 from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
+from natsjax.plan import topologies
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import chips
 from natsjax.train import flops

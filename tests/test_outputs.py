@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import export, report, sweep, train
+from natsjax import report, sweep, train
 from natsjax.config_fields import real_path
 from natsjax.data import Corpus
 from natsjax.data.prepare import encode, prepare
 from natsjax.errors import UserError
+from natsjax.export import folder as export
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir, write_atomically
@@ -25,7 +26,7 @@ from natsjax.runtime.files import advice, make_folder, try_files, write_file
 from natsjax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
-command = sys.modules["natsjax.data.prepare"]
+command = sys.modules["natsjax.data.prepare.build"]
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import pytest
 import tiny
 from planned import plan_and_program
 
-from natsjax import plan, planning, topologies
 from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.model import attention as attention_layer
+from natsjax.plan import __main__ as plan_command
+from natsjax.plan import topologies, train_step
 from natsjax.runtime import chips
 from natsjax.train.step import Trainer
 
@@ -102,10 +103,10 @@ def test_memory_is_what_the_compiler_says(planned):
 
 
 def test_it_says_what_there_is_to_know(planned):
-    text = plan.summary(planned[0])
+    text = plan_command.summary(planned[0])
     for part in ("it fits", "parameters", "roofline", "bound by", "tokens/s", "live at nats.kv_budget = 0.4"):
         assert part in text
-    numbers = json.loads(json.dumps(plan.as_json(planned[0])))
+    numbers = json.loads(json.dumps(plan_command.as_json(planned[0])))
     assert numbers["memory"]["total"] == planned[0].memory.total
     assert numbers["fits"] is True
     assert numbers["roofline"]["bound"] in ("compute", "memory")
@@ -115,30 +116,30 @@ def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
     small = dataclasses.replace(CHIP, memory=planned[0].memory.total - 1)
     made = dataclasses.replace(planned[0], chip=small)
     assert made.fits is False
-    text = plan.summary(made)
+    text = plan_command.summary(made)
     assert "IT DOES NOT FIT" in text
     assert "most is taken by temporaries; what would shrink it: train.num_microbatches" in text
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
-    assert set(plan._SHRINK) == set(planning.Memory._fields)
+    assert set(plan_command._SHRINK) == set(train_step.Memory._fields)
 
 
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan, "plan_apart", lambda config, name, num_slices: planned[0])
-    assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
+    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: planned[0])
+    assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
     small = dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(plan, "plan_apart", lambda config, name, num_slices: small)
-    assert plan.main(arguments) == 1
+    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: small)
+    assert plan_command.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
         with pytest.raises(UserError, match=message):
-            plan.main([argument for index, argument in enumerate(arguments) if index != missing])
+            plan_command.main([argument for index, argument in enumerate(arguments) if index != missing])
     with pytest.raises(UserError, match=r"--json=nowhere/x: there is no such folder"):
-        plan.main([*arguments, "--json=nowhere/x"])
+        plan_command.main([*arguments, "--json=nowhere/x"])
 
 
 def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(planned, monkeypatch, capsys):
@@ -149,16 +150,16 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
         remat, count = config.model.remat, config.train.num_microbatches
         tried.append((remat, count))
         if (remat, count) == ("dots", 4):
-            raise planning.CompilerCrashed("the compiler crashed")
+            raise train_step.CompilerCrashed("the compiler crashed")
         fits = count >= fewest[remat]
         memory = planned[0].memory._replace(temporaries=0.0 if fits else 1e15)
-        seconds = planning.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
+        seconds = train_step.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
         return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds, mesh={"fsdp": 2})
 
-    monkeypatch.setattr(plan, "plan_apart", plan_apart)
+    monkeypatch.setattr(plan_command, "plan_apart", plan_apart)
     monkeypatch.chdir(ROOT)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=24"]
-    assert plan.main([*arguments, "--search"]) == 0
+    assert plan_command.main([*arguments, "--search"]) == 0
     assert tried == [("none", n) for n in (1, 2, 3, 4, 6, 12)] + [("dots", n) for n in (1, 2, 3, 4, 6)] + [("full", 1)]
     shown = capsys.readouterr().out
     assert "model.remat = dots, train.num_microbatches = 4: the compiler crashed" in shown
@@ -166,7 +167,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
     assert [row[:2] for row in rows[-3:]] == [["dots", "6"], ["full", "1"], ["none", "12"]]
     assert "does not fit" in " ".join(rows[-1])
     with pytest.raises(UserError, match="leave out --search"):
-        plan.main([*arguments, "--search", "--json=x"])
+        plan_command.main([*arguments, "--search", "--json=x"])
 
 
 # --- a compiler that refuses ---
@@ -188,14 +189,14 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
         compile = refuse
 
     monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
-    made = planning.plan_step(tiny.config(), here())
+    made = train_step.plan_step(tiny.config(), here())
     assert made.fits is False
     assert made.costs is None
     assert made.refusal == said
-    text = plan.summary(made)
+    text = plan_command.summary(made)
     assert f"the compiler: {said}" in text
     assert "total        at least" in text
-    assert plan.as_json(made)["roofline"] is None
+    assert plan_command.as_json(made)["roofline"] is None
     if asked is None:
         assert "temporaries          ?" in text
         assert "most is taken" not in text
@@ -212,12 +213,12 @@ def crash(config, name, num_slices, log):
 
 
 def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(planning, "_plan_here", crash)
+    monkeypatch.setattr(train_step, "_plan_here", crash)
     expected = (
         r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.num_micro"
     )
-    with pytest.raises(planning.CompilerCrashed, match=expected):
-        planning.plan_apart(tiny.config(), "v5e-16")
+    with pytest.raises(train_step.CompilerCrashed, match=expected):
+        train_step.plan_apart(tiny.config(), "v5e-16")
 
 
 def test_the_command_plans_for_this_machine():
@@ -240,7 +241,7 @@ def test_other_errors_of_the_compiler_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr(Trainer, "lower", lambda self: Lowered())
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        planning.plan_step(tiny.config(), here())
+        train_step.plan_step(tiny.config(), here())
 
 
 # --- products ---
@@ -275,28 +276,28 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     with jax.set_mesh(trainer.mesh):
         traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
-    assert planning.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
+    assert train_step.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
 
 
 def test_attention_counts_pairs():
     dense = tiny.config(model={"attention": "dense"})
     pairs = 4 * 2 * 4 * 24 * 25 / 2  # batch, layers, heads, causal pairs
-    assert planning.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
+    assert train_step.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
     exact = tiny.config()  # 40 % of them live, all looked at
-    assert planning.step_flops(exact, 16).attention == pytest.approx(pairs * (0.4 * 9 + 2) * 2 * 4)
+    assert train_step.step_flops(exact, 16).attention == pytest.approx(pairs * (0.4 * 9 + 2) * 2 * 4)
     sampled = tiny.config(nats={"mask_gradient": "sampled", "sampled_fraction": 0.25}, model={"remat": "full"})
-    assert planning.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
+    assert train_step.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
 
 
 def test_the_vocabulary_without_the_data(tmp_path):
-    assert planning.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
+    assert train_step.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
     corpus = {"source": "corpus", "input": "folder", "vocab_size": 1000}
-    assert planning.vocab_size_of(tiny.config(data=corpus)) == 1000
-    assert planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
+    assert train_step.vocab_size_of(tiny.config(data=corpus)) == 1000
+    assert train_step.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "byte"})) == 258
     with pytest.raises(UserError, match="nowhere"):
-        planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "nowhere"}))
+        train_step.vocab_size_of(tiny.config(data=corpus | {"tokenizer": "nowhere"}))
     ByteTokenizer().save(tmp_path)
-    assert planning.vocab_size_of(tiny.config(data=corpus | {"tokenizer": str(tmp_path)})) == 258
+    assert train_step.vocab_size_of(tiny.config(data=corpus | {"tokenizer": str(tmp_path)})) == 258
 
 
 # --- eight devices: what the program moves ---

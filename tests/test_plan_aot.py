@@ -16,8 +16,8 @@ import time
 import pytest
 from planned import plan_and_program
 
-from natsjax import planning, program_costs, program_text, topologies
 from natsjax.config import Config
+from natsjax.plan import hlo, hlo_costs, topologies, train_step
 from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_no_whole_activations_are_gathered(name, topology):
     config = made.config
     length, width = config.data.context_length, config.model.width
     rows = config.train.batch_size // made.num_devices
-    results = program_costs.collective_results(program_text.parse(made.program))
+    results = hlo_costs.collective_results(hlo.parse(made.program))
     moved = [array.shape for kind, array in results if kind != "collective-permute"]
     largest_weight = width * max(config.model.mlp_width, config.data.vocab_size)
     assert largest_weight // 2 <= max(map(math.prod, moved)) <= largest_weight
@@ -83,7 +83,7 @@ def test_nothing_is_quadratic_in_the_context():
     """In the model none of whose sizes is the context's length; forward, backward and roles' gradient."""
     made = planned(*CASES[0])[0]
     length = made.config.data.context_length
-    computations = program_text.parse(made.program).computations.values()
+    computations = hlo.parse(made.program).computations.values()
     shapes = {array.shape for c in computations for i in c.values() for array in i.results}
     assert any(length in shape for shape in shapes)
     assert not [shape for shape in shapes if shape.count(length) > 1]
@@ -96,7 +96,7 @@ def test_slices_talk_across_the_network_about_gradients_alone():
     config = config_of("nats_1b:v5p-128", data=2)
     # With 16 sequences a device libtpu crashes here (docs/scaling.md).
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_microbatches=2))
-    made = planning.plan_step(config, topologies.topology("v5p:2x2x2", num_slices=2))
+    made = train_step.plan_step(config, topologies.topology("v5p:2x2x2", num_slices=2))
     crossing = [c for c in made.costs.collectives if c.bytes_across]
     assert crossing
     assert all("data" in c.axes for c in crossing)
@@ -107,7 +107,7 @@ def test_slices_talk_across_the_network_about_gradients_alone():
 
 def test_a_sequence_that_goes_round_a_ring_compiles_for_a_pod():
     config = config_of("nats_1b:v5p-128", context=4)
-    made = planning.plan_step(config, topologies.topology("v5p:4x4x4"))
+    made = train_step.plan_step(config, topologies.topology("v5p:4x4x4"))
     assert made.mesh == {"fsdp": 16, "context": 4}
     ring = [c for c in made.costs.collectives if c.kind == "collective-permute" and c.axes == ("context",)]
     assert ring

@@ -13,9 +13,10 @@ import pytest
 import tiny
 from planned import plan_and_program
 
-from natsjax import plan, planning, planning_decode, program_flow, program_text, topologies
 from natsjax.errors import UserError
-from natsjax.planning_decode import DecodeRequest
+from natsjax.plan import __main__ as plan_command
+from natsjax.plan import decoding, hlo, hlo_flow, topologies, train_step
+from natsjax.plan.decoding import DecodeRequest
 from natsjax.runtime import chips
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def here():
 def planned(request):
     """A plan for this machine, and the program that it was read off."""
     config = tiny.config(model={"attention": request.param})
-    return plan_and_program(config, here(), lambda *given: planning_decode.plan_decode(*given, DecodeRequest(batch=4)))
+    return plan_and_program(config, here(), lambda *given: decoding.plan_decode(*given, DecodeRequest(batch=4)))
 
 
 def test_memory_is_what_the_compiler_says(planned):
@@ -58,24 +59,24 @@ def test_the_buffer_is_neither_copied_nor_sent(planned):
 
 
 def test_it_says_what_there_is_to_know(planned):
-    text = plan.decode_summary(planned[0])
+    text = plan_command.decode_summary(planned[0])
     for part in ("it fits", "buffer ", "yes, donated", "in the program: none", "bound by memory", "tokens/s", "128"):
         assert part in text
-    numbers = json.loads(json.dumps(plan.decode_as_json(planned[0])))
+    numbers = json.loads(json.dumps(plan_command.decode_as_json(planned[0])))
     assert numbers["memory"]["total"] == planned[0].memory.total
     assert numbers["roofline"]["bound"] == "memory"
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
-    assert set(plan._SHRINK_DECODING) == set(planning_decode.DecodeMemory._fields)
+    assert set(plan_command._SHRINK_DECODING) == set(decoding.DecodeMemory._fields)
 
 
 def test_slots_are_those_that_the_decoder_would_allocate():
     nats, dense = tiny.config(nats={"kv_budget": 0.1}), tiny.config(model={"attention": "dense"})
-    assert planning_decode.slots_of(nats, 4096, None, 128) == (512, 4096)  # 410 live, and room to grow
-    assert planning_decode.slots_of(nats, 4096, 1.0, 128) == (4096, 4096)
-    assert planning_decode.slots_of(dense, 4096, None, 128) == (4096, 4096)
-    assert planning_decode.slots_of(nats, 100, None, 128) == (128, 128)
+    assert decoding.slots_of(nats, 4096, None, 128) == (512, 4096)  # 410 live, and room to grow
+    assert decoding.slots_of(nats, 4096, 1.0, 128) == (4096, 4096)
+    assert decoding.slots_of(dense, 4096, None, 128) == (4096, 4096)
+    assert decoding.slots_of(nats, 100, None, 128) == (128, 128)
 
 
 def test_the_mesh_for_serving_divides_what_it_must():
@@ -83,7 +84,7 @@ def test_the_mesh_for_serving_divides_what_it_must():
         topology = topologies.Topology(
             "x", [None] * devices, None, tuple(n * domains // devices for n in range(devices))
         )
-        return planning_decode.serving_mesh(tiny.config(model=model), 16, topology).tensor
+        return decoding.serving_mesh(tiny.config(model=model), 16, topology).tensor
 
     assert mesh(64, num_heads=8, num_kv_heads=8) == 8
     assert mesh(64, num_heads=6, num_kv_heads=6) == 2
@@ -104,9 +105,9 @@ def test_mistakes_are_sentences(monkeypatch):
             DecodeRequest(**request)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     with pytest.raises(UserError, match="--decode_batch=4: it is for --decode"):
-        plan.main([*arguments, "--decode_batch=4"])
+        plan_command.main([*arguments, "--decode_batch=4"])
     with pytest.raises(UserError, match="leave it out for --decode"):
-        plan.main([*arguments, "--decode", "--search"])
+        plan_command.main([*arguments, "--decode", "--search"])
 
 
 def test_exit_status_and_what_is_asked_for(planned, monkeypatch, tmp_path, capsys):
@@ -117,12 +118,12 @@ def test_exit_status_and_what_is_asked_for(planned, monkeypatch, tmp_path, capsy
         return planned[0]
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan, "plan_decode_apart", plan_decode_apart)
+    monkeypatch.setattr(plan_command, "plan_decode_apart", plan_decode_apart)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--decode"]
-    assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["batch"] == 4
     planned = (dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0)), None)
-    assert plan.main([*arguments, "--decode_batch=8", "--decode_kv=0.5", "--config.mesh.tensor=1"]) == 1
+    assert plan_command.main([*arguments, "--decode_batch=8", "--decode_kv=0.5", "--config.mesh.tensor=1"]) == 1
     assert asked == [DecodeRequest(), DecodeRequest(batch=8, kv=0.5, as_trained=True)]
     assert "most is taken by" in capsys.readouterr().out
 
@@ -131,12 +132,12 @@ def test_a_refusing_compiler(monkeypatch):
     def refuse(_):
         return None, "Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
 
-    monkeypatch.setattr(planning, "compile_program", refuse)
-    made = planning_decode.plan_decode(tiny.config(), here())
+    monkeypatch.setattr(train_step, "compile_program", refuse)
+    made = decoding.plan_decode(tiny.config(), here())
     assert made.fits is False
     assert made.memory.total == pytest.approx(20.5 * 2**30)
-    assert "IT DOES NOT FIT" in plan.decode_summary(made)
-    assert plan.decode_as_json(made)["copies"] is None
+    assert "IT DOES NOT FIT" in plan_command.decode_summary(made)
+    assert plan_command.decode_as_json(made)["copies"] is None
 
 
 # --- eight devices ---
@@ -221,10 +222,10 @@ def test_on_eight_devices_a_part_that_is_sent_is_found_and_mistakes_are_sentence
 
 def moved(function, *arguments, donate=()):
     text = jax.jit(function, donate_argnums=donate).lower(*arguments).compile().as_text()
-    program = program_text.parse(text)
-    numbers = program_flow.parameters_named(program, "x")
-    kinds = [program_flow.kind_of(i) for i in program_flow.moves(program, numbers)]
-    return kinds, set(numbers) <= program_flow.aliased_parameters(text)
+    program = hlo.parse(text)
+    numbers = hlo_flow.parameters_named(program, "x")
+    kinds = [hlo_flow.kind_of(i) for i in hlo_flow.moves(program, numbers)]
+    return kinds, set(numbers) <= hlo_flow.aliased_parameters(text)
 
 
 def test_copies_are_found_and_updates_are_none():
@@ -235,7 +236,7 @@ def test_copies_are_found_and_updates_are_none():
 
     kinds, is_donated = moved(update, x, n, donate=0)
     assert is_donated
-    assert not set(kinds) & program_flow.COPIES
+    assert not set(kinds) & hlo_flow.COPIES
     kinds, is_donated = moved(update, x, n)
     assert not is_donated
     assert "copy" in kinds
@@ -269,8 +270,8 @@ ENTRY %main (a: s32[], x: bf16[4,8], y: bf16[8,8]) -> (bf16[4,8], bf16[8,8]) {
 
 
 def test_branches_and_what_starts_and_ends_apart():
-    program = program_text.parse(BRANCHES)
-    assert program_flow.parameters_named(program, "x") == [1]
-    assert program_flow.aliased_parameters(BRANCHES) == {1}
-    assert [program_flow.kind_of(i) for i in program_flow.moves(program, [1])] == ["all-gather", "transpose"]
-    assert program_flow.moves(program, [2]) == []
+    program = hlo.parse(BRANCHES)
+    assert hlo_flow.parameters_named(program, "x") == [1]
+    assert hlo_flow.aliased_parameters(BRANCHES) == {1}
+    assert [hlo_flow.kind_of(i) for i in hlo_flow.moves(program, [1])] == ["all-gather", "transpose"]
+    assert hlo_flow.moves(program, [2]) == []

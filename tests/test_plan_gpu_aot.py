@@ -5,10 +5,10 @@ import pathlib
 
 import pytest
 
-from natsjax import planning, topologies
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.model.sharding import make_mesh
+from natsjax.plan import topologies, train_step
 from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +22,7 @@ pytestmark = [
 
 def test_a_step_compiles_for_eight_h100s():
     config = Config.from_dict(read_config_file(ROOT / "configs/nats_350m.py:h100-8"))
-    made = planning.plan_step(config, topologies.topology("h100-8"))
+    made = train_step.plan_step(config, topologies.topology("h100-8"))
     assert made.fits is True
     assert made.mesh == {"fsdp": 8}
     assert {c.axes for c in made.costs.collectives} == {("fsdp",)}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natsjax import program_costs, program_text
+from natsjax.plan import hlo, hlo_costs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ ONE_DEVICE = FakeMesh(fsdp=1)
 
 
 def collective(attributes):
-    return program_text.Instruction("x", "all-reduce", (), (), "", attributes, False)
+    return hlo.Instruction("x", "all-reduce", (), (), "", attributes, False)
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def collective(attributes):
     ],
 )
 def test_every_notation_of_device_groups_is_read(attributes, expected):
-    groups = program_text.device_groups(collective(attributes), 4)
+    groups = hlo.device_groups(collective(attributes), 4)
     assert sorted(map(list, groups.tolist())) == expected
 
 
 def test_a_notation_that_is_not_understood_is_an_error():
     with pytest.raises(ValueError, match="not understood"):
-        program_text.device_groups(collective(", replica_groups=something"), 4)
+        hlo.device_groups(collective(", replica_groups=something"), 4)
     with pytest.raises(ValueError, match="no ENTRY"):
-        program_text.parse("HloModule empty")
+        hlo.parse("HloModule empty")
 
 
 # As XLA for TPUs writes them: no trip count, memory spaces in layouts, a reduce-scatter fused from an all-reduce.
@@ -105,7 +105,7 @@ ENTRY %main (a: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
 
 def test_loops_memory_spaces_and_fused_collectives_of_a_tpu_program():
     mesh = FakeMesh(data=2, fsdp=2)
-    costs = program_costs.program_costs(program_text.parse(TPU_TEXT), mesh, [0, 0, 1, 1])
+    costs = hlo_costs.program_costs(hlo.parse(TPU_TEXT), mesh, [0, 0, 1, 1])
     size = 8 * 128 * 2
     # The reduce-scatter runs among four devices in two slices: half inside, a quarter across.
     assert {tuple(c) for c in costs.collectives} == {
@@ -146,7 +146,7 @@ ENTRY %main (a: bf16[8,128], w: bf16[64,128]) -> bf16[8,128] {
 
 
 def test_a_collective_in_pieces_is_one_and_of_a_slice_only_the_slice_moves():
-    costs = program_costs.program_costs(program_text.parse(PIECES), FakeMesh(fsdp=4), [0] * 4)
+    costs = hlo_costs.program_costs(hlo.parse(PIECES), FakeMesh(fsdp=4), [0] * 4)
     share = 8 * 128 * 2
     assert [tuple(c) for c in costs.collectives] == [("all-gather", ("fsdp",), 2, 2 * 3 * share, 0.0)]
     starts, product, second = share + 5 * share, 2 * share, share + 4 * share
@@ -171,10 +171,10 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 def test_what_hosts_carry_between_slices_is_read():
     mesh = FakeMesh(data=2, fsdp=4)
     size = 8 * 128 * 2
-    costs = program_costs.program_costs(program_text.parse(SLICES), mesh, [0] * 4 + [1] * 4)
+    costs = hlo_costs.program_costs(hlo.parse(SLICES), mesh, [0] * 4 + [1] * 4)
     assert [tuple(c) for c in costs.collectives] == [("all-reduce", ("data",), 1, 0.0, 2 * size / 2)]
-    other = program_text.parse(SLICES.replace("ALL_REDUCE", "ONE_TO_ONE"))
-    costs = program_costs.program_costs(other, mesh, [0] * 4 + [1] * 4)
+    other = hlo.parse(SLICES.replace("ALL_REDUCE", "ONE_TO_ONE"))
+    costs = hlo_costs.program_costs(other, mesh, [0] * 4 + [1] * 4)
     assert [tuple(c)[:3] for c in costs.collectives] == [("collective-permute", ("data",), 1)]
     assert costs.collectives[0].bytes_across == size
 
@@ -191,18 +191,18 @@ def test_what_hosts_carry_between_slices_is_read():
 )
 def test_little_of_a_collective_crosses_the_network(kind, inside, across):
     groups, domains = np.arange(16)[None], [0] * 8 + [1] * 8
-    assert program_costs._bytes_sent(kind, 160, groups, domains) == pytest.approx((inside, across))
-    assert program_costs._bytes_sent(kind, 160, groups, [0] * 16)[1] == 0
+    assert hlo_costs._bytes_sent(kind, 160, groups, domains) == pytest.approx((inside, across))
+    assert hlo_costs._bytes_sent(kind, 160, groups, [0] * 16)[1] == 0
 
 
 def test_of_a_permutation_the_pairs_that_cross_count():
     ring = np.array([[index, (index + 1) % 4] for index in range(4)])
-    assert program_costs._bytes_sent("collective-permute", 100, ring, [0, 0, 1, 1]) == (50, 50)
+    assert hlo_costs._bytes_sent("collective-permute", 100, ring, [0, 0, 1, 1]) == (50, 50)
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_said():
     text = TPU_TEXT.replace("direction=LT", "direction=NE")
-    costs = program_costs.program_costs(program_text.parse(text), FakeMesh(data=2, fsdp=2), [0] * 4)
+    costs = hlo_costs.program_costs(hlo.parse(text), FakeMesh(data=2, fsdp=2), [0] * 4)
     assert costs.unknown_loops == 1
     assert {c.times for c in costs.collectives} == {1}
 
@@ -251,7 +251,7 @@ def test_collectives_of_a_program_that_xla_compiled():
 def traffic(function, *shapes):
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     text = jax.jit(function).lower(*structs).compile().as_text()
-    costs = program_costs.program_costs(program_text.parse(text), ONE_DEVICE, [0])
+    costs = hlo_costs.program_costs(hlo.parse(text), ONE_DEVICE, [0])
     assert costs.collectives == ()
     assert costs.unknown_loops == 0
     return costs.memory_traffic
@@ -281,8 +281,6 @@ def test_results_of_a_loop_are_written_a_slice_at_a_time():
 
 
 def test_bytes_of_types():
-    arrays = program_text.arrays(
-        "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[5]{0}, f32[], f8e4m3fn[4], s32[0])"
-    )
+    arrays = hlo.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[5]{0}, f32[], f8e4m3fn[4], s32[0])")
     assert [(a.size, a.in_memory) for a in arrays] == [(12, False), (5, True), (4, True), (4, True), (0, True)]
     assert np.prod(arrays[0].shape) == 6

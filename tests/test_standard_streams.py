@@ -20,10 +20,10 @@ from natsjax.data.corpus import Corpus
 from natsjax.data.inspect import __main__ as inspect_command
 from natsjax.data.prepare import prepare
 from natsjax.evaluate import __main__ as evaluate_command
+from natsjax.generate.text_stream import Printer
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, standard_streams
 from natsjax.runtime.flags import run_command
-from natsjax.text_stream import Printer
 from natsjax.train.logs.display import Shown, panel
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -18,13 +18,15 @@ import types
 import pytest
 import tiny
 
-from natsjax import sweep, train
+from natsjax import train
 from natsjax.errors import UserError
 from natsjax.runs.data import open_data
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime.distributed import Interrupted
-from natsjax.sweep_front import draw_front, format_front, format_runs, front_of
-from natsjax.sweep_runs import SweepRun, read_record, write_record
+from natsjax.sweep import __main__ as sweep_command
+from natsjax.sweep import sweep
+from natsjax.sweep.pareto import draw_front, format_front, format_runs, front_of
+from natsjax.sweep.runs import SweepRun, read_record, write_record
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = [0.4, 0.6]
@@ -72,7 +74,7 @@ def swept(tmp_path_factory):
     stopped = types.SimpleNamespace(status=process.returncode, errors=errors, has_lines=(path / "sweep.jsonl").exists())
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = sweep.main(command)
+        status = sweep_command.main(command)
     before = metrics_of(path)
     found = sweep.run(config, path, kv_budgets=[0.6], seeds=[1])  # all of it is there
     assert metrics_of(path) == before
@@ -380,9 +382,9 @@ def test_a_run_that_fails_is_written_down_and_tried_again_and_the_others_go_on(t
 def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
     runs = (made(0.1, 0, 5.0), dataclasses.replace(made(0.2, 0, 5.0), status="failed", error="it broke."))
     for count in (1, 2):
-        monkeypatch.setattr(sweep, "run", lambda *a, n=count, **k: sweep.Sweep(runs[:n], ()))
+        monkeypatch.setattr(sweep_command, "run", lambda *a, n=count, **k: sweep.Sweep(runs[:n], ()))
         argv = ["sweep", "--config=configs/recall.py", f"--workdir={tmp_path}", "--kv_budgets=0.1,0.2"]
-        assert sweep.main(argv) == count - 1
+        assert sweep_command.main(argv) == count - 1
     assert "it broke." in capsys.readouterr().out
 
 
@@ -429,7 +431,7 @@ def test_a_mistake_is_one_sentence_before_any_training(tmp_path, monkeypatch, ch
 )
 def test_mistaken_flags(tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        sweep.main(["sweep", "--config=configs/recall.py", f"--workdir={tmp_path}", *flags])
+        sweep_command.main(["sweep", "--config=configs/recall.py", f"--workdir={tmp_path}", *flags])
 
 
 def test_a_folder_in_use_or_of_a_run_is_refused(tmp_path):

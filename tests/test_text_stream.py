@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.data import BPETokenizer, ByteTokenizer
-from natsjax.text_stream import IdStream, Printer, TextStream
+from natsjax.generate.text_stream import IdStream, Printer, TextStream
 
 BPE = BPETokenizer.train(["köln là 😀😁 日本語 " * 20], 320)
 

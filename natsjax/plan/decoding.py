@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from natsjax import planning, program_costs, program_flow, program_text
 from natsjax.config import Config, MeshConfig
 from natsjax.decode import allocation, sampling
 from natsjax.decode.buffer import AXES, KVBuffer
@@ -26,13 +25,14 @@ from natsjax.decode.loop import Loop, decode_segment
 from natsjax.errors import UserError
 from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
 from natsjax.model.transformer import model_structure
-from natsjax.planning import Roofline, bytes_on_device
+from natsjax.plan import hlo, hlo_costs, hlo_flow, train_step
+from natsjax.plan.hlo import Instruction, Program
+from natsjax.plan.hlo_costs import Collective
+from natsjax.plan.topologies import Topology
+from natsjax.plan.train_step import Roofline, bytes_on_device
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
-from natsjax.program_costs import Collective
-from natsjax.program_text import Instruction, Program
 from natsjax.runtime import chips
-from natsjax.topologies import Topology
 from pallas_kernels.decode_attention import storage_format
 
 _SEQUENCES = 16
@@ -164,7 +164,7 @@ def plan_decode_apart(config: Config, name: str, num_slices: int, request: Decod
       CompilerCrashed: the compiler did.
     """
     remedy = "another --decode_batch or mesh may pass"
-    return planning.apart(functools.partial(plan_decode, config, request=request), name, num_slices, remedy)
+    return train_step.apart(functools.partial(plan_decode, config, request=request), name, num_slices, remedy)
 
 
 def plan_decode(
@@ -183,7 +183,7 @@ def plan_decode(
     """
     request = DecodeRequest() if request is None else request
     settings = DecodeSettings() if settings is None else settings
-    vocab_size = planning.vocab_size_of(config)
+    vocab_size = train_step.vocab_size_of(config)
     mesh_config = config.mesh if request.as_trained else serving_mesh(config, vocab_size, topology)
     mesh = make_mesh(mesh_config, topology.devices)
     check_mesh(mesh)
@@ -202,7 +202,7 @@ def plan_decode(
     buffer, full = (abstract_buffer(config, mesh, batch, n, settings.block) for n in (slots, full_slots))
 
     began = time.monotonic()
-    compiled, refusal = planning.compile_program(_lower(config, mesh, parameters, buffer, settings.segment))
+    compiled, refusal = train_step.compile_program(_lower(config, mesh, parameters, buffer, settings.segment))
     seconds = time.monotonic() - began
     is_read = {name: x for name, x in parameters.items() if name != "embedding" or config.model.tie_embeddings}
     # The scores and masks of attention need no other array of the buffer.
@@ -215,7 +215,7 @@ def plan_decode(
     text = ""
     if compiled is not None:
         text = compiled.as_text() or ""
-        program = program_text.parse(text)
+        program = hlo.parse(text)
         donated, copies, sent = _of_buffer(program, text, buffer)
         domain = dict(zip(topology.devices, topology.domains, strict=True))
         collectives = _of_a_token(program, mesh, [domain[device] for device in mesh.devices.flat])
@@ -336,7 +336,7 @@ def _memory(
 ) -> DecodeMemory:
     known = bytes_on_device(parameters), bytes_on_device(buffer)
     if compiled is None:
-        asked = planning.bytes_asked_for(refusal or "")
+        asked = train_step.bytes_asked_for(refusal or "")
         return DecodeMemory(*known, max(0.0, asked - (0 if "temporaries" in (refusal or "") else sum(known))), 0.0)
     found: Any = compiled.memory_analysis()
     arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -346,37 +346,37 @@ def _memory(
 
 def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
     """``(is_donated, copies, sent)`` of ``DecodePlan``."""
-    numbers = program_flow.parameters_named(program, "loop.buffer")
+    numbers = hlo_flow.parameters_named(program, "loop.buffer")
     assert len(numbers) == len(jax.tree.leaves(buffer)), "the program's arguments have other names"
-    moves = program_flow.moves(program, numbers)
+    moves = hlo_flow.moves(program, numbers)
     whole = min(bytes_on_device(x) for group in buffer for x in group.storage.arrays)
     copies = [
         move
         for move in moves
-        if program_flow.kind_of(move) in program_flow.COPIES
+        if hlo_flow.kind_of(move) in hlo_flow.COPIES
         if move.results[0].in_memory and move.results[0].size >= whole
     ]
-    sent = [move for move in moves if program_flow.kind_of(move) in program_flow.COLLECTIVES]
-    donated = set(numbers) <= program_flow.aliased_parameters(text)
+    sent = [move for move in moves if hlo_flow.kind_of(move) in hlo_flow.COLLECTIVES]
+    donated = set(numbers) <= hlo_flow.aliased_parameters(text)
     return donated, tuple(map(_written, copies)), tuple(map(_written, sent))
 
 
 def _written(instruction: Instruction) -> str:
     array = instruction.results[0]
-    return f"{program_flow.kind_of(instruction)} {array.dtype}[{','.join(map(str, array.shape))}]"
+    return f"{hlo_flow.kind_of(instruction)} {array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def _of_a_token(program: Program, mesh: Mesh, domains: list[int]) -> tuple[Collective, ...]:
     """Collectives of a turn of the outermost loop."""
     loops = (
         [i for i in program.computations[run.computation].values() if i.opcode == "while"]
-        for run in program_text.executions(program)
+        for run in hlo.executions(program)
     )
     found = next(filter(None, loops))
     loop = max(found, key=lambda i: sum(array.size for array in i.results))
     total: dict[tuple[str, tuple[str, ...]], Collective] = {}
     for name in (loop.attribute("body"), loop.attribute("condition")):
-        for c in program_costs.program_costs(program._replace(entry=name or ""), mesh, domains).collectives:
+        for c in hlo_costs.program_costs(program._replace(entry=name or ""), mesh, domains).collectives:
             _, _, *sums = total.get((c.kind, c.axes), Collective(c.kind, c.axes, 0, 0.0, 0.0))
             total[c.kind, c.axes] = Collective(
                 c.kind, c.axes, c.times + int(sums[0]), c.bytes_inside + sums[1], c.bytes_across + sums[2]

@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from natsjax.report import picture
 from natsjax.report.results import percent, significant, with_interval
 from natsjax.report.styles import METHOD_STYLES
-from natsjax.sweep_runs import SweepRun
+from natsjax.sweep.runs import SweepRun
 
 _FRONT = METHOD_STYLES["nats"]
 _DENSE = METHOD_STYLES["full"]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from natsjax import program_text
-from natsjax.program_text import Array, Computation, Instruction, Program
+from natsjax.plan import hlo
+from natsjax.plan.hlo import Array, Computation, Instruction, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -63,17 +63,17 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
     traffic = 0.0
     unknown = 0
     shape = tuple(mesh.shape.values())
-    for run in program_text.executions(program):
+    for run in hlo.executions(program):
         computation = program.computations[run.computation]
         for instruction in computation.values():
-            if instruction.opcode == "while" and program_text.loop_length(program, instruction) is None:
+            if instruction.opcode == "while" and hlo.loop_length(program, instruction) is None:
                 unknown += 1
             traffic += run.times * _memory_traffic(program, computation, instruction)
         for kind, collective, given in _collectives_of(program, computation):
             if collective.opcode == "send":
                 groups = _same_place(domains)
             else:
-                groups = program_text.device_groups(collective, mesh.size)
+                groups = hlo.device_groups(collective, mesh.size)
             axes = _axes(groups, mesh.axis_names, shape)
             inside, across = _bytes_sent(kind, given, groups, domains)
             _, _, times, *sent = found.get((kind, axes), Collective(kind, axes, 0, 0.0, 0.0))
@@ -124,7 +124,7 @@ def collective_results(program: Program) -> list[tuple[str, Array]]:
     """Every array that a collective makes on a device, with the kind of the collective."""
     return [
         (kind, array)
-        for run in program_text.executions(program)
+        for run in hlo.executions(program)
         for kind, collective, _ in _collectives_of(program, program.computations[run.computation])
         for array in collective.results
     ]

@@ -18,7 +18,7 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -33,10 +33,9 @@ from natsjax.errors import UserError
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import EXPORT_FORMAT, Workdir, natsjax_version
-from natsjax.runtime import checksums, distributed
+from natsjax.runtime import checksums
 from natsjax.runtime.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
 from natsjax.runtime.files import hidden_name, unwritable
-from natsjax.runtime.flags import Parser, run_command
 
 DType = Literal["float32", "bfloat16"]
 _MARKER = "export.json"  # written last: what has it is whole
@@ -195,36 +194,3 @@ def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Conf
 def num_parameters(run: LoadedRun) -> int:
     """How many numbers the parameters are."""
     return sum(x.size for x in jax.tree.leaves(run.parameters))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
-
-    Raises:
-      UserError: see ``export``.
-    """
-    parser = Parser(
-        prog="python -m natsjax.export",
-        description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
-        "that can be moved, and that natsjax.load, natsjax.evaluate and train.initial_parameters read.",
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run, as given to train.py; or an export")
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="the folder to write; an export that is there is replaced"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the numbers in the folder (default: float32)"
-    )
-    parser.add_argument(
-        "--prepared_dir",
-        metavar="DIR",
-        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
-    )
-    flags = parser.parse_args(argv)
-    run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
-    distributed.say(f"{run.config.model.attention}, step {run.step}; data: {run.data.description}")
-    print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
-
-
-if __name__ == "__main__":
-    run_command(main)

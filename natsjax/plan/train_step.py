@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from natsjax import program_costs, program_text, topologies
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
@@ -29,9 +28,10 @@ from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.kv_fraction import live_share
 from natsjax.model import sharding
-from natsjax.program_costs import ProgramCosts
+from natsjax.plan import hlo, hlo_costs, topologies
+from natsjax.plan.hlo_costs import ProgramCosts
+from natsjax.plan.topologies import Topology
 from natsjax.runtime import chips
-from natsjax.topologies import Topology
 from natsjax.train import losses
 from natsjax.train.flops import Flops, step_flops
 from natsjax.train.step import Trainer
@@ -166,7 +166,7 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
         text = compiled.as_text() or ""
         domain = dict(zip(topology.devices, topology.domains, strict=True))
         domains = [domain[device] for device in mesh.devices.flat]
-        costs = program_costs.program_costs(program_text.parse(text), mesh, domains)
+        costs = hlo_costs.program_costs(hlo.parse(text), mesh, domains)
         roofline = None if topology.chip is None else _roofline(topology.chip, flops, costs, mesh.size)
     return Plan(
         config=config,

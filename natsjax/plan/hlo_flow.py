@@ -7,8 +7,8 @@ and fused operations. What is computed from it, a product or a sum, is something
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from natsjax.program_costs import KINDS
-from natsjax.program_text import Computation, Instruction, Program
+from natsjax.plan.hlo import Computation, Instruction, Program
+from natsjax.plan.hlo_costs import KINDS
 
 COPIES = {"copy", "transpose", "reshape", "convert", "reverse", "concatenate", "pad", "broadcast"}
 """Operations that write what they move once more."""

@@ -3,11 +3,11 @@
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128 [--config.GROUP.FIELD=VALUE …]
 
 Memory is what the accelerator's own compiler allocates for the step of ``train.py``, and collectives are what it put
-into the program (``natsjax.planning``). Times are roofline estimates, by the vendors' peaks: most runs are slower.
+into the program (``plan.train_step``). Times are roofline estimates, by the vendors' peaks: most runs are slower.
 ``--topology=local`` is this machine's devices. ``--search`` compiles the step under every rematerialisation policy,
 each with the fewest microbatches that fit. TPU flags in LIBTPU_INIT_ARGS count, as they do for a run.
 
-``--decode`` compiles the loop that decodes instead (``natsjax.planning_decode``), on a mesh for serving unless
+``--decode`` compiles the loop that decodes instead (``natsjax.plan.decoding``), on a mesh for serving unless
 ``--config.mesh.*`` is given.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 import jax
 from absl import flags
 
-from natsjax import topologies
 from natsjax.config import Config
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError
-from natsjax.planning import CompilerCrashed, Plan, plan_apart
-from natsjax.planning_decode import DecodePlan, DecodeRequest, plan_decode_apart
-from natsjax.program_costs import Collective
+from natsjax.plan import topologies
+from natsjax.plan.decoding import DecodePlan, DecodeRequest, plan_decode_apart
+from natsjax.plan.hlo_costs import Collective
+from natsjax.plan.train_step import CompilerCrashed, Plan, plan_apart
 from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB
 from natsjax.runtime.files import check_files

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, cast
 
@@ -26,14 +25,13 @@ from natsjax.decode.generation import Generation
 from natsjax.decode.sampling import Sampling
 from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
-from natsjax.generate_flags import READING, parse_generate_flags
+from natsjax.generate.flags import READING
+from natsjax.generate.text_stream import Printer
 from natsjax.policies.base import Policy
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime import distributed, signals
+from natsjax.runtime import signals
 from natsjax.runtime.files import check_files, make_folder, unwritable
-from natsjax.runtime.flags import run_command
-from natsjax.text_stream import Printer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,24 +311,3 @@ def _records(
         }
         for prompt, prompt_tokens, tokens, logprobs in zip(prompts, ids, found.tokens, found.logprobs, strict=True)
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status.
-
-    Raises:
-      UserError: see ``run`` and ``generate_flags.parse_generate_flags``.
-    """
-    arguments = parse_generate_flags(
-        argv,
-        "Continues prompts with the newest checkpoint of a run or an export. Prompts and what follows them go to "
-        "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
-        "that of full attention) goes to standard error.",
-    )
-    found = run(**arguments, stream=sys.stdout, warn=lambda note: distributed.say(f"warning: {note}"))
-    distributed.say(found.summary())
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,40 @@
+"""The command ``python -m natsjax.export``: parameters in a folder of their own."""
+
+from collections.abc import Sequence
+
+from natsjax.export.folder import DTYPES, export, num_parameters
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import Parser, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+      UserError: see ``export``.
+    """
+    parser = Parser(
+        prog="python -m natsjax.export",
+        description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
+        "that can be moved, and that natsjax.load, natsjax.evaluate and train.initial_parameters read.",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run, as given to train.py; or an export")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the folder to write; an export that is there is replaced"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the numbers in the folder (default: float32)"
+    )
+    parser.add_argument(
+        "--prepared_dir",
+        metavar="DIR",
+        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+    )
+    flags = parser.parse_args(argv)
+    run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
+    distributed.say(f"{run.config.model.attention}, step {run.step}; data: {run.data.description}")
+    print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,5 @@
+"""Text from prompts, for people: ``run``, and the command ``python -m natsjax.generate``."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from .texts import Generated as Generated
+from .texts import run as run

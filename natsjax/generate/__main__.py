@@ -1,0 +1,30 @@
+"""The command ``python -m natsjax.generate``: text from prompts."""
+
+import sys
+from collections.abc import Sequence
+
+from natsjax.generate.flags import parse_generate_flags
+from natsjax.generate.texts import run
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status.
+
+    Raises:
+      UserError: see ``run`` and ``generate_flags.parse_generate_flags``.
+    """
+    arguments = parse_generate_flags(
+        argv,
+        "Continues prompts with the newest checkpoint of a run or an export. Prompts and what follows them go to "
+        "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
+        "that of full attention) goes to standard error.",
+    )
+    found = run(**arguments, stream=sys.stdout, warn=lambda note: distributed.say(f"warning: {note}"))
+    distributed.say(found.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,5 @@
+"""What a step and a decoded token take on hardware that is not here; the command ``python -m natsjax.plan``."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

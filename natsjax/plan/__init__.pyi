@@ -1,0 +1,1 @@
+from .train_step import plan_apart as plan_apart

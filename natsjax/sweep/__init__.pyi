@@ -1,0 +1,2 @@
+from .sweep import Sweep as Sweep
+from .sweep import run as run

@@ -1,0 +1,65 @@
+"""The command ``python -m natsjax.sweep``: a run for every budget and seed."""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from natsjax.errors import UserError
+from natsjax.runtime import distributed
+from natsjax.runtime.flags import flag_help, join_processes, parse_config_flags, run_command
+from natsjax.sweep.sweep import _USAGE, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit status is 0, or 1 where a run failed.
+
+    Raises:
+      UserError: see ``run``.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the sweep; each run is a workdir in it", flag_values=values)
+    flags.DEFINE_string("kv_budgets", None, "KV fractions to train to, as in 0.05,0.1,0.2", flag_values=values)
+    flags.DEFINE_string(
+        "kv_prices",
+        None,
+        "fixed prices to train with instead, nats per token per unit of KV fraction, as in 0.01,0.1,1",
+        flag_values=values,
+    )
+    flags.DEFINE_string("seeds", "0", "train.seed of the runs of each setting, as in 0,1,2", flag_values=values)
+    flags.DEFINE_bool("dense", False, "also train the dense twin of each seed", flag_values=values)
+    if "--help" in argv or "-h" in argv:
+        print(flag_help(__doc__ or "", values))
+        return 0
+    join_processes(argv)  # a sweep refuses to be one of several; without joining them, each would take itself for alone
+    with distributed.stop_together():
+        config = parse_config_flags(argv, values, _USAGE)
+        if not values["workdir"].value:
+            raise UserError(f"--workdir is missing; {_USAGE}.")
+        sweep = run(
+            config,
+            values["workdir"].value,
+            kv_budgets=_numbers("kv_budgets", values, float),
+            kv_prices=_numbers("kv_prices", values, float),
+            seeds=_numbers("seeds", values, int) or (),
+            dense=values["dense"].value,
+        )
+        print(sweep.summary())
+    return 1 if sweep.failures else 0
+
+
+def _numbers(name: str, values: flags.FlagValues, kind: type) -> list | None:
+    """The numbers of a flag; None where it was not given."""
+    text = values[name].value
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        what = "integers" if kind is int else "numbers"
+        raise UserError(f"--{name}={text}: {what} separated by commas were expected.") from error
+
+
+if __name__ == "__main__":
+    run_command(main)
