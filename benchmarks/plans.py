@@ -14,7 +14,7 @@ import pathlib
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
-from natsjax.plan.__main__ import as_json, summary
+from natsjax.plan.summary import as_json, summary
 from natsjax.plan.train_step import CompilerCrashed, plan_apart
 from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB

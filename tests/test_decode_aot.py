@@ -14,8 +14,8 @@ import pytest
 from planned import plan_and_program
 
 from natsjax.config import Config
-from natsjax.plan import __main__ as plan_command
 from natsjax.plan import decoding, hlo, hlo_costs, topologies
+from natsjax.plan import summary as plan_command
 from natsjax.runtime.flags import read_config_file
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.model import attention as attention_layer
 from natsjax.plan import __main__ as plan_command
-from natsjax.plan import topologies, train_step
+from natsjax.plan import summary, topologies, train_step
 from natsjax.runtime import chips
 from natsjax.train.step import Trainer
 
@@ -103,10 +103,10 @@ def test_memory_is_what_the_compiler_says(planned):
 
 
 def test_it_says_what_there_is_to_know(planned):
-    text = plan_command.summary(planned[0])
+    text = summary.summary(planned[0])
     for part in ("it fits", "parameters", "roofline", "bound by", "tokens/s", "live at nats.kv_budget = 0.4"):
         assert part in text
-    numbers = json.loads(json.dumps(plan_command.as_json(planned[0])))
+    numbers = json.loads(json.dumps(summary.as_json(planned[0])))
     assert numbers["memory"]["total"] == planned[0].memory.total
     assert numbers["fits"] is True
     assert numbers["roofline"]["bound"] in ("compute", "memory")
@@ -116,23 +116,23 @@ def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
     small = dataclasses.replace(CHIP, memory=planned[0].memory.total - 1)
     made = dataclasses.replace(planned[0], chip=small)
     assert made.fits is False
-    text = plan_command.summary(made)
+    text = summary.summary(made)
     assert "IT DOES NOT FIT" in text
     assert "most is taken by temporaries; what would shrink it: train.num_microbatches" in text
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
-    assert set(plan_command._SHRINK) == set(train_step.Memory._fields)
+    assert set(summary._SHRINK) == set(train_step.Memory._fields)
 
 
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: planned[0])
+    monkeypatch.setattr(summary, "plan_apart", lambda config, name, num_slices: planned[0])
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
     small = dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: small)
+    monkeypatch.setattr(summary, "plan_apart", lambda config, name, num_slices: small)
     assert plan_command.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
@@ -156,7 +156,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
         seconds = train_step.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
         return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds, mesh={"fsdp": 2})
 
-    monkeypatch.setattr(plan_command, "plan_apart", plan_apart)
+    monkeypatch.setattr(summary, "plan_apart", plan_apart)
     monkeypatch.chdir(ROOT)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=24"]
     assert plan_command.main([*arguments, "--search"]) == 0
@@ -193,10 +193,10 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
     assert made.fits is False
     assert made.costs is None
     assert made.refusal == said
-    text = plan_command.summary(made)
+    text = summary.summary(made)
     assert f"the compiler: {said}" in text
     assert "total        at least" in text
-    assert plan_command.as_json(made)["roofline"] is None
+    assert summary.as_json(made)["roofline"] is None
     if asked is None:
         assert "temporaries          ?" in text
         assert "most is taken" not in text

@@ -15,7 +15,7 @@ from planned import plan_and_program
 
 from natsjax.errors import UserError
 from natsjax.plan import __main__ as plan_command
-from natsjax.plan import decoding, hlo, hlo_flow, topologies, train_step
+from natsjax.plan import decoding, hlo, hlo_flow, summary, topologies, train_step
 from natsjax.plan.decoding import DecodeRequest
 from natsjax.runtime import chips
 
@@ -59,16 +59,16 @@ def test_the_buffer_is_neither_copied_nor_sent(planned):
 
 
 def test_it_says_what_there_is_to_know(planned):
-    text = plan_command.decode_summary(planned[0])
+    text = summary.decode_summary(planned[0])
     for part in ("it fits", "buffer ", "yes, donated", "in the program: none", "bound by memory", "tokens/s", "128"):
         assert part in text
-    numbers = json.loads(json.dumps(plan_command.decode_as_json(planned[0])))
+    numbers = json.loads(json.dumps(summary.decode_as_json(planned[0])))
     assert numbers["memory"]["total"] == planned[0].memory.total
     assert numbers["roofline"]["bound"] == "memory"
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
-    assert set(plan_command._SHRINK_DECODING) == set(decoding.DecodeMemory._fields)
+    assert set(summary._SHRINK_DECODING) == set(decoding.DecodeMemory._fields)
 
 
 def test_slots_are_those_that_the_decoder_would_allocate():
@@ -118,7 +118,7 @@ def test_exit_status_and_what_is_asked_for(planned, monkeypatch, tmp_path, capsy
         return planned[0]
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan_command, "plan_decode_apart", plan_decode_apart)
+    monkeypatch.setattr(summary, "plan_decode_apart", plan_decode_apart)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--decode"]
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["batch"] == 4
@@ -136,8 +136,8 @@ def test_a_refusing_compiler(monkeypatch):
     made = decoding.plan_decode(tiny.config(), here())
     assert made.fits is False
     assert made.memory.total == pytest.approx(20.5 * 2**30)
-    assert "IT DOES NOT FIT" in plan_command.decode_summary(made)
-    assert plan_command.decode_as_json(made)["copies"] is None
+    assert "IT DOES NOT FIT" in summary.decode_summary(made)
+    assert summary.decode_as_json(made)["copies"] is None
 
 
 # --- eight devices ---
