@@ -1,10 +1,9 @@
 """Every command names the nearest flag, choice or field of one that does not exist, and takes no abbreviation."""
 
-import importlib
-import importlib.util
 import pathlib
 import sys
 
+import commands
 import pytest
 
 from natsjax import UserError
@@ -21,7 +20,7 @@ def call(command, arguments, monkeypatch):
     if command == "train":
         return parse_train_flags(["train.py", *arguments])
     monkeypatch.setattr(sys, "argv", [command, *arguments])
-    return importlib.import_module(command).main()
+    return commands.module_of(command).main()
 
 
 def sentence_of(command, arguments, monkeypatch, capsys):

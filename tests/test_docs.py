@@ -9,6 +9,7 @@ import re
 import sys
 import typing
 
+import commands
 import pytest
 
 from natsjax.config import Config
@@ -20,16 +21,7 @@ TEXTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]
 BY_NAME = pytest.mark.parametrize("text", TEXTS, ids=[path.stem for path in TEXTS])
 
 
-def commands():
-    """Name of every command: ``train.py``, and each module of natsjax that can be run."""
-    files = [path for path in (ROOT / "natsjax").rglob("*.py") if '\nif __name__ == "__main__":' in path.read_text()]
-    return [
-        "train.py",
-        *sorted(path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".") for path in files),
-    ]
-
-
-COMMANDS = commands()
+COMMANDS = ["train.py", *commands.COMMANDS]
 
 
 def page_of(command):
@@ -39,7 +31,7 @@ def page_of(command):
 
 def main_of(command):
     if command != "train.py":
-        return importlib.import_module(command).main
+        return commands.module_of(command).main
     spec = importlib.util.spec_from_file_location("train_command", ROOT / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,7 +5,6 @@ The commands and their flags are found in the package: a new one is fuzzed as so
 
 import contextlib
 import functools
-import importlib
 import io
 import json
 import pathlib
@@ -16,22 +15,18 @@ import tempfile
 import hypothesis
 import pytest
 import tiny
+from commands import COMMANDS, module_of
 from fuzzing import assert_one_sentence, cases
 from hypothesis import strategies as st
 
 from natsjax.runtime.flags import run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMANDS = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in (ROOT / "natsjax").rglob("*.py")
-    if '__name__ == "__main__"' in (text := path.read_text()) and "\ndef main(" in text
-)
 
 
 def run(command, arguments):
     """``(status, output, error output)`` of a command, run in this process as it would run in its own."""
-    module = importlib.import_module(command)
+    module = module_of(command)
     # Commands that take their flags from absl count the program's name.
     argv = ["program", *arguments] if "flags.FlagValues" in pathlib.Path(module.__file__).read_text() else arguments
     status = 0

@@ -14,7 +14,7 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 import tiny
-from natsjax import partition
+from natsjax.model import sharding
 from natsjax.train.step import Trainer
 
 groups = {
@@ -28,7 +28,7 @@ batch = tiny.packed_batch(batch=8)
 for mesh in json.load(sys.stdin):
     config = tiny.config(**groups, mesh=mesh)
     devices = jax.devices()[: 1 if mesh == {"fsdp": 1} else 4]
-    trainer = Trainer(config, tiny.VOCAB_SIZE, partition.make_mesh(config.mesh, devices))
+    trainer = Trainer(config, tiny.VOCAB_SIZE, sharding.make_mesh(config.mesh, devices))
     state = trainer.init()
     for _ in range(3):
         state, metrics = trainer.step(state, batch)

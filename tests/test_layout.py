@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = (
@@ -123,19 +124,7 @@ def test_importing_touches_no_device():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "natsjax.data.prepare",
-        "natsjax.data.inspect",
-        "natsjax.evaluate",
-        "natsjax.export",
-        "natsjax.generate",
-        "natsjax.plan",
-        "natsjax.report",
-        "natsjax.sweep",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_explain_themselves_without_a_warning(command):
     code = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
     run = subprocess.run(code, check=False, cwd=ROOT, capture_output=True, text=True)

@@ -42,7 +42,7 @@ def config_of(attention, mesh="fsdp=-1", **train):
 CURVES = """
 import json, sys
 import jax, numpy as np
-from natsjax import partition
+from natsjax.model import sharding
 from natsjax.config import Config
 from natsjax.data import RecallTask
 from natsjax.train.step import Trainer
@@ -51,7 +51,7 @@ configs = [Config.from_dict(values) for values in json.load(sys.stdin)]
 for config in configs:
     task = RecallTask(config.data.context_length, 2, 5, 5, 5)
     count = 1 if config.mesh == configs[0].mesh else 8
-    trainer = Trainer(config, task.vocab_size, partition.make_mesh(config.mesh, jax.devices()[:count]))
+    trainer = Trainer(config, task.vocab_size, sharding.make_mesh(config.mesh, jax.devices()[:count]))
     state, losses, size = trainer.init(), [], config.train.batch_size
     for step in range(config.train.num_steps):
         state, metrics = trainer.step(state, task.rows(step * size, size))
@@ -94,13 +94,14 @@ def test_every_mesh_gives_the_losses_of_one_device(attention):
 # The command, without the evaluation at its end.
 TRAIN = """
 import json, sys
-from natsjax import evaluate, processes, train
+from natsjax import evaluate, train
+from natsjax.runtime import distributed
 from natsjax.runtime.flags import join_processes, run_command
 from natsjax.config import Config
 
 def main():
     join_processes(sys.argv)
-    with processes.stop_together():
+    with distributed.stop_together():
         config = Config.from_dict(json.loads(sys.argv[1]))
         evaluate.run = lambda *a, **k: None
         train.run(config, sys.argv[2])

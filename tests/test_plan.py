@@ -305,17 +305,18 @@ def test_the_vocabulary_without_the_data(tmp_path):
 SHARDED = """
 import json, sys
 import jax
-from natsjax import hardware, partition, planning, program_costs, program_text
+from natsjax.plan import topologies, train_step, hlo_costs, hlo
+from natsjax.model import sharding
 from natsjax.config import Config
 from natsjax.train.step import Trainer
 
 for values in json.load(sys.stdin):
     config = Config.from_dict(values)
-    trainer = Trainer(config, 16, partition.make_mesh(config.mesh))
+    trainer = Trainer(config, 16, sharding.make_mesh(config.mesh))
     compiled = trainer.lower().compile()
-    program = program_text.parse(compiled.as_text())
-    costs = program_costs.program_costs(program, trainer.mesh, [0] * 8)
-    whole = [(kind, array.shape) for kind, array in program_costs.collective_results(program)]
+    program = hlo.parse(compiled.as_text())
+    costs = hlo_costs.program_costs(program, trainer.mesh, [0] * 8)
+    whole = [(kind, array.shape) for kind, array in hlo_costs.collective_results(program)]
     shapes = {array.shape for c in program.computations.values() for i in c.values() for array in i.results}
     memory = compiled.memory_analysis()
     print(json.dumps({
@@ -323,7 +324,7 @@ for values in json.load(sys.stdin):
         "gathered": [shape for kind, shape in whole if kind in ("all-gather", "all-to-all")],
         "shapes": sorted(shapes),
         "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-        "saved": [x.sharding.shard_shape(x.shape) for x in planning.saved_activations(trainer) if x.sharding],
+        "saved": [x.sharding.shard_shape(x.shape) for x in train_step.saved_activations(trainer) if x.sharding],
     }), flush=True)
 """
 LENGTH = 1024

@@ -163,7 +163,7 @@ EIGHT = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from natsjax import hardware, planning_decode, program_flow, program_text
+from natsjax.plan import topologies, decoding, hlo_flow, hlo
 from natsjax.config import Config
 from natsjax.errors import UserError
 
@@ -181,15 +181,15 @@ def loop(buffer, steps):
     return jax.lax.while_loop(lambda c: c[0] < steps, body, (0, buffer, jnp.zeros((8, 32))))
 
 text = jax.jit(loop, donate_argnums=0).lower(whole, number).compile().as_text()
-program = program_text.parse(text)
+program = hlo.parse(text)
 for name in ("buffer", "steps"):
-    found = program_flow.moves(program, program_flow.parameters_named(program, name))
-    print(name, sorted({program_flow.kind_of(i) for i in found} & program_flow.COLLECTIVES))
+    found = hlo_flow.moves(program, hlo_flow.parameters_named(program, name))
+    print(name, sorted({hlo_flow.kind_of(i) for i in found} & hlo_flow.COLLECTIVES))
 
 for values, request in json.load(sys.stdin):
     try:
-        planning_decode.plan_decode(
-            Config.from_dict(values), hardware.topology("local"), planning_decode.DecodeRequest(**request)
+        decoding.plan_decode(
+            Config.from_dict(values), topologies.topology("local"), decoding.DecodeRequest(**request)
         )
     except UserError as error:
         print(error)

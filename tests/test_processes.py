@@ -21,20 +21,18 @@ LAUNCHER = re.compile("SLURM|OMPI|PMI|JAX|TPU|KUBERNETES")
 
 # What each process runs: BODY, in the middle of everything that train.py puts around it.
 PROGRAM = """
-import os, signal, sys, time, types
-package = sys.modules["natsjax"] = types.ModuleType("natsjax")
-package.__path__ = ["natsjax"]  # natsjax/__init__.py imports all of it: 2 s a process
+import os, signal, sys, time
 import jax
 import numpy as np
 from jax._src import xla_bridge
-from natsjax import processes
+from natsjax.runtime import distributed
 from natsjax.runtime.flags import join_processes, parse_train_flags, run_command
 from natsjax.errors import UserError
 
 def main():
     join_processes(sys.argv)
     me = int(sys.argv[-1].split("=")[1])
-    with processes.stop_together():
+    with distributed.stop_together():
         print("joined", flush=True)
         BODY
 
@@ -98,8 +96,9 @@ def ended(process, timeout=60):
 
 def test_one_process_alone_does_nothing():
     body = """
-processes.say("here")
-print(processes.is_main(), processes.any_process(True), processes.any_process(False), jax.distributed.is_initialized())
+distributed.say("here")
+print(distributed.is_main(), distributed.any_process(True), distributed.any_process(False))
+print(jax.distributed.is_initialized())
 assert not xla_bridge._backends
 """
     status, out, errors = ended(start(*program(body), "--process_id=0", "--num_processes=1"))
@@ -109,13 +108,13 @@ assert not xla_bridge._backends
 
 def test_processes_join_and_agree_on_the_call_at_which_to_stop(start_all):
     body = """
-print(jax.process_index() == me, jax.process_count(), jax.device_count(), processes.is_main(), flush=True)
-processes.say("said once")
+print(jax.process_index() == me, jax.process_count(), jax.device_count(), distributed.is_main(), flush=True)
+distributed.say("said once")
 for call in range(1, 400):
     time.sleep(0.01 * (1 + 2 * me))
-    if processes.any_process(me == 1 and call >= 10):
+    if distributed.any_process(me == 1 and call >= 10):
         print("stopped at", call, flush=True)
-        raise processes.Interrupted
+        raise distributed.Interrupted
 """
     (status0, out0, errors0), (status1, out1, errors1) = map(ended, start_all(2, *program(body)))
     assert (status0, status1) == (130, 130), errors0 + errors1
@@ -135,9 +134,9 @@ for number in range(3):
     if me == number % 2:
         time.sleep(0.3)
         open(path, "w").close()
-    processes.wait_for_all("the file")
+    distributed.wait_for_all("the file")
     assert os.path.exists(path)
-assert not any(processes.any_process(False) for call in range(100 + 100 * me))
+assert not any(distributed.any_process(False) for call in range(100 + 100 * me))
 """
     assert [(status, errors) for status, _, errors in map(ended, start_all(2, *program(body)))] == [(0, "")] * 2
 
@@ -145,7 +144,7 @@ assert not any(processes.any_process(False) for call in range(100 + 100 * me))
 def test_processes_that_wait_for_different_things_do_not_wait_for_ever(start_all):
     body = """
 if me == 1:
-    processes.wait_for_all("the data")
+    distributed.wait_for_all("the data")
 """
     both = [ended(process) for process in start_all(2, *program(body))]
     assert [status for status, _, _ in both] == [1, 1]

@@ -209,7 +209,7 @@ def test_a_loop_of_unknown_length_is_counted_once_and_said():
 
 COLLECTIVES = """
 import json, jax, jax.numpy as jnp
-from natsjax import program_costs, program_text
+from natsjax.plan import hlo_costs, hlo
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 def step(x, _):
@@ -226,7 +226,7 @@ x = jax.ShapeDtypeStruct((4096, 32), jnp.float32, sharding=jax.NamedSharding(mes
 spec = jax.P(("data", "fsdp", "context"))
 mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 text = jax.jit(mapped).lower(x).compile().as_text()
-costs = program_costs.program_costs(program_text.parse(text), mesh, [0] * 8)
+costs = hlo_costs.program_costs(hlo.parse(text), mesh, [0] * 8)
 print(json.dumps([[c.kind, c.axes, c.times, c.bytes_inside] for c in costs.collectives]))
 """
 

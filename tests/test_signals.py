@@ -123,10 +123,8 @@ def test_no_handlers_outside_the_main_thread():
 
 
 PROGRAM = """
-import ctypes, os, signal, sys, time, types
-package = sys.modules["natsjax"] = types.ModuleType("natsjax")
-package.__path__ = ["natsjax"]  # natsjax/__init__.py imports all of it: 2 s a process
-from natsjax import signals
+import ctypes, os, signal, sys, time
+from natsjax.runtime import signals
 with signals.stop_requests() as stop:
     with stop.later("the step is compiled"):
         print("here", flush=True)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax.decode import allocation as capacities
 from natsjax.decode.buffer import AXES, KVBuffer, LayerGroup, by_shard
 from natsjax.model import sharding
 from pallas_kernels.decode_attention import Format, Storage
@@ -171,9 +170,9 @@ def empty(
 
     def group(layers: int, slots: int) -> LayerGroup:
         shape = (layers, batch, num_kv_heads, slots)
-        storage_block = capacities.storage_block(slots, block)
+        slots_of_a_block = storage_block(slots, block)
         group = LayerGroup(
-            Storage.empty((*shape, head_dim), dtype, format, storage_block),
+            Storage.empty((*shape, head_dim), dtype, format, slots_of_a_block),
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape[:3], jnp.int32),

@@ -1,0 +1,15 @@
+from .base import Policy as Policy
+from .base import StaticPolicy as StaticPolicy
+from .eviction import EVICTIONS as EVICTIONS
+from .eviction import Oldest as Oldest
+from .eviction import SoonestEnd as SoonestEnd
+from .interval import FullAttention as FullAttention
+from .interval import IntervalPolicy as IntervalPolicy
+from .interval import RandomKeys as RandomKeys
+from .interval import SlidingWindow as SlidingWindow
+from .interval import StreamingLLM as StreamingLLM
+from .nats import Nats as Nats
+from .nats import SampledNats as SampledNats
+from .observing import H2O as H2O
+from .observing import ObservingPolicy as ObservingPolicy
+from .observing import SnapKV as SnapKV

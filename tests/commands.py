@@ -1,0 +1,12 @@
+"""The commands of the package, as the tests find them: a new one is tested as soon as it is there."""
+
+import importlib
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMANDS = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "natsjax").rglob("__main__.py"))
+
+
+def module_of(command):
+    """What ``python -m`` runs."""
+    return importlib.import_module(f"{command}.__main__")
