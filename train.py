@@ -19,7 +19,7 @@ def main() -> None:
         print(train_help(__doc__))
         return
     join_processes(sys.argv)
-    with distributed.stop_together():
+    with distributed.fail_together():
         config, workdir = parse_train_flags(sys.argv)
         evaluation = train.run(config, workdir)
         if distributed.is_main():

@@ -80,11 +80,11 @@ def config(num_layers: int) -> Config:
         {
             "model": {
                 "num_layers": num_layers,
-                "width": 576,
+                "embed_dim": 576,
                 "num_heads": 9,
                 "num_kv_heads": 3,
                 "head_dim": 64,
-                "mlp_width": 1536,
+                "mlp_dim": 1536,
             },
             "nats": {"initial_roles": (0.1, 0.1, 0.8), "window": 64},
             "data": {"source": "recall"},

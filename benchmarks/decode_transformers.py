@@ -25,15 +25,15 @@ def llama(model: ModelConfig, vocab_size: int, length: int) -> LlamaForCausalLM:
         raise NotImplementedError("the rival is float32, ties its embeddings and has no biases.")
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=model.width,
-        intermediate_size=model.mlp_width,
+        hidden_size=model.embed_dim,
+        intermediate_size=model.mlp_dim,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         max_position_embeddings=length,
-        rms_norm_eps=model.norm_epsilon / model.width,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_base},
+        rms_norm_eps=model.norm_eps / model.embed_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,  # nothing stops it early

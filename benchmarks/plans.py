@@ -3,7 +3,7 @@
     python -m benchmarks.plans --output=docs                       with libtpu: pip install 'natsjax[tpu]'
     python -m benchmarks.plans --output=docs --hardware=h100-8     with XLA's compiler for CUDA, jax >= 0.11
 
-Compiles every step, of NAtS and of its dense twin, by ``plan.train_step``; a minute or two each on two CPU cores. The
+Compiles every step, of NAtS and of its dense baseline, by ``plan.train_step``; a minute or two each on two CPU cores. The
 numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
 """
 
@@ -37,7 +37,7 @@ def cases(configs: list[str], chosen: list[str]) -> list[tuple[str, str, str]]:
 def config_of(config: str, word: str, attention: str) -> Config:
     """The config of a case."""
     values = read_config_file(ROOT / f"configs/{config}.py:{word}")
-    values.model.attention = attention
+    values.model.layer_types = attention
     return Config.from_dict(values)
 
 
@@ -60,14 +60,17 @@ def key(row: dict) -> tuple[str, str, str]:
 def is_current(row: dict) -> bool:
     """Whether a row is of the config as it is now."""
     train = config_of(row["config"], row["word"], row["attention"]).train
-    return (row["num_microbatches"], row["batch_size"]) == (train.num_microbatches, train.batch_size)
+    return (row["gradient_accumulation_steps"], row["batch_size"]) == (
+        train.gradient_accumulation_steps,
+        train.batch_size,
+    )
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: NAtS rows, with the dense twin's memory beside them where it was planned alike."""
+    """Markdown: NAtS rows, with the dense baseline's memory beside them where it was planned alike."""
     lines = [
         "| config | hardware, mesh | micro-batches | parameters + optimizer, activations, temporaries | "
-        "all, of what there is | dense twin | products, memory, interconnect | tokens/s at most | jax |",
+        "all, of what there is | dense baseline | products, memory, interconnect | tokens/s at most | jax |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by_key = {key(row): row for row in rows}
@@ -77,13 +80,13 @@ def table(rows: list[dict]) -> str:
             continue
         memory, roofline = row["memory"], row["roofline"]
         parts = (memory["parameters"] + memory["optimizer"], memory["activations"], memory["temporaries"])
-        alike = dense is not None and all(dense[name] == row[name] for name in ("mesh", "num_microbatches"))
+        alike = dense is not None and all(dense[name] == row[name] for name in ("mesh", "gradient_accumulation_steps"))
         seconds = [] if roofline is None else [roofline[name] for name in ("compute", "memory", "interconnect")]
         tokens = row["batch_size"] * row["context_length"]
         cells = [
             config,
             f"{row['topology']}: {', '.join(f'{axis} {size}' for axis, size in row['mesh'].items())}",
-            row["num_microbatches"],
+            row["gradient_accumulation_steps"],
             ", ".join(f"{x / GIB:.2f}" for x in parts),
             f"{memory['total'] / GIB:.2f} of {row['memory_available'] / GIB:.2f}"
             + ("" if row["fits"] else ": does not fit"),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recall --output=docs [--seeds=0,1,2] [--workdir=runs/recall]
 
-Trains ``configs/recall.py`` with learned roles and as its dense twin for every seed (what is there already is not
+Trains ``configs/recall.py`` with learned roles and as its dense baseline for every seed (what is there already is not
 trained again), prints Markdown tables of what it measured, and draws ``recall_curve.png`` and ``recall_kept.png``.
 """
 
@@ -34,7 +34,7 @@ def trained(workdir: pathlib.Path, *, seed: int, attention: str) -> float:
     """Trains a run if it is not there yet; returns the seconds that training and evaluation took, all in all."""
     values = read_config_file(CONFIG)
     values.train.seed = seed
-    values.model.attention = attention
+    values.model.layer_types = attention
     taken = workdir / SECONDS_FILE
     if not taken.exists():
         began = time.monotonic()
@@ -43,10 +43,10 @@ def trained(workdir: pathlib.Path, *, seed: int, attention: str) -> float:
     return float(taken.read_text(encoding="utf-8"))
 
 
-def kept_by_kind(run: LoadedRun, dial: float) -> np.ndarray:
+def kept_by_kind(run: LoadedRun, role_bias: float) -> np.ndarray:
     """Share of each kind of token that is GLOBAL: float64 ``[l, k, kind]``, kinds as in ``KINDS``."""
     contexts = run.data.contexts("validation", run.config.eval.num_contexts)
-    roles = chosen_roles(run, contexts, Nats(dial))
+    roles = chosen_roles(run, contexts, Nats(role_bias))
     kinds = run.data.vocabulary.token_kind[contexts["inputs"]]  # type: ignore[attr-defined]  (recall has it)
     half = contexts["inputs"].shape[1] // 2
     place = np.where(np.arange(kinds.shape[1]) < half, "pair", "asked")
@@ -67,13 +67,13 @@ def draw_curve(path: pathlib.Path, rows_by_seed: dict[int, list[dict[str, Any]]]
     axes = figure.subplots()
     styles = {
         ("nats", "nats"): ("NAtS", "#d55e00", "o"),
-        ("sliding_window", "dense"): ("sliding window, dense twin", "#0072b2", "s"),
-        ("streaming_llm", "dense"): ("StreamingLLM, dense twin", "#009e73", "^"),
-        ("full", "dense"): ("full attention, dense twin", "#333333", "D"),
+        ("sliding_window", "dense"): ("sliding window, dense baseline", "#0072b2", "s"),
+        ("streaming_llm", "dense"): ("StreamingLLM, dense baseline", "#009e73", "^"),
+        ("full", "dense"): ("full attention, dense baseline", "#333333", "D"),
     }
     for (method, weights), (label, color, marker) in styles.items():
         for number, rows in enumerate(rows_by_seed.values()):
-            chosen = [row for row in rows if row["method"] == method and is_twin(row) == (weights == "dense")]
+            chosen = [row for row in rows if row["method"] == method and is_baseline(row) == (weights == "dense")]
             chosen.sort(key=lambda row: row["kv_fraction"])
             axes.plot(
                 [100 * row["kv_fraction"] for row in chosen],
@@ -100,15 +100,15 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def is_twin(row: dict[str, Any]) -> bool:
-    """Whether a row was measured on the dense twin's weights."""
-    return row["weights"].startswith("dense twin")
+def is_baseline(row: dict[str, Any]) -> bool:
+    """Whether a row was measured on the dense baseline's weights."""
+    return row["weights"].startswith("dense baseline")
 
 
-def draw_kept(path: pathlib.Path, run: LoadedRun, dial: float) -> None:
+def draw_kept(path: pathlib.Path, run: LoadedRun, role_bias: float) -> None:
     """The roles of a few held-out sequences in every layer and head, with the pairs' tokens written out."""
     contexts = run.data.contexts("validation", NUM_ROWS_SHOWN)
-    roles = chosen_roles(run, contexts, Nats(dial))
+    roles = chosen_roles(run, contexts, Nats(role_bias))
     num_layers, num_heads, length = roles.shape[1:]
     figure = Figure(figsize=(14, 1.1 + 1.35 * NUM_ROWS_SHOWN), layout="constrained")
     colors = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in ROLE_COLORS])
@@ -147,13 +147,15 @@ def main() -> None:
     for seed in seeds:
         folders = {kind: arguments.workdir / f"{kind}_{seed}" for kind in ("nats", "dense")}
         seconds = {kind: trained(folder, seed=seed, attention=kind) for kind, folder in folders.items()}
-        result = evaluate.run(folders["nats"], dense_workdir=folders["dense"], progress=False)
+        result = evaluate.run(folders["nats"], baseline_workdir=folders["dense"], progress=False)
         rows_by_seed[seed] = result.rows
-        own = next(row for row in result.rows if row["setting"].get("dial") == 0)
-        budget = result.contract["kv_budget"] if result.contract else own["kv_fraction"]
-        full = next(row for row in result.rows if row["method"] == "full" and is_twin(row))
+        own = next(row for row in result.rows if row["setting"].get("role_bias") == 0)
+        budget = result.budget_check["kv_budget"] if result.budget_check else own["kv_fraction"]
+        full = next(row for row in result.rows if row["method"] == "full" and is_baseline(row))
         window = next(
-            row for row in result.rows if row["method"] == "sliding_window" and is_twin(row) and row["budget"] == budget
+            row
+            for row in result.rows
+            if row["method"] == "sliding_window" and is_baseline(row) and row["budget"] == budget
         )
         cells = [
             str(seed),
@@ -169,16 +171,16 @@ def main() -> None:
     draw_kept(pictures[1], load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
     titles = (
         "seed",
-        "full attention (twin)",
+        "full attention (dense baseline)",
         "NAtS, argmax",
         "its KV",
-        "sliding window (twin)",
+        "sliding window (dense baseline)",
         "time with evaluation",
     )
     print("| " + " | ".join(titles) + " |")
     print("|---|---|---|---|---|---|")
     print("\n".join(lines))
-    print("\nAccuracy of NAtS under the dial, by budget (median of seeds, least):\n")
+    print("\nAccuracy of NAtS under the role bias, by budget (median of seeds, least):\n")
     print_budgets(rows_by_seed)
     print("\nShare of tokens that are GLOBAL, by layer and head:\n")
     print("| seed | layer | head | keys of pairs | values of pairs | asked keys | answered values | filler |")

@@ -1,4 +1,4 @@
-"""How long is one optimizer step? NAtS against its dense twin, and the dense twin against PyTorch.
+"""How long is one optimizer step? NAtS against its dense baseline, and the dense baseline against PyTorch.
 
     python -m benchmarks.train_step --output=docs             the table of docs/scaling.md, and docs/train_step.json
     python -m benchmarks.train_step --devices=2               a CPU device for each of two cores
@@ -149,7 +149,7 @@ def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
     config.nats.initial_roles = roles_for(config.nats.kv_budget, case.length, config.nats.window)
     nats = Config.from_dict(config)
     configs = {
-        "dense": dataclasses.replace(nats, model=dataclasses.replace(nats.model, attention="dense")),
+        "dense": dataclasses.replace(nats, model=dataclasses.replace(nats.model, layer_types=("dense",))),
         "nats": dataclasses.replace(nats, nats=dataclasses.replace(nats.nats, mask_gradient="exact")),
         "sampled": dataclasses.replace(nats, nats=dataclasses.replace(nats.nats, mask_gradient="sampled")),
     }

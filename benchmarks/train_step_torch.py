@@ -1,6 +1,6 @@
 """The rival of ``benchmarks.train_step``: the dense model as a PyTorch ``nn.Module``, and its whole optimizer step.
 
-The same mathematics as ``natsjax.model`` with ``model.attention = "dense"``: pre-norm RMSNorm, rotary positions,
+The same mathematics as ``natsjax.model`` with ``model.layer_types = "dense"``: pre-norm RMSNorm, rotary positions,
 grouped-query attention, SwiGLU, tied embeddings. Parameters are taken over from ours, so that both start, and stay,
 at the same loss. Importing this module needs PyTorch.
 """
@@ -26,10 +26,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = model.head_dim
         width, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        self.query = nn.Linear(model.width, width, bias=False)
-        self.key = nn.Linear(model.width, keys, bias=False)
-        self.value = nn.Linear(model.width, keys, bias=False)
-        self.output = nn.Linear(width, model.width, bias=False)
+        self.query = nn.Linear(model.embed_dim, width, bias=False)
+        self.key = nn.Linear(model.embed_dim, keys, bias=False)
+        self.value = nn.Linear(model.embed_dim, keys, bias=False)
+        self.output = nn.Linear(width, model.embed_dim, bias=False)
 
     def forward(self, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
         """``[b, t, d]`` → ``[b, t, d]``; ``sin``, ``cos [t, h / 2]``."""
@@ -52,9 +52,9 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig):
         super().__init__()
-        self.gate = nn.Linear(model.width, model.mlp_width, bias=False)
-        self.up = nn.Linear(model.width, model.mlp_width, bias=False)
-        self.down = nn.Linear(model.mlp_width, model.width, bias=False)
+        self.gate = nn.Linear(model.embed_dim, model.mlp_dim, bias=False)
+        self.up = nn.Linear(model.embed_dim, model.mlp_dim, bias=False)
+        self.down = nn.Linear(model.mlp_dim, model.embed_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, d]`` → ``[…, d]``."""
@@ -66,9 +66,9 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(model.width, model.norm_epsilon)
+        self.attention_norm = nn.RMSNorm(model.embed_dim, model.norm_eps)
         self.attention = Attention(model)
-        self.mlp_norm = nn.RMSNorm(model.width, model.norm_epsilon)
+        self.mlp_norm = nn.RMSNorm(model.embed_dim, model.norm_eps)
         self.mlp = MLP(model)
 
     def forward(self, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
@@ -90,11 +90,11 @@ class Transformer(nn.Module):
         super().__init__()
         if model.dtype != "float32" or not model.tie_embeddings or model.qkv_bias:
             raise NotImplementedError("the PyTorch model is float32, ties its embeddings and has no biases.")
-        self.embedding = nn.Embedding(vocab_size, model.width)
+        self.embedding = nn.Embedding(vocab_size, model.embed_dim)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_layers))
-        self.final_norm = nn.RMSNorm(model.width, model.norm_epsilon)
+        self.final_norm = nn.RMSNorm(model.embed_dim, model.norm_eps)
         half = model.head_dim // 2
-        frequency = model.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+        frequency = model.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
         angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
         self.register_buffer("sin", angle.sin())
         self.register_buffer("cos", angle.cos())
@@ -149,7 +149,7 @@ class Step:
         self.module = Transformer(config.model, vocab_size, self.tokens.shape[1])
         take_over(self.module, parameters)
         self.forward = torch.compile(self.module) if compiled else self.module
-        self.clip_norm = config.optimizer.clip_norm
+        self.clip_by_global_norm = config.optimizer.clip_by_global_norm
         self.optimizer = _adamw(self.module, config.optimizer)
         self.schedule, self.count = schedule, 0
         self.gradient_norm = float("nan")
@@ -161,7 +161,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(self.tokens, self.targets)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_by_global_norm or float("inf"))
         self.optimizer.step()
         self.count += 1
         self.gradient_norm = norm.item()

@@ -1,4 +1,4 @@
-"""The full-attention twin of the paper's from-scratch pair: 12 layers, width 768, 12 heads, context 1024.
+"""The full-attention dense baseline of the paper's from-scratch pair: 12 layers, width 768, 12 heads, context 1024.
 
     python train.py --config=configs/dense_125m.py --workdir=runs/dense_125m --config.data.input=FOLDER
 
@@ -12,13 +12,13 @@ from natsjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.model.attention = "dense"
+    config.model.layer_types = "dense"
     config.model.num_layers = 12
-    config.model.width = 768
+    config.model.embed_dim = 768
     config.model.num_heads = 12
     config.model.num_kv_heads = 12
     config.model.head_dim = 64
-    config.model.mlp_width = 2048
+    config.model.mlp_dim = 2048
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.nats.window = 16
@@ -26,14 +26,14 @@ def get_config():
     config.data.vocab_size = 50304
     config.data.context_length = 1024
     config.optimizer.peak_learning_rate = 6e-4
-    config.optimizer.end_learning_rate = 6e-5
+    config.optimizer.final_learning_rate = 6e-5
     config.optimizer.warmup_steps = 2000
     config.optimizer.weight_decay = 0.1
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
     config.train.num_steps = 20_000
     config.train.batch_size = 512
-    config.train.num_microbatches = 16
+    config.train.gradient_accumulation_steps = 16
     config.checkpoint.save_every = 500
     config.eval.num_contexts = 512
     return config

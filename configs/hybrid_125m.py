@@ -15,7 +15,7 @@ from natsjax.runtime.flags import read_config_file
 
 def get_config():
     config = read_config_file(pathlib.Path(__file__).with_name("nats_125m.py"))
-    config.model.attention = "nats,nats,dense"
+    config.model.layer_types = "nats,nats,dense"
     config.model.qk_norm = True
     config.nats.kv_budget = 0.4
     config.optimizer.schedule = "wsd"

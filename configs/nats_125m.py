@@ -12,7 +12,7 @@ from natsjax.runtime.flags import read_config_file
 
 def get_config():
     config = read_config_file(pathlib.Path(__file__).with_name("dense_125m.py"))
-    config.model.attention = "nats"
+    config.model.layer_types = "nats"
     config.nats.window = 16
     config.nats.kv_budget = 0.1
     config.nats.budget_ramp_steps = 2000

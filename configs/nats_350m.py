@@ -4,7 +4,7 @@
     python train.py --config=configs/nats_350m.py:v5e-16 --workdir=DIR --config.data.prepared_dir=CORPUS
 
 The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
-one it is v5e-16. The dense twin: --config.model.attention=dense. Hardware: compiled for all four
+one it is v5e-16. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
 (docs/scaling.md has what a step takes); no accelerator has trained it yet.
 14,000 steps of 0.5M tokens are 7B tokens, twenty a parameter.
 """
@@ -14,10 +14,10 @@ from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
 
 HARDWARE = {
-    "v5e-16": {"train.num_microbatches": 1},
-    "v5p-128": {"train.num_microbatches": 1},
-    "v6e-256": {"train.num_microbatches": 1},
-    "h100-8": {"train.num_microbatches": 1},
+    "v5e-16": {"train.gradient_accumulation_steps": 1},
+    "v5p-128": {"train.gradient_accumulation_steps": 1},
+    "v6e-256": {"train.gradient_accumulation_steps": 1},
+    "h100-8": {"train.gradient_accumulation_steps": 1},
 }
 """So that a step fits with room to spare (docs/scaling.md)."""
 
@@ -27,15 +27,15 @@ def get_config(hardware="v5e-16"):
         meant = did_you_mean(hardware, HARDWARE)
         raise UserError(f"--config=configs/nats_350m.py:{hardware}: one of {', '.join(HARDWARE)} was expected{meant}.")
     config = default_config()
-    config.model.attention = "nats"
+    config.model.layer_types = "nats"
     config.model.num_layers = 24
-    config.model.width = 1024
+    config.model.embed_dim = 1024
     config.model.num_heads = 16
     config.model.num_kv_heads = 4
     config.model.head_dim = 64
-    config.model.mlp_width = 3584
+    config.model.mlp_dim = 3584
     config.model.tie_embeddings = True
-    config.model.rope_base = 500_000.0
+    config.model.rope_theta = 500_000.0
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.nats.window = 32
@@ -45,7 +45,7 @@ def get_config(hardware="v5e-16"):
     config.data.vocab_size = 32_768
     config.data.context_length = 2048
     config.optimizer.peak_learning_rate = 3e-4
-    config.optimizer.end_learning_rate = 3e-5
+    config.optimizer.final_learning_rate = 3e-5
     config.optimizer.warmup_steps = 2000
     config.optimizer.weight_decay = 0.1
     config.optimizer.beta1 = 0.9

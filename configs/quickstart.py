@@ -13,11 +13,11 @@ from natsjax.config import default_config
 def get_config():
     config = default_config()
     config.model.num_layers = 4
-    config.model.width = 128
+    config.model.embed_dim = 128
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
     config.model.head_dim = 32
-    config.model.mlp_width = 344
+    config.model.mlp_dim = 344
     config.nats.window = 4
     config.nats.kv_budget = 0.15
     config.nats.budget_ramp_steps = 150
@@ -26,12 +26,12 @@ def get_config():
     config.data.vocab_size = 2048
     config.data.context_length = 256
     config.optimizer.peak_learning_rate = 4e-3
-    config.optimizer.end_learning_rate = 4e-4
+    config.optimizer.final_learning_rate = 4e-4
     config.optimizer.warmup_steps = 40
     config.train.num_steps = 450
     config.train.batch_size = 16
     config.train.log_every = 5
     config.checkpoint.save_every = 50
     config.eval.num_contexts = 128
-    config.eval.num_dial_contexts = 32
+    config.eval.num_calibration_contexts = 32
     return config

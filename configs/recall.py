@@ -1,11 +1,11 @@
 """Multi-query associative recall with filler: can the search find the tokens worth keeping?
 
     python train.py --config=configs/recall.py --workdir=runs/recall
-    python train.py --config=configs/recall.py --workdir=runs/recall_dense --config.model.attention=dense
-    python -m natsjax.evaluate --workdir=runs/recall --dense_workdir=runs/recall_dense
+    python train.py --config=configs/recall.py --workdir=runs/recall_dense --config.model.layer_types=dense
+    python -m natsjax.evaluate --workdir=runs/recall --baseline_workdir=runs/recall_dense
 
 Twenty key-value pairs lie scattered among filler in the first half of 128 tokens; the second half asks for the keys.
-With few pairs the dense twin long stays where it only counts off values that have been answered already; twenty make
+With few pairs the dense baseline long stays where it only counts off values that have been answered already; twenty make
 that shortcut poor and give more answers to learn from. Head dim and rotary base leave enough slow dimensions, those
 that match tokens whatever their distance. Hardware: two CPU cores. docs/recall.md has what was measured.
 """
@@ -16,12 +16,12 @@ from natsjax.config import default_config
 def get_config():
     config = default_config()
     config.model.num_layers = 2
-    config.model.width = 64
+    config.model.embed_dim = 64
     config.model.num_heads = 4
     config.model.num_kv_heads = 4
     config.model.head_dim = 24
-    config.model.rope_base = 1e5
-    config.model.mlp_width = 128
+    config.model.rope_theta = 1e5
+    config.model.mlp_dim = 128
     config.model.tie_embeddings = False
     config.nats.window = 1
     config.nats.kv_budget = 0.1
@@ -33,14 +33,14 @@ def get_config():
     config.data.recall.num_values = 16
     config.data.recall.num_fillers = 16
     config.optimizer.peak_learning_rate = 2e-3
-    config.optimizer.end_learning_rate = 1e-3
-    config.optimizer.weight_decay = 0.0  # it would keep the dense twin's attention from getting sharp
+    config.optimizer.final_learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.0  # it would keep the dense baseline's attention from getting sharp
     config.train.num_steps = 2000
     config.train.batch_size = 32
     config.train.log_every = 50
     config.checkpoint.save_every = 500
     config.eval.num_contexts = 512
-    config.eval.num_dial_contexts = 256
+    config.eval.num_calibration_contexts = 256
     config.eval.batch_size = 128
     config.eval.budgets = (0.05, 0.055, 0.06, 0.07, 0.08, 0.1, 0.12, 0.15)
     config.eval.num_sample_tokens = 128

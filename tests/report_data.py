@@ -10,7 +10,7 @@ from natsjax import report
 from natsjax.runs.workdir import Workdir
 
 NATS_WEIGHTS = "this run: nats, step 2000"
-DENSE_WEIGHTS = "dense twin runs/x: dense, step 2000"
+DENSE_WEIGHTS = "dense baseline runs/x: dense, step 2000"
 
 RUN = {
     "name": "quickstart <1>",
@@ -34,13 +34,13 @@ CONTRACT = {
     "kv_budget": 0.15,
     "sampled": 0.171,
     "argmax": 0.162,
-    "dialled": 0.149,
-    "dial": -0.25,
+    "biased": 0.149,
+    "role_bias": -0.25,
     "tolerance": 0.1,
     "met": True,
     "smallest_possible": 0.0353,
 }
-DIALS = (-2.0, -0.25, 3.0)
+ROLE_BIASES = (-2.0, -0.25, 3.0)
 
 
 def by_position(perplexity):
@@ -82,9 +82,9 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
 
 def make_rows():
     return [
-        make_row("nats", NATS_WEIGHTS, {"dial": -2.0}, 0.08, 58.4),
-        make_row("nats", NATS_WEIGHTS, {"dial": -0.25}, 0.149, 51.3, budget=0.15),
-        make_row("nats", NATS_WEIGHTS, {"dial": 3.0}, 0.49, 49.0),
+        make_row("nats", NATS_WEIGHTS, {"role_bias": -2.0}, 0.08, 58.4),
+        make_row("nats", NATS_WEIGHTS, {"role_bias": -0.25}, 0.149, 51.3, budget=0.15),
+        make_row("nats", NATS_WEIGHTS, {"role_bias": 3.0}, 0.49, 49.0),
         make_row("full", NATS_WEIGHTS, {}, 1.0, 55.0),
         make_row("sliding_window", DENSE_WEIGHTS, {"window": 31}, 0.152, 66.0, budget=0.15),
         make_row("streaming_llm", DENSE_WEIGHTS, {"sinks": 4, "window": 27}, 0.148, 61.0, budget=0.15),
@@ -93,28 +93,28 @@ def make_rows():
 
 
 def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222"), ("012012", "010101")), **changes):
-    """The same roles under each dial, but that the first keeps what it must alone and the last everything."""
+    """The same roles under each role bias, but that the first keeps what it must alone and the last everything."""
     layers = [list(heads) for heads in roles]
     least = [["0" + "2" * (len(head) - 1) for head in heads] for heads in layers]
     most = [["0" * len(head) for head in heads] for heads in layers]
     return {
         "title": "speech 1962",
         "tokens": list(tokens),
-        "dials": list(DIALS),
+        "role_biases": list(ROLE_BIASES),
         "roles": [least, layers, most],
         "windows": [1] * len(layers),
         "document_starts": [0],
     } | changes
 
 
-def write(directory, *, rows=None, contract=CONTRACT, samples=(), run=RUN, metrics=(), starts=()):
+def write(directory, *, rows=None, budget_check=CONTRACT, samples=(), run=RUN, metrics=(), starts=()):
     """The report of a workdir; its paths."""
     workdir = Workdir(directory)
     workdir.path.mkdir(parents=True, exist_ok=True)
     for path, lines in ((workdir.metrics_file, metrics), (workdir.starts_file, starts)):
         if lines:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return report.write_report(workdir, rows=rows or make_rows(), contract=contract, samples=samples, run=run)
+    return report.write_report(workdir, rows=rows or make_rows(), budget_check=budget_check, samples=samples, run=run)
 
 
 def make_metrics(steps=40, skipped=(12, 30)):
@@ -125,7 +125,7 @@ def make_metrics(steps=40, skipped=(12, 30)):
             "loss": 10 / step**0.3,
             "perplexity": 20000 / step,
             "kv_fraction": 0.15 + 0.2 / step,
-            "kv_price": 0.1 / step,
+            "kv_penalty": 0.1 / step,
             "skipped_steps": float(sum(step >= at for at in skipped)),
         }
         for step in range(1, steps + 1)
@@ -141,20 +141,20 @@ START = {
 
 def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, evaluated=True, attention="nats"):
     """A workdir as training and evaluation leave it, less the checkpoint."""
-    config = tiny.config(model={"attention": attention}, nats={"kv_budget": budget})
+    config = tiny.config(model={"layer_types": attention}, nats={"kv_budget": budget})
     workdir = Workdir(path)
     workdir.path.mkdir(parents=True)
     workdir.record(config, fingerprint)
-    rows, contract = make_rows(), {**CONTRACT, "kv_budget": budget}
+    rows, budget_check = make_rows(), {**CONTRACT, "kv_budget": budget}
     for row in rows:
         row["perplexity"] *= perplexity
         row["by_position"] = by_position(row["perplexity"])
     if attention == "dense":
-        rows, contract = [row for row in rows if row["weights"] == DENSE_WEIGHTS], None
+        rows, budget_check = [row for row in rows if row["weights"] == DENSE_WEIGHTS], None
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in make_metrics()))
     workdir.starts_file.write_text(json.dumps({**START, "command": f"{START['command']} # {workdir.path.name}"}) + "\n")
     if evaluated:
         run = copy.deepcopy(RUN) | {"name": workdir.path.name, "workdir": str(path), "settings": config.to_dict()}
-        samples = [make_sample()] if contract else []
-        report.write_report(workdir, rows=rows, contract=contract, samples=samples, run=run)
+        samples = [make_sample()] if budget_check else []
+        report.write_report(workdir, rows=rows, budget_check=budget_check, samples=samples, run=run)
     return workdir

@@ -19,7 +19,7 @@ class NumpyModel:
 
     def embed(self, tokens):
         """``[t, d]``."""
-        return self.parameters["embedding"][np.asarray(tokens)] * self.model.width**0.5
+        return self.parameters["embedding"][np.asarray(tokens)] * self.model.embed_dim**0.5
 
     def project(self, layer, x, first=0):
         """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on."""
@@ -51,11 +51,11 @@ class NumpyModel:
         return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
     def _norm(self, x, scale):
-        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.model.norm_epsilon) * scale
+        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.model.norm_eps) * scale
 
     def _rotate(self, x, index):
         half = x.shape[-1] // 2
-        angle = index[:, None] * self.model.rope_base ** (-np.arange(half) / half)
+        angle = index[:, None] * self.model.rope_theta ** (-np.arange(half) / half)
         sin, cos = (f(angle).reshape(len(index), *(1,) * (x.ndim - 2), half) for f in (np.sin, np.cos))
         left, right = x[..., :half], x[..., half:]
         return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)

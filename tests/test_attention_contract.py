@@ -93,8 +93,8 @@ def test_nothing_to_read_or_to_be_read_by(empty, implementation):
     observed = jnp.zeros((b, t), bool)
     positions = {"query_position": jnp.zeros((b, t), int), "key_position": jnp.zeros((b, k, s), int)}
     if k:
-        out, mass = observed_attention(q, key, key, jnp.zeros((b, k, s), int), observed=observed, **positions)
-        assert (out.shape, mass.shape) == (q.shape, (b, k, s))
+        out, attention_sum = observed_attention(q, key, key, jnp.zeros((b, k, s), int), observed=observed, **positions)
+        assert (out.shape, attention_sum.shape) == (q.shape, (b, k, s))
 
 
 def test_integers_beyond_int32_do_not_wrap_around():

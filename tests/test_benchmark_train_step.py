@@ -18,7 +18,7 @@ CASE = benchmark.Case(length=24, batch=4)
 
 
 def start(attention):
-    config = tiny.config(model={"attention": attention}, train={"num_steps": 50})
+    config = tiny.config(model={"layer_types": attention}, train={"num_steps": 50})
     return benchmark.Ours(config, tiny.VOCAB_SIZE, benchmark.batch_of(CASE, tiny.VOCAB_SIZE))
 
 
@@ -93,16 +93,16 @@ def test_contestants_differ_in_attention_and_mask_gradient_alone():
         "dots": "dots",
         "full": "full",
     }
-    assert [config.model.attention for config in configs.values()] == ["dense"] + 4 * ["nats"]
+    assert [config.model.layer_types for config in configs.values()] == ["dense"] + 4 * ["nats"]
     assert [configs[name].nats.mask_gradient for name in ("nats", "sampled", "dots")] == ["exact", "sampled", "exact"]
     for config in configs.values():
         assert (config.data.context_length, config.train.batch_size, config.data.vocab_size) == (1024, 8, 2048)
-        assert (config.model.num_layers, config.model.width, config.model.dtype) == (4, 128, "float32")
+        assert (config.model.num_layers, config.model.embed_dim, config.model.dtype) == (4, 128, "float32")
 
 
 def test_it_prints_a_table_and_writes_what_it_measured(dense, monkeypatch, capsys, tmp_path):
     steps = {"dense": dense, "nats": start("nats")}
-    monkeypatch.setattr(benchmark, "Ours", lambda config, vocab_size, batch: steps[config.model.attention])
+    monkeypatch.setattr(benchmark, "Ours", lambda config, vocab_size, batch: steps[config.model.layer_types])
     monkeypatch.setattr(benchmark, "torch_rival", lambda dense: None)
     monkeypatch.setattr(benchmark, "ask_for_devices", lambda wanted: None)
     monkeypatch.setattr(benchmark, "NATS_MOST", {24: 1e9})

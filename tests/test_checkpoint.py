@@ -78,7 +78,7 @@ def test_unfinished_ones_are_said_in_their_order(tmp_path, capfd):
 
 
 def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
-    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for step in (5, 10):
         checkpoints.save(step, {"w": jnp.full(3, float(step))})
     checkpoints.wait()
@@ -140,7 +140,7 @@ def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(tmp_path, capfd):
 @pytest.mark.parametrize("damage", ["flipped", "missing", "sums", "pointer"])
 def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd, damage):
     (tmp_path / "10.unreadable/of_an_earlier_start").mkdir(parents=True)
-    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for step in (5, 10):
         checkpoints.save(step, {"w": jnp.full(3000, float(step))})
     checkpoints.wait()
@@ -200,12 +200,12 @@ def steps_in(folder):
 
 
 def test_the_last_ones_are_kept_and_multiples_for_ever(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=20)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2, keep_every=20)
     for step in range(5, 60, 5):
         checkpoints.save(step, {"w": jnp.full(3, float(step))})
     checkpoints.close()
     assert steps_in(tmp_path) == [20, 40, 50, 55]
-    later = Checkpoints(tmp_path, keep_last=1, keep_every=40)  # as a resumed run that was told otherwise
+    later = Checkpoints(tmp_path, max_to_keep=1, keep_every=40)  # as a resumed run that was told otherwise
     later.save(56, {"w": jnp.ones(3)})
     later.close()
     assert steps_in(tmp_path) == [40, 56]
@@ -215,7 +215,7 @@ def test_the_last_ones_are_kept_and_multiples_for_ever(tmp_path):
 
 
 def test_without_keep_every_only_the_last_ones_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=3)
     for step in range(5, 60, 5):
         checkpoints.save(step, {"w": jnp.ones(3)})
     checkpoints.close()
@@ -258,7 +258,7 @@ def main():
     values = jax.tree.map(
         lambda x: (1000 * next(count) + np.arange(x.size)).reshape(x.shape).astype(x.dtype), abstract
     )
-    checkpoints = Checkpoints(pathlib.Path(sys.argv[2]), keep_last=1)
+    checkpoints = Checkpoints(pathlib.Path(sys.argv[2]), max_to_keep=1)
     latest = checkpoints.latest_step()
     if latest is None:
         latest = 0
@@ -308,7 +308,7 @@ def hand_on(folder, *, processes, devices, **mesh):
 
 
 def test_the_state_travels_across_devices_and_processes(tmp_path):
-    """All of it, optimizer and price too: 2 devices, 1, 8, two processes of 2, and one process again."""
+    """All of it, optimizer and KV penalty too: 2 devices, 1, 8, two processes of 2, and one process again."""
     assert hand_on(tmp_path, processes=1, devices=2, fsdp=2) == [["0", "2", "1"]]
     assert hand_on(tmp_path, processes=1, devices=1) == [["1", "1", "1"]]
     assert hand_on(tmp_path, processes=1, devices=8, fsdp=4, tensor=2) == [["2", "8", "1"]]

@@ -78,9 +78,9 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--policy=H20:4"], "did you mean h2o"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--max_kv=9", "--eviction=soonest"], "mean soonest_end"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--mesh=fdsp=2"], "did you mean fsdp"),
-        ("natsjax.generate", ["--dail=3"], "unknown flag --dail; did you mean --dial; see --help"),
+        ("natsjax.generate", ["--dail=3"], "unknown flag --dail; did you mean --role bias; see --help"),
         ("natsjax.evaluate", ["-help"], "unknown flag -help; did you mean --help"),
-        ("natsjax.generate", ["--workdir=x", "--dial", "-0.3", "--prompt", "-- a b"], "x holds no run"),
+        ("natsjax.generate", ["--workdir=x", "--role_bias", "-0.3", "--prompt", "-- a b"], "x holds no run"),
         ("natsjax.plan", [CONFIG, "--topolgy", "v5e-16"], "did you mean --topology"),
         ("natsjax.plan", [CONFIG, "--nosearhc"], "unknown flag --nosearhc; did you mean --search"),
         ("natsjax.plan", ["--topology=v5e-16", "--confg=x"], "unknown flag --confg; did you mean --config; usage"),
@@ -94,11 +94,11 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("train", [CONFIG, "--workdir=x", "--config.train.kv_budget=0.1"], "did you mean nats.kv_budget"),
         ("train", [CONFIG, "--workdir=x", "--config.train.learning_rate=1"], "did you mean optimizer.*learning_rate"),
         ("train", [CONFIG, "--workdir=x", "--config.optimiser.beta1=1"], "did you mean optimizer.beta1"),
-        ("train", [CONFIG, "--workdir=x", "-config.model.widht=1"], "did you mean model.width"),
+        ("train", [CONFIG, "--workdir=x", "-config.model.widht=1"], "did you mean model.embed_dim"),
         ("train", [CONFIG, "--workdir=x", "--config.modle=1"], "did you mean model"),
         ("train", [CONFIG, "--workdir=x", "--config.model.remat=ful"], "'none', 'full', 'dots' .*; did you mean full"),
-        ("train", [CONFIG, "--workdir=x", "--config.nats.price=stered"], "did you mean steered"),
-        ("train", [CONFIG, "--workdir=x", "--config.model.attention=nast"], "did you mean nats"),
+        ("train", [CONFIG, "--workdir=x", "--config.nats.kv_penalty_mode=controled"], "did you mean controlled"),
+        ("train", [CONFIG, "--workdir=x", "--config.model.layer_types=nast"], "did you mean nats"),
         ("train", [CONFIG, "--workdir=x", "--num_proceses=2"], "did you mean --num_processes"),
         ("train", [f"--config={ROOT / 'configs/smok.py'}", "--workdir=x"], "did you mean .*configs/smoke.py"),
         ("train", [f"--config={ROOT / 'configs/nats_1b.py'}:v5e16", "--workdir=x"], "did you mean v5e-16"),
@@ -139,7 +139,7 @@ def test_text_that_the_locale_did_not_read():
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("b", "budgets"), ("BUDGET", "budgets"), ("dense-workdir", "dense_workdir"), ("x" * 9999, None), ("", None)],
+    [("b", "budgets"), ("BUDGET", "budgets"), ("dense-workdir", "baseline_workdir"), ("x" * 9999, None), ("", None)],
 )
 def test_closest(name, found):
-    assert closest(name, ["workdir", "budgets", "dense_workdir"]) == found
+    assert closest(name, ["workdir", "budgets", "baseline_workdir"]) == found

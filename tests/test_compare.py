@@ -33,8 +33,8 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
     by_name = {run["name"]: run for run in data["runs"]}
     assert list(by_name) == ["a", "b", "dense", "young"]
     assert len(by_name["a"]["rows"]) == len(make_rows())
-    assert by_name["b"]["contract"]["kv_budget"] == 0.3
-    assert by_name["dense"]["contract"] is None
+    assert by_name["b"]["budget_check"]["kv_budget"] == 0.3
+    assert by_name["dense"]["budget_check"] is None
     assert by_name["young"]["rows"] == []
     assert all(run["training"]["steps"][-1] == 40 for run in data["runs"])
     assert {run: by_name[run]["layers"] for run in by_name} == {
@@ -51,7 +51,7 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
 def test_only_settings_that_differ_are_listed(runs, tmp_path):
     settings = embedded(compare(runs, tmp_path / "out")[0])["settings"]
     assert {line["field"]: line["values"] for line in settings} == {
-        "model.attention": ["nats", "nats", "dense", "nats"],
+        "model.layer_types": ["nats", "nats", "dense", "nats"],
         "nats.kv_budget": [0.15, 0.3, 0.15, 0.15],
     }
 

@@ -62,7 +62,7 @@ def test_a_word_for_a_config_that_takes_none():
 def test_the_papers_pair():
     nats, dense = (load(next(path for path in CONFIGS if path.stem == name)) for name in ("nats_125m", "dense_125m"))
     assert dataclasses.replace(nats, model=dense.model, nats=dense.nats) == dense
-    assert dataclasses.replace(nats.model, attention="dense") == dense.model
+    assert dataclasses.replace(nats.model, layer_types=("dense",)) == dense.model
     assert dense.train.batch_size * dense.data.context_length == 2**19
     parameters = Trainer(dense, dense.data.vocab_size).model.parameters
     assert 120e6 < sum(x.size for x in jax.tree.leaves(parameters)) < 130e6
@@ -83,21 +83,21 @@ def test_round_trip_through_json_and_config_dict():
     [
         ("model", "num_kv_heads", 3, "num_heads = 4 is not a multiple of model.num_kv_heads = 3"),
         ("model", "head_dim", 5, "head_dim = 5 must be even"),
-        ("model", "attention", "densee", "'densee'"),
-        ("model", "width", 1.5, "int was expected"),
-        ("model", "width", True, "int was expected"),
-        ("model", "widht", 8, "did you mean model.width"),
+        ("model", "layer_types", "densee", "'densee'"),
+        ("model", "embed_dim", 1.5, "int was expected"),
+        ("model", "embed_dim", True, "int was expected"),
+        ("model", "widht", 8, "did you mean model.embed_dim"),
         ("nats", "initial_roles", (0.5, 0.2, 0.2), "add up to 1"),
         ("nats", "kv_budget", 0, "at least"),
-        ("nats", "kv_price", 50.0, "max_kv_price"),
+        ("nats", "kv_penalty", 50.0, "max_kv_penalty"),
         ("nats", "temperature", float("nan"), "nan"),
         ("optimizer", "peak_learning_rate", float("inf"), "inf; a finite number"),
         ("train", "seed", 2**40, "at most"),
         ("data", "recall", 3, "group of fields"),
         ("data", "source", "corpus", "data.input is empty"),
-        ("train", "num_microbatches", 3, "num_microbatches = 3"),
+        ("train", "gradient_accumulation_steps", 3, "gradient_accumulation_steps = 3"),
         ("train", "num_steps", 1, "warmup_steps"),
-        ("optimizer", "end_learning_rate", 1.0, "end_learning_rate"),
+        ("optimizer", "final_learning_rate", 1.0, "final_learning_rate"),
     ],
 )
 def test_wrong_values_are_named(group, field, value, message):
@@ -130,11 +130,11 @@ def test_wrong_flags_are_named(arguments, message, tmp_path):
     ("line", "message"),
     [
         ("config.model.widht = 3", "mine.py, line 4: unknown config field widht; did you mean width"),
-        ("config.modle.width = 3", "unknown config field modle; did you mean model"),
-        ("config.model.width = 'wide'", "config field model.width is 'wide' .str.; int was expected"),
-        ("config.model.width = 1.5", "config field model.width is 1.5"),
+        ("config.modle.embed_dim = 3", "unknown config field modle; did you mean model"),
+        ("config.model.embed_dim = 'wide'", "config field model.embed_dim is 'wide' .str.; int was expected"),
+        ("config.model.embed_dim = 1.5", "config field model.embed_dim is 1.5"),
         ("config.eval.budgets = 0.1", "eval.budgets is 0.1; a tuple"),
-        ("config.model.width = = 3", "SyntaxError"),
+        ("config.model.embed_dim = = 3", "SyntaxError"),
         ("import no_such_module", "no_such_module"),
         ("config = 1 / 0", "division by zero"),
     ],
@@ -170,15 +170,15 @@ def test_overrides_arrive():
 
 def test_what_may_change_on_resume(tmp_path):
     old = tiny.config()
-    new = tiny.config(train={"num_steps": 20}, model={"width": 32})
+    new = tiny.config(train={"num_steps": 20}, model={"embed_dim": 32})
     allowed, forbidden = differences(old, new)
     assert allowed == ["train.num_steps: 12 -> 20"]
-    assert forbidden == ["model.width: 16 -> 32"]
+    assert forbidden == ["model.embed_dim: 16 -> 32"]
     workdir = Workdir(tmp_path)
     workdir.record(old, "a" * 64)
     assert workdir.compare_config(new) == []  # nothing is lost yet: a mistake may be put right
     (tmp_path / "checkpoints/5").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"model\.width: 16 -> 32"):
+    with pytest.raises(UserError, match=r"model\.embed_dim: 16 -> 32"):
         workdir.compare_config(new)
     assert workdir.read_config() == old
     assert workdir.compare_config(tiny.config(train={"num_steps": 20})) == ["train.num_steps: 12 -> 20"]

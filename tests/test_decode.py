@@ -24,7 +24,7 @@ from natsjax.policies.observing import H2O, SnapKV
 TOLERANCE = 2e-5
 CONFIG = decoding.config()
 PARAMETERS = decoding.parameters_of(CONFIG)
-DENSE = decoding.config(model={"attention": "dense"})
+DENSE = decoding.config(model={"layer_types": "dense"})
 DENSE_PARAMETERS = decoding.parameters_of(DENSE)
 
 
@@ -151,7 +151,7 @@ def test_layers_get_capacities_of_their_own():
 
 def test_sliding_tokens_take_constant_memory():
     """100 000 tokens, each of which is read by the next two alone."""
-    config = decoding.config(model={"num_layers": 1, "width": 8, "mlp_width": 8, "num_heads": 2})
+    config = decoding.config(model={"num_layers": 1, "embed_dim": 8, "mlp_dim": 8, "num_heads": 2})
     parameters = decoding.parameters_of(config, scorer_scale=0.0)
     scorer = parameters["blocks"]["attention"]["scorer"]
     scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)
@@ -268,24 +268,24 @@ def test_h2o_keeps_what_is_looked_at():
     decoder = decoding.decoder(DENSE, DENSE_PARAMETERS, policy, dataclasses.replace(decoding.SMALL, chunk=16))
     cache, _ = prefill(decoder, row)
     kept = np.sort(np.asarray(cache.buffer[0].key_position)[:, 0, :, :6])
-    mass = attention_received(DENSE, DENSE_PARAMETERS, row[0])
+    attention_sum = attention_received(DENSE, DENSE_PARAMETERS, row[0])
     for layer, head in np.ndindex(3, 2):
-        old = np.sort(np.argsort(mass[layer, head, :10])[-4:])
+        old = np.sort(np.argsort(attention_sum[layer, head, :10])[-4:])
         assert kept[layer, head].tolist() == [*old, 10, 11]
 
 
 def attention_received(config, parameters, row):
     """float ``[l, k, s]``: the softmax weights that every key gets, summed over queries and query heads; by hand."""
     length = len(row)
-    x = parameters["embedding"][np.array(row)] * config.model.width**0.5
+    x = parameters["embedding"][np.array(row)] * config.model.embed_dim**0.5
     result = []
 
     def norm(x, scale):
-        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + config.model.norm_epsilon) * scale
+        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + config.model.norm_eps) * scale
 
     def rotate(x):
         half = x.shape[-1] // 2
-        angle = np.arange(length)[:, None] * config.model.rope_base ** (-np.arange(half) / half)
+        angle = np.arange(length)[:, None] * config.model.rope_theta ** (-np.arange(half) / half)
         sin, cos = (f(angle).reshape(length, *(1,) * (x.ndim - 2), half) for f in (np.sin, np.cos))
         left, right = x[..., :half], x[..., half:]
         return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
@@ -385,7 +385,7 @@ def test_bfloat16_stays_close():
 def test_memory_is_what_lives_and_not_what_was_seen():
     """A model that keeps about a tenth of 8192 tokens: what arrays there are, not what a formula says."""
     config = decoding.config(
-        model={"num_layers": 4, "width": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "mlp_width": 16},
+        model={"num_layers": 4, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 16},
         nats={"window": 16},
     )
     parameters = decoding.parameters_of(config)

@@ -18,7 +18,7 @@ BASE = {
     "z_loss": 4.0,
     "accuracy": 0.1,
     "kv_fraction": 0.5,
-    "kv_price": 0.2,
+    "kv_penalty": 0.2,
     "gradient_norm": 1.0,
     "update_norm": 0.1,
     "learning_rate": 1e-3,
@@ -45,7 +45,7 @@ def test_finite_numbers_are_no_case():
 
 def test_what_was_first_and_where():
     assert found(loss=NAN, cross_entropy=NAN, gradient_norm=NAN, update_norm=NAN).what == (
-        "the loss at step 300 is nan (cross-entropy nan, price of the KV 0.1)"
+        "the loss at step 300 is nan (cross-entropy nan, KV penalty of the KV 0.1)"
     )
     scorer = {"gradient_norms": BASE["gradient_norms"] | {"scorer": NAN}}
     assert found(gradient_norm=NAN, update_norm=NAN, **scorer).what == (
@@ -68,8 +68,8 @@ def test_what_was_first_and_where():
         ({"kv_fraction": NAN}, "the batch holds no tokens at all", "natsjax.data.inspect"),
         ({"cross_entropy": 0, "accuracy": 0, "gradient_norm": NAN}, "loss_weight is 0 everywhere", "look at the batch"),
         (
-            {"step": 1, "recent": [], "cross_entropy": NAN, "groups": {"train": {"initial_parameters": "runs/a"}}},
-            "train.initial_parameters = 'runs/a'",
+            {"step": 1, "recent": [], "cross_entropy": NAN, "groups": {"train": {"init_from": "runs/a"}}},
+            "train.init_from = 'runs/a'",
             "take another checkpoint",
         ),
         (
@@ -77,22 +77,30 @@ def test_what_was_first_and_where():
             "the learning rate (0.001 here) is far too high",
             "lower optimizer.peak_learning_rate",
         ),
-        ({"kv_price": INF}, "the price of the KV (inf) blew up beside a cross-entropy of 3", "nats.max_kv_price"),
-        ({"cross_entropy": NAN, "kv_price": 100}, "the price of the KV (50) blew up", "nats.price_rate"),
         (
-            {"z_loss": INF, "groups": {"optimizer": {"z_loss": 1e-4}}},
+            {"kv_penalty": INF},
+            "the KV penalty of the KV (inf) blew up beside a cross-entropy of 3",
+            "nats.max_kv_penalty",
+        ),
+        ({"cross_entropy": NAN, "kv_penalty": 100}, "the KV penalty of the KV (50) blew up", "nats.kv_penalty_lr"),
+        (
+            {"z_loss": INF, "groups": {"loss": {"z_loss": 1e-4}}},
             "the z-loss (inf) blew up",
-            "lower optimizer.z_loss",
+            "lower loss.z_loss",
         ),
         (
             {"cross_entropy": NAN, "recent": [*CALM[:-4], *(Recent(3 + n, 1.0) for n in range(1, 5))]},
             "the cross-entropy had risen from 2.85 to 7 over the last 5 steps: the learning rate (0.001 here) is too",
-            "in a new --workdir, lower optimizer.peak_learning_rate, lower optimizer.clip_norm or set",
+            "in a new --workdir, lower optimizer.peak_learning_rate, lower optimizer.clip_by_global_norm or set",
         ),
         (
-            {"cross_entropy": NAN, "recent": [*CALM, Recent(2.8, 40.0)], "groups": {"optimizer": {"clip_norm": 0.0}}},
+            {
+                "cross_entropy": NAN,
+                "recent": [*CALM, Recent(2.8, 40.0)],
+                "groups": {"optimizer": {"clip_by_global_norm": 0.0}},
+            },
             "the gradient's norm had grown to 40 where 1 was usual, and nothing clips it",
-            "set optimizer.clip_norm = 1",
+            "set optimizer.clip_by_global_norm = 1",
         ),
         ({"step": 1, "recent": [], "cross_entropy": NAN}, "the model as it is initialised", "look at model and nats"),
         (
@@ -153,8 +161,8 @@ def run(trainer, config, spoil=lambda parameters: parameters, rows=None, steps=4
 
 
 def test_real_numbers_of_a_learning_rate_that_is_far_too_high():
-    optimizer = {"peak_learning_rate": 1e18, "warmup_steps": 0, "clip_norm": 0.0}
-    config = tiny.config(model={"attention": "dense"}, optimizer=optimizer, train={"num_steps": 40})
+    optimizer = {"peak_learning_rate": 1e18, "warmup_steps": 0, "clip_by_global_norm": 0.0}
+    config = tiny.config(model={"layer_types": "dense"}, optimizer=optimizer, train={"num_steps": 40})
     diagnosis, step = run(Trainer(config, TASK.vocab_size), config)
     assert step < 10
     assert "learning rate" in diagnosis.cause
@@ -175,6 +183,6 @@ def test_real_numbers_of_a_broken_scorer(trainer):
 
         return jax.tree_util.tree_map_with_path(spoilt, parameters)
 
-    diagnosis, step = run(trainer, tiny.config(train={"initial_parameters": "runs/a"}), spoil)
+    diagnosis, step = run(trainer, tiny.config(train={"init_from": "runs/a"}), spoil)
     assert step == 1
-    assert "train.initial_parameters" in diagnosis.cause
+    assert "train.init_from" in diagnosis.cause

@@ -1,4 +1,4 @@
-"""The whole evaluation on tiny untrained models: rows, contract, samples, files, and what it refuses."""
+"""The whole evaluation on tiny untrained models: rows, budget check, samples, files, and what it refuses."""
 
 import dataclasses
 import functools
@@ -34,11 +34,11 @@ def trained(attention):
     """``(config, structure, parameters)`` of an untrained recall model whose roles depend on the token."""
     config = Config.from_dict(
         {
-            "model": {"attention": attention, "num_layers": 2, "width": 16, "num_heads": 2, "num_kv_heads": 2}
-            | {"head_dim": 4, "mlp_width": 16},
+            "model": {"layer_types": attention, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 2}
+            | {"head_dim": 4, "mlp_dim": 16},
             "nats": {"window": WINDOW, "kv_budget": 0.3},
             "data": {"source": "recall", "context_length": CONTEXT, "recall": {"num_pairs": 2}},
-            "eval": {"num_contexts": 10, "num_dial_contexts": 8, "batch_size": 8, "num_sinks": 2}
+            "eval": {"num_contexts": 10, "num_calibration_contexts": 8, "batch_size": 8, "num_sinks": 2}
             | {"num_sample_tokens": 20, "bootstrap_samples": 50},
         }
     )
@@ -64,12 +64,12 @@ def make_run(path, attention="nats", **changes):
 
 @pytest.fixture(scope="module")
 def nats_evaluation(tmp_path_factory):
-    """A NAtS run beside its dense twin."""
+    """A NAtS run beside its dense baseline."""
     path = tmp_path_factory.mktemp("nats run")
     dense = make_run(tmp_path_factory.mktemp("dense"), "dense")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense_baseline, "load", lambda workdir, prepared_dir: dense)
-        return evaluate.run(path, loaded=make_run(path), dense_workdir=dense.workdir.path, progress=False)
+        return evaluate.run(path, loaded=make_run(path), baseline_workdir=dense.workdir.path, progress=False)
 
 
 def rows_of(evaluation, method, weights="this run"):
@@ -87,15 +87,15 @@ def test_four_files_are_written_and_every_row_names_its_weights(nats_evaluation)
     for row in written:
         assert set(report.ROW_FIELDS) <= set(row)
         assert "step 7" in row["weights"]
-        assert row["weights"] == "this run (nats, step 7)" or row["weights"].startswith("dense twin /")
+        assert row["weights"] == "this run (nats, step 7)" or row["weights"].startswith("dense baseline /")
 
 
 def test_the_dial_is_read_at_six_budgets_and_at_zero(nats_evaluation):
     rows = rows_of(nats_evaluation, "nats")
     assert sum(row["budget"] is not None for row in rows) >= 6
-    dials = [row["setting"]["dial"] for row in rows]
-    assert 0.0 in dials
-    assert dials == sorted(set(dials))
+    role_biases = [row["setting"]["role_bias"] for row in rows]
+    assert 0.0 in role_biases
+    assert role_biases == sorted(set(role_biases))
     for row in rows:
         assert row["budget"] is None or row["kv_fraction"] == pytest.approx(row["budget"], rel=0.25)
 
@@ -103,14 +103,14 @@ def test_the_dial_is_read_at_six_budgets_and_at_zero(nats_evaluation):
 def test_the_fixed_policies_run_at_the_same_budgets_on_both_weights(nats_evaluation):
     pieces = np.full(8, CONTEXT)
     for method, sinks in (("sliding_window", 0), ("streaming_llm", 2)):
-        ours, theirs = rows_of(nats_evaluation, method), rows_of(nats_evaluation, method, "dense twin")
+        ours, theirs = rows_of(nats_evaluation, method), rows_of(nats_evaluation, method, "dense baseline")
         assert [row["setting"] for row in ours] == [row["setting"] for row in theirs]
         budgets = [row["budget"] for row in ours]
         assert set(budgets) == {row["budget"] for row in rows_of(nats_evaluation, "nats")} - {None}
         for row in ours:
             fraction = interval_fractions(pieces, sinks)[row["setting"]["window"]]
             assert row["kv_fraction"] == pytest.approx(fraction)
-    for weights in ("this run", "dense twin"):
+    for weights in ("this run", "dense baseline"):
         (full,) = rows_of(nats_evaluation, "full", weights)
         assert full["kv_fraction"] == 1
         assert full["kv_live_mean"] == full["mean_context"] == (CONTEXT + 1) / 2
@@ -126,21 +126,21 @@ def test_every_recall_row_is_a_document(nats_evaluation):
 
 
 def test_the_contract_repeats_the_dialled_and_the_argmax_row(nats_evaluation):
-    contract = nats_evaluation.contract
-    assert set(contract) == set(report.CONTRACT_FIELDS)
-    by_dial = {row["setting"]["dial"]: row for row in rows_of(nats_evaluation, "nats")}
-    assert by_dial[contract["dial"]]["budget"] == contract["kv_budget"] == 0.3
-    assert by_dial[contract["dial"]]["kv_fraction"] == contract["dialled"]
-    assert by_dial[0.0]["kv_fraction"] == contract["argmax"]
-    assert contract["met"] == (abs(contract["dialled"] - 0.3) <= 0.03)
-    assert 0 < contract["sampled"] < 1
-    assert contract["smallest_possible"] == smallest_kv_fraction(np.full(10, CONTEXT), WINDOW)
+    budget_check = nats_evaluation.budget_check
+    assert set(budget_check) == set(report.BUDGET_CHECK_FIELDS)
+    by_role_bias = {row["setting"]["role_bias"]: row for row in rows_of(nats_evaluation, "nats")}
+    assert by_role_bias[budget_check["role_bias"]]["budget"] == budget_check["kv_budget"] == 0.3
+    assert by_role_bias[budget_check["role_bias"]]["kv_fraction"] == budget_check["biased"]
+    assert by_role_bias[0.0]["kv_fraction"] == budget_check["argmax"]
+    assert budget_check["met"] == (abs(budget_check["biased"] - 0.3) <= 0.03)
+    assert 0 < budget_check["sampled"] < 1
+    assert budget_check["smallest_possible"] == smallest_kv_fraction(np.full(10, CONTEXT), WINDOW)
 
 
 def test_budgets_that_share_a_dial_are_one_row_of_the_closest(tmp_path):
     found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.8, 0.9, 1.0], progress=False)
     assert [row["budget"] for row in rows_of(found, "nats")][-1] == 0.8
-    assert len([note for note in found.notes if "at dial" in note]) == 3
+    assert len([note for note in found.notes if "at role bias" in note]) == 3
 
 
 def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
@@ -148,8 +148,10 @@ def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
     for sample in nats_evaluation.samples:
         assert len(sample["tokens"]) == 20
         assert sample["tokens"][0] == "⟨bos⟩"
-        assert np.shape(sample["roles"]) == (len(sample["dials"]), 2, 2)
-        assert all(len(head) == 20 and head[0] == "0" for dial in sample["roles"] for layer in dial for head in layer)
+        assert np.shape(sample["roles"]) == (len(sample["role_biases"]), 2, 2)
+        assert all(
+            len(head) == 20 and head[0] == "0" for role_bias in sample["roles"] for layer in role_bias for head in layer
+        )
         assert sample["document_starts"] == [0]
         assert sample["windows"] == [WINDOW, WINDOW]
 
@@ -157,14 +159,17 @@ def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
 def test_samples_have_the_roles_that_the_model_chose_under_every_measured_dial(nats_evaluation, tmp_path):
     run = make_run(tmp_path)
     held_out = run.data.contexts("validation", 10)
-    dials = [row["setting"]["dial"] for row in rows_of(nats_evaluation, "nats")]
-    ids = {dial: chosen_roles(run, held_out, Nats(dial)) for dial in dials}
+    role_biases = [row["setting"]["role_bias"] for row in rows_of(nats_evaluation, "nats")]
+    ids = {role_bias: chosen_roles(run, held_out, Nats(role_bias)) for role_bias in role_biases}
     for sample in nats_evaluation.samples:
         number = int(sample["title"].split()[2]) - 1
-        assert sample["dials"] == dials
-        for dial, layers in zip(dials, sample["roles"], strict=True):
-            assert layers == [["".join(map(str, head[:20])) for head in layer] for layer in ids[dial][number]]
-    kept = [sum(head.count("0") for layer in dial for head in layer) for dial in nats_evaluation.samples[0]["roles"]]
+        assert sample["role_biases"] == role_biases
+        for role_bias, layers in zip(role_biases, sample["roles"], strict=True):
+            assert layers == [["".join(map(str, head[:20])) for head in layer] for layer in ids[role_bias][number]]
+    kept = [
+        sum(head.count("0") for layer in role_bias for head in layer)
+        for role_bias in nats_evaluation.samples[0]["roles"]
+    ]
     assert kept[0] < kept[-1]
 
 
@@ -175,12 +180,12 @@ def test_samples_of_a_model_with_many_heads_are_fewer_and_shorter(tmp_path, monk
     def sizes(most):
         monkeypatch.setattr(eval_results, "_MAX_ROLES", most)
         samples = eval_results.samples_of(run, held_out, [0.0, 1.0], False)
-        assert sum(len(head) for s in samples for dial in s["roles"] for layer in dial for head in layer) <= max(
-            most, 8
-        )
+        assert sum(
+            len(head) for s in samples for role_bias in s["roles"] for layer in role_bias for head in layer
+        ) <= max(most, 8)
         return [len(sample["tokens"]) for sample in samples]
 
-    # A token has a role for each of two dials, layers and heads.
+    # A token has a role for each of two role biases, layers and heads.
     assert [sizes(most) for most in (480, 479, 320, 319, 160, 80, 1)] == [
         [20] * 3,
         [20] * 2,
@@ -231,7 +236,7 @@ def test_the_summary_says_table_contract_and_files(nats_evaluation):
 
 def test_a_dense_run_alone_has_no_contract(tmp_path):
     found = evaluate.run(tmp_path, loaded=make_run(tmp_path, "dense"), progress=False)
-    assert found.contract is None
+    assert found.budget_check is None
     assert found.samples == []
     assert {row["method"] for row in found.rows} == {"full", "sliding_window", "streaming_llm"}
     assert {row["weights"] for row in found.rows} == {"this run (dense, step 7)"}
@@ -254,8 +259,8 @@ def test_roles_that_do_not_depend_on_the_token_leave_budgets_unmet_and_say_so(tm
     scorer = flat["blocks"]["attention"]["scorer"]
     scorer["weight"] = np.zeros_like(scorer["weight"])
     found = evaluate.run(tmp_path, loaded=dataclasses.replace(run, parameters=flat), progress=False)
-    assert not found.contract["met"]
-    assert any("No dial gives a KV fraction of 0.4" in note for note in found.notes)
+    assert not found.budget_check["met"]
+    assert any("No role bias gives a KV fraction of 0.4" in note for note in found.notes)
     assert "missed" in found.summary()
 
 
@@ -283,7 +288,7 @@ def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     dense = make_run(tmp_path, "dense")
     cases = {
-        'model.attention = "nats", not "dense"': run,
+        'model.layer_types = "nats", not "dense"': run,
         "its data.context_length is 64 instead of 32": make_run(
             tmp_path, "dense", data=dataclasses.replace(dense.config.data, context_length=64)
         ),
@@ -292,20 +297,20 @@ def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
     for message, other in cases.items():
         monkeypatch.setattr(dense_baseline, "load", lambda workdir, prepared_dir, other=other: other)
         with pytest.raises(UserError, match=message):
-            evaluate.run(tmp_path, loaded=run, dense_workdir="runs/x", progress=False)
+            evaluate.run(tmp_path, loaded=run, baseline_workdir="runs/x", progress=False)
     with pytest.raises(UserError, match="is itself a dense one"):
-        evaluate.run(tmp_path, loaded=dense, dense_workdir="runs/x", progress=False)
+        evaluate.run(tmp_path, loaded=dense, baseline_workdir="runs/x", progress=False)
 
 
 def test_a_twin_of_another_shape_or_step_is_noted(tmp_path):
     dense = make_run(tmp_path, "dense")
-    model = dataclasses.replace(dense.config.model, mlp_width=8)
+    model = dataclasses.replace(dense.config.model, mlp_dim=8)
     other = dataclasses.replace(dense, step=9, config=dataclasses.replace(dense.config, model=model))
-    assert dense_baseline.twin_notes(make_run(tmp_path), dense) == []
-    notes = dense_baseline.twin_notes(make_run(tmp_path), other)
+    assert dense_baseline.baseline_notes(make_run(tmp_path), dense) == []
+    notes = dense_baseline.baseline_notes(make_run(tmp_path), other)
     assert notes == [
-        "The dense twin's step is 9, this run's 7.",
-        "The dense twin's model.mlp_width is 8, this run's 16.",
+        "The dense baseline's step is 9, this run's 7.",
+        "The dense baseline's model.mlp_dim is 8, this run's 16.",
     ]
 
 
@@ -320,14 +325,16 @@ def test_budgets_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_held_out_text_chooses_nothing(tmp_path):
-    """The dial is set on training contexts: other held-out contexts leave it where it was."""
+    """The role bias is set on training contexts: other held-out contexts leave it where it was."""
     run = make_run(tmp_path)
     data = dataclasses.replace(run.data, contexts=lambda split, count: run.data.contexts(split, min(count, 8)))
-    dials = [
-        evaluate.run(tmp_path, loaded=dataclasses.replace(run, data=d), budgets=[0.5], progress=False).contract["dial"]
+    role_biases = [
+        evaluate.run(tmp_path, loaded=dataclasses.replace(run, data=d), budgets=[0.5], progress=False).budget_check[
+            "role_bias"
+        ]
         for d in (run.data, data)
     ]
-    assert dials[0] == dials[1]
+    assert role_biases[0] == role_biases[1]
     assert len(piece_lengths(data.contexts("validation", 64))) == 8
 
 

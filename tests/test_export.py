@@ -196,7 +196,7 @@ def test_what_a_killed_export_set_aside_is_put_back(recall_run, tmp_path):
 
 def test_an_export_is_not_trained_on(recall_run, tmp_path):
     export.export(recall_run.workdir.path, tmp_path / "out")
-    with pytest.raises(UserError, match=r"is an export, .* name it as train.initial_parameters, with a new --workdir"):
+    with pytest.raises(UserError, match=r"is an export, .* name it as train.init_from, with a new --workdir"):
         train.run(recall_run.config, tmp_path / "out")
     Workdir(tmp_path / "out").export_file.write_text('{"format_version": 2}')
     with pytest.raises(UserError, match="format_version 2, and this natsjax reads version 1"):

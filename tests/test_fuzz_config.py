@@ -143,8 +143,25 @@ def test_files(changed, wrong, data):
         accepts(lambda: parse_train_flags(["train.py", f"--config={file}", "--workdir=w"])[0], names=f"{A_FIELD}|mine")
 
 
-_ODD_FLAGS = ["--config.", "--config.=", "--config.model", "--config.model=", "--config..=1", "--config.model.width"]
-_ODD_FLAGS += ["--config.model.width.x=1", "--noconfig.train.progress", "--", "-", "", "--config", "-x", "\0", "a\nb=c"]
+_ODD_FLAGS = [
+    "--config.",
+    "--config.=",
+    "--config.model",
+    "--config.model=",
+    "--config..=1",
+    "--config.model.embed_dim",
+]
+_ODD_FLAGS += [
+    "--config.model.embed_dim.x=1",
+    "--noconfig.train.progress",
+    "--",
+    "-",
+    "",
+    "--config",
+    "-x",
+    "\0",
+    "a\nb=c",
+]
 _ODD_FLAGS += ["--config.train.progress", "--config.nats.initial_roles=(1,", "--config.eval.budgets=0.1,0.2"]
 _ODD_FLAGS += ["--config.nats.initial_roles=__import__('os')", "--config.eval.budgets=", "--config.eval.budgets=()"]
 _ODD_FLAGS += ["--num_processes=x", "--process_id=1.5", "--workdir", "--help=3", "--config.model.\n=1", "--flagfile=x"]
@@ -172,9 +189,9 @@ def test_flags(changed, wrong, data):
 
 # Fields that are drawn together below, or whose values would be other runs, or leave the machine.
 _APART = {"data.vocab_size", "data.context_length", "data.source", "data.input", "data.mixture", "data.prepared_dir"}
-_APART |= {"data.tokenizer", "eval.bootstrap_samples", "train.initial_parameters", "train.fresh_scorer", "train.wandb"}
+_APART |= {"data.tokenizer", "eval.bootstrap_samples", "train.init_from", "train.reinit_scorer", "train.wandb"}
 _APART |= {"train.compilation_cache", "train.progress", "train.num_epochs", "model.num_layers", "model.num_heads"}
-_APART |= {"model.num_kv_heads", "model.head_dim", "model.attention"}
+_APART |= {"model.num_kv_heads", "model.head_dim", "model.layer_types"}
 
 
 @st.composite
@@ -185,14 +202,14 @@ def tiny_configs(draw, least):
     ]
     chosen = draw(st.lists(st.sampled_from(free), min_size=least, max_size=20, unique_by=lambda field: field.name))
     heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
-    pattern = draw(valid(next(field for field in FIELDS if field.name == "model.attention")))
+    pattern = draw(valid(next(field for field in FIELDS if field.name == "model.layer_types")))
     num_pairs = draw(st.integers(1, 3))
     is_recall = draw(st.booleans())
     return nested(
         TINY,
         {field.path: draw(valid(field)) for field in chosen}
         | {
-            ("model", "attention"): pattern,
+            ("model", "layer_types"): pattern,
             ("model", "num_layers"): len(pattern.split(",")),
             ("model", "num_heads"): heads[0],
             ("model", "num_kv_heads"): heads[1],

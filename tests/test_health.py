@@ -9,7 +9,7 @@ from natsjax.train.logs.warnings import NUM_POINTS, WARNINGS, Health, places
 
 
 def line(config, **changes):
-    changes = {"kv_fraction": config.nats.kv_budget, "kv_price": 0.1} | changes
+    changes = {"kv_fraction": config.nats.kv_budget, "kv_penalty": 0.1} | changes
     return flat(tiny.step_metrics(config, **{name: np.float32(x) for name, x in changes.items()}))
 
 
@@ -82,10 +82,10 @@ def test_endless_locals():
 
 def test_layers_without_roles_are_not_looked_at():
     """A dense layer is all GLOBAL, a sliding one all SLIDING; that is how they are."""
-    config = tiny.config(model={"attention": "nats,sliding"})
+    config = tiny.config(model={"layer_types": "nats,sliding"})
     fractions = roles(config, 1, (0.0, 0.0, 1.0))
     assert said(Health(config), [line(config, role_fractions=fractions, forced_globals=0)] * 4) == []
-    dense = tiny.config(model={"attention": "dense"})
+    dense = tiny.config(model={"layer_types": "dense"})
     fractions = roles(dense, ..., (1.0, 0.0, 0.0))
     assert said(Health(dense), [line(dense, role_fractions=fractions, kv_fraction=1.0)] * 12) == []
 
@@ -99,27 +99,29 @@ def test_the_budget():
     assert said(Health(config), [near] * 100) == []
     apart = [line(config, kv_fraction=0.3), line(config, kv_fraction=0.4), line(config, kv_fraction=0.5)]
     assert said(Health(config), apart * 33) == []  # on average it is reached
-    fixed = tiny.config(train={"num_steps": 100}, nats={"price": "fixed"})
+    fixed = tiny.config(train={"num_steps": 100}, nats={"kv_penalty_mode": "fixed"})
     assert said(Health(fixed), [line(fixed, kv_fraction=0.9)] * 100) == []
 
 
-@pytest.mark.parametrize(("price", "bound"), [(10.0, "nats.max_kv_price = 10"), (1e-3, "nats.min_kv_price = 0.001")])
+@pytest.mark.parametrize(
+    ("price", "bound"), [(10.0, "nats.max_kv_penalty = 10"), (1e-3, "nats.min_kv_penalty = 0.001")]
+)
 def test_the_price_at_its_bound(price, bound):
     config = tiny.config(train={"num_steps": 100}, nats={"budget_ramp_start": 4, "budget_ramp_steps": 6})
     health = Health(config)
-    stuck = line(config, kv_price=price, kv_fraction=0.8)
+    stuck = line(config, kv_penalty=price, kv_fraction=0.8)
     assert said(health, [stuck] * 10) == []  # the budget is on its way down
     assert said(health, [stuck] * 2, first=11) == []
     changes = health.update(13, stuck)
     assert [change.name for change in changes] == ["budget-not-reached", "price-at-bound"]
     assert bound in changes[1].text
-    reached = line(config, kv_price=price)
+    reached = line(config, kv_penalty=price)
     assert said(health, [reached] * 9, first=14) == [(18, "budget-not-reached", False)]  # the mean lags
     assert health.active == ["price-at-bound"]
 
 
 def test_skipped_spikes():
-    config = tiny.config(model={"attention": "dense"})
+    config = tiny.config(model={"layer_types": "dense"})
     health = Health(config)
     counts = [0, 0, 2, 3, 3, 3, 3, 3]  # two between the logged steps
     lines = [line(config, skipped_steps=count) for count in counts]

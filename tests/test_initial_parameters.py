@@ -29,7 +29,7 @@ TASK = RecallTask(24, 2, 5, 5, 5)
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return tiny.make_run(
-        tmp_path_factory.mktemp("dense") / "run", tiny.config(model={"attention": "dense"}, train={"seed": 5})
+        tmp_path_factory.mktemp("dense") / "run", tiny.config(model={"layer_types": "dense"}, train={"seed": 5})
     )
 
 
@@ -41,7 +41,7 @@ def nats(tmp_path_factory):
 
 def config_from(run, model=(), data=(), **train):
     path = run if isinstance(run, pathlib.Path) else run.workdir.path
-    return tiny.config(model=dict(model), data=dict(data), train={"initial_parameters": str(path)} | train)
+    return tiny.config(model=dict(model), data=dict(data), train={"init_from": str(path)} | train)
 
 
 def check(config, task=TASK):
@@ -63,7 +63,7 @@ def test_a_nats_run_begins_with_all_of_a_dense_one_but_the_scorer(dense, tmp_pat
         seen.append(jax.device_get(state))
         raise KeyboardInterrupt
 
-    config = config_from(tmp_path / "exported", fresh_scorer=True, num_steps=3)
+    config = config_from(tmp_path / "exported", reinit_scorer=True, num_steps=3)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compile", lambda self: None)
         patch.setattr(Trainer, "step", first_state)
@@ -86,7 +86,7 @@ def test_a_nats_run_begins_with_all_of_a_dense_one_but_the_scorer(dense, tmp_pat
     train.run(config, tmp_path / "run")  # nothing was saved: from the beginning again
     assert load(tmp_path / "run").step == 3
     (tmp_path / "exported").rename(tmp_path / "away")
-    train.run(config_from(tmp_path / "exported", fresh_scorer=True, num_steps=5), tmp_path / "run")
+    train.run(config_from(tmp_path / "exported", reinit_scorer=True, num_steps=5), tmp_path / "run")
     assert load(tmp_path / "run").step == 5
     assert "parameters of" not in capfd.readouterr().err.split("step 3")[-1]
 
@@ -96,7 +96,7 @@ def test_a_nats_run_gives_its_scorer_or_not(nats):
     fresh = trainer.init().parameters
     for name, value in by_name(initial.put_into(fresh)).items():
         np.testing.assert_array_equal(value, by_name(nats.parameters)[name], err_msg=name)
-    _, initial = check(config_from(nats, fresh_scorer=True))
+    _, initial = check(config_from(nats, reinit_scorer=True))
     found = initial.put_into(fresh)
     for name, value in by_name(found).items():
         np.testing.assert_array_equal(
@@ -108,7 +108,7 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
     with pytest.raises(
         UserError,
         match=r"holds a dense model, which lacks blocks.attention.scorer.bias and blocks.attention.scorer.weight; "
-        "train.fresh_scorer = True initialises them",
+        "train.reinit_scorer = True initialises them",
     ):
         check(config_from(dense))
 
@@ -117,12 +117,12 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
     ("model", "message"),
     [
         (
-            {"attention": "dense"},
-            r"\(model.attention = 'nats' there and 'dense' here\): blocks.attention.scorer.bias is there and not here",
+            {"layer_types": "dense"},
+            r"\(model.layer_types = 'nats' there and 'dense' here\): blocks.attention.scorer.bias is there and not here",
         ),
         (
-            {"mlp_width": 32},
-            r"\(model.mlp_width = 24 there and 32 here\): blocks.mlp.\S+ is .*24.* there and .*32.* here",
+            {"mlp_dim": 32},
+            r"\(model.mlp_dim = 24 there and 32 here\): blocks.mlp.\S+ is .*24.* there and .*32.* here",
         ),
         ({"qkv_bias": True}, r"qkv_bias = False there and True here.*key_bias is here and not there"),
         ({"num_layers": 3}, r"model.num_layers = 2 there and 3 here.*; \d+ more\.$"),
@@ -130,14 +130,14 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
     ids=["dense", "mlp", "bias", "layers"],
 )
 def test_other_shapes_and_names_are_listed(nats, model, message):
-    for fresh_scorer in {False, model.get("attention") != "dense"}:
+    for reinit_scorer in {False, model.get("layer_types") != "dense"}:
         with pytest.raises(UserError, match=message):
-            check(config_from(nats, model=model, fresh_scorer=fresh_scorer))
+            check(config_from(nats, model=model, reinit_scorer=reinit_scorer))
 
 
 def test_what_changes_no_shape_is_said(nats, capfd):
-    check(config_from(nats, model={"rope_base": 500.0}, data={"context_length": 48}))
-    assert "starting from a model with model.rope_base = 10000.0 there and 500.0 here" in capfd.readouterr().err
+    check(config_from(nats, model={"rope_theta": 500.0}, data={"context_length": 48}))
+    assert "starting from a model with model.rope_theta = 10000.0 there and 500.0 here" in capfd.readouterr().err
 
 
 def test_other_tokens_are_refused(nats, tmp_path):
@@ -165,19 +165,19 @@ def test_other_tokens_are_refused(nats, tmp_path):
 
 
 def test_where_there_is_nothing_to_begin_with(tmp_path, nats):
-    with pytest.raises(UserError, match=r"train.initial_parameters = .*nowhere: .*nowhere holds no run"):
+    with pytest.raises(UserError, match=r"train.init_from = .*nowhere: .*nowhere holds no run"):
         train.run(config_from(tmp_path / "nowhere"), tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.json").write_text(json.dumps(tiny.config().to_dict()))
     with pytest.raises(UserError, match="begun holds no checkpoint"):
         check(config_from(tmp_path / "begun"))
-    with pytest.raises(UserError, match=r"train.fresh_scorer = True goes with train.initial_parameters"):
-        tiny.config(train={"fresh_scorer": True})
+    with pytest.raises(UserError, match=r"train.reinit_scorer = True goes with train.init_from"):
+        tiny.config(train={"reinit_scorer": True})
     with pytest.raises(UserError, match="'dense' has no scorer"):
-        config_from(nats, model={"attention": "dense"}, fresh_scorer=True)
+        config_from(nats, model={"layer_types": "dense"}, reinit_scorer=True)
     values = config_from(nats).to_dict()
-    assert Config.from_dict(values).train.initial_parameters == str(nats.workdir.path)
+    assert Config.from_dict(values).train.init_from == str(nats.workdir.path)
 
 
 def test_an_export_of_another_natsjax_is_refused(dense, tmp_path):
@@ -187,9 +187,9 @@ def test_an_export_of_another_natsjax_is_refused(dense, tmp_path):
     (tmp_path / "exported/config.json").write_text('{"of": "that version"}')
     with pytest.raises(
         UserError,
-        match=r"train.initial_parameters = .*exported: .* has format_version 2, and this natsjax reads version 1\.$",
+        match=r"train.init_from = .*exported: .* has format_version 2, and this natsjax reads version 1\.$",
     ):
-        check(config_from(tmp_path / "exported", fresh_scorer=True))
+        check(config_from(tmp_path / "exported", reinit_scorer=True))
 
 
 ON_EIGHT_DEVICES = """
@@ -216,7 +216,7 @@ checkpoints.close()
 
 
 def test_each_device_gets_its_part(dense, tmp_path):
-    config = config_from(dense, fresh_scorer=True, batch_size=8).to_dict()
+    config = config_from(dense, reinit_scorer=True, batch_size=8).to_dict()
     config["mesh"] |= {"fsdp": 4, "tensor": 2}
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, "-c", ON_EIGHT_DEVICES, json.dumps(config), str(tmp_path)]

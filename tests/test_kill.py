@@ -103,8 +103,8 @@ def config(folder):
     return tiny.config(
         data={"source": "corpus", "input": str(texts), "tokenizer": "byte", "held_out_fraction": 0.2},
         train={"num_steps": NUM_STEPS},
-        checkpoint={"save_every": SAVE_EVERY, "keep_last": 2, "keep_every": NUM_STEPS // 2},
-        eval={"budgets": (0.4,), "num_contexts": 4, "num_dial_contexts": 4},
+        checkpoint={"save_every": SAVE_EVERY, "max_to_keep": 2, "keep_every": NUM_STEPS // 2},
+        eval={"budgets": (0.4,), "num_contexts": 4, "num_calibration_contexts": 4},
     )
 
 
@@ -168,7 +168,7 @@ def where(workdir, said):
 
 def numbers(workdir):
     """What must not depend on interruptions, of every line."""
-    fields = ("step", "loss", "cross_entropy", "kv_fraction", "kv_price", "gradient_norm", "learning_rate")
+    fields = ("step", "loss", "cross_entropy", "kv_fraction", "kv_penalty", "gradient_norm", "learning_rate")
     return [[line[field] for field in fields] for line in read_metrics(workdir.metrics_file)]
 
 
@@ -267,7 +267,7 @@ def extend(workdir, config, run):
     assert status == 0, errors
     assert f"resuming with train.num_steps: {NUM_STEPS} -> {longer}\n" in errors
     assert f"going on from step {NUM_STEPS}\n" in errors
-    end = config.optimizer.end_learning_rate
+    end = config.optimizer.final_learning_rate
     rate = float(learning_rate(config.optimizer, longer)(NUM_STEPS))
     assert (
         f"the learning rate's schedule now ends at step {longer} instead of {NUM_STEPS}: at step {NUM_STEPS} it goes "

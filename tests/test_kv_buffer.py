@@ -41,7 +41,7 @@ def key_of(layer, row, head, index):
     return np.array([layer, row, head, index], np.float32)
 
 
-def new_keys(begin, ends, local_end=None, mass=None):
+def new_keys(begin, ends, local_end=None, attention_sum=None):
     """``ends``: int ``[l, b, k, t]``; the keys of indices ``begin … begin + t - 1``."""
     ends = np.asarray(ends)
     keys = np.zeros((*ends.shape, HEAD_DIM), np.float32)
@@ -50,7 +50,7 @@ def new_keys(begin, ends, local_end=None, mass=None):
     position = np.broadcast_to(begin + np.arange(ends.shape[3]), ends.shape)
     local_end = np.full(ends.shape[:3], UNTIL_GLOBAL) if local_end is None else local_end
     arrays = (keys, -keys, position.astype(np.int32), ends.astype(np.int32), np.asarray(local_end, np.int32))
-    return NewKeys(*map(jnp.asarray, arrays), mass=mass)
+    return NewKeys(*map(jnp.asarray, arrays), attention_sum=attention_sum)
 
 
 def live_of(buffer, at):
@@ -162,10 +162,10 @@ def test_regrouping_keeps_every_slot():
         assert live_of(moved, 5) == before
 
 
-def slots_for(positions, ends, mass=None):
+def slots_for(positions, ends, attention_sum=None):
     """One head of each layer, row and KV head with these keys: arrays ``[b, k, c]`` as an eviction sees them."""
     shape = (BATCH, HEADS, len(positions))
-    arrays = [None if x is None else jnp.broadcast_to(jnp.asarray(x), shape) for x in (positions, ends, mass)]
+    arrays = [None if x is None else jnp.broadcast_to(jnp.asarray(x), shape) for x in (positions, ends, attention_sum)]
     return (*arrays, jnp.full((BATCH, 1, 1), max(positions) + 1))
 
 
@@ -181,8 +181,8 @@ def slots_for(positions, ends, mass=None):
 )
 def test_what_goes_first(eviction, gone):
     positions, ends = np.array([0, 1, 2, 3, 4]), np.array([NO_END, UNTIL_GLOBAL, NO_END, 9, NO_END])
-    mass = np.array([0.2, 0.9, 0.1, 0.3, 0.0], np.float32)
-    first, second = (np.asarray(x)[0, 0] for x in eviction.order(*slots_for(positions, ends, mass)))
+    attention_sum = np.array([0.2, 0.9, 0.1, 0.3, 0.0], np.float32)
+    first, second = (np.asarray(x)[0, 0] for x in eviction.order(*slots_for(positions, ends, attention_sum)))
     assert np.lexsort((second, first))[:3].tolist() == gone
 
 
@@ -209,7 +209,7 @@ def test_sizes_are_few_and_close():
     assert all(size % 128 == 0 for size in sizes)
     for need in (1, 100, 128, 129, 1000, 5000, 131072):
         assert need <= allocation.round_up(need, 128) <= max(128, 1.125 * need + 128)
-        assert allocation.enlarged(need, 1) <= 1.27 * need + 2
+        assert allocation.grown(need, 1) <= 1.27 * need + 2
 
 
 @pytest.mark.parametrize("block", [16, 64, 100, 128])

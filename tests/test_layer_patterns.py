@@ -14,14 +14,14 @@ from natsjax.decode.generation import generate
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
 from natsjax.evaluate.settings import Nats
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.inputs import model_inputs
 from natsjax.model.transformer import init_parameters
 from natsjax.policies.interval import FullAttention, SlidingWindow
 from natsjax.train.step import Trainer
 
 WINDOW = 5
-MIXED = {"attention": "nats,dense,sliding", "sliding_window": WINDOW, "num_layers": 6}
+MIXED = {"layer_types": "nats,dense,sliding", "sliding_window": WINDOW, "num_layers": 6}
 
 
 def build(config):
@@ -40,7 +40,7 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
     inputs = model_inputs(batch)
 
     def scanned(parameters):
-        logits, roles = nnx.merge(structure, parameters)(inputs, RoleChoice(noise_key=key))
+        logits, roles = nnx.merge(structure, parameters)(inputs, RoleSampling(noise_key=key))
         return jnp.sum(jnp.sin(logits)), roles
 
     def unrolled(parameters):
@@ -50,7 +50,7 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
         for layer, noise_key in enumerate(jax.random.split(key, 6)):
             state = jax.tree.map(lambda values: values[layer], parameters["blocks"])  # noqa: B023
             kind = ["nats", "dense", "sliding"][layer % 3]
-            x, roles = nnx.merge(block, state)(x, inputs, RoleChoice(noise_key=noise_key), kind)
+            x, roles = nnx.merge(block, state)(x, inputs, RoleSampling(noise_key=noise_key), kind)
             found.append(roles)
         logits = transformer.logits(transformer.final_norm(x))
         return jnp.sum(jnp.sin(logits)), jax.tree.map(lambda *values: jnp.stack(values), *found)
@@ -68,14 +68,14 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
 
 
 def test_a_sliding_layer_reads_its_window_and_nothing_else():
-    config = tiny.config(model={"attention": "sliding", "sliding_window": WINDOW, "num_layers": 1})
+    config = tiny.config(model={"layer_types": "sliding", "sliding_window": WINDOW, "num_layers": 1})
     structure, parameters = build(config)
     inputs = model_inputs(tiny.packed_batch())
 
     def per_query(embedded):
         transformer = nnx.merge(structure, parameters)
         state = jax.tree.map(lambda values: values[0], parameters["blocks"])
-        out, _ = nnx.merge(nnx.graphdef(transformer.blocks), state)(embedded, inputs, RoleChoice(), "sliding")
+        out, _ = nnx.merge(nnx.graphdef(transformer.blocks), state)(embedded, inputs, RoleSampling(), "sliding")
         return jnp.sum(jnp.sin(out), axis=-1)
 
     embedded = jax.random.normal(jax.random.key(2), (3, 24, 16))
@@ -107,7 +107,7 @@ def test_kv_fraction_counts_all_layers_and_the_smallest_is_reached():
 
 PATTERN = decoding.config(
     model={
-        "attention": "nats,dense,sliding",
+        "layer_types": "nats,dense,sliding",
         "sliding_window": WINDOW,
         "qk_norm": True,
         "final_logit_softcap": 3.0,
@@ -154,20 +154,20 @@ def test_a_mixed_run_is_evaluated_under_its_dial(tmp_path):
     config = tiny.config(model=MIXED, nats={"kv_budget": 0.7})
     run = tiny.make_run(tmp_path / "run", config)
     found = evaluate.run(tmp_path / "run", loaded=run, progress=False)
-    assert found.contract["smallest_possible"] > 1 / 3  # every third layer reads all
+    assert found.budget_check["smallest_possible"] > 1 / 3  # every third layer reads all
     assert {row["method"] for row in found.rows} >= {"nats", "full", "sliding_window"}
 
 
 def test_fixed_policies_meet_their_budgets_beside_sliding_layers(tmp_path):
-    """On the run's own weights; its dense twin, without such layers, has settings of its own."""
+    """On the run's own weights; its dense baseline, without such layers, has settings of its own."""
     config = tiny.config(
-        model={"attention": "nats,sliding", "sliding_window": 8}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2}
+        model={"layer_types": "nats,sliding", "sliding_window": 8}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2}
     )
     run = tiny.make_run(tmp_path / "run", config)
-    twin = tiny.config(model={"attention": "dense"}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2})
-    tiny.make_run(tmp_path / "twin", twin)
+    baseline = tiny.config(model={"layer_types": "dense"}, nats={"kv_budget": 0.5}, eval={"num_sinks": 2})
+    tiny.make_run(tmp_path / "baseline", baseline)
     found = evaluate.run(
-        tmp_path / "run", loaded=run, budgets=[0.5, 0.7, 0.95], dense_workdir=tmp_path / "twin", progress=False
+        tmp_path / "run", loaded=run, budgets=[0.5, 0.7, 0.95], baseline_workdir=tmp_path / "baseline", progress=False
     )
     fixed = [row for row in found.rows if row["method"] in ("sliding_window", "streaming_llm")]
     assert len(fixed) == 2 * 2 + 2 * 3  # what the layers' windows rule out is left out, and the note says so
@@ -192,9 +192,11 @@ def test_qk_norm_leaves_the_scale_of_queries_and_keys_without_effect():
     assert "query_norm" not in build(plain)[1]["blocks"]["attention"]
 
 
-@pytest.mark.parametrize("layers", [{"attention": "nats,dense", "num_layers": 4}, MIXED])
+@pytest.mark.parametrize("layers", [{"layer_types": "nats,dense", "num_layers": 4}, MIXED])
 def test_a_mixed_model_learns(layers):
-    config = tiny.config(model=layers, optimizer={"peak_learning_rate": 3e-2, "z_loss": 1e-3}, train={"num_steps": 40})
+    config = tiny.config(
+        model=layers, optimizer={"peak_learning_rate": 3e-2}, loss={"z_loss": 1e-3}, train={"num_steps": 40}
+    )
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     state, batch, seen = trainer.init(), tiny.packed_batch(batch=4), []
     for _ in range(40):
@@ -204,7 +206,7 @@ def test_a_mixed_model_learns(layers):
 
 
 def test_a_dense_layer_leaves_its_neighbours_their_small_capacities():
-    config = decoding.config(model={"attention": "nats,dense", "num_layers": 8}, nats={"window": 1})
+    config = decoding.config(model={"layer_types": "nats,dense", "num_layers": 8}, nats={"window": 1})
     parameters = decoding.parameters_of(config, scorer_scale=0.0)
     scorer = parameters["blocks"]["attention"]["scorer"]
     scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)  # SLIDING

@@ -18,11 +18,12 @@ from natsjax.model import sharding
 from natsjax.train.step import Trainer
 
 groups = {
-    "model": {"attention": "nats,dense,sliding", "sliding_window": 5, "num_layers": 3, "qk_norm": True,
+    "model": {"layer_types": "nats,dense,sliding", "sliding_window": 5, "num_layers": 3, "qk_norm": True,
               "final_logit_softcap": 4.0},
-    "optimizer": {"z_loss": 1e-2, "spike_threshold": 4.0, "schedule": "wsd", "scorer_learning_rate": 1e-3},
-    "nats": {"end_temperature": 0.5, "budget_ramp": "cosine", "budget_ramp_steps": 5},
-    "train": {"batch_size": 8, "num_microbatches": 2},
+    "optimizer": {"spike_threshold": 4.0, "schedule": "wsd", "scorer_learning_rate": 1e-3},
+    "loss": {"z_loss": 1e-2},
+    "nats": {"final_temperature": 0.5, "budget_ramp": "cosine", "budget_ramp_steps": 5},
+    "train": {"batch_size": 8, "gradient_accumulation_steps": 2},
 }
 batch = tiny.packed_batch(batch=8)
 for mesh in json.load(sys.stdin):

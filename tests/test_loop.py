@@ -299,7 +299,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence_of_process_0(
 
 def test_the_step_takes_its_state_over():
     """Donated: the new state lies where the old one was."""
-    trainer = Trainer(tiny.config(model={"attention": "dense"}), tiny.VOCAB_SIZE)
+    trainer = Trainer(tiny.config(model={"layer_types": "dense"}), tiny.VOCAB_SIZE)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract_state()))
     assert trainer.lower().compile().memory_analysis().alias_size_in_bytes == size
 

@@ -1,4 +1,4 @@
-"""Budgets, windows and dials: exact where counting is possible, close and frugal where it is a search."""
+"""Budgets, windows and role biases: exact where counting is possible, close and frugal where it is a search."""
 
 import math
 
@@ -12,11 +12,11 @@ from natsjax.kv_fraction import smallest_kv_fraction
 from natsjax.policies.budgets import (
     check_budgets,
     dense_budgets,
-    dial_for_budget,
+    fraction_for_budget,
     interval_fractions,
     keys_for_budget,
     nats_budgets,
-    share_for_budget,
+    role_bias_for_budget,
     window_for_budget,
 )
 
@@ -68,7 +68,7 @@ def test_a_budget_that_the_layers_own_windows_rule_out_has_no_setting():
     assert 0.5 < most < 0.6
     for budget, expected in ((0.5, True), (0.6, False)):
         assert (window_for_budget(lengths, budget, layers=layers) is not None) == expected
-        assert (share_for_budget(lengths, budget, 2, layers)[0] is not None) == expected
+        assert (fraction_for_budget(lengths, budget, 2, layers)[0] is not None) == expected
         assert (keys_for_budget(lengths, budget, 4, layers) is not None) == expected
 
 
@@ -94,34 +94,34 @@ class Counted:
     """A fraction function that counts its calls."""
 
     def __init__(self, function):
-        self.function, self.dials = function, []
+        self.function, self.role_biases = function, []
 
-    def __call__(self, dial):
-        self.dials.append(dial)
-        return self.function(dial)
-
-
-def sigmoid(dial):
-    return 0.03 + 0.97 / (1 + math.exp(-(dial - 1)))
+    def __call__(self, role_bias):
+        self.role_biases.append(role_bias)
+        return self.function(role_bias)
 
 
-def steps(dial):
-    return 0.05 if dial < -0.37 else 0.2 if dial < 0.5 else 0.7
+def sigmoid(role_bias):
+    return 0.03 + 0.97 / (1 + math.exp(-(role_bias - 1)))
 
 
-def valley(dial):
+def steps(role_bias):
+    return 0.05 if role_bias < -0.37 else 0.2 if role_bias < 0.5 else 0.7
+
+
+def valley(role_bias):
     """Without GLOBAL tokens nothing ends the LOCAL keys: the fraction rises again on the left."""
-    return 0.1 + 0.9 * math.tanh(abs(dial + 1) / 3)
+    return 0.1 + 0.9 * math.tanh(abs(role_bias + 1) / 3)
 
 
 @pytest.mark.parametrize("function", [sigmoid, valley], ids=["monotone", "valley"])
 @pytest.mark.parametrize("budget", [0.15, 0.3, 0.6, 0.9])
 def test_a_smooth_fraction_is_met_within_a_hundredth(function, budget):
     fraction_at = Counted(function)
-    found = dial_for_budget(fraction_at, budget)
-    assert found.kv_fraction == function(found.dial) == pytest.approx(budget, rel=0.01)
-    assert len(fraction_at.dials) <= 10
-    assert round(found.dial, 3) == pytest.approx(found.dial, abs=1e-9)
+    found = role_bias_for_budget(fraction_at, budget)
+    assert found.kv_fraction == function(found.role_bias) == pytest.approx(budget, rel=0.01)
+    assert len(fraction_at.role_biases) <= 10
+    assert round(found.role_bias, 3) == pytest.approx(found.role_bias, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_a_smooth_fraction_is_met_within_a_hundredth(function, budget):
         (steps, 0.99, 0.7),
         (steps, 0.01, 0.05),
         (valley, 0.04, 0.1),
-        (lambda dial: 0.4, 0.1, 0.4),
+        (lambda role_bias: 0.4, 0.1, 0.4),
     ],
 )
 def test_what_cannot_be_met_ends_with_the_closest_that_was_seen(function, budget, best):
     fraction_at, seen = Counted(function), {}
-    found = dial_for_budget(fraction_at, budget, seen)
-    assert len(fraction_at.dials) <= 20
-    assert len(set(fraction_at.dials)) == len(fraction_at.dials)
+    found = role_bias_for_budget(fraction_at, budget, seen)
+    assert len(fraction_at.role_biases) <= 20
+    assert len(set(fraction_at.role_biases)) == len(fraction_at.role_biases)
     assert abs(found.kv_fraction - budget) == min(abs(fraction - budget) for fraction in seen.values())
     assert found.kv_fraction == pytest.approx(best, abs=0.01)
 
@@ -148,9 +148,9 @@ def test_what_cannot_be_met_ends_with_the_closest_that_was_seen(function, budget
 def test_budgets_share_what_was_seen():
     fraction_at, seen = Counted(sigmoid), {}
     budgets = nats_budgets(0.15, smallest=0.04)
-    found = [dial_for_budget(fraction_at, budget, seen) for budget in budgets]
-    assert len(fraction_at.dials) == len(set(fraction_at.dials)) == len(seen) <= 16
-    assert [match.dial for match in found] == sorted(match.dial for match in found)
+    found = [role_bias_for_budget(fraction_at, budget, seen) for budget in budgets]
+    assert len(fraction_at.role_biases) == len(set(fraction_at.role_biases)) == len(seen) <= 16
+    assert [match.role_bias for match in found] == sorted(match.role_bias for match in found)
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def make_run(attention="nats"):
     """Two layers, two KV heads, scorers that choose every role."""
     config = Config.from_dict(
         {
-            "model": {"attention": attention, "num_layers": 2, "width": 16, "num_heads": 4, "num_kv_heads": 2}
-            | {"head_dim": 4, "mlp_width": 16},
+            "model": {"layer_types": attention, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
+            | {"head_dim": 4, "mlp_dim": 16},
             "nats": {"window": WINDOW},
             "data": {"input": "nothing", "context_length": T},
             "eval": {"batch_size": 3},
@@ -125,15 +125,15 @@ def check_counts(found, contexts, live):
     assert found.kv_fraction == pytest.approx(live.sum() / (causal.sum() * live.shape[0] * live.shape[1]))
 
 
-@pytest.mark.parametrize("dial", [0.0, 0.7, -1.0, 50.0, -50.0])
-def test_nats_counts_are_those_of_the_roles(run, contexts, dial):
-    roles = chosen_roles(run, contexts, Nats(dial))
-    if dial == 0:
+@pytest.mark.parametrize("role_bias", [0.0, 0.7, -1.0, 50.0, -50.0])
+def test_nats_counts_are_those_of_the_roles(run, contexts, role_bias):
+    roles = chosen_roles(run, contexts, Nats(role_bias))
+    if role_bias == 0:
         assert set(np.unique(roles)) == {0, 1, 2}
     live = np.array(
         [[count_live(contexts, nats_reads(head)) for head in layer] for layer in roles.transpose(1, 2, 0, 3)]
     )
-    check_counts(measure(run, contexts, Nats(dial)), contexts, live)
+    check_counts(measure(run, contexts, Nats(role_bias)), contexts, live)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from natsjax import evaluate
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
-from natsjax.policies.budgets import keys_for_budget, share_for_budget
+from natsjax.policies.budgets import fraction_for_budget, keys_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
@@ -87,13 +87,13 @@ def test_numbers_for_a_budget_are_by_hand(chunk, layers):
 
 def test_a_share_for_a_budget():
     lengths = np.full(50, 200)
-    share, window = share_for_budget(lengths, 0.3, 8)
+    share, window = fraction_for_budget(lengths, 0.3, 8)
     assert window == 8
     policy, positions = RandomKeys(share, window, 1), np.arange(200, dtype=np.int32)[None]
     ends = np.minimum(np.asarray(policy.key_end(positions, 64))[0], 200)
     assert abs(np.sum(ends - positions) / 64 / (200 * 201 / 2) - 0.3) < 0.02
-    assert share_for_budget(lengths, 0.02, 8) == (pytest.approx(0.02 - 0.0198, abs=1e-3), 0)
-    assert share_for_budget(lengths, 0.001, 8)[0] is None
+    assert fraction_for_budget(lengths, 0.02, 8) == (pytest.approx(0.02 - 0.0198, abs=1e-3), 0)
+    assert fraction_for_budget(lengths, 0.001, 8)[0] is None
 
 
 def test_an_evaluation_through_the_buffer(tmp_path):

@@ -10,9 +10,9 @@ import tiny
 from flax import nnx
 
 from natsjax.model import attention, layers, transformer
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.inputs import Inputs, model_inputs
-from natsjax.model.roles import GLOBAL, causal_pairs, dial_bias, key_end_from_roles
+from natsjax.model.roles import GLOBAL, causal_pairs, key_end_from_roles, role_bias_logits
 from natsjax.train import losses
 from pallas_kernels.nats_attention import NO_END
 
@@ -36,7 +36,7 @@ def spread_scorer(parameters, seed=3):
 
 @pytest.mark.parametrize("attention", ["nats", "dense"])
 def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
-    config = tiny.config(model={"attention": attention, "num_layers": 1})
+    config = tiny.config(model={"layer_types": attention, "num_layers": 1})
     structure, parameters = build(config)
     batch = tiny.packed_batch()
     inputs = model_inputs(batch)
@@ -45,10 +45,10 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
     def per_query(embedded):  # the only block, on embedded tokens: those have a gradient
         blocks = nnx.merge(structure, parameters).blocks
         block = jax.tree.map(lambda p: p[0], nnx.state(blocks))
-        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs, RoleChoice(), attention)
+        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs, RoleSampling(), attention)
         return jnp.abs(out).sum((0, 2))
 
-    embedded = parameters["embedding"][inputs.tokens] * config.model.width**0.5
+    embedded = parameters["embedding"][inputs.tokens] * config.model.embed_dim**0.5
     jacobian = np.abs(jax.jit(jax.jacrev(per_query))(embedded)).sum(-1)  # [t, b, s]
     length = inputs.tokens.shape[1]
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
@@ -88,8 +88,8 @@ def test_packed_documents_are_as_if_each_stood_alone():
 def test_first_tokens_are_global_whatever_the_dial_says():
     structure, parameters = build(tiny.config())
     batch = tiny.packed_batch()
-    bias = dial_bias(-1e6, "global_local")
-    _, roles = forward(structure, parameters, model_inputs(batch), RoleChoice(bias=bias))
+    bias = role_bias_logits(-1e6, "global_local")
+    _, roles = forward(structure, parameters, model_inputs(batch), RoleSampling(bias=bias))
     first = batch["positions"] == 0
     ids = np.asarray(roles.ids)
     assert (ids[:, first[:, None, :].repeat(2, 1)] == GLOBAL).all()
@@ -98,9 +98,9 @@ def test_first_tokens_are_global_whatever_the_dial_says():
 
 def test_full_key_ends_make_a_nats_model_attend_to_everything():
     structure, parameters = build(tiny.config())
-    dense_structure, _ = build(tiny.config(model={"attention": "dense"}))
+    dense_structure, _ = build(tiny.config(model={"layer_types": "dense"}))
     inputs = model_inputs(tiny.packed_batch())
-    full, roles = forward(structure, parameters, inputs, RoleChoice(key_end=jnp.full((1, 1, 1), NO_END)))
+    full, roles = forward(structure, parameters, inputs, RoleSampling(key_end=jnp.full((1, 1, 1), NO_END)))
     dense_parameters = jax.tree.map(lambda x: x, parameters)
     del dense_parameters["blocks"]["attention"]["scorer"]
     dense, _ = forward(dense_structure, dense_parameters, inputs)
@@ -155,7 +155,7 @@ def count_mismatches(monkeypatch, config, policy=None):
     batch = tiny.packed_batch(batch=32)
 
     def loss(parameters):
-        choice = RoleChoice(noise_key=jax.random.key(5))
+        choice = RoleSampling(noise_key=jax.random.key(5))
         logits, roles = nnx.merge(structure, parameters)(model_inputs(batch), choice)
         return jnp.sum(token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
 
@@ -168,7 +168,7 @@ def count_mismatches(monkeypatch, config, policy=None):
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_roles_in_the_backward_are_those_of_the_forward(monkeypatch, remat):
-    config = tiny.config(model={"dtype": "bfloat16", "remat": remat, "width": 32, "num_layers": 4})
+    config = tiny.config(model={"dtype": "bfloat16", "remat": remat, "embed_dim": 32, "num_layers": 4})
     assert count_mismatches(monkeypatch, config) == 0
 
 
@@ -190,7 +190,7 @@ def test_roles_survive_a_recomputation_that_would_choose_others(monkeypatch, sav
 
 
 def test_initialisation_is_scaled_with_fan_in():
-    config = tiny.config(model={"width": 256, "mlp_width": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32})
+    config = tiny.config(model={"embed_dim": 256, "mlp_dim": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32})
     _, parameters = build(config)
     attention, mlp = parameters["blocks"]["attention"], parameters["blocks"]["mlp"]
     residual = (2 * config.model.num_layers) ** -0.5
@@ -216,7 +216,7 @@ def test_roles_at_step_0_have_the_stated_fractions():
         np.tile(np.arange(512, dtype=np.int32), (rows, 1)),
         np.full((rows, 512), 512, np.int32),
     )
-    _, roles = forward(structure, parameters, inputs, RoleChoice(noise_key=jax.random.key(0)))
+    _, roles = forward(structure, parameters, inputs, RoleSampling(noise_key=jax.random.key(0)))
     for layer in np.asarray(roles.ids):
         for head in np.moveaxis(layer, 1, 0):
             np.testing.assert_allclose(np.bincount(head.ravel(), minlength=3) / head.size, (0.6, 0.3, 0.1), atol=0.02)

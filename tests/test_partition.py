@@ -32,7 +32,7 @@ def config_of(attention, mesh="fsdp=-1", **train):
         name: int(size) for name, size in (part.split("=") for part in mesh.split(","))
     }
     return tiny.config(
-        model={"attention": attention},
+        model={"layer_types": attention},
         mesh=sizes,
         train={"num_steps": NUM_STEPS, "batch_size": 8} | train,
         checkpoint={"save_every": 10},
@@ -101,7 +101,7 @@ from natsjax.config import Config
 
 def main():
     join_processes(sys.argv)
-    with distributed.stop_together():
+    with distributed.fail_together():
         config = Config.from_dict(json.loads(sys.argv[1]))
         evaluate.run = lambda *a, **k: None
         train.run(config, sys.argv[2])
@@ -212,11 +212,11 @@ class FakeMesh:
         ({"fsdp": 8}, {"train": {"batch_size": 4}}, "train.batch_size = 4 sequences .* a multiple of 8"),
         (
             {"fsdp": 4},
-            {"train": {"batch_size": 8, "num_microbatches": 4}},
-            r"train.batch_size / train.num_microbatches = 2 .* a multiple of 16",
+            {"train": {"batch_size": 8, "gradient_accumulation_steps": 4}},
+            r"train.batch_size / train.gradient_accumulation_steps = 2 .* a multiple of 16",
         ),
         ({"tensor": 4}, {}, "model.num_kv_heads = 2 cannot be divided by mesh.tensor = 4; .* divides it is 2"),
-        ({"fsdp": 4}, {"model": {"width": 18}}, "model.width = 18 .* mesh.fsdp = 4; .* divides it is 3"),
+        ({"fsdp": 4}, {"model": {"embed_dim": 18}}, "model.embed_dim = 18 .* mesh.fsdp = 4; .* divides it is 3"),
         ({"context": 8}, {}, "data.context_length = 24 must be a multiple of 2 . mesh.context = 16"),
     ],
 )

@@ -91,8 +91,8 @@ def test_paths_are_stored_absolute_and_words_as_they_are(tmp_path, monkeypatch, 
 
 def test_other_fields_with_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = resolve_paths(tiny.config(train={"initial_parameters": "run", "compilation_cache": "cache"}))
-    assert config.train.initial_parameters == str(tmp_path / "run")
+    config = resolve_paths(tiny.config(train={"init_from": "run", "compilation_cache": "cache"}))
+    assert config.train.init_from == str(tmp_path / "run")
     assert config.train.compilation_cache == str(tmp_path / "cache")
     for word in ("auto", "none", ""):
         assert resolve_paths(tiny.config(train={"compilation_cache": word})).train.compilation_cache == word

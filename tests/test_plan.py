@@ -87,7 +87,7 @@ def test_shapes_multiply_to_their_chips(size):
 @pytest.fixture(scope="module")
 def planned():
     """A plan for this machine, and the program that it was read off."""
-    return plan_and_program(tiny.config(train={"batch_size": 4, "num_microbatches": 2}), here())
+    return plan_and_program(tiny.config(train={"batch_size": 4, "gradient_accumulation_steps": 2}), here())
 
 
 def test_memory_is_what_the_compiler_says(planned):
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_named_with_what_would_shrink_it(planned):
     assert made.fits is False
     text = summary.summary(made)
     assert "IT DOES NOT FIT" in text
-    assert "most is taken by temporaries; what would shrink it: train.num_microbatches" in text
+    assert "most is taken by temporaries; what would shrink it: train.gradient_accumulation_steps" in text
 
 
 def test_every_class_of_memory_has_a_way_to_shrink_it():
@@ -147,7 +147,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
     tried = []
 
     def plan_apart(config, name, num_slices):
-        remat, count = config.model.remat, config.train.num_microbatches
+        remat, count = config.model.remat, config.train.gradient_accumulation_steps
         tried.append((remat, count))
         if (remat, count) == ("dots", 4):
             raise train_step.CompilerCrashed("the compiler crashed")
@@ -162,7 +162,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
     assert plan_command.main([*arguments, "--search"]) == 0
     assert tried == [("none", n) for n in (1, 2, 3, 4, 6, 12)] + [("dots", n) for n in (1, 2, 3, 4, 6)] + [("full", 1)]
     shown = capsys.readouterr().out
-    assert "model.remat = dots, train.num_microbatches = 4: the compiler crashed" in shown
+    assert "model.remat = dots, train.gradient_accumulation_steps = 4: the compiler crashed" in shown
     rows = [line.split() for line in shown.splitlines() if line.strip()]
     assert [row[:2] for row in rows[-3:]] == [["dots", "6"], ["full", "1"], ["none", "12"]]
     assert "does not fit" in " ".join(rows[-1])
@@ -272,7 +272,7 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
 
     monkeypatch.setattr(attention_layer, "nats_attention", no_attention)
     monkeypatch.setattr(attention_layer, "interval_attention", no_attention)
-    config = tiny.config(model={"attention": attention, "remat": remat}, train={"num_microbatches": 2})
+    config = tiny.config(model={"layer_types": attention, "remat": remat}, train={"gradient_accumulation_steps": 2})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     with jax.set_mesh(trainer.mesh):
         traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
@@ -280,7 +280,7 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
 
 
 def test_attention_counts_pairs():
-    dense = tiny.config(model={"attention": "dense"})
+    dense = tiny.config(model={"layer_types": "dense"})
     pairs = 4 * 2 * 4 * 24 * 25 / 2  # batch, layers, heads, causal pairs
     assert train_step.step_flops(dense, 16).attention == pairs * 9 * 2 * 4
     exact = tiny.config()  # 40 % of them live, all looked at
@@ -333,7 +333,7 @@ LENGTH = 1024
 def sharded_config(attention, **mesh):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | mesh
     return tiny.config(
-        model={"attention": attention, "num_layers": 3},
+        model={"layer_types": attention, "num_layers": 3},
         data={"context_length": LENGTH},
         train={"batch_size": 8},
         mesh=sizes,

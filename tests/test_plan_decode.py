@@ -31,7 +31,7 @@ def here():
 @pytest.fixture(scope="module", params=["nats", "dense"])
 def planned(request):
     """A plan for this machine, and the program that it was read off."""
-    config = tiny.config(model={"attention": request.param})
+    config = tiny.config(model={"layer_types": request.param})
     return plan_and_program(config, here(), lambda *given: decoding.plan_decode(*given, DecodeRequest(batch=4)))
 
 
@@ -72,7 +72,7 @@ def test_every_class_of_memory_has_a_way_to_shrink_it():
 
 
 def test_slots_are_those_that_the_decoder_would_allocate():
-    nats, dense = tiny.config(nats={"kv_budget": 0.1}), tiny.config(model={"attention": "dense"})
+    nats, dense = tiny.config(nats={"kv_budget": 0.1}), tiny.config(model={"layer_types": "dense"})
     assert decoding.slots_of(nats, 4096, None, 128) == (512, 4096)  # 410 live, and room to grow
     assert decoding.slots_of(nats, 4096, 1.0, 128) == (4096, 4096)
     assert decoding.slots_of(dense, 4096, None, 128) == (4096, 4096)
@@ -84,7 +84,7 @@ def test_the_mesh_for_serving_divides_what_it_must():
         topology = topologies.Topology(
             "x", [None] * devices, None, tuple(n * domains // devices for n in range(devices))
         )
-        return decoding.serving_mesh(tiny.config(model=model), 16, topology).tensor
+        return decoding.decode_mesh(tiny.config(model=model), 16, topology).tensor
 
     assert mesh(64, num_heads=8, num_kv_heads=8) == 8
     assert mesh(64, num_heads=6, num_kv_heads=6) == 2

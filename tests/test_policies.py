@@ -84,7 +84,7 @@ def test_without_sinks_streaming_llm_is_a_sliding_window():
 
 @pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
 def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
-    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(dial=roles)))
+    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(role_bias=roles)))
     np.testing.assert_array_equal(choice.bias, bias)
     assert choice.key_end is None
     assert choice.noise_key is None
@@ -101,7 +101,7 @@ def test_sampled_roles_have_noise_and_no_bias():
 @pytest.mark.parametrize(
     "policies",
     [
-        [Nats(dial) for dial in (0.0, 1.5, -2.0)],
+        [Nats(role_bias) for role_bias in (0.0, 1.5, -2.0)],
         [FullAttention(), SlidingWindow(0), SlidingWindow(5), StreamingLLM(2, 1), StreamingLLM(0, 9)],
     ],
 )
@@ -120,7 +120,7 @@ def test_one_compilation_serves_every_setting(policies):
 
 def test_settings_are_what_a_report_shows():
     assert FullAttention().setting == {}
-    assert Nats(-0.25).setting == {"dial": -0.25}
+    assert Nats(-0.25).setting == {"role_bias": -0.25}
     assert SlidingWindow(3).setting == {"window": 3}
     assert StreamingLLM(4, 3).setting == {"sinks": 4, "window": 3}
     assert SampledNats(3).setting == {"seed": 3}
@@ -182,8 +182,8 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RandomKeys(0.5, 0, -1), "seed=-1: it must be 0 or more"),
         (lambda: RandomKeys(0.5, 0, 2**32), "seed=4294967296: it must be less than"),
         (lambda: SampledNats(2**40), "seed=1099511627776: it must be less than"),
-        (lambda: Nats(NAN), "dial=nan: a finite number"),
-        (lambda: Nats(-INF), "dial=-inf: a finite number"),
+        (lambda: Nats(NAN), "role bias=nan: a finite number"),
+        (lambda: Nats(-INF), "role bias=-inf: a finite number"),
     ],
 )
 def test_what_is_no_number_of_a_policy_is_refused(make, message):

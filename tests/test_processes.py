@@ -32,7 +32,7 @@ from natsjax.errors import UserError
 def main():
     join_processes(sys.argv)
     me = int(sys.argv[-1].split("=")[1])
-    with distributed.stop_together():
+    with distributed.fail_together():
         print("joined", flush=True)
         BODY
 
@@ -134,7 +134,7 @@ for number in range(3):
     if me == number % 2:
         time.sleep(0.3)
         open(path, "w").close()
-    distributed.wait_for_all("the file")
+    distributed.barrier("the file")
     assert os.path.exists(path)
 assert not any(distributed.any_process(False) for call in range(100 + 100 * me))
 """
@@ -144,7 +144,7 @@ assert not any(distributed.any_process(False) for call in range(100 + 100 * me))
 def test_processes_that_wait_for_different_things_do_not_wait_for_ever(start_all):
     body = """
 if me == 1:
-    distributed.wait_for_all("the data")
+    distributed.barrier("the data")
 """
     both = [ended(process) for process in start_all(2, *program(body))]
     assert [status for status, _, _ in both] == [1, 1]

@@ -101,11 +101,11 @@ def test_rows_round_trip(tmp_path):
 
 
 def test_numpy_values_are_accepted(tmp_path):
-    row = make_row("nats", NATS_WEIGHTS, {"dial": np.float32(0.5)}, np.float64(0.25), np.float32(50.0))
+    row = make_row("nats", NATS_WEIGHTS, {"role_bias": np.float32(0.5)}, np.float64(0.25), np.float32(50.0))
     row["kv_live_mean_per_head"] = np.ones((2, 2), np.float32)
     row["by_position"] = by_position(50.0) | {"edges": np.array([1, 2, 4, 6, 257])}
-    read = strict_json(write(tmp_path, rows=[row], contract=None)[0].read_text())
-    assert (read["setting"], read["kv_live_mean_per_head"]) == ({"dial": 0.5}, [[1.0, 1.0], [1.0, 1.0]])
+    read = strict_json(write(tmp_path, rows=[row], budget_check=None)[0].read_text())
+    assert (read["setting"], read["kv_live_mean_per_head"]) == ({"role_bias": 0.5}, [[1.0, 1.0], [1.0, 1.0]])
     assert read["by_position"]["edges"] == [1, 2, 4, 6, 257]
 
 
@@ -187,7 +187,7 @@ def test_embedded_data_survives_hostile_text(tmp_path):
     assert data["samples"] == [sample]
     assert data["run"] == {name: value for name, value in run.items() if name != "settings"}
     assert data["rows"] == make_rows()
-    assert data["contract"] == CONTRACT
+    assert data["budget_check"] == CONTRACT
     parser = parse(path)
     assert len(parser.scripts) == 2
     assert "b" not in [tag for tag, _ in parser.tags]
@@ -205,10 +205,10 @@ def test_page_has_the_exact_commands_and_what_is_not_the_default(tmp_path):
     assert commands["then with"] == "python train.py --other"
     assert commands["Evaluated with"] == RUN["command"]
     assert commands["Drawn again with"] == "python -m natsjax.report --workdir=runs/x"
-    assert "--dial=-0.25" in commands["Continues text with"]
+    assert "--role_bias=-0.25" in commands["Continues text with"]
     changed = {line["field"]: (line["value"], line["default"]) for line in data["changed"]}
-    assert changed["model.width"] == (16, 128)
-    assert "model.rope_base" not in changed
+    assert changed["model.embed_dim"] == (16, 128)
+    assert "model.rope_theta" not in changed
     (unknown, *_) = embedded(write(tmp_path / "other")[2])["commands"]
     assert (unknown["title"], unknown["command"]) == ("Trained with", "")
 
@@ -233,7 +233,7 @@ def test_training_curves_are_thinned_and_mark_what_was_skipped(tmp_path):
 
 def test_a_run_without_metrics_or_without_prices_has_no_such_curves(tmp_path):
     assert embedded(write(tmp_path / "a")[2])["training"] is None
-    dense = [line | {"kv_price": 0.0} for line in make_metrics()]
+    dense = [line | {"kv_penalty": 0.0} for line in make_metrics()]
     assert set(embedded(write(tmp_path / "b", metrics=dense)[2])["training"]["curves"]) == {
         "loss",
         "perplexity",
@@ -249,7 +249,7 @@ def png_size(path):
 
 
 def awkward_rows():
-    wide = make_row("nats", NATS_WEIGHTS, {"dial": 0.1}, 0.02, 4000.0)
+    wide = make_row("nats", NATS_WEIGHTS, {"role_bias": 0.1}, 0.02, 4000.0)
     nan, infinite, no_interval = make_rows()[:3]
     nan.update(perplexity=math.nan, perplexity_low=math.nan, perplexity_high=math.nan)
     infinite.update(perplexity_high=math.inf)
@@ -306,14 +306,16 @@ CASES = {
     "usual": {"samples": [make_sample()], "metrics": make_metrics(), "starts": [START]},
     "one row": {"rows": make_rows()[:1], "metrics": make_metrics(1)},
     "one layer, one head": {
-        "rows": [make_row("nats", NATS_WEIGHTS, {"dial": 0.0}, 0.2, 50.0, shape=(1, 1))],
-        "samples": [make_sample(("a", "b"), roles=[["02"]], dials=[0.0])],
+        "rows": [make_row("nats", NATS_WEIGHTS, {"role_bias": 0.0}, 0.2, 50.0, shape=(1, 1))],
+        "samples": [make_sample(("a", "b"), roles=[["02"]], role_biases=[0.0])],
         "run": RUN | {"layers": ["nats"]},
     },
-    "no NAtS rows": {"rows": make_rows()[4:], "contract": None, "run": RUN | {"layers": ["dense", "dense"]}},
-    "NaN and infinity": {"rows": awkward_rows(), "contract": CONTRACT | {"met": False}},
+    "no NAtS rows": {"rows": make_rows()[4:], "budget_check": None, "run": RUN | {"layers": ["dense", "dense"]}},
+    "NaN and infinity": {"rows": awkward_rows(), "budget_check": CONTRACT | {"met": False}},
     "nothing to draw": {
-        "rows": [make_row("nats", NATS_WEIGHTS, {"dial": dial}, 0.2, math.nan) for dial in (-2.0, -0.25, 3.0)],
+        "rows": [
+            make_row("nats", NATS_WEIGHTS, {"role_bias": role_bias}, 0.2, math.nan) for role_bias in (-2.0, -0.25, 3.0)
+        ],
         "samples": [make_sample()],
         "metrics": [line | {"loss": math.nan} for line in make_metrics()],
     },
@@ -359,11 +361,11 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"rows\[0\].by_position lacks edges"):
         write(tmp_path, rows=[make_rows()[0] | {"by_position": {}}])
     with pytest.raises(ValueError, match="at least one row"):
-        report.write_report(Workdir(tmp_path), rows=[], contract=None, samples=[], run=RUN)
+        report.write_report(Workdir(tmp_path), rows=[], budget_check=None, samples=[], run=RUN)
     with pytest.raises(ValueError, match=r"samples\[0\] needs .* 6 digits"):
         write(tmp_path, samples=[make_sample(roles=[["01"]])])
-    with pytest.raises(ValueError, match=r"samples\[0\] needs roles for 1 dials"):
-        write(tmp_path, samples=[make_sample(dials=[0.0])])
+    with pytest.raises(ValueError, match=r"samples\[0\] needs roles for 1 role biases"):
+        write(tmp_path, samples=[make_sample(role_biases=[0.0])])
     assert not list(tmp_path.iterdir())
 
 

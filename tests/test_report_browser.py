@@ -9,8 +9,8 @@ import shutil
 import pytest
 from playwright import sync_api
 from report_data import (
-    DIALS,
     NATS_WEIGHTS,
+    ROLE_BIASES,
     RUN,
     START,
     make_metrics,
@@ -125,7 +125,7 @@ def test_every_case_loads_and_shows_what_it_has(tmp_path, open_page, case):
     assert page.locator("#curve .hit").count() == sum(math.isfinite(math.nan if x is None else x) for x in drawable)
     assert page.locator("#heat").count() == any(row["method"] == "nats" for row in rows)
     assert page.locator("#reader").count() == bool(arguments.get("samples"))
-    assert page.locator("#contract").count() == (arguments.get("contract", True) is not None)
+    assert page.locator("#budget check").count() == (arguments.get("budget_check", True) is not None)
     assert page.locator("#training").count() == bool(arguments.get("metrics"))
     assert page.locator("#position").count() == any(row["by_position"] for row in rows)
     shown = page.evaluate("document.body.innerText")
@@ -136,12 +136,12 @@ def test_every_case_loads_and_shows_what_it_has(tmp_path, open_page, case):
 
 def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_path, open_page):
     layers = [["12012201", "00000000"]]
-    sample = make_sample("LSGLSSGL", roles=layers, dials=[-0.25], document_starts=[0, 6]) | {"roles": [layers]}
+    sample = make_sample("LSGLSSGL", roles=layers, role_biases=[-0.25], document_starts=[0, 6]) | {"roles": [layers]}
     path = write(tmp_path, samples=[sample], run=RUN | {"layers": ["nats"]})[2]
     first = open_page(path)
     # Types L S G L S S of METHOD.md 1 end at 3 3 oo oo 6 7; the second document, at 6, cuts what is longer.
     assert (roles(first), ends(first)) == ("12012201", [3, 3, 6, 6, 6, 6, 8, 8])
-    assert first.locator("#dial").is_hidden()
+    assert first.locator("#role bias").is_hidden()
     second = open_page(path, "layer=0&head=1&token=3")
     assert (roles(second), ends(second)) == ("00000000", [6] * 6 + [8] * 2)
     assert second.locator("#tokens .role-0.readable").count() == 4
@@ -151,27 +151,27 @@ def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_p
 def test_the_slider_shows_the_roles_and_the_figures_of_each_measured_dial(run_page, open_page):
     page = open_page(run_page)
     sample = long_sample()
-    slider, figures = page.locator("#dial"), page.locator("#dial-figures")
+    slider, figures = page.locator("#role bias"), page.locator("#role bias-figures")
     assert slider.get_attribute("max") == "2"
     assert slider.input_value() == "1"
-    assert "dialled to the budget" in figures.inner_text()
+    assert "set to the budget" in figures.inner_text()
     slider.focus()
-    for key, dial, kv, perplexity in (
+    for key, role_bias, kv, perplexity in (
         ("ArrowRight", 2, "49.0 %", "49.00"),
         ("ArrowLeft", 1, "14.9 %", "51.30"),
         ("ArrowLeft", 0, "8.00 %", "58.40"),
     ):
         page.keyboard.press(key)
-        assert slider.input_value() == str(dial)
-        assert roles(page) == sample["roles"][dial][0][0]
+        assert slider.input_value() == str(role_bias)
+        assert roles(page) == sample["roles"][role_bias][0][0]
         text = figures.inner_text()
         assert kv in text
         assert perplexity in text
-        name = f"dial {DIALS[dial]:g}".replace("-", "\N{MINUS SIGN}")
+        name = f"role bias {ROLE_BIASES[role_bias]:g}".replace("-", "\N{MINUS SIGN}")
         assert name in text
         assert slider.get_attribute("aria-valuetext").startswith(name)
         # The heat map shows the same setting.
-        assert page.locator("#heat-row").input_value() == str(dial)
+        assert page.locator("#heat-row").input_value() == str(role_bias)
     page.locator("#heat-row").select_option("2")
     assert slider.input_value() == "2"
     assert page.locator(".heat button").first.inner_text() == f"{make_rows()[2]['kv_live_mean_per_head'][0][0]:.1f}"
@@ -214,7 +214,7 @@ def test_the_arrow_keys_move_through_the_text_and_escape_leaves(run_page, open_p
     assert page.evaluate(readable) == expected
     assert f"reads {len(expected)} of the 60 keys" in page.locator("#detail").inner_text()
     # The roles change under the selection, which stays.
-    page.locator("#dial").focus()
+    page.locator("#role bias").focus()
     page.keyboard.press("End")
     assert selected(page) == "59"
     assert page.locator("#tokens .readable").count() == 60
@@ -278,7 +278,7 @@ def test_a_cell_of_the_heat_map_opens_its_head(run_page, open_page):
 def test_perplexity_by_position_can_be_set_to_a_budget_and_beside_full_attention(run_page, open_page):
     page = open_page(run_page)
     options = page.locator("#position-budget option").all_inner_texts()
-    assert options == ["KV budget 15.0 %", "every dial"]
+    assert options == ["KV budget 15.0 %", "every role bias"]
     legend = page.locator("#position-legend li")
     assert legend.count() == 5  # three methods at the budget, full attention on both weights
     assert page.locator("#position-chart .hit").count() == 5 * 3  # nothing was predicted in the third bucket
@@ -309,7 +309,7 @@ def test_training_curves_marks_and_commands_are_shown(run_page, open_page):
     assert "10 at step 1" in name
     assert START["command"] in page.locator("#commands").inner_text()
     page.locator("#settings summary").click()
-    assert "model.width" in page.locator("#settings table").inner_text()
+    assert "model.embed_dim" in page.locator("#settings table").inner_text()
 
 
 def test_layers_of_other_kinds_are_named_and_the_first_with_roles_is_open(tmp_path, open_page):
@@ -435,7 +435,9 @@ def test_it_prints_in_light_colours_without_what_only_a_screen_can_do(which, req
 
 def test_a_large_model_is_drawn_quickly_and_stays_bounded(tmp_path, open_page):
     shape = (24, 16)
-    rows = [make_row("nats", NATS_WEIGHTS, {"dial": dial}, 0.1, 50.0, shape=shape) for dial in DIALS]
+    rows = [
+        make_row("nats", NATS_WEIGHTS, {"role_bias": role_bias}, 0.1, 50.0, shape=shape) for role_bias in ROLE_BIASES
+    ]
     heads = [["0" + "12" * 127 + "1"] * shape[1]] * shape[0]
     samples = [make_sample(["token"] * 256, roles=heads)]
     path = write(tmp_path, rows=rows, samples=samples, run=RUN | {"layers": ["nats"] * shape[0]})[2]

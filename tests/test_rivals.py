@@ -18,28 +18,28 @@ from natsjax.decode import allocation, buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
-from natsjax.policies.budgets import share_for_budget
+from natsjax.policies.budgets import fraction_for_budget
 from natsjax.policies.interval import RandomKeys, StreamingLLM
 from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.nats_attention import NO_END
 
-CONFIG = decoding.config(model={"attention": "dense"})
+CONFIG = decoding.config(model={"layer_types": "dense"})
 PARAMETERS = decoding.parameters_of(CONFIG)
 MODEL = NumpyModel(CONFIG, PARAMETERS)
 
 
-def keys_of(heads, positions, mass, seen=None):
-    """Keys of one layer and row on their way into the buffer; ``mass`` is ``[k, t]``."""
+def keys_of(heads, positions, attention_sum, seen=None):
+    """Keys of one layer and row on their way into the buffer; ``attention_sum`` is ``[k, t]``."""
     shape = (1, 1, heads, len(positions))
     wide = jnp.zeros((*shape, 4))
-    mass = jnp.asarray(mass, jnp.float32).reshape(shape)
+    attention_sum = jnp.asarray(attention_sum, jnp.float32).reshape(shape)
     return NewKeys(
         wide,
         wide,
         jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shape),
         jnp.full(shape, NO_END),
         jnp.full(shape[:3], UNTIL_GLOBAL),
-        mass,
+        attention_sum,
         None if seen is None else jnp.asarray(seen, jnp.float32)[None, None],
     )
 
@@ -65,13 +65,13 @@ def held(group, at):
     return [position[end > at].tolist() for position, end in pairs]
 
 
-def kept_of_prompt(policy, mass):
-    """What the heads keep of a prompt whose keys received this, ``mass [k, s]``; free slots hold anything."""
-    length = np.shape(mass)[1]
-    mass = np.pad(np.asarray(mass, np.float32), ((0, 0), (0, 3)), constant_values=9)[None]
-    position = np.broadcast_to(np.arange(length + 3, dtype=np.int32), mass.shape)
+def kept_of_prompt(policy, attention_sum):
+    """What the heads keep of a prompt whose keys received this, ``attention_sum [k, s]``; free slots hold anything."""
+    length = np.shape(attention_sum)[1]
+    attention_sum = np.pad(np.asarray(attention_sum, np.float32), ((0, 0), (0, 3)), constant_values=9)[None]
+    position = np.broadcast_to(np.arange(length + 3, dtype=np.int32), attention_sum.shape)
     end = np.where(position < length, NO_END, length).astype(np.int32)
-    arrays = policy.order(*map(jnp.asarray, (position, end, mass)), jnp.full((1, 1, 1), length))
+    arrays = policy.order(*map(jnp.asarray, (position, end, attention_sum)), jnp.full((1, 1, 1), length))
     result = []
     for first, second in zip(*(np.asarray(x)[0, :, :length] for x in arrays), strict=True):
         leaves = np.lexsort((second, first))[: max(length - policy.num_keys, 0)]
@@ -120,17 +120,17 @@ def test_snapkv_knows_neighbours_by_their_age():
     """Slots in any order, free ones with anything in them: the choice is the same."""
     rng = np.random.default_rng(0)
     policy, at = SnapKV(9, 3), jnp.full((1, 1, 1), 16)
-    mass, ends = rng.random(20).astype(np.float32), np.where(np.arange(20) < 16, NO_END, 16)
-    mass[16:] = 9
+    attention_sum, ends = rng.random(20).astype(np.float32), np.where(np.arange(20) < 16, NO_END, 16)
+    attention_sum[16:] = 9
 
     def order(slots):
-        arrays = (x[slots][None, None] for x in (np.arange(20, dtype=np.int32), ends.astype(np.int32), mass))
+        arrays = (x[slots][None, None] for x in (np.arange(20, dtype=np.int32), ends.astype(np.int32), attention_sum))
         first = np.asarray(policy.order(*map(jnp.asarray, arrays), at)[0])[0, 0]
         return first[np.argsort(slots)][:16].tolist()
 
     shuffled = rng.permutation(20)
     assert order(shuffled) == order(np.arange(20))
-    assert order(shuffled)[:13] == [mass[:13][max(0, s - 3) : s + 4].max() for s in range(13)]
+    assert order(shuffled)[:13] == [attention_sum[:13][max(0, s - 3) : s + 4].max() for s in range(13)]
 
 
 def test_h2o_adds_up_and_evicts_as_its_code():
@@ -260,5 +260,5 @@ def test_random_keys_meet_their_number(layers, heads):
     for seed in (0, 1):
         draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, heads))[0]
         for budget in (0.25, 0.35, 0.45):
-            share, window = share_for_budget(lengths, budget, 4, layers, draws)
+            share, window = fraction_for_budget(lengths, budget, 4, layers, draws)
             assert abs(fraction(RandomKeys(share, window, seed)) - budget) <= 0.5 * len(lengths) * 120 / causal / heads

@@ -37,7 +37,7 @@ def test_live_keys_are_the_pairs_of_each_query(seed, window):
 
 
 def test_sums_count_tokens_pairs_and_locals_without_end():
-    config = tiny.config(model={"attention": "nats,sliding", "sliding_window": 5})
+    config = tiny.config(model={"layer_types": "nats,sliding", "sliding_window": 5})
     batch, ids = batch_and_roles()
     ids[1] = 2  # of a sliding layer
     sums = jax.tree.map(
@@ -77,7 +77,7 @@ def test_thresholds_reach_from_one_key_to_all():
 
 def test_windows_are_the_layers_own():
     config = tiny.config(
-        model={"attention": "nats,sliding,dense", "num_layers": 6, "sliding_window": 7}, nats={"window": 3}
+        model={"layer_types": "nats,sliding,dense", "num_layers": 6, "sliding_window": 7}, nats={"window": 3}
     )
     assert sliding_windows(config).tolist() == [3, 7, 3, 3, 7, 3]
 

@@ -18,7 +18,7 @@ from natsjax.train.step import Trainer
 @pytest.mark.parametrize(("warmup", "fraction", "steps"), [(10, 0.2, 100), (0, 0.5, 40), (5, 1.0, 50), (3, 0.0, 20)])
 def test_wsd_warms_up_stays_and_decays(warmup, fraction, steps):
     config = OptimizerConfig(
-        schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, peak_learning_rate=1e-2, end_learning_rate=1e-4
+        schedule="wsd", warmup_steps=warmup, decay_fraction=fraction, peak_learning_rate=1e-2, final_learning_rate=1e-4
     )
     rate = np.array([optimizer.learning_rate(config, steps)(step) for step in range(steps + 1)])
     decay = min(max(1, round(fraction * steps)), steps - warmup)
@@ -52,7 +52,7 @@ def test_the_scorer_has_a_learning_rate_of_its_own():
 def test_a_longer_run_says_every_schedule_that_jumps(capfd):
     def of(steps, **nats):
         return tiny.config(
-            nats={"temperature": 2.0, "end_temperature": 0.5, "budget_ramp_steps": 8} | nats,
+            nats={"temperature": 2.0, "final_temperature": 0.5, "budget_ramp_steps": 8} | nats,
             optimizer={"scorer_learning_rate": 1e-1},
             train={"num_steps": steps},
         )
@@ -67,18 +67,18 @@ def test_a_longer_run_says_every_schedule_that_jumps(capfd):
     ]
     for earlier in (None, of(101)):
         loop._say_new_schedule(of(101), earlier, 50)
-    loop._say_new_schedule(of(101, end_temperature=0.0), of(51, end_temperature=0.0), 50)
+    loop._say_new_schedule(of(101, final_temperature=0.0), of(51, final_temperature=0.0), 50)
     assert "temperature" not in capfd.readouterr().err
 
 
 def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
-    config = NatsConfig(temperature=2.0, end_temperature=0.5)
+    config = NatsConfig(temperature=2.0, final_temperature=0.5)
     found = [float(budget_controller.temperature_at(jnp.int32(step), config, 11)) for step in range(13)]
     np.testing.assert_allclose(found[:11], np.geomspace(2, 0.5, 11), rtol=1e-5)
     assert found[12] == pytest.approx(0.5)
     assert float(budget_controller.temperature_at(jnp.int32(7), NatsConfig(temperature=1.5), 11)) == 1.5
     norms = []
-    for nats in ({"temperature": 4.0}, {"temperature": 1.0, "end_temperature": 4.0}):
+    for nats in ({"temperature": 4.0}, {"temperature": 1.0, "final_temperature": 4.0}):
         trainer = Trainer(tiny.config(nats=nats, train={"num_steps": 11}), tiny.VOCAB_SIZE)
         state = trainer.init()
         state = state._replace(step=state.step + 10)  # the last
@@ -173,6 +173,6 @@ def test_a_window_without_end_costs_what_the_sequence_is_long():
 
 
 def test_a_scorer_rate_without_a_schedule_is_one_sentence():
-    rates = {"peak_learning_rate": 0.0, "end_learning_rate": 0.0, "scorer_learning_rate": 1e-3}
+    rates = {"peak_learning_rate": 0.0, "final_learning_rate": 0.0, "scorer_learning_rate": 1e-3}
     with pytest.raises(UserError, match=r"scorer_learning_rate = 0.001 follows the schedule"):
         tiny.config(optimizer=rates)

@@ -101,7 +101,7 @@ def test_a_request_that_was_swallowed_is_not_forgotten(capfd):
 
 
 def test_several_processes_are_told(monkeypatch):
-    """``Interrupted`` is what all raise together; one alone fails, and ``stop_together`` tells the others."""
+    """``Interrupted`` is what all raise together; one alone fails, and ``fail_together`` tells the others."""
     monkeypatch.setattr(distributed, "label", lambda: "process 1 of 2: ")
     with pytest.raises(KeyboardInterrupt, match="SIGTERM") as error, signals.stop_requests() as stop, stop.at_once(""):
         signal.raise_signal(signal.SIGTERM)

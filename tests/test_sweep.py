@@ -25,7 +25,7 @@ from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime.distributed import Interrupted
 from natsjax.sweep import __main__ as sweep_command
 from natsjax.sweep import sweep
-from natsjax.sweep.pareto import draw_front, format_front, format_runs, front_of
+from natsjax.sweep.pareto import draw_pareto, format_pareto, format_runs, pareto_of
 from natsjax.sweep.runs import SweepRun, read_record, write_record
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,20 +94,26 @@ def trained(monkeypatch):
         with open(workdir.metrics_file, "a") as file:
             file.write(json.dumps({"step": config.train.num_steps}) + "\n")
         (workdir.checkpoints / str(config.train.num_steps)).mkdir(parents=True, exist_ok=True)
-        if config.nats.kv_budget == 0.99 or config.nats.kv_price == 0.99:
+        if config.nats.kv_budget == 0.99 or config.nats.kv_penalty == 0.99:
             raise UserError("the loss at step 3 is nan.")
         dense = {"method": "full", "setting": {}, "budget": None, "kv_fraction": 1.0, "perplexity": 4.0}
         budget = config.nats.kv_budget
         ours = [
-            {"method": "nats", "setting": {"dial": dial}, "budget": wanted, "kv_fraction": kv, "perplexity": 5 + kv}
-            for dial, wanted, kv in ((0.0, None, 0.7), (-1.5, budget, budget))
+            {
+                "method": "nats",
+                "setting": {"role_bias": role_bias},
+                "budget": wanted,
+                "kv_fraction": kv,
+                "perplexity": 5 + kv,
+            }
+            for role_bias, wanted, kv in ((0.0, None, 0.7), (-1.5, budget, budget))
         ]
-        contract = {"dial": -1.5, "sampled": 0.6, "argmax": 0.7, "met": True}
+        budget_check = {"role_bias": -1.5, "sampled": 0.6, "argmax": 0.7, "met": True}
         return types.SimpleNamespace(
             rows=[
-                row | {"accuracy": 0.5} for row in ([dense] if config.model.attention == "dense" else [dense, *ours])
+                row | {"accuracy": 0.5} for row in ([dense] if config.model.layer_types == "dense" else [dense, *ours])
             ],
-            contract=contract if config.model.has_roles else None,
+            budget_check=budget_check if config.model.has_roles else None,
             run_info={"show_accuracy": False, "step": config.train.num_steps},
         )
 
@@ -124,7 +130,7 @@ def test_a_run_is_a_workdir_and_a_line(swept):
     (run,) = found.runs
     assert [run.name] == [line["name"] for line in lines_of(path)] == ["kv_budget=0.6_seed=1"]
     config = Workdir(path / run.name).read_config()
-    assert (config.train.seed, config.nats.price, config.nats.kv_budget) == (1, "steered", 0.6)
+    assert (config.train.seed, config.nats.kv_penalty_mode, config.nats.kv_budget) == (1, "controlled", 0.6)
     assert list(found.paths) == [path / "sweep.jsonl", path / "sweep.png"]
     assert all(file.exists() for file in found.paths)
     assert gone_on.out == found.summary() + "\n"
@@ -146,29 +152,29 @@ def test_a_line_is_the_row_of_the_runs_own_evaluation_that_meets_its_budget(swep
     path, found, _, _ = swept
     for run in found.runs:
         rows = [json.loads(line) for line in (path / run.name / "report/results.jsonl").read_text().splitlines()]
-        dials = {row["setting"]["dial"]: row for row in rows if row["method"] == "nats"}
-        row = next(row for row in dials.values() if row["budget"] == run.kv_budget)
+        role_biases = {row["setting"]["role_bias"]: row for row in rows if row["method"] == "nats"}
+        row = next(row for row in role_biases.values() if row["budget"] == run.kv_budget)
         for name in ("kv_fraction", "perplexity", "perplexity_low", "perplexity_high", "accuracy"):
             expected = row[name] if row[name] is None else pytest.approx(row[name], rel=1e-9)  # intervals may be none
             assert getattr(run, name) == expected
-        assert [point["dial"] for point in run.front] == sorted(dials)
-        assert run.argmax == dials[0.0]["kv_fraction"]
+        assert [point["role_bias"] for point in run.front] == sorted(role_biases)
+        assert run.argmax == role_biases[0.0]["kv_fraction"]
         assert run.met == (abs(run.kv_fraction - run.kv_budget) <= 0.1 * run.kv_budget)
-        assert run.best["accuracy"] == max(row["accuracy"] for row in dials.values())  # of a task without text
+        assert run.best["accuracy"] == max(row["accuracy"] for row in role_biases.values())  # of a task without text
 
 
 def test_the_tables_have_the_lines_and_their_means(tmp_path, trained):
     found = sweep.run(tiny_config(), tmp_path, kv_budgets=BUDGETS, seeds=[0, 1], progress=False)
     assert [run.name for run in found.runs] == NAMES
     assert not any("," in name for name in NAMES)  # --workdir=A,B,C of other commands
-    points = front_of(found.runs)
+    points = pareto_of(found.runs)
     assert [(point.kv_budget, point.seeds) for point in points] == [(0.4, (0, 1)), (0.6, (0, 1))]
     for point, line in zip(points, lines_of(tmp_path), strict=False):
         assert point.quality == pytest.approx(line["perplexity"])
         assert point.kv_fraction == pytest.approx(line["kv_fraction"])
     text = found.summary()
     assert text.startswith(format_runs(found.runs))
-    assert format_front(points, is_accuracy=False) in text
+    assert format_pareto(points, is_accuracy=False) in text
 
 
 def test_the_page_compares_the_runs_that_finished(tmp_path):
@@ -183,8 +189,10 @@ def test_the_page_compares_the_runs_that_finished(tmp_path):
 
 def made(value, seed, perplexity, kv=0.2, kind="kv_budget", **fields):
     """A run that finished, without training one."""
-    known = {"kv_budget": None, "kv_price": None} | ({} if kind == "dense" else {kind: value})
-    front = () if kind == "dense" else ({"dial": 0.0, "budget": None, "kv_fraction": kv, "perplexity": perplexity},)
+    known = {"kv_budget": None, "kv_penalty": None} | ({} if kind == "dense" else {kind: value})
+    front = (
+        () if kind == "dense" else ({"role_bias": 0.0, "budget": None, "kv_fraction": kv, "perplexity": perplexity},)
+    )
     values = {
         "name": f"{kind}={value}_seed={seed}",
         "workdir": pathlib.Path("nowhere"),
@@ -206,7 +214,7 @@ def test_means_of_perplexity_are_geometric_and_twins_are_paired_by_seed():
         made(0.2, 0, math.nan),
         made(0.2, 1, 1.0, status="failed"),
     ]
-    points = front_of(runs)
+    points = pareto_of(runs)
     assert [point.is_dense for point in points] == [False, True]
     assert points[0].quality == pytest.approx(20.0)
     assert points[0].quality_range == (10.0, 40.0)
@@ -214,7 +222,7 @@ def test_means_of_perplexity_are_geometric_and_twins_are_paired_by_seed():
     assert points[0].over_dense == pytest.approx(10 / 8 - 1)
     assert points[0].over_dense_range == pytest.approx((10 / 8 - 1, 10 / 8 - 1))
     assert points[1].over_dense is None
-    table = format_front(points, is_accuracy=False)
+    table = format_pareto(points, is_accuracy=False)
     assert "+25.0 %" in table
     assert "20.00" in table
     assert "+25.0 % [" not in table  # of one pair
@@ -226,7 +234,7 @@ def test_one_seed_has_no_range_and_a_run_without_an_interval_none():
     runs += [made(None, seed, 8.0, kind="dense") for seed in (0, 1)]
     one, two, dense = (
         [cell.strip() for cell in line.split("|")[4:-1]]
-        for line in format_front(front_of(runs), False).splitlines()[2:]
+        for line in format_pareto(pareto_of(runs), False).splitlines()[2:]
     )
     assert one == ["10.00", "-", "-", "+25.0 %"]
     assert two == ["10.49", "10.00", "11.00", "+31.1 % [+25.0, +37.5]"]
@@ -243,9 +251,9 @@ def test_the_picture_holds_the_points_of_the_table(monkeypatch):
     runs += [made(None, 0, 9.0, kind="dense"), made(0.3, 0, 12.0, kv=0.5, met=False)]
     drawn = []
     monkeypatch.setattr("natsjax.report.picture.as_png", lambda figure: drawn.append(figure) or b"png")
-    assert draw_front(runs, "$a_b$") == b"png"
+    assert draw_pareto(runs, "$a_b$") == b"png"
     axes = drawn[0].axes[0]
-    points = sorted((point for point in front_of(runs) if not point.is_dense), key=lambda point: point.kv_fraction)
+    points = sorted((point for point in pareto_of(runs) if not point.is_dense), key=lambda point: point.kv_fraction)
     line = next(line for line in axes.lines if len(line.get_xdata()) == len(points) == 3)
     assert list(line.get_xdata()) == [point.kv_fraction for point in points]
     assert list(line.get_ydata()) == [point.quality for point in points]
@@ -262,14 +270,14 @@ def test_a_picture_can_be_drawn_of_any_runs():
     for runs in (
         [],
         [made(0.1, 0, math.inf)],
-        [made(1.0, 0, 5.0, kind="kv_price")],
+        [made(1.0, 0, 5.0, kind="kv_penalty")],
         [made(None, 0, 5.0, kind="dense")],
     ):
-        assert draw_front(runs, "\ud800 $x").startswith(b"\x89PNG")
+        assert draw_pareto(runs, "\ud800 $x").startswith(b"\x89PNG")
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
-    ended = made(0.4, 0, math.inf, workdir=tmp_path, perplexity_low=math.nan, dial=0.5, met=False)
+    ended = made(0.4, 0, math.inf, workdir=tmp_path, perplexity_low=math.nan, role_bias=0.5, met=False)
     write_record(ended, tiny_config())
     known, config = read_record(tmp_path)
     assert config == tiny_config()
@@ -394,8 +402,8 @@ def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({}, {}, "--kv_budgets=.* or over --kv_prices=.*; give one of the two"),
-        ({}, {"kv_budgets": [0.4], "kv_prices": [0.1]}, "give one of the two"),
+        ({}, {}, "--kv_budgets=.* or over --kv_penalties=.*; give one of the two"),
+        ({}, {"kv_budgets": [0.4], "kv_penalties": [0.1]}, "give one of the two"),
         ({}, {"kv_budgets": []}, "--kv_budgets is empty"),
         ({}, {"kv_budgets": [0.4], "seeds": []}, "--seeds is empty"),
         ({}, {"kv_budgets": [0.4, 0.4]}, r"--kv_budgets names 0\.4 more than once"),
@@ -403,12 +411,16 @@ def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
         ({}, {"kv_budgets": [0.4], "seeds": [-1]}, "--seeds: -1 is no seed"),
         ({}, {"kv_budgets": [0.4, 1.5]}, r"--kv_budgets: 1\.5 is not a fraction"),
         ({}, {"kv_budgets": [math.nan]}, "--kv_budgets: nan is not a fraction"),
-        ({}, {"kv_prices": [-0.1]}, r"--kv_prices: -0\.1 is no price"),
+        ({}, {"kv_penalties": [-0.1]}, r"--kv_penalties: -0\.1 is no KV penalty"),
         ({}, {"kv_budgets": [0.4, 0.05]}, r"0\.05 cannot be reached: .* smallest possible is 0\.\d+"),
-        ({"model": {"attention": "dense"}}, {"kv_budgets": [0.4]}, 'model.attention = "dense" has no KV to price'),
+        (
+            {"model": {"layer_types": "dense"}},
+            {"kv_budgets": [0.4]},
+            'model.layer_types = "dense" has no KV to KV penalty',
+        ),
         ({"data": {"source": "corpus", "input": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere"),
         ({"eval": {"budgets": (0.01,)}}, {"kv_budgets": [0.4]}, r"0\.01 cannot be reached"),
-        ({"train": {"initial_parameters": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere holds no run"),
+        ({"train": {"init_from": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere holds no run"),
         ({"mesh": {"data": 3, "fsdp": 1}}, {"kv_budgets": [0.4]}, "3"),
     ],
 )
@@ -442,29 +454,35 @@ def test_a_folder_in_use_or_of_a_run_is_refused(tmp_path):
         sweep.run(tiny_config(), tmp_path, kv_budgets=[0.4], progress=False)
 
 
-# ----------------------------------------------------------------------------------------------- prices, and one corpus
+# ----------------------------------------------------------------------------------------------- KV penalties, and one corpus
 
 
 def test_prices_instead_of_budgets(tmp_path, trained):
-    found = sweep.run(tiny_config(), tmp_path, kv_prices=[0.0, 2.5], progress=False)
-    assert trained == [run.name for run in found.runs] == ["kv_price=0_seed=0", "kv_price=2.5_seed=0"]
+    found = sweep.run(tiny_config(), tmp_path, kv_penalties=[0.0, 2.5], progress=False)
+    assert trained == [run.name for run in found.runs] == ["kv_penalty=0_seed=0", "kv_penalty=2.5_seed=0"]
     for run in found.runs:
         nats = Workdir(tmp_path / run.name).read_config().nats
-        assert (nats.price, nats.kv_price) == ("fixed", run.kv_price)
-        assert (run.dial, run.met, run.kv_fraction, run.perplexity) == (0.0, None, 0.7, 5.7)
-    assert "KV price 2.5" in found.summary()
+        assert (nats.kv_penalty_mode, nats.kv_penalty) == ("fixed", run.kv_penalty)
+        assert (run.role_bias, run.met, run.kv_fraction, run.perplexity) == (0.0, None, 0.7, 5.7)
+    assert "KV penalty 2.5" in found.summary()
 
 
 def test_dense_twins_are_anchors_whatever_is_swept(tmp_path, trained):
     budgets = sweep.run(tiny_config(), tmp_path, kv_budgets=BUDGETS, seeds=[0, 1], dense=True, progress=False)
     assert trained == [*NAMES[:2], "dense_seed=0", *NAMES[2:], "dense_seed=1"] == [run.name for run in budgets.runs]
-    twin = budgets.runs[2]
-    assert (twin.attention, twin.kv_fraction, twin.perplexity, twin.dial, twin.front) == ("dense", 1.0, 4.0, None, ())
-    points = front_of(budgets.runs)
+    baseline = budgets.runs[2]
+    assert (baseline.attention, baseline.kv_fraction, baseline.perplexity, baseline.role_bias, baseline.front) == (
+        "dense",
+        1.0,
+        4.0,
+        None,
+        (),
+    )
+    points = pareto_of(budgets.runs)
     assert [point.over_dense for point in points] == [pytest.approx(5.4 / 4 - 1), pytest.approx(5.6 / 4 - 1), None]
     trained.clear()
-    sweep.run(tiny_config(), tmp_path, kv_prices=[0.5], seeds=[1, 0], dense=True, progress=False)
-    assert trained == ["kv_price=0.5_seed=1", "kv_price=0.5_seed=0"]  # the twins are those of the budgets
+    sweep.run(tiny_config(), tmp_path, kv_penalties=[0.5], seeds=[1, 0], dense=True, progress=False)
+    assert trained == ["kv_penalty=0.5_seed=1", "kv_penalty=0.5_seed=0"]  # the dense baselines are those of the budgets
 
 
 def test_runs_share_a_corpus_that_is_prepared_once(tmp_path, monkeypatch, trained):

@@ -1,4 +1,4 @@
-"""Roles, lifetimes, their price and its controller."""
+"""Roles, lifetimes, their KV penalty and its controller."""
 
 import dataclasses
 
@@ -15,10 +15,10 @@ from natsjax.config import NatsConfig
 from natsjax.model.roles import (
     causal_pairs,
     choose_roles,
-    dial_bias,
     key_end_from_roles,
     lifetime_sum,
     lifetimes,
+    role_bias_logits,
     scorer_bias,
     straight_through,
 )
@@ -118,38 +118,38 @@ def test_the_scorers_start_draws_the_stated_fractions(fractions):
 
 @pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
 def test_dial(roles, expected):
-    np.testing.assert_array_equal(dial_bias(2.0, roles), expected)
+    np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
 
 
-def steer_for(steps, fraction_of_price, config):
+def steer_for(steps, fraction_of_penalty, config):
     state = budget_controller.start_controller(config)
     history = []
     step = jax.jit(lambda state, f, n: budget_controller.steer(state, f, n, config))
     for n in range(steps):
-        price = float(budget_controller.kv_price(state))
+        price = float(budget_controller.kv_penalty(state))
         history.append(price)
-        state = step(state, jnp.float32(fraction_of_price(price)), jnp.int32(n))
+        state = step(state, jnp.float32(fraction_of_penalty(price)), jnp.int32(n))
     return state, history
 
 
 def test_a_steered_price_settles_where_the_budget_is_met():
-    config = NatsConfig(kv_budget=0.2, kv_price=0.01, budget_ramp_steps=50)
+    config = NatsConfig(kv_budget=0.2, kv_penalty=0.01, budget_ramp_steps=50)
     state, history = steer_for(1000, lambda price: 1 / (1 + price), config)
     assert abs(float(state.average) - 0.2) < 0.01
     changes = np.abs(np.diff(np.log(history)))
-    assert changes.max() <= config.price_rate * (1 + 1e-5)
+    assert changes.max() <= config.kv_penalty_lr * (1 + 1e-5)
 
 
 def test_a_steered_price_stays_within_its_bounds():
-    config = NatsConfig(kv_budget=0.1, max_kv_price=0.5)
+    config = NatsConfig(kv_budget=0.1, max_kv_penalty=0.5)
     assert max(steer_for(300, lambda price: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
-    config = NatsConfig(kv_budget=0.5, min_kv_price=0.05)
+    config = NatsConfig(kv_budget=0.5, min_kv_penalty=0.05)
     assert min(steer_for(300, lambda price: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
 
 
 def test_a_fixed_price_stays_fixed_also_at_zero():
     for price in (0.0, 0.7):
-        config = NatsConfig(price="fixed", kv_price=price)
+        config = NatsConfig(price="fixed", kv_penalty=price)
         np.testing.assert_allclose(steer_for(20, lambda price: 1.0, config)[1], price, rtol=1e-6)
 
 

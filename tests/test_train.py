@@ -32,7 +32,7 @@ def no_evaluation(monkeypatch):
 
 
 def losses_of(path):
-    return [(line["step"], line["loss"], line["kv_price"], line["kv_fraction"]) for line in read_metrics(path)]
+    return [(line["step"], line["loss"], line["kv_penalty"], line["kv_fraction"]) for line in read_metrics(path)]
 
 
 def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path, no_evaluation, monkeypatch):
@@ -57,12 +57,14 @@ def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path
 
 
 def test_microbatches_add_up_to_the_batch():
-    """The dense twin has no noise: its gradients and sums must not depend on the number of microbatches."""
+    """The dense baseline has no noise: its gradients and sums must not depend on the number of microbatches."""
     task = RecallTask(24, 2, 5, 5, 5)
     batch = task.rows(0, 4)
     results = []
     for count in (1, 2, 4):
-        trainer = Trainer(tiny.config(model={"attention": "dense"}, train={"num_microbatches": count}), task.vocab_size)
+        trainer = Trainer(
+            tiny.config(model={"layer_types": "dense"}, train={"gradient_accumulation_steps": count}), task.vocab_size
+        )
         state, metrics = trainer.step(trainer.init(), batch)
         results.append((state.parameters, metrics))
     for other in results[1:]:
@@ -72,7 +74,7 @@ def test_microbatches_add_up_to_the_batch():
 
 def test_loss_is_cross_entropy_plus_price_times_fraction():
     task = RecallTask(24, 2, 5, 5, 5)
-    trainer = Trainer(tiny.config(nats={"kv_price": 3.0}), task.vocab_size)
+    trainer = Trainer(tiny.config(nats={"kv_penalty": 3.0}), task.vocab_size)
     _, metrics = trainer.step(trainer.init(), task.rows(0, 4))
     assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy + 3.0 * metrics.kv_fraction), rel=1e-5)
     np.testing.assert_allclose(metrics.role_fractions.sum(-1), 1, rtol=1e-5)
@@ -80,13 +82,13 @@ def test_loss_is_cross_entropy_plus_price_times_fraction():
 
 
 def test_the_price_lowers_the_fraction_and_nothing_else_can():
-    """With a high fixed price and nothing to predict, roles become cheap: the price's gradient points the right way."""
+    """With a high fixed KV penalty and nothing to predict, roles become cheap: the KV penalty's gradient points the right way."""
     task = RecallTask(24, 2, 5, 5, 5)
     batch = task.rows(0, 4)
     batch["loss_weight"] = np.zeros_like(batch["loss_weight"])
     for gradient in ("constant", "exact"):
         config = tiny.config(
-            nats={"price": "fixed", "kv_price": 1.0, "price_gradient": gradient},
+            nats={"kv_penalty_mode": "fixed", "kv_penalty": 1.0, "kv_penalty_gradient": gradient},
             optimizer={"weight_decay": 0.0, "peak_learning_rate": 0.1},
             train={"num_steps": 60},
         )
@@ -196,7 +198,7 @@ def test_a_checkpoint_of_another_kind_of_device_is_read(tmp_path):
         ({"nats": {"kv_budget": 0.05}}, r"nats.kv_budget = 0.05 is below .* smallest possible KV fraction is 0\.\d+"),
         ({"data": {"source": "corpus", "input": "nowhere"}}, "nowhere"),
         ({"eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
-        ({"model": {"attention": "dense"}, "eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
+        ({"model": {"layer_types": "dense"}, "eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
     ],
 )
 def test_a_mistake_leaves_no_trace_and_the_corrected_command_runs(tmp_path, no_evaluation, mistake, message):

@@ -27,7 +27,7 @@ def test_it_speaks_once_a_stall_and_once_when_it_is_over():
     looks.watchdog.progress("in step 3")
     assert looks.after(99) == []
     (text,) = looks.after(1)
-    assert text.startswith("no progress for 100 s while in step 3 (train.watchdog = 100); the run goes on")
+    assert text.startswith("no progress for 100 s while in step 3 (train.hang_timeout_seconds = 100); the run goes on")
     assert looks.after(100) == []
     assert looks.after(1000) == []
     looks.now += 5
@@ -77,7 +77,7 @@ def test_a_real_stall_is_said_while_it_lasts(capfd):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
                 said += capfd.readouterr().err
-            assert "while compiling the step (train.watchdog = 0.3)" in said
+            assert "while compiling the step (train.hang_timeout_seconds = 0.3)" in said
             assert "test_a_real_stall_is_said_while_it_lasts" in said
         while "went on after" not in said:
             assert time.monotonic() < deadline

@@ -17,11 +17,11 @@ from natsjax.train.step import StepMetrics, Trainer
 _BASE = {
     "model": {
         "num_layers": 2,
-        "width": 16,
+        "embed_dim": 16,
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 4,
-        "mlp_width": 24,
+        "mlp_dim": 24,
     },
     "nats": {"window": 2, "kv_budget": 0.4},
     "data": {
@@ -29,12 +29,12 @@ _BASE = {
         "context_length": 24,
         "recall": {"num_pairs": 2, "num_keys": 5, "num_values": 5, "num_fillers": 5},
     },
-    "optimizer": {"peak_learning_rate": 1e-2, "end_learning_rate": 1e-3, "warmup_steps": 2},
+    "optimizer": {"peak_learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup_steps": 2},
     "train": {"num_steps": 12, "batch_size": 4, "log_every": 1, "progress": False},
     "checkpoint": {"save_every": 5},
     "eval": {
         "num_contexts": 6,
-        "num_dial_contexts": 4,
+        "num_calibration_contexts": 4,
         "batch_size": 4,
         "bootstrap_samples": 50,
         "num_sample_tokens": 24,

@@ -18,7 +18,7 @@ _VECTOR = 16
 """Slots, the smallest part of a block that sizes are multiples of: a CPU's product takes as many at once."""
 
 _HEADROOM = 1.125
-"""What a buffer is enlarged to beyond the need: with the step to the next size at most 1.27 times what is needed."""
+"""What a buffer is grown to beyond the need: with the step to the next size at most 1.27 times what is needed."""
 
 _WORTH_A_GROUP = 1.1
 """Layers are divided into more groups only where fewer would allocate this many times as much."""
@@ -73,7 +73,7 @@ def with_headroom(need: int) -> int:
     return int(np.ceil(_HEADROOM * need))
 
 
-def enlarged(need: int, block: int) -> int:
+def grown(need: int, block: int) -> int:
     """The size for a buffer that will need more than ``need`` slots soon."""
     return round_up(with_headroom(need), block)
 
@@ -165,7 +165,7 @@ def empty(
       dtype: of keys and values.
       format: how they lie in memory (``decode_attention.storage_format``).
       block: slots that are read together, at least.
-      observed: with ``mass``.
+      observed: with ``attention_sum``.
     """
 
     def group(layers: int, slots: int) -> LayerGroup:
@@ -206,7 +206,7 @@ def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.A
             put(target.key_position, source.key_position),
             put(target.key_end, source.key_end),
             put(target.length, source.length),
-            put(target.mass, source.mass),
+            put(target.attention_sum, source.attention_sum),
         )
 
     return jax.lax.fori_loop(0, count, step, target)

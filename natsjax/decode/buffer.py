@@ -58,7 +58,7 @@ class LayerGroup:
     key_position: jax.Array
     key_end: jax.Array
     length: jax.Array
-    mass: jax.Array | None = None
+    attention_sum: jax.Array | None = None
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +82,7 @@ class LayerGroup:
 
 
 jax.tree_util.register_dataclass(
-    LayerGroup, data_fields=["storage", "key_position", "key_end", "length", "mass"], meta_fields=[]
+    LayerGroup, data_fields=["storage", "key_position", "key_end", "length", "attention_sum"], meta_fields=[]
 )
 KVBuffer = tuple[LayerGroup, ...]
 
@@ -105,13 +105,13 @@ class NewKeys:
     key_position: jax.Array
     key_end: jax.Array
     local_end: jax.Array
-    mass: jax.Array | None = None
+    attention_sum: jax.Array | None = None
     seen: jax.Array | None = None
 
 
 jax.tree_util.register_dataclass(
     NewKeys,
-    data_fields=["keys", "values", "key_position", "key_end", "local_end", "mass", "seen"],
+    data_fields=["keys", "values", "key_position", "key_end", "local_end", "attention_sum", "seen"],
     meta_fields=[],
 )
 
@@ -120,7 +120,7 @@ class Eviction(Protocol):
     """Which live keys go first where there may be no more than so many."""
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """What slots are sorted by, the first before the second; the smallest goes first.
 
@@ -180,13 +180,17 @@ def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.A
     """
 
     def layer(arrays):
-        key_position, key_end, mass = arrays
-        return eviction.order(key_position, key_end, mass, at[:, None, None])
+        key_position, key_end, attention_sum = arrays
+        return eviction.order(key_position, key_end, attention_sum, at[:, None, None])
 
     def with_new(x, y):
         return None if x is None or y is None else jnp.concatenate([x, y], axis=-1)
 
-    pairs = ((group.key_position, new.key_position), (group.key_end, new.key_end), (group.mass, new.mass))
+    pairs = (
+        (group.key_position, new.key_position),
+        (group.key_end, new.key_end),
+        (group.attention_sum, new.attention_sum),
+    )
     keys = jax.lax.map(layer, tuple(with_new(*pair) for pair in pairs))
     slot = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, 3)
     candidates = (slot < limit) | (slot == group.capacity)
@@ -219,7 +223,7 @@ def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
         put(group.key_position, new.key_position),
         put(group.key_end, new.key_end),
         jnp.where(slot < group.capacity, jnp.maximum(group.length, slot + 1), group.length),
-        put(group.mass, new.mass),
+        put(group.attention_sum, new.attention_sum),
     )
 
 
@@ -251,11 +255,11 @@ def write_chunk(
       ``[l, b, k]``.
     """
     key_end = _expired(group.key_end, new.local_end)
-    mass = group.mass
-    if mass is not None and new.seen is not None:
-        # The group may have been enlarged since the chunk was read; new slots are at the end.
-        mass += jnp.pad(new.seen, [(0, 0)] * 3 + [(0, group.capacity - new.seen.shape[3])])
-    group = dataclasses.replace(group, key_end=key_end, mass=mass)
+    attention_sum = group.attention_sum
+    if attention_sum is not None and new.seen is not None:
+        # The group may have been grown since the chunk was read; new slots are at the end.
+        attention_sum += jnp.pad(new.seen, [(0, 0)] * 3 + [(0, group.capacity - new.seen.shape[3])])
+    group = dataclasses.replace(group, key_end=key_end, attention_sum=attention_sum)
     return _keep(group, new, at, eviction, limit)
 
 
@@ -276,10 +280,12 @@ def _keep(group, new, at, eviction, limit):
         return x if y is None else jnp.concatenate([x, y[layer].astype(x.dtype)], axis=2)
 
     def step(layer, carry):
-        storage, key_position, key_end, length, mass, evicted = carry
+        storage, key_position, key_end, length, attention_sum, evicted = carry
         position = joined(key_position, None if new is None else new.key_position, layer)
         end = joined(key_end, None if new is None else new.key_end, layer)
-        weight = None if mass is None else joined(mass, None if new is None else new.mass, layer)
+        weight = (
+            None if attention_sum is None else joined(attention_sum, None if new is None else new.attention_sum, layer)
+        )
         is_live = end > at
         live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         if eviction is not None:
@@ -304,13 +310,13 @@ def _keep(group, new, at, eviction, limit):
             put(key_position, gather(position)),
             put(key_end, jnp.where(used, gather(end), 0)),
             put(length, jnp.minimum(kept, group.capacity)),
-            None if weight is None else put(mass, gather(weight)),
+            None if weight is None else put(attention_sum, gather(weight)),
             put(evicted, live - jnp.minimum(kept, group.capacity)),
         )
 
-    carry = (group.storage, group.key_position, group.key_end, group.length, group.mass, 0 * group.length)
-    storage, key_position, key_end, length, mass, evicted = jax.lax.fori_loop(0, group.num_layers, step, carry)
-    return LayerGroup(storage, key_position, key_end, length, mass), evicted
+    carry = (group.storage, group.key_position, group.key_end, group.length, group.attention_sum, 0 * group.length)
+    storage, key_position, key_end, length, attention_sum, evicted = jax.lax.fori_loop(0, group.num_layers, step, carry)
+    return LayerGroup(storage, key_position, key_end, length, attention_sum), evicted
 
 
 def _rank(order: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, IntervalPolicy, most_live
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import ObservingPolicy
+from natsjax.policies.observing import AttentionScorePolicy
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.decode_attention import storage_format
 
@@ -122,7 +122,7 @@ class Decoder:
       UserError: the policy needs roles and the model has none, or the mesh divides sequences.
 
     Example:
-      >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(dial=-0.3))
+      >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(role bias=-0.3))
     """
 
     def __init__(
@@ -140,23 +140,23 @@ class Decoder:
         self.policy = policy if policy is not None else FullAttention() if is_dense else Nats()
         self.settings = DecodeSettings() if settings is None else settings
         if is_dense and isinstance(self.policy, Nats):
-            raise UserError("a dial reads the roles of tokens, and a model with dense attention has none.")
+            raise UserError("a role bias reads the roles of tokens, and a model with dense attention has none.")
         check_mesh(mesh)
         self._format = storage_format(mesh.devices.flat[0].platform)
         self._layouts: list[Layout] = []  # after prompts so far
         # A dense layer between two with roles would give both its capacity.
-        kinds = config.model.layer_kinds
+        kinds = config.model.all_layer_types
         runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
         self._max_groups = max(self.settings.max_groups, min(runs, _MOST_GROUPS) if runs > 1 else 1)
         self.eviction: Eviction | None = None
         self.limit = NO_LIMIT
         if self.settings.max_kv is not None:
-            if isinstance(self.policy, ObservingPolicy):
+            if isinstance(self.policy, AttentionScorePolicy):
                 raise UserError(f"max_kv={self.settings.max_kv} and {self.policy} are two limits; choose one.")
             self.eviction, self.limit = EVICTIONS[self.settings.eviction], min(self.settings.max_kv, NO_LIMIT)
-        elif isinstance(self.policy, ObservingPolicy):
+        elif isinstance(self.policy, AttentionScorePolicy):
             self.eviction, self.limit = self.policy, min(self.policy.num_keys, NO_LIMIT)
-        self.parameters = serving_parameters(parameters, model, config, mesh)
+        self.parameters = decode_parameters(parameters, model, config, mesh)
 
     @classmethod
     def of_run(
@@ -182,7 +182,7 @@ class Decoder:
           most: tokens that a sequence will have, at most.
         """
         slots = self.settings.block
-        if isinstance(self.policy, ObservingPolicy):  # it evicts when all has been read
+        if isinstance(self.policy, AttentionScorePolicy):  # it evicts when all has been read
             slots = slots if length is None else length
         elif self.evicts_in_loop:  # not before the limit
             slots = self.limit if length is None else min(length, self.limit)
@@ -211,10 +211,10 @@ class Decoder:
           cache: of the tokens before; its buffer is used up.
           tokens: int ``[b, t]``; those of a row are at its front.
           count: int ``[b]``, tokens of each row.
-          observed_from: int ``[b]``, index of the first query that an ``ObservingPolicy`` looks at; None: all.
+          observed_from: int ``[b]``, index of the first query that an ``AttentionScorePolicy`` looks at; None: all.
           role_ids: int8 ``[num_layers, b, k, t]``, instead of the model's own.
           count_live: whether ``ReadChunk.live`` is asked for.
-          evict: False: an ``ObservingPolicy`` waits.
+          evict: False: an ``AttentionScorePolicy`` waits.
         """
         with jax.set_mesh(self.mesh):
             observed_from = np.zeros(len(count)) if observed_from is None else observed_from
@@ -251,7 +251,7 @@ class Decoder:
         slots = dict.fromkeys(old, 0)
         for before, wanted in zip(old, most, strict=True):
             if wanted > before:
-                slots[before] = max(slots[before], self._enlarged(max(wanted, int(growth * before)), cache.most))
+                slots[before] = max(slots[before], self._grown(max(wanted, int(growth * before)), cache.most))
         new = [slots[before] or before for before in old]
         if any(after < wanted for after, wanted in zip(new, most, strict=True)):  # the loop would stop here for ever
             raise RuntimeError(f"{new} slots were to hold {most} keys.")
@@ -271,7 +271,7 @@ class Decoder:
         if self.evicts_in_loop:
             need = np.minimum(need + num_tokens, self.limit)
         else:  # also where few tokens come: a later batch may need a little more
-            need = np.array([self._enlarged(int(n), cache.most) for n in need])
+            need = np.array([self._grown(int(n), cache.most) for n in need])
         layers, slots = self._layout(need, cache.most)
         return self._move(cache, list(layers), list(slots))
 
@@ -291,7 +291,7 @@ class Decoder:
         return wanted
 
     def evict(self, cache: Cache) -> Cache:
-        """Cuts an ``ObservingPolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
+        """Cuts an ``AttentionScorePolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
         with jax.set_mesh(self.mesh):
             buffer, evicted = loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
             return cache._replace(buffer=buffer, evicted=cache.evicted + evicted)
@@ -320,7 +320,7 @@ class Decoder:
         any_block = self._format == "transposed"
         return allocation.slots_for(need, self.settings.block, most, any_block=any_block)
 
-    def _enlarged(self, need: int, most: int) -> int:
+    def _grown(self, need: int, most: int) -> int:
         """Slots of a head that will need more than ``need`` soon."""
         slots = self._size(allocation.with_headroom(need), most)
         if not self.evicts_in_loop:
@@ -354,7 +354,7 @@ class Decoder:
             dtype=model.dtype,
             format=self._format,
             block=self.settings.block,
-            observed=isinstance(self.policy, ObservingPolicy),
+            observed=isinstance(self.policy, AttentionScorePolicy),
         )
 
     # --- from the host ---
@@ -411,16 +411,16 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
-def serving_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """Parameters as ``serving_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
-    layout = serving_layout(model, config, mesh)
+def decode_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+    """Parameters as ``decode_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
+    layout = decode_layout(model, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, layout)
     cast = jax.jit(lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), p, layout), out_shardings=shardings)
     with jax.set_mesh(mesh):
         return cast(parameters)
 
 
-def serving_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
+def decode_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
     """The layout and, where that is how they are used, the dtype of the forward pass; scorer and norms stay float32.
 
     Returns:

@@ -24,7 +24,7 @@ from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.policies.base import LARGEST
 from natsjax.policies.interval import FullAttention
-from natsjax.policies.observing import ObservingPolicy
+from natsjax.policies.observing import AttentionScorePolicy
 
 OnTokens = Callable[[int, list[int], list[float]], None]
 """``on_tokens(sequence, tokens, log-probabilities)``: what has been drawn, as soon as it is here."""
@@ -53,7 +53,7 @@ class Generation:
       kv_allocated: slots that the buffer has in the end, over all layers, sequences and heads.
       kv_allocated_bytes: what it takes in memory, on all devices together.
       kv_full: slots that full attention would fill with the same tokens.
-      evicted: live keys that ``max_kv`` or an ``ObservingPolicy`` evicted, over all layers, sequences and heads.
+      evicted: live keys that ``max_kv`` or an ``AttentionScorePolicy`` evicted, over all layers, sequences and heads.
       capacities: slots of a head, by layer, in the end.
       moves: how often the run moved to a larger buffer while it generated.
     """
@@ -100,13 +100,13 @@ def prefill(
     longest = int(lengths.max(initial=1))
     chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
     policy, observed_from = decoder.policy, None
-    waits = isinstance(policy, ObservingPolicy)
+    waits = isinstance(policy, AttentionScorePolicy)
     cache = decoder.start(len(prompts), longest if waits else longest + num_new, most)
-    if isinstance(policy, ObservingPolicy):
+    if isinstance(policy, AttentionScorePolicy):
         observed_from = np.maximum(lengths - policy.observed, 0)
     model = decoder.config.model
     with jax.set_mesh(decoder.mesh):
-        hidden = jnp.zeros((len(prompts), model.width), model.dtype)
+        hidden = jnp.zeros((len(prompts), model.embed_dim), model.dtype)
         hidden = jax.device_put(hidden, decoder.sharding("batch", None))
     for begin in range(0, max(1, longest), chunk):
         tokens = np.zeros((len(prompts), chunk), np.int32)
@@ -183,7 +183,7 @@ class _Run:
         self.stop = np.asarray(sorted(set(stop_tokens)), np.int32)
         self.numbers, self.static = sampling.numbers, {"structure": decoder.structure, "kind": sampling.kind}
         # After the prompt, what observed it alone keeps everything.
-        waits = isinstance(decoder.policy, ObservingPolicy) and not decoder.policy.every_token
+        waits = isinstance(decoder.policy, AttentionScorePolicy) and not decoder.policy.every_token
         self.policy = FullAttention() if waits else decoder.policy
         rows = -(-len(prompts) // decoder.shards) * decoder.shards
         padding = rows - len(prompts)
@@ -236,7 +236,7 @@ class _Run:
                 since = now
                 if segment.all_done:
                     return
-                if segment.lacks_room.any():
+                if segment.lacks_capacity.any():
                     self._receive(ahead)  # it stopped before its first step
                     self._make_room(segment)
                     ahead, since = self._dispatch(), None
@@ -286,7 +286,7 @@ class _Run:
     def _make_room(self, segment: Segment) -> None:
         """A larger buffer for the groups that lack room; nothing is lost."""
         groups = [group.num_layers for group in self.loop.buffer]
-        lacks = np.repeat(segment.lacks_room, groups)
+        lacks = np.repeat(segment.lacks_capacity, groups)
         cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted, self.most)
         need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
         self.loop = self.loop._replace(buffer=self.decoder.enlarge(cache, need).buffer)

@@ -20,7 +20,7 @@ from natsjax.decode.buffer import Eviction, KVBuffer, NewKeys
 from natsjax.decode.step import Chunk, DecodingPolicy, forward_chunk
 from natsjax.model import sharding
 from natsjax.model.transformer import Transformer
-from natsjax.policies.observing import ObservingPolicy
+from natsjax.policies.observing import AttentionScorePolicy
 
 
 class ReadChunk(NamedTuple):
@@ -189,7 +189,7 @@ class Segment(NamedTuple):
       logprobs: float32 ``[b, n]``.
       num_drawn: int32 ``[b]``, how many there are.
       all_done: bool.
-      lacks_room: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
+      lacks_capacity: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
       need: int32 ``[num_layers]``, live slots of the fullest head.
       occupied: int32 ``[num_layers]``, the longest prefix of a layer's heads that attention reads.
     """
@@ -198,7 +198,7 @@ class Segment(NamedTuple):
     logprobs: jax.Array
     num_drawn: jax.Array
     all_done: jax.Array
-    lacks_room: jax.Array
+    lacks_capacity: jax.Array
     need: jax.Array
     occupied: jax.Array
 
@@ -238,7 +238,7 @@ def decode_segment(
     def goes_on(carry):
         loop, slots, step, *_ = carry
         may = (step < length) & ~jnp.all(loop.done)
-        return may if eviction is not None else may & ~jnp.any(_lacks_room(loop, slots))
+        return may if eviction is not None else may & ~jnp.any(_lacks_capacity(loop, slots))
 
     def body(carry):
         loop, slots, step, tokens, logprobs, count = carry
@@ -247,7 +247,7 @@ def decode_segment(
         at = chunk.next_index
         groups, evicted = [], []
         for group, new, slot in zip(loop.buffer, reads.new, slots, strict=True):
-            if isinstance(policy, ObservingPolicy):
+            if isinstance(policy, AttentionScorePolicy):
                 group, lost = kv_buffer.write_chunk(group, new, at, eviction, limit)
             else:
                 group, lost = _write(group, new, slot, loop.done, at, eviction, limit)
@@ -279,7 +279,7 @@ def decode_segment(
         logprobs,
         count,
         jnp.all(loop.done),
-        _lacks_room(loop, slots) if eviction is None else jnp.zeros(len(slots), bool),
+        _lacks_capacity(loop, slots) if eviction is None else jnp.zeros(len(slots), bool),
         fullest(kv_buffer.occupancy(loop.buffer, loop.at)),
         jnp.concatenate([fullest(group.length) for group in loop.buffer]),
     )
@@ -304,7 +304,7 @@ def _free(loop: Loop, limit) -> tuple[jax.Array, ...]:
     return tuple(kv_buffer.free_slot(group, loop.at, limit) for group in loop.buffer)
 
 
-def _lacks_room(loop: Loop, slots) -> jax.Array:
+def _lacks_capacity(loop: Loop, slots) -> jax.Array:
     """bool ``[num_groups]``."""
     pairs = zip(loop.buffer, slots, strict=True)
     return jnp.stack([jnp.any((slot >= group.capacity) & ~loop.done[:, None]) for group, slot in pairs])

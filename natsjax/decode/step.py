@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from natsjax.config import ATTENTION_KINDS, Config
+from natsjax.config import LAYER_TYPES, Config
 from natsjax.decode.buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import roles, sharding
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.transformer import Block, Transformer
 from natsjax.policies.base import cut, window_end
 from natsjax.policies.interval import IntervalPolicy
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import ObservingPolicy
+from natsjax.policies.observing import AttentionScorePolicy
 from pallas_kernels.decode_attention import decode_attention, observed_attention
 from pallas_kernels.nats_attention import GLOBAL, LOCAL, NO_END, SLIDING, interval_attention, key_end_from_roles
 
-DecodingPolicy = IntervalPolicy | Nats | ObservingPolicy
+DecodingPolicy = IntervalPolicy | Nats | AttentionScorePolicy
 
 
 class Chunk(NamedTuple):
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
       tokens: int32 ``[b, t]``.
       num_tokens: int32 ``[b]``, of each sequence.
       begin: int32 ``[b]``, index of the first of them in its sequence.
-      observed_from: int32 ``[b]``: the attention of queries from this index on counts, for ``ObservingPolicy``.
+      observed_from: int32 ``[b]``: the attention of queries from this index on counts, for ``AttentionScorePolicy``.
       role_ids: int8 ``[num_layers, b, k, t]``, or None: as the policy says.
     """
 
@@ -84,7 +84,7 @@ def forward_chunk(
     """
     positions = chunk.begin[:, None] + jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
     structure, layers = nnx.split(model.blocks)
-    kinds = jnp.array([ATTENTION_KINDS.index(kind) for kind in model.config.model.layer_kinds], jnp.int32)
+    kinds = jnp.array([LAYER_TYPES.index(kind) for kind in model.config.model.all_layer_types], jnp.int32)
     x = model.embed(chunk.tokens)
     new, live, first = [], [], 0
     for group in buffer:
@@ -113,15 +113,15 @@ def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_i
     ids = end = None
     if isinstance(policy, Nats):
         logits = attention.scorer(normed)
-        logits += roles.dial_bias(policy.dial, attention.config.nats.dial)
+        logits += roles.role_bias_logits(policy.role_bias, attention.config.nats.biased_roles)
         first = roles.first_of_document(positions)
-        ids = attention.choose_roles(logits, first, RoleChoice(role_ids=role_ids))
+        ids = attention.choose_roles(logits, first, RoleSampling(role_ids=role_ids))
     elif isinstance(policy, IntervalPolicy):
         end = policy.key_end(positions, attention.config.model.num_kv_heads)
     else:
         end = jnp.full_like(positions, NO_END)[:, None]
     ids, end, window = _by_kind(kind, attention.config, positions, ids, end)
-    is_observed = isinstance(policy, ObservingPolicy)
+    is_observed = isinstance(policy, AttentionScorePolicy)
     out, new, live = _attend(query, key, value, ids, end, group, layer, chunk, window, is_observed, count_live)
     x = x + attention.merge(out)
     return x + block.mlp(block.mlp_norm(x)), (new, live)
@@ -132,11 +132,11 @@ def _by_kind(kind, config: Config, positions, ids, end):
     model = config.model
     sliding = cut(model.sliding_window)
     window = jnp.int32(cut(config.nats.window))
-    is_dense, is_sliding = (kind == ATTENTION_KINDS.index(name) for name in ("dense", "sliding"))
-    if ids is not None and set(model.pattern) != {"nats"}:
+    is_dense, is_sliding = (kind == LAYER_TYPES.index(name) for name in ("dense", "sliding"))
+    if ids is not None and set(model.layer_types) != {"nats"}:
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
         window = jnp.where(is_sliding, sliding, window)
-    if end is not None and "sliding" in model.pattern:
+    if end is not None and "sliding" in model.layer_types:
         end = jnp.where(is_sliding, jnp.minimum(end, window_end(positions[:, None], sliding)), end)
     return ids, end, window
 
@@ -157,7 +157,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
             end = jnp.broadcast_to(jnp.where(is_token[:, None], end, 0), shape)
             local_end = jnp.full_like(end[..., 0], UNTIL_GLOBAL)
         position = jnp.broadcast_to(positions[:, None], end.shape)
-        mass = seen = live = None
+        attention_sum = seen = live = None
         heads = query.reshape(*query.shape[:2], -1, query.shape[-1])
         if query.shape[1] == 1 and not is_observed and not count_live:
             out = decode_attention(
@@ -182,7 +182,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
             all_values = jnp.concatenate([jnp.swapaxes(slot_value, 1, 2), value.astype(slot_key.dtype)], axis=1)
             at = jnp.where(is_token, positions, -1)
             if is_observed:
-                out, all_mass = observed_attention(
+                out, all_attention_sum = observed_attention(
                     heads,
                     all_keys,
                     all_values,
@@ -191,7 +191,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
                     key_position=all_positions,
                     observed=positions >= observed_from[:, None],
                 )
-                seen, mass = all_mass[..., : group.capacity], all_mass[..., group.capacity :]
+                seen, attention_sum = all_attention_sum[..., : group.capacity], all_attention_sum[..., group.capacity :]
             else:
                 found = interval_attention(
                     heads, all_keys, all_values, all_ends, query_position=at, key_position=all_positions
@@ -202,7 +202,7 @@ def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observe
                 is_read = (all_positions[:, :, None] <= at) & (at < all_ends[:, :, None])
                 live = jnp.sum(is_read, axis=-1, dtype=jnp.int32)
         keys, values = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-        results = (out.reshape(query.shape), keys, values, position, end, local_end, mass, seen, live)
+        results = (out.reshape(query.shape), keys, values, position, end, local_end, attention_sum, seen, live)
         return tuple(x for x in results if x is not None)
 
     by_head = ("batch", "kv_heads", None)

@@ -1,6 +1,6 @@
 """Perplexity against KV budget: measures a run with its roles and under fixed policies, and writes the report.
 
-python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR] [--prepared_dir=DIR]
+python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--baseline_workdir=DIR] [--prepared_dir=DIR]
 """
 
 import lazy_loader

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "around its nats.kv_budget)",
     )
     parser.add_argument(
-        "--dense_workdir", metavar="DIR", help="a dense run on the same data and tokenizer, measured beside a nats run"
+        "--baseline_workdir",
+        metavar="DIR",
+        help="a dense run on the same data and tokenizer, measured beside a nats run",
     )
     parser.add_argument(
         "--prepared_dir",
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation = run(
         flags.workdir,
         budgets=budgets,
-        dense_workdir=flags.dense_workdir,
+        baseline_workdir=flags.baseline_workdir,
         prepared_dir=flags.prepared_dir,
         progress=flags.progress,
         mode=flags.mode,

@@ -28,7 +28,7 @@ from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.decode.step import Chunk, DecodingPolicy
 from natsjax.evaluate.masked import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
-from natsjax.policies.observing import ObservingPolicy
+from natsjax.policies.observing import AttentionScorePolicy
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import NO_END
 
@@ -194,7 +194,7 @@ class _AsContinuation(_ByChunk):
     _at = 0  # tokens that the cache holds
 
     def read(self, tokens: Tokens, first: int) -> _Read:
-        decoder, observed = self.decoder, typing.cast(ObservingPolicy, self.decoder.policy).observed
+        decoder, observed = self.decoder, typing.cast(AttentionScorePolicy, self.decoder.policy).observed
         self._go_on(tokens, max(first - observed, 0))
         prompt = decoder.copied(self.cache)
         if first:
@@ -222,7 +222,7 @@ class _AsContinuation(_ByChunk):
 
 def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> _ByChunk:
     """The one that reads pieces of these lengths, of at most ``longest`` tokens, as the policy is defined."""
-    if not isinstance(decoder.policy, ObservingPolicy):
+    if not isinstance(decoder.policy, AttentionScorePolicy):
         return _ByChunk(decoder, lengths, chunk, longest)
     return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 

@@ -1,4 +1,4 @@
-"""The dense twin: full attention in the same shape, trained on the same tokens; what NAtS is compared with."""
+"""The dense baseline: full attention in the same shape, trained on the same tokens; what NAtS is compared with."""
 
 import dataclasses
 import os
@@ -7,36 +7,40 @@ from natsjax.errors import UserError
 from natsjax.runs.load import LoadedRun, load
 
 
-def load_twin(
-    run: LoadedRun, dense_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
+def load_baseline(
+    run: LoadedRun, baseline_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """The dense twin of a NAtS run.
+    """The dense baseline of a NAtS run.
 
     Args:
       run: the NAtS run.
-      dense_workdir: of the twin.
+      baseline_workdir: of the dense baseline.
       prepared_dir: where the prepared corpus of both lies by now; None: as ``natsjax.load`` finds it.
 
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
     """
     if not run.config.model.has_roles:
-        raise UserError(f"--dense_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
-    twin = load(dense_workdir, prepared_dir=prepared_dir)
-    where = f"--dense_workdir={os.fspath(dense_workdir)}"
-    if twin.config.model.attention != "dense":
-        raise UserError(f'{where} holds a run with model.attention = "{twin.config.model.attention}", not "dense".')
+        raise UserError(f"--baseline_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
+    baseline = load(baseline_workdir, prepared_dir=prepared_dir)
+    where = f"--baseline_workdir={os.fspath(baseline_workdir)}"
+    if set(baseline.config.model.layer_types) != {"dense"}:
+        raise UserError(
+            f"{where} holds a run with model.layer_types = {baseline.config.model.layer_pattern}, not dense."
+        )
     marks = _data_marks(run)
-    for name, theirs in _data_marks(twin).items():
+    for name, theirs in _data_marks(baseline).items():
         if (ours := marks[name]) != theirs:
-            raise UserError(f"{where} is no twin of {run.workdir.path}: its {name} is {theirs} instead of {ours}.")
-    return twin
+            raise UserError(
+                f"{where} is no dense baseline of {run.workdir.path}: its {name} is {theirs} instead of {ours}."
+            )
+    return baseline
 
 
-def twin_notes(run: LoadedRun, twin: LoadedRun) -> list[str]:
+def baseline_notes(run: LoadedRun, baseline: LoadedRun) -> list[str]:
     """Sentences about what makes the comparison uneven: another shape, number of steps, or order of the contexts."""
-    pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(twin).items()}
-    return [f"The dense twin's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
+    pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(baseline).items()}
+    return [f"The dense baseline's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
 
 
 def _data_marks(run: LoadedRun) -> dict[str, object]:

@@ -1,10 +1,10 @@
-"""Perplexity against KV budget: measures a run under its dial and under fixed policies, and writes the report.
+"""Perplexity against KV budget: measures a run under its role bias and under fixed policies, and writes the report.
 
-    python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--dense_workdir=DIR] [--prepared_dir=DIR]
+    python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--baseline_workdir=DIR] [--prepared_dir=DIR]
 
 Everything is teacher-forced on a fixed slice of held-out contexts: with masks, or, with ``--mode=decode``, as it is
 served: chunk by chunk through a KV buffer that frees what a policy drops. What has to be set to meet a budget (the
-dial, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
+role bias, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from natsjax.data import Row, piece_lengths
 from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import DEFAULT_CHUNK, measure_decoding
-from natsjax.evaluate.dense_baseline import load_twin, twin_notes
+from natsjax.evaluate.dense_baseline import baseline_notes, load_baseline
 from natsjax.evaluate.masked import Measurement, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of
 from natsjax.evaluate.settings import TOLERANCE, Setting, bar, settings_of
@@ -43,30 +43,32 @@ class Evaluation:
 
     Attributes:
       rows: one per measured setting (``report.ROW_FIELDS``).
-      contract: the budget contract (``report.CONTRACT_FIELDS``); None for a dense run.
-      samples: held-out text with its roles under every dial (``report.SAMPLE_FIELDS``); empty for a dense run.
+      budget check: the budget check (``report.BUDGET_CHECK_FIELDS``); None for a dense run.
+      samples: held-out text with its roles under every role bias (``report.SAMPLE_FIELDS``); empty for a dense run.
       run_info: where the numbers come from (``report.RUN_FIELDS``).
       paths: files written: rows, picture, page, and everything again for ``natsjax.report`` to draw from.
       notes: sentences about what is missing or could not be met.
     """
 
     rows: list[dict[str, Any]]
-    contract: dict[str, Any] | None
+    budget_check: dict[str, Any] | None
     samples: list[dict[str, Any]]
     run_info: dict[str, Any]
     paths: list[Path]
     notes: list[str]
 
     def summary(self) -> str:
-        """The table, the contract, the notes and the files, as plain text for the terminal."""
+        """The table, the budget check, the notes and the files, as plain text for the terminal."""
         parts = [report.format_table(self.rows, show_accuracy=self.run_info["show_accuracy"])]
-        if (contract := self.contract) is not None:
-            percent = {name: f"{100 * contract[name]:.3g} %" for name in ("kv_budget", "sampled", "argmax", "dialled")}
+        if (budget_check := self.budget_check) is not None:
+            percent = {
+                name: f"{100 * budget_check[name]:.3g} %" for name in ("kv_budget", "sampled", "argmax", "biased")
+            }
             parts.append(
-                f"KV budget {percent['kv_budget']}: {'met' if contract['met'] else 'missed'}, "
-                f"{percent['dialled']} at dial {contract['dial']:.4g} (±{100 * contract['tolerance']:g} % allowed).\n"
-                f"Undialled the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; the "
-                f"smallest possible is {100 * contract['smallest_possible']:.3g} %."
+                f"KV budget {percent['kv_budget']}: {'met' if budget_check['met'] else 'missed'}, "
+                f"{percent['biased']} at role bias {budget_check['role_bias']:.4g} (±{100 * budget_check['tolerance']:g} % allowed).\n"
+                f"Without a role bias the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; the "
+                f"smallest possible is {100 * budget_check['smallest_possible']:.3g} %."
             )
         if self.notes:
             parts.append("\n".join(f"note: {note}" for note in self.notes))
@@ -78,7 +80,7 @@ def run(
     workdir: str | os.PathLike[str],
     *,
     budgets: Sequence[float] | None = None,
-    dense_workdir: str | os.PathLike[str] | None = None,
+    baseline_workdir: str | os.PathLike[str] | None = None,
     prepared_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     loaded: LoadedRun | None = None,
@@ -87,15 +89,15 @@ def run(
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
 
-    A NAtS run is read under its dial at every budget and at dial 0; full attention, sliding window and StreamingLLM run
-    at the same budgets on its weights, and on those of its dense twin when one is named. A dense run alone gets the
+    A NAtS run is read under its role bias at every budget and at role bias 0; full attention, sliding window and StreamingLLM run
+    at the same budgets on its weights, and on those of its dense baseline when one is named. A dense run alone gets the
     last three.
 
     Args:
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
-      dense_workdir: of a dense run on the same data, for a NAtS run.
-      prepared_dir: where the prepared corpus lies by now, of the twin too; None: beside the run, or where it had it.
+      baseline_workdir: of a dense run on the same data, for a NAtS run.
+      prepared_dir: where the prepared corpus lies by now, of the dense baseline too; None: beside the run, or where it had it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
@@ -103,7 +105,7 @@ def run(
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the twin does not fit, or the
+      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the dense baseline does not fit, or the
         report cannot be written, which is tried first.
 
     Example:
@@ -116,30 +118,30 @@ def run(
     this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
     if distributed.is_main():
         report.try_report(this.workdir)
-    twin = None if dense_workdir is None else load_twin(this, dense_workdir, prepared_dir=prepared_dir)
+    baseline = None if baseline_workdir is None else load_baseline(this, baseline_workdir, prepared_dir=prepared_dir)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
-    dial_contexts = this.data.contexts("train", this.config.eval.num_dial_contexts)
+    calibration_contexts = this.data.contexts("train", this.config.eval.num_calibration_contexts)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
-    notes = [] if twin is None else twin_notes(this, twin)
+    notes = [] if baseline is None else baseline_notes(this, baseline)
     decoded = chunk if mode == "decode" else None
-    settings = settings_of(this, twin, dial_contexts, wanted, notes, progress, decoded)
+    settings = settings_of(this, baseline, calibration_contexts, wanted, notes, progress, decoded)
 
     measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
     rows = [row_of(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
     intervals, no_intervals = about_intervals(rows, this.config)
     if no_intervals is not None:
         notes.append(no_intervals)
-    contract, samples = None, []
+    budget_check, samples = None, []
     if this.config.model.has_roles:
-        contract = _contract(this, held_out, rows)
-        dials = [row["setting"]["dial"] for row in rows if row["method"] == Nats.method]
-        samples = samples_of(this, held_out, dials, progress)
-    command = _command(workdir, budgets, dense_workdir, prepared_dir, decoded)
-    run_info = _run_info(this, command, measured[0], held_out, dial_contexts, intervals, notes, decoded)
+        budget_check = _budget_check(this, held_out, rows)
+        role_biases = [row["setting"]["role_bias"] for row in rows if row["method"] == Nats.method]
+        samples = samples_of(this, held_out, role_biases, progress)
+    command = _command(workdir, budgets, baseline_workdir, prepared_dir, decoded)
+    run_info = _run_info(this, command, measured[0], held_out, calibration_contexts, intervals, notes, decoded)
     paths = []
     if distributed.is_main():  # all of several processes measure, one writes
-        paths = report.write_report(this.workdir, rows=rows, contract=contract, samples=samples, run=run_info)
-    return Evaluation(rows, contract, samples, run_info, paths, notes)
+        paths = report.write_report(this.workdir, rows=rows, budget_check=budget_check, samples=samples, run=run_info)
+    return Evaluation(rows, budget_check, samples, run_info, paths, notes)
 
 
 def check(config: Config, data: RunData) -> None:
@@ -160,18 +162,20 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
     return measure_decoding(setting.run, contexts, policy, chunk=setting.continued or chunk)
 
 
-def _contract(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The budget contract of METHOD.md 4, on held-out text."""
+def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The budget check of METHOD.md 4, on held-out text."""
     nats = this.config.nats
-    by_dial = {row["setting"]["dial"]: row for row in rows if row["method"] == Nats.method}
-    dial, dialled = next((dial, row) for dial, row in by_dial.items() if row["budget"] == nats.kv_budget)
-    off = abs(dialled["kv_fraction"] - nats.kv_budget)
+    by_role_bias = {row["setting"]["role_bias"]: row for row in rows if row["method"] == Nats.method}
+    role_bias, biased = next(
+        (role_bias, row) for role_bias, row in by_role_bias.items() if row["budget"] == nats.kv_budget
+    )
+    off = abs(biased["kv_fraction"] - nats.kv_budget)
     return {
         "kv_budget": nats.kv_budget,
         "sampled": measure(this, held_out, SampledNats(this.config.train.seed)).kv_fraction,
-        "argmax": by_dial[0.0]["kv_fraction"],
-        "dialled": dialled["kv_fraction"],
-        "dial": dial,
+        "argmax": by_role_bias[0.0]["kv_fraction"],
+        "biased": biased["kv_fraction"],
+        "role_bias": role_bias,
         "tolerance": TOLERANCE,
         "met": off <= TOLERANCE * nats.kv_budget,
         "smallest_possible": kv_fraction.smallest_model_kv_fraction(this.config, piece_lengths(held_out)),
@@ -183,7 +187,7 @@ def _run_info(
     command: str,
     any_found: Measurement,
     held_out: Row,
-    dial_contexts: Row,
+    calibration_contexts: Row,
     intervals: str,
     notes: Sequence[str],
     chunk: int | None,
@@ -192,8 +196,8 @@ def _run_info(
     config = this.config
     evaluation = (
         f"Teacher-forced prediction of {int(any_found.documents.tokens.sum())} held-out tokens in "
-        f"{len(held_out['inputs'])} contexts from {len(any_found.documents.ids)} documents; {intervals}. Dials "
-        f"and windows were set on {len(dial_contexts['inputs'])} contexts of the training split."
+        f"{len(held_out['inputs'])} contexts from {len(any_found.documents.ids)} documents; {intervals}. Role biases "
+        f"and windows were set on {len(calibration_contexts['inputs'])} contexts of the training split."
     )
     if chunk is not None:
         evaluation += f" Decoded in chunks of {chunk} tokens through a KV buffer."
@@ -203,7 +207,7 @@ def _run_info(
         "command": command,
         "config": str(this.workdir.config_file),
         "settings": config.to_dict(),
-        "layers": list(config.model.layer_kinds),
+        "layers": list(config.model.all_layer_types),
         "step": this.step,
         "num_parameters": sum(x.size for x in jax.tree.leaves(this.parameters)),
         "corpus": this.data.description,
@@ -227,7 +231,7 @@ def _device(this: LoadedRun) -> str:
 def _command(
     workdir: str | os.PathLike[str],
     budgets: Sequence[float] | None,
-    dense_workdir: str | os.PathLike[str] | None,
+    baseline_workdir: str | os.PathLike[str] | None,
     prepared_dir: str | os.PathLike[str] | None,
     chunk: int | None,
 ) -> str:
@@ -235,8 +239,8 @@ def _command(
     words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
     if budgets is not None:
         words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
-    if dense_workdir is not None:
-        words.append(f"--dense_workdir={os.fspath(dense_workdir)}")
+    if baseline_workdir is not None:
+        words.append(f"--baseline_workdir={os.fspath(baseline_workdir)}")
     if prepared_dir is not None:
         words.append(f"--prepared_dir={os.fspath(prepared_dir)}")
     if chunk is not None:

@@ -1,6 +1,6 @@
 """One teacher-forced pass over contexts under a retention policy: how well it predicts, and how much KV it reads.
 
-The forward pass is compiled once per kind of choice (a dial, sampled roles, given intervals), whatever its numbers.
+The forward pass is compiled once per kind of choice (a role bias, sampled roles, given intervals), whatever its numbers.
 
 Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``l`` layer, ``d`` documents.
 """
@@ -20,7 +20,7 @@ from scipy import special
 from natsjax.data import Row, Tokenizer, Vocabulary
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.model import inputs, sharding
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import token_losses
 from natsjax.policies.base import StaticPolicy
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
@@ -263,7 +263,7 @@ class _BatchResult(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-def _forward(parameters, batch: inputs.Batch, choice: RoleChoice, windows: jax.Array, *, structure) -> _BatchResult:
+def _forward(parameters, batch: inputs.Batch, choice: RoleSampling, windows: jax.Array, *, structure) -> _BatchResult:
     """One batch, arrays ``[b, t]``; ``windows [l]`` are those of SLIDING keys. The result is whole on every device."""
     model = nnx.merge(structure, parameters)
     x, roles = model.hidden(inputs.model_inputs(batch), choice)

@@ -19,7 +19,7 @@ from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 
 _NUM_SAMPLES = 3  # contexts for the role reader
-_MAX_ROLES = 2_000_000  # of all samples, dials, layers and heads: a byte each in the page
+_MAX_ROLES = 2_000_000  # of all samples, role biases, layers and heads: a byte each in the page
 
 
 def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
@@ -106,38 +106,41 @@ def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:
     return found
 
 
-def samples_of(this: LoadedRun, held_out: Row, dials: Sequence[float], progress: bool) -> list[dict[str, Any]]:
-    """Held-out text with the roles that the model chose under each dial, from evenly spaced contexts.
+def samples_of(this: LoadedRun, held_out: Row, role_biases: Sequence[float], progress: bool) -> list[dict[str, Any]]:
+    """Held-out text with the roles that the model chose under each role bias, from evenly spaced contexts.
 
     Where a model has so many heads that the page would be heavy, there are fewer samples, and then shorter ones.
 
     Args:
       this: the run.
       held_out: contexts, arrays ``[n, t]``.
-      dials: ascending.
+      role biases: ascending.
       progress: show a progress bar.
     """
     model, count = this.config.model, len(held_out["inputs"])
     length = this.config.eval.num_sample_tokens
-    room = _MAX_ROLES // (len(dials) * model.num_layers * model.num_kv_heads)
+    room = _MAX_ROLES // (len(role_biases) * model.num_layers * model.num_kv_heads)
     wanted = max(1, min(_NUM_SAMPLES, room // length))
     length = max(1, min(length, room // wanted))
     chosen = sorted({(2 * n + 1) * count // (2 * wanted) for n in range(wanted)})
     contexts = {name: values[chosen] for name, values in held_out.items()}
-    roles = [chosen_roles(this, contexts, Nats(dial)) for dial in bar(dials, "roles of the samples", progress)]
+    roles = [
+        chosen_roles(this, contexts, Nats(role_bias))
+        for role_bias in bar(role_biases, "roles of the samples", progress)
+    ]
     return [
         _sample(this, {name: values[n] for name, values in contexts.items()}, [ids[n] for ids in roles], length)
-        | {"title": f"held-out context {chosen[n] + 1} of {count}", "dials": list(dials)}
+        | {"title": f"held-out context {chosen[n] + 1} of {count}", "role_biases": list(role_biases)}
         for n in range(len(chosen))
     ]
 
 
 def _sample(this: LoadedRun, row: Row, roles: list[np.ndarray], length: int) -> dict[str, Any]:
-    """One context, arrays ``[t]``, with the roles ``[l, k, t]`` under each dial."""
+    """One context, arrays ``[t]``, with the roles ``[l, k, t]`` under each role bias."""
     length = min(length, int(np.sum(row["document_end"] > 0)))
     return {
         "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],
-        "roles": [[["".join(map(str, head[:length])) for head in layer] for layer in dialled] for dialled in roles],
+        "roles": [[["".join(map(str, head[:length])) for head in layer] for layer in biased] for biased in roles],
         "windows": sliding_windows(this.config).tolist(),
         "document_starts": np.flatnonzero(row["positions"][:length] == 0).tolist(),
     }

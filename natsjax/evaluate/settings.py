@@ -1,4 +1,4 @@
-"""What an evaluation measures: the dials and the numbers of other policies that meet each budget.
+"""What an evaluation measures: the role biases and the numbers of other policies that meet each budget.
 
 They are set on training-split text, so that the held-out text chooses nothing.
 """
@@ -19,11 +19,11 @@ from natsjax.evaluate.masked import measure
 from natsjax.policies.base import Policy, StaticPolicy
 from natsjax.policies.budgets import (
     Layers,
-    dial_for_budget,
+    fraction_for_budget,
     interval_fractions,
     keys_for_budget,
     layer_windows,
-    share_for_budget,
+    role_bias_for_budget,
     window_for_budget,
 )
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
@@ -33,7 +33,7 @@ from natsjax.runs.load import LoadedRun
 from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1
-"""Share of a budget that the dialled KV fraction may be off for the contract to be met (METHOD.md 4)."""
+"""Share of a budget that the biased KV fraction may be off for the budget check to be met (METHOD.md 4)."""
 
 
 _FEWEST_KEYS = 2
@@ -79,8 +79,8 @@ def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
 
 def settings_of(
     this: LoadedRun,
-    twin: LoadedRun | None,
-    dial_contexts: Row,
+    baseline: LoadedRun | None,
+    calibration_contexts: Row,
     budgets: Sequence[float],
     notes: list[str],
     progress: bool,
@@ -90,15 +90,15 @@ def settings_of(
 
     Args:
       this: the run.
-      twin: its dense twin.
-      dial_contexts: of the training split.
+      dense baseline: its dense baseline.
+      calibration_contexts: of the training split.
       budgets: KV fractions.
       notes: gets what cannot be.
       progress: show progress bars.
       chunk: tokens that are decoded at once; then policies are there too that have no mask. None: masks.
     """
     model = this.config.model
-    pieces = piece_lengths(dial_contexts)
+    pieces = piece_lengths(calibration_contexts)
 
     def fixed(layers: Layers) -> list[tuple[Any, ...]]:
         found: list[tuple[Any, ...]] = [*_interval_policies(this.config, layers, pieces, budgets, notes)]
@@ -108,33 +108,35 @@ def settings_of(
 
     policies = fixed(layer_windows(model))
     if model.has_roles:
-        policies = [*_dials(this, dial_contexts, budgets, notes, progress), *policies]
-    weights = f"this run ({model.attention}, step {this.step})"
+        policies = [*_role_biases(this, calibration_contexts, budgets, notes, progress), *policies]
+    weights = f"this run ({model.layer_pattern}, step {this.step})"
     settings = [Setting(this, weights, *found) for found in policies]
-    if twin is not None:
-        weights = f"dense twin {twin.workdir.path} (step {twin.step})"
-        settings += [Setting(twin, weights, *found) for found in fixed(layer_windows(twin.config.model))]
+    if baseline is not None:
+        weights = f"dense baseline {baseline.workdir.path} (step {baseline.step})"
+        settings += [Setting(baseline, weights, *found) for found in fixed(layer_windows(baseline.config.model))]
     notes[:] = dict.fromkeys(notes)  # what holds for both weights is said once
     return settings
 
 
-def _dials(
+def _role_biases(
     this: LoadedRun, contexts: Row, budgets: Sequence[float], notes: list[str], progress: bool
 ) -> list[tuple[StaticPolicy, float | None]]:
-    """The dial for each budget, and dial 0, ascending; budgets that share a dial share an entry."""
+    """The role bias for each budget, and role bias 0, ascending; budgets that share a role bias share an entry."""
     seen: dict[float, float] = {}
     found = {}
-    for budget in bar(budgets, "setting the dial", progress):
-        found[budget] = dial_for_budget(lambda dial: measure(this, contexts, Nats(dial)).kv_fraction, budget, seen)
+    for budget in bar(budgets, "setting the role bias", progress):
+        found[budget] = role_bias_for_budget(
+            lambda role_bias: measure(this, contexts, Nats(role_bias)).kv_fraction, budget, seen
+        )
         if abs(found[budget].kv_fraction - budget) > TOLERANCE * budget:
             notes.append(
-                f"No dial gives a KV fraction of {budget:.4g} on training-split text; the closest is "
-                f"{found[budget].kv_fraction:.4g}, at dial {found[budget].dial:.4g}."
+                f"No role bias gives a KV fraction of {budget:.4g} on training-split text; the closest is "
+                f"{found[budget].kv_fraction:.4g}, at role bias {found[budget].role_bias:.4g}."
             )
-    # A dial that several budgets ended at is listed under the contract's, or else the closest: the last one wins.
+    # A role bias that several budgets ended at is listed under the budget check's, or else the closest: the last one wins.
     order = sorted(found, key=lambda b: (b == this.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
-    dials: dict[float, float | None] = {0.0: None} | {found[budget].dial: budget for budget in order}
-    return [(Nats(dial), dials[dial]) for dial in sorted(dials)]
+    role_biases: dict[float, float | None] = {0.0: None} | {found[budget].role_bias: budget for budget in order}
+    return [(Nats(role_bias), role_biases[role_bias]) for role_bias in sorted(role_biases)]
 
 
 def _interval_policies(
@@ -177,7 +179,7 @@ def _decoded_policies(
     positions = jnp.arange(pieces.max(), dtype=jnp.int32)[None]
     draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, config.model.num_kv_heads))[0]
     for budget in budgets:
-        share, window_within = share_for_budget(pieces, budget, window, layers, draws)
+        share, window_within = fraction_for_budget(pieces, budget, window, layers, draws)
         if share is not None:
             policies.append((RandomKeys(share, window_within, seed), budget, None))
     mean_context = np.sum(pieces * (pieces + 1) / 2) / np.sum(pieces)

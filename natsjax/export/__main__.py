@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m natsjax.export",
         description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
-        "that can be moved, and that natsjax.load, natsjax.evaluate and train.initial_parameters read.",
+        "that can be moved, and that natsjax.load, natsjax.evaluate and train.init_from read.",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run, as given to train.py; or an export")
     parser.add_argument(
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
-    distributed.say(f"{run.config.model.attention}, step {run.step}; data: {run.data.description}")
+    distributed.say(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
     print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
 
 

@@ -2,7 +2,7 @@
 
     python -m natsjax.export --workdir=DIR --output=FOLDER [--dtype=float32|bfloat16]
 
-``natsjax.load``, ``natsjax.evaluate`` and ``train.initial_parameters`` read the folder as they read a workdir, on any
+``natsjax.load``, ``natsjax.evaluate`` and ``train.init_from`` read the folder as they read a workdir, on any
 number of devices. It holds
 
 config.json          of the run; ``data.prepared_dir`` is the full path of the corpus, which need not be there

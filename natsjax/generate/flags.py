@@ -21,7 +21,7 @@ from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runtime.flags import Parser, typed_text
 
-_MOST_DIAL = 1e6  # logits are of order 1 to 10
+_MAX_ROLE_BIAS = 1e6  # logits are of order 1 to 10
 
 READING = Sampling(temperature=0.8)
 """How the command draws unless it is told otherwise: text to read; greedy text soon repeats itself."""
@@ -53,7 +53,7 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
         "sampling": Sampling(**{name: getattr(flags, name) for name in names}),
         "stop_tokens": () if flags.stop_tokens is None else _ids("stop_tokens", flags.stop_tokens),
         "ignore_eos": flags.ignore_eos,
-        "policy": parse_policy(flags.policy, flags.dial),
+        "policy": parse_policy(flags.policy, flags.role_bias),
         "settings": DecodeSettings(**{name: value for name, value in given.items() if value is not None}),
         "batch_size": flags.batch_size,
         "mesh_config": None if flags.mesh is None else parse_mesh(flags.mesh),
@@ -115,7 +115,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the draws: the same gives the same text (default: 0)")
     add("--stop_tokens", metavar="ID,ID,…", help="token ids after which a prompt is done, beside EOS")
     add("--ignore_eos", action="store_true", help="go on where the model ends the document")
-    add("--dial", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
+    add("--role_bias", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
     add(
         "--policy",
         metavar="NAME",
@@ -233,12 +233,12 @@ def policy_forms() -> list[str]:
     return [name + form for name, (form, *_) in _POLICIES.items()]
 
 
-def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy | None:
+def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPolicy | None:
     """A policy by name; None where nothing is asked for.
 
     Args:
       text: one of ``policy_forms``.
-      dial: of ``nats``.
+      role bias: of ``nats``.
 
     Raises:
       UserError: it is none of them, or a number does not fit.
@@ -247,17 +247,19 @@ def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy 
       >>> parse_policy("streaming_llm:4,60")
       StreamingLLM(num_sinks=4, window=60)
     """
-    if dial is not None and not abs(dial) <= _MOST_DIAL:
-        raise UserError(f"--dial={dial}: a number between -{_MOST_DIAL:g} and {_MOST_DIAL:g} was expected.")
+    if role_bias is not None and not abs(role_bias) <= _MAX_ROLE_BIAS:
+        raise UserError(
+            f"--role bias={role_bias}: a number between -{_MAX_ROLE_BIAS:g} and {_MAX_ROLE_BIAS:g} was expected."
+        )
     if text is None:
-        return None if dial is None else Nats(dial)
+        return None if role_bias is None else Nats(role_bias)
     name, colon, rest = text.partition(":")
     if name not in _POLICIES:
         raise UserError(
             f"--policy={text}: one of {', '.join(policy_forms())} was expected{did_you_mean(name, _POLICIES)}."
         )
-    if dial is not None and name != "nats":
-        raise UserError(f"--dial={dial:g} is for the model's roles, and --policy={text} does not read them.")
+    if role_bias is not None and name != "nats":
+        raise UserError(f"--role bias={role_bias:g} is for the model's roles, and --policy={text} does not read them.")
     form, make, types, least = _POLICIES[name]
     words = rest.split(",") if colon else []
     try:
@@ -269,7 +271,7 @@ def parse_policy(text: str | None, dial: float | None = None) -> DecodingPolicy 
     if any(number >= _TOO_LARGE for number in numbers):
         raise UserError(f"--policy={text}: numbers must be less than {_TOO_LARGE}.")
     try:
-        return Nats(dial or 0.0) if name == "nats" else make(*numbers)
+        return Nats(role_bias or 0.0) if name == "nats" else make(*numbers)
     except ValueError as error:  # out of the policy's range
         raise UserError(f"--policy={text}: {str(error).rstrip('.')}.") from error
 

@@ -47,7 +47,7 @@ class Roles(NamedTuple):
     Attributes:
       ids: int8 ``[l, b, k, s]``, the role of each token; all GLOBAL in a "dense" layer, SLIDING in a "sliding" one.
       lifetime: float32 ``[l, k]``, sum of all lifetimes in key-query pairs, differentiable.
-      entropy: float32 ``[l, k]``, sum over tokens of the entropy of the scorer's softmax, without noise or dial, nats.
+      entropy: float32 ``[l, k]``, sum over tokens of the entropy of the scorer's softmax, without noise or role bias, nats.
     """
 
     ids: jax.Array
@@ -55,12 +55,12 @@ class Roles(NamedTuple):
     entropy: jax.Array
 
 
-class RoleChoice(NamedTuple):
+class RoleSampling(NamedTuple):
     """How one layer's roles are chosen; without any field, by the largest logit.
 
     Attributes:
       noise_key: Gumbel noise is drawn with it (training).
-      bias: float32 ``[3]``, added to the logits (the dial).
+      bias: float32 ``[3]``, added to the logits (the role bias).
       key_end: int32, broadcast against ``[b, k, s]``: no roles, these intervals (full attention is ``NO_END``); a
         "sliding" layer's window stays.
       role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits say.
@@ -82,8 +82,8 @@ class Scorer(nnx.Module):
     """
 
     def __init__(self, model: ModelConfig, nats: NatsConfig):
-        shape = (model.width, model.num_kv_heads, NUM_ROLES)
-        self.weight = vector(jnp.zeros(shape, jnp.float32), ("width", "kv_heads", None))
+        shape = (model.embed_dim, model.num_kv_heads, NUM_ROLES)
+        self.weight = vector(jnp.zeros(shape, jnp.float32), ("embed", "kv_heads", None))
         bias = scorer_bias(nats.initial_roles)
         self.bias = vector(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None))
 
@@ -103,13 +103,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
-        d, k, h = model.width, model.num_kv_heads, model.head_dim
+        d, k, h = model.embed_dim, model.num_kv_heads, model.head_dim
         g = model.num_heads // k
         self.config = config
-        self.query = matrix(rngs.params(), (d, k, g, h), ("width", "kv_heads", None, None), d)
-        self.key = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
-        self.value = matrix(rngs.params(), (d, k, h), ("width", "kv_heads", None), d)
-        output_axes = ("kv_heads", None, None, "width")
+        self.query = matrix(rngs.params(), (d, k, g, h), ("embed", "kv_heads", None, None), d)
+        self.key = matrix(rngs.params(), (d, k, h), ("embed", "kv_heads", None), d)
+        self.value = matrix(rngs.params(), (d, k, h), ("embed", "kv_heads", None), d)
+        output_axes = ("kv_heads", None, None, "embed")
         self.output = matrix(rngs.params(), (k, g, h, d), output_axes, k * g * h, gain=residual_gain(model))
         if model.qkv_bias:
             # At zero the query's and the key's bias would be a saddle point of their product.
@@ -118,15 +118,15 @@ class Attention(nnx.Module):
             self.key_bias = matrix(rngs.params(), (k, h), key_axes, 1, weight_decay=False)
             self.value_bias = vector(jnp.zeros((k, h), jnp.float32), key_axes)
         if model.qk_norm:
-            self.query_norm = RMSNorm(h, model.norm_epsilon)
-            self.key_norm = RMSNorm(h, model.norm_epsilon)
+            self.query_norm = RMSNorm(h, model.norm_eps)
+            self.key_norm = RMSNorm(h, model.norm_eps)
         if model.has_roles:  # in all layers, which are stacked; those of other kinds have no use for theirs
             self.scorer = Scorer(model, config.nats)
 
-    def __call__(self, x, inputs: Inputs, choice: RoleChoice, kind: str) -> tuple[jax.Array, Roles]:
+    def __call__(self, x, inputs: Inputs, choice: RoleSampling, kind: str) -> tuple[jax.Array, Roles]:
         """``x [b, t, d]`` → ``(out [b, t, d], roles)`` of this layer (without the axis ``l``).
 
-        ``kind`` is one of ``config.ATTENTION_KINDS``.
+        ``kind`` is one of ``config.LAYER_TYPES``.
         """
         query, key, value = self.project(x, inputs.positions)
         if kind == "nats" and choice.key_end is None:
@@ -148,14 +148,14 @@ class Attention(nnx.Module):
             )
         if model.qk_norm:  # each head's own norm: of what the scale below multiplies, nothing can grow
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, positions, model.rope_base), rotate(key, positions, model.rope_base), value
+        return rotate(query, positions, model.rope_theta), rotate(key, positions, model.rope_theta), value
 
     def merge(self, out: jax.Array) -> jax.Array:
         """What the heads read, ``[b, t, k, g, h]`` → ``[b, t, d]``."""
         out_sharding = compute_sharding("batch", "sequence", None)
         return jnp.einsum("btkgh,kghd->btd", out, self._cast(self.output), out_sharding=out_sharding)
 
-    def choose_roles(self, logits: jax.Array, first: jax.Array, choice: RoleChoice) -> jax.Array:
+    def choose_roles(self, logits: jax.Array, first: jax.Array, choice: RoleSampling) -> jax.Array:
         """int8 ``[b, k, s]``: the roles that are given, or those of the largest logit, GLOBAL where ``first``."""
         ids = choose_roles(logits, first)
         return ids if choice.role_ids is None else choice.role_ids.astype(jnp.int8)
@@ -190,7 +190,7 @@ class Attention(nnx.Module):
             ).reshape(query.shape)
 
         def local_lifetime_sum(roles, document_end):
-            lifetime = lifetime_sum(roles, document_end, nats.window, nats.price_gradient)
+            lifetime = lifetime_sum(roles, document_end, nats.window, nats.kv_penalty_gradient)
             return psum(lifetime, "batch")
 
         axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), ())
@@ -240,8 +240,8 @@ class Attention(nnx.Module):
 
 def _entropy(logits: jax.Array, document_end: jax.Array) -> jax.Array:
     """Sum over tokens that are not padding: float32 ``[k]`` from ``[b, k, s, 3]`` and ``[b, s]``."""
-    log_share = jax.nn.log_softmax(logits, axis=-1)
-    of_token = -jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
+    log_fraction = jax.nn.log_softmax(logits, axis=-1)
+    of_token = -jnp.sum(jnp.exp(log_fraction) * log_fraction, axis=-1)
     return jnp.sum(jnp.where((document_end > 0)[:, None], of_token, 0), axis=(0, 2))
 
 

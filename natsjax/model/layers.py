@@ -81,10 +81,10 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        d, f = model.width, model.mlp_width
-        self.gate = matrix(rngs.params(), (d, f), ("width", "mlp"), d)
-        self.up = matrix(rngs.params(), (d, f), ("width", "mlp"), d)
-        self.down = matrix(rngs.params(), (f, d), ("mlp", "width"), f, gain=residual_gain(model))
+        d, f = model.embed_dim, model.mlp_dim
+        self.gate = matrix(rngs.params(), (d, f), ("embed", "mlp"), d)
+        self.up = matrix(rngs.params(), (d, f), ("embed", "mlp"), d)
+        self.down = matrix(rngs.params(), (f, d), ("mlp", "embed"), f, gain=residual_gain(model))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[b, t, d]`` → ``[b, t, d]``."""

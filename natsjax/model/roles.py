@@ -21,10 +21,12 @@ def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
     return jnp.log(jnp.asarray(fractions, jnp.float32))
 
 
-def dial_bias(dial: float | jax.Array, roles: Literal["global", "global_local"]) -> jax.Array:
-    """What the dial adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
-    dial = jnp.asarray(dial, jnp.float32)
-    return jnp.stack([dial, dial if roles == "global_local" else jnp.zeros_like(dial), jnp.zeros_like(dial)])
+def role_bias_logits(role_bias: float | jax.Array, roles: Literal["global", "global_local"]) -> jax.Array:
+    """What the role bias adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
+    role_bias = jnp.asarray(role_bias, jnp.float32)
+    return jnp.stack(
+        [role_bias, role_bias if roles == "global_local" else jnp.zeros_like(role_bias), jnp.zeros_like(role_bias)]
+    )
 
 
 def first_of_document(positions: jax.Array) -> jax.Array:
@@ -91,9 +93,9 @@ def lifetimes(key_end: jax.Array, document_end: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.minimum(key_end, document_end[:, None, :]) - index, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "price_gradient"))
+@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "kv_penalty_gradient"))
 def lifetime_sum(
-    roles: jax.Array, document_end: jax.Array, window: int, price_gradient: Literal["constant", "exact"]
+    roles: jax.Array, document_end: jax.Array, window: int, kv_penalty_gradient: Literal["constant", "exact"]
 ) -> jax.Array:
     """The sum of all lifetimes per KV head, differentiable in the roles.
 
@@ -101,7 +103,7 @@ def lifetime_sum(
       roles: float32 one-hot ``[b, k, s, 3]``.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
       window: tokens.
-      price_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is the
+      kv_penalty_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is the
         gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys before it.
 
     Returns:
@@ -112,11 +114,11 @@ def lifetime_sum(
     return jnp.sum(lifetimes(key_end, document_end), axis=(0, 2), dtype=jnp.float32)
 
 
-def _lifetime_sum_fwd(roles, document_end, window, price_gradient):
-    return lifetime_sum(roles, document_end, window, price_gradient), (roles, document_end)
+def _lifetime_sum_fwd(roles, document_end, window, kv_penalty_gradient):
+    return lifetime_sum(roles, document_end, window, kv_penalty_gradient), (roles, document_end)
 
 
-def _lifetime_sum_bwd(window, price_gradient, residuals, gradient):
+def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
     roles, document_end = residuals
     role_ids = jnp.argmax(roles, axis=-1)
     is_global, is_local = role_ids == GLOBAL, role_ids == LOCAL
@@ -130,7 +132,7 @@ def _lifetime_sum_bwd(window, price_gradient, residuals, gradient):
     as_local = count(index, jnp.minimum(ranges.next_global + 1, ranges.end))
     reach = min(window, roles.shape[2])  # a longer window is the same, and int32 has an end
     as_sliding = count(index, jnp.minimum(index + reach + 1, ranges.end))
-    if price_gradient == "exact":
+    if kv_penalty_gradient == "exact":
         alive = is_local & (index < ranges.end)
         # A query's row holds the LOCAL keys behind it: those since the last GLOBAL token, itself included as a query.
         earlier = _local_keys_read_by(alive, is_global, document_end)

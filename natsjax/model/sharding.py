@@ -5,7 +5,7 @@ optimizer state, both divide the batch; ``tensor`` divides heads, the MLP and th
 sequence. Shardings are part of the arrays' types (``AxisType.Explicit``): what does not fit is an error when a program
 is traced, and no compiler guesses.
 
-Arrays name their axes by what they are ("width", "kv_heads", …). Two layouts map these names to the mesh: *storage*,
+Arrays name their axes by what they are ("embed", "kv_heads", …). Two layouts map these names to the mesh: *storage*,
 parameters and optimizer state at rest, and *compute*, parameters where they are used and activations. Without a mesh
 (``jax.set_mesh``) everything here does nothing: the model is then an ordinary function on one device.
 """
@@ -39,7 +39,7 @@ _COMPUTE: dict[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
-_STORAGE = _COMPUTE | {"width": "fsdp"}
+_STORAGE = _COMPUTE | {"embed": "fsdp"}
 
 
 def storage_spec(axes: Axes) -> PartitionSpec:
@@ -116,12 +116,12 @@ def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
     size = dict(mesh.shape)
     train = config.train
     shards = size["data"] * size["fsdp"]
-    sequences = train.batch_size // train.num_microbatches
+    sequences = train.batch_size // train.gradient_accumulation_steps
     if sequences % shards:
-        parts = "" if train.num_microbatches == 1 else " / train.num_microbatches"
+        parts = "" if train.gradient_accumulation_steps == 1 else " / train.gradient_accumulation_steps"
         raise UserError(
             f"train.batch_size{parts} = {sequences} sequences cannot be divided among mesh.data * mesh.fsdp = {shards} "
-            f"devices; make train.batch_size a multiple of {shards * train.num_microbatches}."
+            f"devices; make train.batch_size a multiple of {shards * train.gradient_accumulation_steps}."
         )
     check_arrays(config, vocab_size, mesh)
 
@@ -135,9 +135,9 @@ def check_arrays(config: Config, vocab_size: int, mesh: Mesh) -> None:
     size = dict(mesh.shape)
     for field, count, axis in (
         ("model.num_kv_heads", config.model.num_kv_heads, "tensor"),
-        ("model.mlp_width", config.model.mlp_width, "tensor"),
+        ("model.mlp_dim", config.model.mlp_dim, "tensor"),
         ("the vocabulary's size", vocab_size, "tensor"),
-        ("model.width", config.model.width, "fsdp"),
+        ("model.embed_dim", config.model.embed_dim, "fsdp"),
     ):
         if count % size[axis]:
             raise UserError(

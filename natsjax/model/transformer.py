@@ -1,6 +1,6 @@
 """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.attention``); their parameters carry a
+One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.layer_types``); their parameters carry a
 leading axis ``l``. Nothing is mutated in a call:
 noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
 ``model.sharding`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax.config import Config
-from natsjax.model.attention import ROLES, Attention, RoleChoice, Roles
+from natsjax.model.attention import ROLES, Attention, Roles, RoleSampling
 from natsjax.model.cross_entropy import capped
 from natsjax.model.inputs import Inputs
 from natsjax.model.layers import MLP, RMSNorm, matrix, weight
@@ -30,13 +30,13 @@ class Block(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
-        self.attention_norm = RMSNorm(model.width, model.norm_epsilon)
+        self.attention_norm = RMSNorm(model.embed_dim, model.norm_eps)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(model.width, model.norm_epsilon)
+        self.mlp_norm = RMSNorm(model.embed_dim, model.norm_eps)
         self.mlp = MLP(model, rngs)
 
-    def __call__(self, x, inputs: Inputs, choice: RoleChoice, kind: str) -> tuple[jax.Array, Roles]:
-        """``[b, t, d]`` → ``([b, t, d], roles)``; ``kind`` is one of ``ATTENTION_KINDS``."""
+    def __call__(self, x, inputs: Inputs, choice: RoleSampling, kind: str) -> tuple[jax.Array, Roles]:
+        """``[b, t, d]`` → ``([b, t, d], roles)``; ``kind`` is one of ``LAYER_TYPES``."""
         out, roles = self.attention(self.attention_norm(x), inputs, choice, kind)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), roles
@@ -56,16 +56,16 @@ class Transformer(nnx.Module):
         self.config = config
         # Stored in the scale of an output layer, so that it can be tied; as input it is multiplied by sqrt(d) to
         # unit size, which the blocks' outputs have too.
-        shape, axes = (vocab_size, model.width), ("vocab", "width")
-        self.embedding = matrix(rngs.params(), shape, axes, model.width, weight_decay=False)
+        shape, axes = (vocab_size, model.embed_dim), ("vocab", "embed")
+        self.embedding = matrix(rngs.params(), shape, axes, model.embed_dim, weight_decay=False)
         if not model.tie_embeddings:
-            self.unembedding = matrix(rngs.params(), shape, axes, model.width, weight_decay=False)
+            self.unembedding = matrix(rngs.params(), shape, axes, model.embed_dim, weight_decay=False)
         structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), model.num_layers)
         self.blocks = nnx.merge(structure, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(key))))(keys))
-        self.final_norm = RMSNorm(model.width, model.norm_epsilon)
+        self.final_norm = RMSNorm(model.embed_dim, model.norm_eps)
 
-    def __call__(self, inputs: Inputs, choice: RoleChoice | None = None) -> tuple[jax.Array, Roles]:
+    def __call__(self, inputs: Inputs, choice: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
         """Logits for the next token.
 
         Args:
@@ -83,13 +83,13 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("...d,vd->...v", x, self.output_weight(), preferred_element_type=jnp.float32)
         return capped(logits, self.config.model.final_logit_softcap)
 
-    def hidden(self, inputs: Inputs, choice: RoleChoice | None = None) -> tuple[jax.Array, Roles]:
+    def hidden(self, inputs: Inputs, choice: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
         """What the output layer reads, ``[b, t, d]`` (a loss need not have all logits at once), and ``Roles``."""
-        choice = RoleChoice() if choice is None else choice
+        choice = RoleSampling() if choice is None else choice
         model = self.config.model
         structure, layers = nnx.split(self.blocks)
         noise_keys = None if choice.noise_key is None else jax.random.split(choice.noise_key, model.num_layers)
-        pattern = model.pattern
+        pattern = model.layer_types
 
         def layer(kind):
             def run(x, scanned):
@@ -122,7 +122,7 @@ class Transformer(nnx.Module):
         model = self.config.model
         sharding = compute_sharding("batch", "sequence", None)
         x = weight(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
-        return x * jnp.asarray(math.sqrt(model.width), model.dtype)
+        return x * jnp.asarray(math.sqrt(model.embed_dim), model.dtype)
 
     def output_weight(self) -> jax.Array:
         """Of the output layer, ``[v, d]``."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from natsjax.config import Config, MeshConfig
 from natsjax.decode import allocation, sampling
 from natsjax.decode.buffer import AXES, KVBuffer
-from natsjax.decode.decoder import DecodeSettings, check_mesh, serving_layout
+from natsjax.decode.decoder import DecodeSettings, check_mesh, decode_layout
 from natsjax.decode.loop import Loop, decode_segment
 from natsjax.errors import UserError
 from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
@@ -47,7 +47,7 @@ class DecodeRequest:
       batch: sequences; None: 16 for each replica of the parameters.
       context: tokens that each of them has; None: ``data.context_length``.
       kv: share of them that is live in the fullest head; None: ``nats.kv_budget``, 1 for a dense model.
-      as_trained: the mesh is ``config.mesh``; else one is chosen (``serving_mesh``).
+      as_trained: the mesh is ``config.mesh``; else one is chosen (``decode_mesh``).
 
     Raises:
       UserError: a number is out of range.
@@ -71,7 +71,7 @@ class DecodeMemory(NamedTuple):
     """Bytes on the fullest device.
 
     Attributes:
-      parameters: as they are used (``serving.serving_layout``), a copy for each replica.
+      parameters: as they are used (``serving.decode_layout``), a copy for each replica.
       buffer: keys, values and the numbers beside them.
       temporaries: the rest of what the compiler allocates: weights in another layout, activations, results, padding.
       program: the code.
@@ -184,7 +184,7 @@ def plan_decode(
     request = DecodeRequest() if request is None else request
     settings = DecodeSettings() if settings is None else settings
     vocab_size = train_step.vocab_size_of(config)
-    mesh_config = config.mesh if request.as_trained else serving_mesh(config, vocab_size, topology)
+    mesh_config = config.mesh if request.as_trained else decode_mesh(config, vocab_size, topology)
     mesh = make_mesh(mesh_config, topology.devices)
     check_mesh(mesh)
     check_arrays(config, vocab_size, mesh)
@@ -198,7 +198,7 @@ def plan_decode(
     context = config.data.context_length if request.context is None else request.context
     slots, full_slots = slots_of(config, context, request.kv, settings.block)
     model = model_structure(config, vocab_size)
-    parameters = serving_layout(model, config, mesh)
+    parameters = decode_layout(model, config, mesh)
     buffer, full = (abstract_buffer(config, mesh, batch, n, settings.block) for n in (slots, full_slots))
 
     began = time.monotonic()
@@ -252,14 +252,14 @@ def plan_decode(
 # --- what is compiled ---
 
 
-def serving_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConfig:
+def decode_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConfig:
     """Every device reads as little of the weights as it can: the largest ``tensor`` that there is, the rest replicas.
 
     It divides KV heads, MLP, vocabulary and the devices of a slice or node.
     """
     together = len(topology.devices) // len(set(topology.domains))
     model = config.model
-    tensor = math.gcd(model.num_kv_heads, model.mlp_width, vocab_size, together)
+    tensor = math.gcd(model.num_kv_heads, model.mlp_dim, vocab_size, together)
     return MeshConfig(data=-1, fsdp=1, tensor=tensor, context=1)
 
 
@@ -275,7 +275,7 @@ def slots_of(config: Config, context: int, kv: float | None, block: int) -> tupl
     full = allocation.round_up(context, block)
     if kv is None:
         kv = config.nats.kv_budget if config.model.has_roles else 1.0
-    return min(allocation.enlarged(math.ceil(kv * context), block), full), full
+    return min(allocation.grown(math.ceil(kv * context), block), full), full
 
 
 def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: int) -> KVBuffer:

@@ -14,7 +14,7 @@ def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
     """Plans with every rematerialisation policy, each with the fewest microbatches that fit, or the most there are.
 
     Args:
-      config: of the run; ``model.remat`` and ``train.num_microbatches`` are what is tried.
+      config: of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are what is tried.
       name: of the topology, for ``hardware.topology``.
       num_slices: for the same.
 
@@ -27,11 +27,11 @@ def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
         for count in range(1, config.train.batch_size + 1):
             if config.train.batch_size % (count * shards):
                 continue
-            train = dataclasses.replace(config.train, num_microbatches=count)
+            train = dataclasses.replace(config.train, gradient_accumulation_steps=count)
             try:
                 made = plan_apart(dataclasses.replace(config, model=model, train=train), name, num_slices)
             except CompilerCrashed as crash:
-                print(f"model.remat = {remat}, train.num_microbatches = {count}: {crash}\n", flush=True)
+                print(f"model.remat = {remat}, train.gradient_accumulation_steps = {count}: {crash}\n", flush=True)
                 continue
             shards = made.mesh.get("data", 1) * made.mesh.get("fsdp", 1)
             if made.fits is not False:
@@ -46,10 +46,10 @@ def search_table(plans: Sequence[Plan]) -> str:
     def seconds(made: Plan) -> float:
         return made.roofline.seconds if made.roofline is not None and made.fits else float("inf")
 
-    lines = ["--config.model.remat --config.train.num_microbatches  GiB a device  seconds a step at least"]
+    lines = ["--config.model.remat --config.train.gradient_accumulation_steps  GiB a device  seconds a step at least"]
     for made in sorted(plans, key=seconds):
         config, roofline = made.config, made.roofline
         bound = "" if roofline is None else f"{roofline.seconds:.4f} ({roofline.bound})"
         size = f"{made.memory.total / GIB:.2f}" + ("" if made.fits is not False else ": does not fit")
-        lines.append(f"{config.model.remat:<20} {config.train.num_microbatches:<32} {size:<13} {bound}")
+        lines.append(f"{config.model.remat:<20} {config.train.gradient_accumulation_steps:<32} {size:<13} {bound}")
     return "\n".join(lines)

@@ -17,8 +17,8 @@ _SHRINK = {
     "parameters": "mesh.fsdp (mesh.data only makes copies)",
     "optimizer": "mesh.fsdp (mesh.data only makes copies)",
     "batch": "train.batch_size",
-    "activations": "train.num_microbatches (larger), model.remat (up to 'full') or mesh.context",
-    "temporaries": "train.num_microbatches (larger), mesh.tensor or mesh.context",
+    "activations": "train.gradient_accumulation_steps (larger), model.remat (up to 'full') or mesh.context",
+    "temporaries": "train.gradient_accumulation_steps (larger), mesh.tensor or mesh.context",
     "program": "model.num_layers",
 }
 _SHRINK_DECODING = {
@@ -39,9 +39,9 @@ def _what(plan: Plan) -> list[str]:
     config, mesh = plan.config, ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
     train = config.train
     tokens = train.batch_size * config.data.context_length
-    parts = f" in {train.num_microbatches} microbatches" if train.num_microbatches > 1 else ""
+    parts = f" in {train.gradient_accumulation_steps} microbatches" if train.gradient_accumulation_steps > 1 else ""
     return [
-        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.attention} attention, on {plan.topology}: {mesh}",
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.layer_pattern} attention, on {plan.topology}: {mesh}",
         f"a step: {train.batch_size} contexts of {config.data.context_length} ({tokens:,} tokens){parts}, "
         f"model.remat={config.model.remat}; compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
     ]
@@ -126,7 +126,7 @@ def decode_summary(plan: DecodePlan) -> str:
     chosen = " (chosen; --config.mesh.* sets another)" if plan.mesh_is_chosen else ""
     share = plan.slots / plan.full_slots
     lines = [
-        f"{plan.num_parameters / 1e9:.3f}B parameters, {plan.config.model.attention} attention, decoding on "
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {plan.config.model.layer_pattern} attention, decoding on "
         f"{plan.topology}: {mesh}{chosen}",
         f"a token of each of {plan.batch} sequences of {plan.context} tokens; a loop of {plan.segment}, "
         f"compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
@@ -163,7 +163,7 @@ def decode_as_json(plan: DecodePlan) -> dict[str, Any]:
     same = "topology mesh num_parameters batch context slots full_slots full_buffer fits refusal is_donated copies sent"
     return {name: getattr(plan, name) for name in same.split()} | {
         "devices": plan.num_devices,
-        "attention": plan.config.model.attention,
+        "attention": plan.config.model.layer_pattern,
         "memory": plan.memory._asdict() | {"total": plan.memory.total},
         "memory_available": None if plan.chip is None else plan.chip.memory,
         "collectives": None if plan.collectives is None else [c._asdict() for c in plan.collectives],
@@ -181,10 +181,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": plan.topology,
         "devices": plan.num_devices,
         "mesh": plan.mesh,
-        "attention": plan.config.model.attention,
+        "attention": plan.config.model.layer_pattern,
         "remat": plan.config.model.remat,
         "batch_size": plan.config.train.batch_size,
-        "num_microbatches": plan.config.train.num_microbatches,
+        "gradient_accumulation_steps": plan.config.train.gradient_accumulation_steps,
         "context_length": plan.config.data.context_length,
         "num_parameters": plan.num_parameters,
         "fits": plan.fits,

@@ -37,7 +37,7 @@ _BY_COUNT = {"v5e": _SHAPES_2D, "v6e": _SHAPES_2D, "v5p": _SHAPES_V5P}
 _TORUS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 """Dimensions."""
 _GPUS_A_NODE = 8
-_GPU_SHARE = 0.75
+_GPU_FRACTION = 0.75
 """Of its memory that JAX takes of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another."""
 
 # What XLA has to know of an H100 to compile for it.
@@ -162,15 +162,15 @@ def _h100(name: str, count: int, num_slices: int) -> Topology:
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} ({reason})."
         ) from error
     devices = list(found.devices)
-    share = _gpu_share()
+    share = _gpu_fraction()
     chip = dataclasses.replace(CHIPS["h100"], memory=share * CHIPS["h100"].memory)
     label = f"{name} ({nodes} node{'s' if nodes > 1 else ''}, {100 * share:g} % of the memory)"
     return Topology(label, devices, chip, tuple(index // gpus for index in range(len(devices))))
 
 
-def _gpu_share() -> float:
+def _gpu_fraction() -> float:
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    text = os.environ.get(name, str(_GPU_SHARE))
+    text = os.environ.get(name, str(_GPU_FRACTION))
     try:
         share = float(text)
     except ValueError as error:

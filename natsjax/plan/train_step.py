@@ -26,7 +26,7 @@ from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
 from natsjax.data.corpus import CORPUS_FILE
 from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
-from natsjax.kv_fraction import live_share
+from natsjax.kv_fraction import live_fraction
 from natsjax.model import sharding
 from natsjax.plan import hlo, hlo_costs, topologies
 from natsjax.plan.hlo_costs import ProgramCosts
@@ -48,7 +48,7 @@ class Memory(NamedTuple):
 
     Attributes:
       parameters: float32, as they are stored.
-      optimizer: its state, and the step and the price controller.
+      optimizer: its state, and the step and the KV penalty controller.
       batch: what is read of the data.
       activations: what the forward pass leaves for the backward, of a microbatch; as traced, without padding.
       temporaries: the rest of what the compiler allocates: gradients, gathered weights, what a layer needs.
@@ -198,7 +198,7 @@ def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
       UserError: an unknown topology, or a config that cannot be divided along its mesh.
       CompilerCrashed: the compiler did.
     """
-    remedy = "another train.num_microbatches, model.remat or mesh may pass"
+    remedy = "another train.gradient_accumulation_steps, model.remat or mesh may pass"
     return apart(functools.partial(plan_step, config), name, num_slices, remedy)
 
 
@@ -312,7 +312,7 @@ def bytes_asked_for(refusal: str) -> float:
 def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
     """What the forward pass of a microbatch leaves for the backward, parameters apart, with shardings."""
     parameters = trainer.abstract_state().parameters
-    rows = trainer.config.train.batch_size // trainer.config.train.num_microbatches
+    rows = trainer.config.train.batch_size // trainer.config.train.gradient_accumulation_steps
     batch = {
         name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
         for name, x in trainer.abstract_batch().items()
@@ -342,7 +342,7 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
     model = config.model
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     full = per_token * config.data.context_length
-    return full, full * live_share(config)
+    return full, full * live_fraction(config)
 
 
 # --- time ---

@@ -11,5 +11,5 @@ from .interval import StreamingLLM as StreamingLLM
 from .nats import Nats as Nats
 from .nats import SampledNats as SampledNats
 from .observing import H2O as H2O
-from .observing import ObservingPolicy as ObservingPolicy
+from .observing import AttentionScorePolicy as AttentionScorePolicy
 from .observing import SnapKV as SnapKV

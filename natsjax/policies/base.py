@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from natsjax.config import Config
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.inputs import Inputs
 from pallas_kernels.nats_attention import NO_END
 
@@ -113,7 +113,7 @@ class Policy(Protocol):
 class StaticPolicy(Policy, Protocol):
     """A policy that can be a mask."""
 
-    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
+    def choice(self, inputs: Inputs, config: Config) -> RoleSampling:
         """How the model is to choose on this batch.
 
         Args:

@@ -1,4 +1,4 @@
-"""Which budgets to measure, and the setting of each policy that meets a budget: a dial by search, a window by counting.
+"""Which budgets to measure, and the setting of each policy that meets a budget: a role bias by search, a window by counting.
 
 A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
 layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is the
@@ -24,16 +24,18 @@ _NATS_FACTORS = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)  # of kv_budget
 _SPARE_FACTORS = (0.7, 0.9, 1.4, 0.5, 2.5, 0.4, 3.2)  # where the window, or 1, rules some of them out
 _DENSE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
-_MAX_DIAL = 32.0  # logits are of order 1 to 10: beyond it the dial alone decides
-_DIAL_STEP = 1e-3  # dials are multiples of it, so that a dial read from a table is the dial that was measured
+_MAX_ROLE_BIAS = 32.0  # logits are of order 1 to 10: beyond it the role bias alone decides
+_ROLE_BIAS_STEP = (
+    1e-3  # role biases are multiples of it, so that a role bias read from a table is the role bias that was measured
+)
 _CLOSE_ENOUGH = 0.01  # of the budget
 _MAX_EVALUATIONS = 20  # for one budget
 
 
-class DialMatch(NamedTuple):
-    """The dial closest to a budget, and the KV fraction that it gave."""
+class RoleBiasMatch(NamedTuple):
+    """The role bias closest to a budget, and the KV fraction that it gave."""
 
-    dial: float
+    role_bias: float
     kv_fraction: float
 
 
@@ -44,7 +46,7 @@ UNLIMITED: Layers = (None,)
 
 def layer_windows(model: ModelConfig) -> Layers:
     """The windows of the layers' own, by place in the pattern."""
-    return [model.sliding_window if kind == "sliding" else None for kind in model.pattern]
+    return [model.sliding_window if kind == "sliding" else None for kind in model.layer_types]
 
 
 def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
@@ -140,8 +142,8 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
     if config.model.has_roles:
         smallest = smallest_model_kv_fraction(config, pieces)
         why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
-        if len(config.model.pattern) > 1:
-            why = f"with model.attention = {config.model.attention!r}, {why.removeprefix('with ')}"
+        if len(config.model.layer_types) > 1:
+            why = f"with model.layer_types = {config.model.layer_pattern}, {why.removeprefix('with ')}"
         if asked:
             return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
         return nats_budgets(config.nats.kv_budget, smallest)
@@ -173,7 +175,7 @@ def window_for_budget(
     return int(np.argmin(np.abs(fractions - budget)))
 
 
-def share_for_budget(
+def fraction_for_budget(
     piece_lengths: np.ndarray,
     budget: float,
     window: int,
@@ -202,10 +204,10 @@ def share_for_budget(
     if not fractions[window] <= budget <= fractions[-1] or rest == 0:
         return None, window
     share = float((budget - fractions[window]) / rest)
-    return share if draws is None else _share_of_draws(piece_lengths, budget, window, layers, draws), window
+    return share if draws is None else _fraction_of_samples(piece_lengths, budget, window, layers, draws), window
 
 
-def _share_of_draws(lengths: np.ndarray, budget: float, window: int, layers: Layers, draws: np.ndarray) -> float:
+def _fraction_of_samples(lengths: np.ndarray, budget: float, window: int, layers: Layers, draws: np.ndarray) -> float:
     """The share that keeps the draws below it, as many as come closest to the budget."""
     lengths = np.asarray(lengths, np.int64)
     longest = draws.shape[1]
@@ -262,61 +264,61 @@ def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers
     return int(np.argmin(np.abs(fractions - budget))) if fractions[0] <= budget <= fractions[-1] else None
 
 
-def dial_for_budget(
+def role_bias_for_budget(
     kv_fraction_at: Callable[[float], float], budget: float, seen: dict[float, float] | None = None
-) -> DialMatch:
-    """The dial whose KV fraction is closest to a budget, among those that the search looks at.
+) -> RoleBiasMatch:
+    """The role bias whose KV fraction is closest to a budget, among those that the search looks at.
 
-    The fraction is a step function of the dial and need not rise with it, so nothing is assumed but that two dials
+    The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role biases
     whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
 
     Args:
-      kv_fraction_at: KV fraction under a dial.
+      kv_fraction_at: KV fraction under a role bias.
       budget: KV fraction.
-      seen: fractions by dial that are known already; what is found is added, so that the next budget costs less.
+      seen: fractions by role bias that are known already; what is found is added, so that the next budget costs less.
 
     Returns:
-      The best dial; whether its fraction is near enough is for the caller to say.
+      The best role bias; whether its fraction is near enough is for the caller to say.
     """
     seen = {} if seen is None else seen
 
-    def best() -> DialMatch:
-        # Of dials that are as close, the one that meddles least.
-        dial = min(seen, key=lambda dial: (abs(seen[dial] - budget), abs(dial)))
-        return DialMatch(dial, seen[dial])
+    def best() -> RoleBiasMatch:
+        # Of role biases that are as close, the one that meddles least.
+        role_bias = min(seen, key=lambda role_bias: (abs(seen[role_bias] - budget), abs(role_bias)))
+        return RoleBiasMatch(role_bias, seen[role_bias])
 
     for number in range(_MAX_EVALUATIONS):
         if seen and abs(best().kv_fraction - budget) <= _CLOSE_ENOUGH * budget:
             break
-        dial = _next_dial(seen, budget, halve=number % 2 == 1)
-        if dial is None:
+        role_bias = _next_role_bias(seen, budget, halve=number % 2 == 1)
+        if role_bias is None:
             break
-        seen[dial] = kv_fraction_at(dial)
+        seen[role_bias] = kv_fraction_at(role_bias)
     return best()
 
 
-def _next_dial(seen: dict[float, float], budget: float, *, halve: bool) -> float | None:
+def _next_role_bias(seen: dict[float, float], budget: float, *, halve: bool) -> float | None:
     """Where to look next; None when there is nothing left to look at."""
     if not seen:
         return 0.0
-    dials = sorted(seen)
-    around = [(a, b) for a, b in itertools.pairwise(dials) if (seen[a] - budget) * (seen[b] - budget) < 0]
+    role_biases = sorted(seen)
+    around = [(a, b) for a, b in itertools.pairwise(role_biases) if (seen[a] - budget) * (seen[b] - budget) < 0]
     if not around:
         return _next_outside(seen, budget)
-    around = [(a, b) for a, b in around if b - a > 1.5 * _DIAL_STEP]
+    around = [(a, b) for a, b in around if b - a > 1.5 * _ROLE_BIAS_STEP]
     if not around:
         return None  # a jump across the budget
     a, b = min(around, key=lambda pair: abs(seen[pair[0]] - seen[pair[1]]))
     share = 0.5
-    if not halve and min(seen[a], seen[b]) > 0:  # fractions are about exponential in the dial
+    if not halve and min(seen[a], seen[b]) > 0:  # fractions are about exponential in the role bias
         share = math.log(budget / seen[a]) / math.log(seen[b] / seen[a])
-    dial = round((a + share * (b - a)) / _DIAL_STEP) * _DIAL_STEP
-    return round(min(max(dial, a + _DIAL_STEP), b - _DIAL_STEP), 6)
+    role_bias = round((a + share * (b - a)) / _ROLE_BIAS_STEP) * _ROLE_BIAS_STEP
+    return round(min(max(role_bias, a + _ROLE_BIAS_STEP), b - _ROLE_BIAS_STEP), 6)
 
 
 def _next_outside(seen: dict[float, float], budget: float) -> float | None:
     """Farther out than anything seen: first where more (or less) KV is to be expected, then on the other side."""
-    upward = min(2 * max(seen), _MAX_DIAL) if max(seen) > 0 else 1.0
-    downward = max(2 * min(seen), -_MAX_DIAL) if min(seen) < 0 else -1.0
+    upward = min(2 * max(seen), _MAX_ROLE_BIAS) if max(seen) > 0 else 1.0
+    downward = max(2 * min(seen), -_MAX_ROLE_BIAS) if min(seen) < 0 else -1.0
     expected = (upward, downward) if budget > max(seen.values()) else (downward, upward)
-    return next((dial for dial in expected if dial not in seen), None)
+    return next((role_bias for role_bias in expected if role_bias not in seen), None)

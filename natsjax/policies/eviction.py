@@ -12,7 +12,7 @@ class SoonestEnd:
     """The key whose last reader comes first: SLIDING, LOCAL, GLOBAL; of those alike the oldest, the first one last."""
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See ``natsjax.decode.buffer.Eviction``."""
         is_first = key_position == 0
@@ -24,7 +24,7 @@ class Oldest:
     """The oldest key but the first of the sequence."""
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See ``natsjax.decode.buffer.Eviction``."""
         return jnp.where(key_position == 0, NO_END, key_position), key_end

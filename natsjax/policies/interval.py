@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from natsjax.config import Config
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.inputs import Inputs
 from natsjax.policies.base import check_count, check_seed, cut, policy, window_end
 from pallas_kernels.nats_attention import NO_END
@@ -32,14 +32,14 @@ class IntervalPolicy:
         """
         raise NotImplementedError
 
-    def choice(self, inputs: Inputs, config: Config) -> RoleChoice:
+    def choice(self, inputs: Inputs, config: Config) -> RoleSampling:
         """``key_end`` within the documents of the batch."""
         positions = inputs.positions
         end = self.key_end(positions, config.model.num_kv_heads)
         start = jnp.arange(positions.shape[-1], dtype=jnp.int32) - positions
         start = start[:, None, :]
         end = jnp.where(end >= NO_END - start, NO_END, end + start)
-        return RoleChoice(key_end=jnp.minimum(end, inputs.document_end[:, None, :]))
+        return RoleSampling(key_end=jnp.minimum(end, inputs.document_end[:, None, :]))
 
 
 @policy

@@ -12,7 +12,7 @@ from natsjax.policies.base import check_count, cut, policy
 from pallas_kernels.nats_attention import NO_END
 
 
-class ObservingPolicy:
+class AttentionScorePolicy:
     """Keeps ``num_keys`` keys of every head, chosen by the attention that they have received.
 
     A prompt is read whole, with full attention, before the first key goes, in whatever chunks it is read.
@@ -36,14 +36,14 @@ class ObservingPolicy:
         return NO_END
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See ``natsjax.decode.buffer.Eviction``."""
         raise NotImplementedError
 
 
 @policy
-class H2O(ObservingPolicy):
+class H2O(AttentionScorePolicy):
     """The newest keys, and of the others those that have received the most attention in all ("heavy hitters").
 
     After each token the key with the least goes, of those alike the oldest; what is kept goes on adding up.
@@ -75,15 +75,15 @@ class H2O(ObservingPolicy):
         return {"keys": self.num_keys, "recent": self.num_recent}
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """By attention received, then by age."""
-        assert mass is not None
-        return jnp.where(key_position >= at - cut(self.num_recent), jnp.inf, mass), key_position
+        assert attention_sum is not None
+        return jnp.where(key_position >= at - cut(self.num_recent), jnp.inf, attention_sum), key_position
 
 
 @policy
-class SnapKV(ObservingPolicy):
+class SnapKV(AttentionScorePolicy):
     """When the prompt has been read: its last keys, and those that its last queries look at, with their neighbours.
 
     The keys before the observation window are chosen by the attention that its queries paid to them, each by the most
@@ -121,15 +121,15 @@ class SnapKV(ObservingPolicy):
         return self.observation_window
 
     def order(
-        self, key_position: jax.Array, key_end: jax.Array, mass: jax.Array | None, at: jax.Array
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """By attention received by the key or a neighbour, then by age; neighbours are next to each other in age."""
-        assert mass is not None
+        assert attention_sum is not None
         is_chosen_from = (key_end > at) & (key_position < at - cut(self.observation_window))
         by_age = jnp.argsort(jnp.where(is_chosen_from, key_position, NO_END), axis=-1)
         # What is free or in the window is behind them then, and gives nothing.
-        candidates = jnp.take_along_axis(jnp.where(is_chosen_from, mass, -jnp.inf), by_age, axis=-1)
-        window, strides = (1,) * (mass.ndim - 1) + (self._POOL,), (1,) * mass.ndim
+        candidates = jnp.take_along_axis(jnp.where(is_chosen_from, attention_sum, -jnp.inf), by_age, axis=-1)
+        window, strides = (1,) * (attention_sum.ndim - 1) + (self._POOL,), (1,) * attention_sum.ndim
         pooled = jax.lax.reduce_window(candidates, -jnp.inf, jax.lax.max, window, strides, "SAME")
         pooled = jnp.take_along_axis(pooled, jnp.argsort(by_age, axis=-1), axis=-1)
         return jnp.where(is_chosen_from, pooled, jnp.inf), key_position

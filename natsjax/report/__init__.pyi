@@ -2,7 +2,7 @@ from .files import FILES as FILES
 from .files import rewrite as rewrite
 from .files import try_report as try_report
 from .files import write_report as write_report
-from .results import CONTRACT_FIELDS as CONTRACT_FIELDS
+from .results import BUDGET_CHECK_FIELDS as BUDGET_CHECK_FIELDS
 from .results import POSITION_FIELDS as POSITION_FIELDS
 from .results import ROW_FIELDS as ROW_FIELDS
 from .results import RUN_FIELDS as RUN_FIELDS

@@ -117,11 +117,11 @@ def _run_values(run: _Run) -> dict[str, Any]:
     results = run.results
     return {
         "name": run.name,
-        "layers": list(run.config.model.layer_kinds),
+        "layers": list(run.config.model.all_layer_types),
         "step": None if results is None else results.run["step"],
         "num_parameters": None if results is None else results.run["num_parameters"],
         "rows": [] if results is None else [_slim(row) for row in results.rows],
-        "contract": None if results is None else results.contract,
+        "budget_check": None if results is None else results.budget_check,
         "training": training.read_training(run.workdir),
     }
 

@@ -3,7 +3,7 @@
     python -m natsjax.report --workdir=DIR            writes DIR/report/ again
     python -m natsjax.report --workdir=A,B,C          compares runs, in ./report/
 
-``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, contracts, samples
+``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, budget checks, samples
 and runs are.
 """
 
@@ -28,7 +28,7 @@ def write_report(
     workdir: Workdir,
     *,
     rows: Sequence[results.Row],
-    contract: Mapping[str, Any] | None,
+    budget_check: Mapping[str, Any] | None,
     samples: Sequence[Mapping[str, Any]],
     run: Mapping[str, Any],
 ) -> list[Path]:
@@ -39,7 +39,7 @@ def write_report(
     Args:
       workdir: the files go into ``report/`` in it; its metrics are the training curves.
       rows: the measured settings, at least one (``ROW_FIELDS``).
-      contract: the budget contract (``CONTRACT_FIELDS``), or None for a run without roles.
+      budget check: the budget check (``BUDGET_CHECK_FIELDS``), or None for a run without roles.
       samples: held-out text for the role reader (``SAMPLE_FIELDS``).
       run: where the numbers come from (``RUN_FIELDS``).
 
@@ -50,7 +50,7 @@ def write_report(
       ValueError: a field is missing, there are no rows, or a sample's roles do not fit its tokens.
       UserError: a file cannot be written, or ``metrics.jsonl`` cannot be read.
     """
-    found = Results(list(rows), contract, list(samples), run)
+    found = Results(list(rows), budget_check, list(samples), run)
     found.check()
     kept = results.stored(found)
     files = kept | _drawn(found, workdir)

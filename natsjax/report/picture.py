@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from natsjax.report.results import Results, Row, is_dialled, percent, significant
+from natsjax.report.results import Results, Row, is_biased, percent, significant
 from natsjax.report.styles import LINE_STYLES, METHOD_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
-_MANY_RUNS = 4  # of more than these, intervals are drawn of the settings dialled to their budgets alone
+_MANY_RUNS = 4  # of more than these, intervals are drawn of the settings set to their budgets alone
 _LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
 
 
@@ -48,7 +48,7 @@ def pareto(results: Results) -> bytes:
     anchors = [row for row in rows if row["method"] == "full" and row["weights"] not in nats_weights]
     for row in anchors:
         axes.axhline(height(row, metric), color=METHOD_STYLES["full"].color, linewidth=0.8, alpha=0.6)
-    marks = [] if results.contract is None else _draw_contract(axes, rows, metric, results.contract)
+    marks = [] if results.budget_check is None else _draw_budget_check(axes, rows, metric, results.budget_check)
     for one in series:
         _draw_series(axes, one, metric)
     scale_axes(axes, rows, metric)
@@ -87,7 +87,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
                 axes.axhline(height(members[0], metric), color=color, linewidth=0.8, alpha=0.6)
             _draw_series(axes, _Series(members, color, style_of(method).marker, line), metric, intervals=not crowded)
         for row in rows:
-            if results.contract is not None and is_dialled(row, results.contract):
+            if results.budget_check is not None and is_biased(row, results.budget_check):
                 if crowded:
                     axes.vlines(row["kv_fraction"], *bounds(row, metric), color=color, linewidth=1.2, alpha=0.7)
                 ring = _draw_ring(axes, row, metric)
@@ -102,7 +102,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
 
 
 def front(results: Results) -> list[Row]:
-    """What of a run is compared with other runs: its dials, or every method of a run without roles."""
+    """What of a run is compared with other runs: its role biases, or every method of a run without roles."""
     return [row for row in results.rows if row["method"] == "nats"] or list(results.rows)
 
 
@@ -143,15 +143,15 @@ def _draw_series(axes: Axes, series: _Series, metric: str, *, intervals: bool = 
     axes.plot(x, heights, color=series.color, marker=series.marker, markersize=6.5, linestyle=series.line)
 
 
-def _draw_contract(axes: Axes, rows: Sequence[Row], metric: str, contract: Mapping[str, Any]) -> list[Artist]:
-    """Draws the budget, its tolerance and a ring around the dialled point; returns what the legend names."""
-    budget, tolerance = contract["kv_budget"], contract["tolerance"]
+def _draw_budget_check(axes: Axes, rows: Sequence[Row], metric: str, budget_check: Mapping[str, Any]) -> list[Artist]:
+    """Draws the budget, its tolerance and a ring around the biased point; returns what the legend names."""
+    budget, tolerance = budget_check["kv_budget"], budget_check["tolerance"]
     axes.axvspan(budget * (1 - tolerance), budget * (1 + tolerance), color="#000000", alpha=0.07, linewidth=0)
-    outcome = f"dialled to {percent(contract['dialled'])}: {'met' if contract['met'] else 'missed'}"
+    outcome = f"set to {percent(budget_check['biased'])}: {'met' if budget_check['met'] else 'missed'}"
     label = f"budget {percent(budget)} ± {significant(100 * tolerance, 2)} %, {outcome}"
     marks: list[Artist] = [axes.axvline(budget, color="#666666", linewidth=1, label=label)]
     for row in rows:
-        if is_dialled(row, contract):
+        if is_biased(row, budget_check):
             return [*marks, _draw_ring(axes, row, metric)]
     return marks
 
@@ -159,7 +159,7 @@ def _draw_contract(axes: Axes, rows: Sequence[Row], metric: str, contract: Mappi
 def _draw_ring(axes: Axes, row: Row, metric: str) -> Artist:
     x, y = row["kv_fraction"], height(row, metric)
     ring = axes.scatter(x, y, s=220, facecolors="none", edgecolors="#111111", linewidths=1.6, zorder=4)
-    ring.set_label("the setting dialled to the budget")
+    ring.set_label("the setting set to the budget")
     return ring
 
 

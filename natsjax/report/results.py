@@ -1,4 +1,4 @@
-"""What an evaluation stores: rows, contract, samples and the run, as plain dicts and lists, checked, written and read.
+"""What an evaluation stores: rows, budget check, samples and the run, as plain dicts and lists, checked, written and read.
 
 * A *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
   context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
@@ -6,10 +6,10 @@
   document, None where there is none (fewer documents than `MIN_DOCUMENTS`, or all alike); `weights` says which weights
   ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its document a prediction could look back
   at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None where nothing was predicted.
-* The *contract* (METHOD.md 4; `CONTRACT_FIELDS`) sets the sampled, the argmax and the dialled KV fraction
+* The *budget check* (METHOD.md 4; `BUDGET_CHECK_FIELDS`) sets the sampled, the argmax and the biased KV fraction
   against the budget. A run without roles has none.
-* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `dials` (each one of a
-  row), `roles` (`[dial][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING), `windows` (`[l]`,
+* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `role_biases` (each one of a
+  row), `roles` (`[role_bias][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING), `windows` (`[l]`,
   queries that read a SLIDING key) and `document_starts` (token indices).
 * The *run* says where the numbers come from (`RUN_FIELDS`); `layers` is the kind of each layer, `settings` the config.
 
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from natsjax.config import Config
 from natsjax.errors import UserError, first_line
 from natsjax.runtime.files import make_folder, try_files, unwritable, write_file
 
@@ -43,15 +44,15 @@ RUN_FIELDS = (
     "name", "workdir", "command", "config", "settings", "layers", "step", "num_parameters", "corpus", "context_length",
     "window", "show_accuracy", "evaluation", "versions", "device", "created",
 )
-CONTRACT_FIELDS = (
-    "kv_budget", "sampled", "argmax", "dialled", "dial", "tolerance", "met", "smallest_possible",
+BUDGET_CHECK_FIELDS = (
+    "kv_budget", "sampled", "argmax", "biased", "role_bias", "tolerance", "met", "smallest_possible",
 )
-SAMPLE_FIELDS = ("title", "tokens", "dials", "roles", "windows", "document_starts")
+SAMPLE_FIELDS = ("title", "tokens", "role_biases", "roles", "windows", "document_starts")
 # fmt: on
 
 ROWS_FILE = "results.jsonl"
 EVALUATION_FILE = "evaluation.json"
-_FORMAT = 1
+_FORMAT = 2
 
 MIN_DOCUMENTS = 10
 """Fewer give no interval: resampling them says too little of the documents that were not drawn (docs/evaluate.md)."""
@@ -65,22 +66,22 @@ class Results(NamedTuple):
 
     Attributes:
       rows: measured settings, at least one.
-      contract: None for a run without roles.
+      budget check: None for a run without roles.
       samples: empty for a run without roles.
       run: where the numbers come from.
     """
 
     rows: Sequence[Row]
-    contract: Mapping[str, Any] | None
+    budget_check: Mapping[str, Any] | None
     samples: Sequence[Mapping[str, Any]]
     run: Mapping[str, Any]
 
     @property
-    def dialled(self) -> Row | None:
-        """The row that was dialled to the budget."""
-        if self.contract is None:
+    def biased(self) -> Row | None:
+        """The row that was biased to the budget."""
+        if self.budget_check is None:
             return None
-        return next((row for row in self.rows if is_dialled(row, self.contract)), None)
+        return next((row for row in self.rows if is_biased(row, self.budget_check)), None)
 
     def check(self) -> None:
         """Looks for what the page could not draw.
@@ -91,8 +92,8 @@ class Results(NamedTuple):
         if not self.rows:
             raise ValueError("a report needs at least one row")
         parts: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [("run", self.run, RUN_FIELDS)]
-        if self.contract is not None:
-            parts.append(("contract", self.contract, CONTRACT_FIELDS))
+        if self.budget_check is not None:
+            parts.append(("budget_check", self.budget_check, BUDGET_CHECK_FIELDS))
         for index, row in enumerate(self.rows):
             parts.append((f"rows[{index}]", row, ROW_FIELDS))
             if row.get("by_position") is not None:
@@ -105,19 +106,25 @@ class Results(NamedTuple):
             _check_roles(f"samples[{index}]", sample)
 
 
-def is_dialled(row: Row, contract: Mapping[str, Any]) -> bool:
-    """Whether a row is the one that was dialled to the budget."""
-    dial = row["setting"].get("dial")
-    return row["method"] == "nats" and dial is not None and math.isclose(dial, contract["dial"], abs_tol=1e-9)
+def is_biased(row: Row, budget_check: Mapping[str, Any]) -> bool:
+    """Whether a row is the one that was biased to the budget."""
+    role_bias = row["setting"].get("role_bias")
+    return (
+        row["method"] == "nats"
+        and role_bias is not None
+        and math.isclose(role_bias, budget_check["role_bias"], abs_tol=1e-9)
+    )
 
 
 def _check_roles(name: str, sample: Mapping[str, Any]) -> None:
     length, layers = len(sample["tokens"]), len(sample["windows"])
-    heads = [roles for dial in sample["roles"] for layer in dial for roles in layer]
+    heads = [roles for role_bias in sample["roles"] for layer in role_bias for roles in layer]
     if not length or not heads or any(len(roles) != length or set(roles) - set("012") for roles in heads):
-        raise ValueError(f"{name} needs tokens, and {length} digits 0, 1 or 2 per dial, layer and head")
-    if len(sample["roles"]) != len(sample["dials"]) or any(len(dial) != layers for dial in sample["roles"]):
-        raise ValueError(f"{name} needs roles for {len(sample['dials'])} dials of {layers} layers")
+        raise ValueError(f"{name} needs tokens, and {length} digits 0, 1 or 2 per role bias, layer and head")
+    if len(sample["roles"]) != len(sample["role_biases"]) or any(
+        len(role_bias) != layers for role_bias in sample["roles"]
+    ):
+        raise ValueError(f"{name} needs roles for {len(sample['role_biases'])} role biases of {layers} layers")
 
 
 def stored(results: Results) -> dict[str, bytes]:
@@ -137,6 +144,8 @@ def read(directory: Path) -> Results:
     path = Path(directory) / EVALUATION_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] == 1:
+            values = _from_format_1(values)
         if values["format_version"] != _FORMAT:
             version = values["format_version"]
             raise UserError(f"{path} has format_version {version!r}, and this natsjax reads version {_FORMAT}.")
@@ -150,6 +159,25 @@ def read(directory: Path) -> Results:
             f"{path} cannot be read ({first_line(error)}); python -m natsjax.evaluate --workdir=… writes it again."
         ) from error
     return results
+
+
+def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What natsjax 0.1 stored, under the names of today."""
+    names = {"contract": "budget_check", "dialled": "biased", "dial": "role_bias", "dials": "role_biases"}
+
+    def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in fields.items()}
+
+    values = renamed(values)
+    check, run = values["budget_check"], values["run"]
+    return {
+        **values,
+        "format_version": 2,
+        "rows": [{**row, "setting": renamed(row["setting"])} for row in values["rows"]],
+        "budget_check": None if check is None else renamed(check),
+        "samples": [renamed(sample) for sample in values["samples"]],
+        "run": {**run, "settings": Config.from_stored(run["settings"]).to_dict()},
+    }
 
 
 def _with_numbers(row: Row) -> Row:

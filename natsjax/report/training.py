@@ -8,7 +8,7 @@ from natsjax.config import Config
 from natsjax.errors import UserError, first_line
 from natsjax.runs.workdir import Workdir, read_metrics
 
-CURVES = ("loss", "perplexity", "kv_fraction", "kv_price")
+CURVES = ("loss", "perplexity", "kv_fraction", "kv_penalty")
 """Metrics that are drawn against steps."""
 
 _MAX_POINTS = 400  # of a curve: more than a screen shows

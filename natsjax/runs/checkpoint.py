@@ -34,6 +34,7 @@ State = TypeVar("State")
 
 SUMS_FILE = "SHA256SUMS"
 _ITEM = "default"  # Orbax's name for what is saved; beside it lie files that nothing is read from
+_OLD_NAMES = {"log_kv_penalty": "log_price"}  # of arrays in the checkpoints of natsjax 0.1
 
 
 class Checkpoints:
@@ -41,7 +42,7 @@ class Checkpoints:
 
     Args:
       folder: made when something is saved.
-      keep_last: how many to keep; older ones are deleted after a newer one is complete.
+      max_to_keep: how many to keep; older ones are deleted after a newer one is complete.
       keep_every: those whose step is a multiple of it are never deleted; 0: none.
       read_only: never write or delete anything.
 
@@ -49,7 +50,7 @@ class Checkpoints:
       UserError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep_last: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, folder: pathlib.Path, *, max_to_keep: int = 1, keep_every: int = 0, read_only: bool = False):
         self.folder = folder
         self._read_only = read_only
         self._saving: int | None = None
@@ -59,7 +60,7 @@ class Checkpoints:
         # Of a killed process: the workdir is locked, so nobody is writing them.
         unfinished = [] if read_only else self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _kept(keep_last, keep_every),
+            preservation_policy=None if read_only else _kept(max_to_keep, keep_every),
             enable_async_checkpointing=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -211,12 +212,13 @@ class Checkpoints:
         return "" if missing is None else f"{folder / missing} has no checksum"
 
     def _read(self, step: int, abstract: Any) -> Any:
+        asked = _with_old_names(abstract)
         arguments = ocp.args.PyTreeRestore(
-            item=abstract,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            item=asked,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(asked),
             partial_restore=True,
         )
-        state = self._manager.restore(step, args=arguments)
+        state = _without_old_names(abstract, self._manager.restore(step, args=arguments))
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
             raise ValueError("it is not one of such a state")  # a partial restore passes over what is not there
         return state
@@ -254,6 +256,36 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError):
                 if not self._failed:
                     raise  # else a part of the save that failed, which had gone on
+
+
+def _is_renamed(node: Any) -> bool:
+    return any(name in _OLD_NAMES for name in getattr(node, "_fields", ()))
+
+
+def _with_old_names(state: Any) -> Any:
+    """A state that also asks for what its renamed arrays were called."""
+
+    def ask(node: Any) -> Any:
+        if not _is_renamed(node):
+            return node
+        fields = node._asdict()
+        return fields | {_OLD_NAMES[name]: fields[name] for name in fields if name in _OLD_NAMES}
+
+    return jax.tree.map(ask, state, is_leaf=_is_renamed)
+
+
+def _without_old_names(state: Any, found: Any) -> Any:
+    """What ``_with_old_names`` of a state found, in the form of the state."""
+
+    def take(node: Any, values: Any) -> Any:
+        if not _is_renamed(node):
+            return values
+        is_there = {name: not isinstance(value, jax.ShapeDtypeStruct) for name, value in values.items()}
+        return type(node)(
+            **{name: values[name if is_there[name] else _OLD_NAMES.get(name, name)] for name in node._fields}
+        )
+
+    return jax.tree.map(take, state, found, is_leaf=_is_renamed)
 
 
 def _why_unreadable(folder: pathlib.Path, error: Exception) -> str:

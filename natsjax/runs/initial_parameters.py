@@ -1,7 +1,7 @@
-"""Parameters that a new run starts from: those of another run or of an export (``train.initial_parameters``).
+"""Parameters that a new run starts from: those of another run or of an export (``train.init_from``).
 
-A NAtS run may so begin where a dense one ended: ``train.fresh_scorer`` says that the scorer, which a dense run lacks,
-is initialised as in any new run. Everything else must fit. The optimizer and the KV price start afresh, at step 0.
+A NAtS run may so begin where a dense one ended: ``train.reinit_scorer`` says that the scorer, which a dense run lacks,
+is initialised as in any new run. Everything else must fit. The optimizer and the KV penalty start afresh, at step 0.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _MAX_NAMED = 6  # parameters in a message
 
 
 class InitialParameters:
-    """What ``train.initial_parameters`` names, found to fit; nothing is read before ``put_into``.
+    """What ``train.init_from`` names, found to fit; nothing is read before ``put_into``.
 
     Args:
       config: of the new run.
@@ -36,9 +36,9 @@ class InitialParameters:
     """
 
     def __init__(self, config: Config, model: ModelStructure, vocabulary: Vocabulary):
-        self._field = f"train.initial_parameters = {config.train.initial_parameters}"
-        self._workdir = Workdir(config.train.initial_parameters)
-        self._fresh_scorer = config.train.fresh_scorer
+        self._field = f"train.init_from = {config.train.init_from}"
+        self._workdir = Workdir(config.train.init_from)
+        self._reinit_scorer = config.train.reinit_scorer
         try:
             if self._workdir.is_export:
                 self._workdir.read_export()  # whether this natsjax reads it, before its config is taken for one of ours
@@ -60,22 +60,22 @@ class InitialParameters:
         Raises:
           UserError: the checkpoint cannot be read.
         """
-        wanted = _without_scorer(parameters) if self._fresh_scorer else parameters
+        wanted = _without_scorer(parameters) if self._reinit_scorer else parameters
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         checkpoints = Checkpoints(self._workdir.checkpoints, read_only=True)
         try:
             read = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), "parameters": abstract})
         finally:
             checkpoints.close()
-        scorer = ", the scorer fresh" if self._fresh_scorer else ""
-        attention = self._config.model.attention
+        scorer = ", the scorer fresh" if self._reinit_scorer else ""
+        attention = self._config.model.layer_types
         distributed.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
         return _merged(parameters, read["parameters"])
 
     def _check_parameters(self, config: Config, model: ModelStructure, vocab_size: int) -> None:
         ours = _by_name(model.parameters)
         theirs = _by_name(model_structure(self._config, vocab_size).parameters)
-        if self._fresh_scorer:
+        if self._reinit_scorer:
             ours, theirs = ({name: x for name, x in side.items() if not _is_scorer(name)} for side in (ours, theirs))
         missing = [name for name in ours if name not in theirs]
         others = [f"{name} is there and not here" for name in theirs if name not in ours]
@@ -87,7 +87,7 @@ class InitialParameters:
         fields = _differing_fields(self._config, config)
         if missing and not others and all(map(_is_scorer, missing)):
             raise UserError(
-                f"{self._field} holds a dense model, which lacks {' and '.join(missing)}; train.fresh_scorer = True "
+                f"{self._field} holds a dense model, which lacks {' and '.join(missing)}; train.reinit_scorer = True "
                 "initialises them."
             )
         others += [f"{name} is here and not there" for name in missing]
@@ -97,7 +97,7 @@ class InitialParameters:
                 f"{self._field} does not fit this run ({', '.join(fields)}): {'; '.join(others[:_MAX_NAMED])}{more}."
             )
         # Of the same shapes, and perhaps what somebody wants; put_into says what attention it was.
-        silent = [field for field in fields if not field.startswith("model.attention")]
+        silent = [field for field in fields if not field.startswith("model.layer_types")]
         if silent:
             distributed.say(f"starting from a model with {', '.join(silent)}")
 

@@ -41,6 +41,7 @@ from natsjax.runtime import checksums
 from natsjax.runtime.files import advice, make_folder, reason, try_files, write_file
 
 EXPORT_FORMAT = 1
+_OLD_METRICS = {"kv_price": "kv_penalty"}  # of natsjax 0.1
 _TRIED = "tried"
 
 _locks: set[IO[str]] = set()  # files whose locks this process holds
@@ -281,7 +282,7 @@ class Workdir:
         if self.is_export:
             raise UserError(
                 f"--workdir={self.path} is an export, parameters that no training can go on from; name it as "
-                "train.initial_parameters, with a new --workdir."
+                "train.init_from, with a new --workdir."
             )
 
     def record(self, config: Config, fingerprint: str) -> None:
@@ -344,8 +345,9 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line that a killed process left unfinished is passed over."""
+    """The lines of ``metrics.jsonl``, under the names of today; a last line that a killed process left unfinished is passed over."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{_OLD_METRICS.get(name, name): value for name, value in line.items()} for line in found]

@@ -35,7 +35,7 @@ def compilation_cache(setting: str, folder_of_run: Path) -> Iterator[None]:
 
     Raises:
       UserError: the folder cannot be made or written. Process 0 alone looks, and alone raises it: the others compile
-        nothing before they wait for it (``distributed.wait_for_all``), which then ends them.
+        nothing before they wait for it (``distributed.barrier``), which then ends them.
     """
     folder = _folder(setting, folder_of_run)
     known: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]

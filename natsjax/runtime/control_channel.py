@@ -226,15 +226,15 @@ class Member:
                 self._line.send(stop=True)
             return self._stop_at is not None and self._calls >= self._stop_at
 
-    def wait_for_all(self, what: str) -> None:
-        """``processes.wait_for_all``."""
+    def barrier(self, what: str) -> None:
+        """``processes.barrier``."""
         self._met.clear()
         self._line.send(here=what)
         self._met.wait()
 
     def finish(self) -> None:
         """Waits until all processes have come so far; they may still fail while it waits."""
-        self.wait_for_all(_END)
+        self.barrier(_END)
         self._reader.join()
         self._line.close()
         if self._hub is not None:

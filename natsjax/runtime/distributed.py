@@ -1,7 +1,7 @@
 """Several processes that train as one: how they find each other, fail together and stop together.
 
     processes.initialize()              # joins the others where there are others, and does nothing where there are none
-    with processes.stop_together():     # whatever ends one process ends them all, with its message
+    with processes.fail_together():     # whatever ends one process ends them all, with its message
         ...
 
 The processes are JAX's own (``jax.distributed``), and so is everything that they compute and save together. What JAX
@@ -134,20 +134,20 @@ def any_process(flag: bool) -> bool:
     return flag if _member is None else _member.any_process(flag)
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits, however long, until all processes wait for the same thing, what one of them does alone, say.
 
-    Touches no device; a failure of any process ends the wait, and the process. Inside ``stop_together``.
+    Touches no device; a failure of any process ends the wait, and the process. Inside ``fail_together``.
 
     Args:
       what: what they wait for, as ``"the data"``; said when they wait for different things.
     """
     if _member is not None:
-        _member.wait_for_all(what)
+        _member.barrier(what)
 
 
 @contextlib.contextmanager
-def stop_together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Around all that the processes do: whatever ends one process before its time ends them all.
 
     The end waits until every process is there. An exception in one is told to the others, and each process ends at once

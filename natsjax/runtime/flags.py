@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from natsjax.config import Config
-from natsjax.config_fields import closest, did_you_mean, nearest, shown
+from natsjax.config import RENAMED_FIELDS, Config
+from natsjax.config_fields import check_not_renamed, closest, did_you_mean, nearest, shown
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals, standard_streams
 
@@ -257,6 +257,10 @@ def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
 
 def _explained(error: Exception) -> str:
     text = " ".join(str(error).replace("\\n", " ").split())
+    for name in re.findall(r'instead of "(\w+)"|Key "(\w+)" does not|^\'(\w+)\'$', text):
+        for old, new in RENAMED_FIELDS.items():
+            if old.rpartition(".")[2] in name:
+                return f"{old} was renamed to {new}"
     unknown = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if unknown:
         return f"unknown config field {unknown[2]}; did you mean {unknown[1]}"
@@ -288,6 +292,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
         for name in path.split("."):
             fields = typing.get_type_hints(group) if dataclasses.is_dataclass(group) else {}
             if name not in fields:
+                check_not_renamed(path, RENAMED_FIELDS)
                 hint = _nearest_field(path) or (nearest(name, fields, above) if fields else "")
                 raise UserError(f"unknown config field {path_shown}{hint}.")
             group = kind = fields[name]
@@ -340,7 +345,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command, whose result is the exit status; a ``UserError`` becomes one sentence and exit status 2.
 
     Its printing cannot fail (``standard_streams``); where standard output is incomplete for a reason such as a full
-    disk, the exit status is 1. What goes wrong inside ``processes.stop_together`` with others around is shown there,
+    disk, the exit status is 1. What goes wrong inside ``processes.fail_together`` with others around is shown there,
     once, and does not come here.
     """
     # Orbax reports every part of a save at INFO, without a cluster missing coordination at WARNING, and at ERROR, with

@@ -77,7 +77,7 @@ class StopRequests:
 
         Raises:
           Interrupted: a signal came; where there are several processes, ``KeyboardInterrupt`` with the signal's name,
-            which ``processes.stop_together`` tells the others.
+            which ``processes.fail_together`` tells the others.
         """
         before = self._at_once
         try:

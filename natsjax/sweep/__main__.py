@@ -22,18 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_string("workdir", None, "folder of the sweep; each run is a workdir in it", flag_values=values)
     flags.DEFINE_string("kv_budgets", None, "KV fractions to train to, as in 0.05,0.1,0.2", flag_values=values)
     flags.DEFINE_string(
-        "kv_prices",
+        "kv_penalties",
         None,
-        "fixed prices to train with instead, nats per token per unit of KV fraction, as in 0.01,0.1,1",
+        "fixed KV penalties to train with instead, nats per token per unit of KV fraction, as in 0.01,0.1,1",
         flag_values=values,
     )
     flags.DEFINE_string("seeds", "0", "train.seed of the runs of each setting, as in 0,1,2", flag_values=values)
-    flags.DEFINE_bool("dense", False, "also train the dense twin of each seed", flag_values=values)
+    flags.DEFINE_bool("dense", False, "also train the dense baseline of each seed", flag_values=values)
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
     join_processes(argv)  # a sweep refuses to be one of several; without joining them, each would take itself for alone
-    with distributed.stop_together():
+    with distributed.fail_together():
         config = parse_config_flags(argv, values, _USAGE)
         if not values["workdir"].value:
             raise UserError(f"--workdir is missing; {_USAGE}.")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config,
             values["workdir"].value,
             kv_budgets=_numbers("kv_budgets", values, float),
-            kv_prices=_numbers("kv_prices", values, float),
+            kv_penalties=_numbers("kv_penalties", values, float),
             seeds=_numbers("seeds", values, int) or (),
             dense=values["dense"].value,
         )

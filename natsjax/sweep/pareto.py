@@ -1,6 +1,6 @@
 """The front that a sweep found, as a table and as a picture: quality against KV, over the settings and their seeds.
 
-A point of the front is one setting (a budget, a price, or the dense twin) over its seeds. Means of perplexities are
+A point of the front is one setting (a budget, a KV penalty, or the dense baseline) over its seeds. Means of perplexities are
 geometric: means of the loss. What is drawn around a mean is the range of its seeds, from the smallest to the largest,
 and no confidence interval: few seeds do not give one.
 """
@@ -21,30 +21,30 @@ from natsjax.report.results import percent, significant, with_interval
 from natsjax.report.styles import METHOD_STYLES
 from natsjax.sweep.runs import SweepRun
 
-_FRONT = METHOD_STYLES["nats"]
+_PARETO = METHOD_STYLES["nats"]
 _DENSE = METHOD_STYLES["full"]
 
 
 @dataclasses.dataclass(frozen=True)
-class FrontPoint:
+class ParetoPoint:
     """A setting over its seeds.
 
     Attributes:
-      kv_budget: that its runs were trained to; None: they had a price, or are dense.
-      kv_price: that its runs were trained with; None: they had a budget, or are dense.
+      kv_budget: that its runs were trained to; None: they had a KV penalty, or are dense.
+      kv_penalty: that its runs were trained with; None: they had a budget, or are dense.
       seeds: of the runs that finished.
       kv_fraction: mean over the runs, in (0, 1].
       kv_range: the smallest and the largest of them.
       quality: mean perplexity (geometric), or mean accuracy where that is what counts.
       quality_range: the smallest and the largest of them.
-      over_dense: mean over the seeds that have a dense twin of what it costs: perplexity over the twin's, less 1
-        (geometric); or accuracy less the twin's. None where there is no pair.
+      over_dense: mean over the seeds that have a dense baseline of what it costs: perplexity over the dense baseline's, less 1
+        (geometric); or accuracy less the dense baseline's. None where there is no pair.
       over_dense_range: the smallest and the largest of them.
-      num_pairs: seeds that have a dense twin.
+      num_pairs: seeds that have a dense baseline.
     """
 
     kv_budget: float | None
-    kv_price: float | None
+    kv_penalty: float | None
     seeds: tuple[int, ...]
     kv_fraction: float
     kv_range: tuple[float, float]
@@ -56,17 +56,17 @@ class FrontPoint:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is the dense twin's."""
-        return self.kv_budget is None and self.kv_price is None
+        """Whether it is the dense baseline's."""
+        return self.kv_budget is None and self.kv_penalty is None
 
 
-def front_of(runs: Sequence[SweepRun]) -> list[FrontPoint]:
-    """The settings with a run that finished, budgets and prices as they were asked for, the dense twin last."""
+def pareto_of(runs: Sequence[SweepRun]) -> list[ParetoPoint]:
+    """The settings with a run that finished, budgets and KV penalties as they were asked for, the dense baseline last."""
     groups: dict[tuple[float | None, float | None], list[SweepRun]] = {}
     for run in drawable(runs):
-        groups.setdefault((run.kv_budget, run.kv_price), []).append(run)
-    twins = {run.seed: run for members in groups.values() for run in members if run.is_dense}
-    points = [_point(members, twins) for members in groups.values()]
+        groups.setdefault((run.kv_budget, run.kv_penalty), []).append(run)
+    baselines = {run.seed: run for members in groups.values() for run in members if run.is_dense}
+    points = [_point(members, baselines) for members in groups.values()]
     return sorted(points, key=lambda point: point.is_dense)
 
 
@@ -81,17 +81,17 @@ def quality(run: SweepRun) -> float:
     return math.nan if value is None else value
 
 
-def _point(runs: Sequence[SweepRun], twins: dict[int, SweepRun]) -> FrontPoint:
+def _point(runs: Sequence[SweepRun], baselines: dict[int, SweepRun]) -> ParetoPoint:
     fractions = [run.kv_fraction or math.nan for run in runs]
     values = [quality(run) for run in runs]
     is_accuracy = runs[0].show_accuracy
-    costs = [_cost(run, twins[run.seed]) for run in runs if run.seed in twins and not run.is_dense]
+    costs = [_cost(run, baselines[run.seed]) for run in runs if run.seed in baselines and not run.is_dense]
     over = None
     if costs:
         over = float(np.mean(costs) if is_accuracy else np.expm1(np.mean(np.log1p(costs))))
-    return FrontPoint(
+    return ParetoPoint(
         runs[0].kv_budget,
-        runs[0].kv_price,
+        runs[0].kv_penalty,
         tuple(run.seed for run in runs),
         float(np.mean(fractions)),
         (min(fractions), max(fractions)),
@@ -103,9 +103,9 @@ def _point(runs: Sequence[SweepRun], twins: dict[int, SweepRun]) -> FrontPoint:
     )
 
 
-def _cost(run: SweepRun, twin: SweepRun) -> float:
-    """Perplexity over the twin's, less 1; or accuracy less the twin's."""
-    return quality(run) - quality(twin) if run.show_accuracy else quality(run) / quality(twin) - 1
+def _cost(run: SweepRun, baseline: SweepRun) -> float:
+    """Perplexity over the dense baseline's, less 1; or accuracy less the dense baseline's."""
+    return quality(run) - quality(baseline) if run.show_accuracy else quality(run) / quality(baseline) - 1
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -138,31 +138,34 @@ def format_runs(runs: Sequence[SweepRun]) -> str:
     return _aligned(lines, text=(0, len(lines[0]) - 1))
 
 
-def format_front(points: Sequence[FrontPoint], is_accuracy: bool) -> str:
+def format_pareto(points: Sequence[ParetoPoint], is_accuracy: bool) -> str:
     """A table with a line a setting, mean over its seeds and their range; one seed has none."""
     shown = _shown(is_accuracy)
-    has_twin = any(point.over_dense is not None for point in points)
+    has_baseline = any(point.over_dense is not None for point in points)
     metric = "accuracy" if is_accuracy else "perplexity"
-    lines = [["setting", "seeds", "KV", f"mean {metric}", "smallest", "largest"] + ["to the twin [range]"] * has_twin]
+    lines = [
+        ["setting", "seeds", "KV", f"mean {metric}", "smallest", "largest"]
+        + ["to the dense baseline [range]"] * has_baseline
+    ]
     for point in points:
         cells = [_setting(point), str(len(point.seeds)), percent(point.kv_fraction)]
         ends = point.quality_range if len(point.seeds) > 1 else (None, None)
         cells += [shown(value) for value in (point.quality, *ends)]
-        lines.append(cells + [_difference(point, is_accuracy)] * has_twin)
+        lines.append(cells + [_difference(point, is_accuracy)] * has_baseline)
     return _aligned(lines, text=(0,))
 
 
-def _setting(run: SweepRun | FrontPoint) -> str:
+def _setting(run: SweepRun | ParetoPoint) -> str:
     if run.is_dense:
-        return "dense twin"
-    return f"KV budget {run.kv_budget:g}" if run.kv_budget is not None else f"KV price {run.kv_price:g}"
+        return "dense baseline"
+    return f"KV budget {run.kv_budget:g}" if run.kv_budget is not None else f"KV penalty {run.kv_penalty:g}"
 
 
 def _shown(is_accuracy: bool) -> Callable[[float | None], str]:
     return percent if is_accuracy else lambda value: significant(value, 4)
 
 
-def _difference(point: FrontPoint, is_accuracy: bool) -> str:
+def _difference(point: ParetoPoint, is_accuracy: bool) -> str:
     if point.over_dense is None or point.over_dense_range is None:
         return "-"
     low, high = (f"{100 * value:+.1f}" if point.num_pairs > 1 else None for value in point.over_dense_range)
@@ -182,11 +185,11 @@ def _aligned(lines: Sequence[Sequence[str]], text: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
-def draw_front(runs: Sequence[SweepRun], title: str) -> bytes:
+def draw_pareto(runs: Sequence[SweepRun], title: str) -> bytes:
     """The picture of the front, a PNG 1800 pixels wide.
 
     Each setting is a point at the means of its seeds, with their range; the runs are dots, hollow where the budget was
-    missed. Faint lines are what single runs keep under other dials. The line across is the dense twin, the band the
+    missed. Faint lines are what single runs keep under other role biases. The line across is the dense baseline, the band the
     range of its seeds.
 
     Args:
@@ -197,8 +200,8 @@ def draw_front(runs: Sequence[SweepRun], title: str) -> bytes:
     figure, axes = picture.new_figure(title)
     metric = "accuracy" if any(run.show_accuracy for run in known) else "perplexity"
     scale = 100 if metric == "accuracy" else 1
-    points = front_of(known)
-    handles = [*_draw_twin(axes, points, scale), *_draw_points(axes, points, scale)]
+    points = pareto_of(known)
+    handles = [*_draw_baseline(axes, points, scale), *_draw_points(axes, points, scale)]
     handles += _draw_runs(axes, [run for run in known if not run.is_dense], metric, scale)
     picture.scale_axes(axes, _extent(known, metric), metric)
     if not known:
@@ -207,20 +210,20 @@ def draw_front(runs: Sequence[SweepRun], title: str) -> bytes:
     return picture.as_png(figure)
 
 
-def _draw_twin(axes: Axes, points: Sequence[FrontPoint], scale: float) -> list[Artist]:
+def _draw_baseline(axes: Axes, points: Sequence[ParetoPoint], scale: float) -> list[Artist]:
     handles: list[Artist] = []
     for point in points:
         if point.is_dense:
             low, high = (scale * value for value in point.quality_range)
             axes.axhspan(low, high, color=_DENSE.color, alpha=0.1, linewidth=0)
-            label = f"dense twin, full attention: mean{_range_words([point])}"
+            label = f"dense baseline, full attention: mean{_range_words([point])}"
             handles.append(
                 axes.axhline(scale * point.quality, color=_DENSE.color, linewidth=1.2, linestyle="dashed", label=label)
             )
     return handles
 
 
-def _draw_points(axes: Axes, points: Sequence[FrontPoint], scale: float) -> list[Artist]:
+def _draw_points(axes: Axes, points: Sequence[ParetoPoint], scale: float) -> list[Artist]:
     """The means, joined in the order of their KV."""
     ours = sorted((point for point in points if not point.is_dense), key=lambda point: point.kv_fraction)
     if not ours:
@@ -228,22 +231,22 @@ def _draw_points(axes: Axes, points: Sequence[FrontPoint], scale: float) -> list
     x, y = [point.kv_fraction for point in ours], [scale * point.quality for point in ours]
     y_low, y_high = (list(ends) for ends in zip(*(point.quality_range for point in ours), strict=True))
     x_low, x_high = (list(ends) for ends in zip(*(point.kv_range for point in ours), strict=True))
-    axes.vlines(x, np.multiply(scale, y_low), np.multiply(scale, y_high), color=_FRONT.color, linewidth=1.6, zorder=3)
-    axes.hlines(y, x_low, x_high, color=_FRONT.color, linewidth=1.6, zorder=3)
+    axes.vlines(x, np.multiply(scale, y_low), np.multiply(scale, y_high), color=_PARETO.color, linewidth=1.6, zorder=3)
+    axes.hlines(y, x_low, x_high, color=_PARETO.color, linewidth=1.6, zorder=3)
     what = "budget" if ours[0].kv_budget is not None else "price"
-    label = "trained to each budget" if what == "budget" else "trained with the price beside it"
-    style = {"color": _FRONT.color, "marker": _FRONT.marker, "markersize": 8, "linewidth": 2}
+    label = "trained to each budget" if what == "budget" else "trained with the KV penalty beside it"
+    style = {"color": _PARETO.color, "marker": _PARETO.marker, "markersize": 8, "linewidth": 2}
     axes.plot(x, y, **style, zorder=4)  # type: ignore[arg-type]
     if what == "price":  # a budget is read from the axis
         for point, height in zip(ours, y, strict=True):
             at, beside = (point.kv_fraction, height), (11, -18)
-            text = axes.annotate(f"{point.kv_price:g}", at, beside, textcoords="offset points", zorder=4.5)
-            text.set(fontsize=11, color=_FRONT.color)
+            text = axes.annotate(f"{point.kv_penalty:g}", at, beside, textcoords="offset points", zorder=4.5)
+            text.set(fontsize=11, color=_PARETO.color)
             text.set_path_effects([withStroke(linewidth=3, foreground="#ffffff")])
     return [Line2D([], [], **style, label=f"{label}: mean{_range_words(ours)}")]  # type: ignore[arg-type]
 
 
-def _range_words(points: Sequence[FrontPoint]) -> str:
+def _range_words(points: Sequence[ParetoPoint]) -> str:
     counts = [len(point.seeds) for point in points]
     if max(counts) == 1:
         return " (one seed)"
@@ -251,19 +254,21 @@ def _range_words(points: Sequence[FrontPoint]) -> str:
 
 
 def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) -> list[Artist]:
-    """Single runs, and what their dials give."""
+    """Single runs, and what their role biases give."""
     handles: list[Artist] = []
     for run in runs:
         kept = [point for point in run.front if math.isfinite(point[metric])]
         x, y = [point["kv_fraction"] for point in kept], [scale * point[metric] for point in kept]
-        axes.plot(x, y, color=_FRONT.color, linewidth=0.8, alpha=0.3, zorder=1)
+        axes.plot(x, y, color=_PARETO.color, linewidth=0.8, alpha=0.3, zorder=1)
     if runs:
-        handles.append(Line2D([], [], color=_FRONT.color, linewidth=0.8, alpha=0.5, label="one run under other dials"))
+        handles.append(
+            Line2D([], [], color=_PARETO.color, linewidth=0.8, alpha=0.5, label="one run under other role biases")
+        )
     for met, label in ((True, "single runs"), (False, "single runs that missed their budget")):
         members = [run for run in runs if (run.met is not False) == met]
         if not members:
             continue
-        style: dict[str, Any] = {"facecolors": "#ffffff", "edgecolors": _FRONT.color, "linewidths": 1.0, "s": 22}
+        style: dict[str, Any] = {"facecolors": "#ffffff", "edgecolors": _PARETO.color, "linewidths": 1.0, "s": 22}
         if not met:
             style |= {"edgecolors": "#000000", "marker": "X", "s": 40}
         x, y = [run.kv_fraction for run in members], [scale * quality(run) for run in members]
@@ -272,7 +277,7 @@ def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) 
 
 
 def _extent(runs: Sequence[SweepRun], metric: str) -> list[dict[str, Any]]:
-    """What must be seen, as rows for ``scale_axes``: runs and their dials; of a dense twin, its height alone."""
+    """What must be seen, as rows for ``scale_axes``: runs and their role biases; of a dense baseline, its height alone."""
     rows = [{"kv_fraction": run.kv_fraction, metric: getattr(run, metric)} for run in runs if not run.is_dense]
     rows += [{"kv_fraction": point["kv_fraction"], metric: point[metric]} for run in runs for point in run.front]
     anywhere = rows[0]["kv_fraction"] if rows else 1.0

@@ -33,8 +33,15 @@ _LARGEST_SEED = 2**31 - 1
 _FREE_FIELDS = (
     # Of these paths, what was moved: with other contents the sweep is refused.
     *("data.prepared_dir", "data.mixture", "data.input", "data.validation_input", "data.tokenizer"),
-    *("train.initial_parameters", "mesh.", "checkpoint.", "model.remat", "eval.batch_size"),
-    *("train.log_every", "train.progress", "train.watchdog", "train.profile", "train.wandb", "train.compilation_cache"),
+    *("train.init_from", "mesh.", "checkpoint.", "model.remat", "eval.batch_size"),
+    *(
+        "train.log_every",
+        "train.progress",
+        "train.hang_timeout_seconds",
+        "train.profile",
+        "train.wandb",
+        "train.compilation_cache",
+    ),
 )
 
 
@@ -46,8 +53,8 @@ class PlannedRun:
       name: of its folder.
       workdir: where it lies.
       config: as it is trained.
-      kv_budget: KV fraction that the price is steered to; None: the price is fixed, or the run is dense.
-      kv_price: fixed price, nats per token per unit of KV fraction; None: it is steered, or the run is dense.
+      kv_budget: KV fraction that the KV penalty is controlled to; None: the KV penalty is fixed, or the run is dense.
+      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it is controlled, or the run is dense.
       seed: ``train.seed``.
     """
 
@@ -55,13 +62,13 @@ class PlannedRun:
     workdir: Path
     config: Config
     kv_budget: float | None
-    kv_price: float | None
+    kv_penalty: float | None
     seed: int
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a dense twin."""
-        return self.kv_budget is None and self.kv_price is None
+        """Whether it is a dense baseline."""
+        return self.kv_budget is None and self.kv_penalty is None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,15 +76,15 @@ class SweepRun:
     """A run that has ended; a line of ``sweep.jsonl``.
 
     The numbers ``kv_fraction`` to ``accuracy_high`` are one row of the run's own evaluation on held-out text: with a
-    budget, that of the dial which meets the budget on training text; with a fixed price, that of dial 0; of a dense
-    twin, full attention. They are None where the run failed.
+    budget, that of the role bias which meets the budget on training text; with a fixed KV penalty, that of role bias 0; of a dense
+    dense baseline, full attention. They are None where the run failed.
 
     Attributes:
       name: of its folder.
       workdir: where it lies.
-      attention: ``model.attention``.
-      kv_budget: KV fraction that the price was steered to; None: the price was fixed, or the run is dense.
-      kv_price: fixed price, nats per token per unit of KV fraction; None: it was steered, or the run is dense.
+      attention: ``model.layer_pattern``.
+      kv_budget: KV fraction that the KV penalty was controlled to; None: the KV penalty was fixed, or the run is dense.
+      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it was controlled, or the run is dense.
       seed: ``train.seed``.
       status: "finished", or "failed", which running the sweep again tries again.
       error: the sentence that it failed with.
@@ -88,20 +95,20 @@ class SweepRun:
       perplexity: of the row; ``perplexity_low`` and ``perplexity_high`` bound the 95 % interval by document.
       bits_per_byte: of the row; None without text.
       accuracy: of the row, in [0, 1]; ``accuracy_low`` and ``accuracy_high`` bound the 95 % interval by document.
-      dial: of the row; None for a dense twin.
-      sampled: KV fraction with roles sampled as in training; None for a dense twin, as are the next two.
-      argmax: KV fraction undialled.
-      met: whether the dial met the budget; None without a budget.
-      best: the entry of ``front`` with the lowest perplexity, or the highest accuracy; None for a dense twin.
-      front: what the run's dials measured, ascending: ``dial``, ``budget``, ``kv_fraction``, ``perplexity``,
-        ``accuracy`` of each; empty for a dense twin.
+      role bias: of the row; None for a dense baseline.
+      sampled: KV fraction with roles sampled as in training; None for a dense baseline, as are the next two.
+      argmax: KV fraction without role bias.
+      met: whether the role bias met the budget; None without a budget.
+      best: the entry of ``front`` with the lowest perplexity, or the highest accuracy; None for a dense baseline.
+      front: what the run's role biases measured, ascending: ``role_bias``, ``budget``, ``kv_fraction``, ``perplexity``,
+        ``accuracy`` of each; empty for a dense baseline.
     """
 
     name: str
     workdir: Path
     attention: str
     kv_budget: float | None
-    kv_price: float | None
+    kv_penalty: float | None
     seed: int
     status: Literal["finished", "failed"]
     error: str | None = None
@@ -116,7 +123,7 @@ class SweepRun:
     accuracy: float | None = None
     accuracy_low: float | None = None
     accuracy_high: float | None = None
-    dial: float | None = None
+    role_bias: float | None = None
     sampled: float | None = None
     argmax: float | None = None
     met: bool | None = None
@@ -125,8 +132,8 @@ class SweepRun:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a dense twin."""
-        return self.kv_budget is None and self.kv_price is None
+        """Whether it is a dense baseline."""
+        return self.kv_budget is None and self.kv_penalty is None
 
     def to_json(self) -> str:
         """One line of strict JSON; numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity"."""
@@ -137,7 +144,7 @@ def plan_runs(
     config: Config,
     directory: Path,
     kv_budgets: Sequence[float] | None,
-    kv_prices: Sequence[float] | None,
+    kv_penalties: Sequence[float] | None,
     seeds: Sequence[int],
     dense: bool,
 ) -> list[PlannedRun]:
@@ -147,38 +154,40 @@ def plan_runs(
       config: what the runs have in common.
       directory: of the sweep.
       kv_budgets: KV fractions.
-      kv_prices: fixed prices, nats per token per unit of KV fraction.
+      kv_penalties: fixed KV penalties, nats per token per unit of KV fraction.
       seeds: of each setting.
-      dense: add a dense twin a seed.
+      dense: add a dense baseline a seed.
 
     Raises:
       UserError: the lists or the config do not make a sweep.
     """
     if not config.model.has_roles:
         raise UserError(
-            f'model.attention = "{config.model.attention}" has no KV to price; a sweep wants a config with "nats" '
-            "layers (--dense adds the dense twins)."
+            f'model.layer_types = {config.model.layer_pattern} has no roles to control; a sweep wants a config with "nats" '
+            "layers (--dense adds the dense baselines)."
         )
-    if (kv_budgets is None) == (kv_prices is None):
-        raise UserError("a sweep goes over --kv_budgets=0.05,0.1,… or over --kv_prices=0.1,1,…; give one of the two.")
+    if (kv_budgets is None) == (kv_penalties is None):
+        raise UserError(
+            "a sweep goes over --kv_budgets=0.05,0.1,… or over --kv_penalties=0.1,1,…; give one of the two."
+        )
     budgets = [] if kv_budgets is None else _checked("--kv_budgets", kv_budgets)
-    prices = [] if kv_prices is None else _checked("--kv_prices", kv_prices)
+    prices = [] if kv_penalties is None else _checked("--kv_penalties", kv_penalties)
     for budget in budgets:
         if not 0 < budget <= 1:  # also when it is nan
             raise UserError(f"--kv_budgets: {budget:g} is not a fraction of the KV; it must lie above 0 and up to 1.")
     for price in prices:
         if not 0 <= price < math.inf:
-            raise UserError(f"--kv_prices: {price:g} is no price; it must be 0 or more, in nats per token.")
+            raise UserError(f"--kv_penalties: {price:g} is no KV penalty; it must be 0 or more, in nats per token.")
     for seed in _checked("--seeds", seeds):
         if not 0 <= seed <= _LARGEST_SEED or seed != int(seed):
             raise UserError(f"--seeds: {seed} is no seed; an integer from 0 to {_LARGEST_SEED} was expected.")
-    settings = [("steered", budget) for budget in budgets] + [("fixed", price) for price in prices]
+    settings = [("controlled", budget) for budget in budgets] + [("fixed", price) for price in prices]
     runs = []
     for seed in map(int, seeds):
         for kind, value in settings:
             runs.append(_planned(config, directory, kind, value, seed))
         if dense:
-            runs.append(_planned_twin(config, directory, seed))
+            runs.append(_planned_baseline(config, directory, seed))
     return runs
 
 
@@ -194,23 +203,23 @@ def _checked(flag: str, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _planned(config: Config, directory: Path, kind: str, value: float, seed: int) -> PlannedRun:
-    """A run with a budget ("steered") or a price ("fixed")."""
-    is_budget = kind == "steered"
-    field = "kv_budget" if is_budget else "kv_price"
+    """A run with a budget ("controlled") or a KV penalty ("fixed")."""
+    is_budget = kind == "controlled"
+    field = "kv_budget" if is_budget else "kv_penalty"
     value = float(value)
     name = f"{field}={repr(value).removesuffix('.0')}_seed={seed}"  # no comma: lists of workdirs are divided by them
-    changed = _changed(config, seed, nats={"price": kind, field: value})
+    changed = _changed(config, seed, nats={"kv_penalty_mode": kind, field: value})
     return PlannedRun(name, directory / name, changed, value if is_budget else None, None if is_budget else value, seed)
 
 
-def _planned_twin(config: Config, directory: Path, seed: int) -> PlannedRun:
+def _planned_baseline(config: Config, directory: Path, seed: int) -> PlannedRun:
     name = f"dense_seed={seed}"
-    # A budget or a price plays no part in it, and must not make another run of it.
+    # A budget or a KV penalty plays no part in it, and must not make another run of it.
     plain = NatsConfig()
-    names = ("price", "kv_budget", "kv_price", "min_kv_price", "max_kv_price")
+    names = ("price", "kv_budget", "kv_penalty", "min_kv_penalty", "max_kv_penalty")
     nats = {name: getattr(plain, name) for name in names}
-    twin = _changed(config, seed, nats=nats, model={"attention": "dense"}, train={"fresh_scorer": False})
-    return PlannedRun(name, directory / name, twin, None, None, seed)
+    baseline = _changed(config, seed, nats=nats, model={"attention": "dense"}, train={"reinit_scorer": False})
+    return PlannedRun(name, directory / name, baseline, None, None, seed)
 
 
 def _changed(config: Config, seed: int, **groups: dict[str, Any]) -> Config:
@@ -266,7 +275,7 @@ def check_data(runs: Sequence[PlannedRun], progress: bool) -> None:
       UserError: the first thing that does not fit.
     """
     opened: dict[int, RunData] = {}
-    checked: set[str] = set()
+    checked: set[tuple[str, ...]] = set()
     for run in runs:
         config, workdir = run.config, Workdir(run.workdir)
         if run.seed not in opened:
@@ -276,11 +285,11 @@ def check_data(runs: Sequence[PlannedRun], progress: bool) -> None:
         evaluate.check(config, data)
         if run.kv_budget is not None:
             wanted_budgets(config, [run.kv_budget], data.piece_lengths)
-        if config.model.attention not in checked:  # what follows is the same for all budgets and seeds
-            checked.add(config.model.attention)
+        if config.model.layer_types not in checked:  # what follows is the same for all budgets and seeds
+            checked.add(config.model.layer_types)
             vocab_size = data.vocabulary.vocab_size
             sharding.check(config, vocab_size, sharding.make_mesh(config.mesh))
-            if config.train.initial_parameters and not workdir.has_checkpoint():
+            if config.train.init_from and not workdir.has_checkpoint():
                 InitialParameters(config, model_structure(config, vocab_size), data.vocabulary)
 
 
@@ -345,9 +354,9 @@ def measured(run: PlannedRun, evaluation: Evaluation, seconds: float | None) -> 
       seconds: that it took; None where there was more than one start.
     """
     show_accuracy = bool(evaluation.run_info["show_accuracy"])
-    front = tuple(_front(evaluation.rows))
-    contract = evaluation.contract or {}
-    row = next(row for row in evaluation.rows if _is_chosen(run, row, contract))
+    front = tuple(_pareto(evaluation.rows))
+    budget_check = evaluation.budget_check or {}
+    row = next(row for row in evaluation.rows if _is_chosen(run, row, budget_check))
     numbers = ("kv_fraction", "bits_per_byte", "perplexity", "perplexity_low", "perplexity_high")
     accuracies = ("accuracy", "accuracy_low", "accuracy_high")
     chosen: dict[str, Any] = {name: row.get(name) for name in numbers + accuracies}
@@ -360,32 +369,32 @@ def measured(run: PlannedRun, evaluation: Evaluation, seconds: float | None) -> 
         step=int(evaluation.run_info["step"]),
         seconds=seconds,
         show_accuracy=show_accuracy,
-        dial=None if run.is_dense else row["setting"]["dial"],
-        sampled=contract.get("sampled"),
-        argmax=contract.get("argmax"),
-        met=contract["met"] if run.kv_budget is not None else None,
+        role_bias=None if run.is_dense else row["setting"]["role_bias"],
+        sampled=budget_check.get("sampled"),
+        argmax=budget_check.get("argmax"),
+        met=budget_check["met"] if run.kv_budget is not None else None,
         best=best,
         front=front,
     )
 
 
 def _identity(run: PlannedRun) -> dict[str, Any]:
-    same = {name: getattr(run, name) for name in ("name", "workdir", "kv_budget", "kv_price", "seed")}
-    return same | {"attention": run.config.model.attention}
+    same = {name: getattr(run, name) for name in ("name", "workdir", "kv_budget", "kv_penalty", "seed")}
+    return same | {"attention": run.config.model.layer_pattern}
 
 
-def _is_chosen(run: PlannedRun, row: dict[str, Any], contract: dict[str, Any]) -> bool:
+def _is_chosen(run: PlannedRun, row: dict[str, Any], budget_check: dict[str, Any]) -> bool:
     """Whether a row is what stands for the run."""
     if run.is_dense:
         return row["method"] == "full"
-    dial = contract["dial"] if run.kv_budget is not None else 0.0
-    return row["method"] == "nats" and row["setting"]["dial"] == dial
+    role_bias = budget_check["role_bias"] if run.kv_budget is not None else 0.0
+    return row["method"] == "nats" and row["setting"]["role_bias"] == role_bias
 
 
-def _front(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["dial"]):
+def _pareto(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["role_bias"]):
         same = {name: row[name] for name in ("budget", "kv_fraction", "perplexity", "accuracy")}
-        yield {"dial": row["setting"]["dial"]} | same
+        yield {"role_bias": row["setting"]["role_bias"]} | same
 
 
 def _restored(value: Any) -> Any:

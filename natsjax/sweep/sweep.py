@@ -1,10 +1,10 @@
-"""A front: trains a run for every KV budget (or price) and seed, one after another, and draws quality against KV.
+"""A front: trains a run for every KV budget (or KV penalty) and seed, one after another, and draws quality against KV.
 
     python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/recall --kv_budgets=0.05,0.1,0.2 --seeds=0,1,2
-    python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/prices --kv_prices=0.01,0.1,1 --dense
+    python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/KV penalties --kv_penalties=0.01,0.1,1 --dense
 
 Run the same command again after an interruption: what is finished stays, and the run that was stopped goes on where it
-was. More budgets, prices or seeds only add runs. docs/sweep.md says what comes out and how to read it.
+was. More budgets, KV penalties or seeds only add runs. docs/sweep.md says what comes out and how to read it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from natsjax.report import compare
 from natsjax.report.results import try_reports, write_files
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed
-from natsjax.sweep.pareto import draw_front, format_front, format_runs, front_of
+from natsjax.sweep.pareto import draw_pareto, format_pareto, format_runs, pareto_of
 from natsjax.sweep.runs import (
     PlannedRun,
     SweepRun,
@@ -69,8 +69,8 @@ class Sweep:
     def summary(self) -> str:
         """The tables of runs and of settings, what failed and the files, as plain text for the terminal."""
         parts = [format_runs(self.runs)]
-        if points := front_of(self.runs):
-            parts.append(format_front(points, any(run.show_accuracy for run in self.runs)))
+        if points := pareto_of(self.runs):
+            parts.append(format_pareto(points, any(run.show_accuracy for run in self.runs)))
         if self.failures:
             parts.append("\n".join(f"failed: {run.name}: {run.error}" for run in self.failures))
         parts.append("\n".join(f"wrote {path}" for path in self.paths))
@@ -82,7 +82,7 @@ def run(
     workdir: str | os.PathLike[str],
     *,
     kv_budgets: Sequence[float] | None = None,
-    kv_prices: Sequence[float] | None = None,
+    kv_penalties: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,),
     dense: bool = False,
     progress: bool = True,
@@ -96,13 +96,13 @@ def run(
     its sentence, the others go on, and the next call tries it again.
 
     Args:
-      config: what the runs have in common; ``train.seed`` and, by what is swept, ``nats.price``, ``nats.kv_budget`` or
-        ``nats.kv_price`` are set for each.
+      config: what the runs have in common; ``train.seed`` and, by what is swept, ``nats.kv_penalty_mode``, ``nats.kv_budget`` or
+        ``nats.kv_penalty`` are set for each.
       workdir: folder of the sweep; made when it is not there.
-      kv_budgets: KV fractions that a steered price aims at, in (0, 1]; these or prices.
-      kv_prices: fixed prices, nats per token per unit of KV fraction.
+      kv_budgets: KV fractions that a controlled KV penalty aims at, in (0, 1]; these or KV penalties.
+      kv_penalties: fixed KV penalties, nats per token per unit of KV fraction.
       seeds: ``train.seed`` of each setting.
-      dense: also train the dense twin of each seed.
+      dense: also train the dense baseline of each seed.
       progress: show progress bars.
 
     Returns:
@@ -125,7 +125,7 @@ def run(
     directory = Workdir(workdir).path
     train_config = dataclasses.replace(config.train, progress=progress and config.train.progress)
     config = resolve_paths(dataclasses.replace(config, train=train_config))
-    runs = plan_runs(config, directory, kv_budgets, kv_prices, seeds, dense)
+    runs = plan_runs(config, directory, kv_budgets, kv_penalties, seeds, dense)
     if Workdir(directory).config_file.exists():
         raise UserError(f"--workdir={directory} holds a run; a sweep wants a folder of its own.")
     ended: dict[str, SweepRun] = {}
@@ -197,7 +197,7 @@ def _train_one(planned: PlannedRun) -> SweepRun:
         evaluation = train.run(planned.config, planned.workdir)
     except UserError as error:
         found = failed(planned, str(error))
-    except jax.errors.JaxRuntimeError as error:  # too little memory, say; a dense twin needs more than the rest
+    except jax.errors.JaxRuntimeError as error:  # too little memory, say; a dense baseline needs more than the rest
         found = failed(planned, f"the program failed on the device: {first_line(error)}.")
     else:
         found = measured(planned, evaluation, time.monotonic() - began if whole else None)
@@ -224,7 +224,7 @@ def _time_left(seconds: Sequence[float | None], count: int) -> str:
 def _write(runs: Sequence[SweepRun], directory: pathlib.Path) -> list[pathlib.Path]:
     """The lines and the picture of the runs that have ended."""
     lines = "".join(f"{run.to_json()}\n" for run in runs)
-    picture = draw_front(runs, directory.resolve().name)
+    picture = draw_pareto(runs, directory.resolve().name)
     return write_files({directory / LINES_FILE: lines.encode(), directory / PICTURE_FILE: picture})
 
 

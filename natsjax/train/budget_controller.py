@@ -1,4 +1,4 @@
-"""The controller that steers the KV penalty to a budget, and the schedules of budget and temperature."""
+"""The controller that controls the KV penalty to a budget, and the schedules of budget and temperature."""
 
 from typing import NamedTuple
 
@@ -10,37 +10,37 @@ from natsjax.config import NatsConfig
 
 def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
     """Of the straight-through softmax, float32 scalar: on a geometric path from the first step to the last."""
-    if config.end_temperature == 0:
+    if config.final_temperature == 0:
         return jnp.float32(config.temperature)
     progress = jnp.minimum(step / max(1, num_steps - 1), 1.0)
-    return jnp.float32(config.temperature) * (config.end_temperature / config.temperature) ** progress
+    return jnp.float32(config.temperature) * (config.final_temperature / config.temperature) ** progress
 
 
 class Controller(NamedTuple):
-    """State of the price, float32 scalars: checkpointed with the run.
+    """State of the KV penalty, float32 scalars: checkpointed with the run.
 
     Attributes:
-      log_price: natural logarithm of ``kv_price``.
+      log_kv_penalty: natural logarithm of ``kv_penalty``.
       average: running average of the KV fraction.
     """
 
-    log_price: jax.Array
+    log_kv_penalty: jax.Array
     average: jax.Array
 
 
 def start_controller(config: NatsConfig) -> Controller:
     """The controller before the first step."""
-    # A fixed price may be 0, whose logarithm only says "nothing".
-    return Controller(jnp.log(jnp.float32(config.kv_price)), jnp.float32(1.0))
+    # A fixed KV penalty may be 0, whose logarithm only says "nothing".
+    return Controller(jnp.log(jnp.float32(config.kv_penalty)), jnp.float32(1.0))
 
 
-def kv_price(controller: Controller) -> jax.Array:
+def kv_penalty(controller: Controller) -> jax.Array:
     """Nats per token per unit of KV fraction, float32 scalar."""
-    return jnp.exp(controller.log_price)
+    return jnp.exp(controller.log_kv_penalty)
 
 
 def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
-    """The budget that a steered price aims at: 1 up to ``budget_ramp_start``, then down to ``kv_budget``."""
+    """The budget that a controlled KV penalty aims at: 1 up to ``budget_ramp_start``, then down to ``kv_budget``."""
     progress = jnp.clip((step + 1 - config.budget_ramp_start) / max(1, config.budget_ramp_steps), 0.0, 1.0)
     if config.budget_ramp == "geometric":
         return config.kv_budget**progress
@@ -59,9 +59,9 @@ def steer(controller: Controller, kv_fraction: jax.Array, step: jax.Array, confi
       config: the bounds and rates.
     """
     average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
-    if config.price == "fixed":
-        return Controller(controller.log_price, average)
+    if config.kv_penalty_mode == "fixed":
+        return Controller(controller.log_kv_penalty, average)
     budget = budget_at(step, config)
-    log_price = controller.log_price + config.price_rate * jnp.clip((average - budget) / budget, -1, 1)
-    bounds = jnp.log(jnp.float32(config.min_kv_price)), jnp.log(jnp.float32(config.max_kv_price))
-    return Controller(jnp.clip(log_price, *bounds), average)
+    log_kv_penalty = controller.log_kv_penalty + config.kv_penalty_lr * jnp.clip((average - budget) / budget, -1, 1)
+    bounds = jnp.log(jnp.float32(config.min_kv_penalty)), jnp.log(jnp.float32(config.max_kv_penalty))
+    return Controller(jnp.clip(log_kv_penalty, *bounds), average)

@@ -59,7 +59,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         contextlib.closing(wall_time),
         signals.stop_requests() as stop,
         stop.at_once("nothing was trained since it was started; run the same command again to go on"),
-        watchdog.watching(config.train.watchdog),
+        watchdog.watching(config.train.hang_timeout_seconds),
         _locked(workdir),
         compilation_cache(config.train.compilation_cache, workdir.compiled),
     ):
@@ -83,7 +83,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
         initial = _initial_parameters(config, workdir, data, trainer)
-        distributed.wait_for_all("the checks of the workdir")
+        distributed.barrier("the checks of the workdir")
         if distributed.is_main():
             workdir.record(config, data.fingerprint)
             workdir.record_start()
@@ -98,7 +98,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
 def _locked(workdir: Workdir) -> Iterator[None]:
     """Holds the workdir for all processes."""
     with workdir.lock() if distributed.is_main() else contextlib.nullcontext():
-        distributed.wait_for_all("the lock of the workdir")
+        distributed.barrier("the lock of the workdir")
         yield
 
 
@@ -117,7 +117,7 @@ def _open_data(config: Config, workdir: Workdir) -> RunData:
     """The data; where it has to be prepared, one process does it, and the others wait."""
     if distributed.is_main():
         data = open_data(config, workdir, progress=config.train.progress)
-    distributed.wait_for_all("the data")
+    distributed.barrier("the data")
     return data if distributed.is_main() else open_data(config, workdir, progress=False)
 
 
@@ -131,7 +131,7 @@ def _check_budget(config: Config, data: RunData) -> None:
         return
     smallest = kv_fraction.smallest_model_kv_fraction(config, data.piece_lengths)
     distributed.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
-    if config.nats.price == "steered" and config.nats.kv_budget < smallest:
+    if config.nats.kv_penalty_mode == "controlled" and config.nats.kv_budget < smallest:
         raise UserError(
             f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
             f"{config.nats.window} and data.context_length = {config.data.context_length} the smallest possible KV "
@@ -141,7 +141,7 @@ def _check_budget(config: Config, data: RunData) -> None:
 
 def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> InitialParameters | None:
     """What a run that begins takes from another one."""
-    if not config.train.initial_parameters or workdir.has_checkpoint():
+    if not config.train.init_from or workdir.has_checkpoint():
         return None
     return InitialParameters(config, trainer.model, data.vocabulary)
 
@@ -158,7 +158,7 @@ def _train(
 ) -> TrainState:
     """Steps from the newest checkpoint to the end."""
     keep = config.checkpoint
-    checkpoints = Checkpoints(workdir.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    checkpoints = Checkpoints(workdir.checkpoints, max_to_keep=keep.max_to_keep, keep_every=keep.keep_every)
     with contextlib.closing(checkpoints):
         with watchdog.phase("reading or making the state that the run begins with"):
             state = _restore_or_init(trainer, checkpoints, config, initial)
@@ -170,7 +170,7 @@ def _train(
             with watchdog.phase("compiling the step"), wall_time.spent_on("compiling"):
                 trainer.compile()
             # A collective gives up on a process that still compiles (Gloo: after 30 s).
-            distributed.wait_for_all("the compiled step")
+            distributed.barrier("the compiled step")
             loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time, stop)
             rows = sharding.batch_rows(trainer.mesh, config.train.batch_size)
             dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
@@ -192,7 +192,7 @@ def _restore_or_init(
         )
         return state
     state = checkpoints.restore(trainer.abstract_state())
-    distributed.wait_for_all(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
+    distributed.barrier(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
     distributed.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
     return state
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax.config import Config
-from natsjax.model.attention import RoleChoice
+from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import loss_totals
 from natsjax.model.inputs import Batch, model_inputs
 from natsjax.model.roles import causal_pairs
@@ -66,10 +66,10 @@ def loss(
     batch: Batch,
     totals: BatchTotals,
     noise_key,
-    kv_price,
+    kv_penalty,
     temperature=None,
 ) -> tuple[jax.Array, LossSums]:
-    """A microbatch's share of ``cross_entropy + z_loss + kv_price * kv_fraction``; shares add up to the batch's loss.
+    """A microbatch's share of ``cross_entropy + z_loss + kv_penalty * kv_fraction``; shares add up to the batch's loss.
 
     Args:
       parameters: nested dict of arrays.
@@ -78,21 +78,21 @@ def loss(
       batch: a microbatch.
       totals: of the whole batch.
       noise_key: for the roles of this microbatch.
-      kv_price: float32 scalar, nats per token per unit of KV fraction.
+      kv_penalty: float32 scalar, nats per token per unit of KV fraction.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
 
     Returns:
       ``(loss, sums)``.
     """
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(model_inputs(batch), RoleChoice(noise_key=noise_key, temperature=temperature))
+    x, roles = model.hidden(model_inputs(batch), RoleSampling(noise_key=noise_key, temperature=temperature))
     predicted = loss_totals(
         x,
         model.output_weight(),
         batch["targets"],
         batch["loss_weight"],
         softcap=config.model.final_logit_softcap,
-        z_loss=config.optimizer.z_loss,
+        z_loss=config.loss.z_loss,
     )
     is_first = (batch["positions"] == 0) & (batch["document_end"] > 0)
     sums = LossSums(
@@ -106,7 +106,7 @@ def loss(
     )
     share = predicted.loss / jnp.maximum(totals.loss_weight, 1)
     if config.model.has_roles:
-        share += kv_price * kv_fraction(sums.lifetime, totals)
+        share += kv_penalty * kv_fraction(sums.lifetime, totals)
     return share, sums
 
 

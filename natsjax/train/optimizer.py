@@ -20,14 +20,14 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         if config.warmup_steps:
             parts.insert(0, optax.schedules.linear_schedule(0.0, config.peak_learning_rate, config.warmup_steps))
             boundaries.append(config.warmup_steps)
-        parts.append(optax.schedules.linear_schedule(config.peak_learning_rate, config.end_learning_rate, decay))
+        parts.append(optax.schedules.linear_schedule(config.peak_learning_rate, config.final_learning_rate, decay))
         return optax.schedules.join_schedules(parts, [*boundaries, max(num_steps - decay, config.warmup_steps)])
     return optax.schedules.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.peak_learning_rate,
         peak_value=config.peak_learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=max(num_steps, config.warmup_steps + 1),
-        end_value=config.end_learning_rate,
+        end_value=config.final_learning_rate,
     )
 
 
@@ -45,7 +45,7 @@ def optimizer(config: OptimizerConfig, num_steps: int, decayed: Any, is_scorer: 
     if config.scorer_learning_rate:
         scorer = optax.masked(optax.scale(config.scorer_learning_rate / config.peak_learning_rate), is_scorer)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.clip_by_global_norm(config.clip_by_global_norm) if config.clip_by_global_norm else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),

@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
       step: int32 scalar, optimizer steps taken.
       parameters: nested dict of float32 arrays.
       optimizer: optax state.
-      controller: of the KV price.
+      controller: of the KV penalty.
       spikes: running statistics of the loss.
     """
 
@@ -55,13 +55,13 @@ class StepMetrics(NamedTuple):
     """What a step reports, float32, on device; scalars where no shape is given.
 
     Attributes:
-      loss: ``cross_entropy + optimizer.z_loss * z_loss + kv_price * kv_fraction``.
+      loss: ``cross_entropy + loss.z_loss * z_loss + kv_penalty * kv_fraction``.
       cross_entropy: nats per predicted token.
       z_loss: mean squared logarithm of the output softmax's denominator, without its weight.
       accuracy: share of predicted tokens whose most likely token is right.
       kv_fraction: live key-query pairs over causal ones, roles sampled as in training.
-      kv_price: nats per token per unit of KV fraction.
-      kv_budget: the KV fraction that a steered price aims at in this step.
+      kv_penalty: nats per token per unit of KV fraction.
+      kv_budget: the KV fraction that a controlled KV penalty aims at in this step.
       gradient_norm: Euclidean, before clipping.
       update_norm: of what was added to the parameters (0 where the update was skipped).
       gradient_norms, update_norms: the same by part (``parts.PARTS``).
@@ -82,7 +82,7 @@ class StepMetrics(NamedTuple):
     z_loss: jax.Array
     accuracy: jax.Array
     kv_fraction: jax.Array
-    kv_price: jax.Array
+    kv_penalty: jax.Array
     kv_budget: jax.Array
     gradient_norm: jax.Array
     update_norm: jax.Array
@@ -103,7 +103,7 @@ class StepMetrics(NamedTuple):
 def schedules_at(config: Config, step: int) -> dict[str, float]:
     """What depends on how long the run is, by name, in the step that follows ``step`` others.
 
-    The budget's ramp and the warm-up are given in steps, and the price is steered from where it is: they do not.
+    The budget's ramp and the warm-up are given in steps, and the KV penalty is controlled from where it is: they do not.
     """
     optimizer, num_steps = config.optimizer, config.train.num_steps
     rate = float(learning_rate(optimizer, num_steps)(step))
@@ -222,7 +222,7 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """``(state, metrics)`` after the global batch, arrays ``[b, t]``; pure, the noise follows from the step."""
-        price = budget_controller.kv_price(state.controller)
+        price = budget_controller.kv_penalty(state.controller)
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, price, temperature)
@@ -245,7 +245,7 @@ class Trainer:
             z_loss=sums.z_loss / jnp.maximum(totals.loss_weight, 1),
             accuracy=sums.correct / jnp.maximum(totals.loss_weight, 1),
             kv_fraction=kv_fraction,
-            kv_price=price,
+            kv_penalty=price,
             kv_budget=jnp.asarray(budget_controller.budget_at(state.step, self.config.nats), jnp.float32),
             gradient_norm=optax.tree.norm(gradients),
             update_norm=optax.tree.norm(updates),
@@ -276,7 +276,7 @@ class Trainer:
         self, state, batch: Batch, totals: BatchTotals, price, temperature
     ) -> tuple[Any, jax.Array, LossSums]:
         """Gradients, loss and sums of the whole batch, gone through in microbatches."""
-        count = self.config.train.num_microbatches
+        count = self.config.train.gradient_accumulation_steps
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
         gradient = jax.value_and_grad(losses.loss, has_aux=True)
 

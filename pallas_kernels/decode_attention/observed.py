@@ -63,5 +63,5 @@ def observed_attention(
     is_seen = jnp.moveaxis(is_read.any((2, 3)), 1, 2)[..., None]  # 0 times what another key holds might be NaN
     value = jnp.where(is_seen, value, 0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    mass = jnp.sum(jnp.where(observed[:, None, None, :, None], weights, 0), axis=(2, 3))
-    return out.reshape(query.shape).astype(query.dtype), mass
+    attention_sum = jnp.sum(jnp.where(observed[:, None, None, :, None], weights, 0), axis=(2, 3))
+    return out.reshape(query.shape).astype(query.dtype), attention_sum

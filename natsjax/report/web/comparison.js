@@ -5,11 +5,11 @@ const RUN_COLORS = 8;  // --run-0 … of style.css, as in styles.py
 const runColor = (i) => `var(--run-${i % RUN_COLORS})`;
 const runDash = (i) => DASHES[Math.floor(i / RUN_COLORS) % DASHES.length];
 const line = (i) => ({ color: runColor(i), dash: runDash(i) });
-const dialledRow = ({ contract, rows }) => contract && rows.find((row) =>
-  row.method === "nats" && Math.abs(row.setting.dial - contract.dial) < 1e-9);
+const servedRow = ({ budget_check, rows }) => budget_check && rows.find((row) =>
+  row.method === "nats" && Math.abs(row.setting.role_bias - budget_check.role_bias) < 1e-9);
 const fullRow = ({ rows }) => rows.find((row) => row.method === "full");
-/** What a run is served as: dialled to its budget, or with full attention. */
-const ownRow = (one) => dialledRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
+/** What a run is served as: set to its budget, or with full attention. */
+const ownRow = (one) => servedRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
 
 // --- The curve -----------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ function curveSeries() {
 /** With many runs, intervals are drawn of the settings that they are served with alone. */
 function curvePoint(row, one) {
   const bare = CROWDED && row !== ownRow(one) ? { low: NaN, high: NaN } : {};
-  return { ...pointOf(row, pointText(row, one.name)), ring: row === dialledRow(one), ...bare };
+  return { ...pointOf(row, pointText(row, one.name)), ring: row === servedRow(one), ...bare };
 }
 
 function drawCurve() {
@@ -54,7 +54,7 @@ function showCurve() {
     const series = curveSeries(), entries = runs.map(({ name }, i) => ({ ...line(i), name, shape: "line" }));
     for (const method of new Set(series.map(({ marker }) => marker))) entries.push({ name: methodLabel({ method }), shape: method });
     if (series.some(({ points }) => points.some(({ ring }) => ring)))
-      entries.push({ name: "the setting dialled to the run's budget", shape: "ring" });
+      entries.push({ name: "the setting set to the run's budget", shape: "ring" });
     showLegend(byId("curve-legend"), entries);
   };
   byId("curve-choice").onchange = show;
@@ -73,8 +73,8 @@ const chip = (i) => svg("svg", { width: 28, height: 10, "aria-hidden": "true", s
 
 function runRow(one, i) {
   const row = ownRow(one), full = fullRow(one);
-  const budget = one.contract ? percent(one.contract.kv_budget) : "–";
-  const met = one.contract && el("span", { class: one.contract.met ? "met" : "missed" }, one.contract.met ? " ✓" : " ✗");
+  const budget = one.budget_check ? percent(one.budget_check.kv_budget) : "–";
+  const met = one.budget_check && el("span", { class: one.budget_check.met ? "met" : "missed" }, one.budget_check.met ? " ✓" : " ✗");
   return el("tr", {}, el("th", { scope: "row" }, chip(i), ` ${one.name}`), el("td", {}, [...new Set(one.layers)].join(", ")),
     numeric(count(one.step)), numeric(count(one.num_parameters)), numeric(budget, met || ""),
     numeric(percent(row?.kv_fraction ?? null)), ...(METRIC === "accuracy" ? [numeric(percent(row?.accuracy ?? null))] : []),
@@ -86,7 +86,7 @@ function showRuns() {
   const columns = ["Run", "Attention", "Step", "Parameters", "KV budget", "KV", "Perplexity (95 %)", "Bits/byte", "With full attention"];
   if (METRIC === "accuracy") columns.splice(6, 0, "Accuracy");
   byId("runs").append(tableHead(columns, ["Run", "Attention"]), el("tbody", {}, ...runs.map(runRow)));
-  byId("runs-note").textContent = "KV and perplexity are those of the setting that a run is served with: dialled to its budget, " +
+  byId("runs-note").textContent = "KV and perplexity are those of the setting that a run is served with: set to its budget, " +
     "or full attention where there are no roles. ✓ and ✗: the budget was met or missed.";
   byId("notes").append(...notes.map((note) => el("li", {}, note)));
 }

@@ -1,7 +1,7 @@
 /* Curves over positions and over training steps, of one run or of several. */
 
 const CURVE_TITLES = { loss: "loss, nats per token", perplexity: "training perplexity", kv_fraction: "KV fraction",
-  kv_price: "KV price, nats per unit of KV fraction" };
+  kv_penalty: "KV penalty, nats per unit of KV fraction" };
 
 // --- By position ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-/* The role reader: text coloured by role, the dial, and how long each key stays. */
+/* The role reader: text coloured by role, the role bias, and how long each key stays. */
 
 const ROLES = ["GLOBAL", "LOCAL", "SLIDING"];
 const TOKEN_WIDTH = 12, SLOT_HEIGHT = 20, RULER_HEIGHT = 20;  // pixels of the spans
@@ -46,16 +46,16 @@ function untilWhen(s) {
 
 const layerName = (kind, layer) => (run.layers.every((one) => one === "nats") ? `${layer}` : `${layer} (${kind})`);
 
-function showReader({ sample: index, layer, head, token, dial }) {
-  const key = [index, layer, head, dial].join("/");
+function showReader({ sample: index, layer, head, token, role_bias }) {
+  const key = [index, layer, head, role_bias].join("/");
   if (key !== reader.key) {
-    const sample = samples[index], roles = sample.roles[dial][layer][head], window = sample.windows[layer];
+    const sample = samples[index], roles = sample.roles[role_bias][layer][head], window = sample.windows[layer];
     const lives = lifetimes(roles, window, sample.document_starts);
     reader = { key, sample, roles, window, layer, head, ...lives, ...slotsOf(lives.keyEnd) };
     showOptions("sample", samples.map((s) => s.title), index);
-    showOptions("layer", sample.roles[dial].map((_, l) => layerName(run.layers[l], l)), layer);
-    showOptions("head", sample.roles[dial][layer].map((_, k) => k), head);
-    showDial(sample, dial);
+    showOptions("layer", sample.roles[role_bias].map((_, l) => layerName(run.layers[l], l)), layer);
+    showOptions("head", sample.roles[role_bias][layer].map((_, k) => k), head);
+    showRoleBias(sample, role_bias);
     showRoleCounts();
     showTokens();
     showSpans();
@@ -63,15 +63,15 @@ function showReader({ sample: index, layer, head, token, dial }) {
   highlight(token);
 }
 
-function showDial(sample, dial) {
-  const row = rowOfDial(sample.dials[dial]), interval = between(row, "perplexity");
-  fill(byId("dial"), { max: sample.dials.length - 1 }, []);
-  byId("dial").value = dial;
-  const figures = [`dial ${shown(sample.dials[dial])}`, `KV ${percent(row.kv_fraction)}`,
+function showRoleBias(sample, role_bias) {
+  const row = rowOfRoleBias(sample.role_biases[role_bias]), interval = between(row, "perplexity");
+  fill(byId("role-bias"), { max: sample.role_biases.length - 1 }, []);
+  byId("role-bias").value = role_bias;
+  const figures = [`role bias ${shown(sample.role_biases[role_bias])}`, `KV ${percent(row.kv_fraction)}`,
     METRIC === "accuracy" ? `accuracy ${percent(row.accuracy)}` : `perplexity ${significant(row.perplexity, 4)}`];
-  byId("dial").setAttribute("aria-valuetext", figures.join(", "));
-  const notes = [METRIC === "perplexity" && interval ? `95 %: ${interval}` : "", row === dialled ? "dialled to the budget" : ""];
-  byId("dial-figures").replaceChildren(...figures.map((figure) => el("strong", {}, figure)),
+  byId("role-bias").setAttribute("aria-valuetext", figures.join(", "));
+  const notes = [METRIC === "perplexity" && interval ? `95 %: ${interval}` : "", row === biased ? "set to the budget" : ""];
+  byId("role-bias-figures").replaceChildren(...figures.map((figure) => el("strong", {}, figure)),
     el("span", { class: "muted small" }, notes.filter(Boolean).join(", ")));
 }
 

@@ -1,13 +1,13 @@
 /* The page of one run. */
-const { rows, contract, samples, run, training, changed } = data;
+const { rows, budget_check, samples, run, training, changed } = data;
 const weightNames = [...new Set(rows.map((row) => row.weights))];
 const dashes = (weights) => DASHES[weightNames.indexOf(weights) % DASHES.length];
 const natsRows = rows.filter((row) => row.method === "nats");
 const natsWeights = new Set(natsRows.map((row) => row.weights));
 // Full attention on weights that were trained with NAtS is off their distribution, hence no anchor.
 const anchors = rows.filter((row) => row.method === "full" && !natsWeights.has(row.weights));
-const rowOfDial = (dial) => natsRows.find((row) => Math.abs(row.setting.dial - dial) < 1e-9);
-const dialled = contract && rowOfDial(contract.dial);
+const rowOfRoleBias = (role_bias) => natsRows.find((row) => Math.abs(row.setting.role_bias - role_bias) < 1e-9);
+const biased = budget_check && rowOfRoleBias(budget_check.role_bias);
 
 // --- Header, key figures, run --------------------------------------------------------------------
 
@@ -38,14 +38,14 @@ function showSummary() {
     const interval = METRIC === "perplexity" && between(row, METRIC);
     tile(label, metricText(row), interval && `95 %: ${interval}`, `${percent(row.kv_fraction)} KV`, row.weights);
   };
-  if (contract) tile("KV fraction, dialled to the budget", percent(contract.dialled),
-    `budget ${percent(contract.kv_budget)}: ${contract.met ? "met" : "missed"}`);
+  if (budget_check) tile("KV fraction, set to the budget", percent(budget_check.biased),
+    `budget ${percent(budget_check.kv_budget)}: ${budget_check.met ? "met" : "missed"}`);
   const name = capitalised(METRIC);
-  if (dialled) measured(`${name}, NAtS`, dialled);
+  if (biased) measured(`${name}, NAtS`, biased);
   for (const row of anchors) measured(`${name}, full attention`, row);
-  for (const row of contract ? rows : []) {
+  for (const row of budget_check ? rows : []) {
     const rival = row.method !== "nats" && !natsWeights.has(row.weights) && row.budget !== null;
-    if (rival && Math.abs(row.budget - contract.kv_budget) < 1e-9) measured(`${name}, ${methodLabel(row)}`, row);
+    if (rival && Math.abs(row.budget - budget_check.kv_budget) < 1e-9) measured(`${name}, ${methodLabel(row)}`, row);
   }
   if (tiles.length) byId("summary").firstElementChild.append(...tiles);
   else byId("summary").remove();
@@ -67,7 +67,7 @@ function seriesOf(list) {
 
 function drawCurve() {
   const series = seriesOf(drawable).map((members) => ({ color: methodColor(members[0]), dash: dashes(members[0].weights),
-    marker: members[0].method, points: members.map((row) => ({ ...pointOf(row, pointText(row)), ring: row === dialled })) }));
+    marker: members[0].method, points: members.map((row) => ({ ...pointOf(row, pointText(row)), ring: row === biased })) }));
   drawChart(byId("curve"), { series, bars: true,
     x: { title: "KV fraction: live keys per query / context (log scale)", short: "KV fraction (log scale)", log: true,
       room: 1.2, format: (tick) => `${tick} %` },
@@ -75,7 +75,7 @@ function drawCurve() {
 }
 
 function drawBeneath(chart, x, y, box) {
-  if (contract) drawBudget(chart, x, box);
+  if (budget_check) drawBudget(chart, x, box);
   for (const row of anchors.filter(isDrawable)) {
     const at = y.at(height(row[METRIC])), style = `color: ${methodColor(row)}`;
     chart.append(svg("line", { class: "anchor", style, x1: box.left, x2: box.right, y1: at, y2: at }));
@@ -83,14 +83,14 @@ function drawBeneath(chart, x, y, box) {
 }
 
 function drawBudget(chart, x, { top, bottom }) {
-  const at = (factor) => x.at(100 * contract.kv_budget * factor);
-  const [low, high] = [at(1 - contract.tolerance), at(1 + contract.tolerance)];
+  const at = (factor) => x.at(100 * budget_check.kv_budget * factor);
+  const [low, high] = [at(1 - budget_check.tolerance), at(1 + budget_check.tolerance)];
   const line = (attributes, value) => svg("line", { ...attributes, x1: x.at(value), x2: x.at(value), y1: top, y2: bottom });
   chart.append(svg("rect", { class: "tolerance", x: low, width: high - low, y: top, height: bottom - top }),
-    line({ class: "budget" }, 100 * contract.kv_budget),
-    svg("text", { x: at(1), y: top - 6, "text-anchor": "middle" }, `budget ${percent(contract.kv_budget)}`));
+    line({ class: "budget" }, 100 * budget_check.kv_budget),
+    svg("text", { x: at(1), y: top - 6, "text-anchor": "middle" }, `budget ${percent(budget_check.kv_budget)}`));
   const dashed = { class: "line", style: "color: var(--nats)", "stroke-dasharray": "6 4" };
-  if (!drawable.includes(dialled)) chart.append(line(dashed, 100 * contract.dialled));
+  if (!drawable.includes(biased)) chart.append(line(dashed, 100 * budget_check.biased));
 }
 
 function showCurve() {
@@ -99,13 +99,13 @@ function showCurve() {
     ({ color: methodColor({ method }), name: methodLabel({ method }), shape: method }));
   for (const weights of new Set(drawable.map((row) => row.weights)))
     entries.push({ name: weights, shape: "line", dash: dashes(weights) });
-  if (drawable.includes(dialled)) entries.push({ name: "the setting dialled to the budget", shape: "ring" });
-  else if (contract) entries.push({ color: "var(--nats)", name: `dialled to ${percent(contract.dialled)}`, shape: "line", dash: "6 4" });
+  if (drawable.includes(biased)) entries.push({ name: "the setting set to the budget", shape: "ring" });
+  else if (budget_check) entries.push({ color: "var(--nats)", name: `set to ${percent(budget_check.biased)}`, shape: "line", dash: "6 4" });
   showLegend(byId("curve-legend"), entries);
   const notes = [], left = rows.length - drawable.length;
   if (drawable.some(hasInterval)) notes.push("Bars and bands are 95 % bootstrap intervals by document. ");
   if (anchors.length) notes.push("The thin line across is full attention on weights trained without NAtS. ");
-  if (contract) notes.push(`The grey stripe is the budget, ± ${significant(100 * contract.tolerance, 2)} %. `);
+  if (budget_check) notes.push(`The grey stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
   if (left) notes.push(`${left} of ${rows.length} settings have no finite ${METRIC} and are not drawn. `);
   byId("curve-description").append(...notes, "The table below lists every setting.");
   if (METRIC === "accuracy") byId("better").textContent = "higher";
@@ -118,7 +118,7 @@ const someAllocated = rows.some((row) => row.kv_allocated !== null);
 function tableRow(row) {
   const bits = numeric(significant(row.bits_per_byte, 4));
   bits.title = between(row, "bits_per_byte") && `95 %: ${between(row, "bits_per_byte")}`;
-  return el("tr", row === dialled ? { class: "marked" } : {},
+  return el("tr", row === biased ? { class: "marked" } : {},
     el("th", { scope: "row" }, methodLabel(row)), el("td", {}, settingText(row) || "–"), numeric(percent(row.kv_fraction)),
     ...(run.show_accuracy ? [numeric(percent(row.accuracy))] : []),
     numeric(significant(row.perplexity, 4), aside(between(row, "perplexity"))), bits,
@@ -138,19 +138,19 @@ function showTable() {
   const sizes = distinct((row) => `${count(row.num_tokens)} tokens of ${count(row.num_documents)} documents`);
   const notes = [`Measured on ${sizes}, mean context ${distinct((row) => significant(row.mean_context, 4))} tokens.`];
   if (someAllocated) notes.push("Slots: what the KV buffer allocated for a head, at its largest, mean over layers.");
-  if (dialled) notes.push("The shaded row is the one dialled to the budget.");
+  if (biased) notes.push("The shaded row is the one set to the budget.");
   if (rows.some((row) => row.method !== "nats" && natsWeights.has(row.weights)))
     notes.push("Other methods on weights trained with NAtS run off the distribution of those weights: no fair rivals.");
   byId("table-note").textContent = notes.join(" ");
 }
 
 function showContract() {
-  if (!contract) return byId("contract").remove();
-  const { kv_budget: budget, sampled, argmax, dialled: served, met } = contract;
-  byId("contract-text").append("The budget is ", el("strong", {}, percent(budget)),
-    " of full attention's keys, and counts for what is served. With the dial the fraction is ",
+  if (!budget_check) return byId("budget-check").remove();
+  const { kv_budget: budget, sampled, argmax, biased: served, met } = budget_check;
+  byId("budget-check-text").append("The budget is ", el("strong", {}, percent(budget)),
+    " of full attention's keys, and counts for what is served. With the role bias the fraction is ",
     el("strong", {}, percent(served)), ": ", el("span", { class: met ? "met" : "missed" }, met ? "✓ met" : "✗ missed"),
-    ` (tolerance ± ${significant(100 * contract.tolerance, 2)} %).`);
+    ` (tolerance ± ${significant(100 * budget_check.tolerance, 2)} %).`);
   const largest = Math.max(sampled, argmax, served, budget) * 1.05;
   const line = (name, meaning, value) => {
     const bar = el("div", { class: "bar" }, el("i"), el("b"));
@@ -160,13 +160,13 @@ function showContract() {
     return el("tr", {}, el("th", { scope: "row" }, name, el("div", { class: "small muted" }, meaning)),
       numeric(percent(value)), numeric(excess), el("td", { class: "bars" }, bar));
   };
-  document.querySelector("#contract table").append(
+  document.querySelector("#budget-check table").append(
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
-      line("argmax", "as served, without a dial", argmax),
-      line("dialled", `as served, with dial ${shown(contract.dial)}`, served)));
-  byId("contract-note").textContent = "The smallest fraction that this corpus and window allow is " +
-    `${percent(contract.smallest_possible)}: every token SLIDING but the first of each document.`;
+      line("argmax", "as served, without a role bias", argmax),
+      line("biased", `as served, with role bias ${shown(budget_check.role_bias)}`, served)));
+  byId("budget-check-note").textContent = "The smallest fraction that this corpus and window allow is " +
+    `${percent(budget_check.smallest_possible)}: every token SLIDING but the first of each document.`;
 }
 
 // --- Perplexity by position ----------------------------------------------------------------------
@@ -180,9 +180,9 @@ function positionGroups() {
     name: [[methodLabel(row), settingText(row)].filter(Boolean).join(": "), ...(single ? [] : [row.weights])].join(", ") });
   const groups = budgets.map((budget) => ({ budget, name: `KV budget ${percent(budget)}`,
     series: [...rows.filter((row) => row.budget === budget), ...full].map(line) }));
-  const own = groups.findIndex(({ budget }) => contract && budget === contract.kv_budget);
+  const own = groups.findIndex(({ budget }) => budget_check && budget === budget_check.kv_budget);
   if (own > 0) groups.unshift(...groups.splice(own, 1));
-  if (natsRows.length > 1) groups.push({ name: "every dial", series: natsRows.map((row, i) =>
+  if (natsRows.length > 1) groups.push({ name: "every role bias", series: natsRows.map((row, i) =>
     ({ ...line(row), dash: "", marker: ["nats", "sliding_window", "streaming_llm", "full", "random", "h2o", "snapkv", "other"][i % 8],
       color: `color-mix(in srgb, var(--nats) ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--sliding_window))`,
       name: `${settingText(row)}: ${percent(row.kv_fraction)} KV` })) });
@@ -199,17 +199,17 @@ function selection() {
     const value = Number(wanted.get(name) ?? NaN);
     return Number.isInteger(value) && value >= 0 && value < count ? value : otherwise;
   };
-  const sample = pick("sample", samples.length), dials = samples[sample]?.dials ?? [];
-  const row = pick("row", natsRows.length, Math.max(natsRows.indexOf(dialled), 0));
-  const dial = Math.max(dials.findIndex((one) => natsRows[row] === rowOfDial(one)), 0);
+  const sample = pick("sample", samples.length), role_biases = samples[sample]?.role_biases ?? [];
+  const row = pick("row", natsRows.length, Math.max(natsRows.indexOf(biased), 0));
+  const role_bias = Math.max(role_biases.findIndex((one) => natsRows[row] === rowOfRoleBias(one)), 0);
   const layers = natsRows[row]?.kv_live_mean_per_head ?? [];
   const layer = pick("layer", layers.length, Math.max(run.layers.indexOf("nats"), 0));
   const token = wanted.has("token") ? pick("token", samples[sample]?.tokens.length) : null;
-  return { sample, dial, row, layer, head: pick("head", layers[layer]?.length), token };
+  return { sample, role_bias, row, layer, head: pick("head", layers[layer]?.length), token };
 }
 
 function go(changes) {
-  const { dial, ...chosen } = { ...selection(), ...changes };
+  const { role_bias, ...chosen } = { ...selection(), ...changes };
   const entries = Object.entries(chosen).filter(([, value]) => value !== null);
   wanted = new URLSearchParams(entries);
   clearTimeout(addressUpdate);
@@ -248,7 +248,7 @@ function moveInHeat(event, l, k) {
 function buildHeat(row) {
   const { kv_live_mean_per_head: means, kv_live_max_per_head: maxima, mean_context: context } = natsRows[row];
   const most = Math.max(...means.flat());
-  const names = natsRows.map((r) => `${settingText(r) || "no dial"}: ${percent(r.kv_fraction)} KV, ${r.weights}`);
+  const names = natsRows.map((r) => `${settingText(r) || "no role bias"}: ${percent(r.kv_fraction)} KV, ${r.weights}`);
   showOptions("heat-row", names, row);
   const cell = (mean, l, k) => {
     const share = most > 0 ? mean / most : 0, text = significant(mean, 3);
@@ -293,9 +293,9 @@ if (!natsRows.length) byId("heat").remove();
 if (samples.length) {
   for (const id of ["sample", "layer", "head"]) byId(id).onchange = (event) => go({ [id]: Number(event.target.value) });
   byId("sample").parentElement.hidden = samples.length === 1;
-  byId("dial").oninput = (event) =>
-    go({ row: natsRows.indexOf(rowOfDial(samples[selection().sample].dials[event.target.value])) });
-  for (const id of ["dial-control", "dial-note"]) byId(id).hidden = samples.every(({ dials }) => dials.length === 1);
+  byId("role-bias").oninput = (event) =>
+    go({ row: natsRows.indexOf(rowOfRoleBias(samples[selection().sample].role_biases[event.target.value])) });
+  for (const id of ["role-bias-control", "role-bias-note"]) byId(id).hidden = samples.every(({ role_biases }) => role_biases.length === 1);
   listenToTokens();
   listenToSpans();
 } else {

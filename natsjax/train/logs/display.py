@@ -28,12 +28,12 @@ class Shown:
 
     Attributes:
       step: its number, from 1.
-      loss: nats per token, with the price.
+      loss: nats per token, with the KV penalty.
       perplexity: of the batch.
       kv_fraction: of the batch.
       tokens_per_second: since the logged step before.
-      kv_budget: that a steered price aims at now; None: nothing is aimed at.
-      kv_price: None: there are no roles.
+      kv_budget: that a controlled KV penalty aims at now; None: nothing is aimed at.
+      kv_penalty: None: there are no roles.
       mfu: None: not known.
       roles: ``[layers, 3]``, shares of tokens, of the layers that learn roles; None: there are none.
       layers: the numbers of these layers.
@@ -46,7 +46,7 @@ class Shown:
     kv_fraction: float
     tokens_per_second: float
     kv_budget: float | None = None
-    kv_price: float | None = None
+    kv_penalty: float | None = None
     mfu: float | None = None
     roles: np.ndarray | None = None
     layers: Sequence[int] = ()
@@ -161,8 +161,8 @@ def _numbers(shown: Shown, width: int) -> RenderableType:
         ("KV / budget" if budget else "KV", f"{100 * shown.kv_fraction:.1f} %{budget}"),
         ("perplexity", f"{shown.perplexity:.4g}"),
     ]
-    if shown.kv_price is not None:
-        items.append(("KV price", f"{shown.kv_price:.4g}"))
+    if shown.kv_penalty is not None:
+        items.append(("KV penalty", f"{shown.kv_penalty:.4g}"))
     items.append(("tokens/s", f"{shown.tokens_per_second:,.0f}"))
     if shown.mfu is not None:
         items.append(("MFU", f"{100 * shown.mfu:.1f} %"))

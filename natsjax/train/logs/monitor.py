@@ -62,7 +62,7 @@ class Monitor:
                 self._wandb = WandbWriter(config, workdir)
         self._health = Health(config)
         self._profile = Profile(config, workdir, start)
-        self._layers = [layer for layer, kind in enumerate(config.model.layer_kinds) if kind == "nats"]
+        self._layers = [layer for layer, kind in enumerate(config.model.all_layer_types) if kind == "nats"]
         shown = config.train.progress and distributed.is_main()
         self._display = Display(config.train.num_steps, start, shown, str(workdir.path))
         self._logged_step, self._logged_time = start, time.monotonic()
@@ -139,8 +139,8 @@ class Monitor:
             perplexity=line["perplexity"],
             kv_fraction=line["kv_fraction"],
             tokens_per_second=line["tokens_per_second"],
-            kv_budget=line["kv_budget"] if has_roles and self._config.nats.price == "steered" else None,
-            kv_price=line["kv_price"] if has_roles else None,
+            kv_budget=line["kv_budget"] if has_roles and self._config.nats.kv_penalty_mode == "controlled" else None,
+            kv_penalty=line["kv_penalty"] if has_roles else None,
             mfu=line.get("mfu"),
             roles=np.mean(line["role_fractions"], axis=1)[self._layers] if has_roles else None,
             layers=self._layers,

@@ -137,11 +137,11 @@ def _in(values: StepMetrics, kind: str) -> str:
 
 def _loss_terms(values: StepMetrics, config: Config) -> dict[str, float]:
     terms = {"cross-entropy": float(values.cross_entropy)}
-    if config.optimizer.z_loss:
-        terms["z-loss"] = config.optimizer.z_loss * float(values.z_loss)
+    if config.loss.z_loss:
+        terms["z-loss"] = config.loss.z_loss * float(values.z_loss)
     if config.model.has_roles:
         with np.errstate(all="ignore"):
-            terms["price of the KV"] = float(values.kv_price) * float(values.kv_fraction)
+            terms["KV penalty of the KV"] = float(values.kv_penalty) * float(values.kv_fraction)
     return terms
 
 
@@ -150,7 +150,7 @@ def _loss_terms(values: StepMetrics, config: Config) -> dict[str, float]:
 
 def _batch(step: int, values: StepMetrics, recent: Sequence[Recent], config: Config) -> tuple[str, str] | None:
     advice = "look at the batch (natsjax.data.inspect) and at the corpus that it came from"
-    if math.isfinite(values.cross_entropy) and math.isnan(values.kv_fraction) and math.isfinite(values.kv_price):
+    if math.isfinite(values.cross_entropy) and math.isnan(values.kv_fraction) and math.isfinite(values.kv_penalty):
         return "the batch holds no tokens at all", advice
     if values.cross_entropy == 0 and values.accuracy == 0:
         return "no token of the batch is predicted (its loss_weight is 0 everywhere)", advice
@@ -167,12 +167,12 @@ def _update(step: int, values: StepMetrics, recent: Sequence[Recent], config: Co
 
 def _initial(step: int, values: StepMetrics, recent: Sequence[Recent], config: Config) -> tuple[str, str] | None:
     """The first step, which no update came before."""
-    source = config.train.initial_parameters
+    source = config.train.init_from
     if step > 1:
         return None
     if source:
         return (
-            f"it is the first step: parameters of train.initial_parameters = {source!r} are not finite, or too large",
+            f"it is the first step: parameters of train.init_from = {source!r} are not finite, or too large",
             "take another checkpoint",
         )
     return (
@@ -189,8 +189,8 @@ def _terms(step: int, values: StepMetrics, recent: Sequence[Recent], config: Con
         entropy = recent[-1].cross_entropy if recent else math.inf
         terms = {name: value for name, value in terms.items() if math.isfinite(value)}
     fields = {
-        "price of the KV": "lower nats.max_kv_price, nats.price_rate or a fixed nats.kv_price",
-        "z-loss": "lower optimizer.z_loss, or bound the logits with model.final_logit_softcap",
+        "KV penalty of the KV": "lower nats.max_kv_penalty, nats.kv_penalty_lr or a fixed nats.kv_penalty",
+        "z-loss": "lower loss.z_loss, or bound the logits with model.final_logit_softcap",
     }
     for name, value in terms.items():
         if not math.isfinite(value) or value > _LARGE * max(entropy, 1.0):
@@ -220,7 +220,7 @@ def _gradients(step: int, values: StepMetrics, recent: Sequence[Recent], config:
     if len(norms) >= 3 and norms[-1] > _LARGE * statistics.median(norms):
         cause = (
             f"the gradient's norm had grown to {norms[-1]:.4g} where {statistics.median(norms):.4g} was usual"
-            f"{'' if config.optimizer.clip_norm else ', and nothing clips it (optimizer.clip_norm = 0)'}"
+            f"{'' if config.optimizer.clip_by_global_norm else ', and nothing clips it (optimizer.clip_by_global_norm = 0)'}"
         )
         return cause, _calmer(step, config)
     if len(norms) < 3 and step <= max(10, config.optimizer.warmup_steps):
@@ -237,12 +237,12 @@ def _overflow(step: int, values: StepMetrics, recent: Sequence[Recent], config: 
     """Numbers too large for their format, or too coarse."""
     bounds = "bound them with model.qk_norm or model.final_logit_softcap"
     if math.isinf(values.loss) or math.isinf(values.gradient_norm):
-        return "numbers grew beyond what floating point holds (inf)", f"{bounds}, or set optimizer.z_loss"
+        return "numbers grew beyond what floating point holds (inf)", f"{bounds}, or set loss.z_loss"
     if config.model.dtype == "bfloat16":
         return (
             "the loss was not rising before; activations are bfloat16, whose 8 bits of precision large logits do not "
             "bear",
-            f"{bounds}, or try model.dtype = float32 from the checkpoint's parameters (train.initial_parameters)",
+            f"{bounds}, or try model.dtype = float32 from the checkpoint's parameters (train.init_from)",
         )
     return None
 
@@ -253,7 +253,11 @@ def _calmer(step: int, config: Config) -> str:
     steps = ["lower optimizer.peak_learning_rate"]
     if step <= 2 * max(optimizer.warmup_steps, 10):
         steps.append(f"raise optimizer.warmup_steps = {optimizer.warmup_steps}")
-    steps.append("lower optimizer.clip_norm" if optimizer.clip_norm else "set optimizer.clip_norm = 1")
+    steps.append(
+        "lower optimizer.clip_by_global_norm"
+        if optimizer.clip_by_global_norm
+        else "set optimizer.clip_by_global_norm = 1"
+    )
     if not optimizer.spike_threshold:
         steps.append("set optimizer.spike_threshold")
     return f"in a new --workdir, {', '.join(steps[:-1])} or {steps[-1]}"

@@ -24,15 +24,15 @@ _FEW_LOCALS = 0.01  # of the tokens: below it, nothing is said of how they end
 _AT_BOUND = 1e-3  # relative
 
 WARNINGS = {
-    "all-one-role": "These heads no longer choose: raise nats.kv_budget or lower nats.max_kv_price, begin with a "
+    "all-one-role": "These heads no longer choose: raise nats.kv_budget or lower nats.max_kv_penalty, begin with a "
     "higher nats.temperature, or lower optimizer.scorer_learning_rate.",
     "no-global": "Nothing is remembered there beyond the forced first tokens: raise nats.kv_budget, or let the budget "
     "fall later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
     "endless-local": "A LOCAL token that no GLOBAL one ends costs as much as a GLOBAL one: raise the share of GLOBAL "
-    "in nats.initial_roles, or set nats.price_gradient = exact.",
-    "budget-not-reached": "Train longer, raise nats.price_rate or nats.max_kv_price, or choose a nats.kv_budget nearer "
+    "in nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
+    "budget-not-reached": "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget nearer "
     "to this KV fraction.",
-    "price-at-bound": "The price cannot steer any more: move nats.min_kv_price or nats.max_kv_price, or choose another "
+    "price-at-bound": "The KV penalty cannot steer any more: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
     "nats.kv_budget.",
     "loss-spike-skipped": "If it goes on, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
     "optimizer.spike_threshold.",
@@ -82,7 +82,7 @@ class Health:
 
     def __init__(self, config: Config):
         self._config = config
-        self._layers = np.array([kind == "nats" for kind in config.model.layer_kinds])
+        self._layers = np.array([kind == "nats" for kind in config.model.all_layer_types])
         self._points = {name: 1 if name == "loss-spike-skipped" else NUM_POINTS for name in WARNINGS}
         self._seen: dict[str, deque[np.ndarray]] = {name: deque(maxlen=NUM_POINTS) for name in WARNINGS}
         self._fractions: deque[float] = deque(maxlen=NUM_POINTS)
@@ -152,23 +152,23 @@ class Health:
         }
 
     def _price(self, step: int, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
-        """Those of a steered price, once the budget has come down to where it stays."""
+        """Those of a controlled KV penalty, once the budget has come down to where it stays."""
         nats, num_steps = self._config.nats, self._config.train.num_steps
-        if nats.price != "steered" or step <= nats.budget_ramp_start + nats.budget_ramp_steps:
+        if nats.kv_penalty_mode != "controlled" or step <= nats.budget_ramp_start + nats.budget_ramp_steps:
             return {}
-        price, fraction = float(metrics["kv_price"]), float(np.mean(self._fractions))
+        price, fraction = float(metrics["kv_penalty"]), float(np.mean(self._fractions))
         bound = ""
-        if price <= nats.min_kv_price * (1 + _AT_BOUND):
-            bound = f"lower bound nats.min_kv_price = {nats.min_kv_price:g}"
-        elif price >= nats.max_kv_price * (1 - _AT_BOUND):
-            bound = f"upper bound nats.max_kv_price = {nats.max_kv_price:g}"
+        if price <= nats.min_kv_penalty * (1 + _AT_BOUND):
+            bound = f"lower bound nats.min_kv_penalty = {nats.min_kv_penalty:g}"
+        elif price >= nats.max_kv_penalty * (1 - _AT_BOUND):
+            bound = f"upper bound nats.max_kv_penalty = {nats.max_kv_penalty:g}"
         off = abs(fraction - nats.kv_budget) > _OFF_BUDGET * nats.kv_budget
         late = bool(bound) or step > 0.9 * num_steps
         shown = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
         return {
             "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {shown}"),
             "price-at-bound": _Finding(
-                np.array(bool(bound)), lambda _: f"the price is at its {bound} with a KV fraction of {shown}"
+                np.array(bool(bound)), lambda _: f"the KV penalty is at its {bound} with a KV fraction of {shown}"
             ),
         }
 
