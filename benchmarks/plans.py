@@ -3,8 +3,8 @@
     python -m benchmarks.plans --output=docs                       with libtpu: pip install 'natsjax[tpu]'
     python -m benchmarks.plans --output=docs --hardware=h100-8     with XLA's compiler for CUDA, jax >= 0.11
 
-Compiles every step, of NAtS and of its dense baseline, by ``plan.train_step``; a minute or two each on two CPU cores. The
-numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
+Compiles every step, of NAtS and of its dense baseline, by ``plan.train_step``; a minute or two each on two CPU cores.
+The numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python -m natsjax.evaluate --workdir=runs/recall --baseline_workdir=runs/recall_dense
 
 Twenty key-value pairs lie scattered among filler in the first half of 128 tokens; the second half asks for the keys.
-With few pairs the dense baseline long stays where it only counts off values that have been answered already; twenty make
-that shortcut poor and give more answers to learn from. Head dim and rotary base leave enough slow dimensions, those
-that match tokens whatever their distance. Hardware: two CPU cores. docs/recall.md has what was measured.
+With few pairs the dense baseline long stays where it only counts off values that have been answered already; twenty
+make that shortcut poor and give more answers to learn from. Head dim and rotary base leave enough slow dimensions,
+those that match tokens whatever their distance. Hardware: two CPU cores. docs/recall.md has what was measured.
 """
 
 from natsjax.config import default_config

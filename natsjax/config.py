@@ -388,8 +388,8 @@ def _check_layer_types(model: ModelConfig) -> None:
         raise UserError(f"model.layer_types is empty; name one or several of {', '.join(LAYER_TYPES)}.")
     if model.num_layers % count:
         raise UserError(
-            f"model.layer_types = {shown(types)} names {count} layers, of which model.num_layers = {model.num_layers} is "
-            "no multiple."
+            f"model.layer_types = {shown(types)} names {count} layers, of which model.num_layers = "
+            f"{model.num_layers} is no multiple."
         )
 
 

@@ -9,4 +9,4 @@ COMMANDS = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in (ROO
 
 def module_of(command):
     """What ``python -m`` runs."""
-    return importlib.import_module(f"{command}.__main__")
+    return importlib.import_module(f"{command}.__main__" if command in COMMANDS else command)

@@ -78,7 +78,7 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--policy=H20:4"], "did you mean h2o"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--max_kv=9", "--eviction=soonest"], "mean soonest_end"),
         ("natsjax.generate", ["--workdir=x", "--prompt=a", "--mesh=fdsp=2"], "did you mean fsdp"),
-        ("natsjax.generate", ["--dail=3"], "unknown flag --dail; did you mean --role bias; see --help"),
+        ("natsjax.generate", ["--role_bais=3"], "unknown flag --role_bais; did you mean --role_bias; see --help"),
         ("natsjax.evaluate", ["-help"], "unknown flag -help; did you mean --help"),
         ("natsjax.generate", ["--workdir=x", "--role_bias", "-0.3", "--prompt", "-- a b"], "x holds no run"),
         ("natsjax.plan", [CONFIG, "--topolgy", "v5e-16"], "did you mean --topology"),
@@ -94,7 +94,7 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("train", [CONFIG, "--workdir=x", "--config.train.kv_budget=0.1"], "did you mean nats.kv_budget"),
         ("train", [CONFIG, "--workdir=x", "--config.train.learning_rate=1"], "did you mean optimizer.*learning_rate"),
         ("train", [CONFIG, "--workdir=x", "--config.optimiser.beta1=1"], "did you mean optimizer.beta1"),
-        ("train", [CONFIG, "--workdir=x", "-config.model.widht=1"], "did you mean model.embed_dim"),
+        ("train", [CONFIG, "--workdir=x", "-config.model.embd_dim=1"], "did you mean model.embed_dim"),
         ("train", [CONFIG, "--workdir=x", "--config.modle=1"], "did you mean model"),
         ("train", [CONFIG, "--workdir=x", "--config.model.remat=ful"], "'none', 'full', 'dots' .*; did you mean full"),
         ("train", [CONFIG, "--workdir=x", "--config.nats.kv_penalty_mode=controled"], "did you mean controlled"),
@@ -139,7 +139,7 @@ def test_text_that_the_locale_did_not_read():
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("b", "budgets"), ("BUDGET", "budgets"), ("dense-workdir", "baseline_workdir"), ("x" * 9999, None), ("", None)],
+    [("b", "budgets"), ("BUDGET", "budgets"), ("baseline-workdir", "baseline_workdir"), ("x" * 9999, None), ("", None)],
 )
 def test_closest(name, found):
     assert closest(name, ["workdir", "budgets", "baseline_workdir"]) == found

@@ -86,7 +86,7 @@ def test_round_trip_through_json_and_config_dict():
         ("model", "layer_types", "densee", "'densee'"),
         ("model", "embed_dim", 1.5, "int was expected"),
         ("model", "embed_dim", True, "int was expected"),
-        ("model", "widht", 8, "did you mean model.embed_dim"),
+        ("model", "embd_dim", 8, "did you mean model.embed_dim"),
         ("nats", "initial_roles", (0.5, 0.2, 0.2), "add up to 1"),
         ("nats", "kv_budget", 0, "at least"),
         ("nats", "kv_penalty", 50.0, "max_kv_penalty"),
@@ -129,7 +129,7 @@ def test_wrong_flags_are_named(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("config.model.widht = 3", "mine.py, line 4: unknown config field widht; did you mean width"),
+        ("config.model.embd_dim = 3", "mine.py, line 4: unknown config field embd_dim; did you mean embed_dim"),
         ("config.modle.embed_dim = 3", "unknown config field modle; did you mean model"),
         ("config.model.embed_dim = 'wide'", "config field model.embed_dim is 'wide' .str.; int was expected"),
         ("config.model.embed_dim = 1.5", "config field model.embed_dim is 1.5"),

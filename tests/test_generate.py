@@ -165,7 +165,8 @@ def test_the_closing_line(text_run, capsys):
     said = command(capsys, text_run, "--prompt=köln war", "--temperature=1", "--max_new_tokens=12", *limit).err
     assert re.fullmatch(
         r"1 prompt, 10 prompt tokens, 12 output tokens; first token after [\d.]+ s, the last after [\d.]+ s; "
-        r"KV under nats, role bias 9: [\d.]+ live keys a head on average, at most 4; 16 slots allocated \([\d.]+ (KiB|B)\) "
+        r"KV under nats, role bias 9: [\d.]+ live keys a head on average, at most 4; 16 slots allocated "
+        r"\([\d.]+ (KiB|B)\) "
         r"where full attention would hold 84 \(19.0 %\); [1-9]\d* live keys evicted\.\n",
         said,
     ), said
@@ -284,9 +285,9 @@ def test_a_mesh_is_completed():
         (["--prompt=a", "--eviction=newest", "--max_kv=4"], "eviction='newest': one of 'soonest_end', 'oldest' was"),
         (
             ["--prompt=a", "--role_bias=1", "--policy=full"],
-            "--role bias=1 is for the model's roles, and --policy=full does not",
+            "--role_bias=1 is for the model's roles, and --policy=full does not",
         ),
-        (["--prompt=a", "--role_bias=nan"], r"--role bias=nan: a number between -1e\+06 and 1e\+06 was expected"),
+        (["--prompt=a", "--role_bias=nan"], r"--role_bias=nan: a number between -1e\+06 and 1e\+06 was expected"),
         (["--prompt=a", "--mesh=data=3,fsdp=1"], "mesh.data = 3, .* make 3 devices, and there are 1"),
         (["--prompt=a", "--output=/proc/no/x"], "--output=/proc/no/x cannot be written: No such file or directory"),
         (["--prompt=a", "--tempo=1"], "unknown flag --tempo; did you mean --temperature; see --help"),

@@ -113,11 +113,11 @@ def test_the_price_at_its_bound(price, bound):
     assert said(health, [stuck] * 10) == []  # the budget is on its way down
     assert said(health, [stuck] * 2, first=11) == []
     changes = health.update(13, stuck)
-    assert [change.name for change in changes] == ["budget-not-reached", "price-at-bound"]
+    assert [change.name for change in changes] == ["budget-not-reached", "penalty-at-bound"]
     assert bound in changes[1].text
     reached = line(config, kv_penalty=price)
     assert said(health, [reached] * 9, first=14) == [(18, "budget-not-reached", False)]  # the mean lags
-    assert health.active == ["price-at-bound"]
+    assert health.active == ["penalty-at-bound"]
 
 
 def test_skipped_spikes():

@@ -118,7 +118,7 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
     [
         (
             {"layer_types": "dense"},
-            r"\(model.layer_types = 'nats' there and 'dense' here\): blocks.attention.scorer.bias is there and not here",
+            r"\(model.layer_types = \('nats',\) there and \('dense',\) here\): blocks.attention.scorer.bias is there and not here",
         ),
         (
             {"mlp_dim": 32},

@@ -182,8 +182,8 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RandomKeys(0.5, 0, -1), "seed=-1: it must be 0 or more"),
         (lambda: RandomKeys(0.5, 0, 2**32), "seed=4294967296: it must be less than"),
         (lambda: SampledNats(2**40), "seed=1099511627776: it must be less than"),
-        (lambda: Nats(NAN), "role bias=nan: a finite number"),
-        (lambda: Nats(-INF), "role bias=-inf: a finite number"),
+        (lambda: Nats(NAN), "role_bias=nan: a finite number"),
+        (lambda: Nats(-INF), "role_bias=-inf: a finite number"),
     ],
 )
 def test_what_is_no_number_of_a_policy_is_refused(make, message):

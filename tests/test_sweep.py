@@ -454,7 +454,8 @@ def test_a_folder_in_use_or_of_a_run_is_refused(tmp_path):
         sweep.run(tiny_config(), tmp_path, kv_budgets=[0.4], progress=False)
 
 
-# ----------------------------------------------------------------------------------------------- KV penalties, and one corpus
+# ----------------------------------------------------------------------------------------------- KV penalties, and one
+# corpus
 
 
 def test_prices_instead_of_budgets(tmp_path, trained):

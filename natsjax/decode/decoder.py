@@ -122,7 +122,7 @@ class Decoder:
       UserError: the policy needs roles and the model has none, or the mesh divides sequences.
 
     Example:
-      >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(role bias=-0.3))
+      >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(role_bias=-0.3))
     """
 
     def __init__(

@@ -66,9 +66,10 @@ class Evaluation:
             }
             parts.append(
                 f"KV budget {percent['kv_budget']}: {'met' if budget_check['met'] else 'missed'}, "
-                f"{percent['biased']} at role bias {budget_check['role_bias']:.4g} (±{100 * budget_check['tolerance']:g} % allowed).\n"
-                f"Without a role bias the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; the "
-                f"smallest possible is {100 * budget_check['smallest_possible']:.3g} %."
+                f"{percent['biased']} at role bias {budget_check['role_bias']:.4g} "
+                f"(±{100 * budget_check['tolerance']:g} % allowed).\n"
+                f"Without a role bias the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; "
+                f"the smallest possible is {100 * budget_check['smallest_possible']:.3g} %."
             )
         if self.notes:
             parts.append("\n".join(f"note: {note}" for note in self.notes))
@@ -89,15 +90,16 @@ def run(
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
 
-    A NAtS run is read under its role bias at every budget and at role bias 0; full attention, sliding window and StreamingLLM run
-    at the same budgets on its weights, and on those of its dense baseline when one is named. A dense run alone gets the
-    last three.
+    A NAtS run is read under its role bias at every budget and at role bias 0; full attention, sliding window and
+    StreamingLLM run at the same budgets on its weights, and on those of its dense baseline when one is named. A dense
+    run alone gets the last three.
 
     Args:
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
       baseline_workdir: of a dense run on the same data, for a NAtS run.
-      prepared_dir: where the prepared corpus lies by now, of the dense baseline too; None: beside the run, or where it had it.
+      prepared_dir: where the prepared corpus lies by now, of the dense baseline too; None: beside the run, or where it
+        had it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
@@ -105,8 +107,8 @@ def run(
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the dense baseline does not fit, or the
-        report cannot be written, which is tried first.
+      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the dense baseline does not fit, or
+        the report cannot be written, which is tried first.
 
     Example:
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")

@@ -1,6 +1,7 @@
 """One teacher-forced pass over contexts under a retention policy: how well it predicts, and how much KV it reads.
 
-The forward pass is compiled once per kind of choice (a role bias, sampled roles, given intervals), whatever its numbers.
+The forward pass is compiled once per kind of choice (a role bias, sampled roles, given intervals), whatever its
+numbers.
 
 Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``l`` layer, ``d`` documents.
 """

@@ -133,7 +133,8 @@ def _role_biases(
                 f"No role bias gives a KV fraction of {budget:.4g} on training-split text; the closest is "
                 f"{found[budget].kv_fraction:.4g}, at role bias {found[budget].role_bias:.4g}."
             )
-    # A role bias that several budgets ended at is listed under the budget check's, or else the closest: the last one wins.
+    # A role bias that several budgets ended at is listed under the budget check's, or else the closest: the last one
+    # wins.
     order = sorted(found, key=lambda b: (b == this.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
     role_biases: dict[float, float | None] = {0.0: None} | {found[budget].role_bias: budget for budget in order}
     return [(Nats(role_bias), role_biases[role_bias]) for role_bias in sorted(role_biases)]

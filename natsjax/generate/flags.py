@@ -249,7 +249,7 @@ def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPo
     """
     if role_bias is not None and not abs(role_bias) <= _MAX_ROLE_BIAS:
         raise UserError(
-            f"--role bias={role_bias}: a number between -{_MAX_ROLE_BIAS:g} and {_MAX_ROLE_BIAS:g} was expected."
+            f"--role_bias={role_bias}: a number between -{_MAX_ROLE_BIAS:g} and {_MAX_ROLE_BIAS:g} was expected."
         )
     if text is None:
         return None if role_bias is None else Nats(role_bias)
@@ -259,7 +259,7 @@ def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPo
             f"--policy={text}: one of {', '.join(policy_forms())} was expected{did_you_mean(name, _POLICIES)}."
         )
     if role_bias is not None and name != "nats":
-        raise UserError(f"--role bias={role_bias:g} is for the model's roles, and --policy={text} does not read them.")
+        raise UserError(f"--role_bias={role_bias:g} is for the model's roles, and --policy={text} does not read them.")
     form, make, types, least = _POLICIES[name]
     words = rest.split(",") if colon else []
     try:

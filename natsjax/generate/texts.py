@@ -1,6 +1,6 @@
 """Text from a trained run, as it is drawn, and what its KV took.
 
-    python -m natsjax.generate --workdir=DIR --prompt=TEXT [--role bias=F] [--max_kv=N] [--mesh=data=2,tensor=4]
+    python -m natsjax.generate --workdir=DIR --prompt=TEXT [--role_bias=F] [--max_kv=N] [--mesh=data=2,tensor=4]
 
 A prompt is read as documents began in training: BOS, then its tokens. Prompts and what follows them go to standard
 output, in the order of the prompts; warnings and the closing line go to standard error.
@@ -168,7 +168,7 @@ def run(
     Example:
       >>> from natsjax import generate
       >>> from natsjax.policies import Nats
-      >>> found = generate.run("runs/quickstart", ["Fellow citizens"], policy=Nats(role bias=-0.3))
+      >>> found = generate.run("runs/quickstart", ["Fellow citizens"], policy=Nats(role_bias=-0.3))
       >>> print(found.texts[0], found.summary())
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -226,7 +226,7 @@ def _sentence_where_memory_ends() -> Iterator[None]:
             raise
         raise UserError(
             "the memory of the devices is too small for this: make --batch_size, --max_new_tokens or --chunk smaller, "
-            "keep fewer keys (--role bias, --max_kv), or take more devices (--mesh)."
+            "keep fewer keys (--role_bias, --max_kv), or take more devices (--mesh)."
         ) from error
 
 

@@ -47,7 +47,8 @@ class Roles(NamedTuple):
     Attributes:
       ids: int8 ``[l, b, k, s]``, the role of each token; all GLOBAL in a "dense" layer, SLIDING in a "sliding" one.
       lifetime: float32 ``[l, k]``, sum of all lifetimes in key-query pairs, differentiable.
-      entropy: float32 ``[l, k]``, sum over tokens of the entropy of the scorer's softmax, without noise or role bias, nats.
+      entropy: float32 ``[l, k]``, sum over tokens of the entropy of the scorer's softmax, without noise or role bias,
+        nats.
     """
 
     ids: jax.Array

@@ -103,8 +103,8 @@ def lifetime_sum(
       roles: float32 one-hot ``[b, k, s, 3]``.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
       window: tokens.
-      kv_penalty_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is the
-        gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys before it.
+      kv_penalty_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is
+        the gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys before it.
 
     Returns:
       float32 ``[k]``, in key-query pairs.

@@ -1,7 +1,7 @@
 """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.layer_types``); their parameters carry a
-leading axis ``l``. Nothing is mutated in a call:
+One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.layer_types``); their parameters carry
+a leading axis ``l``. Nothing is mutated in a call:
 noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
 ``model.sharding`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
 

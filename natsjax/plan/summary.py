@@ -41,7 +41,8 @@ def _what(plan: Plan) -> list[str]:
     tokens = train.batch_size * config.data.context_length
     parts = f" in {train.gradient_accumulation_steps} microbatches" if train.gradient_accumulation_steps > 1 else ""
     return [
-        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.layer_pattern} attention, on {plan.topology}: {mesh}",
+        f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.layer_pattern} attention, on "
+        f"{plan.topology}: {mesh}",
         f"a step: {train.batch_size} contexts of {config.data.context_length} ({tokens:,} tokens){parts}, "
         f"model.remat={config.model.remat}; compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
     ]

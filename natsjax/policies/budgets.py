@@ -1,4 +1,5 @@
-"""Which budgets to measure, and the setting of each policy that meets a budget: a role bias by search, a window by counting.
+"""Which budgets to measure, and the setting of each policy that meets a budget: a role bias by search, a window by
+counting.
 
 A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
 layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is the
@@ -269,8 +270,8 @@ def role_bias_for_budget(
 ) -> RoleBiasMatch:
     """The role bias whose KV fraction is closest to a budget, among those that the search looks at.
 
-    The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role biases
-    whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
+    The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role
+    biases whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
 
     Args:
       kv_fraction_at: KV fraction under a role bias.

@@ -40,7 +40,8 @@ class Nats:
 
 @policy
 class SampledNats:
-    """The model's own roles drawn as in training, with Gumbel noise: what the KV penalty was controlled on, never served.
+    """The model's own roles drawn as in training, with Gumbel noise: what the KV penalty was controlled on, never
+    served.
 
     Attributes:
       seed: of the noise.

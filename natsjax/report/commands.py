@@ -50,7 +50,7 @@ def run_commands(results: Results, starts: Sequence[Mapping[str, str]]) -> list[
     commands.append({"title": "Drawn again with", "command": report_command([workdir]), "note": "measures nothing"})
     generate = ["python", "-m", "natsjax.generate", f"--workdir={workdir}", "--prompt=…"]
     if results.budget_check is not None:
-        generate.append(f"--role bias={results.budget_check['role_bias']:g}")
+        generate.append(f"--role_bias={results.budget_check['role_bias']:g}")
     note = "with the role bias of the budget" if results.budget_check is not None else ""
     commands.append({"title": "Continues text with", "command": " ".join(map(_quoted, generate)), "note": note})
     return commands

@@ -3,8 +3,8 @@
     python -m natsjax.report --workdir=DIR            writes DIR/report/ again
     python -m natsjax.report --workdir=A,B,C          compares runs, in ./report/
 
-``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, budget checks, samples
-and runs are.
+``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, budget checks,
+samples and runs are.
 """
 
 import errno

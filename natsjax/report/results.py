@@ -1,4 +1,5 @@
-"""What an evaluation stores: rows, budget check, samples and the run, as plain dicts and lists, checked, written and read.
+"""What an evaluation stores: rows, budget check, samples and the run, as plain dicts and lists, checked, written and
+read.
 
 * A *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
   context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
@@ -8,9 +9,9 @@
   at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None where nothing was predicted.
 * The *budget check* (METHOD.md 4; `BUDGET_CHECK_FIELDS`) sets the sampled, the argmax and the biased KV fraction
   against the budget. A run without roles has none.
-* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `role_biases` (each one of a
-  row), `roles` (`[role_bias][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING), `windows` (`[l]`,
-  queries that read a SLIDING key) and `document_starts` (token indices).
+* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `role_biases` (each
+  one of a row), `roles` (`[role_bias][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING),
+  `windows` (`[l]`, queries that read a SLIDING key) and `document_starts` (token indices).
 * The *run* says where the numbers come from (`RUN_FIELDS`); `layers` is the kind of each layer, `settings` the config.
 
 `evaluation.json` holds all four, so that a report can be drawn again without measuring; `results.jsonl` has the rows.

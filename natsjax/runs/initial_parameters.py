@@ -68,7 +68,7 @@ class InitialParameters:
         finally:
             checkpoints.close()
         scorer = ", the scorer fresh" if self._reinit_scorer else ""
-        attention = self._config.model.layer_types
+        attention = self._config.model.layer_pattern
         distributed.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
         return _merged(parameters, read["parameters"])
 

@@ -345,7 +345,8 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, under the names of today; a last line that a killed process left unfinished is passed over."""
+    """The lines of ``metrics.jsonl``, under the names of today; a last line that a killed process left unfinished is
+    passed over."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

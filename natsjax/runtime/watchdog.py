@@ -71,8 +71,8 @@ class Watchdog:
         if silent >= self._seconds and self._stuck is None:
             self._stuck = (phase, heard)
             self._tell(
-                f"{who}no progress for {silent:.0f} s while {phase} (train.hang_timeout_seconds = {self._seconds:g}); the run goes "
-                f"on, and this is where its threads are:\n{_stacks()}"
+                f"{who}no progress for {silent:.0f} s while {phase} (train.hang_timeout_seconds = "
+                f"{self._seconds:g}); the run goes on, and this is where its threads are:\n{_stacks()}"
             )
 
 

@@ -1,8 +1,8 @@
 """The front that a sweep found, as a table and as a picture: quality against KV, over the settings and their seeds.
 
-A point of the front is one setting (a budget, a KV penalty, or the dense baseline) over its seeds. Means of perplexities are
-geometric: means of the loss. What is drawn around a mean is the range of its seeds, from the smallest to the largest,
-and no confidence interval: few seeds do not give one.
+A point of the front is one setting (a budget, a KV penalty, or the dense baseline) over its seeds. Means of
+perplexities are geometric: means of the loss. What is drawn around a mean is the range of its seeds, from the smallest
+to the largest, and no confidence interval: few seeds do not give one.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class ParetoPoint:
       kv_range: the smallest and the largest of them.
       quality: mean perplexity (geometric), or mean accuracy where that is what counts.
       quality_range: the smallest and the largest of them.
-      over_dense: mean over the seeds that have a dense baseline of what it costs: perplexity over the dense baseline's, less 1
-        (geometric); or accuracy less the dense baseline's. None where there is no pair.
+      over_dense: mean over the seeds that have a dense baseline of what it costs: perplexity over the dense baseline's,
+        less 1 (geometric); or accuracy less the dense baseline's. None where there is no pair.
       over_dense_range: the smallest and the largest of them.
       num_pairs: seeds that have a dense baseline.
     """
@@ -61,7 +61,8 @@ class ParetoPoint:
 
 
 def pareto_of(runs: Sequence[SweepRun]) -> list[ParetoPoint]:
-    """The settings with a run that finished, budgets and KV penalties as they were asked for, the dense baseline last."""
+    """The settings with a run that finished, budgets and KV penalties as they were asked for, the dense baseline
+    last."""
     groups: dict[tuple[float | None, float | None], list[SweepRun]] = {}
     for run in drawable(runs):
         groups.setdefault((run.kv_budget, run.kv_penalty), []).append(run)
@@ -189,8 +190,8 @@ def draw_pareto(runs: Sequence[SweepRun], title: str) -> bytes:
     """The picture of the front, a PNG 1800 pixels wide.
 
     Each setting is a point at the means of its seeds, with their range; the runs are dots, hollow where the budget was
-    missed. Faint lines are what single runs keep under other role biases. The line across is the dense baseline, the band the
-    range of its seeds.
+    missed. Faint lines are what single runs keep under other role biases. The line across is the dense baseline, the
+    band the range of its seeds.
 
     Args:
       runs: those that ended; those that failed are left out.
@@ -277,7 +278,8 @@ def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) 
 
 
 def _extent(runs: Sequence[SweepRun], metric: str) -> list[dict[str, Any]]:
-    """What must be seen, as rows for ``scale_axes``: runs and their role biases; of a dense baseline, its height alone."""
+    """What must be seen, as rows for ``scale_axes``: runs and their role biases; of a dense baseline, its height
+    alone."""
     rows = [{"kv_fraction": run.kv_fraction, metric: getattr(run, metric)} for run in runs if not run.is_dense]
     rows += [{"kv_fraction": point["kv_fraction"], metric: point[metric]} for run in runs for point in run.front]
     anywhere = rows[0]["kv_fraction"] if rows else 1.0

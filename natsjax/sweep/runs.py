@@ -76,15 +76,16 @@ class SweepRun:
     """A run that has ended; a line of ``sweep.jsonl``.
 
     The numbers ``kv_fraction`` to ``accuracy_high`` are one row of the run's own evaluation on held-out text: with a
-    budget, that of the role bias which meets the budget on training text; with a fixed KV penalty, that of role bias 0; of a dense
-    dense baseline, full attention. They are None where the run failed.
+    budget, that of the role bias which meets the budget on training text; with a fixed KV penalty, that of role bias 0;
+    of a dense baseline, full attention. They are None where the run failed.
 
     Attributes:
       name: of its folder.
       workdir: where it lies.
       attention: ``model.layer_pattern``.
       kv_budget: KV fraction that the KV penalty was controlled to; None: the KV penalty was fixed, or the run is dense.
-      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it was controlled, or the run is dense.
+      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it was controlled, or the run is
+        dense.
       seed: ``train.seed``.
       status: "finished", or "failed", which running the sweep again tries again.
       error: the sentence that it failed with.
@@ -163,8 +164,8 @@ def plan_runs(
     """
     if not config.model.has_roles:
         raise UserError(
-            f'model.layer_types = {config.model.layer_pattern} has no roles to control; a sweep wants a config with "nats" '
-            "layers (--dense adds the dense baselines)."
+            f"model.layer_types = {config.model.layer_pattern} has no roles to control; a sweep wants a config with "
+            '"nats" layers (--dense adds the dense baselines).'
         )
     if (kv_budgets is None) == (kv_penalties is None):
         raise UserError(

@@ -96,8 +96,8 @@ def run(
     its sentence, the others go on, and the next call tries it again.
 
     Args:
-      config: what the runs have in common; ``train.seed`` and, by what is swept, ``nats.kv_penalty_mode``, ``nats.kv_budget`` or
-        ``nats.kv_penalty`` are set for each.
+      config: what the runs have in common; ``train.seed`` and, by what is swept, ``nats.kv_penalty_mode``,
+        ``nats.kv_budget`` or ``nats.kv_penalty`` are set for each.
       workdir: folder of the sweep; made when it is not there.
       kv_budgets: KV fractions that a controlled KV penalty aims at, in (0, 1]; these or KV penalties.
       kv_penalties: fixed KV penalties, nats per token per unit of KV fraction.

@@ -29,7 +29,8 @@ def step_flops(
 ) -> Flops:
     """Products of one optimizer step, from the sizes alone; two operations each multiply-and-add.
 
-    ``kv_fraction`` is what was measured, None: ``live_fraction``; without ``recomputation`` these are the model's FLOPs.
+    ``kv_fraction`` is what was measured, None: ``live_fraction``; without ``recomputation`` these are the model's
+    FLOPs.
 
     A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward but for its last
     product, "dots" only its attention's. Attention costs 2 products of ``head_dim`` forward and 7 backward (both of its

@@ -103,7 +103,8 @@ class StepMetrics(NamedTuple):
 def schedules_at(config: Config, step: int) -> dict[str, float]:
     """What depends on how long the run is, by name, in the step that follows ``step`` others.
 
-    The budget's ramp and the warm-up are given in steps, and the KV penalty is controlled from where it is: they do not.
+    The budget's ramp and the warm-up are given in steps, and the KV penalty is controlled from where it is: they do
+    not.
     """
     optimizer, num_steps = config.optimizer, config.train.num_steps
     rate = float(learning_rate(optimizer, num_steps)(step))

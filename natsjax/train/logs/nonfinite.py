@@ -218,9 +218,10 @@ def _gradients(step: int, values: StepMetrics, recent: Sequence[Recent], config:
     """Gradients that grew before the loss did."""
     norms = [known.gradient_norm for known in recent]
     if len(norms) >= 3 and norms[-1] > _LARGE * statistics.median(norms):
+        unclipped = ", and nothing clips it (optimizer.clip_by_global_norm = 0)"
         cause = (
             f"the gradient's norm had grown to {norms[-1]:.4g} where {statistics.median(norms):.4g} was usual"
-            f"{'' if config.optimizer.clip_by_global_norm else ', and nothing clips it (optimizer.clip_by_global_norm = 0)'}"
+            f"{'' if config.optimizer.clip_by_global_norm else unclipped}"
         )
         return cause, _calmer(step, config)
     if len(norms) < 3 and step <= max(10, config.optimizer.warmup_steps):

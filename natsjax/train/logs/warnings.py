@@ -30,9 +30,9 @@ WARNINGS = {
     "fall later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
     "endless-local": "A LOCAL token that no GLOBAL one ends costs as much as a GLOBAL one: raise the share of GLOBAL "
     "in nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
-    "budget-not-reached": "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget nearer "
-    "to this KV fraction.",
-    "price-at-bound": "The KV penalty cannot steer any more: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
+    "budget-not-reached": "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget "
+    "nearer to this KV fraction.",
+    "penalty-at-bound": "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
     "nats.kv_budget.",
     "loss-spike-skipped": "If it goes on, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
     "optimizer.spike_threshold.",
@@ -167,7 +167,7 @@ class Health:
         shown = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
         return {
             "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {shown}"),
-            "price-at-bound": _Finding(
+            "penalty-at-bound": _Finding(
                 np.array(bool(bound)), lambda _: f"the KV penalty is at its {bound} with a KV fraction of {shown}"
             ),
         }
