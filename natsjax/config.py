@@ -435,7 +435,7 @@ def validate(config: Config) -> None:
             f"train.profile = {shown(train.profile)}: the first and the last step were expected, as in (20, 22)."
         )
     if train.reinit_scorer and not model.has_roles:
-        raise UserError(f"train.reinit_scorer = True: model.layer_types = {shown(model.layer_types)} has no scorer.")
+        raise UserError(f"train.reinit_scorer = True: model.layer_types = {model.layer_pattern} has no scorer.")
     says_otherwise = train.num_tokens or train.num_epochs  # then num_steps follows from the data
     if config.optimizer.warmup_steps > train.num_steps and not says_otherwise:
         raise UserError(

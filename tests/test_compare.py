@@ -51,7 +51,7 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
 def test_only_settings_that_differ_are_listed(runs, tmp_path):
     settings = embedded(compare(runs, tmp_path / "out")[0])["settings"]
     assert {line["field"]: line["values"] for line in settings} == {
-        "model.layer_types": ["nats", "nats", "dense", "nats"],
+        "model.layer_types": [["nats"], ["nats"], ["dense"], ["nats"]],
         "nats.kv_budget": [0.15, 0.3, 0.15, 0.15],
     }
 

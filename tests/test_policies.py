@@ -84,7 +84,7 @@ def test_without_sinks_streaming_llm_is_a_sliding_window():
 
 @pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
 def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
-    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(role_bias=roles)))
+    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(biased_roles=roles)))
     np.testing.assert_array_equal(choice.bias, bias)
     assert choice.key_end is None
     assert choice.noise_key is None

@@ -32,8 +32,8 @@ WARNINGS = {
     "in nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
     "budget-not-reached": "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget "
     "nearer to this KV fraction.",
-    "penalty-at-bound": "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
-    "nats.kv_budget.",
+    "penalty-at-bound": "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose "
+    "another nats.kv_budget.",
     "loss-spike-skipped": "If it goes on, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
     "optimizer.spike_threshold.",
 }
