@@ -98,7 +98,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NatsConfig:
-    """Roles and what they cost (METHOD.md 2-4); unused where no layer is "nats"."""
+    """Roles and what they cost (docs/method.md 2-4); unused where no layer is "nats"."""
 
     window: int = setting(16, "queries behind its own that read a SLIDING key (tokens)", minimum=0)
     temperature: float = setting(1.0, "of the straight-through softmax, at step 0", minimum=1e-3)

@@ -139,7 +139,7 @@ def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_p
     sample = make_sample("LSGLSSGL", roles=layers, role_biases=[-0.25], document_starts=[0, 6]) | {"roles": [layers]}
     path = write(tmp_path, samples=[sample], run=RUN | {"layers": ["nats"]})[2]
     first = open_page(path)
-    # Types L S G L S S of METHOD.md 1 end at 3 3 oo oo 6 7; the second document, at 6, cuts what is longer.
+    # Types L S G L S S of docs/method.md 1 end at 3 3 oo oo 6 7; the second document, at 6, cuts what is longer.
     assert (roles(first), ends(first)) == ("12012201", [3, 3, 6, 6, 6, 6, 8, 8])
     assert first.locator("#role bias").is_hidden()
     second = open_page(path, "layer=0&head=1&token=3")

@@ -1,7 +1,7 @@
 """A chunk of tokens through the model, against the keys that a buffer holds: the pure functions of decoding.
 
 A chunk of one token is a step of decoding, longer ones are prefill. Prefill in chunks, decoding token by token, and the
-masked forward pass of the whole sequence give the same logits, up to rounding (METHOD.md 5).
+masked forward pass of the whole sequence give the same logits, up to rounding (docs/method.md 5).
 
 Sequences in a batch may have different lengths: in a chunk each has ``num_tokens[b]`` of them, at the front, and
 the first has the index ``begin[b]``.

@@ -165,7 +165,7 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
 
 
 def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The budget check of METHOD.md 4, on held-out text."""
+    """The budget check of docs/method.md 4, on held-out text."""
     nats = this.config.nats
     by_role_bias = {row["setting"]["role_bias"]: row for row in rows if row["method"] == Nats.method}
     role_bias, biased = next(

@@ -33,7 +33,7 @@ from natsjax.runs.load import LoadedRun
 from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1
-"""Share of a budget that the biased KV fraction may be off for the budget check to be met (METHOD.md 4)."""
+"""Share of a budget that the biased KV fraction may be off for the budget check to be met (docs/method.md 4)."""
 
 
 _FEWEST_KEYS = 2

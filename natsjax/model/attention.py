@@ -76,7 +76,7 @@ class RoleSampling(NamedTuple):
 
 
 class Scorer(nnx.Module):
-    """Three logits per token and KV head, one for each role (METHOD.md 2).
+    """Three logits per token and KV head, one for each role (docs/method.md 2).
 
     Its weights start at zero and its biases at the logarithm of ``nats.initial_roles``: at step 0 the sampled roles
     have just those fractions in every head.

@@ -1,7 +1,7 @@
 """Which budgets to measure, and the setting of each policy that meets a budget: a role bias by search, a window by
 counting.
 
-A KV budget is a KV fraction (METHOD.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
+A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
 layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is the
 window of each layer of the pattern (``layer_windows``), None for a layer that has none.
 """

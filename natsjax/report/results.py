@@ -7,7 +7,7 @@ read.
   document, None where there is none (fewer documents than `MIN_DOCUMENTS`, or all alike); `weights` says which weights
   ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its document a prediction could look back
   at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None where nothing was predicted.
-* The *budget check* (METHOD.md 4; `BUDGET_CHECK_FIELDS`) sets the sampled, the argmax and the biased KV fraction
+* The *budget check* (docs/method.md 4; `BUDGET_CHECK_FIELDS`) sets the sampled, the argmax and the biased KV fraction
   against the budget. A run without roles has none.
 * A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `role_biases` (each
   one of a row), `roles` (`[role_bias][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING),

@@ -1,6 +1,6 @@
 """Dense oracles for the tests: they build every L×L array and are never a fallback.
 
-``relaxed_attention`` is the definition (METHOD.md 3): attention under a mask that is a smooth function of the roles,
+``relaxed_attention`` is the definition (docs/method.md 3): attention under a mask that is a smooth function of the roles,
 left to automatic differentiation. ``closed_form_attention`` has the same values and the written-out gradient, with
 the clip for masked-out pairs on or off. Both follow the dtype of their input, so tests run them in float64.
 
@@ -110,7 +110,7 @@ def interval_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("window", "scale", "clip", "visible_only"))
 def closed_form_attention(query, key, value, roles, document_end, window, scale, clip, visible_only=False):
-    """``nats_attention`` with the closed form of its gradient (METHOD.md 3), dense. Shapes as in ``api``.
+    """``nats_attention`` with the closed form of its gradient (docs/method.md 3), dense. Shapes as in ``api``.
 
     Args:
       query, key, value, roles, document_end, window, scale: as in ``api.nats_attention``, all of them given.

@@ -149,7 +149,7 @@ def global_credit(
     past: jax.Array,
     document_end: jax.Array | None,
 ) -> jax.Array:
-    """What making each token GLOBAL takes away from the LOCAL keys before it (``kill`` in METHOD.md 3).
+    """What making each token GLOBAL takes away from the LOCAL keys before it (``kill`` in docs/method.md 3).
 
     The sums are of any quantity ``e[t, s]`` over (query, key) pairs of LOCAL keys; outside LOCAL keys they are 0.
     A token that is not GLOBAL would end the LOCAL keys that are alive across it: those whose pairs begin before it
@@ -196,7 +196,7 @@ def role_columns(role_ids: jax.Array, key_end: jax.Array, document_end: jax.Arra
 
 
 def role_gradient(sums: RoleSums, columns: RoleColumns, document_end: jax.Array | None) -> jax.Array:
-    """The gradient of the relaxed roles (METHOD.md 3) from their sums: float32 ``[b, k, s, 3]``."""
+    """The gradient of the relaxed roles (docs/method.md 3) from their sums: float32 ``[b, k, s, 3]``."""
     credit = global_credit(
         columns.is_global,
         column=jnp.where(columns.is_local, sums.local, 0),

@@ -3,7 +3,7 @@
 const ROLES = ["GLOBAL", "LOCAL", "SLIDING"];
 const TOKEN_WIDTH = 12, SLOT_HEIGHT = 20, RULER_HEIGHT = 20;  // pixels of the spans
 
-/** METHOD.md 1: the first query that cannot read each key any more, and the end (exclusive) of its document. */
+/** docs/method.md 1: the first query that cannot read each key any more, and the end (exclusive) of its document. */
 function lifetimes(roles, window, starts) {
   const firsts = new Set(starts), keyEnd = [], documentEnd = [];
   let end = roles.length, nextGlobal = Infinity;

@@ -1,7 +1,7 @@
 """Backward: the gradients through the visible pairs, and the role sums over visible and over masked-out ones.
 
 Everything is made of ``e[t, s] = ratio * (dp - delta)`` with ``ratio = min(exp(x - lse), 1)`` and ``dp = dout · value``
-(METHOD.md 3): for visible pairs it is the gradient of the logit, for the others what seeing the key would have been
+(docs/method.md 3): for visible pairs it is the gradient of the logit, for the others what seeing the key would have been
 worth. A sum of e over *all* rows of a key needs no dp of its own, for dp is linear in the value:
 
     sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
