@@ -23,6 +23,7 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.data import iterate, train_dataset
+from natsjax.model.inputs import Batch
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.train import losses
@@ -41,7 +42,7 @@ def scorer_gradients(run: LoadedRun, config: Config, draws: int) -> np.ndarray:
         return jax.flatten_util.ravel_pytree(gradients["blocks"]["attention"]["scorer"])[0]
 
     dataset = train_dataset(run.data.source, batch_size=config.train.batch_size)
-    batches = zip(range(draws), iterate(dataset, run.step), strict=False)
+    batches = ((n, Batch.from_rows(rows)) for n, rows in zip(range(draws), iterate(dataset, run.step), strict=False))
     return np.stack([np.asarray(gradient(batch, jax.random.key(n)), np.float64) for n, batch in batches])
 
 

@@ -11,10 +11,10 @@ from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.model import sharding
 from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import capped
-from natsjax.model.inputs import Inputs
+from natsjax.model.inputs import Batch
 from natsjax.model.transformer import init_parameters, model_structure
+from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
-from pallas_kernels.nats_attention import NO_END
 
 SMALL = DecodeSettings(chunk=8, segment=4, block=16)
 
@@ -73,23 +73,19 @@ def masked_logits(config: Config, parameters, rows, policy=None, role_ids=None):
     tokens, lengths = padded(rows)
     structure = model_structure(config, tiny.VOCAB_SIZE).structure
 
-    @jax.jit
-    def forward(parameters, tokens, lengths, choice):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        end = jnp.where(positions < lengths[:, None], lengths[:, None], 0)
-        # Keys that outlive the sequence have no end.
-        return nnx.merge(structure, parameters)(Inputs(tokens, positions, end), choice)
-
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    end = np.where(positions < lengths[:, None], lengths[:, None], 0).astype(np.int32)
     if role_ids is not None:
         choice = RoleSampling(role_ids=jnp.asarray(role_ids))
-    elif policy is None:
-        choice = RoleSampling() if config.model.has_roles else RoleSampling(key_end=jnp.full((1, 1, 1), NO_END))
-    elif isinstance(policy, Nats):
-        choice = policy.choice(None, config)
     else:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        choice = RoleSampling(key_end=policy.key_end(positions, config.model.num_kv_heads))
-    logits, roles = forward(parameters, jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), choice)
+        policy = policy or (Nats() if config.model.has_roles else FullAttention())
+        choice = policy.choice(jnp.asarray(positions), config)
+
+    @jax.jit
+    def forward(parameters, batch, choice):
+        return nnx.merge(structure, parameters)(batch, choice)
+
+    logits, roles = forward(parameters, Batch(tokens, positions, end), choice)
     return np.asarray(logits), np.asarray(roles.ids)
 
 

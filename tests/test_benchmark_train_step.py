@@ -12,7 +12,7 @@ from benchmarks import train_step as benchmark
 from benchmarks import train_step_breakdown
 from configs import quickstart
 from natsjax import UserError
-from natsjax.model.roles import key_end_from_roles
+from pallas_kernels.nats_attention import key_end_from_roles
 
 CASE = benchmark.Case(length=24, batch=4)
 

@@ -5,21 +5,24 @@ import dataclasses
 
 import decoding
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.decode import allocation, loop
 from natsjax.decode.buffer import occupancy
-from natsjax.decode.decoder import DecodeSettings, most_live
+from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.generation import generate, prefill, unpad
 from natsjax.decode.sampling import Sampling
 from natsjax.decode.step import Chunk
 from natsjax.errors import UserError
+from natsjax.model import layers, transformer
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import H2O, SnapKV
 
 TOLERANCE = 2e-5
 CONFIG = decoding.config()
@@ -59,6 +62,44 @@ def test_every_static_policy_is_its_mask(policy, chunk):
     expected, _ = decoding.masked_logits(CONFIG, PARAMETERS, rows, policy)
     got, _ = decoding.chunked_logits(decoding.decoder(CONFIG, PARAMETERS, policy), rows, chunk)
     assert decoding.error(got, expected, rows) <= TOLERANCE
+
+
+class ToyNorm(nnx.Module):
+    """Subtracts the mean, divides by the largest magnitude, and has a shift."""
+
+    def __init__(self, width, epsilon):
+        self.scale = layers.vector_param(jnp.linspace(0.5, 2, width), (None,), "norm")
+        self.shift = layers.vector_param(jnp.linspace(-0.3, 0.3, width), (None,), "norm")
+
+    def __call__(self, x):
+        x -= jnp.mean(x, axis=-1, keepdims=True)
+        return x / (0.1 + jnp.max(jnp.abs(x), axis=-1, keepdims=True)) * self.scale[...] + self.shift[...]
+
+
+class ToyMLP(nnx.Module):
+    """One matrix and a cosine."""
+
+    def __init__(self, model, rngs):
+        d = model.embed_dim
+        self.matrix = layers.matrix_param(rngs.params(), (d, d), ("embed", None), d, "mlp")
+
+    def __call__(self, x):
+        return jnp.cos(x @ layers.gathered(self.matrix, x.dtype))
+
+
+def test_another_norm_and_mlp_decode_as_they_train(monkeypatch):
+    """Decoding runs the model's own block: what is swapped there needs no change in ``decode``."""
+    rows = decoding.prompts([29, 12])
+    usual, _ = decoding.masked_logits(CONFIG, PARAMETERS, rows)
+    monkeypatch.setattr(transformer, "RMSNorm", ToyNorm)
+    monkeypatch.setattr(transformer, "MLP", ToyMLP)
+    parameters = decoding.parameters_of(CONFIG)
+    assert set(parameters["blocks"]["mlp_norm"]) == {"scale", "shift"}
+    expected, _ = decoding.masked_logits(CONFIG, parameters, rows)
+    assert decoding.error(usual, expected, rows) > 0.1
+    for chunk in (1, 7):
+        got, _ = decoding.chunked_logits(decoding.decoder(CONFIG, parameters), rows, chunk)
+        assert decoding.error(got, expected, rows) <= TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["nats", "dense"])
@@ -122,8 +163,8 @@ def test_a_buffer_that_becomes_too_small_in_the_middle_loses_nothing():
         decoder, rows, max_new_tokens=60, on_tokens=lambda row, tokens, logprobs: seen.append((row, tokens))
     )
     full = generate(decoding.decoder(CONFIG, parameters, FullAttention()), rows, max_new_tokens=60)
-    assert found.moves >= 2
-    assert full.moves == 0
+    assert found.transfers >= 2
+    assert full.transfers == 0
     assert found.tokens == full.tokens
     assert np.allclose(found.logprobs, full.logprobs, atol=1e-5)
     assert found.evicted == 0
@@ -159,7 +200,7 @@ def test_sliding_tokens_take_constant_memory():
     found = generate(decoding.decoder(config, parameters, settings=used), [[1]], max_new_tokens=100_000)
     assert len(found.tokens[0]) == 100_000
     assert found.capacities == [8]
-    assert (found.moves, found.evicted) == (0, 0)
+    assert (found.transfers, found.evicted) == (0, 0)
     assert found.kv_live < 4.01  # itself, two behind it, and the first of the sequence
     assert found.kv_full == 2 * 100_000
 
@@ -350,8 +391,8 @@ def test_mistakes_are_sentences(arguments, message):
 
 def test_wrong_settings_are_sentences():
     for wrong, message in (
-        ({"chunk": 0}, "chunk=0"),
-        ({"max_kv": 0}, "max_kv=0"),
+        ({"chunk": 0}, "chunk = 0"),
+        ({"max_kv": 0}, "max_kv = 0"),
         ({"eviction": "x"}, "'soonest_end'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -370,7 +411,7 @@ def test_the_slots_of_a_policy_are_known_in_advance(length, policy):
     """By hand: at each query the keys that are still read, its own among them."""
     ends = np.asarray(policy.key_end(np.arange(length, dtype=np.int32)[None], 2)).reshape(-1, length)
     live = [sum(end > t for s, end in enumerate(row) if s <= t) for row in ends for t in range(length)]
-    assert most_live(policy, length, 2) == max(live)
+    assert policy.most_live(length, 2) == max(live)
 
 
 def test_bfloat16_stays_close():
@@ -399,7 +440,7 @@ def test_memory_is_what_lives_and_not_what_was_seen():
     cache, hidden = prefill(decoder, prompt)
     live = np.asarray(occupancy(cache.buffer, cache.num_tokens))
     assert 0.05 < live.mean() / 8192 < 0.15
-    cache = decoder.settle(cache, decoder.need(cache), 4096)
+    cache = decoder.compact(cache, decoder.required_capacity(cache), 4096)
     hidden.delete()
     taken = sum(x.nbytes for x in jax.live_arrays()) - before
     slot = 2 * 64 * 4  # bytes of a key and a value

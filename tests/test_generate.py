@@ -23,9 +23,9 @@ from natsjax.errors import UserError
 from natsjax.export import export
 from natsjax.generate import __main__ as generate_command
 from natsjax.generate.flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import H2O, SnapKV
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = ["--temperature=1", "--max_new_tokens=6"]  # fresh parameters give bytes at random, and greedily the same again
@@ -175,8 +175,8 @@ def test_the_closing_line(text_run, capsys):
     text = found.summary()
     assert " tokens/s after that (less what had to be compiled); KV under full: 5.0 live keys a " in text
     assert text.endswith("where full attention would hold 28 (100.0 %).")
-    moved = dataclasses.replace(found, total=dataclasses.replace(found.total, moves=2)).summary()
-    assert moved == f"{text[:-1]}; 2 moves to larger buffers."
+    moved = dataclasses.replace(found, total=dataclasses.replace(found.total, transfers=2)).summary()
+    assert moved == f"{text[:-1]}; 2 transfers to larger buffers."
 
 
 POLICIES = {
@@ -220,8 +220,8 @@ def test_every_policy_has_a_name():
         ("h2o:", r"h2o:N\[,R\] was expected"),
         ("snapkv:8", "num_keys=8: it must be 33 or more"),
         ("snapkv:8,2,1", r"snapkv:N\[,W\] was expected"),
-        ("random:1.5", "share=1.5: it must lie between 0 and 1"),
-        ("random:nan", "share=nan: it must lie between 0 and 1"),
+        ("random:1.5", "fraction=1.5: it must lie between 0 and 1"),
+        ("random:nan", "fraction=nan: it must lie between 0 and 1"),
     ],
 )
 def test_a_wrong_policy_is_explained(text, sentence):
@@ -277,9 +277,9 @@ def test_a_mesh_is_completed():
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0: it must be 1 or more"),
         (["--prompt=a", "--max_new_tokens=9999999999"], "max_new_tokens=9999999999: it must be less than 1073741824"),
         (["--prompt=a", "--batch_size=0"], "batch_size=0: it must be 1 or more"),
-        (["--prompt=a", "--temperature=-1"], "temperature=-1.0: it must be 0 or more"),
+        (["--prompt=a", "--temperature=-1"], "temperature = -1.0: it must be 0 or more"),
         (["--prompt=a", "--top_p=x"], "argument --top_p: invalid float value: 'x'; see --help"),
-        (["--prompt=a", "--max_kv=0"], "max_kv=0: it must be 1 or more"),
+        (["--prompt=a", "--max_kv=0"], "max_kv = 0: it must be 1 or more"),
         (["--prompt=a", "--max_kv=4", "--policy=h2o:4"], "are two limits; choose one"),
         (["--prompt=a", "--eviction=oldest"], "--eviction=oldest says what goes first where --max_kv is reached"),
         (["--prompt=a", "--eviction=newest", "--max_kv=4"], "eviction='newest': one of 'soonest_end', 'oldest' was"),

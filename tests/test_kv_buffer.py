@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from natsjax.decode import allocation
 from natsjax.decode import buffer as kv_buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.eviction import Oldest, SoonestEnd
-from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.decode_attention import Storage
 from pallas_kernels.decode_attention.storage import FORMATS
 from pallas_kernels.nats_attention import NO_END
@@ -182,7 +182,7 @@ def slots_for(positions, ends, attention_sum=None):
 def test_what_goes_first(eviction, gone):
     positions, ends = np.array([0, 1, 2, 3, 4]), np.array([NO_END, UNTIL_GLOBAL, NO_END, 9, NO_END])
     attention_sum = np.array([0.2, 0.9, 0.1, 0.3, 0.0], np.float32)
-    first, second = (np.asarray(x)[0, 0] for x in eviction.order(*slots_for(positions, ends, attention_sum)))
+    first, second = (np.asarray(x)[0, 0] for x in eviction.scores(*slots_for(positions, ends, attention_sum)))
     assert np.lexsort((second, first))[:3].tolist() == gone
 
 

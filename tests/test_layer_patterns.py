@@ -14,8 +14,8 @@ from natsjax.decode.generation import generate
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
 from natsjax.evaluate.settings import Nats
-from natsjax.model.attention import RoleSampling
-from natsjax.model.inputs import model_inputs
+from natsjax.model.attention import MaskedAttention, RoleSampling
+from natsjax.model.inputs import Batch
 from natsjax.model.transformer import init_parameters
 from natsjax.policies.interval import FullAttention, SlidingWindow
 from natsjax.train.step import Trainer
@@ -37,7 +37,7 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
     config = tiny.config(model=MIXED | {"remat": remat})
     structure, parameters = build(config)
     batch, key = tiny.packed_batch(), jax.random.key(3)
-    inputs = model_inputs(batch)
+    inputs = Batch.from_rows(batch)
 
     def scanned(parameters):
         logits, roles = nnx.merge(structure, parameters)(inputs, RoleSampling(noise_key=key))
@@ -46,11 +46,12 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
     def unrolled(parameters):
         transformer = nnx.merge(structure, parameters)
         block = nnx.graphdef(transformer.blocks)
-        x, found = transformer.embed(inputs.tokens), []
+        x, found = transformer.embed(inputs.inputs), []
         for layer, noise_key in enumerate(jax.random.split(key, 6)):
             state = jax.tree.map(lambda values: values[layer], parameters["blocks"])  # noqa: B023
             kind = ["nats", "dense", "sliding"][layer % 3]
-            x, roles = nnx.merge(block, state)(x, inputs, RoleSampling(noise_key=noise_key), kind)
+            attend = MaskedAttention(inputs, RoleSampling(noise_key=noise_key), kind)
+            x, roles = nnx.merge(block, state)(x, inputs.positions, attend)
             found.append(roles)
         logits = transformer.logits(transformer.final_norm(x))
         return jnp.sum(jnp.sin(logits)), jax.tree.map(lambda *values: jnp.stack(values), *found)
@@ -70,12 +71,13 @@ def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
 def test_a_sliding_layer_reads_its_window_and_nothing_else():
     config = tiny.config(model={"layer_types": "sliding", "sliding_window": WINDOW, "num_layers": 1})
     structure, parameters = build(config)
-    inputs = model_inputs(tiny.packed_batch())
+    inputs = Batch.from_rows(tiny.packed_batch())
 
     def per_query(embedded):
         transformer = nnx.merge(structure, parameters)
         state = jax.tree.map(lambda values: values[0], parameters["blocks"])
-        out, _ = nnx.merge(nnx.graphdef(transformer.blocks), state)(embedded, inputs, RoleSampling(), "sliding")
+        attend = MaskedAttention(inputs, RoleSampling(), "sliding")
+        out, _ = nnx.merge(nnx.graphdef(transformer.blocks), state)(embedded, inputs.positions, attend)
         return jnp.sum(jnp.sin(out), axis=-1)
 
     embedded = jax.random.normal(jax.random.key(2), (3, 24, 16))
@@ -150,7 +152,7 @@ def test_a_mixed_run_is_measured_with_masks_as_through_the_buffer(tmp_path):
     assert np.all(share[[2, 5]] < 0.6)
 
 
-def test_a_mixed_run_is_evaluated_under_its_dial(tmp_path):
+def test_a_mixed_run_is_evaluated_under_its_role_bias(tmp_path):
     config = tiny.config(model=MIXED, nats={"kv_budget": 0.7})
     run = tiny.make_run(tmp_path / "run", config)
     found = evaluate.run(tmp_path / "run", loaded=run, progress=False)
@@ -179,7 +181,7 @@ def test_fixed_policies_meet_their_budgets_beside_sliding_layers(tmp_path):
 def test_qk_norm_leaves_the_scale_of_queries_and_keys_without_effect():
     config = tiny.config(model={"qk_norm": True})
     structure, parameters = build(config)
-    inputs = model_inputs(tiny.packed_batch())
+    inputs = Batch.from_rows(tiny.packed_batch())
     attention = parameters["blocks"]["attention"]
     louder = parameters | {
         "blocks": parameters["blocks"]

@@ -22,7 +22,7 @@ from natsjax.evaluate.masked import (
     sum_by_document,
     sum_by_position,
 )
-from natsjax.model.inputs import Inputs
+from natsjax.model.inputs import Batch
 from natsjax.policies.interval import FullAttention, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats, SampledNats
 from natsjax.report.results import MIN_DOCUMENTS
@@ -154,8 +154,7 @@ def test_interval_counts_are_those_of_the_policy(contexts, policy, reads, attent
 
 
 def test_perplexity_bytes_and_accuracy_are_those_of_a_hand_computation(run, contexts):
-    inputs = Inputs(*(jnp.asarray(contexts[name]) for name in ("inputs", "positions", "document_end")))
-    logits = np.asarray(run.model(inputs)[0], np.float64)
+    logits = np.asarray(run.model(Batch.from_rows(contexts))[0], np.float64)
     found = measure(run, contexts, Nats())
     nll, text_nll, right, size, documents = 0.0, 0.0, 0, 0, {}
     for n, t in np.argwhere(contexts["loss_weight"] > 0):
@@ -187,8 +186,7 @@ def test_the_batch_size_changes_nothing(run, contexts, policy, batch_size):
 
 
 def test_sums_by_position_are_those_of_a_hand_computation(run, contexts):
-    inputs = Inputs(*(jnp.asarray(contexts[name]) for name in ("inputs", "positions", "document_end")))
-    logits = np.asarray(run.model(inputs)[0], np.float64)
+    logits = np.asarray(run.model(Batch.from_rows(contexts))[0], np.float64)
     found = measure(run, contexts, Nats())
     sums, edges = found.positions, found.positions.edges
     assert edges.tolist() == [1, 2, 3, 4, 6, 8, 11, 16, 23, T + 1]

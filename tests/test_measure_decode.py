@@ -12,10 +12,10 @@ from natsjax import evaluate
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.budgets import fraction_for_budget, keys_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import H2O, SnapKV
 
 CONTEXTS = tiny.packed_batch() | {"document_id": np.repeat([[0], [1], [2]], 24, axis=1)}
 

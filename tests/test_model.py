@@ -1,4 +1,4 @@
-"""The transformer: causality by gradients, packing, roles under rematerialisation, initialisation."""
+"""The transformer: causality by gradients, packing, roles under rematerialization, initialization."""
 
 import functools
 
@@ -10,11 +10,11 @@ import tiny
 from flax import nnx
 
 from natsjax.model import attention, layers, transformer
-from natsjax.model.attention import RoleSampling
-from natsjax.model.inputs import Inputs, model_inputs
-from natsjax.model.roles import GLOBAL, causal_pairs, key_end_from_roles, role_bias_logits
+from natsjax.model.attention import MaskedAttention, RoleSampling
+from natsjax.model.inputs import Batch
+from natsjax.model.roles import GLOBAL, role_bias_logits
 from natsjax.train import losses
-from pallas_kernels.nats_attention import NO_END
+from pallas_kernels.nats_attention import NO_END, key_end_from_roles
 
 
 def build(config, seed=0):
@@ -39,20 +39,21 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
     config = tiny.config(model={"layer_types": attention, "num_layers": 1})
     structure, parameters = build(config)
     batch = tiny.packed_batch()
-    inputs = model_inputs(batch)
+    inputs = Batch.from_rows(batch)
     _, roles = forward(structure, parameters, inputs)
 
     def per_query(embedded):  # the only block, on embedded tokens: those have a gradient
         blocks = nnx.merge(structure, parameters).blocks
         block = jax.tree.map(lambda p: p[0], nnx.state(blocks))
-        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs, RoleSampling(), attention)
+        attend = MaskedAttention(inputs, RoleSampling(), attention)
+        out, _ = nnx.merge(nnx.graphdef(blocks), block)(embedded, inputs.positions, attend)
         return jnp.abs(out).sum((0, 2))
 
-    embedded = parameters["embedding"][inputs.tokens] * config.model.embed_dim**0.5
+    embedded = parameters["embedding"][inputs.inputs] * config.model.embed_dim**0.5
     jacobian = np.abs(jax.jit(jax.jacrev(per_query))(embedded)).sum(-1)  # [t, b, s]
-    length = inputs.tokens.shape[1]
+    length = inputs.inputs.shape[1]
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
-    for b in range(inputs.tokens.shape[0]):
+    for b in range(inputs.inputs.shape[0]):
         if attention == "nats":
             key_end = key_end_from_roles(
                 roles.ids[0, b : b + 1].astype(jnp.int32),
@@ -70,12 +71,12 @@ def test_packed_documents_are_as_if_each_stood_alone():
     structure, parameters = build(config)
     parameters = spread_scorer(parameters)
     batch = tiny.packed_batch()
-    logits, roles = forward(structure, parameters, model_inputs(batch))
+    logits, roles = forward(structure, parameters, Batch.from_rows(batch))
     starts = np.nonzero((batch["positions"][0] == 0) & (batch["document_end"][0] > 0))[0]
     for start in starts:
         end = batch["document_end"][0, start]
         length = end - start
-        alone = Inputs(
+        alone = Batch(
             batch["inputs"][:1, start:end],
             np.arange(length, dtype=np.int32)[None],
             np.full((1, length), length, np.int32),
@@ -85,11 +86,11 @@ def test_packed_documents_are_as_if_each_stood_alone():
         np.testing.assert_allclose(logits[:1, start:end], expected, atol=2e-5)
 
 
-def test_first_tokens_are_global_whatever_the_dial_says():
+def test_first_tokens_are_global_whatever_the_role_bias():
     structure, parameters = build(tiny.config())
     batch = tiny.packed_batch()
     bias = role_bias_logits(-1e6, "global_local")
-    _, roles = forward(structure, parameters, model_inputs(batch), RoleSampling(bias=bias))
+    _, roles = forward(structure, parameters, Batch.from_rows(batch), RoleSampling(bias=bias))
     first = batch["positions"] == 0
     ids = np.asarray(roles.ids)
     assert (ids[:, first[:, None, :].repeat(2, 1)] == GLOBAL).all()
@@ -99,17 +100,17 @@ def test_first_tokens_are_global_whatever_the_dial_says():
 def test_full_key_ends_make_a_nats_model_attend_to_everything():
     structure, parameters = build(tiny.config())
     dense_structure, _ = build(tiny.config(model={"layer_types": "dense"}))
-    inputs = model_inputs(tiny.packed_batch())
+    inputs = Batch.from_rows(tiny.packed_batch())
     full, roles = forward(structure, parameters, inputs, RoleSampling(key_end=jnp.full((1, 1, 1), NO_END)))
     dense_parameters = jax.tree.map(lambda x: x, parameters)
     del dense_parameters["blocks"]["attention"]["scorer"]
     dense, _ = forward(dense_structure, dense_parameters, inputs)
     np.testing.assert_allclose(full, dense, atol=1e-6)
-    pairs = causal_pairs(inputs.positions, inputs.document_end)
-    np.testing.assert_allclose(roles.lifetime, np.full((2, 2), pairs))
+    np.testing.assert_allclose(roles.lifetime, np.full((2, 2), inputs.causal_pairs))
 
 
 def gradient(config, parameters, structure, batch, key):
+    batch = Batch.from_rows(batch)
     totals = losses.batch_totals(batch)
     return jax.jit(jax.grad(losses.loss, has_aux=True), static_argnums=(1, 2))(
         parameters, structure, config, batch, totals, key, jnp.float32(0.3)
@@ -117,7 +118,7 @@ def gradient(config, parameters, structure, batch, key):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_nothing(remat):
+def test_rematerialization_changes_nothing(remat):
     batch, key = tiny.packed_batch(), jax.random.key(7)
     results = []
     for policy in ("none", remat):
@@ -156,7 +157,7 @@ def count_mismatches(monkeypatch, config, policy=None):
 
     def loss(parameters):
         choice = RoleSampling(noise_key=jax.random.key(5))
-        logits, roles = nnx.merge(structure, parameters)(model_inputs(batch), choice)
+        logits, roles = nnx.merge(structure, parameters)(Batch.from_rows(batch), choice)
         return jnp.sum(token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
 
     _, ids = jax.jit(jax.grad(loss, has_aux=True))(spread_scorer(parameters))
@@ -189,7 +190,7 @@ def test_roles_survive_a_recomputation_that_would_choose_others(monkeypatch, sav
     assert mismatches == 0 if saved else mismatches > 100
 
 
-def test_initialisation_is_scaled_with_fan_in():
+def test_initialization_is_scaled_with_fan_in():
     config = tiny.config(model={"embed_dim": 256, "mlp_dim": 512, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32})
     _, parameters = build(config)
     attention, mlp = parameters["blocks"]["attention"], parameters["blocks"]["mlp"]
@@ -211,7 +212,7 @@ def test_roles_at_step_0_have_the_stated_fractions():
     config = tiny.config(nats={"initial_roles": (0.6, 0.3, 0.1)}, data={"context_length": 512})
     structure, parameters = build(config)
     rows = 16
-    inputs = Inputs(
+    inputs = Batch(
         np.random.default_rng(0).integers(0, tiny.VOCAB_SIZE, (rows, 512)).astype(np.int32),
         np.tile(np.arange(512, dtype=np.int32), (rows, 1)),
         np.full((rows, 512), 512, np.int32),
@@ -225,7 +226,7 @@ def test_roles_at_step_0_have_the_stated_fractions():
 def test_biases_reach_queries_keys_and_values():
     config = tiny.config(model={"qkv_bias": True})
     structure, parameters = build(config)
-    inputs = model_inputs(tiny.packed_batch())
+    inputs = Batch.from_rows(tiny.packed_batch())
 
     def total(attention):
         blocks = parameters["blocks"] | {"attention": attention}
@@ -241,7 +242,7 @@ def test_biases_reach_queries_keys_and_values():
 def test_parameters_are_float32_and_logits_too(tie, dtype):
     config = tiny.config(model={"tie_embeddings": tie, "dtype": dtype})
     structure, parameters = build(config)
-    logits, _ = forward(structure, parameters, model_inputs(tiny.packed_batch()))
+    logits, _ = forward(structure, parameters, Batch.from_rows(tiny.packed_batch()))
     assert {x.dtype for x in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
     assert ("unembedding" in parameters) != tie

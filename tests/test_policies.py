@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.config import Config, NatsConfig
-from natsjax.model.inputs import Inputs
+from natsjax.model.inputs import Batch
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats, SampledNats
-from natsjax.policies.observing import H2O, SnapKV
 
 LENGTH = 12
 CONFIG = Config()
 
 
 def packed(rows):
-    """``Inputs [b, LENGTH]`` of documents of the given lengths, row by row, padded behind them."""
+    """``Batch [b, LENGTH]`` of documents of the given lengths, row by row, padded behind them."""
     positions, ends = np.zeros((2, len(rows), LENGTH), np.int32)
     for row, lengths in enumerate(rows):
         at = 0
@@ -26,7 +26,7 @@ def packed(rows):
             positions[row, at : at + length] = np.arange(length)
             ends[row, at : at + length] = at + length
             at += length
-    return Inputs(jnp.zeros_like(positions), jnp.asarray(positions), jnp.asarray(ends))
+    return Batch(jnp.zeros_like(positions), jnp.asarray(positions), jnp.asarray(ends))
 
 
 @st.composite
@@ -41,16 +41,17 @@ def batches(draw):
 
 
 def visible(inputs, key_end):
-    """bool ``[b, t, s]``."""
+    """bool ``[b, t, s]``; ``key_end`` counts from the start of the document."""
     index = np.arange(LENGTH)
-    end = np.minimum(np.asarray(key_end)[:, 0, None, :], np.asarray(inputs.document_end)[:, None, :])
+    end = np.asarray(key_end, np.int64)[:, 0] + index - np.asarray(inputs.positions)
+    end = np.minimum(end, np.asarray(inputs.document_end))[:, None]
     return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < end)
 
 
 def expected(inputs, is_read):
     """The same from the definition: ``is_read(distance, position of the key)``, within documents."""
     result = np.zeros((len(inputs.positions), LENGTH, LENGTH), bool)
-    for b, (positions, ends) in enumerate(zip(*map(np.asarray, inputs[1:]), strict=True)):
+    for b, (positions, ends) in enumerate(zip(*map(np.asarray, inputs[1:3]), strict=True)):
         for s in range(LENGTH):
             for t in range(s, int(ends[s])):
                 result[b, t, s] = is_read(t - s, positions[s])
@@ -66,7 +67,7 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
         (StreamingLLM(num_sinks, window), lambda distance, position: distance <= window or position < num_sinks),
     ]
     for policy, is_read in cases:
-        choice = policy.choice(inputs, CONFIG)
+        choice = policy.choice(inputs.positions, CONFIG)
         assert choice.noise_key is None
         assert choice.bias is None
         assert choice.key_end.dtype == jnp.int32
@@ -78,13 +79,13 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
 
 def test_without_sinks_streaming_llm_is_a_sliding_window():
     inputs = packed([[7, 5], [12]])
-    a, b = SlidingWindow(3).choice(inputs, CONFIG), StreamingLLM(0, 3).choice(inputs, CONFIG)
+    a, b = (policy.choice(inputs.positions, CONFIG) for policy in (SlidingWindow(3), StreamingLLM(0, 3)))
     np.testing.assert_array_equal(a.key_end, b.key_end)
 
 
 @pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
-def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
-    choice = Nats(0.5).choice(packed([[3]]), Config(nats=NatsConfig(biased_roles=roles)))
+def test_the_role_bias_touches_the_roles_that_the_config_names(roles, bias):
+    choice = Nats(0.5).choice(packed([[3]]).positions, Config(nats=NatsConfig(biased_roles=roles)))
     np.testing.assert_array_equal(choice.bias, bias)
     assert choice.key_end is None
     assert choice.noise_key is None
@@ -92,10 +93,10 @@ def test_the_dial_touches_the_roles_that_the_config_names(roles, bias):
 
 def test_sampled_roles_have_noise_and_no_bias():
     inputs = packed([[3]])
-    keys = [jax.random.key_data(SampledNats(seed).choice(inputs, CONFIG).noise_key) for seed in (1, 1, 2)]
+    keys = [jax.random.key_data(SampledNats(seed).choice(inputs.positions, CONFIG).noise_key) for seed in (1, 1, 2)]
     assert (keys[0] == keys[1]).all()
     assert (keys[0] != keys[2]).any()
-    assert SampledNats().choice(inputs, CONFIG).bias is None
+    assert SampledNats().choice(inputs.positions, CONFIG).bias is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_one_compilation_serves_every_setting(policies):
         return choice
 
     for policy in policies:
-        consume(policy.choice(inputs, CONFIG))
+        consume(policy.choice(inputs.positions, CONFIG))
     assert len(traces) == 1
 
 
@@ -132,8 +133,8 @@ def test_negative_numbers_are_refused(make):
         make()
 
 
-CHOICE = jax.jit(lambda policy, inputs: policy.choice(inputs, CONFIG).key_end)
-ORDER = jax.jit(lambda policy, *arrays: policy.order(*arrays))
+CHOICE = jax.jit(lambda policy, positions: policy.choice(positions, CONFIG).key_end)
+SCORES = jax.jit(lambda policy, *arrays: policy.scores(*arrays))
 HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
 
 
@@ -144,9 +145,10 @@ HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
 def test_numbers_beyond_every_sequence_keep_everything(make, number):
     """Traced or not, nothing wraps; reports get the number that was given."""
     inputs, policy = packed([[7, 5], [12], [3]]), make(number)
-    everything = np.broadcast_to(np.asarray(inputs.document_end)[:, None], (3, 4, LENGTH))
-    for key_end in (policy.choice(inputs, CONFIG).key_end, CHOICE(policy, inputs)):
-        assert np.array_equal(np.broadcast_to(key_end, everything.shape), everything)
+    everything = visible(inputs, FullAttention().choice(inputs.positions, CONFIG).key_end)
+    for key_end in (policy.choice(inputs.positions, CONFIG).key_end, CHOICE(policy, inputs.positions)):
+        np.testing.assert_array_equal(visible(inputs, key_end), everything)
+        assert np.asarray(key_end).min() > LENGTH
     assert number in policy.setting.values()
 
 
@@ -156,7 +158,7 @@ def test_observing_policies_with_huge_numbers_order_what_there_is(make, number):
     policy = make(number)
     arrays = jnp.arange(5, dtype=jnp.int32)[None, None], jnp.full((1, 1, 5), 2**31 - 1), jnp.ones((1, 1, 5))
     at = jnp.full((1, 1, 1), 5)
-    for first, second in (policy.order(*arrays, at), ORDER(policy, *arrays, at)):
+    for first, second in (policy.scores(*arrays, at), SCORES(policy, *arrays, at)):
         assert np.all(np.asarray(first) == np.inf)  # all are recent
         assert np.array_equal(second, arrays[0])
 
@@ -176,8 +178,8 @@ NAN, INF = float("nan"), float("inf")
         (lambda: H2O(4, 5), "num_recent=5: it must lie between 0 and num_keys=4"),
         (lambda: SnapKV(NAN, 2), "num_keys=nan: a whole number"),
         (lambda: SnapKV(8, 8), "num_keys=8: it must be 9 or more"),
-        (lambda: RandomKeys(NAN), "share=nan: it must lie between 0 and 1"),
-        (lambda: RandomKeys(INF), "share=inf"),
+        (lambda: RandomKeys(NAN), "fraction=nan: it must lie between 0 and 1"),
+        (lambda: RandomKeys(INF), "fraction=inf"),
         (lambda: RandomKeys(0.5, NAN), "window=nan"),
         (lambda: RandomKeys(0.5, 0, -1), "seed=-1: it must be 0 or more"),
         (lambda: RandomKeys(0.5, 0, 2**32), "seed=4294967296: it must be less than"),

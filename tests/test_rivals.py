@@ -18,9 +18,9 @@ from natsjax.decode import allocation, buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.budgets import fraction_for_budget
 from natsjax.policies.interval import RandomKeys, StreamingLLM
-from natsjax.policies.observing import H2O, SnapKV
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"layer_types": "dense"})
@@ -71,7 +71,7 @@ def kept_of_prompt(policy, attention_sum):
     attention_sum = np.pad(np.asarray(attention_sum, np.float32), ((0, 0), (0, 3)), constant_values=9)[None]
     position = np.broadcast_to(np.arange(length + 3, dtype=np.int32), attention_sum.shape)
     end = np.where(position < length, NO_END, length).astype(np.int32)
-    arrays = policy.order(*map(jnp.asarray, (position, end, attention_sum)), jnp.full((1, 1, 1), length))
+    arrays = policy.scores(*map(jnp.asarray, (position, end, attention_sum)), jnp.full((1, 1, 1), length))
     result = []
     for first, second in zip(*(np.asarray(x)[0, :, :length] for x in arrays), strict=True):
         leaves = np.lexsort((second, first))[: max(length - policy.num_keys, 0)]
@@ -125,7 +125,7 @@ def test_snapkv_knows_neighbours_by_their_age():
 
     def order(slots):
         arrays = (x[slots][None, None] for x in (np.arange(20, dtype=np.int32), ends.astype(np.int32), attention_sum))
-        first = np.asarray(policy.order(*map(jnp.asarray, arrays), at)[0])[0, 0]
+        first = np.asarray(policy.scores(*map(jnp.asarray, arrays), at)[0])[0, 0]
         return first[np.argsort(slots)][:16].tolist()
 
     shuffled = rng.permutation(20)
@@ -258,7 +258,7 @@ def test_random_keys_meet_their_number(layers, heads):
         return total / heads / len(layers) / causal
 
     for seed in (0, 1):
-        draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, heads))[0]
+        draws = np.asarray(RandomKeys(0.0, seed=seed).samples(positions, heads))[0]
         for budget in (0.25, 0.35, 0.45):
             share, window = fraction_for_budget(lengths, budget, 4, layers, draws)
             assert abs(fraction(RandomKeys(share, window, seed)) - budget) <= 0.5 * len(lengths) * 120 / causal / heads

@@ -1,4 +1,4 @@
-"""What is said of the roles: against counting pair by pair."""
+"""Statistics of roles against counting pair by pair."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from natsjax.kv_fraction import sliding_windows
+from natsjax.model.inputs import Batch
 from natsjax.train import losses, role_statistics
 from natsjax.train.role_statistics import live_keys, live_quantiles, live_thresholds, role_sums
 from pallas_kernels.nats_attention import key_end_from_roles
@@ -31,7 +32,7 @@ def pairs(ids, batch, window):
 @pytest.mark.parametrize("seed", range(3))
 def test_live_keys_are_the_pairs_of_each_query(seed, window):
     batch, ids = batch_and_roles(seed=seed)
-    found = live_keys(jnp.asarray(ids[0]), jnp.asarray(batch["positions"]), window)
+    found = live_keys(jnp.asarray(ids[0]), Batch.from_rows(batch).is_first, window)
     valid = np.broadcast_to(batch["document_end"][:, None] > 0, found.shape)
     np.testing.assert_array_equal(np.asarray(found)[valid], pairs(ids[0], batch, window).sum(-1)[valid])
 
@@ -40,9 +41,7 @@ def test_sums_count_tokens_pairs_and_locals_without_end():
     config = tiny.config(model={"layer_types": "nats,sliding", "sliding_window": 5})
     batch, ids = batch_and_roles()
     ids[1] = 2  # of a sliding layer
-    sums = jax.tree.map(
-        np.asarray, jax.jit(role_sums, static_argnums=3)(ids, batch["positions"], batch["document_end"], config)
-    )
+    sums = jax.tree.map(np.asarray, jax.jit(role_sums, static_argnums=2)(ids, Batch.from_rows(batch), config))
     valid = batch["document_end"] > 0
     for layer, window in enumerate([config.nats.window, 5]):
         live = pairs(ids[layer], batch, window).sum(-1)
@@ -89,6 +88,6 @@ def test_entropy_is_that_of_the_scorer_without_noise():
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))
     np.testing.assert_allclose(metrics.scorer_entropy, 1.5 * np.log(2), rtol=1e-5)
-    totals = losses.batch_totals(tiny.packed_batch(batch=4))
-    firsts = np.sum((tiny.packed_batch(batch=4)["positions"] == 0) & (tiny.packed_batch(batch=4)["document_end"] > 0))
-    np.testing.assert_allclose(metrics.forced_globals, firsts / totals.tokens, rtol=1e-6)
+    batch = Batch.from_rows(tiny.packed_batch(batch=4))
+    firsts = np.sum(batch.is_first & batch.is_token)
+    np.testing.assert_allclose(metrics.forced_globals, firsts / losses.batch_totals(batch).tokens, rtol=1e-6)

@@ -10,9 +10,10 @@ import tiny
 from natsjax.config import NatsConfig, OptimizerConfig
 from natsjax.errors import UserError
 from natsjax.model import parameters
-from natsjax.model.roles import lifetime_sum
+from natsjax.model.roles import TokenRoles, lifetime_sum
 from natsjax.train import budget_controller, loop, loss_spikes, optimizer
 from natsjax.train.step import Trainer
+from pallas_kernels.nats_attention import key_end_from_roles
 
 
 @pytest.mark.parametrize(("warmup", "fraction", "steps"), [(10, 0.2, 100), (0, 0.5, 40), (5, 1.0, 50), (3, 0.0, 20)])
@@ -151,7 +152,7 @@ def test_a_skipped_update_leaves_all_but_the_step_as_it_was():
 def test_every_parameter_has_its_part_and_norms_add_up():
     config = tiny.config(model={"tie_embeddings": False, "qkv_bias": True, "qk_norm": True})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
-    labels = parameters.part_labels(trainer.model.parameters)
+    labels = trainer.model.parts
     blocks = labels["blocks"]
     assert set(jax.tree.leaves(labels)) == set(parameters.PARTS)
     assert (labels["embedding"], labels["unembedding"]) == ("embedding", "unembedding")
@@ -165,10 +166,13 @@ def test_every_parameter_has_its_part_and_norms_add_up():
 
 
 def test_a_window_without_end_costs_what_the_sequence_is_long():
-    roles = jax.nn.one_hot(jnp.array([[[0, 2, 1, 2, 2, 2]]]), 3)
+    ids = jnp.array([[[0, 2, 1, 2, 2, 2]]])
     end = jnp.full((1, 6), 6, jnp.int32)
     for window in (6, 10**6, 2**31 - 1):
-        gradient = jax.grad(lambda r, w=window: lifetime_sum(r, end, w, "constant").sum())(roles)
+        roles = TokenRoles(ids, jax.nn.one_hot(ids, 3), key_end_from_roles(ids, window=window))
+        gradient = jax.grad(lambda r, w=window: lifetime_sum(r, end, w, "constant").sum(), allow_int=True)(
+            roles
+        ).one_hot
         np.testing.assert_array_equal(gradient[0, 0, :, 2], [6, 5, 4, 3, 2, 1])
 
 

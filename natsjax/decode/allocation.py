@@ -1,4 +1,4 @@
-"""How many slots a KV buffer has, a buffer made, and moved to another."""
+"""Capacities of a KV buffer, making a buffer, and moving its slots to another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ _VECTOR = 16
 """Slots, the smallest part of a block that sizes are multiples of: a CPU's product takes as many at once."""
 
 _HEADROOM = 1.125
-"""What a buffer is grown to beyond the need: with the step to the next size at most 1.27 times what is needed."""
+"""Factor by which a buffer grows beyond the need: with the step to the next size, at most 1.27."""
 
 _WORTH_A_GROUP = 1.1
 """Layers are divided into more groups only where fewer would allocate this many times as much."""
 
 
 def round_up(need: int, block: int) -> int:
-    """The smallest size that holds ``need`` slots: a multiple of ``block``, eight sizes from each to its double.
+    """Rounds up to the smallest size with ``need`` slots: a multiple of ``block``, eight sizes from each to its double.
 
     Example:
       >>> round_up(1100, 128)
@@ -39,7 +39,7 @@ def round_up(need: int, block: int) -> int:
 
 
 def slots_for(need: int, block: int, most: int, *, any_block: bool) -> int:
-    """Slots of a head that needs ``need``, and never more than the sequence would fill with full attention.
+    """Returns the slots of a head that needs ``need``, never more than the sequence would fill with full attention.
 
     Where storage comes in blocks of any size, the block follows from the length: with sequences shorter than eight
     blocks sizes are multiples of a part of it, at least 16, and full attention over ``most`` tokens takes as many
@@ -49,7 +49,7 @@ def slots_for(need: int, block: int, most: int, *, any_block: bool) -> int:
       need: slots.
       block: slots that are read together.
       most: tokens that the sequence will have, at most.
-      any_block: whether a block of the storage may have any number of slots (``storage.py``: "transposed").
+      any_block: True where a block of the storage may have any number of slots (``storage.py``: "transposed").
 
     Example:
       >>> [slots_for(need, 128, 73, any_block=True) for need in (10, 40, 73)]
@@ -69,17 +69,17 @@ def slots_for(need: int, block: int, most: int, *, any_block: bool) -> int:
 
 
 def with_headroom(need: int) -> int:
-    """Slots of a buffer that will need more than ``need`` soon, before they are rounded up."""
+    """Returns the slots of a buffer that will need more than ``need`` soon, not yet rounded up."""
     return int(np.ceil(_HEADROOM * need))
 
 
 def grown(need: int, block: int) -> int:
-    """The size for a buffer that will need more than ``need`` slots soon."""
+    """Returns the size of a buffer that will need more than ``need`` slots soon."""
     return round_up(with_headroom(need), block)
 
 
 def storage_block(capacity: int, block: int) -> int:
-    """Slots of a block of the storage, which divide the capacity: ``block``, or up to twice as many."""
+    """Returns the slots of a block of the storage, which divide the capacity: ``block``, or up to twice as many."""
     if capacity % block == 0:
         return 2 * block if capacity % (2 * block) == 0 else block
     blocks = -(-capacity // (2 * block))
@@ -89,7 +89,7 @@ def storage_block(capacity: int, block: int) -> int:
 
 
 def layer_groups(need: Sequence[int] | np.ndarray, most: int) -> list[int]:
-    """Numbers of neighbouring layers that get one capacity, so that a layer that keeps little need not take much.
+    """Divides layers into neighbors that get one capacity, so that a layer that keeps little need not take much.
 
     Args:
       need: slots, of each layer's fullest head.
@@ -127,7 +127,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, need: np.ndarray, most: int, size: Callable[[int], int]) -> "Layout":
-        """For these slots by layer: ``layer_groups``, each with the size of what its fullest layer needs."""
+        """Makes the layout for these slots by layer: ``layer_groups``, each as large as its fullest layer needs."""
         layers = layer_groups(need, most)
         parts = np.split(np.asarray(need), np.cumsum(layers)[:-1])
         return cls(tuple(layers), tuple(size(int(np.max(part))) for part in parts))
@@ -155,7 +155,7 @@ def empty(
     block: int,
     observed: bool = False,
 ) -> KVBuffer:
-    """A buffer without keys.
+    """Makes a buffer without keys.
 
     Args:
       num_layers, capacity: layers and slots of each group; slots are a multiple of ``block``.
@@ -163,7 +163,7 @@ def empty(
       num_kv_heads: k.
       head_dim: h.
       dtype: of keys and values.
-      format: how they lie in memory (``decode_attention.storage_format``).
+      format: their layout in memory (``decode_attention.storage_format``).
       block: slots that are read together, at least.
       observed: with ``attention_sum``.
     """
@@ -185,7 +185,7 @@ def empty(
 
 @by_shard
 def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.Array, count: jax.Array) -> LayerGroup:
-    """``target`` with ``count`` layers of ``source``, from ``start``, put from ``first`` on; slots beyond are cut."""
+    """Copies ``count`` layers of ``source``, from ``start``, into ``target`` from ``first`` on; others are cut."""
 
     def fit(x, axis):
         missing = target.capacity - x.shape[axis]
@@ -213,7 +213,7 @@ def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.A
 
 
 def regroup(buffer: KVBuffer, target: KVBuffer) -> KVBuffer:
-    """All slots in other groups, of other capacities.
+    """Moves all slots to other groups, of other capacities.
 
     Args:
       buffer: ``length`` nowhere above the capacity that its layer gets (``compact`` it first).
@@ -234,10 +234,10 @@ def regroup(buffer: KVBuffer, target: KVBuffer) -> KVBuffer:
 
 
 def allocated_slots(buffer: KVBuffer) -> int:
-    """Slots of all layers, sequences and heads."""
+    """Counts the slots of all layers, sequences and heads."""
     return sum(group.key_end.size for group in buffer)
 
 
 def allocated_bytes(buffer: KVBuffer) -> int:
-    """What keys, values and the numbers beside them take, on all devices together."""
+    """Counts the bytes of keys, values and the numbers beside them, on all devices together."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(buffer))

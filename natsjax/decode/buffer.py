@@ -1,25 +1,25 @@
-"""The KV buffer: keys and values in slots of static shape, each with the query that first cannot read it any more.
+"""The KV buffer: keys and values in slots of static shape, each with the first query that cannot read it any more.
 
-A buffer is a tuple of ``LayerGroup``, neighbouring layers with one capacity. Every function here is pure and compiles
+A buffer is a tuple of ``LayerGroup``, neighboring layers with one capacity. Every function here is pure and compiles
 once for a shape. A slot is *free* from the query ``key_end`` on, and writing takes free slots first. ``length`` is a
-high-water mark: slots from there on are free, attention reads what lies before. Where arrays lie on several devices,
+high-water mark: slots from there on are free, attention reads those before. Where arrays are divided among devices,
 each device works on its own sequences and heads.
 
 A LOCAL key whose GLOBAL token has not come yet has ``key_end = UNTIL_GLOBAL``; ``expire`` sets its end.
 
-How keys and values lie in memory is the business of ``pallas_kernels.decode_attention.storage`` and of no reader.
+``pallas_kernels.decode_attention.storage`` alone knows the layout of keys and values in memory.
 
 Axis letters: ``l`` layer of a group, ``b`` batch, ``k`` KV head, ``c`` slot, ``t`` token of a chunk, ``h`` head dim.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from natsjax.model import sharding
+from natsjax.policies.base import Eviction
 from pallas_kernels.decode_attention import Storage
 from pallas_kernels.nats_attention import NO_END
 
@@ -31,27 +31,28 @@ AXES: dict[int, sharding.Axes] = {
     1: ("batch",),
     0: (),
 }
-"""What the axes of arrays here are, by their number."""
+"""Names of an array's axes, by their number."""
 
 UNTIL_GLOBAL = NO_END - 1
 """``key_end`` of a LOCAL key until its head's next GLOBAL token comes."""
 
 
 def by_shard(function: Callable) -> Callable:
-    """``function`` on each device's own sequences and heads, where there are several devices."""
+    """Wraps ``function`` to run on each device's own sequences and heads, where there are several devices."""
     return sharding.by_rank(function, AXES)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Slots of some neighbouring layers.
+    """Slots of some neighboring layers.
 
     Attributes:
       storage: keys, with the rotary phase of their own position, and values, ``[l, b, k, c, h]`` each.
       key_position: int32 ``[l, b, k, c]``, index of each key in its sequence.
       key_end: int32 ``[l, b, k, c]``, the first query that cannot read the slot, which is then free; 0: never used.
       length: int32 ``[l, b, k]``, all slots from here on are free.
-      mass: float32 ``[l, b, k, c]``, attention that each key has received, for the policies that observe it, or None.
+      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it, or
+        None.
     """
 
     storage: Storage
@@ -96,8 +97,8 @@ class NewKeys:
       key_position, key_end: int32 ``[l, b, k, t]``; ``key_end = 0`` where there is no token.
       local_end: int32 ``[l, b, k]``, the end of the LOCAL keys that were waiting: one behind the first GLOBAL token
         among these, ``UNTIL_GLOBAL`` where there is none.
-      mass, seen: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention that these keys, and those in the slots, have
-        received from the queries of the chunk; None where nobody asks.
+      attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention that these keys, and those
+        in the slots, have received from the queries of the chunk; None where no policy observes it.
     """
 
     keys: jax.Array
@@ -106,29 +107,14 @@ class NewKeys:
     key_end: jax.Array
     local_end: jax.Array
     attention_sum: jax.Array | None = None
-    seen: jax.Array | None = None
+    slot_attention: jax.Array | None = None
 
 
 jax.tree_util.register_dataclass(
     NewKeys,
-    data_fields=["keys", "values", "key_position", "key_end", "local_end", "attention_sum", "seen"],
+    data_fields=["keys", "values", "key_position", "key_end", "local_end", "attention_sum", "slot_attention"],
     meta_fields=[],
 )
-
-
-class Eviction(Protocol):
-    """Which live keys go first where there may be no more than so many."""
-
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """What slots are sorted by, the first before the second; the smallest goes first.
-
-        Args:
-          key_position, key_end, mass: ``[b, k, c]``, of live slots.
-          at: int32 ``[b, 1, 1]``, index of the next query.
-        """
-        ...
 
 
 @by_shard
@@ -149,7 +135,7 @@ def _expired(key_end: jax.Array, local_end: jax.Array) -> jax.Array:
 
 @by_shard
 def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
-    """The first free slot of every head, the capacity where there is none.
+    """Finds the first free slot of every head, the capacity where there is none.
 
     Args:
       group: of the buffer.
@@ -166,7 +152,7 @@ def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
 
 @by_shard
 def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.Array, limit: jax.Array) -> jax.Array:
-    """The slot of the key that goes first where all are live, the capacity where that is the new one.
+    """Finds the slot of the key that goes first where all are live, the capacity where that is the new one.
 
     Args:
       group: of the buffer, after ``expire``.
@@ -181,7 +167,7 @@ def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.A
 
     def layer(arrays):
         key_position, key_end, attention_sum = arrays
-        return eviction.order(key_position, key_end, attention_sum, at[:, None, None])
+        return eviction.scores(key_position, key_end, attention_sum, at[:, None, None])
 
     def with_new(x, y):
         return None if x is None or y is None else jnp.concatenate([x, y], axis=-1)
@@ -206,11 +192,11 @@ def _highest(dtype) -> jax.Array:
 
 @by_shard
 def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
-    """One key of each head into a slot, after ``expire``.
+    """Writes one key of each head into a slot, after ``expire``.
 
     Args:
       group: of the buffer.
-      new: with one token (t = 1); its ``local_end`` is not looked at.
+      new: with one token (t = 1); its ``local_end`` is not read.
       slot: int32 ``[l, b, k]``, from ``free_slot``; a key for the slot ``c`` is not written.
     """
     here = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3) == slot[..., None]
@@ -229,7 +215,7 @@ def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
 
 @by_shard
 def need(group: LayerGroup, new: NewKeys | None, at: jax.Array) -> jax.Array:
-    """Live slots of every head, with the new keys: int32 ``[l, b, k]``; ``at`` is int32 ``[b]``, the next query."""
+    """Counts live slots of heads, with the new keys: int32 ``[l, b, k]``; ``at`` is int32 ``[b]``, the next query."""
     at = at[:, None, None]
     if new is None:
         return jnp.sum(group.key_end > at, axis=-1, dtype=jnp.int32)
@@ -241,13 +227,13 @@ def need(group: LayerGroup, new: NewKeys | None, at: jax.Array) -> jax.Array:
 def write_chunk(
     group: LayerGroup, new: NewKeys, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
 ) -> tuple[LayerGroup, jax.Array]:
-    """The chunk's keys that live on join the live ones, which move to the front.
+    """Writes the chunk's keys that live on behind the live ones, which move to the front.
 
     Args:
       group: of the buffer, of at least ``need`` slots (or ``limit``).
       new: the chunk's keys.
       at: int32 ``[b]``, the first query behind the chunk.
-      eviction: what goes where more than ``limit`` would be live; None: nothing.
+      eviction: rule where more than ``limit`` would be live; None: nothing goes.
       limit: int32 scalar, at most the capacity.
 
     Returns:
@@ -256,9 +242,9 @@ def write_chunk(
     """
     key_end = _expired(group.key_end, new.local_end)
     attention_sum = group.attention_sum
-    if attention_sum is not None and new.seen is not None:
+    if attention_sum is not None and new.slot_attention is not None:
         # The group may have been grown since the chunk was read; new slots are at the end.
-        attention_sum += jnp.pad(new.seen, [(0, 0)] * 3 + [(0, group.capacity - new.seen.shape[3])])
+        attention_sum += jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, group.capacity - new.slot_attention.shape[3])])
     group = dataclasses.replace(group, key_end=key_end, attention_sum=attention_sum)
     return _keep(group, new, at, eviction, limit)
 
@@ -267,12 +253,12 @@ def write_chunk(
 def compact(
     group: LayerGroup, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
 ) -> tuple[LayerGroup, jax.Array]:
-    """Live slots to the front, in their order, ``length`` down to what they take; the rest as in ``write_chunk``."""
+    """Moves live slots to the front, in order, and lowers ``length`` to their number; see ``write_chunk``."""
     return _keep(group, None, at, eviction, limit)
 
 
 def _keep(group, new, at, eviction, limit):
-    """What lives among the slots and the new keys, gathered layer by layer."""
+    """Gathers the live keys of the slots and the new ones, layer by layer."""
     at = at[:, None, None]
 
     def joined(x, y, layer):
@@ -289,7 +275,7 @@ def _keep(group, new, at, eviction, limit):
         is_live = end > at
         live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         if eviction is not None:
-            is_live &= _rank(eviction.order(position, end, weight, at), is_live) >= live[..., None] - limit
+            is_live &= _rank(eviction.scores(position, end, weight, at), is_live) >= live[..., None] - limit
         kept = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         order = jnp.argsort(~is_live, axis=-1, stable=True)[..., : group.capacity]
 
@@ -319,13 +305,13 @@ def _keep(group, new, at, eviction, limit):
     return LayerGroup(storage, key_position, key_end, length, attention_sum), evicted
 
 
-def _rank(order: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:
-    """How many live slots go before each live one: int32 ``[b, k, c]``."""
+def _rank(scores: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:
+    """Counts the live slots that go before each live one: int32 ``[b, k, c]``."""
     slot = jax.lax.broadcasted_iota(jnp.int32, is_live.shape, is_live.ndim - 1)
-    sorted_slots = jax.lax.sort((~is_live, *order, slot), num_keys=3)[-1]
+    sorted_slots = jax.lax.sort((~is_live, *scores, slot), num_keys=3)[-1]
     return jnp.argsort(sorted_slots, axis=-1)
 
 
 def occupancy(buffer: KVBuffer, at: jax.Array) -> jax.Array:
-    """Live slots of every layer and head: int32 ``[num_layers, b, k]``; ``at`` is int32 ``[b]``, the next query."""
+    """Counts live slots: int32 ``[num_layers, b, k]``; ``at`` is int32 ``[b]``, the next query."""
     return jnp.concatenate([need(group, None, at) for group in buffer])

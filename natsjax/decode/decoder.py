@@ -1,7 +1,7 @@
-"""A model that reads sequences chunk by chunk into a KV buffer, which is given the room that it needs.
+"""A model that reads sequences chunk by chunk into a KV buffer, whose capacity follows what its heads need.
 
-The buffer's capacity is known in advance for a policy that fixes lifetimes from indices; else it follows what heads
-need, from the smallest size upward. Layers with different needs get capacities of their own.
+The capacity is known in advance for a policy that fixes lifetimes from indices; else it grows with the need of the
+heads from the smallest size upward. Layers with different needs get capacities of their own.
 
 Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
 """
@@ -9,6 +9,7 @@ Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
 import dataclasses
 import functools
 import itertools
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -20,22 +21,22 @@ from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.decode import allocation, loop
 from natsjax.decode.allocation import Layout
-from natsjax.decode.buffer import Eviction, KVBuffer, occupancy
+from natsjax.decode.buffer import KVBuffer, occupancy
 from natsjax.decode.loop import ReadChunk
-from natsjax.decode.step import Chunk, DecodingPolicy
+from natsjax.decode.step import Chunk
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.sharding import compute_spec
 from natsjax.model.transformer import ModelStructure, model_structure
+from natsjax.policies.base import DecodingPolicy, Eviction
 from natsjax.policies.eviction import EVICTIONS
-from natsjax.policies.interval import FullAttention, IntervalPolicy, most_live
+from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import AttentionScorePolicy
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.decode_attention import storage_format
 
 _PREFILL_GROWTH = 1.5
-"""While a prompt is read, capacities grow in large steps: few programs are compiled, and ``settle`` comes after."""
+"""While a prompt is read, capacities grow in large steps: few programs are compiled, and ``compact`` comes after."""
 
 _WORTH_COMPILING = 1.25
 """A layout that is known is taken unless it allocates this many times as much as is wanted."""
@@ -49,20 +50,20 @@ NO_LIMIT = int(np.iinfo(np.int32).max)
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSettings:
-    """How decoding uses the machine.
+    """Settings of decoding on a machine.
 
-    What is generated does not depend on it, but for ``max_kv``, and with that on ``chunk``: the tokens of a chunk read
-    what was kept before it and the chunk's own keys, and eviction comes behind it.
+    Generated tokens depend on ``max_kv`` alone, and with it on ``chunk``: the tokens of a chunk read the keys kept
+    before it and the chunk's own, and eviction comes after the chunk.
 
     Attributes:
       chunk: prompt tokens of a sequence that are read at once.
-      segment: tokens that are drawn between two looks at the host, which streams, compacts and enlarges.
+      segment: tokens that are drawn before the host, which streams, compacts and grows the buffer, is asked again.
       block: capacities are multiples of it (slots); on a CPU of a part of it for sequences shorter than eight blocks,
-        so that none takes more than full attention would (``capacity.slots_for``).
+        so that none takes more than full attention would (``allocation.slots_for``).
       max_groups: layers are divided into at most so many groups of one capacity each (more where the kinds of layers
         alternate, up to 16).
       max_kv: the most keys that a head keeps, hard (a query reads these and its own); None: what the policy keeps.
-      eviction: what goes first where ``max_kv`` is reached (``policies.EVICTIONS``).
+      eviction: rule where ``max_kv`` is reached (``policies.EVICTIONS``).
 
     Raises:
       UserError: a number below 1, or an unknown eviction.
@@ -79,11 +80,11 @@ class DecodeSettings:
         for name in ("chunk", "segment", "block", "max_groups", "max_kv"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name}={value}: it must be 1 or more.")
+                raise UserError(f"{name} = {value}: it must be 1 or more.")
         if self.eviction not in EVICTIONS:
             known = ", ".join(map(repr, EVICTIONS))
             meant = did_you_mean(self.eviction, EVICTIONS)
-            raise UserError(f"eviction={self.eviction!r}: one of {known} was expected{meant}.")
+            raise UserError(f"eviction = {self.eviction!r}: one of {known} was expected{meant}.")
 
 
 class Cache(NamedTuple):
@@ -91,7 +92,7 @@ class Cache(NamedTuple):
 
     Attributes:
       buffer: their live keys.
-      num_tokens: int32 ``[b]``, how many each has.
+      num_tokens: int32 ``[b]``, of each.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
       most: tokens that a sequence will have, at most.
     """
@@ -115,7 +116,7 @@ class Decoder:
       model: its structure.
       parameters: nested dict of float32 arrays.
       mesh: on which to decode: batch over ``data`` and ``fsdp``, KV heads over ``tensor``.
-      policy: how long keys live; None: the model's roles, or full attention for a dense model.
+      policy: decides how long keys live; None: the model's roles, or full attention for a dense model.
       settings: of decoding.
 
     Raises:
@@ -139,8 +140,8 @@ class Decoder:
         self.vocab_size = model.parameters["embedding"].shape[0]
         self.policy = policy if policy is not None else FullAttention() if is_dense else Nats()
         self.settings = DecodeSettings() if settings is None else settings
-        if is_dense and isinstance(self.policy, Nats):
-            raise UserError("a role bias reads the roles of tokens, and a model with dense attention has none.")
+        if is_dense and self.policy.needs_roles:
+            raise UserError(f"policy = {self.policy}: it reads roles, and a model with dense attention has none.")
         check_mesh(mesh)
         self._format = storage_format(mesh.devices.flat[0].platform)
         self._layouts: list[Layout] = []  # after prompts so far
@@ -149,20 +150,21 @@ class Decoder:
         runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
         self._max_groups = max(self.settings.max_groups, min(runs, _MOST_GROUPS) if runs > 1 else 1)
         self.eviction: Eviction | None = None
-        self.limit = NO_LIMIT
-        if self.settings.max_kv is not None:
-            if isinstance(self.policy, AttentionScorePolicy):
-                raise UserError(f"max_kv={self.settings.max_kv} and {self.policy} are two limits; choose one.")
-            self.eviction, self.limit = EVICTIONS[self.settings.eviction], min(self.settings.max_kv, NO_LIMIT)
-        elif isinstance(self.policy, AttentionScorePolicy):
-            self.eviction, self.limit = self.policy, min(self.policy.num_keys, NO_LIMIT)
+        limits = [limit for limit in (self.settings.max_kv, self.policy.max_keys) if limit is not None]
+        if len(limits) > 1:
+            raise UserError(f"max_kv = {self.settings.max_kv}: it and {self.policy} are two limits; choose one.")
+        self.limit = min(*limits, NO_LIMIT) if limits else NO_LIMIT
+        if self.policy.max_keys is not None:
+            self.eviction = typing.cast(Eviction, self.policy)
+        elif limits:
+            self.eviction = EVICTIONS[self.settings.eviction]
         self.parameters = decode_parameters(parameters, model, config, mesh)
 
     @classmethod
     def of_run(
         cls, run: LoadedRun, policy: DecodingPolicy | None = None, settings: DecodeSettings | None = None
     ) -> "Decoder":
-        """For a trained run, on its mesh."""
+        """Makes the decoder of a trained run, on its mesh."""
         model = model_structure(run.config, run.data.vocabulary.vocab_size)
         return cls(run.config, model, run.parameters, run.mesh, policy, settings)
 
@@ -174,22 +176,22 @@ class Decoder:
     # --- reading ---
 
     def start(self, batch: int, length: int | None = None, most: int = NO_LIMIT) -> Cache:
-        """An empty cache.
+        """Makes an empty cache.
 
         Args:
           batch: sequences, a multiple of ``shards``.
-          length: tokens that there is to be room for, where that is known.
+          length: tokens of a sequence that the capacity is for, where that is known.
           most: tokens that a sequence will have, at most.
         """
-        slots = self.settings.block
-        if isinstance(self.policy, AttentionScorePolicy):  # it evicts when all has been read
-            slots = slots if length is None else length
+        layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
+        slots = None
+        if self.policy.max_keys is not None:  # it evicts when all has been read
+            slots = length
         elif self.evicts_in_loop:  # not before the limit
             slots = self.limit if length is None else min(length, self.limit)
-        elif isinstance(self.policy, IntervalPolicy) and length is not None:
-            slots = most_live(self.policy, length, self.config.model.num_kv_heads)
-        slots = self._size(slots, most)
-        layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
+        elif length is not None:
+            slots = self.policy.most_live(length, heads)
+        slots = self._size(self.settings.block if slots is None else slots, most)
         with jax.set_mesh(self.mesh):
             evicted = self.put(np.zeros((layers, batch, heads), np.int32), None, "batch", "kv_heads")
             return Cache(self.allocate([layers], [slots], batch), self.put_rows(np.zeros(batch)), evicted, most)
@@ -211,10 +213,10 @@ class Decoder:
           cache: of the tokens before; its buffer is used up.
           tokens: int ``[b, t]``; those of a row are at its front.
           count: int ``[b]``, tokens of each row.
-          observed_from: int ``[b]``, index of the first query that an ``AttentionScorePolicy`` looks at; None: all.
+          observed_from: int ``[b]``, index of the first query whose attention counts; None: 0.
           role_ids: int8 ``[num_layers, b, k, t]``, instead of the model's own.
-          count_live: whether ``ReadChunk.live`` is asked for.
-          evict: False: an ``AttentionScorePolicy`` waits.
+          count_live: True to get ``ReadChunk.live``.
+          evict: False to keep all keys.
         """
         with jax.set_mesh(self.mesh):
             observed_from = np.zeros(len(count)) if observed_from is None else observed_from
@@ -227,16 +229,16 @@ class Decoder:
             eviction, need = self.eviction if evict else None, np.asarray(read.need)
             need = need if eviction is None else np.minimum(need, self.limit)
             if np.any(need > cache.capacities):
-                cache = self.enlarge(cache, need, _PREFILL_GROWTH)
+                cache = self.grow(cache, need, _PREFILL_GROWTH)
             buffer, evicted = loop.write_chunk(
                 cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
             )
             return cache._replace(buffer=buffer, num_tokens=chunk.next_index, evicted=cache.evicted + evicted), read
 
-    # --- room ---
+    # --- capacity ---
 
-    def enlarge(self, cache: Cache, need: np.ndarray, growth: float = 1.0) -> Cache:
-        """Larger capacities for the groups that have a layer without room; everything is kept.
+    def grow(self, cache: Cache, need: np.ndarray, growth: float = 1.0) -> Cache:
+        """Gives larger capacities to the groups with a layer that needs them; everything is kept.
 
         Groups of the same capacity grow together, so that shapes stay few.
 
@@ -257,16 +259,16 @@ class Decoder:
             raise RuntimeError(f"{new} slots were to hold {most} keys.")
         return self._move(cache, layers, new)
 
-    def settle(self, cache: Cache, need: np.ndarray, num_tokens: int) -> Cache:
-        """Groups and capacities for what comes after the prompt; those of an earlier batch where they do.
+    def compact(self, cache: Cache, need: np.ndarray, num_tokens: int) -> Cache:
+        """Chooses groups and capacities for the tokens after the prompt; those of an earlier batch where they suffice.
 
         Args:
-          cache: compacted; its buffer is used up.
+          cache: after the prompt, live slots in front; its buffer is used up.
           need: int ``[num_layers]``, slots of each layer's fullest head.
-          num_tokens: that a sequence will still read, at most.
+          num_tokens: tokens that a sequence will still read, at most.
         """
-        if isinstance(self.policy, IntervalPolicy):
-            return cache  # what it takes was known from the start
+        if self.policy.most_live(1, self.config.model.num_kv_heads) is not None:
+            return cache  # the capacity was known from the start
         # Evicting begins where there is no free slot: that must not be before the limit.
         if self.evicts_in_loop:
             need = np.minimum(need + num_tokens, self.limit)
@@ -276,7 +278,7 @@ class Decoder:
         return self._move(cache, list(layers), list(slots))
 
     def _layout(self, need: np.ndarray, most: int) -> Layout:
-        """For these slots by layer: one that programs have been compiled for, unless it wastes too much."""
+        """Returns a layout for these slots by layer: one that is compiled already, unless it wastes too much."""
         size = functools.partial(self._size, most=most)
         wanted = Layout.of(need, self._max_groups, size)
         fits = (known for known in self._layouts if max(known.slots) <= size(most))
@@ -291,37 +293,37 @@ class Decoder:
         return wanted
 
     def evict(self, cache: Cache) -> Cache:
-        """Cuts an ``AttentionScorePolicy``'s keys down to its number; the buffer of ``cache`` is used up."""
+        """Evicts down to the limit; the buffer of ``cache`` is used up."""
         with jax.set_mesh(self.mesh):
             buffer, evicted = loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
             return cache._replace(buffer=buffer, evicted=cache.evicted + evicted)
 
     def resized(self, cache: Cache, slots: int) -> Cache:
-        """With so many slots of every head, as few as are live or more; the buffer of ``cache`` is used up."""
+        """Moves to a buffer of so many slots a head, not fewer than are live; the buffer of ``cache`` is used up."""
         return self._move(cache, [self.config.model.num_layers], [self._size(slots, cache.most)])
 
     def copied(self, cache: Cache) -> Cache:
-        """The same, in buffers of its own."""
+        """Copies the cache, buffer and all."""
         with jax.set_mesh(self.mesh):
             return cache._replace(buffer=_copied(cache.buffer))
 
-    def need(self, cache: Cache) -> np.ndarray:
-        """Live slots of each layer's fullest head, int ``[num_layers]``."""
+    def required_capacity(self, cache: Cache) -> np.ndarray:
+        """Counts the live slots of each layer's fullest head, int ``[num_layers]``."""
         with jax.set_mesh(self.mesh):
             return np.asarray(_need(cache.buffer, cache.num_tokens))
 
     @property
     def evicts_in_loop(self) -> bool:
-        """Whether keys are evicted while tokens are generated."""
-        return self.eviction is not None and getattr(self.policy, "every_token", True)
+        """True where keys are evicted while tokens are generated."""
+        return self.eviction is not None and self.policy.every_token
 
     def _size(self, need: int, most: int) -> int:
-        """Slots of a head that needs so many, in a sequence of at most ``most`` tokens."""
+        """Returns the slots of a head that needs so many, in a sequence of at most ``most`` tokens."""
         any_block = self._format == "transposed"
         return allocation.slots_for(need, self.settings.block, most, any_block=any_block)
 
     def _grown(self, need: int, most: int) -> int:
-        """Slots of a head that will need more than ``need`` soon."""
+        """Returns the slots of a head that will need more than ``need`` soon."""
         slots = self._size(allocation.with_headroom(need), most)
         if not self.evicts_in_loop:
             return slots
@@ -329,7 +331,7 @@ class Decoder:
         return min(slots, self._size(max(self.limit, need), most))
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
-        """Everything in other groups; where these are the same, nothing moves."""
+        """Moves everything to other groups; where these are the same, nothing moves."""
         if np.array_equal(np.repeat(slots, layers), cache.capacities) and len(layers) == len(cache.buffer):
             return cache
         with jax.set_mesh(self.mesh):
@@ -340,7 +342,7 @@ class Decoder:
         return moved
 
     def allocate(self, layers: list[int], slots: list[int], batch: int) -> KVBuffer:
-        """An empty buffer: layers and slots of each group, and sequences."""
+        """Makes an empty buffer from layers and slots of each group, and sequences."""
         model = self.config.model
         if self._format == "plain":  # the library takes a layer as an array of its own
             slots = [c for number, c in zip(layers, slots, strict=True) for _ in range(number)]
@@ -354,28 +356,28 @@ class Decoder:
             dtype=model.dtype,
             format=self._format,
             block=self.settings.block,
-            observed=isinstance(self.policy, AttentionScorePolicy),
+            observed=self.policy.observes_attention,
         )
 
     # --- from the host ---
 
     def put(self, values: np.ndarray, *axes: str | None) -> jax.Array:
-        """An int array on the devices, divided along its axes."""
+        """Puts an int array on the devices, divided along its axes."""
         values = np.asarray(values)
         values = values if values.dtype == np.int8 else values.astype(np.int32)
         return jax.make_array_from_callback(values.shape, self.sharding(*axes), lambda index: values[index])
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Of an array with these axes."""
+        """Returns the sharding of an array with these axes."""
         return NamedSharding(self.mesh, sharding.compute_spec(axes))
 
     def fetch(self, tree: Any) -> Any:
-        """The values, whole, on the host of every process."""
+        """Fetches the values, whole, to the host of every process."""
         with jax.set_mesh(self.mesh):
             return jax.device_get(_replicate(tree))
 
     def put_rows(self, values: np.ndarray) -> jax.Array:
-        """One number for each sequence, int32 ``[b]``."""
+        """Puts one number for each sequence on the devices, int32 ``[b]``."""
         return self.put(values, "batch")
 
 
@@ -400,7 +402,7 @@ _empty = functools.partial(
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Whether decoding runs on the mesh.
+    """Checks that decoding runs on the mesh.
 
     Raises:
       UserError: it divides sequences.
@@ -412,7 +414,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def decode_parameters(parameters: Any, model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """Parameters as ``decode_layout`` says: every step of decoding uses all, so they are gathered and rounded once."""
+    """Gathers and rounds parameters as in ``decode_layout``, once: every step of decoding uses all of them."""
     layout = decode_layout(model, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, layout)
     cast = jax.jit(lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), p, layout), out_shardings=shardings)
@@ -421,16 +423,14 @@ def decode_parameters(parameters: Any, model: ModelStructure, config: Config, me
 
 
 def decode_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """The layout and, where that is how they are used, the dtype of the forward pass; scorer and norms stay float32.
+    """Returns layout and dtype of parameters in decoding: those of the forward pass; scorer and norms stay float32.
 
     Returns:
       Nested dict of ``jax.ShapeDtypeStruct`` with shardings.
     """
-    wide = ("scorer", "scale")
 
-    def place(path, x, axes):
-        is_wide = any(getattr(key, "key", None) in wide for key in path)
-        sharding = NamedSharding(mesh, compute_spec(axes))
-        return jax.ShapeDtypeStruct(x.shape, "float32" if is_wide else config.model.dtype, sharding=sharding)
+    def place(x, axes, part):
+        dtype = "float32" if part in ("scorer", "norm") else config.model.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, compute_spec(axes)))
 
-    return jax.tree_util.tree_map_with_path(place, model.parameters, model.axes)
+    return jax.tree.map(place, model.parameters, model.axes, model.parts)

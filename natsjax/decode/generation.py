@@ -23,14 +23,12 @@ from natsjax.decode.loop import Loop, Segment, compact, decode_segment, first_to
 from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.policies.base import LARGEST
-from natsjax.policies.interval import FullAttention
-from natsjax.policies.observing import AttentionScorePolicy
 
 OnTokens = Callable[[int, list[int], list[float]], None]
-"""``on_tokens(sequence, tokens, log-probabilities)``: what has been drawn, as soon as it is here."""
+"""``on_tokens(sequence, tokens, log-probabilities)``, called as soon as tokens have been drawn."""
 
 _AHEAD = 1024
-"""Tokens that room is made for in advance, at least; longer sequences move to a larger buffer on their way."""
+"""Tokens that the first buffer has room for, at least; longer sequences move to a larger one on their way."""
 
 _WASTE = 1.25
 """Slots are compacted where attention reads this many times as many as are live."""
@@ -38,7 +36,7 @@ _WASTE = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What was generated, and what it took.
+    """Generated tokens, with time and memory.
 
     Attributes:
       tokens: of each prompt; where a stop token came, it is the last.
@@ -53,9 +51,9 @@ class Generation:
       kv_allocated: slots that the buffer has in the end, over all layers, sequences and heads.
       kv_allocated_bytes: what it takes in memory, on all devices together.
       kv_full: slots that full attention would fill with the same tokens.
-      evicted: live keys that ``max_kv`` or an ``AttentionScorePolicy`` evicted, over all layers, sequences and heads.
+      evicted: live keys that ``max_kv`` or the policy evicted, over all layers, sequences and heads.
       capacities: slots of a head, by layer, in the end.
-      moves: how often the run moved to a larger buffer while it generated.
+      transfers: moves to a larger buffer while the run generated.
     """
 
     tokens: list[list[int]]
@@ -72,11 +70,11 @@ class Generation:
     kv_full: int
     evicted: int
     capacities: list[int]
-    moves: int
+    transfers: int
 
 
 def unpad(tokens: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
-    """The prompts of a padded batch, wherever the padding is: ``tokens`` and bool ``is_token`` are ``[b, t]``."""
+    """Takes prompts out of a padded batch, wherever the padding is; ``tokens`` and bool ``is_token`` are ``[b, t]``."""
     return [row[used] for row, used in zip(np.asarray(tokens), np.asarray(is_token, bool), strict=True)]
 
 
@@ -85,25 +83,23 @@ def prefill(
 ) -> tuple[Cache, jax.Array]:
     """Reads prompts in chunks; memory grows with the chunk and the live keys.
 
-    What observes, evicts when the prompts have been read whole, so that nothing depends on the chunk.
+    A policy that observes attention evicts when the prompts have been read whole, so that nothing depends on the chunk.
 
     Args:
       decoder: whose model.
       prompts: token ids; a row without any stays without (rows are padded so to whole batches).
-      num_new: tokens that room is made for behind each prompt.
+      num_new: tokens that the buffer has room for behind each prompt.
       most: tokens that a sequence will have, at most.
 
     Returns:
-      The cache, and what the output layer reads after each prompt's last token, ``[b, d]``.
+      The cache, and the output layer's input after each prompt's last token, ``[b, d]``.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     longest = int(lengths.max(initial=1))
     chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
-    policy, observed_from = decoder.policy, None
-    waits = isinstance(policy, AttentionScorePolicy)
+    waits = decoder.policy.max_keys is not None
     cache = decoder.start(len(prompts), longest if waits else longest + num_new, most)
-    if isinstance(policy, AttentionScorePolicy):
-        observed_from = np.maximum(lengths - policy.observed, 0)
+    observed_from = np.maximum(lengths - decoder.policy.observed, 0)
     model = decoder.config.model
     with jax.set_mesh(decoder.mesh):
         hidden = jnp.zeros((len(prompts), model.embed_dim), model.dtype)
@@ -158,7 +154,7 @@ def generate(
 
 
 def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
-    """Tokens to draw for each prompt."""
+    """Checks the prompts; returns the number of tokens to draw for each."""
     if not prompts:
         raise UserError("there is no prompt.")
     vocab_size = decoder.vocab_size
@@ -176,21 +172,19 @@ def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
 
 
 class _Run:
-    """A generation under way: the loop on the devices, and on the host what has come of it."""
+    """A generation under way: the loop on the devices, and its results on the host."""
 
     def __init__(self, decoder: Decoder, prompts, new, sampling: Sampling, stop_tokens, on_tokens, first_sequence):
         self.decoder, self.on_tokens, self.num_prompts = decoder, on_tokens, len(prompts)
         self.stop = np.asarray(sorted(set(stop_tokens)), np.int32)
         self.numbers, self.static = sampling.numbers, {"structure": decoder.structure, "kind": sampling.kind}
-        # After the prompt, what observed it alone keeps everything.
-        waits = isinstance(decoder.policy, AttentionScorePolicy) and not decoder.policy.every_token
-        self.policy = FullAttention() if waits else decoder.policy
+        self.policy = decoder.policy.after_prompt()
         rows = -(-len(prompts) // decoder.shards) * decoder.shards
         padding = rows - len(prompts)
         new = np.pad(new, (0, padding))
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
-        self.queries, self.moves, self.steady_seconds, self.steady_tokens = 0, 0, 0.0, 0
+        self.queries, self.transfers, self.steady_seconds, self.steady_tokens = 0, 0, 0.0, 0
 
         # Where all is kept, room for as much again as there is; nobody knows when a stop token comes.
         expected = int(new.max()) - 1
@@ -206,7 +200,7 @@ class _Run:
             self.first_token_at = time.perf_counter()
             done = np.isin(token, self.stop) | (new <= 1)
             if not done.all():
-                cache = decoder.settle(cache, decoder.need(cache), int(new.max()) - 1)
+                cache = decoder.compact(cache, decoder.required_capacity(cache), int(new.max()) - 1)
             self.loop = Loop(
                 cache.buffer,
                 decoder.put_rows(token),
@@ -221,11 +215,11 @@ class _Run:
         self.done = bool(done.all())
 
     def finish(self) -> None:
-        """Runs the loop to its end; a segment is under way while the one before it is looked at."""
+        """Runs the loop to its end; the next segment is under way while the host reads one."""
         if self.done:
             return
         with jax.set_mesh(self.decoder.mesh):
-            ahead, since, is_stale = self._dispatch(), None, False  # what is compiled for is not timed
+            ahead, since, is_stale = self._dispatch(), None, False  # compilation is not timed
             while True:
                 current, ahead = ahead, self._dispatch()
                 segment = self._receive(current)
@@ -238,7 +232,7 @@ class _Run:
                     return
                 if segment.lacks_capacity.any():
                     self._receive(ahead)  # it stopped before its first step
-                    self._make_room(segment)
+                    self._grow(segment)
                     ahead, since = self._dispatch(), None
                 elif not is_stale and self._is_wasteful(segment):
                     buffer, _ = compact(self.loop.buffer, self.loop.at)
@@ -265,7 +259,7 @@ class _Run:
         return segment
 
     def _receive(self, segment: Segment) -> Segment:
-        """Waits for a segment; its tokens go to whoever waits for them."""
+        """Waits for a segment and hands its tokens on."""
         segment = self.decoder.fetch(segment)
         self._emit(*(np.asarray(x) for x in (segment.tokens, segment.logprobs, segment.num_drawn)))
         self.queries += int(segment.num_drawn.sum())
@@ -283,22 +277,22 @@ class _Run:
                 if self.on_tokens is not None:
                     self.on_tokens(row, *new)
 
-    def _make_room(self, segment: Segment) -> None:
-        """A larger buffer for the groups that lack room; nothing is lost."""
+    def _grow(self, segment: Segment) -> None:
+        """Moves the groups that lack capacity to a larger buffer; nothing is lost."""
         groups = [group.num_layers for group in self.loop.buffer]
         lacks = np.repeat(segment.lacks_capacity, groups)
         cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted, self.most)
         need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
-        self.loop = self.loop._replace(buffer=self.decoder.enlarge(cache, need).buffer)
-        self.moves += 1
+        self.loop = self.loop._replace(buffer=self.decoder.grow(cache, need).buffer)
+        self.transfers += 1
 
     def _is_wasteful(self, segment: Segment) -> bool:
-        """Whether attention reads many slots that are free."""
+        """Returns True where attention reads many free slots."""
         slack = self.decoder.settings.block * len(segment.need) / 2
         return int(segment.occupied.sum()) > _WASTE * int(segment.need.sum()) + slack
 
     def result(self, prompt_tokens: int, first_token_seconds: float, seconds: float) -> Generation:
-        """After the end."""
+        """Sums up the generation, after its end."""
         buffer, model = self.loop.buffer, self.decoder.config.model
         heads = model.num_layers * model.num_kv_heads
         loop = self.loop
@@ -318,5 +312,5 @@ class _Run:
             kv_full=int(index[: self.num_prompts].sum()) * heads,
             evicted=int(evicted.sum()),
             capacities=Cache(buffer, self.loop.at, self.loop.evicted).capacities,
-            moves=self.moves,
+            transfers=self.transfers,
         )

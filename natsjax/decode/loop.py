@@ -3,7 +3,8 @@
 Each compiles once for the shapes of the buffer. The loop stops by itself where a head has no free slot, before anything
 is written, so that the host can move the run to a larger buffer.
 
-Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d`` width.
+Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d``
+embedding dim.
 """
 
 import functools
@@ -16,20 +17,20 @@ from flax import nnx
 
 from natsjax.decode import buffer as kv_buffer
 from natsjax.decode import sampling
-from natsjax.decode.buffer import Eviction, KVBuffer, NewKeys
-from natsjax.decode.step import Chunk, DecodingPolicy, forward_chunk
+from natsjax.decode.buffer import KVBuffer, NewKeys
+from natsjax.decode.step import Chunk, forward_chunk
 from natsjax.model import sharding
 from natsjax.model.transformer import Transformer
-from natsjax.policies.observing import AttentionScorePolicy
+from natsjax.policies.base import DecodingPolicy, Eviction
 
 
 class ReadChunk(NamedTuple):
-    """What reading a chunk gave; nothing is written yet.
+    """Result of reading a chunk; nothing is written yet.
 
     Attributes:
       hidden: ``[b, t, d]``.
       new: the keys to write, by group.
-      live: int32 ``[num_layers, b, k, t]``, how many keys each query read, or None.
+      live: int32 ``[num_layers, b, k, t]``, number of keys that each query read, or None.
       need: int32 ``[num_layers]``, slots that the fullest head of each layer needs.
     """
 
@@ -49,7 +50,7 @@ def read_chunk(
     structure: nnx.GraphDef,
     count_live: bool,
 ) -> ReadChunk:
-    """See ``decode_step.forward_chunk``."""
+    """Runs ``step.forward_chunk``."""
     model = nnx.merge(structure, parameters)
     reads = forward_chunk(model, buffer, chunk, policy, count_live=count_live)
     pairs = zip(buffer, reads.new, strict=True)
@@ -68,14 +69,14 @@ def read_tokens(
     *,
     structure: nnx.GraphDef,
 ) -> tuple[KVBuffer, jax.Array, jax.Array]:
-    """Reads a chunk as it would be generated: one token after the other, and evicts after each.
+    """Reads a chunk as it would be generated: token by token, evicting after each.
 
     Args:
       parameters: in the compute layout.
       buffer: of the tokens before, of at least ``limit`` slots or one for each token.
       chunk: the tokens.
-      policy: how long keys live.
-      eviction: what goes where more than ``limit`` keys would be live.
+      policy: decides how long keys live.
+      eviction: rule where more than ``limit`` keys would be live.
       limit: int32 scalar.
       structure: of the model.
 
@@ -101,7 +102,7 @@ def read_tokens(
 
 
 def fullest(live: jax.Array) -> jax.Array:
-    """int32 ``[l, b, k]`` → ``[l]``: of each layer's fullest head."""
+    """Takes each layer's fullest head: int32 ``[l, b, k]`` to ``[l]``."""
     return jnp.max(live, axis=(1, 2))
 
 
@@ -109,7 +110,7 @@ def fullest(live: jax.Array) -> jax.Array:
 def write_chunk(
     buffer: KVBuffer, new: tuple[NewKeys, ...], at: jax.Array, eviction: Eviction | None, limit: jax.Array | None
 ) -> tuple[KVBuffer, jax.Array]:
-    """See ``kv_buffer.write_chunk``; also the evicted keys, int32 ``[num_layers, b, k]``."""
+    """Runs ``buffer.write_chunk``; counts the evicted keys, int32 ``[num_layers, b, k]``."""
     pairs = [kv_buffer.write_chunk(group, keys, at, eviction, limit) for group, keys in zip(buffer, new, strict=True)]
     return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
 
@@ -118,13 +119,13 @@ def write_chunk(
 def compact(
     buffer: KVBuffer, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
 ) -> tuple[KVBuffer, jax.Array]:
-    """See ``kv_buffer.compact``; also the evicted keys, int32 ``[num_layers, b, k]``."""
+    """Runs ``buffer.compact``; counts the evicted keys, int32 ``[num_layers, b, k]``."""
     pairs = [kv_buffer.compact(group, at, eviction, limit) for group in buffer]
     return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
 
 
 def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
-    """Of each sequence's last token so far: ``[b, d]``.
+    """Picks each sequence's last token so far: ``[b, d]``.
 
     Args:
       hidden: ``[b, t, d]``, of a chunk.
@@ -147,7 +148,7 @@ def first_token(
     structure: nnx.GraphDef,
     kind: sampling.Kind,
 ) -> tuple[jax.Array, jax.Array]:
-    """The token after the prompt and its log-probability, from ``hidden [b, d]``."""
+    """Draws the token after the prompt; returns it and its log-probability, from ``hidden [b, d]``."""
     return _next_token(nnx.merge(structure, parameters), hidden, sequence, index, kind, numbers)
 
 
@@ -156,7 +157,7 @@ def _next_token(model: Transformer, hidden, sequence, index, kind, numbers):
 
 
 class Loop(NamedTuple):
-    """Where generation stands.
+    """State of a generation.
 
     Attributes:
       buffer: of all tokens before ``token``.
@@ -167,7 +168,7 @@ class Loop(NamedTuple):
       done: bool ``[b]``: nothing is drawn any more.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
       read: float32 ``[num_layers, b, k]``, live keys that the queries have read, their own among them.
-      most: int32 ``[num_layers, b, k]``, the most that one has.
+      most: int32 ``[num_layers, b, k]``, the most that one query has read.
     """
 
     buffer: KVBuffer
@@ -182,12 +183,12 @@ class Loop(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a segment of the loop gave to the host.
+    """Result of a segment of the loop, for the host.
 
     Attributes:
       tokens: int32 ``[b, n]``, those that were drawn, at the front.
       logprobs: float32 ``[b, n]``.
-      num_drawn: int32 ``[b]``, how many there are.
+      num_drawn: int32 ``[b]``, number of them.
       all_done: bool.
       lacks_capacity: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
       need: int32 ``[num_layers]``, live slots of the fullest head.
@@ -217,15 +218,15 @@ def decode_segment(
     kind: sampling.Kind,
     length: int,
 ) -> tuple[Loop, Segment]:
-    """Up to ``length`` tokens for each sequence.
+    """Draws up to ``length`` tokens for each sequence.
 
     Args:
       parameters: in the compute layout.
-      loop: where generation stands.
-      policy: how long keys live.
+      loop: the state before.
+      policy: decides how long keys live.
       numbers: of the ``Sampling``.
       stop: int32 ``[m]``: after one of these tokens a sequence is done.
-      eviction: what goes where a head has no free slot; None: the loop stops there.
+      eviction: rule where a head has no free slot; None: the loop stops there.
       limit: int32 scalar, slots of a head that may be used.
       structure: of the model.
       kind: of the ``Sampling``.
@@ -247,7 +248,7 @@ def decode_segment(
         at = chunk.next_index
         groups, evicted = [], []
         for group, new, slot in zip(loop.buffer, reads.new, slots, strict=True):
-            if isinstance(policy, AttentionScorePolicy):
+            if policy.observes_attention:
                 group, lost = kv_buffer.write_chunk(group, new, at, eviction, limit)
             else:
                 group, lost = _write(group, new, slot, loop.done, at, eviction, limit)
@@ -287,10 +288,10 @@ def decode_segment(
 
 
 def _write(group, new, slot, done, at, eviction, limit):
-    """One key into its slot; live keys that are lost by it are counted. ``at`` is the next query."""
+    """Writes one key into its slot and counts live keys that are lost by it. ``at`` is the next query."""
     group, lost = kv_buffer.expire(group, new.local_end), 0 * slot
     if eviction is not None:
-        # What a chunk would keep: of the keys that the next query can read, the new one among them.
+        # A chunk would keep the same: keys that the next query can read, the new one among them.
         slot = kv_buffer.free_slot(group, at, limit)
         lives = (new.key_end[..., 0] > at[:, None]) & ~done[:, None]
         full = (slot == group.capacity) & lives
@@ -305,6 +306,6 @@ def _free(loop: Loop, limit) -> tuple[jax.Array, ...]:
 
 
 def _lacks_capacity(loop: Loop, slots) -> jax.Array:
-    """bool ``[num_groups]``."""
+    """Marks groups, bool ``[num_groups]``, with a head that has no free slot."""
     pairs = zip(loop.buffer, slots, strict=True)
     return jnp.stack([jnp.any((slot >= group.capacity) & ~loop.done[:, None]) for group, slot in pairs])

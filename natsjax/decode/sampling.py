@@ -20,14 +20,16 @@ _COLDEST = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Filters apply in this order, each to what the ones before left; the likeliest always stays.
+    """Rule by which tokens are drawn.
+
+    Filters apply in this order, each to the tokens that the ones before left; the likeliest always stays.
 
     Attributes:
       temperature: of the softmax; 0 takes the likeliest token (of several the one with the smallest id).
-      top_k: how many of the likeliest tokens may be drawn; 0: all.
-      top_p: as many of the likeliest tokens as reach this share of the probability, the last one included
+      top_k: number of the likeliest tokens that may be drawn; 0: all.
+      top_p: as many of the likeliest tokens as reach this fraction of the probability, the last one included
         (arXiv:1904.09751).
-      min_p: those with at least this share of the likeliest one's probability (arXiv:2407.01082).
+      min_p: those with at least this fraction of the likeliest one's probability (arXiv:2407.01082).
       seed: of the draws.
 
     Raises:
@@ -49,18 +51,18 @@ class Sampling:
             ("seed", self.seed, 0 <= self.seed < 2**31, "between 0 and 2**31 - 1"),
         ):
             if not fits:
-                raise UserError(f"{name}={value}: it must be {expected}.")
+                raise UserError(f"{name} = {value}: it must be {expected}.")
 
     @property
     def kind(self) -> "Kind":
-        """What has to be compiled for it."""
+        """The part that a program is compiled for."""
         is_filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         is_greedy = self.temperature < _COLDEST
         return Kind(is_greedy, is_filtered and not is_greedy)
 
     @property
     def numbers(self) -> "Numbers":
-        """What a compiled program takes."""
+        """The part that a compiled program takes as arguments."""
         return Numbers(
             jnp.float32(self.temperature),
             jnp.int32(min(self.top_k, 2**31 - 1)),  # beyond any vocabulary
@@ -71,7 +73,7 @@ class Sampling:
 
 
 class Kind(NamedTuple):
-    """Whether the likeliest token is taken, and whether the vocabulary has to be sorted."""
+    """Kind of a program: True where the likeliest token is taken, and where the vocabulary has to be sorted."""
 
     is_greedy: bool
     is_filtered: bool
@@ -90,7 +92,7 @@ class Numbers(NamedTuple):
 def sample(
     logits: jax.Array, sequence: jax.Array, index: jax.Array, kind: Kind, numbers: Numbers
 ) -> tuple[jax.Array, jax.Array]:
-    """One token for each sequence.
+    """Draws one token for each sequence.
 
     Args:
       logits: float32 ``[b, v]``.
@@ -118,7 +120,7 @@ def sample(
 
 
 def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
-    """One token from logits ``[v]``."""
+    """Draws one token from logits ``[v]``."""
     key = jax.random.key(numbers.seed)
     key = jax.random.fold_in(jax.random.fold_in(key, sequence), index)
     scaled = (logits - jnp.max(logits)) / numbers.temperature

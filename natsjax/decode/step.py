@@ -1,13 +1,14 @@
-"""A chunk of tokens through the model, against the keys that a buffer holds: the pure functions of decoding.
+"""A chunk of tokens through the model, against the keys in a buffer: the pure functions of decoding.
 
-A chunk of one token is a step of decoding, longer ones are prefill. Prefill in chunks, decoding token by token, and the
-masked forward pass of the whole sequence give the same logits, up to rounding (docs/method.md 5).
+A chunk of one token is a step of decoding, longer ones are prefill. The model's own blocks run, with
+``BufferAttention`` in place of ``natsjax.model.attention.MaskedAttention``. Prefill in chunks, decoding token by token,
+and the masked forward pass of the whole sequence give the same logits, up to rounding (docs/method.md 5).
 
 Sequences in a batch may have different lengths: in a chunk each has ``num_tokens[b]`` of them, at the front, and
 the first has the index ``begin[b]``.
 
 Axis letters: ``b`` batch, ``t`` token of the chunk, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim,
-``d`` width, ``l`` layer of a group, ``c`` slot.
+``d`` embedding dim, ``l`` layer of a group, ``c`` slot.
 """
 
 import typing
@@ -19,17 +20,13 @@ from flax import nnx
 
 from natsjax.config import LAYER_TYPES, Config
 from natsjax.decode.buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
-from natsjax.model import roles, sharding
-from natsjax.model.attention import RoleSampling
-from natsjax.model.transformer import Block, Transformer
-from natsjax.policies.base import cut, window_end
-from natsjax.policies.interval import IntervalPolicy
-from natsjax.policies.nats import Nats
-from natsjax.policies.observing import AttentionScorePolicy
+from natsjax.model import sharding
+from natsjax.model.attention import Attention
+from natsjax.model.inputs import Batch
+from natsjax.model.transformer import Transformer
+from natsjax.policies.base import DecodingPolicy, cut, window_end
 from pallas_kernels.decode_attention import decode_attention, observed_attention
 from pallas_kernels.nats_attention import GLOBAL, LOCAL, NO_END, SLIDING, interval_attention, key_end_from_roles
-
-DecodingPolicy = IntervalPolicy | Nats | AttentionScorePolicy
 
 
 class Chunk(NamedTuple):
@@ -39,7 +36,7 @@ class Chunk(NamedTuple):
       tokens: int32 ``[b, t]``.
       num_tokens: int32 ``[b]``, of each sequence.
       begin: int32 ``[b]``, index of the first of them in its sequence.
-      observed_from: int32 ``[b]``: the attention of queries from this index on counts, for ``AttentionScorePolicy``.
+      observed_from: int32 ``[b]``: the attention of queries from this index on counts, where the policy observes it.
       role_ids: int8 ``[num_layers, b, k, t]``, or None: as the policy says.
     """
 
@@ -50,18 +47,25 @@ class Chunk(NamedTuple):
     role_ids: jax.Array | None = None
 
     @property
+    def batch(self) -> Batch:
+        """The tokens, each sequence as a document without an end."""
+        step = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)
+        is_token = step < self.num_tokens[:, None]
+        return Batch(self.tokens, self.begin[:, None] + step, jnp.where(is_token, NO_END, 0))
+
+    @property
     def next_index(self) -> jax.Array:
-        """int32 ``[b]``, of the query that comes next."""
+        """int32 ``[b]``, index of the query that comes next."""
         return self.begin + self.num_tokens
 
 
 class Reads(NamedTuple):
-    """What came of a chunk.
+    """Result of reading a chunk.
 
     Attributes:
-      hidden: ``[b, t, d]``, what the output layer reads; meaningless where there is no token.
+      hidden: ``[b, t, d]``, input of the output layer; meaningless where there is no token.
       new: the keys to write, by group.
-      live: int32 ``[num_layers, b, k, t]``, how many keys each query read, or None.
+      live: int32 ``[num_layers, b, k, t]``, number of keys that each query read, or None.
     """
 
     hidden: jax.Array
@@ -77,12 +81,11 @@ def forward_chunk(
     Args:
       model: the transformer.
       buffer: of the tokens before.
-      chunk: the tokens; a single one is read by the decoding kernels, unless the policy observes or live keys are
-        counted.
-      policy: how long keys live.
-      count_live: whether ``live`` is asked for.
+      chunk: the tokens; a single one is read by the decoding kernels, unless the policy observes attention or live keys
+        are counted.
+      policy: decides how long keys live.
+      count_live: True to get ``live``.
     """
-    positions = chunk.begin[:, None] + jnp.arange(chunk.tokens.shape[1], dtype=jnp.int32)
     structure, layers = nnx.split(model.blocks)
     kinds = jnp.array([LAYER_TYPES.index(kind) for kind in model.config.model.all_layer_types], jnp.int32)
     x = model.embed(chunk.tokens)
@@ -90,13 +93,12 @@ def forward_chunk(
     for group in buffer:
 
         def layer(x, number, group=group, first=first):
-            state = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, first + number, 0, keepdims=False), layers)
-            block = nnx.merge(structure, state)
-            role_ids = chunk.role_ids
-            if role_ids is not None:
-                role_ids = jax.lax.dynamic_index_in_dim(role_ids, first + number, 0, keepdims=False)
-            kind = kinds[first + number]
-            return _block(block, x, positions, group, number, kind, chunk, policy, role_ids, count_live)
+            def own(values):
+                return jax.lax.dynamic_index_in_dim(values, first + number, 0, keepdims=False)
+
+            role_ids = None if chunk.role_ids is None else own(chunk.role_ids)
+            attend = BufferAttention(group, number, chunk, policy, kinds[first + number], role_ids, count_live)
+            return nnx.merge(structure, jax.tree.map(own, layers))(x, chunk.batch.positions, attend)
 
         x, (written, read) = jax.lax.scan(layer, x, jnp.arange(group.num_layers, dtype=jnp.int32))
         new.append(written)
@@ -105,30 +107,121 @@ def forward_chunk(
     return Reads(model.final_norm(x), tuple(new), jnp.concatenate(live) if count_live else None)
 
 
-def _block(block: Block, x, positions, group, layer, kind, chunk, policy, role_ids, count_live):
-    """``Block.__call__`` with the attention over the buffer and the chunk; ``kind`` is traced."""
-    attention = block.attention
-    normed = block.attention_norm(x)
-    query, key, value = attention.project(normed, positions)
-    ids = end = None
-    if isinstance(policy, Nats):
-        logits = attention.scorer(normed)
-        logits += roles.role_bias_logits(policy.role_bias, attention.config.nats.biased_roles)
-        first = roles.first_of_document(positions)
-        ids = attention.choose_roles(logits, first, RoleSampling(role_ids=role_ids))
-    elif isinstance(policy, IntervalPolicy):
-        end = policy.key_end(positions, attention.config.model.num_kv_heads)
+class BufferAttention(NamedTuple):
+    """A ``natsjax.model.attention.AttentionFunction`` over the keys in the buffer and those of the chunk.
+
+    Its result is ``(NewKeys, live)`` of the layer, the latter int32 ``[b, k, t]`` or None.
+
+    Attributes:
+      group: of the buffer.
+      layer: int32 scalar, number of the layer in the group.
+      chunk: the tokens.
+      policy: decides how long keys live.
+      kind: int32 scalar, of the layer: index in ``LAYER_TYPES``.
+      role_ids: int8 ``[b, k, t]``, or None: as the policy chooses.
+      count_live: True to get ``live``.
+    """
+
+    group: LayerGroup
+    layer: jax.Array
+    chunk: Chunk
+    policy: DecodingPolicy
+    kind: jax.Array
+    role_ids: jax.Array | None
+    count_live: bool
+
+    def __call__(self, attention: Attention, x, query, key, value):
+        """See ``AttentionFunction``."""
+        batch, config = self.chunk.batch, attention.config
+        rule = self.policy.chunk_choice(batch.positions, config)._replace(role_ids=self.role_ids)
+        ids, end = None, rule.key_end
+        if end is None:
+            ids = rule.choose(rule.perturb(attention.scorer(x)), batch.is_first)
+        ids, end, window = _by_kind(self.kind, config, batch.positions, ids, end)
+        is_observed, count_live = self.policy.observes_attention, self.count_live
+        slots, structure = jax.tree.flatten(self.group)
+
+        def on_device(query, key, value, ids, end, layer, window, positions, is_token, observed_from, *slots):
+            new = _new_keys(key, value, ids, end, window, positions, is_token)
+            group: LayerGroup = jax.tree.unflatten(structure, slots)
+            if query.shape[1] == 1 and not is_observed and not count_live:
+                out = decode_attention(
+                    _merge_heads(query)[:, 0],
+                    key[:, 0],
+                    value[:, 0],
+                    group.storage,
+                    key_end=group.key_end,
+                    length=group.length,
+                    position=positions[:, 0],
+                    layer=layer,
+                )
+                sums, live = (), ()
+            else:
+                observed = positions >= observed_from[:, None] if is_observed else None
+                at = jnp.where(is_token, positions, -1)
+                out, sums, live = _read_all(query, key, value, new, group, layer, at, observed, count_live)
+            return out.reshape(query.shape), *new, *sums, *live
+
+        by_head = ("batch", "kv_heads", None)
+        given = ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None)
+        tokens = (("batch", None), ("batch", None), ("batch",))
+        axes = (_QUERY, _KEY, _KEY, by_head, given, (), (), *tokens, *(AXES[x.ndim] for x in slots))
+        out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
+        out_axes += [by_head] * (2 * is_observed + count_live)
+        numbers = (self.layer, window, batch.positions, batch.is_token, self.chunk.observed_from)
+        mapped = sharding.shard_map(on_device, axes, out_axes)
+        out, *rest = mapped(query, key, value, ids, end, *numbers, *slots)
+        live = rest.pop() if count_live else None
+        return out, (NewKeys(*rest), live)
+
+
+def _new_keys(key, value, ids, end, window, positions, is_token):
+    """Returns the first fields of the layer's ``NewKeys``, from roles ``ids`` or else from ends."""
+    if ids is not None:
+        end, local_end = _ends_by_role(ids, positions[:, 0], is_token, window)
     else:
-        end = jnp.full_like(positions, NO_END)[:, None]
-    ids, end, window = _by_kind(kind, attention.config, positions, ids, end)
-    is_observed = isinstance(policy, AttentionScorePolicy)
-    out, new, live = _attend(query, key, value, ids, end, group, layer, chunk, window, is_observed, count_live)
-    x = x + attention.merge(out)
-    return x + block.mlp(block.mlp_norm(x)), (new, live)
+        shape = (key.shape[0], key.shape[2], key.shape[1])
+        end = jnp.broadcast_to(jnp.where(is_token[:, None], end, 0), shape)
+        local_end = jnp.full_like(end[..., 0], UNTIL_GLOBAL)
+    position = jnp.broadcast_to(positions[:, None], end.shape)
+    return jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), position, end, local_end
+
+
+def _read_all(query, key, value, new, group: LayerGroup, layer, at, observed, count_live):
+    """Attends over slots and new keys side by side: ``(out, attention sums if observed, live keys if counted)``."""
+    _, _, position, end, local_end = new
+    slot_end, slot_position = (
+        jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (group.key_end, group.key_position)
+    )
+    slot_end = jnp.where(slot_end == UNTIL_GLOBAL, local_end[..., None], slot_end)
+    ends = jnp.concatenate([slot_end, end], axis=-1)
+    places = {"query_position": at, "key_position": jnp.concatenate([slot_position, position], axis=-1)}
+    keys, values = (
+        jnp.concatenate([jnp.swapaxes(slots, 1, 2), x.astype(slots.dtype)], axis=1)
+        for slots, x in zip(group.storage.layer(layer), (key, value), strict=True)
+    )
+    heads = _merge_heads(query)
+    sums: tuple[jax.Array, ...] = ()
+    live: tuple[jax.Array, ...] = ()
+    if observed is not None:
+        out, received = observed_attention(heads, keys, values, ends, observed=observed, **places)
+        sums = (received[..., group.capacity :], received[..., : group.capacity])
+    else:
+        out = typing.cast(jax.Array, interval_attention(heads, keys, values, ends, **places))
+    if count_live:
+        at = at[:, None, :, None]
+        is_read = (places["key_position"][:, :, None] <= at) & (at < ends[:, :, None])
+        live = (jnp.sum(is_read, axis=-1, dtype=jnp.int32),)
+    return out, sums, live
+
+
+def _merge_heads(query: jax.Array) -> jax.Array:
+    """Reshapes ``[b, t, k, g, h]`` to ``[b, t, n, h]``."""
+    return query.reshape(*query.shape[:2], -1, query.shape[-1])
 
 
 def _by_kind(kind, config: Config, positions, ids, end):
-    """Roles, ends and the window of SLIDING keys, as the kind of the layer says."""
+    """Fits roles, ends and the window of SLIDING keys to the kind of the layer."""
     model = config.model
     sliding = cut(model.sliding_window)
     window = jnp.int32(cut(config.nats.window))
@@ -141,95 +234,10 @@ def _by_kind(kind, config: Config, positions, ids, end):
     return ids, end, window
 
 
-def _attend(query, key, value, ids, end, group, layer, chunk, window, is_observed, count_live):
-    """On each device's sequences and heads: ``(out [b, t, k, g, h], NewKeys of the layer, live [b, k, t] or None)``."""
-    slots, structure = jax.tree.flatten(group)
-    numbers = (chunk.begin, chunk.num_tokens, chunk.observed_from)
-
-    def on_device(query, key, value, ids, end, layer, window, index, count, observed_from, *slots):
-        group: LayerGroup = jax.tree.unflatten(structure, slots)
-        step = jnp.arange(query.shape[1], dtype=jnp.int32)
-        positions, is_token = index[:, None] + step, step < count[:, None]
-        if ids is not None:
-            end, local_end = _ends_by_role(ids, index, is_token, window)
-        else:
-            shape = (key.shape[0], key.shape[2], key.shape[1])
-            end = jnp.broadcast_to(jnp.where(is_token[:, None], end, 0), shape)
-            local_end = jnp.full_like(end[..., 0], UNTIL_GLOBAL)
-        position = jnp.broadcast_to(positions[:, None], end.shape)
-        attention_sum = seen = live = None
-        heads = query.reshape(*query.shape[:2], -1, query.shape[-1])
-        if query.shape[1] == 1 and not is_observed and not count_live:
-            out = decode_attention(
-                heads[:, 0],
-                key[:, 0],
-                value[:, 0],
-                group.storage,
-                key_end=group.key_end,
-                length=group.length,
-                position=index,
-                layer=layer,
-            )
-        else:
-            slot_end, slot_position = (
-                jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (group.key_end, group.key_position)
-            )
-            slot_end = jnp.where(slot_end == UNTIL_GLOBAL, local_end[..., None], slot_end)
-            all_ends = jnp.concatenate([slot_end, end], axis=-1)
-            all_positions = jnp.concatenate([slot_position, position], axis=-1)
-            slot_key, slot_value = group.storage.layer(layer)
-            all_keys = jnp.concatenate([jnp.swapaxes(slot_key, 1, 2), key.astype(slot_key.dtype)], axis=1)
-            all_values = jnp.concatenate([jnp.swapaxes(slot_value, 1, 2), value.astype(slot_key.dtype)], axis=1)
-            at = jnp.where(is_token, positions, -1)
-            if is_observed:
-                out, all_attention_sum = observed_attention(
-                    heads,
-                    all_keys,
-                    all_values,
-                    all_ends,
-                    query_position=at,
-                    key_position=all_positions,
-                    observed=positions >= observed_from[:, None],
-                )
-                seen, attention_sum = all_attention_sum[..., : group.capacity], all_attention_sum[..., group.capacity :]
-            else:
-                found = interval_attention(
-                    heads, all_keys, all_values, all_ends, query_position=at, key_position=all_positions
-                )
-                out = typing.cast(jax.Array, found)
-            if count_live:
-                at = at[:, None, :, None]
-                is_read = (all_positions[:, :, None] <= at) & (at < all_ends[:, :, None])
-                live = jnp.sum(is_read, axis=-1, dtype=jnp.int32)
-        keys, values = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-        results = (out.reshape(query.shape), keys, values, position, end, local_end, attention_sum, seen, live)
-        return tuple(x for x in results if x is not None)
-
-    by_head = ("batch", "kv_heads", None)
-    axes = (
-        _QUERY,
-        _KEY,
-        _KEY,
-        by_head,
-        ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None),
-        (),
-        (),
-        *(("batch",),) * 3,
-        *(AXES[x.ndim] for x in slots),
-    )
-    out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
-    out_axes += [by_head] * (2 * is_observed + count_live)
-    out, *rest = sharding.shard_map(on_device, axes, out_axes)(
-        query, key, value, ids, end, layer, window, *numbers, *slots
-    )
-    live = rest.pop() if count_live else None
-    return out, NewKeys(*rest), live
-
-
 def _ends_by_role(ids, index, is_token, window):
-    """``NewKeys.key_end`` (int32 ``[b, k, t]``) and ``local_end [b, k]`` from roles ``[b, k, t]``."""
+    """Returns ``NewKeys.key_end`` (int32 ``[b, k, t]``) and ``local_end [b, k]`` from roles ``[b, k, t]``."""
     length = ids.shape[-1]
-    ids = jnp.where(is_token[:, None], ids, SLIDING)  # what is no token ends nobody
+    ids = jnp.where(is_token[:, None], ids, SLIDING)  # padding ends no key
     end = key_end_from_roles(ids, window=window)  # counted from the chunk's first token
     waiting = jnp.where(ids == LOCAL, UNTIL_GLOBAL, NO_END)
     end = jnp.where(end == NO_END, waiting, end + index[:, None, None])

@@ -13,7 +13,6 @@ Axis letters: ``n`` contexts, ``t`` token, ``b`` document pieces of a batch, ``l
 """
 
 import functools
-import typing
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,10 +24,11 @@ from flax import nnx
 from natsjax.data import Row
 from natsjax.decode import loop
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
-from natsjax.decode.step import Chunk, DecodingPolicy
+from natsjax.decode.step import Chunk
 from natsjax.evaluate.masked import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
-from natsjax.policies.observing import AttentionScorePolicy
+from natsjax.model.inputs import Batch
+from natsjax.policies.base import DecodingPolicy
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import NO_END
 
@@ -91,7 +91,7 @@ def measure_decoding(
             pairs += live.sum(axis=(1, 3), dtype=np.float64)
             most = np.maximum(most, live.max(axis=(1, 3)))
             allocated = np.maximum(allocated, read.capacities)
-    valid = contexts["document_end"] > 0
+    valid = Batch.from_rows(contexts).is_token
     return Measurement(
         documents=sum_by_document(contexts, nll, correct, run.data.vocabulary),
         positions=sum_by_position(contexts, nll, correct),
@@ -105,7 +105,8 @@ def measure_decoding(
 
 def _pieces(contexts: Row) -> list[tuple[int, int, int]]:
     """``(context, start, stop)`` of every document piece, the longest first."""
-    rows, starts = np.nonzero((contexts["positions"] == 0) & (contexts["document_end"] > 0))
+    batch = Batch.from_rows(contexts)
+    rows, starts = np.nonzero(batch.is_first & batch.is_token)
     stops = contexts["document_end"][rows, starts]
     pieces = zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True)
     return sorted(pieces, key=lambda piece: piece[1] - piece[2])
@@ -194,7 +195,7 @@ class _AsContinuation(_ByChunk):
     _at = 0  # tokens that the cache holds
 
     def read(self, tokens: Tokens, first: int) -> _Read:
-        decoder, observed = self.decoder, typing.cast(AttentionScorePolicy, self.decoder.policy).observed
+        decoder, observed = self.decoder, self.decoder.policy.observed
         self._go_on(tokens, max(first - observed, 0))
         prompt = decoder.copied(self.cache)
         if first:
@@ -222,7 +223,7 @@ class _AsContinuation(_ByChunk):
 
 def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> _ByChunk:
     """The one that reads pieces of these lengths, of at most ``longest`` tokens, as the policy is defined."""
-    if not isinstance(decoder.policy, AttentionScorePolicy):
+    if decoder.policy.max_keys is None:
         return _ByChunk(decoder, lengths, chunk, longest)
     return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 

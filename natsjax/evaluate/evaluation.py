@@ -21,14 +21,13 @@ import jax
 from natsjax import kv_fraction, report
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
-from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import DEFAULT_CHUNK, measure_decoding
 from natsjax.evaluate.dense_baseline import baseline_notes, load_baseline
 from natsjax.evaluate.masked import Measurement, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of
 from natsjax.evaluate.settings import TOLERANCE, Setting, bar, settings_of
-from natsjax.policies.base import StaticPolicy
+from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
 from natsjax.runs.data import RunData

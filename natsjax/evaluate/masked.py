@@ -19,14 +19,14 @@ from flax import nnx
 from scipy import special
 
 from natsjax.data import Row, Tokenizer, Vocabulary
-from natsjax.kv_fraction import perplexity, sliding_windows
-from natsjax.model import inputs, sharding
+from natsjax.kv_fraction import perplexity
+from natsjax.model import sharding
 from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import token_losses
+from natsjax.model.inputs import Batch
 from natsjax.policies.base import StaticPolicy
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
-from pallas_kernels.nats_attention import key_end_from_roles
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
 
@@ -150,7 +150,7 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
         correct.append(np.asarray(result.correct))
         pairs.append(np.asarray(result.live_pairs, np.float64).sum(axis=1))
         most.append(np.asarray(result.live_max, np.int64))
-    count, valid = len(contexts["inputs"]), contexts["document_end"] > 0
+    count, valid = len(contexts["inputs"]), Batch.from_rows(contexts).is_token
     found = np.concatenate(nll)[:count], np.concatenate(correct)[:count]
     return Measurement(
         documents=sum_by_document(contexts, *found, run.data.vocabulary),
@@ -264,26 +264,14 @@ class _BatchResult(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-def _forward(parameters, batch: inputs.Batch, choice: RoleSampling, windows: jax.Array, *, structure) -> _BatchResult:
-    """One batch, arrays ``[b, t]``; ``windows [l]`` are those of SLIDING keys. The result is whole on every device."""
+def _forward(parameters, batch: Batch, choice: RoleSampling, *, structure) -> _BatchResult:
+    """One batch, arrays ``[b, t]``. The result is whole on every device."""
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(inputs.model_inputs(batch), choice)
+    x, roles = model.hidden(batch, choice)
     softcap = model.config.model.final_logit_softcap
-    predicted = token_losses(x, model.output_weight(), batch["targets"], softcap=softcap)
-    key_end = None if choice.key_end is None else jnp.broadcast_to(choice.key_end, roles.ids.shape[1:])
-
-    def count(ids, document_end, key_end, windows):
-        def by_role(ids, window):
-            return key_end_from_roles(ids, window=window, document_end=document_end)
-
-        ends = jax.vmap(by_role)(ids, windows)
-        # Roles stand for no more than the kind of a layer then: GLOBAL, or SLIDING in a sliding one.
-        return live_keys(ends if key_end is None else jnp.minimum(ends, key_end))
-
+    predicted = token_losses(x, model.output_weight(), batch.targets, softcap=softcap)
     by_head = (None, "batch", "kv_heads", None)
-    live = sharding.shard_map(count, (by_head, ("batch", None), by_head[1:], (None,)), by_head)(
-        roles.ids, batch["document_end"], key_end, windows
-    )
+    live = sharding.shard_map(live_keys, (by_head,), by_head)(roles.key_end)
     result = _BatchResult(
         nll=predicted.nll,
         correct=predicted.correct,
@@ -302,15 +290,14 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Ite
     for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
         # Zeros are padding: document_end = 0.
         rows = {name: _pad_rows(contexts[name][begin : begin + size], size) for name in _MODEL_FIELDS}
-        batch = sharding.put_batch(run.mesh, rows, size)
+        batch = Batch.from_rows(sharding.put_batch(run.mesh, rows, size))
         with jax.set_mesh(run.mesh):
-            choice = policy.choice(inputs.model_inputs(batch), run.config)
-            if choice.key_end is None and not run.config.model.has_roles:
+            if policy.needs_roles and not run.config.model.has_roles:
                 raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
+            choice = policy.choice(batch.positions, run.config)
             if choice.noise_key is not None:
                 choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
-            windows = jnp.asarray(sliding_windows(run.config))
-            yield _forward(run.parameters, batch, choice, windows, structure=run.structure)
+            yield _forward(run.parameters, batch, choice, structure=run.structure)
 
 
 def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:

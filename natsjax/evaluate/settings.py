@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
-from natsjax.decode.step import DecodingPolicy
 from natsjax.evaluate.masked import measure
-from natsjax.policies.base import Policy, StaticPolicy
+from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.base import DecodingPolicy, Policy, StaticPolicy
 from natsjax.policies.budgets import (
     Layers,
     fraction_for_budget,
@@ -28,7 +28,6 @@ from natsjax.policies.budgets import (
 )
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime import watchdog
 
@@ -178,7 +177,7 @@ def _decoded_policies(
     policies: list[tuple[DecodingPolicy, float | None, int | None]] = []
     seed, window = config.train.seed, config.nats.window
     positions = jnp.arange(pieces.max(), dtype=jnp.int32)[None]
-    draws = np.asarray(RandomKeys(0.0, seed=seed).draws(positions, config.model.num_kv_heads))[0]
+    draws = np.asarray(RandomKeys(0.0, seed=seed).samples(positions, config.model.num_kv_heads))[0]
     for budget in budgets:
         share, window_within = fraction_for_budget(pieces, budget, window, layers, draws)
         if share is not None:

@@ -12,13 +12,13 @@ from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.sampling import Sampling
-from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.model.sharding import AXES
+from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.base import DecodingPolicy
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
-from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runtime.flags import Parser, typed_text
 
 _MAX_ROLE_BIAS = 1e6  # logits are of order 1 to 10

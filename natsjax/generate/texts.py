@@ -23,11 +23,10 @@ from natsjax.decode import generation
 from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.decode.generation import Generation
 from natsjax.decode.sampling import Sampling
-from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
 from natsjax.generate.flags import READING
 from natsjax.generate.text_stream import Printer
-from natsjax.policies.base import Policy
+from natsjax.policies.base import DecodingPolicy, Policy
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import signals
@@ -78,8 +77,8 @@ class Generated:
         )
         if found.evicted:
             text += f"; {_count(found.evicted, 'live key')} evicted"
-        if found.moves:
-            text += f"; {_count(found.moves, 'move')} to larger buffers"
+        if found.transfers:
+            text += f"; {_count(found.transfers, 'transfer')} to larger buffers"
         return f"{text}."
 
 
@@ -95,7 +94,7 @@ def _bytes(size: int) -> str:
 def total(batches: Sequence[Generation]) -> Generation:
     """Batches that ran one after another, as one.
 
-    Times, tokens, slots, bytes, evicted keys and moves are sums, ``kv_live`` is the mean over all queries,
+    Times, tokens, slots, bytes, evicted keys and transfers are sums, ``kv_live`` is the mean over all queries,
     ``kv_live_max`` and ``capacities`` are the largest, and ``first_token_seconds`` is the first batch's.
     """
     sums = (
@@ -107,7 +106,7 @@ def total(batches: Sequence[Generation]) -> Generation:
         "kv_allocated_bytes",
         "kv_full",
         "evicted",
-        "moves",
+        "transfers",
     )
     queries = [sum(len(tokens) - 1 for tokens in batch.tokens) for batch in batches]
     read = sum(batch.kv_live * count for batch, count in zip(batches, queries, strict=True) if count)

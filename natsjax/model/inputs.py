@@ -1,32 +1,45 @@
-"""Batches as the model reads them."""
+"""The batch that the model reads."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
-class Inputs(NamedTuple):
-    """A batch of packed documents, all int32 ``[b, t]`` (``natsjax.data.packing`` has the details).
+class Batch(NamedTuple):
+    """Packed documents, arrays ``[b, t]``; ``natsjax.data`` names the fields of its rows alike.
 
     Attributes:
-      tokens: ids.
-      positions: distance to the start of the document piece.
-      document_end: index at which the piece ends, exclusive; 0 marks padding.
+      inputs: int32, token ids.
+      positions: int32, distance to the start of the document piece.
+      document_end: int32, index at which the piece ends, exclusive; 0 marks padding.
+      targets: int32, the tokens to predict; None where nothing is predicted.
+      loss_weight: float32, weight of each prediction in the loss; None where there is no loss.
     """
 
-    tokens: jax.Array
+    inputs: jax.Array
     positions: jax.Array
     document_end: jax.Array
+    targets: Any = None
+    loss_weight: Any = None
 
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, Any]) -> "Batch":
+        """Takes the fields that there are out of rows of data, which may have others."""
+        return cls(**{name: rows[name] for name in cls._fields if name in rows})
 
-Batch = dict[str, jax.Array]
-"""A batch of ``natsjax.data``: arrays ``[b, t]`` by field."""
+    @property
+    def is_token(self) -> jax.Array:
+        """Bool: False at padding."""
+        return self.document_end > 0
 
+    @property
+    def is_first(self) -> jax.Array:
+        """Bool: the first token of each document, which is always GLOBAL; padding counts as first too."""
+        return self.positions == 0
 
-BATCH_FIELDS = ("inputs", "targets", "loss_weight", "positions", "document_end")
-"""What the step reads of a batch: ``loss_weight`` float32, the others int32."""
-
-
-def model_inputs(batch: Batch) -> Inputs:
-    """What the model reads of a batch."""
-    return Inputs(batch["inputs"], batch["positions"], batch["document_end"])
+    @property
+    def causal_pairs(self) -> jax.Array:
+        """Key-query pairs of full attention per KV head, float32: the sum of ``n (n + 1) / 2`` over documents."""
+        return jnp.sum(jnp.where(self.is_token, self.positions + 1, 0), dtype=jnp.float32)

@@ -1,6 +1,6 @@
-"""What transformers have in common: parameters that know their axes, normalisation, rotary positions, the MLP.
+"""Parts of any transformer: parameters that know their axes, normalization, rotary positions, the MLP.
 
-Axis letters as in ``natsjax.model``.
+Axis letters as in ``natsjax.model.transformer``.
 """
 
 import jax
@@ -11,55 +11,63 @@ from natsjax.config import ModelConfig
 from natsjax.model import sharding
 
 
-def matrix(
+def matrix_param(
     key: jax.Array,
     shape: tuple[int, ...],
     axes: sharding.Axes,
     fan_in: int,
+    part: str,
     *,
     gain: float = 1.0,
     weight_decay: bool = True,
 ) -> nnx.Param:
-    """A weight of standard deviation ``gain / sqrt(fan_in)``.
+    """Makes a weight of standard deviation ``gain / sqrt(fan_in)``.
 
-    The optimizer reads whether weight decay applies, the mesh reads the axes (without the layers').
+    Args:
+      key: PRNG key.
+      shape: of the weight.
+      axes: names of its axes without the layers', for the mesh.
+      fan_in: inputs that are summed.
+      part: one of ``parameters.PARTS``, for norms by part and the scorer's own learning rate.
+      gain: factor of the standard deviation.
+      weight_decay: True where the optimizer decays it.
     """
     value = gain * fan_in**-0.5 * jax.random.normal(key, shape, jnp.float32)
-    return nnx.Param(value, axes=axes, weight_decay=weight_decay)
+    return nnx.Param(value, axes=axes, part=part, weight_decay=weight_decay)
 
 
-def vector(value: jax.Array, axes: sharding.Axes) -> nnx.Param:
-    """A scale or bias, without weight decay."""
-    return nnx.Param(value, axes=axes, weight_decay=False)
+def vector_param(value: jax.Array, axes: sharding.Axes, part: str) -> nnx.Param:
+    """Makes a scale or a bias, without weight decay; arguments as in ``matrix_param``."""
+    return nnx.Param(value, axes=axes, part=part, weight_decay=False)
 
 
-def weight(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
-    """A parameter in the dtype and the layout that it is used in; rounded first, so that less is moved."""
+def gathered(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:
+    """Returns a parameter in the dtype and the layout that it is used in; rounded first, so that less is moved."""
     axes = parameter.get_metadata("axes")
     return sharding.reshard(parameter[...].astype(dtype), *axes)
 
 
 def residual_gain(model: ModelConfig) -> float:
-    """Keeps the variance of the residual stream of order 1 at initialisation however many branches add to it."""
+    """Returns the gain under which the residual stream starts with variance of order 1, whatever the depth."""
     return (2 * model.num_layers) ** -0.5
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation with a learned scale, in float32."""
+    """Root-mean-square normalization with a learned scale, in float32."""
 
     def __init__(self, width: int, epsilon: float):
-        self.scale = vector(jnp.ones((width,), jnp.float32), (None,))
+        self.scale = vector_param(jnp.ones((width,), jnp.float32), (None,), "norm")
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[…, d]`` → ``[…, d]`` in the dtype of ``x``."""
+        """Normalizes ``[…, d]``; the result has the dtype of ``x``."""
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * self.scale[...]).astype(x.dtype)
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding: the pair ``(x[i], x[i + h/2])`` turns by ``position · base^(-2i/h)``.
+    """Applies the rotary embedding: the pair ``(x[i], x[i + h/2])`` turns by ``position · base^(-2i/h)``.
 
     Args:
       x: ``[b, t, …, h]``.
@@ -82,13 +90,13 @@ class MLP(nnx.Module):
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         d, f = model.embed_dim, model.mlp_dim
-        self.gate = matrix(rngs.params(), (d, f), ("embed", "mlp"), d)
-        self.up = matrix(rngs.params(), (d, f), ("embed", "mlp"), d)
-        self.down = matrix(rngs.params(), (f, d), ("mlp", "embed"), f, gain=residual_gain(model))
+        self.gate = matrix_param(rngs.params(), (d, f), ("embed", "mlp"), d, "mlp")
+        self.up = matrix_param(rngs.params(), (d, f), ("embed", "mlp"), d, "mlp")
+        self.down = matrix_param(rngs.params(), (f, d), ("mlp", "embed"), f, "mlp", gain=residual_gain(model))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[b, t, d]`` → ``[b, t, d]``."""
-        gate, up, down = (weight(parameter, x.dtype) for parameter in (self.gate, self.up, self.down))
+        """Maps ``[b, t, d]`` to ``[b, t, d]``."""
+        gate, up, down = (gathered(parameter, x.dtype) for parameter in (self.gate, self.up, self.down))
         hidden = jax.nn.silu(x @ gate) * (x @ up)
         out_sharding = sharding.compute_sharding("batch", "sequence", None)
         return jnp.einsum("btf,fd->btd", hidden, down, out_sharding=out_sharding)

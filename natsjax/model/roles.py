@@ -1,50 +1,59 @@
-"""Scorer logits to roles, lifetimes, and what these cost.
+"""Scorer logits to roles, roles to lifetimes, and the KV penalty of lifetimes.
 
 Pure functions; ``docs/method.md`` 2 and 4 define them. Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index.
 Roles are 0 GLOBAL, 1 LOCAL, 2 SLIDING.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention import roles as roles_lib
-from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, key_end_from_roles
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES
 
 ROLE_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
 
 
+class TokenRoles(NamedTuple):
+    """Roles of a layer's tokens: chosen once, then read by attention, lifetimes and statistics.
+
+    Attributes:
+      ids: int8 ``[b, k, s]``, GLOBAL, LOCAL or SLIDING.
+      one_hot: float32 ``[b, k, s, 3]``, the same with a gradient (``straight_through``).
+      key_end: int32 ``[b, k, s]``, the first query that cannot read each key, at most the end of its document.
+    """
+
+    ids: jax.Array
+    one_hot: jax.Array
+    key_end: jax.Array
+
+
 def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
-    """Biases float32 ``[3]`` under which Gumbel sampling draws the roles in the given fractions."""
+    """Returns biases float32 ``[3]`` under which Gumbel sampling draws the roles in the given fractions."""
     return jnp.log(jnp.asarray(fractions, jnp.float32))
 
 
 def role_bias_logits(role_bias: float | jax.Array, roles: Literal["global", "global_local"]) -> jax.Array:
-    """What the role bias adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
+    """Returns the vector that the role bias adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
     role_bias = jnp.asarray(role_bias, jnp.float32)
     return jnp.stack(
         [role_bias, role_bias if roles == "global_local" else jnp.zeros_like(role_bias), jnp.zeros_like(role_bias)]
     )
 
 
-def first_of_document(positions: jax.Array) -> jax.Array:
-    """bool ``[b, 1, s]``: the first token of each document (also padding), which is always GLOBAL."""
-    return (positions == 0)[:, None, :]
-
-
-def choose_roles(logits: jax.Array, first: jax.Array) -> jax.Array:
-    """The role of the largest logit, GLOBAL where ``first``.
+def choose_roles(logits: jax.Array, is_first: jax.Array) -> jax.Array:
+    """Chooses the role of the largest logit, GLOBAL for the first token of each document.
 
     Args:
       logits: float32 ``[b, k, s, 3]``, noise or bias already added.
-      first: bool ``[b, 1, s]``.
+      is_first: bool ``[b, s]``.
 
     Returns:
       int8 ``[b, k, s]``.
     """
-    return jnp.where(first, GLOBAL, jnp.argmax(logits, axis=-1)).astype(jnp.int8)
+    return jnp.where(is_first[:, None, :], GLOBAL, jnp.argmax(logits, axis=-1)).astype(jnp.int8)
 
 
 @jax.custom_vjp
@@ -57,17 +66,17 @@ _hard.defvjp(lambda soft, role_ids: (_hard(soft, role_ids), None), lambda _, gra
 
 
 def straight_through(
-    logits: jax.Array, role_ids: jax.Array, first: jax.Array, temperature: float | jax.Array
+    logits: jax.Array, role_ids: jax.Array, is_first: jax.Array, temperature: float | jax.Array
 ) -> jax.Array:
-    """One-hot of the given roles, with the gradient of ``softmax(logits / temperature)``.
+    """Returns the roles as one-hot vectors with the gradient of ``softmax(logits / temperature)``.
 
     The roles are an argument, so that a recomputed forward uses the very roles of the first one whatever its logits
-    round to. Tokens that are ``first`` are constants.
+    round to. First tokens of documents are constants.
 
     Args:
       logits: float32 ``[b, k, s, 3]``, Gumbel noise already added.
       role_ids: int8 ``[b, k, s]``.
-      first: bool ``[b, 1, s]``.
+      is_first: bool ``[b, s]``.
       temperature: of the softmax.
 
     Returns:
@@ -76,11 +85,11 @@ def straight_through(
     Source: arXiv:2502.13251, section 3.2.
     """
     soft = jax.nn.softmax(logits / temperature, axis=-1)
-    return _hard(jnp.where(first[..., None], jax.lax.stop_gradient(soft), soft), role_ids)
+    return _hard(jnp.where(is_first[:, None, :, None], jax.lax.stop_gradient(soft), soft), role_ids)
 
 
 def lifetimes(key_end: jax.Array, document_end: jax.Array) -> jax.Array:
-    """How many queries can read each key.
+    """Counts the queries that can read each key.
 
     Args:
       key_end: int32 ``[b, k, s]``, exclusive.
@@ -95,42 +104,42 @@ def lifetimes(key_end: jax.Array, document_end: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("window", "kv_penalty_gradient"))
 def lifetime_sum(
-    roles: jax.Array, document_end: jax.Array, window: int, kv_penalty_gradient: Literal["constant", "exact"]
+    roles: TokenRoles, document_end: jax.Array, window: int, kv_penalty_gradient: Literal["constant", "exact"]
 ) -> jax.Array:
-    """The sum of all lifetimes per KV head, differentiable in the roles.
+    """Sums all lifetimes per KV head, differentiable in ``roles.one_hot``.
 
     Args:
-      roles: float32 one-hot ``[b, k, s, 3]``.
+      roles: of the layer, whole sequences.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
       window: tokens.
-      kv_penalty_gradient: "constant" holds lifetimes constant: a role costs what it costs where it stands. "exact" is
-        the gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys before it.
+      kv_penalty_gradient: "constant" holds lifetimes constant: a role costs the lifetime that it gives to its own key.
+        "exact" is the gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys
+        before it.
 
     Returns:
       float32 ``[k]``, in key-query pairs.
     """
-    role_ids = jnp.argmax(roles, axis=-1)
-    key_end = key_end_from_roles(role_ids, window=window, document_end=document_end)
-    return jnp.sum(lifetimes(key_end, document_end), axis=(0, 2), dtype=jnp.float32)
+    return jnp.sum(lifetimes(roles.key_end, document_end), axis=(0, 2), dtype=jnp.float32)
 
 
 def _lifetime_sum_fwd(roles, document_end, window, kv_penalty_gradient):
-    return lifetime_sum(roles, document_end, window, kv_penalty_gradient), (roles, document_end)
+    witness = jnp.zeros((), roles.one_hot.dtype)
+    return lifetime_sum(roles, document_end, window, kv_penalty_gradient), (roles.ids, witness, document_end)
 
 
 def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
-    roles, document_end = residuals
-    role_ids = jnp.argmax(roles, axis=-1)
+    role_ids, witness, document_end = residuals
     is_global, is_local = role_ids == GLOBAL, role_ids == LOCAL
     ranges = roles_lib.role_ranges(is_global, document_end)
-    index = jnp.arange(roles.shape[2], dtype=jnp.int32)
+    length = role_ids.shape[2]
+    index = jnp.arange(length, dtype=jnp.int32)
 
     def count(first, last):  # queries first … last - 1
         return jnp.maximum(last - first, 0).astype(jnp.float32)
 
     as_global = count(index, ranges.end)
     as_local = count(index, jnp.minimum(ranges.next_global + 1, ranges.end))
-    reach = min(window, roles.shape[2])  # a longer window is the same, and int32 has an end
+    reach = min(window, length)  # a longer window is the same, and int32 has an end
     as_sliding = count(index, jnp.minimum(index + reach + 1, ranges.end))
     if kv_penalty_gradient == "exact":
         alive = is_local & (index < ranges.end)
@@ -150,11 +159,12 @@ def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
             document_end=document_end,
         )
     droles = jnp.stack([as_global, as_local, as_sliding], axis=-1)
-    return (droles * gradient[None, :, None, None]).astype(roles.dtype), None
+    droles = (droles * gradient[None, :, None, None]).astype(witness.dtype)
+    return TokenRoles(None, droles, None), None  # type: ignore[arg-type]
 
 
 def _local_keys_read_by(is_local: jax.Array, is_global: jax.Array, document_end: jax.Array) -> jax.Array:
-    """How many LOCAL keys before it each query reads: float32 ``[b, k, t]``."""
+    """Counts the LOCAL keys before each query that it reads: float32 ``[b, k, t]``."""
     start = jnp.concatenate(
         [jnp.ones_like(document_end[:, :1], bool), document_end[:, 1:] != document_end[:, :-1]], axis=-1
     )
@@ -166,13 +176,3 @@ def _local_keys_read_by(is_local: jax.Array, is_global: jax.Array, document_end:
 
 
 lifetime_sum.defvjp(_lifetime_sum_fwd, _lifetime_sum_bwd)
-
-
-def causal_pairs(positions: jax.Array, document_end: jax.Array) -> jax.Array:
-    """Causal key-query pairs per KV head: the sum of ``Ld (Ld + 1) / 2`` over documents, float32 scalar.
-
-    Args:
-      positions: int32 ``[b, s]``, restarting with each document.
-      document_end: int32 ``[b, s]``; 0 marks padding.
-    """
-    return jnp.sum(jnp.where(document_end > 0, positions + 1, 0), dtype=jnp.float32)

@@ -1,12 +1,12 @@
 """The transformer: decoder-only, pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 One ``lax.scan`` runs over the layers, or over repeats of their pattern (``model.layer_types``); their parameters carry
-a leading axis ``l``. Nothing is mutated in a call:
-noise keys go in, roles and what they cost come out. Under a mesh (``jax.set_mesh``) arrays are divided as
-``model.sharding`` says: weights are gathered where they are used, attention runs on each device's heads and rows.
+a leading axis ``l``. Nothing is mutated in a call: noise keys go in, roles and their lifetimes come out. Under a mesh
+(``jax.set_mesh``) arrays are divided as in ``model.sharding``: weights are gathered where they are used, attention runs
+on each device's heads and rows.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k·g``, ``h`` head
-dim, ``d`` width, ``f`` MLP width, ``v`` vocabulary, ``l`` layer.
+dim, ``d`` embedding dim, ``f`` MLP dim, ``v`` vocabulary, ``l`` layer.
 """
 
 import math
@@ -18,15 +18,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from natsjax.config import Config
-from natsjax.model.attention import ROLES, Attention, Roles, RoleSampling
+from natsjax.model.attention import ROLES, Attention, AttentionFunction, MaskedAttention, Roles, RoleSampling
 from natsjax.model.cross_entropy import capped
-from natsjax.model.inputs import Inputs
-from natsjax.model.layers import MLP, RMSNorm, matrix, weight
+from natsjax.model.inputs import Batch
+from natsjax.model.layers import MLP, RMSNorm, gathered, matrix_param
 from natsjax.model.sharding import Axes, compute_sharding, gathers
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP, each behind a norm and added to the residual stream.
+
+    Training, masked evaluation and decoding run it; they differ in the attention function alone.
+    """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
@@ -35,11 +38,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(model.embed_dim, model.norm_eps)
         self.mlp = MLP(model, rngs)
 
-    def __call__(self, x, inputs: Inputs, choice: RoleSampling, kind: str) -> tuple[jax.Array, Roles]:
-        """``[b, t, d]`` → ``([b, t, d], roles)``; ``kind`` is one of ``LAYER_TYPES``."""
-        out, roles = self.attention(self.attention_norm(x), inputs, choice, kind)
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: AttentionFunction) -> tuple[jax.Array, Any]:
+        """Maps ``[b, t, d]`` to ``[b, t, d]``; arguments and results as in ``Attention``."""
+        out, result = self.attention(self.attention_norm(x), positions, attend)
         x = x + out
-        return x + self.mlp(self.mlp_norm(x)), roles
+        return x + self.mlp(self.mlp_norm(x)), result
 
 
 class Transformer(nnx.Module):
@@ -56,46 +59,51 @@ class Transformer(nnx.Module):
         self.config = config
         # Stored in the scale of an output layer, so that it can be tied; as input it is multiplied by sqrt(d) to
         # unit size, which the blocks' outputs have too.
-        shape, axes = (vocab_size, model.embed_dim), ("vocab", "embed")
-        self.embedding = matrix(rngs.params(), shape, axes, model.embed_dim, weight_decay=False)
+        shape = (vocab_size, model.embed_dim)
+
+        def matrix(part):
+            key, axes = rngs.params(), ("vocab", "embed")
+            return matrix_param(key, shape, axes, model.embed_dim, part, weight_decay=False)
+
+        self.embedding = matrix("embedding")
         if not model.tie_embeddings:
-            self.unembedding = matrix(rngs.params(), shape, axes, model.embed_dim, weight_decay=False)
+            self.unembedding = matrix("unembedding")
         structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), model.num_layers)
         self.blocks = nnx.merge(structure, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(key))))(keys))
         self.final_norm = RMSNorm(model.embed_dim, model.norm_eps)
 
-    def __call__(self, inputs: Inputs, choice: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
-        """Logits for the next token.
+    def __call__(self, batch: Batch, sampling: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
+        """Computes logits for the next token.
 
         Args:
-          inputs: ``Inputs`` of ``[b, t]``.
-          choice: how roles are chosen; one noise key serves all layers (it is split).
+          batch: of ``[b, t]``; targets are not read.
+          sampling: how roles are chosen; one noise key serves all layers (it is split).
 
         Returns:
           ``(logits, roles)``: float32 ``[b, t, v]`` and ``Roles``.
         """
-        x, roles = self.hidden(inputs, choice)
+        x, roles = self.hidden(batch, sampling)
         return self.logits(x), roles
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """What ``hidden`` gave, ``[…, d]``, to float32 ``[…, v]``."""
+        """Maps results of ``hidden``, ``[…, d]``, to float32 ``[…, v]``."""
         logits = jnp.einsum("...d,vd->...v", x, self.output_weight(), preferred_element_type=jnp.float32)
         return capped(logits, self.config.model.final_logit_softcap)
 
-    def hidden(self, inputs: Inputs, choice: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
-        """What the output layer reads, ``[b, t, d]`` (a loss need not have all logits at once), and ``Roles``."""
-        choice = RoleSampling() if choice is None else choice
+    def hidden(self, batch: Batch, sampling: RoleSampling | None = None) -> tuple[jax.Array, Roles]:
+        """Computes the output layer's input, ``[b, t, d]`` (a loss need not have all logits at once), and ``Roles``."""
+        sampling = RoleSampling() if sampling is None else sampling
         model = self.config.model
         structure, layers = nnx.split(self.blocks)
-        noise_keys = None if choice.noise_key is None else jax.random.split(choice.noise_key, model.num_layers)
+        noise_keys = None if sampling.noise_key is None else jax.random.split(sampling.noise_key, model.num_layers)
         pattern = model.layer_types
 
         def layer(kind):
             def run(x, scanned):
                 state, noise_key, role_ids = scanned
-                own = choice._replace(noise_key=noise_key, role_ids=role_ids)
-                return nnx.merge(structure, state)(x, inputs, own, kind)
+                own = sampling._replace(noise_key=noise_key, role_ids=role_ids)
+                return nnx.merge(structure, state)(x, batch.positions, MaskedAttention(batch, own, kind))
 
             return _remat(run, model.remat)
 
@@ -109,29 +117,29 @@ class Transformer(nnx.Module):
         def by_period(values):
             return values.reshape(-1, len(pattern), *values.shape[1:])
 
-        scanned = (layers, noise_keys, choice.role_ids)
+        scanned = (layers, noise_keys, sampling.role_ids)
         if len(pattern) == 1:
-            x, roles = jax.lax.scan(layer(pattern[0]), self.embed(inputs.tokens), scanned)
+            x, roles = jax.lax.scan(layer(pattern[0]), self.embed(batch.inputs), scanned)
         else:
-            x, roles = jax.lax.scan(period, self.embed(inputs.tokens), jax.tree.map(by_period, scanned))
+            x, roles = jax.lax.scan(period, self.embed(batch.inputs), jax.tree.map(by_period, scanned))
             roles = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), roles)
         return self.final_norm(x), roles
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 ``[b, t]`` → what the first layer reads, ``[b, t, d]``."""
+        """Maps tokens, int32 ``[b, t]``, to the first layer's input, ``[b, t, d]``."""
         model = self.config.model
         sharding = compute_sharding("batch", "sequence", None)
-        x = weight(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
+        x = gathered(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
         return x * jnp.asarray(math.sqrt(model.embed_dim), model.dtype)
 
     def output_weight(self) -> jax.Array:
-        """Of the output layer, ``[v, d]``."""
+        """Returns the weight of the output layer, ``[v, d]``."""
         model = self.config.model
-        return weight(self.embedding if model.tie_embeddings else self.unembedding, model.dtype)
+        return gathered(self.embedding if model.tie_embeddings else self.unembedding, model.dtype)
 
 
 def _remat(function, policy: str):
-    """The layer under a named rematerialisation policy; every one saves the roles, none the gathered weights."""
+    """Wraps a layer in a named rematerialization policy; every one saves the roles, none the gathered weights."""
     if policy == "none":
         return jax.checkpoint(function, policy=_all_but_gathered, prevent_cse=False) if gathers() else function
     saved = jax.checkpoint_policies.save_only_these_names(ROLES)
@@ -142,12 +150,12 @@ def _remat(function, policy: str):
 
 
 def _all_but_gathered(primitive, *_, **__) -> bool:
-    """What a block leaves for its backward where weights are gathered; else a device would keep those of all layers."""
+    """Saves everything for a block's backward but gathered weights: a device would keep those of all layers."""
     return primitive.name != "reshard"
 
 
 def init_parameters(config: Config, vocab_size: int, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
-    """A fresh model, taken apart.
+    """Draws a fresh model, taken apart.
 
     Returns:
       ``(structure, parameters)``: what ``nnx.merge`` puts together; the parameters are nested dicts of float32
@@ -158,23 +166,25 @@ def init_parameters(config: Config, vocab_size: int, key: jax.Array) -> tuple[nn
 
 
 class ModelStructure(NamedTuple):
-    """The model without values; the last three are nested dicts alike.
+    """A model without values; all but the first are nested dicts alike.
 
     Attributes:
       structure: what ``nnx.merge`` makes a model of, with parameters.
       parameters: ``jax.ShapeDtypeStruct``.
       axes: the names of each parameter's axes (``natsjax.model.sharding``).
-      decayed: whether weight decay applies.
+      parts: the part of each parameter, one of ``parameters.PARTS``.
+      decayed: True where weight decay applies.
     """
 
     structure: nnx.GraphDef
     parameters: Any
     axes: Any
+    parts: Any
     decayed: Any
 
 
 def model_structure(config: Config, vocab_size: int) -> ModelStructure:
-    """The model without values: nothing is computed."""
+    """Returns the model without values: nothing is computed."""
     abstract = nnx.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(0)))
     structure, state = nnx.split(abstract)
 
@@ -186,6 +196,5 @@ def model_structure(config: Config, vocab_size: int) -> ModelStructure:
         named = parameter.get_metadata("axes")
         return (None,) * (len(parameter.get_value().shape) - len(named)) + named  # the layers' axis comes first
 
-    return ModelStructure(
-        structure, nnx.to_pure_dict(state), read(axes), read(lambda parameter: parameter.get_metadata("weight_decay"))
-    )
+    parts, decayed = (read(operator.methodcaller("get_metadata", name)) for name in ("part", "weight_decay"))
+    return ModelStructure(structure, nnx.to_pure_dict(state), read(axes), parts, decayed)

@@ -313,10 +313,9 @@ def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
     """What the forward pass of a microbatch leaves for the backward, parameters apart, with shardings."""
     parameters = trainer.abstract_state().parameters
     rows = trainer.config.train.batch_size // trainer.config.train.gradient_accumulation_steps
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
-        for name, x in trainer.abstract_batch().items()
-    }
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding), trainer.abstract_batch()
+    )
 
     def residuals(parameters, batch):
         totals = losses.batch_totals(batch)

@@ -1,3 +1,6 @@
+from .attention_score import H2O as H2O
+from .attention_score import AttentionScorePolicy as AttentionScorePolicy
+from .attention_score import SnapKV as SnapKV
 from .base import Policy as Policy
 from .base import StaticPolicy as StaticPolicy
 from .eviction import EVICTIONS as EVICTIONS
@@ -10,6 +13,3 @@ from .interval import SlidingWindow as SlidingWindow
 from .interval import StreamingLLM as StreamingLLM
 from .nats import Nats as Nats
 from .nats import SampledNats as SampledNats
-from .observing import H2O as H2O
-from .observing import AttentionScorePolicy as AttentionScorePolicy
-from .observing import SnapKV as SnapKV

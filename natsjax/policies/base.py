@@ -1,4 +1,4 @@
-"""What a policy is, and the numbers that it is made of."""
+"""The interface of a policy, and checks of the numbers that it is made of."""
 
 import dataclasses
 import math
@@ -12,7 +12,6 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.model.attention import RoleSampling
-from natsjax.model.inputs import Inputs
 from pallas_kernels.nats_attention import NO_END
 
 LARGEST = 2**30
@@ -21,7 +20,7 @@ LARGEST = 2**30
 
 @typing.dataclass_transform(frozen_default=True)
 def policy(cls):
-    """Class decorator: a frozen dataclass, and a tree whose leaves are its fields."""
+    """Makes a class a frozen dataclass, and a tree whose leaves are its fields."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
 
@@ -39,22 +38,22 @@ def policy(cls):
 
 
 def _leaf(name: str, value: typing.Any) -> typing.Any:
-    """A number as a program gets it."""
+    """Returns a number as a program gets it."""
     if name == "seed" and isinstance(value, int | np.integer):
         return np.uint32(value)
     return cut(value)
 
 
 def cut(number: typing.Any) -> typing.Any:
-    """A number of tokens that int32 sums can be made with; what is traced has been cut already."""
+    """Cuts a number of tokens so that int32 sums hold it; a traced one has been cut already."""
     return min(int(number), LARGEST) if isinstance(number, int | np.integer) else number
 
 
 def check_count(name: str, value: int, smallest: int) -> None:
-    """Refuses what is no whole number, or too small.
+    """Checks a number of tokens or keys.
 
     Raises:
-      ValueError: it is.
+      ValueError: it is no whole number, or too small.
     """
     try:
         operator.index(value)
@@ -67,7 +66,7 @@ def check_count(name: str, value: int, smallest: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuses what is no seed.
+    """Checks a seed.
 
     Raises:
       ValueError: it is no whole number from 0 to 2**32 - 1.
@@ -78,17 +77,17 @@ def check_seed(seed: int) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    """Refuses NaN and infinities.
+    """Checks a float.
 
     Raises:
-      ValueError: it is one.
+      ValueError: it is NaN or infinite.
     """
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: a finite number was expected.")
 
 
 def window_end(positions: jax.Array, window: int | jax.Array) -> jax.Array:
-    """The first position that a window of a key does not reach: ``s + window + 1``, ``NO_END`` beyond int32.
+    """Returns the first position that the window of a key does not reach: ``s + window + 1``, ``NO_END`` beyond int32.
 
     Args:
       positions: int32, any shape.
@@ -102,7 +101,9 @@ class Policy(Protocol):
     """Decides how long each key can be read."""
 
     method: ClassVar[str]
-    """What reports call it (``natsjax.report.METHOD_STYLES`` has the known ones)."""
+    """Name in reports."""
+    needs_roles: ClassVar[bool] = False
+    """True where the model must have a scorer."""
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -113,11 +114,62 @@ class Policy(Protocol):
 class StaticPolicy(Policy, Protocol):
     """A policy that can be a mask."""
 
-    def choice(self, inputs: Inputs, config: Config) -> RoleSampling:
-        """How the model is to choose on this batch.
+    def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
+        """Returns the rule by which roles, or ends of keys, are chosen.
 
         Args:
-          inputs: the batch, ``[b, s]``.
+          positions: int32 ``[b, s]``, distance to the start of the document.
           config: of the run.
+        """
+        ...
+
+
+class DecodingPolicy(Policy, Protocol):
+    """A policy that the KV buffer follows. The defaults are those of one that fixes lifetimes when a key is written."""
+
+    observes_attention: ClassVar[bool] = False
+    """True where the buffer adds up the attention that each key receives."""
+    every_token: ClassVar[bool] = True
+    """False where keys are evicted once, after the prompt, and not while tokens are generated."""
+
+    def chunk_choice(self, positions: jax.Array, config: Config) -> RoleSampling:
+        """Returns the rule for the tokens of a chunk; arguments as in ``StaticPolicy.choice``."""
+        ...
+
+    def most_live(self, length: int, num_kv_heads: int) -> int | None:
+        """Returns the most keys of a head that are live at once in ``length`` tokens; None: not known in advance."""
+        return None
+
+    @property
+    def max_keys(self) -> int | None:
+        """The most keys that a head keeps, where the policy is the ``Eviction`` that holds it to them; else None."""
+        return None
+
+    @property
+    def observed(self) -> int:
+        """Queries at the end of the prompt whose attention counts; ``NO_END``: all."""
+        return NO_END
+
+    def after_prompt(self) -> "DecodingPolicy":
+        """Returns the policy for generated tokens."""
+        return self
+
+
+class Eviction(Protocol):
+    """Rule for which live keys go first where a head may keep no more than so many."""
+
+    def scores(
+        self,
+        key_position: jax.Array,
+        key_end: jax.Array,
+        attention_sum: jax.Array | None,
+        query_position: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns two arrays to sort keys by, the first before the second; the smallest goes first, +∞ is kept.
+
+        Args:
+          key_position, key_end: int32 ``[b, k, c]``, of live slots.
+          attention_sum: float32 ``[b, k, c]``, attention that each key has received; None where nothing adds it up.
+          query_position: int32 ``[b, 1, 1]``, index of the next query.
         """
         ...

@@ -7,22 +7,22 @@ import jax
 from natsjax.config import Config
 from natsjax.model import roles
 from natsjax.model.attention import RoleSampling
-from natsjax.model.inputs import Inputs
-from natsjax.policies.base import check_finite, check_seed, policy
+from natsjax.policies.base import DecodingPolicy, check_finite, check_seed, policy
 
 
 @policy
-class Nats:
+class Nats(DecodingPolicy):
     """The model's own roles, by the largest logit.
 
     Attributes:
-      role bias: added to the logits of the roles that ``nats.biased_roles`` names; above 0 keeps more KV, below less.
+      role_bias: added to the logits of the roles that ``nats.biased_roles`` names; above 0 keeps more KV, below less.
 
     Raises:
       ValueError: the role bias is not finite.
     """
 
     method: ClassVar[str] = "nats"
+    needs_roles: ClassVar[bool] = True
     role_bias: float = 0.0
 
     def __post_init__(self):
@@ -33,15 +33,18 @@ class Nats:
         """The role bias."""
         return {"role_bias": self.role_bias}
 
-    def choice(self, inputs: Inputs, config: Config) -> RoleSampling:
-        """The role bias's bias, float32 ``[3]``."""
+    def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
+        """Adds the role bias to the logits."""
         return RoleSampling(bias=roles.role_bias_logits(self.role_bias, config.nats.biased_roles))
+
+    chunk_choice = choice
 
 
 @policy
 class SampledNats:
-    """The model's own roles drawn as in training, with Gumbel noise: what the KV penalty was controlled on, never
-    served.
+    """The model's own roles sampled as in training, with Gumbel noise; the KV penalty was controlled on them.
+
+    They are measured with masks and never decoded.
 
     Attributes:
       seed: of the noise.
@@ -51,6 +54,7 @@ class SampledNats:
     """
 
     method: ClassVar[str] = "nats_sampled"
+    needs_roles: ClassVar[bool] = True
     seed: int = 0
 
     def __post_init__(self):
@@ -61,6 +65,6 @@ class SampledNats:
         """The seed."""
         return {"seed": self.seed}
 
-    def choice(self, inputs: Inputs, config: Config) -> RoleSampling:
-        """The noise key; whoever measures several batches folds the batch's number into it."""
+    def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
+        """Adds noise; for several batches, fold the batch's number into its key."""
         return RoleSampling(noise_key=jax.random.key(self.seed))

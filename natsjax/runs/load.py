@@ -41,7 +41,7 @@ class LoadedRun:
 
     @property
     def model(self) -> Transformer:
-        """The model, ``model(Inputs(…))``; on several devices it is called under ``jax.set_mesh(run.mesh)``."""
+        """The model, ``model(Batch(…))``; on several devices it is called under ``jax.set_mesh(run.mesh)``."""
         parameters = self.parameters
         if self.mesh.size == 1:  # then an ordinary function on that device
             parameters = jax.device_put(parameters, jax.sharding.SingleDeviceSharding(self.mesh.devices.flat[0]))

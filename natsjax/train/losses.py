@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy, with a z-loss where one is asked for, plus what the kept KV costs."""
+"""The training loss: cross-entropy, a z-loss where one is asked for, and the KV penalty."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,12 @@ from flax import nnx
 from natsjax.config import Config
 from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import loss_totals
-from natsjax.model.inputs import Batch, model_inputs
-from natsjax.model.roles import causal_pairs
+from natsjax.model.inputs import Batch
 from natsjax.train.role_statistics import RoleSums, role_sums
 
 
 class BatchTotals(NamedTuple):
-    """What sums over the batch are divided by, float32 scalars: of the data alone, known before the forward pass.
+    """Denominators of sums over a batch, float32 scalars: of the data alone, known before the forward pass.
 
     Attributes:
       loss_weight: tokens that are predicted.
@@ -51,12 +50,9 @@ class LossSums(NamedTuple):
 
 
 def batch_totals(batch: Batch) -> BatchTotals:
-    """The denominators of a batch."""
-    return BatchTotals(
-        jnp.sum(batch["loss_weight"]),
-        causal_pairs(batch["positions"], batch["document_end"]),
-        jnp.sum(batch["document_end"] > 0, dtype=jnp.float32),
-    )
+    """Computes the denominators of a batch."""
+    tokens = jnp.sum(batch.is_token, dtype=jnp.float32)
+    return BatchTotals(jnp.sum(batch.loss_weight), batch.causal_pairs, tokens)
 
 
 def loss(
@@ -69,7 +65,7 @@ def loss(
     kv_penalty,
     temperature=None,
 ) -> tuple[jax.Array, LossSums]:
-    """A microbatch's share of ``cross_entropy + z_loss + kv_penalty * kv_fraction``; shares add up to the batch's loss.
+    """Computes a microbatch's part of ``cross_entropy + z_loss + kv_penalty * kv_fraction``; parts add up to the loss.
 
     Args:
       parameters: nested dict of arrays.
@@ -85,31 +81,30 @@ def loss(
       ``(loss, sums)``.
     """
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(model_inputs(batch), RoleSampling(noise_key=noise_key, temperature=temperature))
+    x, roles = model.hidden(batch, RoleSampling(noise_key=noise_key, temperature=temperature))
     predicted = loss_totals(
         x,
         model.output_weight(),
-        batch["targets"],
-        batch["loss_weight"],
+        batch.targets,
+        batch.loss_weight,
         softcap=config.model.final_logit_softcap,
         z_loss=config.loss.z_loss,
     )
-    is_first = (batch["positions"] == 0) & (batch["document_end"] > 0)
     sums = LossSums(
         nll=predicted.nll,
         z_loss=predicted.z_loss,
         correct=predicted.correct,
         lifetime=roles.lifetime,
         entropy=roles.entropy,
-        forced=jnp.sum(is_first, dtype=jnp.float32),
-        roles=role_sums(roles.ids, batch["positions"], batch["document_end"], config),
+        forced=jnp.sum(batch.is_first & batch.is_token, dtype=jnp.float32),
+        roles=role_sums(roles.ids, batch, config),
     )
-    share = predicted.loss / jnp.maximum(totals.loss_weight, 1)
+    part = predicted.loss / jnp.maximum(totals.loss_weight, 1)
     if config.model.has_roles:
-        share += kv_penalty * kv_fraction(sums.lifetime, totals)
-    return share, sums
+        part += kv_penalty * kv_fraction(sums.lifetime, totals)
+    return part, sums
 
 
 def kv_fraction(lifetime: jax.Array, totals: BatchTotals) -> jax.Array:
-    """Live key-query pairs over causal ones: float32 scalar, in (0, 1]; ``lifetime [l, k]``."""
+    """Returns live key-query pairs over causal ones: float32 scalar, in (0, 1]; ``lifetime [l, k]``."""
     return jnp.sum(lifetime) / (totals.causal_pairs * lifetime.size)

@@ -1,4 +1,4 @@
-"""What the roles of a batch look like, as sums that add up over microbatches and devices: for people, not for the loss.
+"""Statistics of a batch's roles, as sums that add up over microbatches and devices: for people, not for the loss.
 
 Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``s`` token, ``t`` query, ``m`` thresholds.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from natsjax.config import Config
 from natsjax.kv_fraction import sliding_windows
 from natsjax.model import sharding
+from natsjax.model.inputs import Batch
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDING
 
 _NUM_THRESHOLDS = 64
@@ -35,27 +36,26 @@ class RoleSums(NamedTuple):
 
 
 def live_thresholds(length: int) -> np.ndarray:
-    """Numbers of keys that ``RoleSums.more_live`` counts at, int32 ``[m]``: geometric, from 1 to ``length``."""
+    """Returns the thresholds of ``RoleSums.more_live``, int32 ``[m]``: geometric, from 1 to ``length``."""
     return np.unique(np.geomspace(1, length, _NUM_THRESHOLDS).round()).astype(np.int32)
 
 
-def role_sums(ids: jax.Array, positions: jax.Array, document_end: jax.Array, config: Config) -> RoleSums:
-    """The sums of a batch, on any mesh.
+def role_sums(ids: jax.Array, batch: Batch, config: Config) -> RoleSums:
+    """Sums over a batch, on any mesh.
 
     Args:
       ids: int8 ``[l, b, k, s]``, roles; those of a "dense" layer are all GLOBAL, those of a "sliding" one SLIDING.
-      positions: int32 ``[b, s]``.
-      document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
+      batch: the documents.
       config: for the windows of the layers.
     """
     thresholds = jnp.asarray(live_thresholds(ids.shape[-1]))
     windows = jnp.asarray(sliding_windows(config))
 
-    def local(ids, positions, document_end):
-        valid = (document_end > 0)[:, None]
+    def local(ids, is_token, is_first, document_end):
+        valid = is_token[:, None]
 
         def layer(ids, window):
-            live = live_keys(ids, positions, window)
+            live = live_keys(ids, is_first, window)
             counts = jnp.stack([jnp.sum((ids == role) & valid, axis=(0, 2)) for role in range(NUM_ROLES)], axis=-1)
             more = jnp.sum((live[..., None] > thresholds) & valid[..., None], axis=(0, 1, 2))  # one fused pass
             sums = counts, jnp.sum(_unended(ids, document_end) & valid, axis=(0, 2)), more
@@ -69,24 +69,24 @@ def role_sums(ids: jax.Array, positions: jax.Array, document_end: jax.Array, con
         )
 
     # Whole sequences, as small integers, as for the lifetimes.
-    axes = ((None, "batch", "kv_heads", None), ("batch", None), ("batch", None))
+    axes = ((None, "batch", "kv_heads", None), *(("batch", None),) * 3)
     out_axes: list[sharding.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
-    return RoleSums(*sharding.shard_map(local, axes, out_axes)(ids, positions, document_end))
+    return RoleSums(*sharding.shard_map(local, axes, out_axes)(ids, batch.is_token, batch.is_first, batch.document_end))
 
 
-def live_keys(ids: jax.Array, positions: jax.Array, window: jax.Array | int) -> jax.Array:
-    """How many keys each query reads, in O(s): running sums, without a scatter, which TPUs are slow at.
+def live_keys(ids: jax.Array, is_first: jax.Array, window: jax.Array | int) -> jax.Array:
+    """Counts the keys that each query reads, in O(s): running sums, without a scatter, which TPUs are slow at.
 
     Args:
       ids: int8 ``[b, k, s]``.
-      positions: int32 ``[b, s]``.
+      is_first: bool ``[b, s]``, the first token of each document.
       window: queries behind its own that read a SLIDING key.
 
     Returns:
       int32 ``[b, k, t]``; meaningless where padded.
     """
     length = ids.shape[-1]
-    start = (positions == 0)[:, None, :]
+    start = is_first[:, None, :]
 
     def up_to(role):
         return jnp.cumsum(ids == role, axis=-1, dtype=jnp.int32)
@@ -112,7 +112,7 @@ def live_keys(ids: jax.Array, positions: jax.Array, window: jax.Array | int) -> 
 
 
 def _unended(ids: jax.Array, document_end: jax.Array) -> jax.Array:
-    """bool ``[b, k, s]``: LOCAL, and no GLOBAL token comes after it in its document."""
+    """Marks, bool ``[b, k, s]``, LOCAL tokens with no GLOBAL token after them in their document."""
     length = ids.shape[-1]
     index = jnp.arange(length, dtype=jnp.int32)
     at_or_after = jax.lax.cummin(jnp.where(ids == GLOBAL, index, length), axis=ids.ndim - 1, reverse=True)
@@ -120,7 +120,7 @@ def _unended(ids: jax.Array, document_end: jax.Array) -> jax.Array:
 
 
 def live_quantiles(more_live: jax.Array, num_queries: jax.Array, length: int) -> jax.Array:
-    """Quantiles of the number of keys that a query reads, rounded up to the next threshold.
+    """Returns quantiles of the number of keys that a query reads, rounded up to the next threshold.
 
     Args:
       more_live: float32 ``[l, m]``, of ``RoleSums``.
@@ -130,7 +130,7 @@ def live_quantiles(more_live: jax.Array, num_queries: jax.Array, length: int) ->
     Returns:
       float32 ``[l, q]``, for each of ``QUANTILES``.
     """
-    share = more_live / num_queries
+    fraction = more_live / num_queries
     allowed = 1 - jnp.asarray(QUANTILES, jnp.float32) + 1e-7
-    first = jnp.argmax(share[:, None, :] <= allowed[:, None], axis=-1)
+    first = jnp.argmax(fraction[:, None, :] <= allowed[:, None], axis=-1)
     return jnp.asarray(live_thresholds(length), jnp.float32)[first]

@@ -11,9 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from natsjax.config import Config
-from natsjax.model import inputs
 from natsjax.model.inputs import Batch
-from natsjax.model.parameters import norms_by_part, part_labels
+from natsjax.model.parameters import norms_by_part
 from natsjax.model.sharding import (
     check,
     compute_sharding,
@@ -34,7 +33,7 @@ from pallas_kernels.nats_attention import LOCAL
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step; what a checkpoint holds.
+    """State that a run carries from step to step, and that a checkpoint holds.
 
     Attributes:
       step: int32 scalar, optimizer steps taken.
@@ -52,29 +51,29 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32, on device; scalars where no shape is given.
+    """Metrics of a step, float32, on device; scalars where no shape is given.
 
     Attributes:
       loss: ``cross_entropy + loss.z_loss * z_loss + kv_penalty * kv_fraction``.
       cross_entropy: nats per predicted token.
       z_loss: mean squared logarithm of the output softmax's denominator, without its weight.
-      accuracy: share of predicted tokens whose most likely token is right.
+      accuracy: fraction of predicted tokens whose most likely token is right.
       kv_fraction: live key-query pairs over causal ones, roles sampled as in training.
       kv_penalty: nats per token per unit of KV fraction.
       kv_budget: the KV fraction that a controlled KV penalty aims at in this step.
       gradient_norm: Euclidean, before clipping.
       update_norm: of what was added to the parameters (0 where the update was skipped).
-      gradient_norms, update_norms: the same by part (``parts.PARTS``).
+      gradient_norms, update_norms: the same by part (``parameters.PARTS``).
       learning_rate: of all but a scorer with a rate of its own.
       temperature: of the straight-through softmax.
       skipped: 1 where the update was left out as a loss spike, else 0.
       skipped_steps: how many were since the beginning.
-      role_fractions: ``[l, k, 3]``, shares of tokens.
+      role_fractions: ``[l, k, 3]``, fractions of tokens.
       live_keys: ``[l, k]``, mean number of keys that a query reads.
       live_key_quantiles: ``[l, q]``, of that number, for ``role_statistics.QUANTILES``, rounded up to one of 64 steps.
       scorer_entropy: ``[l, k]``, mean entropy of the scorer's softmax, without noise, nats.
-      unended_locals: ``[l, k]``, share of the LOCAL tokens that no GLOBAL one ends within their document.
-      forced_globals: share of tokens that are GLOBAL because they are the first of a document.
+      unended_locals: ``[l, k]``, fraction of the LOCAL tokens that no GLOBAL one ends within their document.
+      forced_globals: fraction of tokens that are GLOBAL because they are the first of a document.
     """
 
     loss: jax.Array
@@ -101,7 +100,7 @@ class StepMetrics(NamedTuple):
 
 
 def schedules_at(config: Config, step: int) -> dict[str, float]:
-    """What depends on how long the run is, by name, in the step that follows ``step`` others.
+    """Returns the values that depend on the length of the run, by name, in the step after ``step`` others.
 
     The budget's ramp and the warm-up are given in steps, and the KV penalty is controlled from where it is: they do
     not.
@@ -117,7 +116,7 @@ def schedules_at(config: Config, step: int) -> dict[str, float]:
 
 
 class Trainer:
-    """The step of one config on one mesh: ``init``, and ``step`` compiled once.
+    """Optimizer steps of one config on one mesh: ``init``, and ``step`` compiled once.
 
     Args:
       config: of the run.
@@ -138,7 +137,7 @@ class Trainer:
         self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         check(config, vocab_size, self.mesh)
         self.model = model_structure(config, vocab_size)
-        is_scorer = jax.tree.map(lambda part: part == "scorer", part_labels(self.model.parameters))
+        is_scorer = jax.tree.map(lambda part: part == "scorer", self.model.parts)
         self.optimizer = optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
         self.schedule = learning_rate(config.optimizer, config.train.num_steps)
         self.shardings = self._shardings()
@@ -151,11 +150,11 @@ class Trainer:
         return self.model.structure
 
     def init(self) -> TrainState:
-        """The state before the first step, from ``train.seed``; the same on every mesh."""
+        """Draws the state before the first step from ``train.seed``; the same on every mesh."""
         return jax.jit(self._init, out_shardings=self.shardings)()
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state; nothing is computed."""
+        """Returns shapes, dtypes and shardings of the state; nothing is computed."""
 
         def sharded(x, sharding):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -163,19 +162,21 @@ class Trainer:
         return jax.tree.map(sharded, jax.eval_shape(self._init), self.shardings)
 
     def put_batch(self, rows: dict[str, np.ndarray]) -> Batch:
-        """The global batch on the devices, from this process's rows of it (``sharding.batch_rows``)."""
-        rows = {name: rows[name] for name in inputs.BATCH_FIELDS}
-        return put_batch(self.mesh, rows, self.config.train.batch_size)
+        """Sends this process's rows (``sharding.batch_rows``) to the devices; returns the global batch."""
+        return Batch.from_rows(put_batch(self.mesh, Batch.from_rows(rows)._asdict(), self.config.train.batch_size))
 
     def step(self, state: TrainState, batch: Batch | dict[str, np.ndarray]) -> tuple[TrainState, StepMetrics]:
-        """The state after a step, and what it reports.
+        """Takes an optimizer step.
 
         Args:
           state: is consumed.
-          batch: from ``put_batch``, or numpy arrays that ``put_batch`` is called with here.
+          batch: from ``put_batch``, or rows to call ``put_batch`` with.
+
+        Returns:
+          ``(state, metrics)``.
         """
-        if not all(isinstance(x, jax.Array) for x in batch.values()):
-            batch = self.put_batch({name: np.asarray(x) for name, x in batch.items()})
+        if isinstance(batch, dict):
+            batch = self.put_batch(batch)
         with jax.set_mesh(self.mesh):
             return (self._executable or self.compiled_step)(state, batch)
 
@@ -183,16 +184,16 @@ class Trainer:
         """Compiles the step now, so that processes can wait for each other before they meet in its collectives."""
         self._executable = self.lower().compile()
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a global batch."""
+    def abstract_batch(self) -> Batch:
+        """Returns shapes, dtypes and shardings of a global batch, ``jax.ShapeDtypeStruct``."""
         shape = (self.config.train.batch_size, self.config.data.context_length)
         spec = compute_spec(("batch", "sequence"))
         sharding = named_sharding(self.mesh, spec)
-        kinds = {name: jnp.float32 if name == "loss_weight" else jnp.int32 for name in inputs.BATCH_FIELDS}
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+        kinds = {name: jnp.float32 if name == "loss_weight" else jnp.int32 for name in Batch._fields}
+        return Batch.from_rows({k: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for k, kind in kinds.items()})
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for this mesh, whose devices need not be here, from shapes alone."""
+        """Lowers the step for this mesh, whose devices need not be here, from shapes alone."""
         with jax.set_mesh(self.mesh):
             return self.compiled_step.lower(self.abstract_state(), self.abstract_batch())
 
@@ -222,11 +223,11 @@ class Trainer:
         return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters), controller, start_detector())
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """``(state, metrics)`` after the global batch, arrays ``[b, t]``; pure, the noise follows from the step."""
-        price = budget_controller.kv_penalty(state.controller)
+        """Returns ``(state, metrics)`` after a global batch; pure, the noise follows from the step."""
+        kv_penalty = budget_controller.kv_penalty(state.controller)
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
-        gradients, loss, sums = self._gradients(state, batch, totals, price, temperature)
+        gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature)
         updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.parameters)
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
@@ -246,12 +247,12 @@ class Trainer:
             z_loss=sums.z_loss / jnp.maximum(totals.loss_weight, 1),
             accuracy=sums.correct / jnp.maximum(totals.loss_weight, 1),
             kv_fraction=kv_fraction,
-            kv_penalty=price,
+            kv_penalty=kv_penalty,
             kv_budget=jnp.asarray(budget_controller.budget_at(state.step, self.config.nats), jnp.float32),
             gradient_norm=optax.tree.norm(gradients),
             update_norm=optax.tree.norm(updates),
-            gradient_norms=norms_by_part(gradients),
-            update_norms=norms_by_part(updates),
+            gradient_norms=norms_by_part(gradients, self.model.parts),
+            update_norms=norms_by_part(updates, self.model.parts),
             learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
             temperature=temperature,
             skipped=is_spike.astype(jnp.float32),
@@ -261,7 +262,7 @@ class Trainer:
         return TrainState(state.step + 1, *new, detector), replicate(metrics)
 
     def _role_metrics(self, sums: LossSums, totals: BatchTotals) -> dict[str, jax.Array]:
-        """Those that say what the roles look like."""
+        """Computes the metrics of the roles."""
         model, length = self.config.model, self.config.data.context_length
         num_queries = totals.tokens * model.num_kv_heads
         return {
@@ -274,9 +275,9 @@ class Trainer:
         }
 
     def _gradients(
-        self, state, batch: Batch, totals: BatchTotals, price, temperature
+        self, state, batch: Batch, totals: BatchTotals, kv_penalty, temperature
     ) -> tuple[Any, jax.Array, LossSums]:
-        """Gradients, loss and sums of the whole batch, gone through in microbatches."""
+        """Computes gradients, loss and sums of the whole batch, microbatch by microbatch."""
         count = self.config.train.gradient_accumulation_steps
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
         gradient = jax.value_and_grad(losses.loss, has_aux=True)
@@ -284,7 +285,7 @@ class Trainer:
         def microbatch(index, part):
             noise_key = jax.random.fold_in(key, index)
             (loss, sums), gradients = gradient(
-                state.parameters, self.model.structure, self.config, part, totals, noise_key, price, temperature
+                state.parameters, self.model.structure, self.config, part, totals, noise_key, kv_penalty, temperature
             )
             return gradients, loss, sums
 
@@ -309,5 +310,5 @@ def _is_schedule(node: Any) -> bool:
 
 
 def _kept(is_spike: jax.Array, before: Any, after: Any) -> Any:
-    """What a step leaves: the state before it where its update is skipped, but schedules go on with the steps."""
+    """Keeps the state before the step where its update is skipped; schedules count the step all the same."""
     return after if _is_schedule(before) else jnp.where(is_spike, before, after)

@@ -1,4 +1,4 @@
-"""Policies that decide from the attention that keys receive, in the buffer; nothing is known in advance.
+"""Policies that evict by the attention that keys receive, in the buffer; nothing is known in advance.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``c`` slot.
 """
@@ -8,14 +8,18 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from natsjax.policies.base import check_count, cut, policy
+from natsjax.config import Config
+from natsjax.model.attention import RoleSampling
+from natsjax.policies.base import DecodingPolicy, Eviction, check_count, cut, policy
+from natsjax.policies.interval import FullAttention
 from pallas_kernels.nats_attention import NO_END
 
 
-class AttentionScorePolicy:
-    """Keeps ``num_keys`` keys of every head, chosen by the attention that they have received.
+class AttentionScorePolicy(DecodingPolicy, Eviction):
+    """A policy that keeps ``num_keys`` keys of every head, chosen by the attention that they have received.
 
-    A prompt is read whole, with full attention, before the first key goes, in whatever chunks it is read.
+    A prompt is read whole, with full attention, before the first key goes, in whatever chunks it is read. A subclass
+    writes ``scores``.
 
     Where query heads share a KV head, its keys are chosen by the sum over them. (The papers' code takes as many KV
     heads as query heads; the sum over the group is what KVPress, https://github.com/NVIDIA/kvpress, and Ada-KV,
@@ -25,28 +29,24 @@ class AttentionScorePolicy:
       num_keys: the most keys of a head, tokens.
     """
 
-    method: ClassVar[str]
-    every_token: ClassVar[bool]
-    """Whether it goes on evicting while tokens are generated; else the prompt alone is cut down."""
+    observes_attention: ClassVar[bool] = True
     num_keys: int
 
     @property
-    def observed(self) -> int:
-        """Queries at the end of the prompt whose attention counts; ``NO_END``: all."""
-        return NO_END
+    def max_keys(self) -> int:
+        """``num_keys``."""
+        return self.num_keys
 
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """See ``natsjax.decode.buffer.Eviction``."""
-        raise NotImplementedError
+    def chunk_choice(self, positions: jax.Array, config: Config) -> RoleSampling:
+        """Reads everything: nothing is gone but what was evicted."""
+        return FullAttention().choice(positions, config)
 
 
 @policy
 class H2O(AttentionScorePolicy):
     """The newest keys, and of the others those that have received the most attention in all ("heavy hitters").
 
-    After each token the key with the least goes, of those alike the oldest; what is kept goes on adding up.
+    After each token the key with the least is evicted, of equal ones the oldest.
 
     Attributes:
       num_keys: of a head, 1 or more.
@@ -59,7 +59,6 @@ class H2O(AttentionScorePolicy):
     """
 
     method: ClassVar[str] = "h2o"
-    every_token: ClassVar[bool] = True
     num_keys: int
     num_recent: int
 
@@ -74,20 +73,20 @@ class H2O(AttentionScorePolicy):
         """Both numbers."""
         return {"keys": self.num_keys, "recent": self.num_recent}
 
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
+    def scores(
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, query_position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """By attention received, then by age."""
+        """Scores by attention received, then by age."""
         assert attention_sum is not None
-        return jnp.where(key_position >= at - cut(self.num_recent), jnp.inf, attention_sum), key_position
+        return jnp.where(key_position >= query_position - cut(self.num_recent), jnp.inf, attention_sum), key_position
 
 
 @policy
 class SnapKV(AttentionScorePolicy):
-    """When the prompt has been read: its last keys, and those that its last queries look at, with their neighbours.
+    """After the prompt: its last keys, and those that its last queries look at, with their neighbors.
 
     The keys before the observation window are chosen by the attention that its queries paid to them, each by the most
-    that one of its seven neighbours among them got; of those alike the newest stay. Generated keys are all kept.
+    that one of its seven neighbors among them got; of equal ones the newest stay. Generated keys are all kept.
 
     Attributes:
       num_keys: of a head, more than the observation window.
@@ -120,12 +119,17 @@ class SnapKV(AttentionScorePolicy):
         """The observation window."""
         return self.observation_window
 
-    def order(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, at: jax.Array
+    def after_prompt(self) -> FullAttention:
+        """Keeps all generated keys."""
+        return FullAttention()
+
+    def scores(
+        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, query_position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """By attention received by the key or a neighbour, then by age; neighbours are next to each other in age."""
+        """Scores by attention received by the key or a neighbor, the next in age, then by age."""
         assert attention_sum is not None
-        is_chosen_from = (key_end > at) & (key_position < at - cut(self.observation_window))
+        is_before_window = key_position < query_position - cut(self.observation_window)
+        is_chosen_from = (key_end > query_position) & is_before_window
         by_age = jnp.argsort(jnp.where(is_chosen_from, key_position, NO_END), axis=-1)
         # What is free or in the window is behind them then, and gives nothing.
         candidates = jnp.take_along_axis(jnp.where(is_chosen_from, attention_sum, -jnp.inf), by_age, axis=-1)

@@ -1,4 +1,4 @@
-"""Roles, lifetimes, their KV penalty and its controller."""
+"""Roles, lifetimes, the KV penalty and its controller."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from natsjax import kv_fraction
 from natsjax.config import NatsConfig
+from natsjax.model.inputs import Batch
 from natsjax.model.roles import (
-    causal_pairs,
+    TokenRoles,
     choose_roles,
-    key_end_from_roles,
     lifetime_sum,
     lifetimes,
     role_bias_logits,
@@ -23,7 +23,7 @@ from natsjax.model.roles import (
     straight_through,
 )
 from natsjax.train import budget_controller
-from pallas_kernels.nats_attention import GLOBAL, reference
+from pallas_kernels.nats_attention import GLOBAL, key_end_from_roles, reference
 
 SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=3)
 
@@ -37,9 +37,14 @@ def positions_of(document_end):
     return positions
 
 
+def lifetimes_of(ids, one_hot, end, kv_penalty_gradient):
+    key_end = key_end_from_roles(jnp.asarray(ids), window=SHAPE.window, document_end=end)
+    return lifetime_sum(TokenRoles(jnp.asarray(ids), one_hot, key_end), end, SHAPE.window, kv_penalty_gradient)
+
+
 @pytest.mark.parametrize("documents", ["packed", "padding"])
 @pytest.mark.parametrize("pattern", ["random", "no_global", "bursts", "all_local"])
-def test_price_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
+def test_the_penalty_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
     rng = np.random.default_rng(0)
     ids, end = role_ids(pattern, SHAPE, rng), document_ends(documents, SHAPE, rng)
     with jax.enable_x64(True):
@@ -51,16 +56,16 @@ def test_price_is_the_relaxed_masks_sum_with_its_gradient(pattern, documents):
             return jnp.sum(jnp.sum(mask, axis=(0, 2, 3)) * weight)
 
         def exact(roles):
-            return jnp.sum(lifetime_sum(roles, end, SHAPE.window, "exact") * weight)
+            return jnp.sum(lifetimes_of(ids, roles, end, "exact") * weight)
 
         np.testing.assert_allclose(exact(roles), relaxed(roles), rtol=1e-6)
         np.testing.assert_allclose(jax.grad(exact)(roles), jax.grad(relaxed)(roles), atol=1e-5)
 
 
-def test_constant_price_gradient_is_the_lifetime_that_each_role_would_have_here():
+def test_constant_penalty_gradient_is_the_lifetime_that_each_role_would_have_here():
     rng = np.random.default_rng(1)
     ids, end = role_ids("random", SHAPE, rng), document_ends("packed", SHAPE, rng)
-    gradient = jax.grad(lambda roles: lifetime_sum(roles, end, SHAPE.window, "constant").sum())(jax.nn.one_hot(ids, 3))
+    gradient = jax.grad(lambda roles: lifetimes_of(ids, roles, end, "constant").sum())(jax.nn.one_hot(ids, 3))
     for role in range(3):
         for b, k, s in np.ndindex(ids.shape):
             changed = ids.copy()
@@ -78,7 +83,7 @@ def test_smallest_fraction_is_what_sliding_everything_costs(length, window, seed
     ids = np.where((positions == 0)[:, None], GLOBAL, 2)
     key_end = key_end_from_roles(jnp.asarray(ids), window=window, document_end=end)
     lifetime = np.asarray(lifetimes(key_end, jnp.asarray(end)))
-    pairs = float(causal_pairs(jnp.asarray(positions), jnp.asarray(end)))
+    pairs = float(Batch(None, jnp.asarray(positions), jnp.asarray(end)).causal_pairs)
     starts = (positions == 0) & (end > 0)
     lengths = end[starts] - np.nonzero(starts)[1]
     assert pairs == sum(n * (n + 1) / 2 for n in lengths)
@@ -93,7 +98,7 @@ def test_the_figures_of_the_definition():
 def test_roles_are_exactly_one_hot_with_the_softmaxs_gradient():
     key = jax.random.key(0)
     logits = jax.random.normal(key, (2, 3, 11, 3)) * 5
-    first = jnp.zeros((2, 1, 11), bool).at[:, :, [0, 4]].set(True)
+    first = jnp.zeros((2, 11), bool).at[:, [0, 4]].set(True)
     ids = choose_roles(logits, first)
     weight = jax.random.normal(key, logits.shape)
 
@@ -105,19 +110,19 @@ def test_roles_are_exactly_one_hot_with_the_softmaxs_gradient():
     assert (ids[:, :, [0, 4]] == GLOBAL).all()
     gradient = jax.grad(lambda x: jnp.sum(through(x) * weight))(logits)
     expected = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x / 0.5) * weight))(logits)
-    np.testing.assert_allclose(gradient, jnp.where(first[..., None], 0, expected), rtol=1e-6)
+    np.testing.assert_allclose(gradient, jnp.where(first[:, None, :, None], 0, expected), rtol=1e-6)
     assert (gradient[:, :, 4] == 0).all()
 
 
 @pytest.mark.parametrize("fractions", [(1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.2)])
 def test_the_scorers_start_draws_the_stated_fractions(fractions):
     noise = jax.random.gumbel(jax.random.key(1), (1, 1, 100_000, 3))
-    ids = choose_roles(scorer_bias(fractions) + noise, jnp.zeros((1, 1, 100_000), bool))
+    ids = choose_roles(scorer_bias(fractions) + noise, jnp.zeros((1, 100_000), bool))
     np.testing.assert_allclose(np.bincount(np.asarray(ids).ravel(), minlength=3) / ids.size, fractions, atol=0.01)
 
 
 @pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
-def test_dial(roles, expected):
+def test_role_bias(roles, expected):
     np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
 
 
@@ -126,31 +131,31 @@ def steer_for(steps, fraction_of_penalty, config):
     history = []
     step = jax.jit(lambda state, f, n: budget_controller.steer(state, f, n, config))
     for n in range(steps):
-        price = float(budget_controller.kv_penalty(state))
-        history.append(price)
-        state = step(state, jnp.float32(fraction_of_penalty(price)), jnp.int32(n))
+        penalty = float(budget_controller.kv_penalty(state))
+        history.append(penalty)
+        state = step(state, jnp.float32(fraction_of_penalty(penalty)), jnp.int32(n))
     return state, history
 
 
-def test_a_steered_price_settles_where_the_budget_is_met():
+def test_a_controlled_penalty_settles_where_the_budget_is_met():
     config = NatsConfig(kv_budget=0.2, kv_penalty=0.01, budget_ramp_steps=50)
-    state, history = steer_for(1000, lambda price: 1 / (1 + price), config)
+    state, history = steer_for(1000, lambda penalty: 1 / (1 + penalty), config)
     assert abs(float(state.average) - 0.2) < 0.01
     changes = np.abs(np.diff(np.log(history)))
     assert changes.max() <= config.kv_penalty_lr * (1 + 1e-5)
 
 
-def test_a_steered_price_stays_within_its_bounds():
+def test_a_controlled_penalty_stays_within_its_bounds():
     config = NatsConfig(kv_budget=0.1, max_kv_penalty=0.5)
-    assert max(steer_for(300, lambda price: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
+    assert max(steer_for(300, lambda penalty: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
     config = NatsConfig(kv_budget=0.5, min_kv_penalty=0.05)
-    assert min(steer_for(300, lambda price: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
+    assert min(steer_for(300, lambda penalty: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
 
 
-def test_a_fixed_price_stays_fixed_also_at_zero():
-    for price in (0.0, 0.7):
-        config = NatsConfig(price="fixed", kv_penalty=price)
-        np.testing.assert_allclose(steer_for(20, lambda price: 1.0, config)[1], price, rtol=1e-6)
+def test_a_fixed_penalty_stays_fixed_also_at_zero():
+    for penalty in (0.0, 0.7):
+        config = NatsConfig(price="fixed", kv_penalty=penalty)
+        np.testing.assert_allclose(steer_for(20, lambda penalty: 1.0, config)[1], penalty, rtol=1e-6)
 
 
 def test_the_budget_ramp_begins_below_one_and_ends_at_the_budget():
