@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.errors import UserError
-from natsjax.kv_fraction import smallest_kv_fraction
+from natsjax.kv_fraction import all_sliding_kv_fraction
 from natsjax.policies.budgets import (
     check_budgets,
     dense_budgets,
@@ -87,7 +87,7 @@ def test_the_window_for_a_budget_is_the_closest(lengths, budget, num_sinks):
 @given(pieces)
 def test_one_sink_and_the_window_are_the_smallest_fraction_that_roles_can_have(lengths):
     for window, fraction in enumerate(interval_fractions(lengths, num_sinks=1)):
-        assert smallest_kv_fraction(lengths, window) == pytest.approx(fraction)
+        assert all_sliding_kv_fraction(lengths, window) == pytest.approx(fraction)
 
 
 class Counted:
