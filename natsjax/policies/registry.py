@@ -116,7 +116,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
     [
         PolicyEntry(
             name="nats",
-            policy="natsjax.policies.nats:Nats",
+            policy="natsjax.policies:Nats",
             label="NAtS",
             summary="keys by the model's own roles (--role_bias keeps more or less)",
             color="#d55e00",
@@ -126,7 +126,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="full",
-            policy="natsjax.policies.interval:FullAttention",
+            policy="natsjax.policies:FullAttention",
             label="full attention",
             summary="every key",
             color="#333333",
@@ -135,7 +135,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="sliding_window",
-            policy="natsjax.policies.interval:SlidingWindow",
+            policy="natsjax.policies:SlidingWindow",
             label="sliding window",
             summary="each key for the W queries after its own",
             color="#0072b2",
@@ -146,7 +146,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="streaming_llm",
-            policy="natsjax.policies.interval:StreamingLLM",
+            policy="natsjax.policies:StreamingLLM",
             label="StreamingLLM",
             summary="the first S keys of a document, others for the W queries after their own",
             color="#009e73",
@@ -157,7 +157,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="random",
-            policy="natsjax.policies.interval:RandomKeys",
+            policy="natsjax.policies:RandomKeys",
             label="random keys",
             summary="a random FRACTION of the keys, others for the W queries after their own (0)",
             color="#777777",
@@ -169,7 +169,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="h2o",
-            policy="natsjax.policies.observing:H2O",
+            policy="natsjax.policies:H2O",
             label="H2O",
             summary="N keys of a head: the R newest (half), of the others those with the most attention",
             color="#cc79a7",
@@ -182,7 +182,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
         ),
         PolicyEntry(
             name="snapkv",
-            policy="natsjax.policies.observing:SnapKV",
+            policy="natsjax.policies:SnapKV",
             label="SnapKV",
             summary="N keys of a prompt in each head, chosen by its last W queries (32), and all later keys",
             color="#e69f00",
