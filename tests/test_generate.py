@@ -276,15 +276,15 @@ def test_a_mesh_is_completed():
         ),
         (["--prompt_file=/nowhere"], r"--prompt_file=/nowhere: it cannot be read \(No such file or directory\); name"),
         (["--prompt_tokens=1,b"], "--prompt_tokens=1,b: these are no ids; separate them by commas, as in 0,5,7"),
-        (["--prompt_tokens=1,999"], "prompt 1: the vocabulary has the ids 0 … 257, and not 999"),
-        (["--prompt=a", "--stop_tokens=-2"], "stop_tokens: the vocabulary has the ids 0 … 257, and not -2"),
+        (["--prompt_tokens=1,999"], "prompt 1: there is no id 999; the vocabulary has the ids 0 … 257"),
+        (["--prompt=a", "--stop_tokens=-2"], "stop_tokens: there is no id -2; the vocabulary has the ids 0 … 257"),
         (["--prompt=\udcff"], "is no UTF-8 text"),
-        (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens=0: it must be 1 or more"),
+        (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens = 0: it is too small; choose 1 or more"),
         (
             ["--prompt=a", "--max_new_tokens=9999999999"],
             "--max_new_tokens=9999999999: it is too large; choose a number below 1073741824",
         ),
-        (["--prompt=a", "--batch_size=0"], "batch_size=0: it must be 1 or more"),
+        (["--prompt=a", "--batch_size=0"], "batch_size = 0: it is too small; choose 1 or more"),
         (["--prompt=a", "--temperature=-1"], "temperature=-1.0: it must be 0 or more"),
         (["--prompt=a", "--top_p=x"], "argument --top_p: invalid float value: 'x'; see --help"),
         (["--prompt=a", "--max_kv=0"], "max_kv=0: it must be 1 or more"),
@@ -325,7 +325,7 @@ def test_where_there_is_no_prompt_that_is_said(text_run, monkeypatch, tmp_path):
         parse(f"--prompt_file={tmp_path / 'lfs'}")
     with pytest.raises(UserError, match="there is no prompt"):
         run(text_run, [])
-    with pytest.raises(UserError, match="prompt 2 has no token"):
+    with pytest.raises(UserError, match="prompt 2: it has no token"):
         run(text_run, ["a", []])
 
 

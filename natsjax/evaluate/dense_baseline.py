@@ -15,7 +15,7 @@ def load_baseline(
     Args:
       run: the NAtS run.
       baseline_workdir: of the dense baseline.
-      prepared_dir: where the prepared corpus of both lies by now; None: as ``natsjax.load`` finds it.
+      prepared_dir: folder of the prepared corpus of both; None: as ``natsjax.load`` finds it.
 
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
@@ -49,7 +49,7 @@ def baseline_notes(run: LoadedRun, baseline: LoadedRun) -> list[str]:
 
 
 def _data_marks(run: LoadedRun) -> dict[str, object]:
-    """Returns the values that two runs on the same contexts share, the most telling first."""
+    """Returns the values that two runs on the same contexts have in common, the most telling first."""
     return {
         "data.context_length": run.config.data.context_length,
         # A recall task is its own vocabulary, without a fingerprint apart from the data's.

@@ -98,8 +98,8 @@ def run(
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
       baseline_workdir: of a dense run on the same data, for a NAtS run.
-      prepared_dir: where the prepared corpus lies by now, of the dense baseline too; None: beside the run, or where it
-        had it.
+      prepared_dir: folder of the prepared corpus, of the dense baseline too; None: beside the run, or where the run had
+        it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer, with policies that have no mask too;

@@ -1,4 +1,4 @@
-"""Flags of ``python -m natsjax.generate``: where prompts come from, how tokens are drawn, how long keys live."""
+"""Flags of ``python -m natsjax.generate``: prompts, sampling, policies, devices, files."""
 
 import argparse
 import dataclasses
@@ -35,7 +35,7 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
       description: the beginning of ``--help``.
 
     Raises:
-      UserError: a flag or its value does not fit, or there is no prompt; the message says which.
+      UserError: a flag or its value does not fit, or there is no prompt; the message names it.
     """
     flags = _parser(description).parse_args(argv)
     for name in ("max_new_tokens", "batch_size", "top_k", "max_kv", "chunk", "block"):
@@ -93,26 +93,28 @@ def _parser(description: str) -> argparse.ArgumentParser:
         type=float,
         default=READING.temperature,
         metavar="F",
-        help=f"of the draws; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
+        help=f"of sampling; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
     )
-    add("--top_k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all (default: 0)")
+    add(
+        "--top_k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0: from all (default: 0)"
+    )
     add(
         "--top_p",
         type=float,
         default=1.0,
         metavar="F",
-        help="draw from the likeliest tokens that reach this probability together (default: 1)",
+        help="sample from the likeliest tokens that reach this probability together (default: 1)",
     )
     add(
         "--min_p",
         type=float,
         default=0.0,
         metavar="F",
-        help="draw from tokens with at least this fraction of the likeliest one's probability (default: 0)",
+        help="sample from tokens with at least this fraction of the likeliest one's probability (default: 0)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the draws: the same gives the same text (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling: the same gives the same text (default: 0)")
     add("--stop_tokens", metavar="ID,ID,…", help="token ids after which a prompt is done, beside EOS")
-    add("--ignore_eos", action="store_true", help="go on where the model ends the document")
+    add("--ignore_eos", action="store_true", help="continue where the model ends the document")
     add("--role_bias", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
     add(
         "--policy",

@@ -1,4 +1,4 @@
-"""Every policy that a user can name: the one place that says so.
+"""Entries of the policies that a user can name: the one place for all that is known of each.
 
 An entry feeds evaluation (at every budget, with masks or by decoding), ``generate --policy`` with its help, the table,
 picture and page of a report, and the table in ``docs/generate.md``. A new policy is a file with its class, and an entry
