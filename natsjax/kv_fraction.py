@@ -1,70 +1,164 @@
 """KV fractions from lengths and windows alone, and perplexity: the one place of each formula.
 
-``docs/method.md`` defines them. Host-side, numpy only.
+``docs/method.md`` 4 defines them. Host-side, numpy only.
 """
 
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from natsjax.config import Config
 
 
-def smallest_kv_fraction(piece_lengths: np.ndarray, window: int) -> float:
-    """The KV fraction when every token is SLIDING but the first of each document, which is GLOBAL.
+def window_pairs(piece_lengths: npt.ArrayLike, window: npt.ArrayLike) -> np.ndarray:
+    """Counts the key-query pairs of a sliding window, over all document pieces.
+
+    A query at position ``t`` reads ``min(t, window) + 1`` keys: its own and the ``window`` keys before it.
 
     Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
-      window: tokens.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      window: int, any shape, tokens; a window as long as the longest piece is full attention.
+
+    Returns:
+      int64, in the shape of ``window``.
     """
-    length = np.asarray(piece_lengths, np.float64)
-    reach = np.minimum(length, window + 1)
-    # Keys 1 … L-1 live for window + 1 queries, the last ones until the end of the document; key 0 lives for L.
-    sliding = np.where(length > window + 1, (length - 1 - window) * (window + 1), 0) + np.where(
-        length > window + 1, window * (window + 1) / 2, reach * (reach - 1) / 2
-    )
-    return float(np.sum(length + sliding) / np.sum(length * (length + 1) / 2))
+    lengths = np.asarray(piece_lengths, np.int64)
+    from_position = np.cumsum(_queries(lengths)[::-1])[::-1]  # [x]: queries at position x or later
+    # A query reads one key for every x from 0 to the window that is not beyond its position.
+    return np.cumsum(from_position)[np.minimum(window, len(from_position) - 1)]
 
 
-def smallest_model_kv_fraction(config: Config, piece_lengths: np.ndarray) -> float:
-    """The smallest KV fraction of a model, the mean over its layers: only "nats" layers have a choice.
+def window_fraction(
+    piece_lengths: npt.ArrayLike, window: npt.ArrayLike, *, num_sinks: int = 0, own_window: int | None = None
+) -> np.ndarray:
+    """Returns the KV fraction of a layer under a sliding window, with or without sinks.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      window: int, any shape, tokens.
+      num_sinks: first tokens of each piece that live to its end.
+      own_window: tokens that the layer reads at most, whatever lives; None: no limit.
+
+    Returns:
+      float64, in the shape of ``window``.
+    """
+    longest = int(np.max(piece_lengths))
+    if own_window is None:
+        own_window = longest
+
+    def pairs(tokens: npt.ArrayLike) -> np.ndarray:
+        return window_pairs(piece_lengths, tokens)
+
+    # Sinks and a window hold as many keys for a query as a window that is longer by the sinks. A window of the layer's
+    # own takes the sinks behind it away again.
+    read = pairs(num_sinks + np.minimum(window, own_window)) - pairs(num_sinks + own_window) + pairs(own_window)
+    return read / pairs(longest)
+
+
+def all_sliding_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
+    """Returns the KV fraction when every token is SLIDING but the first of each document, which is GLOBAL.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      window: ``nats.window``, tokens.
+    """
+    return float(window_fraction(piece_lengths, window, num_sinks=1))
+
+
+def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
+    """Returns the smallest KV fraction that any roles give: no model goes below it.
+
+    Where the window is wide for the documents it is less than ``all_sliding_kv_fraction``, for a GLOBAL token ends the
+    LOCAL keys before it sooner than the window does.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      window: ``nats.window``, tokens.
+    """
+    lengths = np.asarray(piece_lengths, np.int64)
+    longest = int(lengths.max())
+    return float(np.sum(_least_pairs(longest, window)[lengths]) / window_pairs(lengths, longest))
+
+
+def all_sliding_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
+    """Returns a model's KV fraction when all tokens of its "nats" layers are SLIDING but the first of each document.
 
     Args:
       config: of the run.
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
     """
-    length = np.asarray(piece_lengths, np.float64)
-    reach = np.minimum(length, config.model.sliding_window + 1)
-    sliding = np.sum((length - reach) * reach + reach * (reach + 1) / 2) / np.sum(length * (length + 1) / 2)
-    by_kind = {
-        "nats": smallest_kv_fraction(piece_lengths, config.nats.window),
-        "dense": 1.0,
-        "sliding": float(sliding),
-    }
-    return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
+    return _mean_over_layers(config, piece_lengths, all_sliding_kv_fraction(piece_lengths, config.nats.window))
+
+
+def least_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
+    """Returns the smallest KV fraction that any roles in its "nats" layers give a model.
+
+    Args:
+      config: of the run.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+    """
+    return _mean_over_layers(config, piece_lengths, least_kv_fraction(piece_lengths, config.nats.window))
+
+
+def live_fraction(config: Config) -> float:
+    """Returns the KV fraction that a run is planned for, in contexts of one document.
+
+    It is the budget where there is a layer that learns to meet it.
+    """
+    if config.model.has_roles:
+        return config.nats.kv_budget
+    return _mean_over_layers(config, [config.data.context_length], math.nan)
 
 
 def perplexity(cross_entropy: float) -> float:
-    """``exp`` of nats per token, infinite where it overflows."""
+    """Returns ``exp`` of nats per token, infinity where it overflows."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
 
 
 def sliding_windows(config: Config) -> np.ndarray:
-    """How many later queries read a SLIDING key, by layer: int32 ``[l]``."""
+    """Returns the number of later queries that read a SLIDING key, by layer: int32 ``[l]``."""
     model = config.model
     return np.array(
         [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.all_layer_types], np.int32
     )
 
 
-def live_fraction(config: Config) -> float:
-    """Live key-query pairs over causal ones, mean over layers, in contexts of one document: the budget where there is
-    a layer that learns to meet it.
+def _mean_over_layers(config: Config, piece_lengths: npt.ArrayLike, nats: float) -> float:
+    """Returns the mean of the layers' KV fractions; ``nats`` is that of layers with roles."""
+    sliding = float(window_fraction(piece_lengths, config.model.sliding_window))
+    by_kind = {"nats": nats, "dense": 1.0, "sliding": sliding}
+    return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
+
+
+def _queries(lengths: np.ndarray) -> np.ndarray:
+    """Counts the pieces that have a query at each position: int64 ``[longest]``."""
+    return np.cumsum(np.bincount(lengths)[::-1])[::-1][1:]
+
+
+def _least_pairs(longest: int, window: int) -> np.ndarray:
+    """Counts the fewest pairs that any roles leave of a document, by its length: int64 ``[longest + 1]``.
+
+    What a GLOBAL token and all tokens behind it cost depends on nothing but how many of them there are, its own among
+    them. So it is found from the end: the next GLOBAL token is chosen, or none.
     """
-    if config.model.has_roles:
-        return config.nats.kv_budget
-    length = config.data.context_length
-    read = min(config.model.sliding_window + 1, length)
-    sliding = (length - read) * read + read * (read + 1) / 2
-    share = {"dense": 1.0, "sliding": sliding / (length * (length + 1) / 2)}
-    return float(np.mean([share[kind] for kind in config.model.layer_types]))
+    reach = window + 1
+    # Of a key i steps before the end of the document, or before the next GLOBAL token and that one too, i queries
+    # read it if it is LOCAL, and no more than the reach if it is SLIDING.
+    behind = np.cumsum(np.minimum(np.arange(longest + 1), reach))
+    least = np.zeros(longest + 1, np.int64)
+    far, counted = np.iinfo(np.int64).max, 0
+    for count in range(1, longest + 1):
+        best = behind[count - 1]  # no other GLOBAL token
+        # The next one within the reach; farther than twice the root, one in between would pay for itself.
+        near = min(reach, 2 * math.isqrt(count) + 2, count - 1)
+        if near > 0:
+            best = min(best, np.min(behind[1 : near + 1] - 1 + least[count - near : count][::-1]))
+        # The next one beyond the reach: every step more costs as much.
+        while counted < count - reach:
+            counted += 1
+            far = min(far, least[counted] - reach * counted)
+        if counted > 0:
+            best = min(best, behind[reach] - 1 + reach * (count - reach) + far)
+        least[count] = count + best
+    return least

@@ -8,7 +8,7 @@ import pytest
 from natsjax.data import Corpus, PackedSource
 from natsjax.data.prepare import __main__ as command
 from natsjax.data.prepare import prepare
-from natsjax.data.prepare.statistics import describe, length_quantiles, smallest_kv_fractions
+from natsjax.data.prepare.statistics import all_sliding_kv_fractions, describe, length_quantiles
 from natsjax.errors import UserError
 
 
@@ -114,7 +114,7 @@ def test_the_smallest_kv_fraction_is_that_of_its_definition(tmp_path, context_le
     corpus = _prepare(_lines(tmp_path / "a.jsonl", texts), tmp_path / "out")
     source = PackedSource.from_corpus(corpus, context_length=context_length, seed=0)
     rows = source.rows(0, source.epoch_tokens // context_length)
-    table = smallest_kv_fractions(corpus, context_lengths=(32, 64, 1 << 20), windows=(4, 16, 64))
+    table = all_sliding_kv_fractions(corpus, context_lengths=(32, 64, 1 << 20), windows=(4, 16, 64))
     assert {context: list(row) for context, row in table.items()} == {32: [4, 16], 64: [4, 16]}
     # The last context of the epoch, which is not whole, is left out here.
     assert table[context_length][window] == pytest.approx(_smallest(rows, window), rel=0.01)
@@ -126,11 +126,11 @@ def test_the_command_prints_the_table_where_it_makes_sense(tmp_path, capsys):
     assert command.main([*arguments, "--deduplicate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     corpus = Corpus.load(tmp_path / "out")
-    fractions = smallest_kv_fractions(corpus)
+    fractions = all_sliding_kv_fractions(corpus)
     shown = {int(line.split()[0]): line.split()[1:] for line in lines if line.split()[0].isdecimal()}
     assert list(shown) == list(fractions) == [256, 1024]
     assert shown[256] == [*(f"{fractions[256][window]:.4f}" for window in (4, 16, 64)), "-"]
     assert any("tokens in a document: p10 " in line for line in lines)
     short = _lines(tmp_path / "b.jsonl", ["a", "b"])
     assert command.main([f"--input={short}", f"--output={tmp_path / 'short'}", "--tokenizer=byte"]) == 0
-    assert "no table of smallest KV fractions" in capsys.readouterr().out
+    assert "no table of KV fractions" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from natsjax.evaluate import dense_baseline
 from natsjax.evaluate import rows as eval_results
 from natsjax.evaluate.masked import chosen_roles
 from natsjax.evaluate.settings import bar
-from natsjax.kv_fraction import smallest_kv_fraction
+from natsjax.kv_fraction import all_sliding_kv_fraction
 from natsjax.policies.budgets import interval_fractions
 from natsjax.policies.nats import Nats
 from natsjax.runs.data import open_data
@@ -134,7 +134,7 @@ def test_the_contract_repeats_the_dialled_and_the_argmax_row(nats_evaluation):
     assert by_role_bias[0.0]["kv_fraction"] == budget_check["argmax"]
     assert budget_check["met"] == (abs(budget_check["biased"] - 0.3) <= 0.03)
     assert 0 < budget_check["sampled"] < 1
-    assert budget_check["smallest_possible"] == smallest_kv_fraction(np.full(10, CONTEXT), WINDOW)
+    assert budget_check["smallest_possible"] == all_sliding_kv_fraction(np.full(10, CONTEXT), WINDOW)
 
 
 def test_budgets_that_share_a_dial_are_one_row_of_the_closest(tmp_path):

@@ -97,7 +97,7 @@ def test_kv_fraction_counts_all_layers_and_the_smallest_is_reached():
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     batch = tiny.packed_batch(batch=4)
     _, metrics = trainer.step(trainer.init(), batch)
-    smallest = kv_fraction.smallest_model_kv_fraction(config, piece_lengths(batch))
+    smallest = kv_fraction.all_sliding_model_kv_fraction(config, piece_lengths(batch))
     assert float(metrics.kv_fraction) == pytest.approx(smallest, rel=1e-5)
     live = np.asarray(metrics.live_keys).mean(axis=1)
     assert np.all(live[[1, 4]] > live[[2, 5]])

@@ -31,6 +31,7 @@ from report_data import (
 from natsjax import report
 from natsjax.errors import UserError
 from natsjax.evaluate.rows import about_intervals
+from natsjax.policies.registry import POLICIES
 from natsjax.report import __main__ as report_command
 from natsjax.report import results, training
 from natsjax.report.styles import RUN_COLORS
@@ -118,7 +119,7 @@ def test_table_names_every_row_and_its_weights():
     for row, line in zip(rows, lines, strict=True):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         assert len(cells) == len(header.split("|")) - 2 == 8
-        assert cells[0] == report.METHOD_STYLES[row["method"]].label
+        assert cells[0] == report.style_of(row["method"]).label
         assert cells[2].replace("\\|", "|").split() == row["weights"].split()
         assert float(cells[6].split()[0]) == pytest.approx(row["perplexity"], rel=1e-3)
         assert float(cells[4].rstrip(" %")) == pytest.approx(100 * row["kv_fraction"], rel=5e-3)
@@ -159,8 +160,9 @@ def test_page_knows_dark_and_light_and_shares_the_pictures_colours(tmp_path):
     assert "@media screen and (prefers-color-scheme: dark)" in text
     assert "@media print" in text
     assert 'name="color-scheme" content="light dark"' in text
-    for method, style in report.METHOD_STYLES.items():
-        assert f"--{method}: {style.color};" in text
+    for method, entry in POLICIES.items():
+        assert f"--{method}: {entry.color};" in text
+        assert f"--{method}: {entry.dark_color};" in text
     for number, color in enumerate(RUN_COLORS):
         assert f"--run-{number}: {color};" in text
 

@@ -196,10 +196,13 @@ def test_a_checkpoint_of_another_kind_of_device_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"nats": {"kv_budget": 0.05}}, r"nats.kv_budget = 0.05 is below .* smallest possible KV fraction is 0\.\d+"),
+        ({"nats": {"kv_budget": 0.05}}, r"nats.kv_budget = 0.05: .* no KV fraction is below 0\.\d+"),
         ({"data": {"source": "corpus", "input": "nowhere"}}, "nowhere"),
-        ({"eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
-        ({"model": {"layer_types": "dense"}, "eval": {"budgets": (0.01,)}}, "0.01 cannot be reached"),
+        ({"eval": {"budgets": (0.01,)}}, "KV budget = 0.01: .* no KV fraction is below "),
+        (
+            {"model": {"layer_types": "dense"}, "eval": {"budgets": (0.01,)}},
+            "KV budget = 0.01: .* no KV fraction is below ",
+        ),
     ],
 )
 def test_a_mistake_leaves_no_trace_and_the_corrected_command_runs(tmp_path, no_evaluation, mistake, message):

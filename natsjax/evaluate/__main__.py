@@ -6,27 +6,28 @@ from collections.abc import Sequence
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import DEFAULT_CHUNK
 from natsjax.evaluate.evaluation import run
+from natsjax.policies.registry import POLICIES
 from natsjax.runtime.flags import Parser, run_command
 
 
 def _parse_budgets(text: str) -> list[float]:
     try:
-        budgets = [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--budgets={text}: numbers separated by commas were expected, as in 0.05,0.1.") from error
-    return budgets
+        raise UserError(f"--budgets={text}: these are no numbers; separate them by commas, as in 0.05,0.1.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
+    """Runs the command.
 
     Raises:
       UserError: see ``run``.
     """
+    decoded_only = ", ".join(entry.label for entry in POLICIES.values() if "masked" not in entry.modes)
     parser = Parser(
         prog="python -m natsjax.evaluate",
         description="Measures perplexity against KV budget on held-out text and writes WORKDIR/report/: results.jsonl "
-        "(one line a setting), pareto.png (the curve), report.html (curve, table, and text coloured by role) and "
+        "(one line a setting), pareto.png (the curve), report.html (curve, table, and text colored by role) and "
         "evaluation.json (all of it, for natsjax.report).",
     )
     parser.add_argument(
@@ -46,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prepared_dir",
         metavar="DIR",
-        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+        help="the folder of the prepared corpus (default: looked for beside the run, and where it was)",
     )
     parser.add_argument(
         "--mode",
         choices=("masked", "decode"),
         default="masked",
-        help="whole contexts with masks (the default), or chunk by chunk through a KV buffer, H2O and SnapKV too",
+        help="masked: whole contexts with masks (the default). decode: chunk by chunk through a KV buffer, which "
+        f"measures {decoded_only} too",
     )
     parser.add_argument(
         "--chunk",

@@ -1,4 +1,4 @@
-"""The dense baseline: full attention in the same shape, trained on the same tokens; what NAtS is compared with."""
+"""The dense baseline that NAtS is compared with: full attention in the same shape, trained on the same tokens."""
 
 import dataclasses
 import os
@@ -10,41 +10,46 @@ from natsjax.runs.load import LoadedRun, load
 def load_baseline(
     run: LoadedRun, baseline_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """The dense baseline of a NAtS run.
+    """Loads the dense baseline of a NAtS run.
 
     Args:
       run: the NAtS run.
       baseline_workdir: of the dense baseline.
-      prepared_dir: where the prepared corpus of both lies by now; None: as ``natsjax.load`` finds it.
+      prepared_dir: folder of the prepared corpus of both; None: as ``natsjax.load`` finds it.
 
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
     """
     if not run.config.model.has_roles:
-        raise UserError(f"--baseline_workdir is for a nats run, and {run.workdir.path} is itself a dense one.")
+        raise UserError(
+            f"--baseline_workdir={os.fspath(baseline_workdir)}: {run.workdir.path} is itself a dense run; leave the "
+            "flag out."
+        )
     baseline = load(baseline_workdir, prepared_dir=prepared_dir)
     where = f"--baseline_workdir={os.fspath(baseline_workdir)}"
     if set(baseline.config.model.layer_types) != {"dense"}:
         raise UserError(
-            f"{where} holds a run with model.layer_types = {baseline.config.model.layer_pattern}, not dense."
+            f"{where}: the run has model.layer_types = {baseline.config.model.layer_pattern}, not dense; name one "
+            "with dense layers alone."
         )
     marks = _data_marks(run)
     for name, theirs in _data_marks(baseline).items():
         if (ours := marks[name]) != theirs:
             raise UserError(
-                f"{where} is no dense baseline of {run.workdir.path}: its {name} is {theirs} instead of {ours}."
+                f"{where}: it is no dense baseline of {run.workdir.path}, for its {name} is {theirs} instead of "
+                f"{ours}; name a run on the same data."
             )
     return baseline
 
 
 def baseline_notes(run: LoadedRun, baseline: LoadedRun) -> list[str]:
-    """Sentences about what makes the comparison uneven: another shape, number of steps, or order of the contexts."""
+    """Returns sentences about an uneven comparison: another shape, number of steps, or order of the contexts."""
     pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(baseline).items()}
     return [f"The dense baseline's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
 
 
 def _data_marks(run: LoadedRun) -> dict[str, object]:
-    """What two runs on the same contexts share, the most telling first."""
+    """Returns the values that two runs on the same contexts have in common, the most telling first."""
     return {
         "data.context_length": run.config.data.context_length,
         # A recall task is its own vocabulary, without a fingerprint apart from the data's.
@@ -54,8 +59,9 @@ def _data_marks(run: LoadedRun) -> dict[str, object]:
 
 
 def _shape(run: LoadedRun) -> dict[str, object]:
+    """Returns the values that a fair comparison has in common."""
     model = dataclasses.asdict(run.config.model)
-    free = ("attention", "sliding_window", "remat")  # the first two are the difference, the last changes no number
+    free = ("layer_types", "sliding_window", "remat")  # the first two are the difference, the last changes no number
     return {"step": run.step, "data.shuffle": run.config.data.shuffle} | {
         f"model.{name}": value for name, value in model.items() if name not in free
     }

@@ -1,9 +1,9 @@
-"""Perplexity against KV budget: measures a run under its role bias and under fixed policies, and writes the report.
+"""Perplexity against KV budget: a run is measured under its role bias and under other policies, and a report written.
 
     python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--baseline_workdir=DIR] [--prepared_dir=DIR]
 
-Everything is teacher-forced on a fixed slice of held-out contexts: with masks, or, with ``--mode=decode``, as it is
-served: chunk by chunk through a KV buffer that frees what a policy drops. What has to be set to meet a budget (the
+Everything is teacher-forced on a fixed slice of held-out contexts: with masks, or, with ``--mode=decode``, as in
+generation: chunk by chunk through a KV buffer that frees what a policy drops. What has to be set to meet a budget (the
 role bias, the windows) is set on training-split contexts, so that the held-out text chooses nothing.
 """
 
@@ -28,7 +28,7 @@ from natsjax.evaluate.masked import Measurement, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of
 from natsjax.evaluate.settings import TOLERANCE, Setting, bar, settings_of
 from natsjax.policies.base import DecodingPolicy, StaticPolicy
-from natsjax.policies.budgets import wanted_budgets
+from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
@@ -38,11 +38,11 @@ from natsjax.runtime import distributed
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found and wrote.
+    """Results of an evaluation, and the files that it wrote.
 
     Attributes:
       rows: one per measured setting (``report.ROW_FIELDS``).
-      budget check: the budget check (``report.BUDGET_CHECK_FIELDS``); None for a dense run.
+      budget_check: the budget check (``report.BUDGET_CHECK_FIELDS``); None for a dense run.
       samples: held-out text with its roles under every role bias (``report.SAMPLE_FIELDS``); empty for a dense run.
       run_info: where the numbers come from (``report.RUN_FIELDS``).
       paths: files written: rows, picture, page, and everything again for ``natsjax.report`` to draw from.
@@ -57,7 +57,7 @@ class Evaluation:
     notes: list[str]
 
     def summary(self) -> str:
-        """The table, the budget check, the notes and the files, as plain text for the terminal."""
+        """Returns the table, the budget check, the notes and the files, as plain text for the terminal."""
         parts = [report.format_table(self.rows, show_accuracy=self.run_info["show_accuracy"])]
         if (budget_check := self.budget_check) is not None:
             percent = {
@@ -68,7 +68,7 @@ class Evaluation:
                 f"{percent['biased']} at role bias {budget_check['role_bias']:.4g} "
                 f"(±{100 * budget_check['tolerance']:g} % allowed).\n"
                 f"Without a role bias the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; "
-                f"the smallest possible is {100 * budget_check['smallest_possible']:.3g} %."
+                f"with every token SLIDING they would keep {100 * budget_check['smallest_possible']:.3g} %."
             )
         if self.notes:
             parts.append("\n".join(f"note: {note}" for note in self.notes))
@@ -89,20 +89,20 @@ def run(
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
 
-    A NAtS run is read under its role bias at every budget and at role bias 0; full attention, sliding window and
-    StreamingLLM run at the same budgets on its weights, and on those of its dense baseline when one is named. A dense
-    run alone gets the last three.
+    A NAtS run is read under its role bias at every budget and at role bias 0. The other policies of
+    ``natsjax.policies.registry`` run at the same budgets on its weights, and on those of its dense baseline when one is
+    named. A dense run alone gets these others.
 
     Args:
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
       baseline_workdir: of a dense run on the same data, for a NAtS run.
-      prepared_dir: where the prepared corpus lies by now, of the dense baseline too; None: beside the run, or where it
-        had it.
+      prepared_dir: folder of the prepared corpus, of the dense baseline too; None: beside the run, or where the run had
+        it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
-      mode: "masked": whole contexts with masks. "decode": through a KV buffer (``measure_decode``), the observing
-        policies and random keys too; rows then say what was allocated.
+      mode: "masked": whole contexts with masks. "decode": through a KV buffer, with policies that have no mask too;
+        rows then have the slots that were allocated.
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
 
     Raises:
@@ -114,7 +114,7 @@ def run(
       >>> print(natsjax.report.format_table(evaluation.rows))
     """
     if chunk < 1:
-        raise UserError(f"--chunk={chunk}: it must be 1 or more tokens.")
+        raise UserError(f"--chunk={chunk}: a chunk has no such number of tokens; choose 1 or more.")
     progress = progress and distributed.is_main()
     this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
     if distributed.is_main():
@@ -124,6 +124,8 @@ def run(
     calibration_contexts = this.data.contexts("train", this.config.eval.num_calibration_contexts)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
     notes = [] if baseline is None else baseline_notes(this, baseline)
+    if (below := about_global_tokens(this.config, wanted, this.data.piece_lengths)) is not None:
+        notes.append(below)
     decoded = chunk if mode == "decode" else None
     settings = settings_of(this, baseline, calibration_contexts, wanted, notes, progress, decoded)
 
@@ -146,7 +148,7 @@ def run(
 
 
 def check(config: Config, data: RunData) -> None:
-    """What an evaluation would refuse, before the training that comes first.
+    """Refuses what an evaluation would refuse, before the training that comes first.
 
     Raises:
       UserError: there is no held-out text, or a budget of ``eval.budgets`` cannot be.
@@ -156,7 +158,7 @@ def check(config: Config, data: RunData) -> None:
 
 
 def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
-    """With masks, or in chunks through a KV buffer."""
+    """Measures with masks, or in chunks through a KV buffer."""
     if chunk is None:
         return measure(setting.run, contexts, typing.cast(StaticPolicy, setting.policy))
     policy = typing.cast(DecodingPolicy, setting.policy)
@@ -164,7 +166,7 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
 
 
 def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The budget check of docs/method.md 4, on held-out text."""
+    """Returns the budget check of docs/method.md 4.4, on held-out text."""
     nats = this.config.nats
     by_role_bias = {row["setting"]["role_bias"]: row for row in rows if row["method"] == Nats.method}
     role_bias, biased = next(
@@ -179,7 +181,8 @@ def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]
         "role_bias": role_bias,
         "tolerance": TOLERANCE,
         "met": off <= TOLERANCE * nats.kv_budget,
-        "smallest_possible": kv_fraction.smallest_model_kv_fraction(this.config, piece_lengths(held_out)),
+        # Under the name that it had when it was taken for the smallest there is: stored reports have it.
+        "smallest_possible": kv_fraction.all_sliding_model_kv_fraction(this.config, piece_lengths(held_out)),
     }
 
 
@@ -193,7 +196,7 @@ def _run_info(
     notes: Sequence[str],
     chunk: int | None,
 ) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Returns ``report.RUN_FIELDS``: where the numbers come from."""
     config = this.config
     evaluation = (
         f"Teacher-forced prediction of {int(any_found.documents.tokens.sum())} held-out tokens in "
@@ -223,7 +226,7 @@ def _run_info(
 
 
 def _device(this: LoadedRun) -> str:
-    """What it ran on."""
+    """Names the devices that it ran on."""
     devices = this.mesh.devices
     kind = devices.flat[0].device_kind
     return kind if devices.size == 1 else f"{devices.size} times {kind}"
@@ -236,7 +239,7 @@ def _command(
     prepared_dir: str | os.PathLike[str] | None,
     chunk: int | None,
 ) -> str:
-    """The command that does the same."""
+    """Returns the command that does the same."""
     words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
     if budgets is not None:
         words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")

@@ -1,4 +1,4 @@
-"""What an evaluation measures: the role biases and the numbers of other policies that meet each budget.
+"""Settings to measure: the role biases and the numbers of other policies that meet each budget.
 
 They are set on training-split text, so that the held-out text chooses nothing.
 """
@@ -8,51 +8,36 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.evaluate.masked import measure
-from natsjax.policies.attention_score import H2O, SnapKV
-from natsjax.policies.base import DecodingPolicy, Policy, StaticPolicy
+from natsjax.policies.base import Policy
 from natsjax.policies.budgets import (
-    Layers,
-    fraction_for_budget,
+    Calibration,
+    OutOfReachError,
     interval_fractions,
-    keys_for_budget,
     layer_windows,
     role_bias_for_budget,
-    window_for_budget,
 )
-from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
-from natsjax.policies.nats import Nats
+from natsjax.policies.registry import POLICIES, PolicyEntry
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime import watchdog
 
 TOLERANCE = 0.1
-"""Share of a budget that the biased KV fraction may be off for the budget check to be met (docs/method.md 4)."""
-
-
-_FEWEST_KEYS = 2
-"""Of a head, for a policy that keeps some for being recent and some for being read."""
-
-_MOST_CONTINUED = 0.5
-"""Tokens behind a prompt of SnapKV, as a share of the keys that a query reads: all of them are kept, and more of them
-would leave it nothing to choose. On average they take half as many keys."""
+"""Fraction of a budget that the biased KV fraction may be off for the budget check to be met (docs/method.md 4.4)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One row to be: a policy on some weights, for a budget or for none.
+    """A row to measure: a policy on some weights, for a budget or for none.
 
     Attributes:
       run: whose model.
-      weights: what a report calls it.
-      policy: who reads what.
-      budget: that it meets.
-      continued: tokens that follow a prompt, for a policy that cuts prompts down (``measure_decode``); None: any.
+      weights: their name in a report.
+      policy: how long keys live.
+      budget: KV fraction that it meets.
+      continued: the most tokens that follow a prompt, for a policy that cuts prompts down; None: any.
     """
 
     run: LoadedRun
@@ -63,12 +48,12 @@ class Setting:
 
     @property
     def numbers(self) -> dict[str, int | float]:
-        """For a report."""
+        """The policy's numbers, for a report."""
         return self.policy.setting | ({} if self.continued is None else {"continued": self.continued})
 
 
 def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
-    """The items, with a progress bar on standard error, or, where that is no terminal, a plain line."""
+    """Returns the items, with a progress bar on standard error, or, where that is no terminal, a plain line."""
     noted = watchdog.noting(items)
     if progress and not sys.stderr.isatty():
         print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
@@ -85,115 +70,93 @@ def settings_of(
     progress: bool,
     chunk: int | None = None,
 ) -> list[Setting]:
-    """What to measure.
+    """Returns what to measure: every policy of the registry, on the run's weights and on the dense baseline's.
 
     Args:
       this: the run.
-      dense baseline: its dense baseline.
+      baseline: its dense baseline.
       calibration_contexts: of the training split.
       budgets: KV fractions.
-      notes: gets what cannot be.
+      notes: gets a sentence about each policy that cannot meet a budget.
       progress: show progress bars.
-      chunk: tokens that are decoded at once; then policies are there too that have no mask. None: masks.
+      chunk: tokens that are decoded at once, which measures policies without a mask too; None: masks.
     """
-    model = this.config.model
     pieces = piece_lengths(calibration_contexts)
-
-    def fixed(layers: Layers) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = [*_interval_policies(this.config, layers, pieces, budgets, notes)]
-        if chunk is not None:
-            found += _decoded_policies(this.config, layers, pieces, budgets, chunk, notes)
-        return found
-
-    policies = fixed(layer_windows(model))
-    if model.has_roles:
-        policies = [*_role_biases(this, calibration_contexts, budgets, notes, progress), *policies]
-    weights = f"this run ({model.layer_pattern}, step {this.step})"
-    settings = [Setting(this, weights, *found) for found in policies]
-    if baseline is not None:
-        weights = f"dense baseline {baseline.workdir.path} (step {baseline.step})"
-        settings += [Setting(baseline, weights, *found) for found in fixed(layer_windows(baseline.config.model))]
-    notes[:] = dict.fromkeys(notes)  # what holds for both weights is said once
+    mode = "masked" if chunk is None else "decode"
+    entries = [entry for entry in POLICIES.values() if mode in entry.modes]
+    settings = []
+    for run, weights in (
+        (this, f"this run ({this.config.model.layer_pattern}, step {this.step})"),
+        *([] if baseline is None else [(baseline, f"dense baseline {baseline.workdir.path} (step {baseline.step})")]),
+    ):
+        calibration = Calibration(this.config, pieces, layer_windows(run.config.model), chunk)
+        within = _within_layers(calibration, budgets, notes)
+        for entry in entries:
+            if entry.reads_roles:
+                if run.config.model.has_roles:
+                    settings += _role_biases(run, weights, entry, calibration_contexts, budgets, notes, progress)
+            elif entry.for_budget is None:
+                settings.append(Setting(run, weights, entry.make()))
+            else:
+                settings += _at_budgets(run, weights, entry, calibration, within, notes)
+    notes[:] = dict.fromkeys(notes)  # a note about both weights is printed once
     return settings
 
 
 def _role_biases(
-    this: LoadedRun, contexts: Row, budgets: Sequence[float], notes: list[str], progress: bool
-) -> list[tuple[StaticPolicy, float | None]]:
-    """The role bias for each budget, and role bias 0, ascending; budgets that share a role bias share an entry."""
+    run: LoadedRun,
+    weights: str,
+    entry: PolicyEntry,
+    contexts: Row,
+    budgets: Sequence[float],
+    notes: list[str],
+    progress: bool,
+) -> list[Setting]:
+    """Returns the role bias for each budget, and role bias 0, ascending; budgets that share one share an entry."""
     seen: dict[float, float] = {}
     found = {}
     for budget in bar(budgets, "setting the role bias", progress):
         found[budget] = role_bias_for_budget(
-            lambda role_bias: measure(this, contexts, Nats(role_bias)).kv_fraction, budget, seen
+            lambda role_bias: measure(run, contexts, entry.make(role_bias)).kv_fraction, budget, seen
         )
         if abs(found[budget].kv_fraction - budget) > TOLERANCE * budget:
             notes.append(
                 f"No role bias gives a KV fraction of {budget:.4g} on training-split text; the closest is "
                 f"{found[budget].kv_fraction:.4g}, at role bias {found[budget].role_bias:.4g}."
             )
-    # A role bias that several budgets ended at is listed under the budget check's, or else the closest: the last one
-    # wins.
-    order = sorted(found, key=lambda b: (b == this.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
+    # A role bias at which several budgets ended is listed under the run's own budget, or else under the closest: the
+    # last one wins.
+    order = sorted(found, key=lambda b: (b == run.config.nats.kv_budget, -abs(found[b].kv_fraction - b)))
     role_biases: dict[float, float | None] = {0.0: None} | {found[budget].role_bias: budget for budget in order}
-    return [(Nats(role_bias), role_biases[role_bias]) for role_bias in sorted(role_biases)]
+    return [Setting(run, weights, entry.make(bias), role_biases[bias]) for bias in sorted(role_biases)]
 
 
-def _interval_policies(
-    config: Config, layers: Layers, pieces: np.ndarray, budgets: Sequence[float], notes: list[str]
-) -> list[tuple[StaticPolicy, float | None]]:
-    """Full attention, and the fixed policies at each budget that they can meet."""
-    policies: list[tuple[StaticPolicy, float | None]] = [(FullAttention(), None)]
-    most = float(interval_fractions(pieces, 0, layers)[-1])
-    if any(budget > most for budget in budgets):
-        notes.append(
-            f"At KV budgets above {most:.4g} only NAtS is measured: the windows of the model's own layers leave "
-            "no more."
-        )
-        budgets = [budget for budget in budgets if budget <= most]
-    for budget in budgets:
-        window = window_for_budget(pieces, budget, layers=layers)
-        if window is None:
-            notes.append(f"No sliding window is as small as the KV budget {budget:.4g}.")
-        else:
-            policies.append((SlidingWindow(window), budget))
-    num_sinks = config.eval.num_sinks
-    for budget in budgets:
-        window = window_for_budget(pieces, budget, num_sinks=num_sinks, layers=layers)
-        if window is None:
-            notes.append(
-                f"StreamingLLM is left out at the KV budget {budget:.4g}: its {num_sinks} sinks and each query's own "
-                "key take more."
-            )
-        else:
-            policies.append((StreamingLLM(num_sinks, window), budget))
-    return policies
+def _within_layers(calibration: Calibration, budgets: Sequence[float], notes: list[str]) -> Sequence[float]:
+    """Returns the budgets that are not above what the windows of the model's own layers leave."""
+    most = float(interval_fractions(calibration.piece_lengths, 0, calibration.layers)[-1])
+    if all(budget <= most for budget in budgets):
+        return budgets
+    notes.append(
+        f"At KV budgets above {most:.4g} only NAtS is measured: the windows of the model's own layers leave no more."
+    )
+    return [budget for budget in budgets if budget <= most]
 
 
-def _decoded_policies(
-    config: Config, layers: Layers, pieces: np.ndarray, budgets: Sequence[float], chunk: int, notes: list[str]
-) -> list[tuple[DecodingPolicy, float | None, int | None]]:
-    """Random keys, and the policies that observe, at each budget that they can meet: policy, budget, ``continued``."""
-    policies: list[tuple[DecodingPolicy, float | None, int | None]] = []
-    seed, window = config.train.seed, config.nats.window
-    positions = jnp.arange(pieces.max(), dtype=jnp.int32)[None]
-    draws = np.asarray(RandomKeys(0.0, seed=seed).samples(positions, config.model.num_kv_heads))[0]
+def _at_budgets(
+    run: LoadedRun,
+    weights: str,
+    entry: PolicyEntry,
+    calibration: Calibration,
+    budgets: Sequence[float],
+    notes: list[str],
+) -> list[Setting]:
+    """Returns a policy at each budget that it can meet."""
+    settings = []
     for budget in budgets:
-        share, window_within = fraction_for_budget(pieces, budget, window, layers, draws)
-        if share is not None:
-            policies.append((RandomKeys(share, window_within, seed), budget, None))
-    mean_context = np.sum(pieces * (pieces + 1) / 2) / np.sum(pieces)
-    for budget in budgets:
-        num_keys = keys_for_budget(pieces, budget, 1, layers)
-        if num_keys is None or num_keys < _FEWEST_KEYS:
-            notes.append(f"H2O is left out at the KV budget {budget:.4g}: each query's own key takes more.")
+        try:
+            numbers = entry.numbers_for(calibration, budget)
+        except OutOfReachError as error:
+            notes.append(f"At the KV budget {budget:.4g}, {entry.label} is left out: {error}.")
         else:
-            policies.append((H2O(num_keys, num_keys // 2), budget, None))
-    for budget in budgets:
-        continued = int(np.clip(_MOST_CONTINUED * budget * mean_context, 1, chunk))
-        num_keys = keys_for_budget(pieces, budget, continued, layers)
-        if num_keys is None or num_keys < _FEWEST_KEYS:
-            notes.append(f"SnapKV is left out at the KV budget {budget:.4g}: what follows its prompts takes more.")
-        else:
-            policies.append((SnapKV(num_keys, min(32, num_keys // 2)), budget, continued))
-    return policies
+            settings.append(Setting(run, weights, entry.make(*numbers.arguments), budget, numbers.continued))
+    return settings

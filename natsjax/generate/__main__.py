@@ -10,16 +10,16 @@ from natsjax.runtime.flags import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status.
+    """Runs the command and returns its exit status.
 
     Raises:
-      UserError: see ``run`` and ``generate_flags.parse_generate_flags``.
+      UserError: see ``run`` and ``parse_generate_flags``.
     """
     arguments = parse_generate_flags(
         argv,
-        "Continues prompts with the newest checkpoint of a run or an export. Prompts and what follows them go to "
-        "standard output as they come, one after another; the closing line (tokens, seconds, and the KV cache beside "
-        "that of full attention) goes to standard error.",
+        "Continues prompts with the newest checkpoint of a run or an export. Prompts and their continuations go to "
+        "standard output at once, one after another; the closing line (tokens, seconds, and the KV cache beside that "
+        "of full attention) goes to standard error.",
     )
     found = run(**arguments, stream=sys.stdout, warn=lambda note: distributed.say(f"warning: {note}"))
     distributed.say(found.summary())

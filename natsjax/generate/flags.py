@@ -1,10 +1,10 @@
-"""Flags of ``python -m natsjax.generate``: where prompts come from, how tokens are drawn, how long keys live."""
+"""Flags of ``python -m natsjax.generate``: prompts, sampling, policies, devices, files."""
 
 import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from natsjax.config import MeshConfig
@@ -14,37 +14,35 @@ from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.model.sharding import AXES
-from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.base import DecodingPolicy
 from natsjax.policies.eviction import EVICTIONS
-from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
-from natsjax.policies.nats import Nats
+from natsjax.policies.registry import POLICIES
 from natsjax.runtime.flags import Parser, typed_text
 
 _MAX_ROLE_BIAS = 1e6  # logits are of order 1 to 10
 
 READING = Sampling(temperature=0.8)
-"""How the command draws unless it is told otherwise: text to read; greedy text soon repeats itself."""
+"""The command's default: text to read. Greedy text soon repeats itself."""
 
 _TOO_LARGE = 2**30  # numbers become int32, and are added to others
 
 
 def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[str, Any]:
-    """The arguments of ``natsjax.generate.run``.
+    """Returns the arguments of ``natsjax.generate.run``.
 
     Args:
       argv: the command line, without the program; None: this process's.
-      description: what ``--help`` says first.
+      description: the beginning of ``--help``.
 
     Raises:
-      UserError: a flag or its value does not fit, or there is no prompt; the message says which.
+      UserError: a flag or its value does not fit, or there is no prompt; the message names it.
     """
     flags = _parser(description).parse_args(argv)
     for name in ("max_new_tokens", "batch_size", "top_k", "max_kv", "chunk", "block"):
         if (value := getattr(flags, name)) is not None and value >= _TOO_LARGE:
-            raise UserError(f"{name}={value}: it must be less than {_TOO_LARGE}.")
+            raise UserError(f"--{name}={value}: it is too large; choose a number below {_TOO_LARGE}.")
     if flags.eviction is not None and flags.max_kv is None:
-        raise UserError(f"--eviction={flags.eviction} says what goes first where --max_kv is reached; give that too.")
+        raise UserError(f"--eviction={flags.eviction}: without --max_kv nothing is evicted; give that too.")
     names = [field.name for field in dataclasses.fields(Sampling)]
     given = {"chunk": flags.chunk, "block": flags.block, "max_kv": flags.max_kv, "eviction": flags.eviction}
     return {
@@ -95,32 +93,34 @@ def _parser(description: str) -> argparse.ArgumentParser:
         type=float,
         default=READING.temperature,
         metavar="F",
-        help=f"of the draws; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
+        help=f"of sampling; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
     )
-    add("--top_k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all (default: 0)")
+    add(
+        "--top_k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0: from all (default: 0)"
+    )
     add(
         "--top_p",
         type=float,
         default=1.0,
         metavar="F",
-        help="draw from the likeliest tokens that reach this probability together (default: 1)",
+        help="sample from the likeliest tokens that reach this probability together (default: 1)",
     )
     add(
         "--min_p",
         type=float,
         default=0.0,
         metavar="F",
-        help="draw from tokens with at least this share of the likeliest one's probability (default: 0)",
+        help="sample from tokens with at least this fraction of the likeliest one's probability (default: 0)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the draws: the same gives the same text (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling: the same gives the same text (default: 0)")
     add("--stop_tokens", metavar="ID,ID,…", help="token ids after which a prompt is done, beside EOS")
-    add("--ignore_eos", action="store_true", help="go on where the model ends the document")
+    add("--ignore_eos", action="store_true", help="continue where the model ends the document")
     add("--role_bias", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
     add(
         "--policy",
         metavar="NAME",
-        help=f"how long keys live: {', '.join(policy_forms())} (default: nats, or full for a dense run; W queries "
-        "after its own, the first S keys of a document, N keys of a head with the R newest, SHARE of all keys)",
+        help="which keys live (default: nats, or full for a dense run). "
+        + "; ".join(f"{entry.form}: {entry.summary}" for entry in POLICIES.values()).replace("%", "%%"),
     )
     add("--max_kv", type=int, metavar="N", help="the most keys of a head; what has to go for it is counted")
     add(
@@ -157,7 +157,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add(
         "--prepared_dir",
         metavar="DIR",
-        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+        help="the folder of the prepared corpus (default: looked for beside the run, and where it was)",
     )
     return parser
 
@@ -166,10 +166,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _prompts(flags: argparse.Namespace) -> list[str] | list[list[int]]:
-    """From the one place that the flags name, or from what is piped in."""
+    """Returns the prompts from the one place that the flags name, or from standard input."""
     given = [name for name in ("prompt", "prompt_file", "prompt_tokens") if getattr(flags, name) is not None]
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} are two places for prompts; choose one.")
+        raise UserError(f"--{given[0]}, --{given[1]}: these are two places for prompts; choose one.")
     if flags.prompt is not None:
         return flags.prompt
     if flags.prompt_tokens is not None:
@@ -180,6 +180,7 @@ def _prompts(flags: argparse.Namespace) -> list[str] | list[list[int]]:
 
 
 def _lines(name: str) -> list[str]:
+    """Reads a prompt from each line of a file, or of standard input for ``-``."""
     what = "standard input" if name == "-" else f"--prompt_file={name}"
     if name == "-" and sys.stdin is None:
         raise UserError("--prompt_file=-: standard input is closed; give a file, or --prompt=TEXT.")
@@ -192,53 +193,39 @@ def _lines(name: str) -> list[str]:
             check_no_pointer(pathlib.Path(name), content)
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{what}: it cannot be read ({error.strerror}); name another file.") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{what} is no UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}.") from error
+        byte = f"0x{content[error.start]:02x}"
+        raise UserError(f"{what}: line {line} has the byte {byte}, which is no UTF-8; convert it to UTF-8.") from error
     if not text:
-        raise UserError(f"{what} is empty: there is no prompt; an empty line is an empty one.")
+        raise UserError(f"{what}: it is empty, so there is no prompt; an empty line is an empty one.")
     # Not splitlines, which also splits at form feeds and the like.
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _ids(flag: str, text: str) -> list[int]:
+    """Reads token ids."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--{flag}={text}: ids separated by commas were expected, as in 0,5,7.") from error
+        raise UserError(f"--{flag}={text}: these are no ids; separate them by commas, as in 0,5,7.") from error
 
 
 # --- policies and meshes by name ---
 
 
-def _h2o(num_keys: int, num_recent: int | None = None) -> H2O:
-    return H2O(num_keys, num_keys // 2 if num_recent is None else num_recent)  # half, as in the paper
-
-
-# What follows the name, what makes the policy, the types of its numbers, and how many of them must be there.
-_POLICIES: dict[str, tuple[str, Callable[..., DecodingPolicy], tuple[type, ...], int]] = {
-    "full": ("", FullAttention, (), 0),
-    "nats": ("", Nats, (), 0),
-    "sliding_window": (":W", SlidingWindow, (int,), 1),
-    "streaming_llm": (":S,W", StreamingLLM, (int, int), 2),
-    "h2o": (":N[,R]", _h2o, (int, int), 1),
-    "snapkv": (":N[,W]", SnapKV, (int, int), 1),
-    "random": (":SHARE[,W]", RandomKeys, (float, int), 1),
-}
-
-
 def policy_forms() -> list[str]:
-    """What ``parse_policy`` knows."""
-    return [name + form for name, (form, *_) in _POLICIES.items()]
+    """Returns the texts that ``parse_policy`` takes, with letters for numbers."""
+    return [entry.form for entry in POLICIES.values()]
 
 
 def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPolicy | None:
-    """A policy by name; None where nothing is asked for.
+    """Returns a policy by name; None where nothing is asked for.
 
     Args:
       text: one of ``policy_forms``.
-      role bias: of ``nats``.
+      role_bias: for a policy that reads the model's roles.
 
     Raises:
       UserError: it is none of them, or a number does not fit.
@@ -249,35 +236,38 @@ def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPo
     """
     if role_bias is not None and not abs(role_bias) <= _MAX_ROLE_BIAS:
         raise UserError(
-            f"--role_bias={role_bias}: a number between -{_MAX_ROLE_BIAS:g} and {_MAX_ROLE_BIAS:g} was expected."
+            f"--role_bias={role_bias}: it is out of range; choose one from -{_MAX_ROLE_BIAS:g} to {_MAX_ROLE_BIAS:g}."
         )
     if text is None:
-        return None if role_bias is None else Nats(role_bias)
+        if role_bias is None:
+            return None
+        return next(entry for entry in POLICIES.values() if entry.reads_roles).make(role_bias)
     name, colon, rest = text.partition(":")
-    if name not in _POLICIES:
+    if name not in POLICIES:
         raise UserError(
-            f"--policy={text}: one of {', '.join(policy_forms())} was expected{did_you_mean(name, _POLICIES)}."
+            f"--policy={text}: there is no such policy{did_you_mean(name, POLICIES)}; choose one of "
+            f"{', '.join(policy_forms())}."
         )
-    if role_bias is not None and name != "nats":
-        raise UserError(f"--role_bias={role_bias:g} is for the model's roles, and --policy={text} does not read them.")
-    form, make, types, least = _POLICIES[name]
+    entry = POLICIES[name]
+    if role_bias is not None and not entry.reads_roles:
+        raise UserError(f"--role_bias={role_bias:g}: --policy={text} does not read the model's roles; leave one out.")
     words = rest.split(",") if colon else []
     try:
-        numbers = [kind(word) for kind, word in zip(types, words, strict=False)]
+        numbers = [number.kind(word) for number, word in zip(entry.numbers, words, strict=False)]
     except ValueError:
         numbers = []
-    if len(numbers) != len(words) or len(words) < least:
-        raise UserError(f"--policy={text}: {name}{form} was expected.")
+    if len(numbers) != len(words) or len(words) < sum(number.required for number in entry.numbers):
+        raise UserError(f"--policy={text}: its numbers do not fit; give it as {entry.form}.")
     if any(number >= _TOO_LARGE for number in numbers):
-        raise UserError(f"--policy={text}: numbers must be less than {_TOO_LARGE}.")
+        raise UserError(f"--policy={text}: a number is too large; choose numbers below {_TOO_LARGE}.")
     try:
-        return Nats(role_bias or 0.0) if name == "nats" else make(*numbers)
+        return entry.make(*numbers, *([] if role_bias is None else [role_bias]))
     except ValueError as error:  # out of the policy's range
         raise UserError(f"--policy={text}: {str(error).rstrip('.')}.") from error
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Sizes of a mesh by name; axes without one get 1, or what is left where no other does.
+    """Reads sizes of a mesh by name; axes without one get 1, or what is left where no other does.
 
     Raises:
       UserError: an axis is unknown, named twice or divides sequences, or a size does not fit.
@@ -292,18 +282,18 @@ def parse_mesh(text: str) -> MeshConfig:
         try:
             size = int(word)
         except ValueError as error:
-            raise UserError(f"--mesh={text}: AXIS=N,… was expected, as in data=2,tensor=4.") from error
+            raise UserError(f"--mesh={text}: it is not AXIS=N,…; give it as in data=2,tensor=4.") from error
         if name not in AXES:
             raise UserError(f"--mesh={text}: unknown axis {name!r}{nearest(name, AXES)}.")
         if name in sizes:
-            raise UserError(f"--mesh={text}: {name} stands there twice.")
+            raise UserError(f"--mesh={text}: {name} is there twice; name each axis once.")
         if size < 1 and size != -1:
-            raise UserError(f"--mesh={text}: {name} must be 1 or more, or -1 for the rest.")
+            raise UserError(f"--mesh={text}: {name} has no such size; choose 1 or more, or -1 for the rest.")
         sizes[name] = size
     if sizes.get("context", 1) != 1:
         raise UserError(f"--mesh={text}: decoding divides batch and heads, not sequences; leave context out.")
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"--mesh={text}: -1, the rest, can stand there once.")
+        raise UserError(f"--mesh={text}: -1, the rest, is there twice; name it once.")
     if -1 in sizes.values():
         sizes.setdefault("fsdp", 1)
     return MeshConfig(**sizes)

@@ -9,7 +9,7 @@ from natsjax.runtime import standard_streams
 
 
 class TextStream:
-    """Text of tokens that come one after another; only what no later token can change is given out.
+    """Decoder of a growing list of tokens; it gives out the text that no later token can change.
 
     Example:
       >>> stream = TextStream(ByteTokenizer())
@@ -21,7 +21,7 @@ class TextStream:
         self._tokenizer, self._held, self._given = tokenizer, [], 0  # type: Tokenizer, list[int], int
 
     def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
-        """More tokens; ``is_last`` gives out what is left."""
+        """Takes more tokens and returns more text; ``is_last`` gives out what is left."""
         self._held += tokens
         text = self._tokenizer.decode(self._held)
         # A character that is not whole yet is one U+FFFD, at the end.
@@ -33,13 +33,13 @@ class TextStream:
 
 
 class IdStream:
-    """The same where there is no text: ids with commas between them, as ``--prompt_tokens`` takes them."""
+    """The same where there is no text: it gives ids with commas between them, as ``--prompt_tokens`` takes them."""
 
     def __init__(self):
         self._is_first = True
 
     def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
-        """More tokens."""
+        """Takes more tokens and returns more text."""
         comma = "" if self._is_first or not tokens else ","
         self._is_first &= not tokens
         return comma + ",".join(map(str, tokens))
@@ -47,20 +47,20 @@ class IdStream:
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-"""What a terminal would obey, made visible."""
+"""Characters that a terminal would obey, made visible."""
 
 
 class Printer:
-    """Prompts and what follows them, in order: the first that is not done is written as it comes, the others wait.
+    """Writer of prompts and their continuations, in order: of the first unfinished one at once, then of the next.
 
     Args:
-      stream: where to; None: nowhere.
+      stream: gets the text; None: nothing is written.
       tokenizer: None: ids are written.
       prompts: ids of all prompts.
       stop: ids that end a prompt.
-      num_new: tokens that end a prompt.
+      num_new: number of tokens that ends a prompt.
       echo: whether prompts are written too.
-      kept: whether tokens are kept elsewhere too, so that they are wanted though the stream is gone.
+      kept: whether tokens are kept elsewhere too; then generation continues when the stream is gone.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Printer:
             self._write("\n")
 
     def begin(self) -> None:
-        """The heading and the prompt that come next."""
+        """Writes the heading and the prompt that come next."""
         self._words: TextStream | IdStream = IdStream() if self._tokenizer is None else TextStream(self._tokenizer)
         self._is_open = True
         if len(self._prompts) > 1:
@@ -97,14 +97,14 @@ class Printer:
             self._write(self._words.push(self._prompts[self._at]), bold=True)
 
     def of_batch(self, first: int) -> OnTokens:
-        """What ``decode.generate`` calls for the batch that begins with this prompt."""
+        """Returns the callback of ``decode.generate`` for the batch that begins with this prompt."""
         return lambda row, tokens, _: self.add(first + row, tokens)
 
     def add(self, number: int, tokens: list[int]) -> None:
-        """More tokens of a prompt, counted from 0.
+        """Takes more tokens of a prompt, counted from 0.
 
         Raises:
-          standard_streams.OutputLost: nobody gets them.
+          standard_streams.OutputLost: nobody reads the stream any more, and tokens are not kept elsewhere.
         """
         if not self._kept:
             standard_streams.check(self._stream)

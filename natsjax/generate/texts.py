@@ -1,8 +1,8 @@
-"""Text from a trained run, as it is drawn, and what its KV took.
+"""Text from a trained run, streamed while it is sampled, and the size of its KV cache.
 
     python -m natsjax.generate --workdir=DIR --prompt=TEXT [--role_bias=F] [--max_kv=N] [--mesh=data=2,tensor=4]
 
-A prompt is read as documents began in training: BOS, then its tokens. Prompts and what follows them go to standard
+A prompt is read as documents began in training: BOS, then its tokens. Prompts and their continuations go to standard
 output, in the order of the prompts; warnings and the closing line go to standard error.
 """
 
@@ -35,15 +35,15 @@ from natsjax.runtime.files import check_files, make_folder, unwritable
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What ``run`` generated.
+    """Results of ``run``.
 
     Attributes:
       prompts: token ids of each prompt, BOS included.
-      texts: what follows each prompt, without it; None where tokens stand for no text.
-      total: tokens, log-probabilities and what they took; numbers are those of all batches (``total``).
+      texts: the continuation of each prompt, without the prompt; None where tokens stand for no text.
+      total: tokens, log-probabilities, times and sizes; numbers are those of all batches (``total``).
       batches: the same for each batch.
       policy: how long keys lived.
-      notes: sentences to be warned by.
+      notes: warnings, a sentence each.
     """
 
     prompts: list[list[int]]
@@ -54,7 +54,7 @@ class Generated:
     notes: list[str]
 
     def summary(self) -> str:
-        """The closing line."""
+        """Returns the closing line."""
         found, batches = self.total, f" in {len(self.batches)} batches" if len(self.batches) > 1 else ""
         num_new = sum(map(len, found.tokens))
         text = (
@@ -64,9 +64,9 @@ class Generated:
         if found.steady_tokens:
             speed = found.steady_tokens / found.steady_seconds
             text += f", {speed:,.1f} tokens/s after that (less what had to be compiled)"
-        elif num_new > len(self.prompts):  # one segment, which compiles: no speed to speak of
+        elif num_new > len(self.prompts):  # one segment, which compiles: its speed means nothing
             text += f", the last after {found.seconds:.3g} s"
-        numbers = "".join(f", {name} {value:g}" for name, value in self.policy.setting.items())
+        numbers = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in self.policy.setting.items())
         text += f"; KV under {self.policy.method}{numbers}: "
         if not math.isnan(found.kv_live):
             text += f"{found.kv_live:.1f} live keys a head on average, at most {found.kv_live_max:,}; "
@@ -92,7 +92,7 @@ def _bytes(size: int) -> str:
 
 
 def total(batches: Sequence[Generation]) -> Generation:
-    """Batches that ran one after another, as one.
+    """Adds up batches that ran one after another.
 
     Times, tokens, slots, bytes, evicted keys and transfers are sums, ``kv_live`` is the mean over all queries,
     ``kv_live_max`` and ``capacities`` are the largest, and ``first_token_seconds`` is the first batch's.
@@ -146,19 +146,19 @@ def run(
     Args:
       workdir: of the run, or an export.
       prompts: texts, which get BOS before them; or token ids, which are taken as they are.
-      max_new_tokens: tokens to draw for each prompt, at most.
-      sampling: how they are drawn; ``Sampling()`` is greedy. A prompt's tokens do not depend on the batches.
+      max_new_tokens: tokens to sample for each prompt, at most.
+      sampling: the rule; ``Sampling()`` is greedy. A prompt's tokens do not depend on the batches.
       stop_tokens: a prompt is done after one of these ids, or after EOS.
-      ignore_eos: go on after EOS.
+      ignore_eos: continue after EOS.
       policy: how long keys live; None: the model's roles, or full attention for a dense model.
       settings: of decoding.
       batch_size: prompts at a time.
       mesh_config: devices; None: as the run was trained, where that is possible.
-      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
+      prepared_dir: folder of the prepared corpus; None: beside the run, or where the run had it.
       output: a file to write: a JSON object a line and prompt, with its text, ids and log-probabilities.
-      stream: where text goes as it comes (ids where there is no text); None: nowhere.
-      echo: whether a prompt is written before what follows it.
-      warn: called with each of ``Generated.notes``, before anything is drawn.
+      stream: gets text while it is sampled (ids where there is no text); None: nothing is written.
+      echo: whether a prompt is written before its continuation.
+      warn: called with each of ``Generated.notes``, before anything is sampled.
       loaded: the run, when it is in memory already.
 
     Raises:
@@ -172,9 +172,9 @@ def run(
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
-            raise UserError(f"{name}={value}: it must be 1 or more.")
+            raise UserError(f"{name} = {value}: it is too small; choose 1 or more.")
     if jax.process_count() > 1:
-        raise UserError(f"there are {jax.process_count()} processes, and natsjax.generate runs as one.")
+        raise UserError(f"there are {jax.process_count()} processes, and natsjax.generate runs as one; start one.")
     if output is not None and not os.path.exists(os.path.expanduser(output)):
         check_files(f"--output={os.fspath(output)}", [output])
     this = loaded
@@ -184,7 +184,7 @@ def run(
     tokenizer = this.tokenizer if isinstance(this.tokenizer, Tokenizer) else None
     ids = [_token_ids(this, number, prompt) for number, prompt in enumerate(prompts, 1)]
     if not ids:
-        raise UserError("there is no prompt.")
+        raise UserError("prompts = []: there is no prompt; give one or several.")
     _check_ids("stop_tokens", stop_tokens, this.tokenizer.vocab_size)
     stop = {*stop_tokens, *(() if tokenizer is None or ignore_eos else (tokenizer.eos_id,))}
     decoder = Decoder.of_run(this, policy, settings)
@@ -218,19 +218,20 @@ def run(
 
 @contextlib.contextmanager
 def _sentence_where_memory_ends() -> Iterator[None]:
+    """Replaces JAX's report of full memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the memory of the devices is too small for this: make --batch_size, --max_new_tokens or --chunk smaller, "
+            "the memory of the devices is too small for this; make --batch_size, --max_new_tokens or --chunk smaller, "
             "keep fewer keys (--role_bias, --max_kv), or take more devices (--mesh)."
         ) from error
 
 
 def _default_mesh(config: Config) -> MeshConfig | None:
-    """None: as the run was trained, unless that divides sequences, which decoding does not."""
+    """Returns None, the mesh of training, unless that divides sequences, which decoding does not."""
     return None if config.mesh.context == 1 else MeshConfig()
 
 
@@ -238,12 +239,12 @@ def _token_ids(this: LoadedRun, number: int, prompt: str | Sequence[int]) -> lis
     tokenizer = this.tokenizer
     if not isinstance(prompt, str):
         if not len(prompt):
-            raise UserError(f"prompt {number} has no token: give at least the one that begins a document.")
+            raise UserError(f"prompt {number}: it has no token; give at least the one that begins a document.")
         _check_ids(f"prompt {number}", prompt, tokenizer.vocab_size)
         return [int(token) for token in prompt]
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(
-            f"{this.workdir.path} is a recall run, whose tokens stand for no text; give ids, as in "
+            f"prompt {number}: {this.workdir.path} is a recall run, whose tokens stand for no text; give ids, as in "
             "--prompt_tokens=0,5,7."
         )
     ids = signals.interruptible(lambda: tokenizer.encode(prompt))  # a library takes minutes for a prompt of many MB
@@ -253,11 +254,11 @@ def _token_ids(this: LoadedRun, number: int, prompt: str | Sequence[int]) -> lis
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise UserError(f"{name}: the vocabulary has the ids 0 … {vocab_size - 1}, and not {token}.")
+            raise UserError(f"{name}: there is no id {token}; the vocabulary has the ids 0 … {vocab_size - 1}.")
 
 
 def _notes(prompts: list[list[int]], num_new: int, trained: int) -> list[str]:
-    """At most one: on what is longer than in training."""
+    """Returns at most one warning: text will be longer than the contexts of training."""
     longest = max(range(len(prompts)), key=lambda n: len(prompts[n]))
     length = len(prompts[longest])
     if length + num_new <= trained:
@@ -271,7 +272,7 @@ def _notes(prompts: list[list[int]], num_new: int, trained: int) -> list[str]:
 
 @contextlib.contextmanager
 def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A function that writes objects to the file, a line each; what is written stays, whatever happens later."""
+    """Gives a function that writes objects to the file, a line each, and at once."""
     if output is None:
         yield lambda _: None
         return
@@ -297,6 +298,8 @@ def _writer(output: str | os.PathLike[str] | None) -> Iterator[Callable[[list[di
 def _records(
     tokenizer: Tokenizer | None, prompts: Sequence[str | Sequence[int]], ids: list[list[int]], found: Generation
 ) -> list[dict[str, Any]]:
+    """Returns the objects of ``output``."""
+
     def text_of(tokens: list[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(tokens)
 

@@ -1,11 +1,14 @@
-"""Which budgets to measure, and the setting of each policy that meets a budget: a role bias by search, a window by
-counting.
+"""Budgets that are measured, and the numbers of each policy that meet one: by counting, a role bias by search.
 
-A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causal ones, mean over all layers. A "sliding"
-layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is the
-window of each layer of the pattern (``layer_windows``), None for a layer that has none.
+A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causal ones, mean over all layers. A
+"sliding" layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is
+the window of each layer of the pattern (``layer_windows``), None for a layer that has none.
+
+``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o`` and ``snapkv`` are what ``natsjax.policies.registry``
+points to. Numpy only: what needs jax is imported where it is used.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from natsjax import kv_fraction
 from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
-from natsjax.kv_fraction import smallest_model_kv_fraction
-from natsjax.policies.interval import RANDOM_DRAWS
 
 NUM_BUDGETS = 6
 """How many budgets are measured at least, unless somebody asks for others."""
@@ -26,19 +28,16 @@ _SPARE_FACTORS = (0.7, 0.9, 1.4, 0.5, 2.5, 0.4, 3.2)  # where the window, or 1, 
 _DENSE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 _MAX_ROLE_BIAS = 32.0  # logits are of order 1 to 10: beyond it the role bias alone decides
-_ROLE_BIAS_STEP = (
-    1e-3  # role biases are multiples of it, so that a role bias read from a table is the role bias that was measured
-)
+_ROLE_BIAS_STEP = 1e-3  # role biases are multiples of it, so that one read from a table is the one that was measured
 _CLOSE_ENOUGH = 0.01  # of the budget
 _MAX_EVALUATIONS = 20  # for one budget
 
+_FEWEST_KEYS = 2
+"""Of a head, for a policy that keeps some for being recent and some for being read."""
 
-class RoleBiasMatch(NamedTuple):
-    """The role bias closest to a budget, and the KV fraction that it gave."""
-
-    role_bias: float
-    kv_fraction: float
-
+_MOST_CONTINUED = 0.5
+"""Tokens behind a prompt of SnapKV, as a fraction of the keys that a query reads: all of them are kept, and more of
+them would leave it nothing to choose. On average they take half as many keys."""
 
 Layers = Sequence[int | None]
 UNLIMITED: Layers = (None,)
@@ -46,18 +45,21 @@ UNLIMITED: Layers = (None,)
 
 
 def layer_windows(model: ModelConfig) -> Layers:
-    """The windows of the layers' own, by place in the pattern."""
+    """Returns the windows of the layers' own, by place in the pattern."""
     return [model.sliding_window if kind == "sliding" else None for kind in model.layer_types]
 
 
+# --- which budgets ---
+
+
 def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
-    """Budgets around ``kv_budget``, ascending: 0.6 to 2 times it, as far as they lie between ``smallest`` and 1.
+    """Returns budgets around ``kv_budget``, ascending: 0.6 to 2 times it, where they lie between ``smallest`` and 1.
 
     ``kv_budget`` itself is always among them.
 
     Args:
       kv_budget: the budget that the model was trained to.
-      smallest: the smallest KV fraction possible.
+      smallest: the smallest KV fraction worth asking for.
     """
     chosen = {kv_budget}
     for number, factor in enumerate(_NATS_FACTORS + _SPARE_FACTORS):
@@ -71,65 +73,76 @@ def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
 
 
 def dense_budgets(smallest: float, largest: float = 1.0) -> list[float]:
-    """Budgets for a model that was trained to none, ascending, from ``smallest`` to ``largest``."""
+    """Returns budgets for a model that was trained to none, ascending, from ``smallest`` to ``largest``."""
     return [budget for budget in _DENSE_BUDGETS if smallest <= budget <= largest]
 
 
-def check_budgets(budgets: Sequence[float], smallest: float, why: str) -> list[float]:
-    """The budgets that somebody asked for, ascending and without repetition.
+def check_budgets(budgets: Sequence[float], least: float, why: str, name: str = "KV budget") -> list[float]:
+    """Returns the budgets that somebody asked for, ascending and without repetition.
 
     Args:
       budgets: KV fractions.
-      smallest: the smallest KV fraction possible.
-      why: what makes it the smallest, for the message.
+      least: no KV fraction is below it.
+      why: its reason, for the message.
+      name: of a budget, for the message.
 
     Raises:
-      UserError: one is not in (0, 1], or below the smallest.
+      UserError: one is not in (0, 1], or below the least.
     """
     for budget in budgets:
         if not 0 < budget <= 1:  # also when it is nan
-            raise UserError(f"the KV budget {budget:g} is not a fraction of the KV; it must lie above 0 and up to 1.")
-        if budget < smallest:
-            raise UserError(
-                f"the KV budget {budget:g} cannot be reached: {why} the smallest possible is {smallest:.4f}."
-            )
+            raise UserError(f"{name} = {budget:g}: it is no fraction of the KV; choose one above 0 and up to 1.")
+        if budget < least:
+            rounded = math.ceil(1e4 * least) / 1e4  # up, so that the figure is a budget that can be asked for
+            raise UserError(f"{name} = {budget:g}: {why}, no KV fraction is below {rounded:.4f}; choose that or more.")
     return sorted(set(budgets))
 
 
-def interval_fractions(piece_lengths: np.ndarray, num_sinks: int, layers: Layers = UNLIMITED) -> np.ndarray:
-    """KV fraction of sinks and a sliding window, for every window.
+def check_role_budgets(
+    config: Config, budgets: Sequence[float], pieces: np.ndarray, name: str = "KV budget"
+) -> list[float]:
+    """Returns budgets of a model with roles, ascending and without repetition.
 
     Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      num_sinks: first tokens of each piece that live to its end.
-      layers: windows of the layers' own.
+      config: of the run.
+      budgets: KV fractions.
+      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      name: of a budget, for the message.
 
-    Returns:
-      float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is full attention's: 1 without windows
-      of the layers' own.
+    Raises:
+      UserError: one is not in (0, 1], or below what any roles can keep.
     """
-    lengths = np.asarray(piece_lengths, np.int64)
-    longest = int(lengths.max())
-    counts = np.bincount(lengths, minlength=longest + 1)
-    # A key r - 1 tokens before its document's end can be read by r queries. Each piece with room for it has one such
-    # key behind its sinks for every r up to length - num_sinks.
-    longer = np.append(np.cumsum(counts[::-1])[::-1], 0)  # [r]: pieces of at least r tokens
-    with_r_queries = np.zeros(longest + 2, np.int64)
-    behind_sinks = longer[num_sinks + 1 : longest + 1]
-    with_r_queries[1 : 1 + len(behind_sinks)] = behind_sinks
-    # Window w gives min(w + 1, r) of them: one for every u <= w + 1 with r >= u.
-    gained = np.cumsum(with_r_queries[::-1])[::-1][1 : longest + 1]
-    others = np.cumsum(gained)  # pairs of the keys behind the sinks, by window
-    by_layer = []
-    for own in layers:
-        last = longest - 1 if own is None else min(own, longest - 1)
-        sinks = sum(np.sum(np.clip(lengths - s, 0, last + 1)) for s in range(min(num_sinks, longest)))
-        by_layer.append(sinks + others[np.minimum(np.arange(longest), last)])
-    return np.mean(by_layer, axis=0) / np.sum(lengths * (lengths + 1) // 2)
+    all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, pieces)
+    if all(all_sliding <= budget <= 1 for budget in budgets):
+        return sorted(set(budgets))
+    why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
+    if len(config.model.layer_types) > 1:
+        why = f"with model.layer_types = {config.model.layer_pattern}, {why.removeprefix('with ')}"
+    return check_budgets(budgets, kv_fraction.least_model_kv_fraction(config, pieces), why, name)
+
+
+def about_global_tokens(config: Config, budgets: Sequence[float], pieces: np.ndarray) -> str | None:
+    """Returns a sentence about budgets that SLIDING tokens alone exceed; None where there are none.
+
+    Args:
+      config: of the run.
+      budgets: KV fractions.
+      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+    """
+    if not config.model.has_roles:
+        return None
+    all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, pieces)
+    below = ", ".join(f"{100 * budget:.4g} %" for budget in budgets if budget < all_sliding)
+    if not below:
+        return None
+    return (
+        f"KV budget {below}: with every token SLIDING the KV fraction is {100 * all_sliding:.4g} %; below that the "
+        "model must learn GLOBAL tokens, which end LOCAL keys."
+    )
 
 
 def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.ndarray) -> list[float]:
-    """KV fractions to measure, ascending; for a NAtS run ``nats.kv_budget`` is among them.
+    """Returns the KV fractions to measure, ascending; for a NAtS run ``nats.kv_budget`` is among them.
 
     Args:
       config: of the run; ``eval.budgets`` are asked for where ``asked`` is None, and where that is empty, a range.
@@ -141,24 +154,47 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
     """
     asked = config.eval.budgets if asked is None else asked
     if config.model.has_roles:
-        smallest = smallest_model_kv_fraction(config, pieces)
-        why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
-        if len(config.model.layer_types) > 1:
-            why = f"with model.layer_types = {config.model.layer_pattern}, {why.removeprefix('with ')}"
+        budget = config.nats.kv_budget
         if asked:
-            return sorted({config.nats.kv_budget, *check_budgets(asked, smallest, why)})
-        return nats_budgets(config.nats.kv_budget, smallest)
+            return sorted({budget, *check_role_budgets(config, asked, pieces)})
+        # A range of budgets that no more than the role bias is needed for, unless the run itself went below it.
+        smallest = kv_fraction.all_sliding_model_kv_fraction(config, pieces)
+        if budget < smallest:
+            smallest = kv_fraction.least_model_kv_fraction(config, pieces)
+        return nats_budgets(budget, smallest)
     fractions = interval_fractions(pieces, 0, layer_windows(config.model))
-    smallest = float(fractions[0])
     if asked:
-        return check_budgets(asked, smallest, f"with data.context_length = {config.data.context_length}")
-    return dense_budgets(smallest, float(fractions[-1]))
+        why = f"with data.context_length = {config.data.context_length} and each query's own key"
+        return check_budgets(asked, float(fractions[0]), why)
+    return dense_budgets(float(fractions[0]), float(fractions[-1]))
+
+
+# --- numbers of a policy, by counting ---
+
+
+def interval_fractions(piece_lengths: np.ndarray, num_sinks: int, layers: Layers = UNLIMITED) -> np.ndarray:
+    """Returns the KV fraction of sinks and a sliding window, for every window.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      num_sinks: first tokens of each piece that live to its end.
+      layers: windows of the layers' own.
+
+    Returns:
+      float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is full attention's: 1 without windows
+      of the layers' own.
+    """
+    windows = np.arange(np.max(piece_lengths))
+    by_layer = [
+        kv_fraction.window_fraction(piece_lengths, windows, num_sinks=num_sinks, own_window=own) for own in layers
+    ]
+    return np.mean(by_layer, axis=0)
 
 
 def window_for_budget(
     piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0, layers: Layers = UNLIMITED
 ) -> int | None:
-    """The window whose KV fraction is closest to a budget; exact, no model pass.
+    """Returns the window whose KV fraction is closest to a budget; exact, no model pass.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
@@ -183,20 +219,20 @@ def fraction_for_budget(
     layers: Layers = UNLIMITED,
     draws: np.ndarray | None = None,
 ) -> tuple[float | None, int]:
-    """The share of keys that ``RandomKeys`` keeps to meet a budget, and its window.
+    """Returns the fraction of keys that ``RandomKeys`` keeps to meet a budget, and its window.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       budget: KV fraction.
-      window: tokens, wherever the budget has room for it; else 0.
+      window: tokens, where the budget leaves as much; else 0.
       layers: windows of the layers' own.
-      draws: int ``[k, longest]``, ``RandomKeys.draws`` of the heads at each position of the longest piece: the share
-        then is the one whose KV fraction with these draws is closest. None: a share that meets the budget on average
-        over all draws; those of a short piece and a few heads can be some percent of the KV off.
+      draws: int ``[k, longest]``, ``RandomKeys.draws`` of the heads at each position of the longest piece: the result
+        is then the fraction whose KV fraction with these draws is closest. None: the fraction that meets the budget on
+        average over all draws; those of a short piece and a few heads can be some percent of the KV off.
 
     Returns:
-      ``(share, window)``; the share is None where the first keys and each query's own take more, or the layers' own
-      windows leave less.
+      ``(fraction, window)``; the fraction is None where the first keys and each query's own take more, or the layers'
+      own windows leave less.
     """
     fractions = interval_fractions(piece_lengths, 1, layers)
     window = min(window, len(fractions) - 1)
@@ -204,12 +240,15 @@ def fraction_for_budget(
     rest = fractions[-1] - fractions[window]
     if not fractions[window] <= budget <= fractions[-1] or rest == 0:
         return None, window
-    share = float((budget - fractions[window]) / rest)
-    return share if draws is None else _fraction_of_samples(piece_lengths, budget, window, layers, draws), window
+    if draws is not None:
+        return _fraction_of_samples(piece_lengths, budget, window, layers, draws), window
+    return float((budget - fractions[window]) / rest), window
 
 
 def _fraction_of_samples(lengths: np.ndarray, budget: float, window: int, layers: Layers, draws: np.ndarray) -> float:
-    """The share that keeps the draws below it, as many as come closest to the budget."""
+    """Returns the fraction that keeps the draws below it, as many as come closest to the budget."""
+    from natsjax.policies.interval import RANDOM_DRAWS
+
     lengths = np.asarray(lengths, np.int64)
     longest = draws.shape[1]
     longer = np.cumsum(np.bincount(lengths, minlength=longest + 1)[::-1])[::-1]  # [r]: pieces of at least r tokens
@@ -232,7 +271,7 @@ def _fraction_of_samples(lengths: np.ndarray, budget: float, window: int, layers
 
 
 def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers: Layers = UNLIMITED) -> int | None:
-    """How many keys of a head a policy that observes may keep to meet a budget.
+    """Returns the number of keys of a head that an ``AttentionScorePolicy`` may keep to meet a budget.
 
     A query reads what was kept of the tokens before its chunk, and the chunk's keys up to its own. In a layer with a
     window of its own it is taken to read as many of these as the window holds: what runs out of a chunk's kept keys
@@ -265,10 +304,131 @@ def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers
     return int(np.argmin(np.abs(fractions - budget))) if fractions[0] <= budget <= fractions[-1] else None
 
 
+# --- numbers of a policy, as the registry gets them ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The text and the layers that a policy's numbers are found for.
+
+    Attributes:
+      config: of the run; ``eval.num_sinks``, ``nats.window`` and ``train.seed`` are numbers of policies too.
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      layers: windows of the layers' own.
+      chunk: tokens that are decoded at once; None: with masks.
+    """
+
+    config: Config
+    piece_lengths: np.ndarray
+    layers: Layers = UNLIMITED
+    chunk: int | None = None
+
+
+class PolicyNumbers(NamedTuple):
+    """Numbers of a policy.
+
+    Attributes:
+      arguments: of ``PolicyEntry.make``, in its order.
+      continued: the most tokens that may follow a prompt, for a policy that cuts prompts down; None: any.
+    """
+
+    arguments: tuple[int | float, ...]
+    continued: int | None = None
+
+
+class OutOfReachError(Exception):
+    """A policy has no numbers for a budget; the text is the reason, without a period."""
+
+
+_OWN_KEY = "each query's own key takes more"
+
+
+def sliding_window(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the window.
+
+    Raises:
+      OutOfReachError: no window is as small.
+    """
+    window = window_for_budget(calibration.piece_lengths, budget, layers=calibration.layers)
+    if window is None:
+        raise OutOfReachError(_OWN_KEY)
+    return PolicyNumbers((window,))
+
+
+def streaming_llm(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns ``eval.num_sinks`` and the window.
+
+    Raises:
+      OutOfReachError: the sinks take more.
+    """
+    num_sinks = calibration.config.eval.num_sinks
+    window = window_for_budget(calibration.piece_lengths, budget, num_sinks=num_sinks, layers=calibration.layers)
+    if window is None:
+        raise OutOfReachError(f"its {num_sinks} sinks and each query's own key take more")
+    return PolicyNumbers((num_sinks, window))
+
+
+def random_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the fraction of keys, a window of ``nats.window`` where there is that much, and ``train.seed``.
+
+    Raises:
+      OutOfReachError: the first keys take more.
+    """
+    import jax.numpy as jnp
+
+    from natsjax.policies.interval import RandomKeys
+
+    config, pieces = calibration.config, calibration.piece_lengths
+    seed = config.train.seed
+    positions = jnp.arange(np.max(pieces), dtype=jnp.int32)[None]
+    draws = np.asarray(RandomKeys(0.0, seed=seed).samples(positions, config.model.num_kv_heads))[0]
+    fraction, window = fraction_for_budget(pieces, budget, config.nats.window, calibration.layers, draws)
+    if fraction is None:
+        raise OutOfReachError("the first keys and each query's own key take more")
+    return PolicyNumbers((fraction, window, seed))
+
+
+def h2o(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the number of keys.
+
+    Raises:
+      OutOfReachError: fewer than two are left.
+    """
+    num_keys = keys_for_budget(calibration.piece_lengths, budget, 1, calibration.layers)
+    if num_keys is None or num_keys < _FEWEST_KEYS:
+        raise OutOfReachError(_OWN_KEY)
+    return PolicyNumbers((num_keys,))
+
+
+def snapkv(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the number of keys, the observation window, and how many tokens follow a prompt.
+
+    Raises:
+      OutOfReachError: fewer than two keys are left.
+    """
+    pieces = calibration.piece_lengths
+    mean_context = np.sum(pieces * (pieces + 1) / 2) / np.sum(pieces)
+    continued = int(np.clip(_MOST_CONTINUED * budget * mean_context, 1, calibration.chunk))
+    num_keys = keys_for_budget(pieces, budget, continued, calibration.layers)
+    if num_keys is None or num_keys < _FEWEST_KEYS:
+        raise OutOfReachError("what follows its prompts takes more")
+    return PolicyNumbers((num_keys, min(32, num_keys // 2)), continued)
+
+
+# --- role biases, by search ---
+
+
+class RoleBiasMatch(NamedTuple):
+    """The role bias closest to a budget, and the KV fraction that it gave."""
+
+    role_bias: float
+    kv_fraction: float
+
+
 def role_bias_for_budget(
     kv_fraction_at: Callable[[float], float], budget: float, seen: dict[float, float] | None = None
 ) -> RoleBiasMatch:
-    """The role bias whose KV fraction is closest to a budget, among those that the search looks at.
+    """Searches the role bias whose KV fraction is closest to a budget.
 
     The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role
     biases whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
@@ -279,7 +439,7 @@ def role_bias_for_budget(
       seen: fractions by role bias that are known already; what is found is added, so that the next budget costs less.
 
     Returns:
-      The best role bias; whether its fraction is near enough is for the caller to say.
+      The best role bias of those that the search measured; the caller decides if its fraction is near enough.
     """
     seen = {} if seen is None else seen
 
@@ -299,7 +459,7 @@ def role_bias_for_budget(
 
 
 def _next_role_bias(seen: dict[float, float], budget: float, *, halve: bool) -> float | None:
-    """Where to look next; None when there is nothing left to look at."""
+    """Returns the role bias to measure next; None when nothing is left to measure."""
     if not seen:
         return 0.0
     role_biases = sorted(seen)
@@ -310,15 +470,15 @@ def _next_role_bias(seen: dict[float, float], budget: float, *, halve: bool) -> 
     if not around:
         return None  # a jump across the budget
     a, b = min(around, key=lambda pair: abs(seen[pair[0]] - seen[pair[1]]))
-    share = 0.5
+    part = 0.5
     if not halve and min(seen[a], seen[b]) > 0:  # fractions are about exponential in the role bias
-        share = math.log(budget / seen[a]) / math.log(seen[b] / seen[a])
-    role_bias = round((a + share * (b - a)) / _ROLE_BIAS_STEP) * _ROLE_BIAS_STEP
+        part = math.log(budget / seen[a]) / math.log(seen[b] / seen[a])
+    role_bias = round((a + part * (b - a)) / _ROLE_BIAS_STEP) * _ROLE_BIAS_STEP
     return round(min(max(role_bias, a + _ROLE_BIAS_STEP), b - _ROLE_BIAS_STEP), 6)
 
 
 def _next_outside(seen: dict[float, float], budget: float) -> float | None:
-    """Farther out than anything seen: first where more (or less) KV is to be expected, then on the other side."""
+    """Returns a role bias beyond all that were measured: where the KV is expected to be nearer, then the other way."""
     upward = min(2 * max(seen), _MAX_ROLE_BIAS) if max(seen) > 0 else 1.0
     downward = max(2 * min(seen), -_MAX_ROLE_BIAS) if min(seen) < 0 else -1.0
     expected = (upward, downward) if budget > max(seen.values()) else (downward, upward)

@@ -8,6 +8,6 @@ from .results import ROW_FIELDS as ROW_FIELDS
 from .results import RUN_FIELDS as RUN_FIELDS
 from .results import SAMPLE_FIELDS as SAMPLE_FIELDS
 from .results import Results as Results
-from .styles import METHOD_STYLES as METHOD_STYLES
 from .styles import MethodStyle as MethodStyle
+from .styles import style_of as style_of
 from .table import format_table as format_table

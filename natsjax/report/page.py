@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from natsjax.policies.registry import POLICIES
 from natsjax.report.results import Results, to_json
-from natsjax.report.styles import METHOD_STYLES
+from natsjax.report.styles import css_colors
 
 _SCRIPTS = {
     "run": ("charts.js", "curves.js", "reader.js", "run.js"),
@@ -51,12 +52,14 @@ def comparison_page(values: Mapping[str, Any], title: str) -> bytes:
 
 
 def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
-    labels = {method: style.label for method, style in METHOD_STYLES.items()}
+    methods = {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()}
     # In ASCII JSON without these three, no HTML parser finds `</script>` or `<!--`, whatever the tokens hold.
-    data = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json({**values, "labels": labels}))
+    data = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json({**values, "methods": methods}))
     parts = {
         "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
-        "style": _asset("style.css"),
+        "style": _asset("style.css")
+        .replace("{{colors}}", css_colors())
+        .replace("{{dark_colors}}", css_colors(dark=True)),
         "body": _asset(f"{kind}.html").replace("{{position}}", _asset("position.html")),
         "script": "\n".join(_asset(name) for name in _SCRIPTS[kind]),
         "data": data,

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from natsjax.report.results import Results, Row, is_biased, percent, significant
-from natsjax.report.styles import LINE_STYLES, METHOD_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.report.styles import LINE_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
 _MANY_RUNS = 4  # of more than these, intervals are drawn of the settings set to their budgets alone
@@ -47,7 +47,7 @@ def pareto(results: Results) -> bytes:
     figure, axes = new_figure(results.run["name"])
     anchors = [row for row in rows if row["method"] == "full" and row["weights"] not in nats_weights]
     for row in anchors:
-        axes.axhline(height(row, metric), color=METHOD_STYLES["full"].color, linewidth=0.8, alpha=0.6)
+        axes.axhline(height(row, metric), color=style_of("full").color, linewidth=0.8, alpha=0.6)
     marks = [] if results.budget_check is None else _draw_budget_check(axes, rows, metric, results.budget_check)
     for one in series:
         _draw_series(axes, one, metric)

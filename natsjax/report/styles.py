@@ -1,53 +1,58 @@
-"""How a method is named and drawn, in the picture and in the page; what of a row is drawn."""
+"""Names, colors and markers of methods and runs in picture and page, and the numbers of a row that are drawn."""
 
 import math
 from typing import NamedTuple
 
+from natsjax.policies.registry import POLICIES
 from natsjax.report.results import Row
 
 
 class MethodStyle(NamedTuple):
-    """The page's style sheet has the same colours, and others for dark."""
+    """A method's name for people, its color on white, and its marker as Matplotlib names it."""
 
     label: str
     color: str
     marker: str
 
 
-# Okabe and Ito's palette, which stays apart under the common colour-vision deficiencies.
-METHOD_STYLES = {
-    "nats": MethodStyle("NAtS", "#d55e00", "o"),
-    "full": MethodStyle("full attention", "#333333", "D"),
-    "sliding_window": MethodStyle("sliding window", "#0072b2", "s"),
-    "streaming_llm": MethodStyle("StreamingLLM", "#009e73", "^"),
-    "random": MethodStyle("random keys", "#777777", ">"),
-    "h2o": MethodStyle("H2O", "#cc79a7", "P"),
-    "snapkv": MethodStyle("SnapKV", "#e69f00", "<"),
-}
+_OTHER = "#7b5bd6", "#b39cff"  # on white and on black, of a method that the registry does not have
 
 RUN_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b5bd6", "#333333")
 """Of the runs in a comparison; the ninth has the first again, with other dashes."""
+
+_DARK_RUN_COLORS = ("#ff8b3e", "#4aa3e0", "#2cc79b", "#e59cc6", "#e0b040", "#9fd8ff", "#b39cff", "#d5dae0")
 
 LINE_STYLES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def style_of(method: str) -> MethodStyle:
-    """Of a method; one that nobody knows gets its own name."""
-    return METHOD_STYLES.get(method, MethodStyle(method, "#7b5bd6", "v"))
+    """Returns the style of a method; one that the registry does not have gets its own name."""
+    if (entry := POLICIES.get(method)) is None:
+        return MethodStyle(method, _OTHER[0], "v")
+    return MethodStyle(entry.label, entry.color, entry.marker)
+
+
+def css_colors(*, dark: bool = False) -> str:
+    """Returns the colors of methods and runs as CSS variables: ``--nats``, …, ``--other``, ``--run-0``, …"""
+    colors = {name: entry.dark_color if dark else entry.color for name, entry in POLICIES.items()}
+    colors["other"] = _OTHER[dark]
+    runs = _DARK_RUN_COLORS if dark else RUN_COLORS
+    colors |= {f"run-{number}": color for number, color in enumerate(runs)}
+    return " ".join(f"--{name}: {color};" for name, color in colors.items())
 
 
 def is_drawable(row: Row, metric: str) -> bool:
-    """Whether a row is a point: its numbers are finite, and its KV fraction has a logarithm."""
+    """Returns whether a row is a point: its numbers are finite, and its KV fraction has a logarithm."""
     return row[metric] is not None and math.isfinite(row[metric]) and 0 < row["kv_fraction"] < math.inf
 
 
 def height(row: Row, metric: str) -> float:
-    """On the y axis: perplexity, or accuracy in percent."""
+    """Returns a row's place on the y axis: perplexity, or accuracy in percent."""
     return 100 * row[metric] if metric == "accuracy" else row[metric]
 
 
 def bounds(row: Row, metric: str) -> tuple[float, float]:
-    """The interval's ends on the y axis, both NaN where the row has no finite interval."""
+    """Returns the interval's ends on the y axis, both NaN where the row has no finite interval."""
     ends = [row.get(f"{metric}_{end}") for end in ("low", "high")]
     low, high = [math.nan if end is None else float(end) * (100 if metric == "accuracy" else 1) for end in ends]
     return (low, high) if math.isfinite(low + high) else (math.nan, math.nan)

@@ -18,11 +18,11 @@ from matplotlib.patheffects import withStroke
 
 from natsjax.report import picture
 from natsjax.report.results import percent, significant, with_interval
-from natsjax.report.styles import METHOD_STYLES
+from natsjax.report.styles import style_of
 from natsjax.sweep.runs import SweepRun
 
-_PARETO = METHOD_STYLES["nats"]
-_DENSE = METHOD_STYLES["full"]
+_PARETO = style_of("nats")
+_DENSE = style_of("full")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from natsjax.data import iterate, train_dataset
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.inputs import Batch
+from natsjax.policies import budgets
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import RunData, length_of_run, open_data, resolve_length
 from natsjax.runs.initial_parameters import InitialParameters
@@ -122,21 +123,21 @@ def _open_data(config: Config, workdir: Workdir) -> RunData:
 
 
 def _check_budget(config: Config, data: RunData) -> None:
-    """Says the smallest KV fraction that the window allows, and refuses a budget below it.
+    """Reports what the window alone costs, and refuses a budget that no roles can meet.
 
     Raises:
       UserError: ``nats.kv_budget`` cannot be reached.
     """
     if not config.model.has_roles:
         return
-    smallest = kv_fraction.smallest_model_kv_fraction(config, data.piece_lengths)
-    distributed.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
-    if config.nats.kv_penalty_mode == "controlled" and config.nats.kv_budget < smallest:
-        raise UserError(
-            f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
-            f"{config.nats.window} and data.context_length = {config.data.context_length} the smallest possible KV "
-            f"fraction is {smallest:.4f}."
+    all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, data.piece_lengths)
+    distributed.say(f"KV fraction with all tokens SLIDING, window {config.nats.window}: {100 * all_sliding:.2f} %")
+    if config.nats.kv_penalty_mode == "controlled":
+        kv_budgets = budgets.check_role_budgets(
+            config, [config.nats.kv_budget], data.piece_lengths, name="nats.kv_budget"
         )
+        if (below := budgets.about_global_tokens(config, kv_budgets, data.piece_lengths)) is not None:
+            distributed.say(below)
 
 
 def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> InitialParameters | None:

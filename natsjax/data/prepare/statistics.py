@@ -1,4 +1,4 @@
-"""What is in a prepared corpus, in numbers and as text: counts, lengths of documents, how small a KV cache can get."""
+"""A prepared corpus in numbers and as text: counts, lengths of documents, what a window alone costs in KV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from natsjax import kv_fraction
 from natsjax.data.corpus import Corpus
 from natsjax.data.pipeline import PackedSource
 from natsjax.data.readers.input_report import report_lines
@@ -17,15 +18,15 @@ WINDOWS = (4, 16, 64, 256)
 
 
 def length_quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Tokens that so many percent of the documents do not exceed, as far as the documents are enough to say.
+    """Returns percentiles of the lengths of documents, those that there are enough documents for.
 
     Args:
-      lengths: int64 `[num_documents]`, tokens in each document, without BOS and EOS; at least one.
+      lengths: int64 ``[num_documents]``, tokens in each document, without BOS and EOS; at least one.
 
     Returns:
-      `p10`, `p50`, `p90`, `p99` and `max`; each is the length of a document. One that has less than half
-      a document beyond it is left out, for it is the longest or the shortest: `p99` of fewer than 50 documents, `p10`
-      and `p90` of fewer than 5.
+      ``p10``, ``p50``, ``p90``, ``p99`` and ``max``, each the length of a document. A percentile with less than half a
+      document beyond it is left out, for it is the longest or the shortest: ``p99`` of fewer than 50 documents,
+      ``p10`` and ``p90`` of fewer than 5.
     """
     known = [p for p in PERCENTILES if len(lengths) * min(p, 100 - p) >= 50]
     values = np.percentile(lengths, known, method="inverted_cdf")
@@ -33,21 +34,21 @@ def length_quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
     return quantiles | {"max": int(lengths.max())}
 
 
-def smallest_kv_fractions(
+def all_sliding_kv_fractions(
     corpus: Corpus,
     *,
     split: str = "train",
     context_lengths: Sequence[int] = CONTEXT_LENGTHS,
     windows: Sequence[int] = WINDOWS,
 ) -> dict[int, dict[int, float]]:
-    """The smallest possible KV fraction by context length and window: what no model trained on the corpus can go below.
+    """Returns the KV fraction of all tokens SLIDING, by context length and window.
 
-    It is `natsjax.kv_fraction.smallest_kv_fraction` on the document pieces of one epoch of training contexts, with
+    It is ``natsjax.kv_fraction.all_sliding_kv_fraction`` on the document pieces of one epoch of training contexts, with
     seed 0. Windows that reach over a whole context are left out, and contexts longer than the split.
 
     Args:
       corpus: a prepared corpus.
-      split: `"train"` or `"validation"`.
+      split: ``"train"`` or ``"validation"``.
       context_lengths: tokens in a context.
       windows: tokens.
 
@@ -57,8 +58,6 @@ def smallest_kv_fractions(
     Raises:
       UserError: the split's files are missing or damaged.
     """
-    from natsjax.kv_fraction import smallest_kv_fraction  # here, because it brings JAX
-
     table: dict[int, dict[int, float]] = {}
     for context_length in context_lengths:
         source = PackedSource.from_corpus(corpus, context_length=context_length, seed=0, split=split)
@@ -66,13 +65,13 @@ def smallest_kv_fractions(
             continue
         pieces = source.piece_lengths()
         table[context_length] = {
-            window: smallest_kv_fraction(pieces, window) for window in windows if window < context_length
+            window: kv_fraction.all_sliding_kv_fraction(pieces, window) for window in windows if window < context_length
         }
     return table
 
 
 def describe(corpus: Corpus) -> list[str]:
-    """What is in a corpus, in lines for people.
+    """Describes a corpus in lines for people.
 
     Raises:
       UserError: files of the corpus are missing or damaged.
@@ -94,14 +93,14 @@ def describe(corpus: Corpus) -> list[str]:
     lines.append(f"left out: {', '.join(left_out)}")
     for name, report in corpus.input_report.items():
         lines += report_lines(name, report)
-    return lines + _kv_table(smallest_kv_fractions(corpus))
+    return lines + _kv_table(all_sliding_kv_fractions(corpus))
 
 
 def _kv_table(table: dict[int, dict[int, float]]) -> list[str]:
     if not table:
-        return [f"no table of smallest KV fractions: the text is shorter than {CONTEXT_LENGTHS[0]} tokens"]
+        return [f"no table of KV fractions: the text is shorter than {CONTEXT_LENGTHS[0]} tokens"]
     lines = [
-        "smallest possible KV fraction (all tokens SLIDING but the first of each document piece):",
+        "KV fraction with all tokens SLIDING but the first of each document piece:",
         f"{'context':>12}" + "".join(f"{f'window {window}':>12}" for window in WINDOWS),
     ]
     for context_length, fractions in table.items():

@@ -1,6 +1,6 @@
 /* Elements, numbers and charts: what both pages draw with. */
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const { labels, metric: METRIC } = data;
+const { methods, metric: METRIC } = data;
 const byId = (id) => document.getElementById(id);
 const SVG = byId("curve").namespaceURI;
 const DASHES = ["", "7 5", "2 4", "9 4 2 4"];
@@ -47,8 +47,8 @@ const capitalised = (text) => text[0].toUpperCase() + text.slice(1);
 
 // --- Rows ----------------------------------------------------------------------------------------
 
-const methodLabel = (row) => labels[row.method] ?? row.method;
-const methodColor = (row) => `var(--${row.method in labels ? row.method : "other"})`;
+const methodLabel = (row) => methods[row.method]?.label ?? row.method;
+const methodColor = (row) => `var(--${row.method in methods ? row.method : "other"})`;
 const settingText = (row) =>
   Object.entries(row.setting).map(([name, value]) => `${name} ${shown(value)}`).join(", ");
 const metricText = (row) => (METRIC === "accuracy" ? percent(row.accuracy) : significant(row.perplexity, 4));
@@ -105,18 +105,19 @@ function yAxis(values, from, to, linear) {
 
 // --- Charts --------------------------------------------------------------------------------------
 
-function markerShape(marker, x, y, r = 5) {
+/** The marker of a method; shapes have the names that Matplotlib gives them. */
+function markerShape(method, x, y, r = 5) {
   const paths = {
-    nats: `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`,
-    sliding_window: `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`,
-    streaming_llm: `M${x} ${y - r * 1.2}L${x + r * 1.2} ${y + r}H${x - r * 1.2}z`,
-    full: `M${x} ${y - r * 1.35}L${x + r * 1.35} ${y}L${x} ${y + r * 1.35}L${x - r * 1.35} ${y}z`,
-    random: `M${x + r * 1.2} ${y}L${x - r} ${y + r * 1.2}V${y - r * 1.2}z`,
-    h2o: `M${x - r * 1.2} ${y - r * 0.5}h${r * 0.7}v${-r * 0.7}h${r}v${r * 0.7}h${r * 0.7}v${r}h${-r * 0.7}v${r * 0.7}h${-r}v${-r * 0.7}h${-r * 0.7}z`,
-    snapkv: `M${x - r * 1.2} ${y}L${x + r} ${y + r * 1.2}V${y - r * 1.2}z`,
-    other: `M${x} ${y + r * 1.2}L${x + r * 1.2} ${y - r}H${x - r * 1.2}z`,
+    o: `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`,
+    s: `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`,
+    "^": `M${x} ${y - r * 1.2}L${x + r * 1.2} ${y + r}H${x - r * 1.2}z`,
+    D: `M${x} ${y - r * 1.35}L${x + r * 1.35} ${y}L${x} ${y + r * 1.35}L${x - r * 1.35} ${y}z`,
+    ">": `M${x + r * 1.2} ${y}L${x - r} ${y + r * 1.2}V${y - r * 1.2}z`,
+    P: `M${x - r * 1.2} ${y - r * 0.5}h${r * 0.7}v${-r * 0.7}h${r}v${r * 0.7}h${r * 0.7}v${r}h${-r * 0.7}v${r * 0.7}h${-r}v${-r * 0.7}h${-r * 0.7}z`,
+    "<": `M${x - r * 1.2} ${y}L${x + r} ${y + r * 1.2}V${y - r * 1.2}z`,
+    v: `M${x} ${y + r * 1.2}L${x + r * 1.2} ${y - r}H${x - r * 1.2}z`,
   };
-  return svg("path", { class: "marker", d: paths[marker] ?? paths.other });
+  return svg("path", { class: "marker", d: paths[methods[method]?.marker] ?? paths.v });
 }
 
 const redraws = [];  // what is drawn to fit the width of the page

@@ -165,8 +165,8 @@ function showContract() {
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
       line("argmax", "as served, without a role bias", argmax),
       line("biased", `as served, with role bias ${shown(budget_check.role_bias)}`, served)));
-  byId("budget-check-note").textContent = "The smallest fraction that this corpus and window allow is " +
-    `${percent(budget_check.smallest_possible)}: every token SLIDING but the first of each document.`;
+  byId("budget-check-note").textContent = "With every token SLIDING but the first of each document, the " +
+    `KV fraction is ${percent(budget_check.smallest_possible)}. Below it the model must learn GLOBAL tokens, which end LOCAL keys.`;
 }
 
 // --- Perplexity by position ----------------------------------------------------------------------
@@ -175,6 +175,7 @@ function showContract() {
 function positionGroups() {
   const budgets = [...new Set(rows.map((row) => row.budget).filter((budget) => budget !== null))].sort((a, b) => a - b);
   const full = rows.filter((row) => row.method === "full"), single = weightNames.length === 1;
+  const markers = [...Object.keys(methods), "other"];
   const line = (row) => ({ row, full: full.find(({ weights }) => weights === row.weights), color: methodColor(row),
     dash: dashes(row.weights), marker: row.method,
     name: [[methodLabel(row), settingText(row)].filter(Boolean).join(": "), ...(single ? [] : [row.weights])].join(", ") });
@@ -183,7 +184,7 @@ function positionGroups() {
   const own = groups.findIndex(({ budget }) => budget_check && budget === budget_check.kv_budget);
   if (own > 0) groups.unshift(...groups.splice(own, 1));
   if (natsRows.length > 1) groups.push({ name: "every role bias", series: natsRows.map((row, i) =>
-    ({ ...line(row), dash: "", marker: ["nats", "sliding_window", "streaming_llm", "full", "random", "h2o", "snapkv", "other"][i % 8],
+    ({ ...line(row), dash: "", marker: markers[i % markers.length],
       color: `color-mix(in srgb, var(--nats) ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--sliding_window))`,
       name: `${settingText(row)}: ${percent(row.kv_fraction)} KV` })) });
   return groups.length ? groups : [{ name: "all", series: rows.map(line) }];

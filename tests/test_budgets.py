@@ -1,22 +1,35 @@
 """Budgets, windows and role biases: exact where counting is possible, close and frugal where it is a search."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natsjax.errors import UserError
-from natsjax.kv_fraction import smallest_kv_fraction
+from natsjax.kv_fraction import (
+    all_sliding_kv_fraction,
+    all_sliding_model_kv_fraction,
+    least_kv_fraction,
+    least_model_kv_fraction,
+    live_fraction,
+    window_fraction,
+    window_pairs,
+)
 from natsjax.policies.budgets import (
+    about_global_tokens,
     check_budgets,
+    check_role_budgets,
     dense_budgets,
     fraction_for_budget,
     interval_fractions,
     keys_for_budget,
     nats_budgets,
     role_bias_for_budget,
+    wanted_budgets,
     window_for_budget,
 )
 
@@ -85,9 +98,65 @@ def test_the_window_for_a_budget_is_the_closest(lengths, budget, num_sinks):
 
 
 @given(pieces)
-def test_one_sink_and_the_window_are_the_smallest_fraction_that_roles_can_have(lengths):
+def test_one_sink_and_the_window_are_what_all_tokens_sliding_cost(lengths):
     for window, fraction in enumerate(interval_fractions(lengths, num_sinks=1)):
-        assert smallest_kv_fraction(lengths, window) == pytest.approx(fraction)
+        assert all_sliding_kv_fraction(lengths, window) == pytest.approx(fraction)
+
+
+def pairs_of_roles(roles, window):
+    """By the definition of a lifetime: 0 GLOBAL, 1 LOCAL, 2 SLIDING."""
+    length = len(roles)
+    next_global = [next((u for u in range(s + 1, length) if roles[u] == 0), length - 1) for s in range(length)]
+    ends = [(length, next_global[s] + 1, s + window + 1)[role] for s, role in enumerate(roles)]
+    return sum(min(end, length) - s for s, end in enumerate(ends))
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 4, 9])
+def test_no_roles_keep_less_than_the_least(window):
+    for length in range(1, 8):
+        every = itertools.product((0, 1, 2), repeat=length - 1)
+        fewest = min(pairs_of_roles((0, *others), window) for others in every)
+        assert least_kv_fraction([length], window) == pytest.approx(fewest / (length * (length + 1) / 2))
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 64, 400])
+def test_the_least_looks_at_every_distance_that_could_pay(window):
+    """Long documents, where only some distances to the next GLOBAL token are tried: against all of them."""
+    length = 250
+    behind = np.cumsum(np.minimum(np.arange(length + 1), window + 1))
+    least = [0]
+    for m in range(1, length + 1):
+        least.append(m + min([behind[m - 1], *(behind[d] - 1 + least[m - d] for d in range(1, m))]))
+    for m in (1, 2, 30, 100, 249, 250):
+        assert least_kv_fraction([m], window) == pytest.approx(least[m] / (m * (m + 1) / 2))
+    lengths = [250, 3, 250, 77]
+    expected = sum(least[m] for m in lengths) / sum(m * (m + 1) / 2 for m in lengths)
+    assert least_kv_fraction(lengths, window) == pytest.approx(expected)
+
+
+def test_the_figures_of_the_method():
+    every_16th = [0 if s % 16 == 0 else 1 for s in range(256)]
+    assert round(100 * pairs_of_roles(every_16th, 64) / (256 * 257 / 2), 1) == 13.1
+    figures = {(1024, 16): (3.5, 3.4), (256, 16): (13.5, 11.5), (256, 64): (44.8, 12.5)}
+    for (length, window), expected in figures.items():
+        found = all_sliding_kv_fraction([length], window), least_kv_fraction([length], window)
+        assert tuple(round(100 * fraction, 1) for fraction in found) == expected
+
+
+def test_layers_without_roles_add_what_they_read():
+    config = tiny.config(
+        model={"layer_types": "nats,sliding,dense", "num_layers": 3, "sliding_window": 3}, nats={"window": 8}
+    )
+    lengths, sliding = [24, 24], window_fraction([24], 3)
+    for of_model, of_layer in (
+        (all_sliding_model_kv_fraction, all_sliding_kv_fraction),
+        (least_model_kv_fraction, least_kv_fraction),
+    ):
+        assert of_model(config, lengths) == pytest.approx((of_layer(lengths, 8) + sliding + 1) / 3)
+    assert live_fraction(config) == config.nats.kv_budget
+    fixed = tiny.config(model={"layer_types": "sliding,dense", "sliding_window": 3})
+    assert live_fraction(fixed) == pytest.approx((sliding + 1) / 2)
+    assert window_pairs([24], 3) == 1 + 2 + 3 + 21 * 4
 
 
 class Counted:
@@ -171,11 +240,31 @@ def test_dense_budgets_are_those_that_a_window_can_meet():
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.5, math.nan, math.inf])
 def test_a_budget_is_a_fraction(budget):
-    with pytest.raises(UserError, match="must lie above 0 and up to 1"):
+    with pytest.raises(UserError, match=rf"KV budget = {budget:g}: it is no fraction of the KV; choose one above 0"):
         check_budgets([0.2, budget], 0.1, "with a window of 4")
 
 
-def test_a_budget_below_the_smallest_names_the_smallest():
-    with pytest.raises(UserError, match=r"0\.05 cannot be reached: with window 4 the smallest possible is 0\.1"):
-        check_budgets([0.05, 0.2], 0.1, "with window 4")
+def test_a_budget_below_the_least_names_the_least_rounded_up():
+    with pytest.raises(
+        UserError, match=r"^budget = 0\.05: with window 4, no KV fraction is below 0\.1001; choose that"
+    ):
+        check_budgets([0.05, 0.2], 0.10001, "with window 4", "budget")
     assert check_budgets([0.3, 0.2, 0.3], 0.1, "") == [0.2, 0.3]
+
+
+def test_budgets_below_what_sliding_tokens_cost_are_allowed_and_reported():
+    """Window 64 in 256 tokens: SLIDING tokens keep 44.8 %, and GLOBAL ones with LOCAL ones between them much less."""
+    config, lengths = tiny.config(nats={"window": 64, "kv_budget": 0.2}), np.array([256])
+    assert check_role_budgets(config, [0.5, 0.13], lengths) == [0.13, 0.5]
+    assert about_global_tokens(config, [0.5], lengths) is None
+    note = about_global_tokens(config, [0.5, 0.2, 0.13], lengths)
+    assert note.startswith("KV budget 20 %, 13 %: with every token SLIDING the KV fraction is 44.84 %; below that")
+    with pytest.raises(
+        UserError, match=r"^nats\.kv_budget = 0\.12: with nats\.window = 64 .*no KV fraction is below 0\.1246"
+    ):
+        check_role_budgets(config, [0.12], lengths, "nats.kv_budget")
+    assert wanted_budgets(config, None, lengths) == [0.14, 0.16, 0.2, 0.25, 0.32, 0.4]
+    # A range begins at what SLIDING tokens cost, unless the run itself was trained below that.
+    assert min(wanted_budgets(tiny.config(nats={"window": 64, "kv_budget": 0.5}), None, lengths)) == 0.45
+    dense = tiny.config(model={"layer_types": "dense"})
+    assert about_global_tokens(dense, [0.01], lengths) is None

@@ -1,0 +1,206 @@
+"""Entries of the policies that a user can name: the one place for all that is known of each.
+
+An entry feeds evaluation (at every budget, with masks or by decoding), ``generate --policy`` with its help, the table,
+picture and page of a report, and the table in ``docs/generate.md``. A new policy is a file with its class, and an entry
+here.
+
+Importing this is cheap: an entry names its class, which is imported when a policy is made.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from natsjax.policies.budgets import Calibration, PolicyNumbers
+
+Mode = Literal["masked", "decode"]
+"""A way to evaluate, as ``evaluate --mode`` names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number of a policy, as the command line takes it.
+
+    Attributes:
+      letter: stands for it in the form, as ``W`` in ``sliding_window:W``.
+      kind: ``int`` or ``float``.
+      required: False: the policy has a default. Numbers that are not required come last.
+    """
+
+    letter: str
+    kind: type[int] | type[float] = int
+    required: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyEntry:
+    """A policy: its class, its names, and where its numbers come from.
+
+    Attributes:
+      name: ``method`` of the class, for flags, rows of results, and the CSS variable of its color.
+      policy: the class, as ``module:Class``.
+      label: its name for people.
+      summary: what lives, with the letters of ``numbers``; begins with a noun.
+      color: of its line, on white.
+      dark_color: the same on black.
+      marker: of its points, as Matplotlib names it: one of ``o D s ^ > < P v``.
+      numbers: what follows its name in ``generate --policy``, in the order of the class's fields.
+      arguments: completes numbers to the arguments of the class.
+      for_budget: ``module:function`` that finds its numbers for a budget, as those in ``natsjax.policies.budgets``;
+        None: it has none, and is measured once.
+      modes: evaluations that measure it. Random keys have a mask too, but are measured where the rivals are.
+      reads_roles: whether it is the model's own roles. They need a model that has some, and their number for a budget
+        is the role bias, which is searched by measuring.
+    """
+
+    name: str
+    policy: str
+    label: str
+    summary: str
+    color: str
+    dark_color: str
+    marker: str
+    numbers: tuple[Number, ...] = ()
+    arguments: Callable[..., tuple[Any, ...]] = lambda *numbers: numbers
+    for_budget: str | None = None
+    modes: tuple[Mode, ...] = ("masked", "decode")
+    reads_roles: bool = False
+
+    @property
+    def form(self) -> str:
+        """The name and its numbers, as ``generate --policy`` takes them: ``h2o:N[,R]``."""
+        text = ""
+        for place, number in enumerate(self.numbers):
+            part = f"{',' if place else ':'}{number.letter}"
+            text += part if number.required else f"[{part}]"
+        return self.name + text
+
+    def make(self, *numbers: float) -> Any:
+        """Returns the policy with these numbers.
+
+        Raises:
+          ValueError: one is out of range.
+        """
+        return _named(self.policy)(*self.arguments(*numbers))
+
+    def numbers_for(self, calibration: "Calibration", budget: float) -> "PolicyNumbers":
+        """Returns the numbers that meet a budget, a KV fraction.
+
+        Raises:
+          natsjax.policies.budgets.OutOfReachError: no numbers do.
+        """
+        assert self.for_budget is not None, self.name
+        return _named(self.for_budget)(calibration, budget)
+
+
+def _named(path: str) -> Any:
+    """Imports what ``module:name`` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _half_recent(num_keys: int, num_recent: int | None = None) -> tuple[int, int]:
+    return num_keys, num_keys // 2 if num_recent is None else num_recent  # half, as in H2O's paper
+
+
+def _by_name(entries: Iterable[PolicyEntry]) -> dict[str, PolicyEntry]:
+    return {entry.name: entry for entry in entries}
+
+
+_BUDGETS = "natsjax.policies.budgets"
+
+# Colors on white are Okabe and Ito's palette, which stays apart under the common color-vision deficiencies.
+POLICIES: dict[str, PolicyEntry] = _by_name(
+    [
+        PolicyEntry(
+            name="nats",
+            policy="natsjax.policies:Nats",
+            label="NAtS",
+            summary="keys by the model's own roles (--role_bias keeps more or less)",
+            color="#d55e00",
+            dark_color="#ff8b3e",
+            marker="o",
+            reads_roles=True,
+        ),
+        PolicyEntry(
+            name="full",
+            policy="natsjax.policies:FullAttention",
+            label="full attention",
+            summary="every key",
+            color="#333333",
+            dark_color="#d5dae0",
+            marker="D",
+        ),
+        PolicyEntry(
+            name="sliding_window",
+            policy="natsjax.policies:SlidingWindow",
+            label="sliding window",
+            summary="each key for the W queries after its own",
+            color="#0072b2",
+            dark_color="#56b4e9",
+            marker="s",
+            numbers=(Number("W"),),
+            for_budget=f"{_BUDGETS}:sliding_window",
+        ),
+        PolicyEntry(
+            name="streaming_llm",
+            policy="natsjax.policies:StreamingLLM",
+            label="StreamingLLM",
+            summary="the first S keys of a document, others for the W queries after their own",
+            color="#009e73",
+            dark_color="#2cc79b",
+            marker="^",
+            numbers=(Number("S"), Number("W")),
+            for_budget=f"{_BUDGETS}:streaming_llm",
+        ),
+        PolicyEntry(
+            name="random",
+            policy="natsjax.policies:RandomKeys",
+            label="random keys",
+            summary="a random FRACTION of the keys, others for the W queries after their own (0)",
+            color="#777777",
+            dark_color="#a3a3a3",
+            marker=">",
+            numbers=(Number("FRACTION", float), Number("W", required=False)),
+            for_budget=f"{_BUDGETS}:random_keys",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="h2o",
+            policy="natsjax.policies:H2O",
+            label="H2O",
+            summary="N keys of a head: the R newest (half), of the others those with the most attention",
+            color="#cc79a7",
+            dark_color="#e59cc6",
+            marker="P",
+            numbers=(Number("N"), Number("R", required=False)),
+            arguments=_half_recent,
+            for_budget=f"{_BUDGETS}:h2o",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="snapkv",
+            policy="natsjax.policies:SnapKV",
+            label="SnapKV",
+            summary="N keys of a prompt in each head, chosen by its last W queries (32), and all later keys",
+            color="#e69f00",
+            dark_color="#ffc44d",
+            marker="<",
+            numbers=(Number("N"), Number("W", required=False)),
+            for_budget=f"{_BUDGETS}:snapkv",
+            modes=("decode",),
+        ),
+    ]
+)
+"""By name, in the order of reports."""
+
+
+def markdown_table() -> str:
+    """Returns the table in ``docs/generate.md``."""
+    lines = ["| `--policy` | policy | what lives | `evaluate` measures it |", "|---|---|---|---|"]
+    for entry in POLICIES.values():
+        modes = "with masks and by decoding" if "masked" in entry.modes else "by decoding"
+        lines.append(f"| `{entry.form}` | {entry.label} | {entry.summary} | {modes} |")
+    return "\n".join(lines)
