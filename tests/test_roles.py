@@ -149,7 +149,7 @@ def test_a_controlled_penalty_stays_within_its_bounds():
 
 def test_a_fixed_penalty_stays_fixed_also_at_zero():
     for penalty in (0.0, 0.7):
-        config = NatsConfig(price="fixed", kv_penalty=penalty)
+        config = NatsConfig(kv_penalty_mode="fixed", kv_penalty=penalty)
         np.testing.assert_allclose(steer_for(20, lambda penalty: 1.0, config)[1], penalty, rtol=1e-6)
 
 

@@ -4,7 +4,7 @@ The output layer's product, the softmax and their gradients go through the token
 for each token. For the gradient the chunk's logits are used while they are there (nothing is computed twice), which is
 possible because the loss is a plain weighted sum.
 
-Axis letters: ``b`` batch, ``t`` token, ``d`` width, ``v`` vocabulary; ``n`` tokens of a device.
+Axis letters: ``b`` batch, ``t`` token, ``d`` embedding dim, ``v`` vocabulary; ``n`` tokens of a device.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from natsjax.model import sharding
 
 _CHUNK_BYTES = 1 << 25
-"""Of a chunk's float32 logits on a device, about; but see below."""
+"""Size of a chunk's float32 logits on a device, about; but see below."""
 
 _LEAST_TOKENS = 1024
 """In a chunk. A chunk reads the output layer twice and its gradient once, and writes the latter: 12 bytes an entry for
@@ -25,7 +25,7 @@ _LEAST_TOKENS = 1024
 
 
 class TokenLosses(NamedTuple):
-    """Of each token, ``[b, t]``.
+    """Losses of each token, ``[b, t]``.
 
     Attributes:
       nll: float32, negative log-likelihood of the target, nats.
@@ -53,7 +53,7 @@ class LossTotals(NamedTuple):
 
 
 def capped(logits: jax.Array, softcap: float) -> jax.Array:
-    """``softcap * tanh(logits / softcap)`` (arXiv:2408.00118), or the logits themselves where it is 0."""
+    """Caps logits: ``softcap * tanh(logits / softcap)`` (arXiv:2408.00118); 0 leaves them as they are."""
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
@@ -63,10 +63,10 @@ _WEIGHT: sharding.Axes = ("vocab", None)
 
 
 def token_losses(x: jax.Array, output_weight: jax.Array, targets: jax.Array, *, softcap: float = 0.0) -> TokenLosses:
-    """What each token's prediction cost; not meant to be differentiated.
+    """Computes the loss of each token's prediction; not meant to be differentiated.
 
     Args:
-      x: ``[b, t, d]``, what the output layer reads.
+      x: ``[b, t, d]``, input of the output layer.
       output_weight: ``[v, d]``, in the dtype of ``x``.
       targets: int32 ``[b, t]``.
       softcap: of the logits (``capped``).
@@ -92,10 +92,10 @@ def loss_totals(
     softcap: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossTotals:
-    """Sums over all tokens; ``loss`` is differentiable in ``x`` and ``output_weight``.
+    """Sums losses over all tokens; ``loss`` is differentiable in ``x`` and ``output_weight``.
 
     Args:
-      x: ``[b, t, d]``, what the output layer reads.
+      x: ``[b, t, d]``, input of the output layer.
       output_weight: ``[v, d]``, in the dtype of ``x``.
       targets: int32 ``[b, t]``.
       weight: float32 ``[b, t]``, of each token.
@@ -107,7 +107,7 @@ def loss_totals(
     """
 
     def local(x, output_weight, targets, weight):
-        # Each device adds its share to the gradients of what it has in common with others.
+        # Each device adds its part to the gradients of arrays that it has in common with others.
         x, output_weight = (_vary(y) for y in (x, output_weight))
         totals = _weighted(softcap, z_loss, _flat(x), output_weight, targets.reshape(-1), weight.reshape(-1))
         return tuple(sharding.psum(total, "batch", "sequence") for total in totals)
@@ -121,7 +121,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _vary(x: jax.Array) -> jax.Array:
-    """``x`` marked as another on every device that shares the work."""
+    """Marks ``x`` as different on every device that takes part."""
     axes = [axis for name in ("batch", "sequence", "vocab") for axis in sharding.mesh_axes(name)]
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
@@ -129,7 +129,7 @@ def _vary(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted(softcap, z_loss, x, output_weight, targets, weight):
-    """``LossTotals`` of ``x [n, d]``, as a tuple."""
+    """Computes ``LossTotals`` of ``x [n, d]``, as a tuple."""
     step = functools.partial(_losses, softcap, output_weight)
     _, of_token = _by_chunk(step, None, len(output_weight), x, targets)
     return _totals(z_loss, weight, *of_token)
@@ -157,7 +157,7 @@ _weighted.defvjp(_weighted_fwd, _weighted_bwd)
 
 
 class _Softmax(NamedTuple):
-    """Of a chunk's logits; ``exp`` is this device's share of the vocabulary, the others are of all of it.
+    """Softmax of a chunk's logits; ``exp`` is for this device's part of the vocabulary, the others are for all of it.
 
     Attributes:
       logits: float32 ``[n, v]``, capped.
@@ -206,7 +206,7 @@ def _losses(softcap, output_weight, carry, x, targets):
 
 
 def _losses_and_gradients(softcap, z_loss, output_weight, carry, x, targets, weight):
-    """Also ``dx [n, d]``, this device's share, and the gradient of the output layer added to the carry."""
+    """Computes ``dx [n, d]`` too, this device's part, and adds the gradient of the output layer to the carry."""
     softmax = _softmax(softcap, x, output_weight, targets)
     probability = softmax.exp / softmax.total[:, None]
     dlogits = probability - softmax.is_target
@@ -222,12 +222,12 @@ def _losses_and_gradients(softcap, z_loss, output_weight, carry, x, targets, wei
 
 
 def _by_chunk(step: Callable, carry: Any, vocab_size: int, *of_token: jax.Array) -> tuple[Any, Any]:
-    """``step(carry, *chunk) → (carry, results)`` over chunks of tokens; a last one that is cut short is padded with 0.
+    """Runs ``step(carry, *chunk) → (carry, results)`` over chunks of tokens; a short last one is padded with 0.
 
     Args:
       step: on arrays ``[c, …]``.
-      carry: what it begins with.
-      vocab_size: of this device's share, which says how long chunks may be.
+      carry: the first one.
+      vocab_size: of this device's part, from which the length of chunks follows.
       of_token: arrays ``[n, …]``.
 
     Returns:

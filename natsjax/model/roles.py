@@ -17,7 +17,7 @@ ROLE_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
 
 
 class TokenRoles(NamedTuple):
-    """Roles of a layer's tokens: chosen once, then read by attention, lifetimes and statistics.
+    """Roles of a layer's tokens, chosen once: attention reads ``one_hot``, lifetimes ``key_end``, statistics ``ids``.
 
     Attributes:
       ids: int8 ``[b, k, s]``, GLOBAL, LOCAL or SLIDING.

@@ -1,4 +1,4 @@
-"""Where arrays live on many devices: the mesh, and one table of which axis of an array lies along which axis of it.
+"""Arrays on many devices: the mesh, and one table from axes of arrays to axes of the mesh.
 
 The mesh has four axes. ``data`` holds replicas (across slices of a pod too), ``fsdp`` shards of parameters and
 optimizer state, both divide the batch; ``tensor`` divides heads, the MLP and the vocabulary; ``context`` divides the
@@ -24,7 +24,7 @@ from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
-"""Of the mesh, from those that communicate least to those that do most."""
+"""Axes of the mesh, from those that communicate least to those that do most."""
 
 BATCH = ("data", "fsdp")
 """The axes of the mesh that divide the batch."""
@@ -43,12 +43,12 @@ _STORAGE = _COMPUTE | {"embed": "fsdp"}
 
 
 def storage_spec(axes: Axes) -> PartitionSpec:
-    """Where an array with these axes lies at rest."""
+    """Maps an array's axes to those of the mesh, for the array at rest."""
     return PartitionSpec(*(_STORAGE.get(name) if name else None for name in axes))
 
 
 def compute_spec(axes: Axes) -> PartitionSpec:
-    """Where an array with these axes lies when it is used."""
+    """Maps an array's axes to those of the mesh, for the array in use."""
     return PartitionSpec(*(_COMPUTE.get(name) if name else None for name in axes))
 
 
@@ -56,11 +56,11 @@ def compute_spec(axes: Axes) -> PartitionSpec:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Devices along each of ``AXES``.
+    """Counts the devices along each of ``AXES``.
 
     Args:
-      config: a size for each; -1, once, is what the others leave.
-      num_devices: how many there are.
+      config: a size for each; -1, once, stands for the rest.
+      num_devices: number of devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -78,9 +78,9 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run: all devices of all processes, neighbours along the axes that communicate most.
+    """Makes the mesh of a run: all devices of all processes, neighbors along the axes that communicate most.
 
-    Where TPUs come in slices that only the data-centre network joins, the slices lie along ``data``. Nodes of GPUs may
+    Where TPUs come in slices that only the data-center network joins, the slices are along ``data``. Nodes of GPUs may
     share parameters: their network is meant for it, and their order puts them along the first axes anyhow.
 
     Args:
@@ -97,7 +97,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if sizes[0] % num_slices:
             raise UserError(
                 f"mesh.data = {sizes[0]} cannot be divided among {num_slices} slices; make it a multiple, so that only "
-                "replicas talk across the data-centre network."
+                "replicas talk across the data-center network."
             )
         within = (sizes[0] // num_slices, *sizes[1:])
         across = (num_slices, *(1 for _ in sizes[1:]))
@@ -108,7 +108,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
-    """Whether a run can be trained on the mesh.
+    """Checks that a run can be trained on the mesh.
 
     Raises:
       UserError: the batch or an array cannot be divided; the message names the field and what works.
@@ -127,7 +127,7 @@ def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
 
 
 def check_arrays(config: Config, vocab_size: int, mesh: Mesh) -> None:
-    """Whether parameters and sequences can be divided along the mesh.
+    """Checks that parameters and sequences can be divided along the mesh.
 
     Raises:
       UserError: one of them cannot; the message names the field and a size that works.
@@ -155,34 +155,34 @@ def check_arrays(config: Config, vocab_size: int, mesh: Mesh) -> None:
 
 
 def _mesh() -> Any:
-    """The mesh that a program is traced under, or None."""
+    """Returns the mesh that a program is traced under, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) else None
 
 
 def compute_sharding(*axes: str | None) -> PartitionSpec | None:
-    """For the ``out_sharding`` of jax functions; None without a mesh."""
+    """Returns the ``out_sharding`` for jax functions; None without a mesh."""
     return None if _mesh() is None else compute_spec(axes)
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """``x`` in the compute layout; its gradient comes back in the layout of ``x``."""
+    """Moves ``x`` to the compute layout; its gradient comes back in the layout of ``x``."""
     return x if _mesh() is None else jax.sharding.reshard(x, compute_spec(axes))
 
 
 def sharding_of(shape: jax.ShapeDtypeStruct) -> PartitionSpec | None:
-    """Of what ``jax.eval_shape`` returns, for the ``out_sharding`` of jax functions; None without a mesh."""
+    """Returns the ``out_sharding`` for a result of ``jax.eval_shape``; None without a mesh."""
     sharding = shape.sharding
     return sharding.spec if _mesh() is not None and isinstance(sharding, NamedSharding) else None
 
 
 def replicate(tree: Any) -> Any:
-    """All arrays whole on every device, where every process can read them."""
+    """Copies all arrays whole to every device, where every process can read them."""
     return tree if _mesh() is None else jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), tree)
 
 
 def shard_map(function: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
-    """``function`` on each device's part of its arguments, arrays; itself without a mesh.
+    """Wraps ``function`` to run on each device's part of its arguments, arrays; the function itself without a mesh.
 
     Args:
       function: of arrays, positional.
@@ -203,7 +203,7 @@ def shard_map(function: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Cal
 
 
 def by_rank(function: Callable, axes: Mapping[int, Axes]) -> Callable:
-    """``function`` on each device's part of trees of arrays whose rank says what their axes are.
+    """Wraps ``function`` to run on each device's part of trees of arrays, whose axes follow from their rank.
 
     Args:
       function: of trees, to a tree.
@@ -233,7 +233,7 @@ def by_rank(function: Callable, axes: Mapping[int, Axes]) -> Callable:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """The axes of the mesh that divide an activation's axis, for collectives inside ``shard_map``; () without one."""
+    """Returns the mesh axes that divide an activation's axis, for collectives inside ``shard_map``; () without one."""
     if _mesh() is None:
         return ()
     axes = _COMPUTE.get(name, ())
@@ -241,19 +241,19 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
 
 def sequence_axis() -> str | None:
-    """The axis of the mesh that divides the sequence, None where it is whole."""
+    """Returns the axis of the mesh that divides the sequence, None where it is whole."""
     mesh = _mesh()
     return "context" if mesh is not None and mesh.shape["context"] > 1 else None
 
 
 def gathers() -> bool:
-    """Whether parameters are divided at rest along an axis that they are gathered along for use."""
+    """Returns True where parameters are divided at rest along an axis that they are gathered along for use."""
     mesh = _mesh()
     return mesh is not None and mesh.shape["fsdp"] > 1
 
 
 def psum(x: jax.Array, *names: str) -> jax.Array:
-    """Inside ``shard_map``: the sum over the devices that share out these axes of activations."""
+    """Sums, inside ``shard_map``, over the devices that these axes of activations are divided among."""
     axes = tuple(axis for name in names for axis in mesh_axes(name))
     return jax.lax.psum(x, axes) if axes else x
 
@@ -262,12 +262,12 @@ def psum(x: jax.Array, *names: str) -> jax.Array:
 
 
 def named_sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
-    """The sharding of an array on this mesh."""
+    """Returns the sharding of an array on this mesh."""
     return NamedSharding(mesh, spec)
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch, of ``batch_size``, that this process's devices hold (with what lies between)."""
+    """Returns the rows of a global batch that this process's devices hold (with any in between)."""
     sharding = NamedSharding(mesh, compute_spec(("batch",)))
     places = sharding.addressable_devices_indices_map((batch_size,)).values()
     parts = [place[0].indices(batch_size) for place in places if place is not None]
@@ -275,7 +275,7 @@ def batch_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def put_batch(mesh: Mesh, rows: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """The global batch, divided among the devices, from the rows that this process has.
+    """Makes the global batch, divided among the devices, from this process's rows.
 
     Args:
       mesh: of the run.
@@ -299,5 +299,5 @@ def put_batch(mesh: Mesh, rows: dict[str, np.ndarray], batch_size: int) -> dict[
 
 
 def axes_of(mesh: Mesh) -> Iterator[tuple[str, int]]:
-    """The axes that divide something, with their sizes."""
+    """Yields the axes with more than one device, with their sizes."""
     return ((name, size) for name, size in mesh.shape.items() if size > 1)

@@ -165,6 +165,7 @@ def read(directory: Path) -> Results:
 def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """What natsjax 0.1 stored, under the names of today."""
     names = {"contract": "budget_check", "dialled": "biased", "dial": "role_bias", "dials": "role_biases"}
+    names["share"] = "fraction"  # of RandomKeys
 
     def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in fields.items()}

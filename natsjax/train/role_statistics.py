@@ -18,7 +18,7 @@ from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDIN
 _NUM_THRESHOLDS = 64
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-"""Of the number of keys that queries read."""
+"""Quantiles that are reported of the number of keys that queries read."""
 
 
 class RoleSums(NamedTuple):

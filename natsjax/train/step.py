@@ -146,7 +146,7 @@ class Trainer:
 
     @property
     def structure(self) -> nnx.GraphDef:
-        """What ``nnx.merge`` makes a model of, with parameters."""
+        """The argument of ``nnx.merge`` beside the parameters."""
         return self.model.structure
 
     def init(self) -> TrainState:
