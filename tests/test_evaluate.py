@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from natsjax import evaluate, report
-from natsjax.config import Config
+from natsjax.config import Config, NatsConfig
 from natsjax.data import RecallTask, piece_lengths
 from natsjax.errors import UserError
 from natsjax.evaluate import __main__ as evaluate_command
@@ -90,7 +90,7 @@ def test_four_files_are_written_and_every_row_names_its_weights(nats_evaluation)
         assert row["weights"] == "this run (nats, step 7)" or row["weights"].startswith("dense baseline /")
 
 
-def test_the_dial_is_read_at_six_budgets_and_at_zero(nats_evaluation):
+def test_the_role_bias_is_set_at_six_budgets_and_to_zero(nats_evaluation):
     rows = rows_of(nats_evaluation, "nats")
     assert sum(row["budget"] is not None for row in rows) >= 6
     role_biases = [row["setting"]["role_bias"] for row in rows]
@@ -125,7 +125,7 @@ def test_every_recall_row_is_a_document(nats_evaluation):
     assert nats_evaluation.run_info["show_accuracy"]
 
 
-def test_the_contract_repeats_the_dialled_and_the_argmax_row(nats_evaluation):
+def test_the_budget_check_repeats_the_biased_and_the_argmax_row(nats_evaluation):
     budget_check = nats_evaluation.budget_check
     assert set(budget_check) == set(report.BUDGET_CHECK_FIELDS)
     by_role_bias = {row["setting"]["role_bias"]: row for row in rows_of(nats_evaluation, "nats")}
@@ -137,7 +137,7 @@ def test_the_contract_repeats_the_dialled_and_the_argmax_row(nats_evaluation):
     assert budget_check["smallest_possible"] == all_sliding_kv_fraction(np.full(10, CONTEXT), WINDOW)
 
 
-def test_budgets_that_share_a_dial_are_one_row_of_the_closest(tmp_path):
+def test_budgets_that_share_a_role_bias_are_one_row_of_the_closest(tmp_path):
     found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.8, 0.9, 1.0], progress=False)
     assert [row["budget"] for row in rows_of(found, "nats")][-1] == 0.8
     assert len([note for note in found.notes if "at role bias" in note]) == 3
@@ -156,7 +156,7 @@ def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
         assert sample["windows"] == [WINDOW, WINDOW]
 
 
-def test_samples_have_the_roles_that_the_model_chose_under_every_measured_dial(nats_evaluation, tmp_path):
+def test_samples_have_the_roles_that_the_model_chose_under_every_measured_role_bias(nats_evaluation, tmp_path):
     run = make_run(tmp_path)
     held_out = run.data.contexts("validation", 10)
     role_biases = [row["setting"]["role_bias"] for row in rows_of(nats_evaluation, "nats")]
@@ -227,14 +227,15 @@ def test_the_report_is_drawn_again_from_what_was_stored(nats_evaluation):
     assert page.read_bytes() == before
 
 
-def test_the_summary_says_table_contract_and_files(nats_evaluation):
+def test_the_summary_has_table_budget_check_and_files(nats_evaluation):
     text = nats_evaluation.summary()
     assert "NAtS" in text
     assert "KV budget 30 %: " in text
+    assert "with every token SLIDING they would keep 17.6 %." in text
     assert all(f"wrote {path}" in text for path in nats_evaluation.paths)
 
 
-def test_a_dense_run_alone_has_no_contract(tmp_path):
+def test_a_dense_run_alone_has_no_budget_check(tmp_path):
     found = evaluate.run(tmp_path, loaded=make_run(tmp_path, "dense"), progress=False)
     assert found.budget_check is None
     assert found.samples == []
@@ -265,17 +266,20 @@ def test_roles_that_do_not_depend_on_the_token_leave_budgets_unmet_and_say_so(tm
 
 
 def test_asked_budgets_are_measured_besides_the_trained_one(tmp_path):
-    found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.7], progress=False)
-    assert [row["budget"] for row in rows_of(found, "sliding_window")] == [0.3, 0.7]
+    run = make_run(tmp_path)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, nats=NatsConfig(window=4, kv_budget=0.33)))
+    found = evaluate.run(tmp_path, loaded=run, budgets=[0.7], progress=False)
+    assert [row["budget"] for row in rows_of(found, "sliding_window")] == [0.33, 0.7]
     assert "--budgets=0.7" in found.run_info["command"]
+    assert found.notes[0].startswith("KV budget 33 %: with every token SLIDING the KV fraction is 33.52 %; below that")
 
 
 @pytest.mark.parametrize(
     ("attention", "budget", "message"),
     [
-        ("nats", 1.2, "must lie above 0 and up to 1"),
-        ("nats", 0.1, r"nats\.window = 1 and data\.context_length = 32 the smallest possible is 0\.17"),
-        ("dense", 0.01, r"the smallest possible is 0\.06"),
+        ("nats", 1.2, r"KV budget = 1\.2: it is no fraction of the KV; choose one above 0 and up to 1"),
+        ("nats", 0.1, r"nats\.window = 1 and data\.context_length = 32, no KV fraction is below 0\.17"),
+        ("dense", 0.01, r"data\.context_length = 32 and each query's own key, no KV fraction is below 0\.06"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(tmp_path, attention, budget, message):
@@ -284,12 +288,12 @@ def test_budgets_that_cannot_be_are_refused(tmp_path, attention, budget, message
     assert not (tmp_path / "report").exists()
 
 
-def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
+def test_a_baseline_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     dense = make_run(tmp_path, "dense")
     cases = {
-        'model.layer_types = "nats", not "dense"': run,
-        "its data.context_length is 64 instead of 32": make_run(
+        "model.layer_types = nats, not dense; name one": run,
+        "its data.context_length is 64 instead of 32; name a run": make_run(
             tmp_path, "dense", data=dataclasses.replace(dense.config.data, context_length=64)
         ),
         "its data fingerprint is ": make_run(tmp_path, "dense", train=dataclasses.replace(dense.config.train, seed=3)),
@@ -302,7 +306,7 @@ def test_a_twin_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
         evaluate.run(tmp_path, loaded=dense, baseline_workdir="runs/x", progress=False)
 
 
-def test_a_twin_of_another_shape_or_step_is_noted(tmp_path):
+def test_a_baseline_of_another_shape_or_step_is_noted(tmp_path):
     dense = make_run(tmp_path, "dense")
     model = dataclasses.replace(dense.config.model, mlp_dim=8)
     other = dataclasses.replace(dense, step=9, config=dataclasses.replace(dense.config, model=model))
@@ -320,7 +324,7 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path):
 
 
 def test_budgets_that_are_no_numbers_are_refused(tmp_path):
-    with pytest.raises(UserError, match="numbers separated by commas"):
+    with pytest.raises(UserError, match="these are no numbers; separate them by commas"):
         evaluate_command.main([f"--workdir={tmp_path}", "--budgets=0.1;0.2"])
 
 
