@@ -88,7 +88,7 @@ def test_entropy_is_that_of_the_scorer_without_noise():
 
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))
-    np.testing.assert_allclose(metrics.scorer_entropy, 1.5 * np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["scorer_entropy"], 1.5 * np.log(2), rtol=1e-5)
     totals = losses.batch_totals(tiny.packed_batch(batch=4))
     firsts = np.sum((tiny.packed_batch(batch=4)["positions"] == 0) & (tiny.packed_batch(batch=4)["document_end"] > 0))
-    np.testing.assert_allclose(metrics.forced_globals, firsts / totals.tokens, rtol=1e-6)
+    np.testing.assert_allclose(metrics["forced_globals"], firsts / totals.tokens, rtol=1e-6)
