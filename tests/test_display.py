@@ -30,6 +30,7 @@ LINE = {
     "warnings": ["no-global"],
 }
 CONFIG = {
+    "data": {"source": "recall"},
     "model": {"num_layers": 4, "layer_types": "nats,dense,sliding,nats"},
     "train": {"num_steps": 40},
 }
