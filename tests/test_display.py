@@ -31,6 +31,7 @@ LINE = {
 }
 CONFIG = {
     "data": {"source": "recall"},
+    "optimizer": {"warmup_steps": 0},
     "model": {"num_layers": 4, "layer_types": "nats,dense,sliding,nats"},
     "train": {"num_steps": 40},
 }
@@ -48,7 +49,7 @@ display.close()
 
 
 def config_of(**groups):
-    return Config.from_dict({group: fields | groups.get(group, {}) for group, fields in CONFIG.items()} | groups)
+    return Config.from_dict({group: CONFIG.get(group, {}) | groups.get(group, {}) for group in CONFIG | groups})
 
 
 def rendered(line, config, step=20, width=80, height=24, **options):

@@ -404,7 +404,7 @@ def test_unwritable_directory_is_a_user_error_and_keeps_the_file(tmp_path):
 def test_a_run_that_was_not_evaluated_is_one_sentence_with_the_command(tmp_path):
     make_workdir(tmp_path / "a", evaluated=False)
     with pytest.raises(
-        UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a evaluates it"
+        UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a evaluates"
     ):
         report_command.main([f"--workdir={tmp_path}/a"])
     with pytest.raises(UserError, match="holds no run"):

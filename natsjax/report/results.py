@@ -158,9 +158,9 @@ def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete(row: Row) -> Row:
     """Completes a row: NaN and infinities are numbers again (``to_json``), fields newer than the file are None."""
-    newer = {name: None for name, field in ROW_FIELDS.items() if field.nullable}
+    newer = {name: None for name, field in ROW_FIELDS.items() if field.nullable and name not in row}
     known = {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
-    return newer | known
+    return known | newer
 
 
 def _without_small_intervals(row: Row) -> Row:
