@@ -33,6 +33,7 @@ class Field:
       aside: name of an integer field that is shown in parentheses behind it; empty: none.
       as_metric: it has a column only in evaluations that it is the metric of.
       compared: it has a column in the table of several runs too.
+      late: its column is one of the last on the page, which a phone does not show at first.
       axis: title of its axis in pictures; empty: it is on none.
     """
 
@@ -47,6 +48,7 @@ class Field:
     aside: str = ""
     as_metric: bool = False
     compared: bool = False
+    late: bool = False
     axis: str = ""
 
 
@@ -65,7 +67,7 @@ def _by_name(*fields: Field) -> dict[str, Field]:
 ROW_FIELDS = _by_name(
     Field("method", "policy that decided which keys live", column="method", format="method"),
     Field("setting", "numbers of the policy by name, as `role_bias` or `window`", column="setting", format="setting"),
-    Field("weights", "weights that it ran on: those of the run, or of the dense baseline", column="weights"),
+    Field("weights", "weights that it ran on: those of the run, or of the dense baseline", column="weights", late=True),
     Field(
         "budget",
         "KV budget that the setting was chosen for",
@@ -73,6 +75,7 @@ ROW_FIELDS = _by_name(
         nullable=True,
         column="budget",
         format="percent",
+        late=True,
     ),
     Field(
         "kv_fraction",
@@ -83,7 +86,15 @@ ROW_FIELDS = _by_name(
         compared=True,
         axis="KV fraction: live keys per query / context",
     ),
-    Field("kv_live_mean", "live keys per query, mean", "keys", column="live keys (max)", format=3, aside="kv_live_max"),
+    Field(
+        "kv_live_mean",
+        "live keys per query, mean",
+        "keys",
+        column="live keys (max)",
+        format=3,
+        aside="kv_live_max",
+        late=True,
+    ),
     Field("kv_live_max", "live keys per query, largest", "keys"),
     Field(
         "kv_allocated",
@@ -92,6 +103,7 @@ ROW_FIELDS = _by_name(
         nullable=True,
         column="slots",
         format=3,
+        late=True,
     ),
     Field("mean_context", "keys per query of full attention, mean", "keys"),
     Field("kv_live_mean_per_head", "`kv_live_mean` by layer and KV head", "keys", "l, k"),
@@ -208,10 +220,10 @@ def has_interval(field: Field, rows: Sequence[Row]) -> bool:
 def page_columns(rows: Sequence[Row], *, show_accuracy: bool, compared: bool = False) -> list[dict[str, Any]]:
     """Describes the columns of a table of rows to the page, or those that several runs are compared by.
 
-    Long texts are last: a phone shows the numbers first.
+    Late ones come last, and of these long texts.
     """
     found = [field for field in columns(rows, show_accuracy=show_accuracy) if field.compared or not compared]
     return [
         {name: getattr(field, name) for name in ("name", "column", "format", "interval", "aside")}
-        for field in sorted(found, key=lambda field: field.format == "text")
+        for field in sorted(found, key=lambda field: (field.late, field.format == "text"))
     ]

@@ -77,7 +77,7 @@ function showRoleBias(sample, role_bias) {
 
 function showRoleCounts() {
   const { roles, window } = reader;
-  const meanings = ["to the end of the document", "up to and including the next GLOBAL token", `for ${window} further tokens`];
+  const meanings = ["to the end of the document", "up to and including the next GLOBAL token", `for ${window} further token${window === 1 ? "" : "s"}`];
   const body = el("tbody", {}, ...ROLES.map((name, role) => {
     const total = roles.split(String(role)).length - 1;
     return el("tr", {}, el("th", { scope: "row" }, el("span", { class: `name role-${role}` }, name)),

@@ -38,7 +38,7 @@ function showSummary() {
     const interval = METRIC === "perplexity" && between(row, METRIC);
     tile(label, metricText(row), interval && `95 %: ${interval}`, `${percent(row.kv_fraction)} KV`, row.weights);
   };
-  if (budget_check) tile("KV fraction, set to the budget", percent(budget_check.biased),
+  if (budget_check) tile("Budget check: KV fraction", percent(budget_check.biased),
     `budget ${percent(budget_check.kv_budget)}: ${budget_check.met ? "met" : "missed"}`);
   const name = capitalized(METRIC);
   if (biased) measured(`${name}, NAtS`, biased);
@@ -136,7 +136,7 @@ function showBudgetCheck() {
   if (!budget_check) return byId("budget-check").remove();
   const { kv_budget: budget, sampled, argmax, biased: served, met } = budget_check;
   byId("budget-check-text").append("The budget is ", el("strong", {}, percent(budget)),
-    " of full attention's keys, and counts for what is served. With the role bias the fraction is ",
+    " of full attention's keys. With the role bias the fraction is ",
     el("strong", {}, percent(served)), ": ", el("span", { class: met ? "met" : "missed" }, met ? "✓ met" : "✗ missed"),
     ` (tolerance ± ${significant(100 * budget_check.tolerance, 2)} %).`);
   const largest = Math.max(sampled, argmax, served, budget) * 1.05;
@@ -151,10 +151,10 @@ function showBudgetCheck() {
   document.querySelector("#budget-check table").append(
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
-      line("argmax", "as served, without a role bias", argmax),
-      line("biased", `as served, with role bias ${shown(budget_check.role_bias)}`, served)));
-  byId("budget-check-note").textContent = "The smallest fraction that this corpus and window allow is " +
-    `${percent(budget_check.smallest_possible)}: every token SLIDING but the first of each document.`;
+      line("argmax", "most likely roles, without a role bias", argmax),
+      line("argmax with role bias", `role bias ${shown(budget_check.role_bias)}`, served)));
+  byId("budget-check-note").textContent = `The window alone costs ${percent(budget_check.smallest_possible)}: ` +
+    "every token SLIDING but the first of each document.";
 }
 
 // --- Perplexity by position ----------------------------------------------------------------------
