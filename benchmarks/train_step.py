@@ -185,7 +185,7 @@ class Ours:
         """Takes a step."""
         self.state, metrics = self.trainer.step(self.state, self.batch)
         self.metrics.append(metrics)
-        return float(metrics.loss)
+        return float(metrics["loss"])
 
 
 def torch_rival(dense: Ours) -> tuple[str, Any] | None:
@@ -217,7 +217,7 @@ def torch_rival(dense: Ours) -> tuple[str, Any] | None:
         found = step()
     for count in (0, 1):
         theirs = {"loss": step() if count else found, "gradient's norm": step.gradient_norm}
-        mine = {"loss": dense(), "gradient's norm": float(dense.metrics[-1].gradient_norm)}
+        mine = {"loss": dense(), "gradient's norm": float(dense.metrics[-1]["gradient_norm"])}
         for what, value in mine.items():
             if not abs(theirs[what] - value) <= MAX_DIFFERENCE * abs(value):
                 raise SystemExit(
@@ -265,7 +265,7 @@ def measure(case: Case, repeats: int, remat: bool = False) -> tuple[Row, dict[st
         step()  # compiles
     load = OtherLoad()
     times = race([Contestant(name, step) for name, step in steps.items()], repeats)
-    kept = [float(metrics.kv_fraction) for metrics in steps["nats"].metrics[-repeats:]]
+    kept = [float(metrics["kv_fraction"]) for metrics in steps["nats"].metrics[-repeats:]]
     row = Row(
         case=case,
         mesh={axis: size for axis, size in steps["dense"].trainer.mesh.shape.items() if size > 1},

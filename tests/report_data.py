@@ -30,7 +30,7 @@ RUN = {
     "device": "cpu",
     "created": "2026-08-01T14:03:22Z",
 }
-CONTRACT = {
+BUDGET_CHECK = {
     "kv_budget": 0.15,
     "sampled": 0.171,
     "argmax": 0.162,
@@ -74,6 +74,8 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
         "bits_per_byte_low": 1.6,
         "bits_per_byte_high": 1.8,
         "accuracy": accuracy,
+        "accuracy_low": None,
+        "accuracy_high": None,
         "num_tokens": 4096,
         "num_documents": 12,
         "by_position": by_position(perplexity),
@@ -107,7 +109,7 @@ def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222
     } | changes
 
 
-def write(directory, *, rows=None, budget_check=CONTRACT, samples=(), run=RUN, metrics=(), starts=()):
+def write(directory, *, rows=None, budget_check=BUDGET_CHECK, samples=(), run=RUN, metrics=(), starts=()):
     """The report of a workdir; its paths."""
     workdir = Workdir(directory)
     workdir.path.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, eva
     workdir = Workdir(path)
     workdir.path.mkdir(parents=True)
     workdir.record(config, fingerprint)
-    rows, budget_check = make_rows(), {**CONTRACT, "kv_budget": budget}
+    rows, budget_check = make_rows(), {**BUDGET_CHECK, "kv_budget": budget}
     for row in rows:
         row["perplexity"] *= perplexity
         row["by_position"] = by_position(row["perplexity"])

@@ -59,7 +59,7 @@ def test_only_settings_that_differ_are_listed(runs, tmp_path):
 def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
     data = embedded(compare(runs, tmp_path / "out")[0])
     assert data["notes"] == [
-        f"young has not been evaluated yet: python -m natsjax.evaluate --workdir={tmp_path}/young does it."
+        f"young has not been evaluated yet: python -m natsjax.evaluate --workdir={tmp_path}/young evaluates it."
     ]
     assert "1 of them was not evaluated" in data["evaluation"]
 

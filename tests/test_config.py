@@ -33,7 +33,7 @@ def test_every_config_builds_and_steps_under_eval_shape(path):
     with jax.set_mesh(trainer.mesh):
         state, metrics = jax.eval_shape(trainer.compiled_step, trainer.abstract_state(), trainer.abstract_batch())
     assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state())
-    assert metrics.loss.shape == ()
+    assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize("name", ["nats_350m", "nats_1b", "nats_7b"])

@@ -14,28 +14,47 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from natsjax.train.logs.display import Display, Shown, duration, panel
+from natsjax.config import Config
+from natsjax.train.logs.display import Display, duration, panel
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROLES = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
-SHOWN = Shown(20, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, 0.42, ROLES, (0, 3), ("no-global",))
-SCRIPT = """
-import numpy as np
+LINE = {
+    "loss": 2.5,
+    "perplexity": 12.18,
+    "kv_fraction": 0.31,
+    "kv_budget": 0.3,
+    "kv_penalty": 0.125,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.42,
+    "role_fractions": [[[0.5, 0.25, 0.25]], *[[[0.0, 0.0, 1.0]]] * 3],
+    "warnings": ["no-global"],
+}
+CONFIG = {
+    "data": {"source": "recall"},
+    "optimizer": {"warmup_steps": 0},
+    "model": {"num_layers": 4, "layer_types": "nats,dense,sliding,nats"},
+    "train": {"num_steps": 40},
+}
+SCRIPT = f"""
+from natsjax.config import Config
 from natsjax.runtime import distributed
-from natsjax.train.logs.display import Display, Shown
-roles = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
-display = Display(40, 0, {shown})
+from natsjax.train.logs.display import Display
+display = Display(Config.from_dict({CONFIG}), 0, SHOWN)
 for step in (10, 20, 30, 40):
     display.advance(step - 1)
-    display.update(Shown(step, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, None, roles, (0, 1), ("no-global",)))
+    display.update(step, {LINE})
     distributed.say(f"said at {{step}}")
 display.close()
 """
 
 
-def rendered(shown, step=20, total=40, width=80, height=24, **options):
+def config_of(**groups):
+    return Config.from_dict({group: CONFIG.get(group, {}) | groups.get(group, {}) for group in CONFIG | groups})
+
+
+def rendered(line, config, step=20, width=80, height=24, **options):
     console = Console(width=width, height=height, file=open(os.devnull, "w"), record=True, **options)  # noqa: SIM115
-    console.print(panel(shown, step, total, 75.0, "a run", width, height))
+    console.print(panel(config, line, step, 75.0, "a run", width, height))
     console.file.close()
     return console.export_text().splitlines()
 
@@ -61,40 +80,35 @@ def on_a_terminal(script, columns=80, lines=24, **environment):
     return text.decode()
 
 
-def test_the_panel_says_it_all():
-    text = "\n".join(rendered(SHOWN))
-    for part in (
-        "step 20/40",
-        "75 s left",
-        "2.5000",
-        "12.18",
-        "31.0 % of 30.0 %",
-        "0.125",
-        "12,346",
-        "42.0 %",
-        "a run",
-    ):
+def test_the_panel_has_every_number():
+    text = "\n".join(rendered(LINE, config_of()))
+    shown = ("step 20/40", "75 s left", "2.5000", "12.18", "31.0 %", "30.0 %", "0.125", "12,346", "42.0 %", "a run")
+    for part in shown:
         assert part in text
     assert "warnings: no-global" in text
     layer0, layer3 = (next(row for row in text.splitlines() if f"layer {n}" in row) for n in (0, 3))
     assert layer0.count("█") == 2 * layer0.count("▓") == 2 * layer0.count("░") > 0
     assert layer3.count("█") == layer3.count("▓") == 0 < layer3.count("░")
+    assert "layer 1" not in text
 
 
-def test_what_is_not_there_is_not_shown():
-    text = "\n".join(rendered(Shown(20, 2.5, 12.18, 1.0, 12345.6)))
-    for part in ("budget", "price", "MFU", "layer", "warnings"):
+def test_what_a_run_does_not_have_is_not_shown():
+    line = {name: value for name, value in LINE.items() if name not in ("mfu", "warnings")}
+    text = "\n".join(rendered(line, config_of(model={"layer_types": "dense"})))
+    for part in ("budget", "penalty", "MFU", "layer", "warnings"):
         assert part not in text
+    fixed = "\n".join(rendered(LINE, config_of(nats={"kv_penalty_mode": "fixed"})))
+    assert ("KV penalty" in fixed, "KV budget" in fixed) == (True, False)
 
 
 @pytest.mark.parametrize("width", [20, 40, 63, 80, 200])
 @pytest.mark.parametrize("height", [8, 24])
 def test_it_fits(width, height):
-    many = np.tile(ROLES, (40, 1))
-    shown = Shown(20, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, 0.42, many, range(80), ())
-    rows = rendered(shown, width=width, height=height)
+    config = config_of(model={"num_layers": 80, "layer_types": "nats"})
+    many = LINE | {"role_fractions": np.tile(LINE["role_fractions"], (20, 1, 1)), "warnings": []}
+    rows = rendered(many, config, width=width, height=height)
     assert max(map(len, rows)) <= width
-    assert len(rows) <= max(height, 14)
+    assert len(rows) <= max(height, 15)
     if width >= 40:
         assert [row for row in rows if "layers 0-" in row]
         assert any("-79" in row for row in rows)
@@ -102,7 +116,7 @@ def test_it_fits(width, height):
 
 
 def test_a_terminal_gets_a_panel_below_what_is_said():
-    text = on_a_terminal(SCRIPT.format(shown=True))
+    text = on_a_terminal(SCRIPT.replace("SHOWN", "True"))
     assert "\x1b[" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
@@ -112,7 +126,7 @@ def test_a_terminal_gets_a_panel_below_what_is_said():
 
 
 def test_no_color_has_no_colors():
-    text = on_a_terminal(SCRIPT.format(shown=True), NO_COLOR="1")
+    text = on_a_terminal(SCRIPT.replace("SHOWN", "True"), NO_COLOR="1")
     codes = {code for found in re.findall(r"\x1b\[([0-9;]*)m", text) for code in found.split(";")}
     assert not [code for code in codes if code.isdigit() and 30 <= int(code) <= 107]
     assert "step 40/40" in text
@@ -124,7 +138,7 @@ def test_a_dumb_terminal_and_a_file_get_plain_lines(capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             patch.setattr(sys.stderr, "isatty", lambda known=is_terminal: known)
-            exec(SCRIPT.format(shown=True), {})
+            exec(SCRIPT.replace("SHOWN", "True"), {})
         assert re.fullmatch(
             rf"step 10/40: {line}\nsaid at 10\nsaid at 20\nsaid at 30\nstep 40/40: {line}\nsaid at 40\n",
             capsys.readouterr().err,
@@ -134,16 +148,16 @@ def test_a_dumb_terminal_and_a_file_get_plain_lines(capsys, monkeypatch):
 def test_nothing_is_shown_where_nothing_is_wanted(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    exec(SCRIPT.format(shown=False), {})
+    exec(SCRIPT.replace("SHOWN", "False"), {})
     assert capsys.readouterr().err == "said at 10\nsaid at 20\nsaid at 30\nsaid at 40\n"
 
 
 def test_lines_come_now_and_then(capsys):
     now = 0.0
-    display = Display(100, 50, True, clock=lambda: now)
+    display = Display(config_of(train={"num_steps": 100}), 50, True, clock=lambda: now)
     for step in range(51, 101):
         now += 1.5
-        display.update(Shown(step, 2.5, 12.18, 0.31, 100.0))
+        display.update(step, {"loss": 2.5, "kv_fraction": 0.31, "tokens_per_second": 100.0})
     lines = capsys.readouterr().err.splitlines()
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [51, 58, 65, 72, 79, 86, 93, 100]
     assert lines[1].endswith("KV 31.0 %, 100 tokens/s, 63 s left")

@@ -20,7 +20,7 @@ from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.train.logs.metrics import read_metrics
+from natsjax.runs.workdir import read_metrics
 from natsjax.train.step import Trainer
 
 disk = pathlib.Path(sys.argv[2])
@@ -105,7 +105,7 @@ def test_every_file_that_cannot_be_written_is_a_sentence_and_the_run_goes_on_fro
     # Tried before anything else is done.
     assert found["config"]["said"] == f"--workdir={run} cannot be used: {run}/checkpoints: {why}; make room there."
     assert found["metrics"]["said"] == (
-        f"{run}/metrics.jsonl cannot be written: {why}; put that right and run the same command again, which goes on "
+        f"{run}/metrics.jsonl cannot be written: {why}; put that right and run the same command again, which resumes "
         "from the newest checkpoint."
     )
     assert found["checkpoint"]["said"].startswith(f"the checkpoint of step 9 cannot be written to {run}/checkpoints: ")

@@ -238,7 +238,7 @@ def test_a_config_that_passes_has_a_step(values):
         assert_one_sentence(error, names=A_FIELD)
         return
     assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state())
-    assert metrics.loss.shape == ()
+    assert metrics["loss"].shape == ()
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,13 @@ def test_kv_fraction_counts_all_layers_and_the_smallest_is_reached():
     batch = tiny.packed_batch(batch=4)
     _, metrics = trainer.step(trainer.init(), batch)
     smallest = kv_fraction.all_sliding_model_kv_fraction(config, piece_lengths(batch))
-    assert float(metrics.kv_fraction) == pytest.approx(smallest, rel=1e-5)
-    live = np.asarray(metrics.live_keys).mean(axis=1)
+    assert float(metrics["kv_fraction"]) == pytest.approx(smallest, rel=1e-5)
+    live = np.asarray(metrics["live_keys"]).mean(axis=1)
     assert np.all(live[[1, 4]] > live[[2, 5]])
     assert np.all(live[[2, 5]] > live[[0, 3]])
-    np.testing.assert_array_equal(np.asarray(metrics.role_fractions)[[1, 4], :, 0], 1)
-    np.testing.assert_array_equal(np.asarray(metrics.role_fractions)[[2, 5], :, 2], 1)
-    np.testing.assert_array_equal(np.asarray(metrics.scorer_entropy)[[1, 2, 4, 5]], 0)
+    np.testing.assert_array_equal(np.asarray(metrics["role_fractions"])[[1, 4], :, 0], 1)
+    np.testing.assert_array_equal(np.asarray(metrics["role_fractions"])[[2, 5], :, 2], 1)
+    np.testing.assert_array_equal(np.asarray(metrics["scorer_entropy"])[[1, 2, 4, 5]], 0)
 
 
 PATTERN = decoding.config(
@@ -203,7 +203,7 @@ def test_a_mixed_model_learns(layers):
     state, batch, seen = trainer.init(), tiny.packed_batch(batch=4), []
     for _ in range(40):
         state, metrics = trainer.step(state, batch)
-        seen.append(float(metrics.cross_entropy))
+        seen.append(float(metrics["cross_entropy"]))
     assert seen[-1] < 0.7 * seen[0]
 
 

@@ -188,7 +188,7 @@ def test_the_loop_says_what_it_is_doing(tmp_path, monkeypatch):
 def test_what_counts_as_what():
     now = 0.0
     wall_time = WallTime(lambda: now)
-    assert wall_time.shares() == {"goodput": 0, "input_wait": 0}
+    assert wall_time.fractions() == {"goodput": 0, "input_wait": 0}
     with wall_time.spent_on("compiling"):
         now += 30
     now += 10
@@ -212,7 +212,7 @@ def test_what_counts_as_what():
     with wall_time.spent_on("saving"):
         now += 10
     assert wall_time.since_start == 100
-    assert wall_time.shares() == {"goodput": pytest.approx(0.29), "input_wait": pytest.approx(0.21)}
+    assert wall_time.fractions() == {"goodput": pytest.approx(0.29), "input_wait": pytest.approx(0.21)}
     wall_time.close()
 
 

@@ -1,7 +1,7 @@
-"""What a run writes of its steps is what is documented; the profiler and Weights & Biases never end a run."""
+"""A run writes the metrics that are declared; the profiler and Weights & Biases never end a run."""
 
+import io
 import json
-import pathlib
 import re
 import sys
 import types
@@ -9,31 +9,24 @@ import types
 import jax
 import numpy as np
 import pytest
+import report_data
 import tiny
+from rich.console import Console
 
+from benchmarks import docs_tables
 from natsjax import train
 from natsjax.errors import UserError
 from natsjax.evaluate import evaluation
 from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
-from natsjax.plan import topologies
+from natsjax.runs.metrics import METRICS, Metric, metric_of, parts_of
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import chips
 from natsjax.train import flops
-from natsjax.train.logs import monitor
+from natsjax.train.logs import display, monitor
 from natsjax.train.logs.monitor import EVERY_STEP, Monitor, fetch_every_step
 from natsjax.train.logs.wall_time import WallTime
 from natsjax.train.logs.wandb import importlib
-from natsjax.train.logs.warnings import WARNINGS
-
-DOCS = pathlib.Path(__file__).parents[1] / "docs/metrics.md"
-
-
-def documented(title):
-    """Rows of the table under a title, as lists of cells without back ticks."""
-    section = DOCS.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    return [[cell.strip().strip("`") for cell in row] for row in rows]
 
 
 def make(tmp_path, config, start=0):
@@ -52,33 +45,39 @@ def go(watch, config, steps, **changes):
         watch.finished(step, tiny.step_metrics(config, **changes))
 
 
-def expanded(rows):
-    for name, *_, when in rows:
-        for part in PARTS if name.endswith("/PART") else [""]:
-            yield name.replace("PART", part), when
+def declared(*, when=None):
+    """Names of the declared metrics, one for each part of the model; those of a condition in words."""
+    for metric in METRICS.values():
+        for part in PARTS if metric.name.endswith("/PART") else [""]:
+            if when is None or metric.when == when:
+                yield metric.name.replace("PART", part)
 
 
-def test_a_run_writes_what_is_documented(tmp_path, monkeypatch):
+def test_the_tables_of_the_docs_are_the_declarations():
+    for path, text in docs_tables.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"run python -m benchmarks.docs_tables, which writes {path}"
+
+
+def test_a_run_writes_what_is_declared(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
     config = tiny.config(train={"num_steps": 3})
     train.run(config, tmp_path)
     first, second, _ = read_metrics(tmp_path / "metrics.jsonl")
-    fields = dict(expanded(documented("Fields")))
-    assert first.keys() <= fields.keys()
-    assert second.keys() | {name for name, when in fields.items() if when.startswith("first line")} == first.keys()
-    assert {name for name, when in fields.items() if when == "always"} <= second.keys()
+    order = [list(METRICS).index(metric_of(name).name) for name in first]
+    assert order == sorted(order)
+    assert first.keys() == second.keys() | set(declared(when="first line of a start"))
+    assert set(declared(when="always")) <= second.keys()
     axes = {"l": config.model.num_layers, "k": config.model.num_kv_heads}
-    for name, shape, *_ in documented("Fields"):
-        if name in second and name != "warnings":
-            sizes = [axes.get(axis, axis) for axis in re.findall(r"\w+", shape)]
-            assert list(np.shape(second[name])) == [int(size) for size in sizes], name
-    parts = [name for name in second if name.startswith("gradient_norm/")]
-    assert sum(second[name] ** 2 for name in parts) == pytest.approx(second["gradient_norm"] ** 2, rel=1e-4)
+    for name in second.keys() - {"warnings"}:
+        sizes = [axes.get(axis, axis) for axis in re.findall(r"\w+", metric_of(name).shape)]
+        assert list(np.shape(second[name])) == [int(size) for size in sizes], name
+    norms = parts_of(second, "gradient_norm").values()
+    assert sum(norm**2 for norm in norms) == pytest.approx(second["gradient_norm"] ** 2, rel=1e-4)
 
 
-def test_all_that_can_be_written_is_documented(tmp_path, monkeypatch):
-    """With devices that tell their memory and their speed."""
-    monkeypatch.setattr(topologies, "chip_of", lambda device: chips.CHIPS["v5p"])
+def test_all_that_is_declared_can_be_written(tmp_path, monkeypatch):
+    """With devices that report their memory and whose speed is known."""
+    monkeypatch.setattr(monitor, "chip_of", lambda device: chips.CHIPS["v5p"])
     stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}, None]
     devices = [types.SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
     config = tiny.config()
@@ -91,14 +90,37 @@ def test_all_that_can_be_written_is_documented(tmp_path, monkeypatch):
     watch.close()
     line = read_metrics(tmp_path / "metrics.jsonl")[0]
     written = line.keys() | read_metrics(tmp_path / "cpu/metrics.jsonl")[0].keys()
-    assert written == dict(expanded(documented("Fields"))).keys()
+    assert written == set(declared())
     assert (line["memory_in_use"], line["peak_memory"]) == (7, 9)
     peak = len(jax.devices()) * 459e12
     assert line["mfu"] == pytest.approx(line["flops_per_second"] / peak)
 
 
-def test_warnings_are_written_said_and_documented(tmp_path, capfd):
-    assert {name: row[-1] for name, *row in documented("Warnings")}.keys() == WARNINGS.keys()
+def test_a_metric_is_one_entry_and_its_value(tmp_path, monkeypatch):
+    """A toy metric is written, sent to TensorBoard, shown, drawn and documented."""
+    config = tiny.config(train={"num_steps": 3})
+    with pytest.raises(ValueError, match="the metric toy is not declared"):
+        go(make(tmp_path / "undeclared", config), config, [1], toy=np.float32(0.5))
+    toy = Metric("toy", "a toy", "fraction", panel=("toy", "{:.1%}"), line="toy {:.0%}", curve="toy curve")
+    monkeypatch.setitem(METRICS, "toy", toy)
+    watch = make(tmp_path, config)
+    go(watch, config, range(1, 4), toy=np.float32(0.5))
+    watch.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["toy"] for line in lines] == [0.5] * 3
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"toy" in events.read_bytes()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(display.panel(config, lines[0], 1, 75.0, "a run", 80, 24))
+    assert re.search(r"toy +50\.0 %", console.export_text())
+    assert "toy 50 %" in display._plain(lines[0])
+    page = report_data.write(tmp_path)[2].read_text()
+    assert '"toy": [0.5, 0.5, 0.5]' in page
+    assert '{"name": "toy", "title": "toy curve", "percent": true}' in page
+    assert "| `toy` |  | fraction | a toy | always |" in docs_tables.metrics_table()
+
+
+def test_warnings_are_written_and_logged(tmp_path, capfd):
     config = tiny.config()
     watch = make(tmp_path, config)
     go(watch, config, range(1, 5), unended_locals=np.ones((2, 2)))
@@ -124,10 +146,7 @@ def test_only_what_is_needed_is_fetched_between_logged_steps(tmp_path):
             return np.asarray(self.value)
 
     def metrics(**changes):
-        values = tiny.step_metrics(config, **changes)._asdict()
-        return type(tiny.step_metrics(config))(
-            **{name: x if isinstance(x, dict) else Array(name, x) for name, x in values.items()}
-        )
+        return {name: Array(name, value) for name, value in tiny.step_metrics(config, **changes).items()}
 
     config = tiny.config(train={"log_every": 2})
     watch = make(tmp_path, config)
@@ -135,10 +154,10 @@ def test_only_what_is_needed_is_fetched_between_logged_steps(tmp_path):
     assert read == list(EVERY_STEP)
     watch.finished(2, fetch_every_step(metrics()))
     watch.close()
-    assert set(read) == {name for name in metrics()._fields if name not in ("gradient_norms", "update_norms")}
+    assert set(read) == set(metrics())
     read.clear()
     fetch_every_step(metrics(gradient_norm=np.float32(np.inf)))
-    assert "accuracy" in read  # for the diagnosis
+    assert "accuracy" in read  # for the explanation
 
 
 def test_flops_of_the_model():
@@ -193,7 +212,7 @@ def profiled(tmp_path, profiler, first, last, steps, start=0):
 def test_the_steps_of_a_profile(tmp_path, profiler, capfd):
     assert profiled(tmp_path, profiler, 3, 4, range(1, 7)) == [1, 2, "start", 3, 4, "stop", 5, 6]
     assert profiler[2] == ("start", str(tmp_path / "profile"))
-    assert f"the profile lies in {tmp_path / 'profile'}" in capfd.readouterr().err
+    assert f"the profile is in {tmp_path / 'profile'}" in capfd.readouterr().err
 
 
 def test_a_profile_stops_with_the_run(tmp_path, profiler):
@@ -212,7 +231,7 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capfd
 
     monkeypatch.setattr(jax.profiler, "start_trace", fail)
     profiled(tmp_path, [], 2, 3, range(1, 6))
-    assert capfd.readouterr().err.count("the profiler does not start (no room); training goes on\n") == 1
+    assert capfd.readouterr().err.count("the profiler does not start (no room); training continues\n") == 1
 
 
 # --- Weights & Biases ---
@@ -275,7 +294,7 @@ def test_what_wandb_cannot_do_is_said_once(tmp_path, wandb, capfd, broken_from):
         go(watch, config, [step])
     watch.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
-    assert capfd.readouterr().err.count("gets no more metrics of this start (no network); training goes on\n") == 1
+    assert capfd.readouterr().err.count("gets no more metrics of this start (no network); training continues\n") == 1
 
 
 def test_a_missing_package_is_said_before_anything_begins(tmp_path, monkeypatch):

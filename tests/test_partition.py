@@ -55,7 +55,7 @@ for config in configs:
     state, losses, size = trainer.init(), [], config.train.batch_size
     for step in range(config.train.num_steps):
         state, metrics = trainer.step(state, task.rows(step * size, size))
-        losses.append(float(metrics.loss))
+        losses.append(float(metrics["loss"]))
     print(json.dumps([repr(dict(trainer.mesh.shape)), losses]), flush=True)
 """
 

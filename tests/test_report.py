@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from report_data import (
-    CONTRACT,
+    BUDGET_CHECK,
     DENSE_WEIGHTS,
     NATS_WEIGHTS,
     RUN,
@@ -28,13 +28,15 @@ from report_data import (
     write,
 )
 
+from benchmarks import docs_tables
 from natsjax import report
 from natsjax.errors import UserError
 from natsjax.evaluate.rows import about_intervals
 from natsjax.policies.registry import POLICIES
 from natsjax.report import __main__ as report_command
-from natsjax.report import results, training
+from natsjax.report import fields, results
 from natsjax.report.styles import RUN_COLORS
+from natsjax.report.training import read_starts
 from natsjax.runs.workdir import Workdir
 
 HOSTILE_TOKENS = [
@@ -139,6 +141,27 @@ def test_table_groups_by_weights_and_adds_accuracy_when_there_is_one():
     assert "accuracy" not in report.format_table(rows, show_accuracy=False)
 
 
+TOY = fields.Field("toy_size", "a toy", "bits", nullable=True, column="toy size", format=3, compared=True)
+
+
+def test_a_row_field_is_one_entry_and_its_value(tmp_path, monkeypatch):
+    """A toy field is stored, shown and documented; an evaluation from before it can be read."""
+    before = make_workdir(tmp_path / "before")
+    monkeypatch.setitem(fields.ROW_FIELDS, TOY.name, TOY)
+    with pytest.raises(ValueError, match=r"rows\[0\] lacks toy_size"):
+        write(tmp_path / "without")
+    rows = [row | {TOY.name: 12.345} for row in make_rows()]
+    lines, _, page, _ = write(tmp_path / "new", rows=rows)
+    assert strict_json(lines.read_text().splitlines()[0])[TOY.name] == 12.345
+    header, _, first, *_ = report.format_table(rows).splitlines()
+    assert (header.split("|")[-2].strip(), first.split("|")[-2].strip()) == ("toy size", "12.3")
+    shown = {"name": "toy_size", "column": "toy size", "format": 3, "interval": "", "aside": ""}
+    assert shown in embedded(page)["columns"]
+    assert "| `toy_size` |  | bits | a toy |" in docs_tables.TABLES["rows"]()
+    assert [row[TOY.name] for row in results.read(before.report).rows] == [None] * len(rows)
+    assert "toy" not in report.format_table(results.read(before.report).rows)
+
+
 def check_self_contained(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"https?:|@import|url\(|\bfetch\(|XMLHttpRequest|\bimport\(", text)
@@ -189,7 +212,7 @@ def test_embedded_data_survives_hostile_text(tmp_path):
     assert data["samples"] == [sample]
     assert data["run"] == {name: value for name, value in run.items() if name != "settings"}
     assert data["rows"] == make_rows()
-    assert data["budget_check"] == CONTRACT
+    assert data["budget_check"] == BUDGET_CHECK
     parser = parse(path)
     assert len(parser.scripts) == 2
     assert "b" not in [tag for tag, _ in parser.tags]
@@ -223,8 +246,10 @@ def test_training_curves_are_thinned_and_mark_what_was_skipped(tmp_path):
     assert len(curves["steps"]) == 400
     assert curves["steps"][-1] == 3000
     by_step = {line["step"]: line for line in metrics}
-    for name in training.CURVES:
-        assert curves["curves"][name] == [by_step[step][name] for step in curves["steps"]]
+    assert list(curves["curves"]) == [chart["name"] for chart in curves["charts"]]
+    assert list(curves["curves"]) == ["loss", "perplexity", "kv_fraction", "kv_penalty"]
+    for name, curve in curves["curves"].items():
+        assert curve == [by_step[step][name] for step in curves["steps"]]
     assert [(mark["step"], mark["kind"]) for mark in curves["marks"]] == [
         (12, "skipped"),
         (30, "skipped"),
@@ -233,7 +258,7 @@ def test_training_curves_are_thinned_and_mark_what_was_skipped(tmp_path):
     assert "2 steps" in curves["marks"][1]["text"]
 
 
-def test_a_run_without_metrics_or_without_prices_has_no_such_curves(tmp_path):
+def test_a_run_without_metrics_or_without_penalties_has_no_such_curves(tmp_path):
     assert embedded(write(tmp_path / "a")[2])["training"] is None
     dense = [line | {"kv_penalty": 0.0} for line in make_metrics()]
     assert set(embedded(write(tmp_path / "b", metrics=dense)[2])["training"]["curves"]) == {
@@ -290,8 +315,8 @@ def test_an_older_evaluation_of_few_documents_loses_its_intervals(tmp_path):
     ("changes", "resamplings", "words"),
     [
         ({}, 1000, None),
-        ({"num_documents": 1}, 1000, "1 held-out document is too few for intervals (10 are the fewest), and little"),
-        ({"num_documents": 9}, 1000, "9 held-out documents are too few for intervals (10 are the fewest), and little"),
+        ({"num_documents": 1}, 1000, "1 held-out document is too few for intervals (10 are the fewest), and too few"),
+        ({"num_documents": 9}, 1000, "9 held-out documents are too few for intervals (10 are the fewest), and too few"),
         ({}, 39, "eval.bootstrap_samples = 39 is too few for intervals (40 are the fewest)."),
         ({}, 1000, "no interval of the perplexity: all 12 held-out documents came out alike."),
     ],
@@ -313,7 +338,7 @@ CASES = {
         "run": RUN | {"layers": ["nats"]},
     },
     "no NAtS rows": {"rows": make_rows()[4:], "budget_check": None, "run": RUN | {"layers": ["dense", "dense"]}},
-    "NaN and infinity": {"rows": awkward_rows(), "budget_check": CONTRACT | {"met": False}},
+    "NaN and infinity": {"rows": awkward_rows(), "budget_check": BUDGET_CHECK | {"met": False}},
     "nothing to draw": {
         "rows": [
             make_row("nats", NATS_WEIGHTS, {"role_bias": role_bias}, 0.2, math.nan) for role_bias in (-2.0, -0.25, 3.0)
@@ -380,7 +405,9 @@ def test_unwritable_directory_is_a_user_error_and_keeps_the_file(tmp_path):
 
 def test_a_run_that_was_not_evaluated_is_one_sentence_with_the_command(tmp_path):
     make_workdir(tmp_path / "a", evaluated=False)
-    with pytest.raises(UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a does it"):
+    with pytest.raises(
+        UserError, match=rf"evaluated yet; python -m natsjax\.evaluate --workdir={tmp_path}/a evaluates"
+    ):
         report_command.main([f"--workdir={tmp_path}/a"])
     with pytest.raises(UserError, match="holds no run"):
         report_command.main([f"--workdir={tmp_path}/b"])
@@ -405,7 +432,7 @@ def test_starts_that_a_killed_process_left_unfinished_are_passed_over(tmp_path):
     workdir = make_workdir(tmp_path / "a")
     with open(workdir.starts_file, "a") as file:
         file.write('{"command": "pyth')
-    assert len(training.read_starts(workdir)) == 1
+    assert len(read_starts(workdir)) == 1
 
 
 def test_the_command_says_what_it_wrote_and_how_large_it_is(tmp_path, capsys):
@@ -417,9 +444,9 @@ def test_the_command_says_what_it_wrote_and_how_large_it_is(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workdir=,"], "the folder of a run was expected"),
-        (["--workdir=a", "--output=b"], "--output goes with several runs"),
-        (["--workdir=a", "--title=b"], "--title goes with several runs"),
+        (["--workdir=,"], "give the folder of a run, or several"),
+        (["--workdir=a", "--output=b"], "--output needs several runs"),
+        (["--workdir=a", "--title=b"], "--title needs several runs"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_sentence(flags, message):
@@ -429,11 +456,11 @@ def test_flags_that_do_not_fit_are_one_sentence(flags, message):
 
 def test_a_start_is_written_down_with_its_command_and_versions(tmp_path, monkeypatch):
     workdir = Workdir(tmp_path)
-    assert training.read_starts(workdir) == []
+    assert read_starts(workdir) == []
     for argv in (["python", "train.py", "--config=a b.py"], ["/usr/bin/python3", "-m", "natsjax.sweep"]):
         monkeypatch.setattr("sys.orig_argv", argv)
         workdir.record_start()
-    first, second = training.read_starts(workdir)
+    first, second = read_starts(workdir)
     assert first["command"] == "python train.py '--config=a b.py'"
     assert second["command"] == "python -m natsjax.sweep"
     assert re.fullmatch(r"natsjax \S+, jax \S+, Python \S+", first["versions"])

@@ -20,9 +20,11 @@ from report_data import (
     make_workdir,
     write,
 )
-from test_report import CASES
+from test_report import CASES, TOY
 
+from natsjax.report import fields
 from natsjax.report.compare import compare
+from natsjax.runs.metrics import METRICS, Metric
 
 _PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -125,7 +127,7 @@ def test_every_case_loads_and_shows_what_it_has(tmp_path, open_page, case):
     assert page.locator("#curve .hit").count() == sum(math.isfinite(math.nan if x is None else x) for x in drawable)
     assert page.locator("#heat").count() == any(row["method"] == "nats" for row in rows)
     assert page.locator("#reader").count() == bool(arguments.get("samples"))
-    assert page.locator("#budget check").count() == (arguments.get("budget_check", True) is not None)
+    assert page.locator("#budget-check").count() == (arguments.get("budget_check", True) is not None)
     assert page.locator("#training").count() == bool(arguments.get("metrics"))
     assert page.locator("#position").count() == any(row["by_position"] for row in rows)
     shown = page.evaluate("document.body.innerText")
@@ -141,17 +143,17 @@ def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_p
     first = open_page(path)
     # Types L S G L S S of docs/method.md 1 end at 3 3 oo oo 6 7; the second document, at 6, cuts what is longer.
     assert (roles(first), ends(first)) == ("12012201", [3, 3, 6, 6, 6, 6, 8, 8])
-    assert first.locator("#role bias").is_hidden()
+    assert first.locator("#role-bias").is_hidden()
     second = open_page(path, "layer=0&head=1&token=3")
     assert (roles(second), ends(second)) == ("00000000", [6] * 6 + [8] * 2)
     assert second.locator("#tokens .role-0.readable").count() == 4
     assert "“L”" in second.locator("#detail").inner_text()
 
 
-def test_the_slider_shows_the_roles_and_the_figures_of_each_measured_dial(run_page, open_page):
+def test_the_slider_shows_the_roles_and_the_figures_of_each_measured_role_bias(run_page, open_page):
     page = open_page(run_page)
     sample = long_sample()
-    slider, figures = page.locator("#role bias"), page.locator("#role bias-figures")
+    slider, figures = page.locator("#role-bias"), page.locator("#role-bias-figures")
     assert slider.get_attribute("max") == "2"
     assert slider.input_value() == "1"
     assert "set to the budget" in figures.inner_text()
@@ -214,7 +216,7 @@ def test_the_arrow_keys_move_through_the_text_and_escape_leaves(run_page, open_p
     assert page.evaluate(readable) == expected
     assert f"reads {len(expected)} of the 60 keys" in page.locator("#detail").inner_text()
     # The roles change under the selection, which stays.
-    page.locator("#role bias").focus()
+    page.locator("#role-bias").focus()
     page.keyboard.press("End")
     assert selected(page) == "59"
     assert page.locator("#tokens .readable").count() == 60
@@ -316,6 +318,18 @@ def test_layers_of_other_kinds_are_named_and_the_first_with_roles_is_open(tmp_pa
     page = open_page(write(tmp_path, **copy.deepcopy(CASES["layers of several kinds"]))[2])
     assert page.locator("#layer option").all_inner_texts() == ["0 (dense)", "1 (nats)"]
     assert page.locator("#layer").input_value() == "1"
+
+
+def test_a_new_row_field_and_a_new_metric_are_shown(tmp_path, monkeypatch, open_page):
+    monkeypatch.setitem(fields.ROW_FIELDS, TOY.name, TOY)
+    monkeypatch.setitem(METRICS, "toy", Metric("toy", "a toy", "fraction", curve="toy curve"))
+    rows = [row | {TOY.name: 12.345} for row in make_rows()]
+    metrics = [line | {"toy": 0.5} for line in make_metrics()]
+    page = open_page(write(tmp_path, rows=rows, metrics=metrics)[2])
+    heads = page.locator("#rows thead th").all_inner_texts()
+    cells = page.locator("#rows tbody tr").first.locator("th, td").all_inner_texts()
+    assert dict(zip(heads, cells, strict=True))["Toy size"] == "12.3"
+    assert page.locator("#training-toy .title").first.text_content() == "toy curve"
 
 
 # --- Several runs -------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_entropy_is_that_of_the_scorer_without_noise():
 
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     _, metrics = trainer.step(trainer.init(), tiny.packed_batch(batch=4))
-    np.testing.assert_allclose(metrics.scorer_entropy, 1.5 * np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["scorer_entropy"], 1.5 * np.log(2), rtol=1e-5)
     batch = Batch.from_rows(tiny.packed_batch(batch=4))
     firsts = np.sum(batch.is_first & batch.is_token)
-    np.testing.assert_allclose(metrics.forced_globals, firsts / losses.batch_totals(batch).tokens, rtol=1e-6)
+    np.testing.assert_allclose(metrics["forced_globals"], firsts / losses.batch_totals(batch).tokens, rtol=1e-6)

@@ -76,9 +76,10 @@ def test_loss_is_cross_entropy_plus_price_times_fraction():
     task = RecallTask(24, 2, 5, 5, 5)
     trainer = Trainer(tiny.config(nats={"kv_penalty": 3.0}), task.vocab_size)
     _, metrics = trainer.step(trainer.init(), task.rows(0, 4))
-    assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy + 3.0 * metrics.kv_fraction), rel=1e-5)
-    np.testing.assert_allclose(metrics.role_fractions.sum(-1), 1, rtol=1e-5)
-    assert 0 < float(metrics.kv_fraction) < 1
+    loss = metrics["cross_entropy"] + 3.0 * metrics["kv_fraction"]
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    np.testing.assert_allclose(metrics["role_fractions"].sum(-1), 1, rtol=1e-5)
+    assert 0 < float(metrics["kv_fraction"]) < 1
 
 
 def test_the_price_lowers_the_fraction_and_nothing_else_can():
@@ -98,7 +99,7 @@ def test_the_price_lowers_the_fraction_and_nothing_else_can():
         fractions = []
         for _ in range(60):
             state, metrics = trainer.step(state, batch)
-            fractions.append(float(metrics.kv_fraction))
+            fractions.append(float(metrics["kv_fraction"]))
         assert fractions[-1] < 0.6 * fractions[0]
 
 
@@ -107,12 +108,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
 
     def spoilt(self, state, batch):
         state, metrics = real(self, state, batch)
-        return state, metrics._replace(loss=jnp.where(state.step == 8, jnp.nan, metrics.loss))
+        return state, metrics | {"loss": jnp.where(state.step == 8, jnp.nan, metrics["loss"])}
 
     monkeypatch.setattr(Trainer, "_step", spoilt)
     sentence = (
-        r"^the loss at step 8 is nan \(cross-entropy .*\); training cannot go on, and the last good checkpoint is that "
-        r"of step 5\. The likely cause: .+; what may help: .+\.$"
+        r"^the loss at step 8 is nan \(cross-entropy .*\); training cannot continue, and the last good checkpoint is "
+        r"that of step 5\. The likely cause: .+; what may help: .+\.$"
     )
     with pytest.raises(UserError, match=sentence):
         train.run(tiny.config(), tmp_path)

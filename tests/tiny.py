@@ -55,11 +55,13 @@ def config(**groups) -> Config:
 def step_metrics(config: Config, **changes) -> StepMetrics:
     """What a step could report, on the host: all ones and a third of each role, with fields changed."""
     layers, heads = config.model.num_layers, config.model.num_kv_heads
-    ones = dict.fromkeys(StepMetrics._fields, np.float32(1))
-    norms = dict.fromkeys(PARTS, np.float32(1))
+    names = (
+        "loss cross_entropy z_loss accuracy kv_fraction kv_penalty kv_budget gradient_norm update_norm learning_rate "
+        "temperature"
+    )
     values = {
-        "gradient_norms": norms,
-        "update_norms": norms,
+        **dict.fromkeys(names.split(), np.float32(1)),
+        **{f"{name}/{part}": np.float32(1) for name in ("gradient_norm", "update_norm") for part in PARTS},
         "role_fractions": np.full((layers, heads, 3), 1 / 3, np.float32),
         "live_keys": np.ones((layers, heads), np.float32),
         "live_key_quantiles": np.ones((layers, len(QUANTILES)), np.float32),
@@ -69,7 +71,7 @@ def step_metrics(config: Config, **changes) -> StepMetrics:
         "skipped": np.float32(0),
         "skipped_steps": np.float32(0),
     }
-    return StepMetrics(**ones | values | changes)
+    return values | changes
 
 
 def packed_batch(seed=0, batch=3, length=24, vocab_size=VOCAB_SIZE) -> dict[str, np.ndarray]:

@@ -1,13 +1,12 @@
-"""The same measurement as ``natsjax.evaluate.masked``, as it is served: each document through a KV buffer.
+"""Evaluation through the KV buffer: the measurements of ``natsjax.evaluate.masked``, each document decoded.
 
-Nothing is masked that is not gone: a query reads what the buffer holds and its own chunk, and what the policy drops is
-freed. So policies that decide from the attention they observe can be measured, and the others must give the same
-numbers as their masks.
+A query reads the keys in the buffer and those of its own chunk. Keys that the policy drops are freed. So policies that
+decide from attention weights can be measured, and the others must give the same numbers as their masks.
 
-Each is measured as it is defined, whatever is convenient to read at once. What fixes lifetimes in advance is read
-chunk by chunk. H2O, which evicts with every token, is read token by token. SnapKV, which cuts a prompt down once, reads
-every chunk as the continuation of a prompt that ends where the chunk begins: that prompt with full attention, from its
-first token on, then what it keeps of it and the chunk's own keys.
+Every policy is measured as it is defined. Policies that fix lifetimes in advance read chunk by chunk. H2O evicts with
+every token, so it reads token by token. SnapKV cuts a prompt down once, so every chunk is read as the continuation of
+a prompt that ends where the chunk begins: the prompt with full attention from its first token on, then the keys kept of
+it and the chunk's own keys.
 
 Axis letters: ``n`` contexts, ``t`` token, ``b`` document pieces of a batch, ``l`` layer, ``k`` KV head.
 """
@@ -33,7 +32,7 @@ from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import NO_END
 
 DEFAULT_CHUNK = 16
-"""Tokens that are read at once; for SnapKV, those that follow a prompt."""
+"""Tokens that are read at once; for SnapKV, tokens that follow a prompt."""
 
 
 def measure_decoding(
@@ -46,15 +45,15 @@ def measure_decoding(
 ) -> Measurement:
     """Predicts every token of the contexts with the keys that are still in the buffer.
 
-    Each document piece of a context is a sequence of its own; ``eval.batch_size`` go through the model at a time, those
-    of similar length together.
+    Each document piece of a context is a sequence of its own; ``eval.batch_size`` are read at a time, those of similar
+    length together.
 
     Args:
-      run: whose model.
+      run: run with the model.
       contexts: arrays ``[n, t]`` (``natsjax.data.packing``), with at least one token to predict.
-      policy: how long keys live.
-      chunk: tokens that are read at once, 1 or more. For ``SnapKV`` those that follow a prompt, whose keys it keeps
-        all: its queries read ``num_keys`` and up to ``chunk`` more. For other policies nothing depends on it.
+      policy: policy of the KV cache.
+      chunk: tokens that are read at once, 1 or more. ``SnapKV`` keeps all keys of a chunk, so its queries read
+        ``num_keys`` and up to ``chunk`` more. Results of other policies do not depend on it.
       settings: of decoding.
 
     Raises:
@@ -104,7 +103,7 @@ def measure_decoding(
 
 
 def _pieces(contexts: Row) -> list[tuple[int, int, int]]:
-    """``(context, start, stop)`` of every document piece, the longest first."""
+    """Lists ``(context, start, stop)`` of every document piece, the longest first."""
     batch = Batch.from_rows(contexts)
     rows, starts = np.nonzero(batch.is_first & batch.is_token)
     stops = contexts["document_end"][rows, starts]
@@ -113,7 +112,7 @@ def _pieces(contexts: Row) -> list[tuple[int, int, int]]:
 
 
 def _rows(values: np.ndarray, batch: list[tuple[int, int, int]], first: int, count: np.ndarray, chunk: int):
-    """The pieces' tokens ``first … first + count - 1``: int32 ``[b, chunk]``."""
+    """Collects the pieces' tokens ``first … first + count - 1``: int32 ``[b, chunk]``."""
     rows = np.zeros((len(count), chunk), np.int32)
     for row, (context, start, _) in enumerate(batch):
         rows[row, : count[row]] = values[context, start + first : start + first + count[row]]
@@ -121,11 +120,11 @@ def _rows(values: np.ndarray, batch: list[tuple[int, int, int]], first: int, cou
 
 
 class _Read(NamedTuple):
-    """What reading a chunk gave.
+    """Result of reading a chunk.
 
     Attributes:
       hidden: ``[b, t, d]``.
-      live: int32 ``[num_layers, b, k, t]``, the keys that queries read.
+      live: int32 ``[num_layers, b, k, t]``, number of keys that each query reads.
       capacities: slots of a head, by layer.
     """
 
@@ -139,33 +138,33 @@ Tokens = Callable[[int, int], np.ndarray]
 
 
 class _ByChunk:
-    """Reads chunk by chunk: what fixes lifetimes when a key is written."""
+    """Reader chunk by chunk, for policies that fix a lifetime when the key is written."""
 
     def __init__(self, decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int):
         self.decoder, self.lengths, self.chunk, self.longest = decoder, lengths, chunk, longest
         self.cache = self.start()
 
     def start(self, slots: int = NO_LIMIT) -> Cache:
-        """Room for all tokens, or for so many of them."""
+        """Makes a cache for all tokens, or for ``slots`` of them."""
         return self.decoder.start(len(self.lengths), min(self.longest, slots), self.longest)
 
     def read(self, tokens: Tokens, first: int) -> _Read:
-        """The chunk that begins at ``first``; all before it have been read."""
+        """Reads the chunk that begins at ``first``; all before it have been read."""
         self.cache, read = self.decoder.read(
             self.cache, tokens(first, self.chunk), self.count(first, self.chunk), count_live=True
         )
         return _Read(read.hidden, read.live, self.cache.capacities)
 
     def count(self, start: int, width: int) -> np.ndarray:
-        """Tokens of each piece among ``width`` from ``start`` on."""
+        """Counts the tokens of each piece among ``width`` from ``start`` on."""
         return np.clip(self.lengths - start, 0, width)
 
 
 class _ByToken(_ByChunk):
-    """Reads token by token and evicts after each, in one program for a chunk."""
+    """Reader token by token that evicts after each, in one program for a chunk."""
 
     def start(self, slots: int = NO_LIMIT) -> Cache:
-        """Room for the keys that may be live."""
+        """Makes a cache for the keys that may be live."""
         return super().start(min(slots, self.decoder.limit))
 
     def read(self, tokens: Tokens, first: int) -> _Read:
@@ -187,16 +186,16 @@ class _ByToken(_ByChunk):
 
 
 class _AsContinuation(_ByChunk):
-    """Reads each chunk behind a prompt that ends where it begins, and that has been cut down once.
+    """Reader of each chunk as the continuation of a prompt that was cut down once.
 
     ``cache`` holds all keys of the tokens before the observation window of the next prompt.
     """
 
-    _at = 0  # tokens that the cache holds
+    _at = 0  # tokens in the cache
 
     def read(self, tokens: Tokens, first: int) -> _Read:
         decoder, observed = self.decoder, self.decoder.policy.observed
-        self._go_on(tokens, max(first - observed, 0))
+        self._advance(tokens, max(first - observed, 0))
         prompt = decoder.copied(self.cache)
         if first:
             begin = np.full(len(self.lengths), self._at)
@@ -210,8 +209,8 @@ class _AsContinuation(_ByChunk):
         )
         return _Read(read.hidden, read.live, cache.capacities)
 
-    def _go_on(self, tokens: Tokens, end: int) -> None:
-        """Reads on, up to the token ``end``, and observes nothing."""
+    def _advance(self, tokens: Tokens, end: int) -> None:
+        """Reads up to the token ``end`` without recording attention weights."""
         nobody = np.full(len(self.lengths), NO_END)
         while self._at < end:
             count = self.count(self._at, min(end - self._at, self.chunk))
@@ -222,14 +221,14 @@ class _AsContinuation(_ByChunk):
 
 
 def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> _ByChunk:
-    """The one that reads pieces of these lengths, of at most ``longest`` tokens, as the policy is defined."""
+    """Chooses the reader of the policy, for pieces of these lengths, of at most ``longest`` tokens."""
     if decoder.policy.max_keys is None:
         return _ByChunk(decoder, lengths, chunk, longest)
     return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 
 
 def _scored(decoder: Decoder, read: _Read, targets: np.ndarray):
-    """Token losses, and int ``[num_layers, b, k, chunk]``, the keys that queries read."""
+    """Computes token losses, and the number of keys that each query reads, int ``[num_layers, b, k, chunk]``."""
     with jax.set_mesh(decoder.mesh):
         placed = decoder.put(targets, "batch", "sequence")
         found = _score(decoder.parameters, read.hidden, placed, structure=decoder.structure)

@@ -1,7 +1,7 @@
-"""One teacher-forced pass over contexts under a retention policy: how well it predicts, and how much KV it reads.
+"""Evaluation with masks: predictions and live keys of one teacher-forced pass over contexts under a policy.
 
-The forward pass is compiled once per kind of choice (a role bias, sampled roles, given intervals), whatever its
-numbers.
+The forward pass is compiled once per kind of role sampling (role bias, sampled roles, given intervals), for all numbers
+of it.
 
 Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``l`` layer, ``d`` documents.
 """
@@ -33,15 +33,15 @@ _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
 
 @dataclasses.dataclass(frozen=True)
 class DocumentSums:
-    """Sums over the predicted tokens of each document; documents without any are left out.
+    """Sums over the predicted tokens of each document; documents without predicted tokens are left out.
 
     Attributes:
       ids: int64 ``[d]``, the documents' indices in their split, ascending.
       nll: float64 ``[d]``, negative log-likelihood, nats.
       tokens: float64 ``[d]``, predicted tokens.
       correct: float64 ``[d]``, predicted tokens whose most likely token is right.
-      text_nll: float64 ``[d]``, ``nll`` without that of EOS, which stands for no text; None where there is no text.
-      bytes: float64 ``[d]``, UTF-8 bytes of the predicted tokens; None where there is no text behind tokens.
+      text_nll: float64 ``[d]``, ``nll`` without that of EOS, which is no text; None for data without text.
+      bytes: float64 ``[d]``, UTF-8 bytes of the predicted tokens; None for data without text.
     """
 
     ids: np.ndarray
@@ -54,7 +54,7 @@ class DocumentSums:
 
 @dataclasses.dataclass(frozen=True)
 class PositionSums:
-    """Sums over the predicted tokens of each document, by how many of its tokens a prediction could look back at.
+    """Sums over the predicted tokens of each document by position: the number of its tokens before the predicted one.
 
     Attributes:
       edges: int64 ``[p + 1]``, ascending from 1: bucket i holds ``edges[i] <= tokens < edges[i + 1]``.
@@ -71,16 +71,16 @@ class PositionSums:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What one pass found; padding is in no sum.
+    """Result of one pass; sums exclude padding.
 
     Attributes:
-      documents: what was predicted, by document.
+      documents: predictions by document.
       positions: the same, by document and position; documents in the same order.
-      live_pairs: float64 ``[l, k]``, key-query pairs that are read.
+      live_pairs: float64 ``[l, k]``, live key-query pairs.
       live_max: int64 ``[l, k]``, the most keys that one query can read.
       causal_pairs: pairs that full attention reads, per layer and KV head.
       num_queries: tokens.
-      allocated: int64 ``[l]``, the most slots of a head that a KV buffer had; None where masks stand for it.
+      allocated: int64 ``[l]``, the most slots of a head that a KV buffer had; None for an evaluation with masks.
     """
 
     documents: DocumentSums
@@ -118,9 +118,9 @@ class Measurement:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per UTF-8 byte of predicted text, as lm-evaluation-harness counts; None where there is no text.
+        """Bits per UTF-8 byte of predicted text, as in lm-evaluation-harness; None for data without text.
 
-        The end of a document is predicted too, and counts in the perplexity: here it does not, for it is no text.
+        The end of a document is predicted too. It counts in the perplexity but not here, for it is no text.
         """
         sums = self.documents
         if sums.text_nll is None or sums.bytes is None or not sums.bytes.sum():
@@ -129,7 +129,7 @@ class Measurement:
 
     @property
     def accuracy(self) -> float:
-        """Share of predicted tokens whose most likely token is right."""
+        """Fraction of predicted tokens whose most likely token is right."""
         return float(self.documents.correct.sum() / self.documents.tokens.sum())
 
 
@@ -137,9 +137,9 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
     """Predicts every token of the contexts with the keys that the policy leaves.
 
     Args:
-      run: whose model; ``eval.batch_size`` contexts go through it at a time.
+      run: run with the model; ``eval.batch_size`` contexts are read at a time.
       contexts: arrays ``[n, t]`` (``natsjax.data.packing``), with at least one token to predict.
-      policy: who reads what.
+      policy: policy of the KV cache.
 
     Raises:
       ValueError: the policy reads roles, and the model has none.
@@ -163,15 +163,15 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
 
 
 def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndarray:
-    """The role of every token.
+    """Computes the role of every token.
 
     Args:
-      run: whose model.
+      run: run with the model.
       contexts: arrays ``[n, t]``.
       policy: ``Nats`` or ``SampledNats``.
 
     Returns:
-      int8 ``[n, l, k, t]``; meaningless where padded.
+      int8 ``[n, l, k, t]``; arbitrary at padding.
 
     Raises:
       ValueError: the policy reads roles, and the model has none.
@@ -183,24 +183,23 @@ def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndar
 def bootstrap_interval(
     numerator: np.ndarray, denominator: np.ndarray, *, num_samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval of ``sum(numerator) / sum(denominator)`` when documents are drawn with replacement.
+    """Computes the 95 % percentile interval of ``sum(numerator) / sum(denominator)`` by resampling documents.
 
     Args:
       numerator, denominator: float64 ``[d, …]``, by document.
       num_samples: resamplings.
-      seed: of the draws; the same seed draws the same documents, so that rows of a table differ by what was measured.
+      seed: of the resampling; the same seed samples the same documents for all rows of a table.
 
     Returns:
-      ``(low, high)``, float64 ``[…]``. Both are NaN where nothing is known of the spread: with fewer than
-      ``MIN_DOCUMENTS`` documents whose denominator is not 0, fewer than ``MIN_RESAMPLINGS`` resamplings, or documents
-      that are all alike.
+      ``(low, high)``, float64 ``[…]``. Both are NaN if the spread is not known: with fewer than ``MIN_DOCUMENTS``
+      documents whose denominator is not 0, fewer than ``MIN_RESAMPLINGS`` resamplings, or documents that are all alike.
 
-    Source: Hesterberg 2015 (arXiv:1411.5279), section 3.2: percentiles expanded for few documents, whose plain ones
-    cover less than they say.
+    Source: Hesterberg 2015 (arXiv:1411.5279), section 3.2: percentiles are expanded for few documents, because plain
+    ones cover too little.
     """
     count = len(numerator)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
-    above, below = (np.tensordot(draws, values, axes=1) for values in (numerator, denominator))
+    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
+    above, below = (np.tensordot(samples, values, axes=1) for values in (numerator, denominator))
     ratios = np.full_like(above, np.nan)
     np.divide(above, below, out=ratios, where=below != 0)
     documents = np.count_nonzero(denominator, axis=0)
@@ -216,12 +215,12 @@ def bootstrap_interval(
 
 
 def _expanded_tail(count: int) -> float:
-    """The share of resamplings beyond each end of a 95 % interval: 0.025 for many documents, less for few."""
+    """Computes the fraction of resamplings beyond each end of a 95 % interval: 0.025 for many documents."""
     return float(special.ndtr(math.sqrt(count / (count - 1)) * special.stdtrit(count - 1, 0.025)))
 
 
 def live_keys(key_end: jax.Array) -> jax.Array:
-    """How many keys each query can read, in O(L): a running sum of keys that begin less keys that end.
+    """Counts the keys that each query can read, in O(L): a running sum of keys that begin less keys that end.
 
     Args:
       key_end: int32 ``[…, s]``, exclusive; a key with ``key_end <= s`` is never read (padding).
@@ -237,7 +236,7 @@ def live_keys(key_end: jax.Array) -> jax.Array:
 
     def count(end):
         is_read = end > jnp.arange(length, dtype=jnp.int32)
-        # What outlives the sequence, and what is never read, ends in a slot of its own behind it.
+        # Keys that outlive the sequence, or are never read, end in a slot of their own behind it.
         end = jnp.where(is_read, jnp.minimum(end, length), length)
         ended = jnp.zeros(length + 1, jnp.int32).at[end].add(1)
         return jnp.cumsum(is_read.astype(jnp.int32) - ended[:-1])
@@ -246,7 +245,7 @@ def live_keys(key_end: jax.Array) -> jax.Array:
 
 
 class _BatchResult(NamedTuple):
-    """A batch's forward pass, on device.
+    """Result of a batch's forward pass, on device.
 
     Attributes:
       nll: float32 ``[b, t]``, of each target, nats.
@@ -265,7 +264,7 @@ class _BatchResult(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="structure")
 def _forward(parameters, batch: Batch, choice: RoleSampling, *, structure) -> _BatchResult:
-    """One batch, arrays ``[b, t]``. The result is whole on every device."""
+    """Runs one batch, arrays ``[b, t]``. The result is replicated."""
     model = nnx.merge(structure, parameters)
     x, roles = model.hidden(batch, choice)
     softcap = model.config.model.final_logit_softcap
@@ -284,7 +283,7 @@ def _forward(parameters, batch: Batch, choice: RoleSampling, *, structure) -> _B
 
 
 def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Iterator[_BatchResult]:
-    """The contexts in batches of one shape: the last is filled up with padding."""
+    """Runs the contexts in batches of one shape; the last is filled with padding."""
     shards = math.prod(run.mesh.shape[axis] for axis in sharding.BATCH)
     size = -(-run.config.eval.batch_size // shards) * shards
     for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
@@ -305,9 +304,9 @@ def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def sum_by_document(contexts: Row, nll: np.ndarray, correct: np.ndarray, vocabulary: Vocabulary) -> DocumentSums:
-    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``."""
+    """Sums over the predicted tokens of each document; ``nll`` and ``correct`` are ``[n, t]``."""
     token_bytes = vocabulary.token_bytes
-    # By the token and not by its bytes: one that stands for unknown text has none, and would be left out for free.
+    # By the token and not by its bytes: a token for unknown text has none, and its errors must count.
     is_end = contexts["targets"] == vocabulary.eos_id if isinstance(vocabulary, Tokenizer) else False
     predicted = contexts["loss_weight"] > 0
     ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
@@ -326,7 +325,7 @@ def sum_by_document(contexts: Row, nll: np.ndarray, correct: np.ndarray, vocabul
 
 
 def sum_by_position(contexts: Row, nll: np.ndarray, correct: np.ndarray) -> PositionSums:
-    """Sums over predicted tokens; ``nll`` and ``correct`` are ``[n, t]``. Buckets grow by a factor of about √2."""
+    """Sums over predicted tokens by position, in buckets that grow by about √2; ``nll``, ``correct`` are ``[n, t]``."""
     predicted = contexts["loss_weight"] > 0
     ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
     length = contexts["inputs"].shape[1]

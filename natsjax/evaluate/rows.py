@@ -1,7 +1,4 @@
-"""What an evaluation writes down: a row for each setting, and samples of held-out text with their roles.
-
-``natsjax.report.results`` has the fields.
-"""
+"""Rows and samples of an evaluation, as ``natsjax.report.fields`` declares them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,12 +20,12 @@ _MAX_ROLES = 2_000_000  # of all samples, role biases, layers and heads: a byte 
 
 
 def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
-    """A row of the report (``natsjax.report.results``).
+    """Computes the row of a setting: every field of ``natsjax.report.fields.ROW_FIELDS``.
 
     Args:
-      setting: what was measured.
-      found: what came of it.
-      config: of the run; its ``eval.bootstrap_samples`` and ``train.seed`` make the intervals.
+      setting: the setting that was measured.
+      found: its measurement.
+      config: of the run; ``eval.bootstrap_samples`` and ``train.seed`` are used for the intervals.
     """
     sums = found.documents
 
@@ -69,10 +66,10 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
 
 
 def about_intervals(rows: Sequence[Mapping[str, Any]], config: Config) -> tuple[str, str | None]:
-    """What a reader has to know of the intervals.
+    """Describes the intervals of rows.
 
     Returns:
-      What the intervals are, for the sentence about the evaluation; and where there are none, a note that says why.
+      A clause about the intervals for the sentence about the evaluation, and a note with the reason if there are none.
     """
     count, resamplings = rows[0]["num_documents"], config.eval.bootstrap_samples
     metrics = ("perplexity", "accuracy") if rows[0]["bits_per_byte"] is None else ("perplexity",)
@@ -82,7 +79,7 @@ def about_intervals(rows: Sequence[Mapping[str, Any]], config: Config) -> tuple[
     if count < MIN_DOCUMENTS:
         documents = "1 held-out document is" if count == 1 else f"{count} held-out documents are"
         why = f"{documents} too few for intervals ({MIN_DOCUMENTS} are the fewest)"
-        return "there are no intervals", f"{why}, and little to tell by whether a budget is met."
+        return "there are no intervals", f"{why}, and too few to judge if a budget is met."
     if resamplings < MIN_RESAMPLINGS:
         why = f"eval.bootstrap_samples = {resamplings} is too few for intervals ({MIN_RESAMPLINGS} are the fewest)."
         return "there are no intervals", why
@@ -95,7 +92,7 @@ def _interval(numerator: np.ndarray, denominator: np.ndarray, config: Config) ->
 
 
 def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:
-    """``POSITION_FIELDS``, with five significant digits."""
+    """Computes ``POSITION_FIELDS``, with five significant digits."""
     tokens = sums.tokens.sum(axis=0)
     found = {"edges": sums.edges.tolist(), "tokens": tokens.astype(int).tolist()}
     for name, numerator, of in (("perplexity", sums.nll, perplexity), ("accuracy", sums.correct, float)):
@@ -107,21 +104,21 @@ def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:
 
 
 def samples_of(this: LoadedRun, held_out: Row, role_biases: Sequence[float], progress: bool) -> list[dict[str, Any]]:
-    """Held-out text with the roles that the model chose under each role bias, from evenly spaced contexts.
+    """Samples held-out text from evenly spaced contexts, with the roles that the model chooses under each role bias.
 
-    Where a model has so many heads that the page would be heavy, there are fewer samples, and then shorter ones.
+    A model with many heads gets fewer samples, and then shorter ones, to keep the page small.
 
     Args:
       this: the run.
       held_out: contexts, arrays ``[n, t]``.
-      role biases: ascending.
+      role_biases: ascending.
       progress: show a progress bar.
     """
     model, count = this.config.model, len(held_out["inputs"])
     length = this.config.eval.num_sample_tokens
-    room = _MAX_ROLES // (len(role_biases) * model.num_layers * model.num_kv_heads)
-    wanted = max(1, min(_NUM_SAMPLES, room // length))
-    length = max(1, min(length, room // wanted))
+    capacity = _MAX_ROLES // (len(role_biases) * model.num_layers * model.num_kv_heads)
+    wanted = max(1, min(_NUM_SAMPLES, capacity // length))
+    length = max(1, min(length, capacity // wanted))
     chosen = sorted({(2 * n + 1) * count // (2 * wanted) for n in range(wanted)})
     contexts = {name: values[chosen] for name, values in held_out.items()}
     roles = [
@@ -136,7 +133,7 @@ def samples_of(this: LoadedRun, held_out: Row, role_biases: Sequence[float], pro
 
 
 def _sample(this: LoadedRun, row: Row, roles: list[np.ndarray], length: int) -> dict[str, Any]:
-    """One context, arrays ``[t]``, with the roles ``[l, k, t]`` under each role bias."""
+    """Makes the sample of one context, arrays ``[t]``, with the roles ``[l, k, t]`` under each role bias."""
     length = min(length, int(np.sum(row["document_end"] > 0)))
     return {
         "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from natsjax.config import Config
 from natsjax.plan.train_step import CompilerCrashed, Plan, plan_apart
 from natsjax.runtime.chips import GIB
-
-# --- trying out ---
+from natsjax.runtime.tables import text_table
 
 
 def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
@@ -41,15 +40,21 @@ def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
 
 
 def search_table(plans: Sequence[Plan]) -> str:
-    """What was tried, the fastest first."""
+    """Formats a table of the plans, the fastest first."""
 
     def seconds(made: Plan) -> float:
         return made.roofline.seconds if made.roofline is not None and made.fits else float("inf")
 
-    lines = ["--config.model.remat --config.train.gradient_accumulation_steps  GiB a device  seconds a step at least"]
+    names = ("--config.model.remat", "--config.train.gradient_accumulation_steps")
+    lines = [[*names, "GiB per device", "seconds per step, at least"]]
     for made in sorted(plans, key=seconds):
         config, roofline = made.config, made.roofline
-        bound = "" if roofline is None else f"{roofline.seconds:.4f} ({roofline.bound})"
-        size = f"{made.memory.total / GIB:.2f}" + ("" if made.fits is not False else ": does not fit")
-        lines.append(f"{config.model.remat:<20} {config.train.gradient_accumulation_steps:<32} {size:<13} {bound}")
-    return "\n".join(lines)
+        lines.append(
+            [
+                config.model.remat,
+                str(config.train.gradient_accumulation_steps),
+                f"{made.memory.total / GIB:.2f}" + (": does not fit" if made.fits is False else ""),
+                "-" if roofline is None else f"{roofline.seconds:.4f} ({roofline.bound})",
+            ]
+        )
+    return text_table(lines)

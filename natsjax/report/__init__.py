@@ -1,4 +1,4 @@
-"""What evaluation stores, as table, picture and page; several runs side by side.
+"""Results of evaluations as table, picture and page; comparison of several runs.
 
 ``python -m natsjax.report`` draws again what ``natsjax.evaluate`` measured.
 """

@@ -1,12 +1,12 @@
+from .fields import BUDGET_CHECK_FIELDS as BUDGET_CHECK_FIELDS
+from .fields import POSITION_FIELDS as POSITION_FIELDS
+from .fields import ROW_FIELDS as ROW_FIELDS
+from .fields import RUN_FIELDS as RUN_FIELDS
+from .fields import SAMPLE_FIELDS as SAMPLE_FIELDS
 from .files import FILES as FILES
 from .files import rewrite as rewrite
 from .files import try_report as try_report
 from .files import write_report as write_report
-from .results import BUDGET_CHECK_FIELDS as BUDGET_CHECK_FIELDS
-from .results import POSITION_FIELDS as POSITION_FIELDS
-from .results import ROW_FIELDS as ROW_FIELDS
-from .results import RUN_FIELDS as RUN_FIELDS
-from .results import SAMPLE_FIELDS as SAMPLE_FIELDS
 from .results import Results as Results
 from .styles import MethodStyle as MethodStyle
 from .styles import style_of as style_of

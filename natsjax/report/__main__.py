@@ -1,4 +1,4 @@
-"""The command ``python -m natsjax.report``: a report drawn again, or several runs compared."""
+"""Command ``python -m natsjax.report``: draws a report again, or compares several runs."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from natsjax.runtime.flags import Parser, run_command, typed_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
+    """Runs the command.
 
     Raises:
       UserError: see ``rewrite`` and ``natsjax.report.compare.compare``.
@@ -34,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     workdirs = [part for part in flags.workdir.split(",") if part]
     if not workdirs:
-        raise UserError(f"--workdir={flags.workdir}: the folder of a run was expected, or several with commas.")
+        raise UserError(
+            f"--workdir = {flags.workdir}: no folder is named; give the folder of a run, or several, with commas."
+        )
     if len(workdirs) > 1:
         paths = compare(workdirs, flags.output or "report", title=flags.title)
     elif flags.output is not None or flags.title:
         flag = "--output" if flags.output is not None else "--title"
-        raise UserError(f"{flag} goes with several runs in --workdir; the report of one is report/ in its workdir.")
+        raise UserError(f"{flag} needs several runs in --workdir; the report of one is report/ in its workdir.")
     else:
         paths = rewrite(workdirs[0])
     for path in paths:

@@ -1,4 +1,4 @@
-"""The exact commands behind a report."""
+"""Commands that lead to a report, for its page."""
 
 import os
 import shlex
@@ -9,21 +9,21 @@ from natsjax.report.results import Results
 
 
 def evaluate_command(workdir: str | os.PathLike[str]) -> str:
-    """What evaluates a run."""
+    """Returns the command that evaluates a run."""
     return shlex.join(["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"])
 
 
 def report_command(workdirs: Sequence[str | os.PathLike[str]]) -> str:
-    """What draws the report of a run, or of several, again."""
+    """Returns the command that draws the report of a run, or of several, again."""
     return shlex.join(["python", "-m", "natsjax.report", f"--workdir={','.join(os.fspath(path) for path in workdirs)}"])
 
 
 def training_commands(starts: Sequence[Mapping[str, str]], name: str = "") -> list[dict[str, str]]:
-    """How a run was trained: ``title``, ``command``, ``note``.
+    """Lists the commands that trained a run: ``title``, ``command``, ``note``.
 
     Args:
-      starts: what the workdir wrote down (``training.read_starts``).
-      name: of the run, where there are several.
+      starts: of the run (``training.read_starts``).
+      name: of the run, if there are several.
     """
     commands = []
     for number, start in enumerate(starts):
@@ -39,10 +39,10 @@ def training_commands(starts: Sequence[Mapping[str, str]], name: str = "") -> li
 
 
 def run_commands(results: Results, starts: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Of one run: how it was trained, evaluated and drawn, and how it generates: ``title``, ``command``, ``note``."""
+    """Lists the commands that train, evaluate, draw and use a run: ``title``, ``command``, ``note``."""
     run: Mapping[str, Any] = results.run
     workdir = run["workdir"]
-    unknown = "no starts.jsonl in the workdir says it; the settings below are all that differs from the defaults"
+    unknown = "not known, as the workdir has no starts.jsonl; the settings below are all that differs from the defaults"
     commands = training_commands(starts) or [{"title": "Trained with", "command": "", "note": unknown}]
     commands.append(
         {"title": "Evaluated with", "command": run["command"], "note": f"{run['created']} · {run['versions']}"}

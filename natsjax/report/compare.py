@@ -1,4 +1,4 @@
-"""Several runs in one page and one picture; ``python -m natsjax.report --workdir=A,B,C`` is the command for it."""
+"""Comparison of several runs in one page and one picture (``python -m natsjax.report --workdir=A,B,C``)."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,13 @@ from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
+from natsjax.report.fields import page_columns
 from natsjax.report.results import Results, read, write_files
 from natsjax.runs.workdir import Workdir
 
 
 class _Run(NamedTuple):
-    """One of the runs: what is known of it."""
+    """One of the runs."""
 
     name: str
     workdir: Workdir
@@ -25,18 +26,18 @@ class _Run(NamedTuple):
 def compare(
     workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, title: str = ""
 ) -> list[Path]:
-    """Compares runs: their fronts in one picture, what differs in their settings, training, perplexity by position.
+    """Compares runs: perplexity against KV, different settings, training curves, perplexity by position.
 
-    A run that was not evaluated yet is there with its settings and training curves, and with the command that
+    A run that was not evaluated yet appears with its settings and training curves, and with the command that
     evaluates it.
 
     Args:
       workdirs: of the runs, or exports; two or more, each once.
-      output: folder for the files; made when it is not there.
+      output: folder for the files; created if it is missing.
       title: of the page; empty: the names of the runs.
 
     Returns:
-      The paths of ``report.html`` and, where at least one run was evaluated, ``pareto.png``.
+      The paths of ``report.html`` and, if any run was evaluated, ``pareto.png``.
 
     Raises:
       UserError: there is no run in a folder, a folder is named twice, or a file cannot be read or written.
@@ -61,7 +62,7 @@ def compare(
 
 
 def _check(places: Sequence[Workdir], output: Path) -> None:
-    """Each run once, and none of them loses its own report."""
+    """Checks that each run is given once, and that none loses its own report."""
     if len(places) < 2:
         raise UserError(f"{len(places)} run was given to compare; two or more were expected.")
     seen: dict[Path, Workdir] = {}
@@ -81,7 +82,7 @@ def _results(place: Workdir) -> Results | None:
 
 
 def _unique_names(places: Sequence[Workdir]) -> list[str]:
-    """The folders' names, with as many folders above them as it takes to tell them apart."""
+    """Names the folders, with as many folders above them as needed to tell them apart."""
     paths = [place.path.resolve().parts[1:] for place in places]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]
@@ -96,8 +97,9 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _page_values(runs: Sequence[_Run]) -> dict[str, Any]:
-    """What ``comparison.js`` draws."""
+    """Collects the data of ``comparison.js``."""
     evaluated = [run.results for run in runs if run.results is not None]
+    show_accuracy = bool(evaluated) and all(results.run["show_accuracy"] for results in evaluated)
     starts = {run.name: training.read_starts(run.workdir) for run in runs}
     commands = [line for run in runs for line in training_commands(starts[run.name], run.name)]
     drawn = {"title": "Drawn again with", "command": report_command([run.workdir.path for run in runs]), "note": ""}
@@ -108,7 +110,10 @@ def _page_values(runs: Sequence[_Run]) -> dict[str, Any]:
         "settings": _different_settings(runs),
         "notes": _notes(runs),
         "evaluation": f"A comparison of {len(runs)} runs.{left}",
-        "metric": "accuracy" if evaluated and all(r.run["show_accuracy"] for r in evaluated) else "perplexity",
+        "metric": "accuracy" if show_accuracy else "perplexity",
+        "columns": page_columns(
+            [row for results in evaluated for row in results.rows], show_accuracy=show_accuracy, compared=True
+        ),
         "commands": [*commands, drawn],
     }
 
@@ -127,12 +132,12 @@ def _run_values(run: _Run) -> dict[str, Any]:
 
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what the comparison does not draw."""
+    """Drops the fields of a row that the comparison does not draw."""
     return {name: value for name, value in row.items() if not name.endswith("_per_head")}
 
 
 def _different_settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """``field`` and ``values``, one a run, of the fields that are not the same in all."""
+    """Lists ``field`` and ``values``, one per run, of the fields that are not the same in all."""
     flat = [training.flat_settings(run.config.to_dict()) for run in runs]
     fields = {field: [settings[field] for settings in flat] for field in flat[0]}
     return [
@@ -143,9 +148,9 @@ def _different_settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
 
 
 def _notes(runs: Sequence[_Run]) -> list[str]:
-    """What a reader of the comparison has to know."""
+    """Collects notes for the reader of the comparison."""
     notes = [
-        f"{run.name} has not been evaluated yet: {evaluate_command(run.workdir.path)} does it."
+        f"{run.name} has not been evaluated yet: {evaluate_command(run.workdir.path)} evaluates it."
         for run in runs
         if run.results is None
     ]

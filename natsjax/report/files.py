@@ -1,10 +1,10 @@
-"""The report of a run, and of several: what evaluation stored, drawn again without measuring anything.
+"""Report of a run or of several: results of evaluations, drawn without measuring anything.
 
     python -m natsjax.report --workdir=DIR            writes DIR/report/ again
     python -m natsjax.report --workdir=A,B,C          compares runs, in ./report/
 
-``natsjax.evaluate`` writes the report of its run with ``write_report``; ``results`` say what rows, budget checks,
-samples and runs are.
+``natsjax.evaluate`` writes the report of its run with ``write_report``; ``natsjax.report.fields`` declares the fields
+of rows, budget checks, samples and runs.
 """
 
 import errno
@@ -21,7 +21,7 @@ from natsjax.runs.workdir import Workdir
 from natsjax.runtime.files import advice, reason, try_files
 
 FILES = (results.ROWS_FILE, "pareto.png", "report.html", results.EVALUATION_FILE)
-"""Of a run's report."""
+"""Files of a run's report."""
 
 
 def write_report(
@@ -32,16 +32,16 @@ def write_report(
     samples: Sequence[Mapping[str, Any]],
     run: Mapping[str, Any],
 ) -> list[Path]:
-    """Writes the rows, the picture, the page and what they were drawn from, each in one atomic step.
+    """Writes rows, picture, page and all results, each file in one atomic step.
 
     Everything is rendered before the first file is replaced, so a failure in drawing leaves the previous report whole.
 
     Args:
-      workdir: the files go into ``report/`` in it; its metrics are the training curves.
+      workdir: of the run; the files go into its ``report/``, and its metrics become the training curves.
       rows: the measured settings, at least one (``ROW_FIELDS``).
-      budget check: the budget check (``BUDGET_CHECK_FIELDS``), or None for a run without roles.
+      budget_check: check of the budget (``BUDGET_CHECK_FIELDS``), or None for a run without roles.
       samples: held-out text for the role reader (``SAMPLE_FIELDS``).
-      run: where the numbers come from (``RUN_FIELDS``).
+      run: origin of the numbers (``RUN_FIELDS``).
 
     Returns:
       The paths of ``results.jsonl``, ``pareto.png``, ``report.html`` and ``evaluation.json``, in this order.
@@ -58,7 +58,7 @@ def write_report(
 
 
 def try_report(workdir: Workdir) -> None:
-    """Does, before a run is trained or measured, what ``write_report`` will do after it, and undoes it.
+    """Tries, before a run is trained or measured, to write the files of ``write_report``.
 
     Raises:
       UserError: a file cannot be written.
@@ -75,7 +75,7 @@ def try_report(workdir: Workdir) -> None:
 
 
 def rewrite(workdir: str | os.PathLike[str]) -> list[Path]:
-    """Draws the picture and the page of a run again, from what its evaluation stored.
+    """Draws the picture and the page of a run again, from the stored results of its evaluation.
 
     Args:
       workdir: of the run, or an export.
@@ -92,12 +92,14 @@ def rewrite(workdir: str | os.PathLike[str]) -> list[Path]:
         found = results.read(place.report)
     except FileNotFoundError as error:
         command = evaluate_command(workdir)
-        raise UserError(f"{place.path} has not been evaluated yet; {command} does it and writes the report.") from error
+        raise UserError(
+            f"{place.path} has not been evaluated yet; {command} evaluates it and writes the report."
+        ) from error
     return results.write_files({place.report / name: content for name, content in _drawn(found, place).items()})
 
 
 def _drawn(found: Results, workdir: Workdir) -> dict[str, bytes]:
-    """The picture and the page."""
+    """Renders the picture and the page."""
     starts = training.read_starts(workdir)
     return {
         "pareto.png": picture.pareto(found),

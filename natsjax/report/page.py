@@ -1,7 +1,7 @@
-"""`report.html`: one file that loads nothing from anywhere; data as JSON, drawn in the browser by the scripts here.
+"""Page of a report, ``report.html``: one file that loads nothing; scripts in it draw the data, which is JSON.
 
-`page.html` is the frame, `run.html` and `comparison.html` what stands in it, `position.html` what both have of it;
-`style.css` is the look of both. Scripts are joined in the order of `_SCRIPTS`: `charts.js` draws, the others say what.
+``web/page.html`` is the frame of the pages, ``run.html`` and ``comparison.html`` are their bodies, ``position.html`` is
+a part of both bodies, ``style.css`` styles them. The scripts are joined in the order of ``_SCRIPTS``.
 """
 
 import html
@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from natsjax.policies.registry import POLICIES
+from natsjax.report.fields import ROW_FIELDS, page_columns
 from natsjax.report.results import Results, to_json
 from natsjax.report.styles import css_colors
 
@@ -27,34 +28,40 @@ def run_page(
     commands: Sequence[Mapping[str, str]] = (),
     changed: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
-    """The page of one run.
+    """Renders the page of one run.
 
     Args:
       results: what was measured.
-      training: its curves (``training.read_training``); None where nothing was logged.
+      training: its curves (``training.read_training``); None if nothing was logged.
       commands: that trained, evaluated and so on (``commands.run_commands``).
       changed: settings that are not the defaults (``training.changed_settings``).
     """
+    show_accuracy = bool(results.run["show_accuracy"])
     values = {
         **results._asdict(),
+        "columns": page_columns(results.rows, show_accuracy=show_accuracy),
         "run": {name: value for name, value in results.run.items() if name != "settings"},
         "training": training,
         "commands": commands,
         "changed": changed,
-        "metric": "accuracy" if results.run["show_accuracy"] else "perplexity",
+        "metric": "accuracy" if show_accuracy else "perplexity",
     }
     return _page("run", str(results.run["name"]), values)
 
 
 def comparison_page(values: Mapping[str, Any], title: str) -> bytes:
-    """The page of several runs; ``natsjax.report.compare`` says what ``values`` are."""
+    """Renders the page of several runs from the values of ``natsjax.report.compare``."""
     return _page("comparison", title, values)
 
 
 def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
-    methods = {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()}
+    values = {
+        **values,
+        "methods": {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()},
+        "axes": {field.name: field.axis for field in ROW_FIELDS.values() if field.axis},
+    }
     # In ASCII JSON without these three, no HTML parser finds `</script>` or `<!--`, whatever the tokens hold.
-    data = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json({**values, "methods": methods}))
+    data = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json(values))
     parts = {
         "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
         "style": _asset("style.css")

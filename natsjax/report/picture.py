@@ -1,4 +1,4 @@
-"""`pareto.png`: perplexity (or accuracy) against KV fraction, of one run or of several, 1800 pixels wide."""
+"""Picture of a report, ``pareto.png``: perplexity or accuracy against KV fraction, 1800 pixels wide."""
 
 import io
 import itertools
@@ -13,16 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from natsjax.report.results import Results, Row, is_biased, percent, significant
+from natsjax.report.fields import ROW_FIELDS, Row
+from natsjax.report.results import Results, is_biased
 from natsjax.report.styles import LINE_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.runtime.tables import percent, significant
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
-_MANY_RUNS = 4  # of more than these, intervals are drawn of the settings set to their budgets alone
+_MANY_RUNS = 4  # with more, only the settings that were set to their budgets get intervals
 _LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
 
 
 class _Series(NamedTuple):
-    """Points with a line through them."""
+    """Points that are joined by a line."""
 
     rows: Sequence[Row]
     color: str
@@ -31,10 +33,10 @@ class _Series(NamedTuple):
 
 
 def pareto(results: Results) -> bytes:
-    """The PNG of one run's rows.
+    """Draws the rows of one run, as a PNG.
 
-    A thin line across marks full attention on weights that no row reads with NAtS: on NAtS weights, full
-    attention is off their distribution and no anchor. Rows that are not finite are left out.
+    A thin line across marks full attention, but only on weights without a NAtS row: weights that were trained with
+    roles have never seen full attention. Rows that are not finite are left out.
     """
     metric = "accuracy" if results.run["show_accuracy"] else "perplexity"
     rows = [row for row in results.rows if is_drawable(row, metric)]
@@ -62,10 +64,10 @@ def pareto(results: Results) -> bytes:
 
 
 def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: str) -> bytes:
-    """The PNG of the fronts of several runs: colour is the run, the marker the method.
+    """Draws several runs, as a PNG: the color is the run, the marker the method.
 
     Args:
-      runs: names and what was measured, None where nothing was; ``front`` says which rows are drawn.
+      runs: names and results, None for a run without an evaluation; ``compared_rows`` selects the rows.
       metric: "perplexity" or "accuracy".
       title: of the picture.
     """
@@ -78,7 +80,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
             continue
         color = RUN_COLORS[number % len(RUN_COLORS)]
         line = LINE_STYLES[number // len(RUN_COLORS) % len(LINE_STYLES)]
-        rows = [row for row in front(results) if is_drawable(row, metric)]
+        rows = [row for row in compared_rows(results) if is_drawable(row, metric)]
         drawn += rows
         width = 60 if len(runs) < _LEGEND_ROWS else 24
         right.append(Line2D([], [], color=color, linestyle=line, label=textwrap.fill(_encodable(name), width)))
@@ -101,13 +103,13 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
     return as_png(figure)
 
 
-def front(results: Results) -> list[Row]:
-    """What of a run is compared with other runs: its role biases, or every method of a run without roles."""
+def compared_rows(results: Results) -> list[Row]:
+    """Selects the rows to compare with other runs: the role biases, or every method of a run without roles."""
     return [row for row in results.rows if row["method"] == "nats"] or list(results.rows)
 
 
 def new_figure(title: str) -> tuple[Figure, Axes]:
-    """An empty picture."""
+    """Makes an empty picture."""
     figure = Figure(figsize=(9, 5.8), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(_encodable(title), fontsize=14, loc="left", fontweight="bold", parse_math=False)
@@ -115,7 +117,7 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
 
 
 def as_png(figure: Figure) -> bytes:
-    """The file of a picture."""
+    """Encodes a picture as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -126,7 +128,7 @@ def _encodable(text: str) -> str:
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """By method and weights, each ascending by KV fraction."""
+    """Groups rows by method and weights, each group ascending by KV fraction."""
     series: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["kv_fraction"]):
         series.setdefault((row["method"], row["weights"]), []).append(row)
@@ -144,7 +146,7 @@ def _draw_series(axes: Axes, series: _Series, metric: str, *, intervals: bool = 
 
 
 def _draw_budget_check(axes: Axes, rows: Sequence[Row], metric: str, budget_check: Mapping[str, Any]) -> list[Artist]:
-    """Draws the budget, its tolerance and a ring around the biased point; returns what the legend names."""
+    """Draws the budget, its tolerance and a ring around the biased point; returns the entries of the legend."""
     budget, tolerance = budget_check["kv_budget"], budget_check["tolerance"]
     axes.axvspan(budget * (1 - tolerance), budget * (1 + tolerance), color="#000000", alpha=0.07, linewidth=0)
     outcome = f"set to {percent(budget_check['biased'])}: {'met' if budget_check['met'] else 'missed'}"
@@ -169,7 +171,7 @@ def _method_handle(method: str, color: str) -> Line2D:
 
 
 def _draw_legend(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]) -> None:
-    """Columns under the axes: one of the left, as many of the right as keep them short; the picture grows with them."""
+    """Draws columns under the axes, one of ``left`` and some of ``right``; the picture grows with them."""
     blank = Line2D([], [], linestyle="none", label=" ")
     rows = max(len(left), min(len(right), _LEGEND_ROWS), math.ceil(len(right) / _LEGEND_COLUMNS))
     parts = [left, *(right[begin : begin + rows] for begin in range(0, len(right), rows))]
@@ -182,16 +184,16 @@ def _draw_legend(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]
 
 
 def scale_axes(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    """Limits, ticks and names of the axes, by what they show; rows need ``kv_fraction`` and the metric."""
+    """Sets limits, ticks and titles of the axes; rows need ``kv_fraction`` and the metric."""
     axes.set_xscale("log")
-    axes.set_xlabel("KV fraction: live keys per query / context (log scale)", fontsize=11)
+    axes.set_xlabel(f"{ROW_FIELDS['kv_fraction'].axis} (log scale)", fontsize=11)
     fractions = [100 * row["kv_fraction"] for row in rows] or [100]
     ticks, (low, high) = _log_ticks(min(fractions) / 1.2, max(fractions) * 1.2)
     axes.set_xlim(low / 100, high / 100)
     axes.set_xticks([tick / 100 for tick in ticks], labels=[f"{tick:g} %" for tick in ticks])
     heights = [value for row in rows for value in (height(row, metric), *bounds(row, metric))]
     heights = [value for value in heights if math.isfinite(value)]
-    name = "accuracy, %" if metric == "accuracy" else "held-out perplexity"
+    name = ROW_FIELDS[metric].axis
     if metric == "perplexity" and heights and max(heights) > _LOG_PERPLEXITY_RATIO * min(heights) > 0:
         name += " (log scale)"
         axes.set_yscale("log")
@@ -207,7 +209,7 @@ def scale_axes(axes: Axes, rows: Sequence[Row], metric: str) -> None:
 
 
 def _log_ticks(low: float, high: float) -> tuple[list[float], tuple[float, float]]:
-    """Return ticks at 1, 2 and 5 times powers of ten, and the limits, widened to a factor of at least 4."""
+    """Chooses ticks at 1, 2 and 5 times powers of ten, and limits that span at least a factor of 4."""
     widen = max(1.0, math.sqrt(4 * low / high))
     low, high = low / widen, high * widen
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,20 +1,8 @@
-"""What an evaluation stores: rows, budget check, samples and the run, as plain dicts and lists, checked, written and
-read.
+"""Files of an evaluation: its results checked, written and read.
 
-* A *row* is one measured setting (`ROW_FIELDS`). `kv_fraction` is mean live keys per query divided by mean
-  context, in (0, 1]; `kv_live_*` count keys, `[l][k]` per layer and KV head; `kv_allocated` is mean slots of a head
-  that a KV buffer had, None where masks stood for it; `*_low` and `*_high` bound the 95 % bootstrap interval by
-  document, None where there is none (fewer documents than `MIN_DOCUMENTS`, or all alike); `weights` says which weights
-  ran. `by_position` (`POSITION_FIELDS`) has the same by how many tokens of its document a prediction could look back
-  at: bucket i holds `edges[i] <= tokens < edges[i + 1]`, lists `[i]` with None where nothing was predicted.
-* The *budget check* (docs/method.md 4; `BUDGET_CHECK_FIELDS`) sets the sampled, the argmax and the biased KV fraction
-  against the budget. A run without roles has none.
-* A *sample* is held-out text for the reader (`SAMPLE_FIELDS`): `title`, `tokens` (display text), `role_biases` (each
-  one of a row), `roles` (`[role_bias][l][k]`, strings of one digit per token: "0" GLOBAL, "1" LOCAL, "2" SLIDING),
-  `windows` (`[l]`, queries that read a SLIDING key) and `document_starts` (token indices).
-* The *run* says where the numbers come from (`RUN_FIELDS`); `layers` is the kind of each layer, `settings` the config.
-
-`evaluation.json` holds all four, so that a report can be drawn again without measuring; `results.jsonl` has the rows.
+The results are *rows* (one per measured setting), the *budget check*, *samples* of held-out text with their roles, and
+information about the *run*: plain dicts and lists whose fields ``natsjax.report.fields`` declares. ``evaluation.json``
+stores all four, so that a report can be drawn again without measuring; ``results.jsonl`` stores the rows.
 """
 
 import json
@@ -27,49 +15,36 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
+from natsjax.report.fields import (
+    BUDGET_CHECK_FIELDS,
+    POSITION_FIELDS,
+    ROW_FIELDS,
+    RUN_FIELDS,
+    SAMPLE_FIELDS,
+    Field,
+    Row,
+)
 from natsjax.runtime.files import make_folder, try_files, unwritable, write_file
-
-Row = Mapping[str, Any]
-
-# fmt: off
-ROW_FIELDS = (
-    "method", "weights", "setting", "budget", "kv_fraction", "kv_live_mean", "kv_live_max", "kv_allocated",
-    "mean_context", "kv_live_mean_per_head", "kv_live_max_per_head", "perplexity", "perplexity_low", "perplexity_high",
-    "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "accuracy", "num_tokens", "num_documents",
-    "by_position",
-)
-POSITION_FIELDS = (
-    "edges", "tokens", "perplexity", "perplexity_low", "perplexity_high", "accuracy", "accuracy_low", "accuracy_high",
-)
-RUN_FIELDS = (
-    "name", "workdir", "command", "config", "settings", "layers", "step", "num_parameters", "corpus", "context_length",
-    "window", "show_accuracy", "evaluation", "versions", "device", "created",
-)
-BUDGET_CHECK_FIELDS = (
-    "kv_budget", "sampled", "argmax", "biased", "role_bias", "tolerance", "met", "smallest_possible",
-)
-SAMPLE_FIELDS = ("title", "tokens", "role_biases", "roles", "windows", "document_starts")
-# fmt: on
 
 ROWS_FILE = "results.jsonl"
 EVALUATION_FILE = "evaluation.json"
 _FORMAT = 2
 
 MIN_DOCUMENTS = 10
-"""Fewer give no interval: resampling them says too little of the documents that were not drawn (docs/evaluate.md)."""
+"""Fewest documents for an interval: resampling fewer tells too little about other documents (docs/evaluate.md)."""
 
 MIN_RESAMPLINGS = 40
-"""Fewer give no interval: no resampling lies beyond its ends."""
+"""Fewest resamplings for an interval: with fewer, none is beyond its ends."""
 
 
 class Results(NamedTuple):
-    """What one evaluation found; the module says what the parts are.
+    """Results of one evaluation.
 
     Attributes:
-      rows: measured settings, at least one.
-      budget check: None for a run without roles.
-      samples: empty for a run without roles.
-      run: where the numbers come from.
+      rows: measured settings, at least one (``ROW_FIELDS``).
+      budget_check: None for a run without roles (``BUDGET_CHECK_FIELDS``).
+      samples: empty for a run without roles (``SAMPLE_FIELDS``).
+      run: origin of the numbers (``RUN_FIELDS``).
     """
 
     rows: Sequence[Row]
@@ -79,20 +54,20 @@ class Results(NamedTuple):
 
     @property
     def biased(self) -> Row | None:
-        """The row that was biased to the budget."""
+        """Row of the role bias that was set to the budget."""
         if self.budget_check is None:
             return None
         return next((row for row in self.rows if is_biased(row, self.budget_check)), None)
 
     def check(self) -> None:
-        """Looks for what the page could not draw.
+        """Checks that the page can draw the results.
 
         Raises:
           ValueError: a field is missing, there are no rows, or a sample's roles do not fit its tokens.
         """
         if not self.rows:
             raise ValueError("a report needs at least one row")
-        parts: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [("run", self.run, RUN_FIELDS)]
+        parts: list[tuple[str, Mapping[str, Any], Mapping[str, Field]]] = [("run", self.run, RUN_FIELDS)]
         if self.budget_check is not None:
             parts.append(("budget_check", self.budget_check, BUDGET_CHECK_FIELDS))
         for index, row in enumerate(self.rows):
@@ -108,7 +83,7 @@ class Results(NamedTuple):
 
 
 def is_biased(row: Row, budget_check: Mapping[str, Any]) -> bool:
-    """Whether a row is the one that was biased to the budget."""
+    """Checks if a row is that of the role bias that was set to the budget."""
     role_bias = row["setting"].get("role_bias")
     return (
         row["method"] == "nats"
@@ -129,18 +104,18 @@ def _check_roles(name: str, sample: Mapping[str, Any]) -> None:
 
 
 def stored(results: Results) -> dict[str, bytes]:
-    """The files that keep the results, by name."""
+    """Encodes the results as files, by name."""
     values = {"format_version": _FORMAT, **results._asdict()}
     lines = "".join(to_json(row) + "\n" for row in results.rows)
     return {ROWS_FILE: lines.encode(), EVALUATION_FILE: (to_json(values) + "\n").encode()}
 
 
 def read(directory: Path) -> Results:
-    """What an evaluation stored in its folder.
+    """Reads the results that an evaluation stored in a folder.
 
     Raises:
-      FileNotFoundError: nothing that could be drawn is there.
-      UserError: the file cannot be read, or another natsjax wrote it.
+      FileNotFoundError: the file is missing.
+      UserError: the file cannot be read, or a newer natsjax wrote it.
     """
     path = Path(directory) / EVALUATION_FILE
     try:
@@ -151,7 +126,7 @@ def read(directory: Path) -> Results:
             version = values["format_version"]
             raise UserError(f"{path} has format_version {version!r}, and this natsjax reads version {_FORMAT}.")
         results = Results(**{name: values[name] for name in Results._fields})
-        results = results._replace(rows=[_without_small_intervals(_with_numbers(row)) for row in results.rows])
+        results = results._replace(rows=[_without_small_intervals(_complete(row)) for row in results.rows])
         results.check()
     except FileNotFoundError:
         raise
@@ -163,7 +138,7 @@ def read(directory: Path) -> Results:
 
 
 def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What natsjax 0.1 stored, under the names of today."""
+    """Renames the fields that natsjax 0.1 stored."""
     names = {"contract": "budget_check", "dialled": "biased", "dial": "role_bias", "dials": "role_biases"}
     names["share"] = "fraction"  # of RandomKeys
 
@@ -182,13 +157,15 @@ def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_numbers(row: Row) -> Row:
-    """A row whose NaN and infinities are numbers again (``to_json``); words stay words."""
-    return {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
+def _complete(row: Row) -> Row:
+    """Completes a row: NaN and infinities are numbers again (``to_json``), fields newer than the file are None."""
+    newer = {name: None for name, field in ROW_FIELDS.items() if field.nullable and name not in row}
+    known = {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
+    return known | newer
 
 
 def _without_small_intervals(row: Row) -> Row:
-    """A row as it is written today: older ones had intervals of any number of documents."""
+    """Removes intervals of few documents, which older versions stored."""
     if row["num_documents"] >= MIN_DOCUMENTS:
         return row
 
@@ -226,7 +203,7 @@ def write_files(files: Mapping[Path, bytes]) -> list[Path]:
 
 
 def try_reports(paths: Iterable[Path]) -> None:
-    """Does, before the work, what ``write_files`` will do after it, and undoes it.
+    """Tries, before the work, to write the files that ``write_files`` will write after it.
 
     Raises:
       UserError: one cannot be written.
@@ -238,10 +215,10 @@ def try_reports(paths: Iterable[Path]) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Strict ASCII JSON on one line; NumPy scalars and arrays are accepted.
+    """Encodes a value as strict ASCII JSON on one line; NumPy scalars and arrays are accepted.
 
-    NaN and the infinities become the strings "NaN", "Infinity" and "-Infinity", which `float` in Python and `Number` in
-    JavaScript turn back into numbers.
+    NaN and the infinities become the strings "NaN", "Infinity" and "-Infinity", which ``float`` in Python and
+    ``Number`` in JavaScript turn back into numbers.
     """
     return json.dumps(_plain(value), allow_nan=False)
 
@@ -256,25 +233,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def significant(value: float | None, digits: int) -> str:
-    """A value with `digits` significant digits and no exponent from 0.001 up to a million; "-" for None."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
-    decimals = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
-    return f"{value:.{max(decimals, 0)}f}"
-
-
-def with_interval(value: str, low: str | None, high: str | None) -> str:
-    """A number for a table with its interval, where it has one."""
-    return value if low is None or high is None else f"{value} [{low}, {high}]"
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percent with three significant digits."""
-    return "-" if value is None else f"{significant(100 * value, 3)} %"

@@ -1,4 +1,4 @@
-"""What a run's folder says of its training: curves, what was noticed, how it was started, the settings."""
+"""Training of a run, read from its folder: curves, marks on them, commands, settings."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,21 +6,20 @@ from typing import Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
+from natsjax.runs.metrics import curves
 from natsjax.runs.workdir import Workdir, read_metrics
-
-CURVES = ("loss", "perplexity", "kv_fraction", "kv_penalty")
-"""Metrics that are drawn against steps."""
 
 _MAX_POINTS = 400  # of a curve: more than a screen shows
 _MAX_MARKS = 200
 
 
 def read_training(workdir: Workdir) -> dict[str, Any] | None:
-    """The training curves of ``metrics.jsonl``, at most 400 points of them, evenly spaced.
+    """Reads the training curves from ``metrics.jsonl``, thinned to 400 points.
 
     Returns:
-      ``steps`` (ints), ``curves`` (name to values, as many as steps; a metric that is always 0 or absent is left out)
-      and ``marks`` (``step`` and ``text`` of steps that were skipped and of warnings); None where nothing was logged.
+      ``steps`` (ints), ``curves`` (name to values, one per step; a metric that is always 0 or absent is left out),
+      ``charts`` (how to draw each of them, ``Metric.chart``) and ``marks`` (``step``, ``kind`` and ``text`` of skipped
+      steps and warnings); None if nothing was logged.
 
     Raises:
       UserError: the file cannot be read.
@@ -34,16 +33,17 @@ def read_training(workdir: Workdir) -> dict[str, Any] | None:
         return None
     count = min(len(lines), _MAX_POINTS)
     chosen = [(n + 1) * len(lines) // count - 1 for n in range(count)]
-    curves = {name: [lines[i].get(name) for i in chosen] for name in CURVES}
+    values = {metric.name: [lines[i].get(metric.name) for i in chosen] for metric in curves()}
     return {
         "steps": [steps[i] for i in chosen],
-        "curves": {name: values for name, values in curves.items() if any(values)},
+        "curves": {name: curve for name, curve in values.items() if any(curve)},
+        "charts": [metric.chart for metric in curves() if any(values[metric.name])],
         "marks": list(_marks(lines))[:_MAX_MARKS],
     }
 
 
 def _marks(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Steps that were skipped as spikes (``skipped_steps`` counts them), and ``warnings``, each when it first comes."""
+    """Finds skipped steps (``skipped_steps`` counts them), and each of the ``warnings`` when it first comes."""
     skipped, known = 0, set()
     for line in lines:
         if (now := int(line.get("skipped_steps") or 0)) > skipped:
@@ -57,7 +57,7 @@ def _marks(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def read_starts(workdir: Workdir) -> list[dict[str, str]]:
-    """How the run was started, each command once: ``command``, ``time`` and ``versions``, as far as it is written."""
+    """Reads how the run was started, each command once: ``command``, ``time`` and ``versions``."""
     if not workdir.starts_file.exists():
         return []
     found: dict[tuple[str, str], dict[str, str]] = {}
@@ -66,12 +66,12 @@ def read_starts(workdir: Workdir) -> list[dict[str, str]]:
             line = {name: str(value) for name, value in json.loads(text).items()}
             found.setdefault((line["command"], line["versions"]), line)
         except (ValueError, RecursionError, KeyError, AttributeError):
-            continue  # a process was killed while it wrote; the line is a note for people, and no number rests on it
+            continue  # a process was killed while it wrote; the line is a note for people
     return list(found.values())
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of a nested config by their dotted names."""
+    """Maps the dotted names of a nested config's fields to their values."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -82,7 +82,7 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def changed_settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``field``, ``value`` and ``default`` of the fields of a config that differ from the defaults."""
+    """Lists ``field``, ``value`` and ``default`` of the fields that differ from the defaults."""
     defaults = flat_settings(Config().to_dict())
     return [
         {"field": field, "value": value, "default": defaults.get(field)}

@@ -1,8 +1,8 @@
-"""The front that a sweep found, as a table and as a picture: quality against KV, over the settings and their seeds.
+"""Pareto frontier of a sweep as a table and as a picture: quality against KV, over settings and their seeds.
 
-A point of the front is one setting (a budget, a KV penalty, or the dense baseline) over its seeds. Means of
-perplexities are geometric: means of the loss. What is drawn around a mean is the range of its seeds, from the smallest
-to the largest, and no confidence interval: few seeds do not give one.
+A point is one setting (a budget, a KV penalty, or the dense baseline) over its seeds. Means of perplexities are
+geometric: means of the loss. The bar around a mean is the range of its seeds, from the smallest to the largest, and no
+confidence interval: a few seeds do not give one.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from natsjax.report import picture
-from natsjax.report.results import percent, significant, with_interval
 from natsjax.report.styles import style_of
+from natsjax.runtime.tables import percent, significant, text_table, with_interval
 from natsjax.sweep.runs import SweepRun
 
 _PARETO = style_of("nats")
@@ -27,18 +27,18 @@ _DENSE = style_of("full")
 
 @dataclasses.dataclass(frozen=True)
 class ParetoPoint:
-    """A setting over its seeds.
+    """Setting over its seeds.
 
     Attributes:
-      kv_budget: that its runs were trained to; None: they had a KV penalty, or are dense.
-      kv_penalty: that its runs were trained with; None: they had a budget, or are dense.
+      kv_budget: budget of its runs; None: they had a fixed KV penalty, or are dense.
+      kv_penalty: fixed KV penalty of its runs; None: they had a budget, or are dense.
       seeds: of the runs that finished.
       kv_fraction: mean over the runs, in (0, 1].
       kv_range: the smallest and the largest of them.
-      quality: mean perplexity (geometric), or mean accuracy where that is what counts.
+      quality: mean perplexity (geometric), or mean accuracy if that is the metric.
       quality_range: the smallest and the largest of them.
-      over_dense: mean over the seeds that have a dense baseline of what it costs: perplexity over the dense baseline's,
-        less 1 (geometric); or accuracy less the dense baseline's. None where there is no pair.
+      over_dense: cost against the dense baseline, mean over the seeds that have one: perplexity over the baseline's,
+        less 1 (geometric); or accuracy less the baseline's. None if there is no pair.
       over_dense_range: the smallest and the largest of them.
       num_pairs: seeds that have a dense baseline.
     """
@@ -56,13 +56,12 @@ class ParetoPoint:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is the dense baseline's."""
+        """True for the dense baseline."""
         return self.kv_budget is None and self.kv_penalty is None
 
 
 def pareto_of(runs: Sequence[SweepRun]) -> list[ParetoPoint]:
-    """The settings with a run that finished, budgets and KV penalties as they were asked for, the dense baseline
-    last."""
+    """Groups the finished runs by setting, in the order of the runs, the dense baseline last."""
     groups: dict[tuple[float | None, float | None], list[SweepRun]] = {}
     for run in drawable(runs):
         groups.setdefault((run.kv_budget, run.kv_penalty), []).append(run)
@@ -72,12 +71,12 @@ def pareto_of(runs: Sequence[SweepRun]) -> list[ParetoPoint]:
 
 
 def drawable(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Those that finished, with a finite number."""
+    """Selects the finished runs with a finite result."""
     return [run for run in runs if run.status == "finished" and math.isfinite(quality(run))]
 
 
 def quality(run: SweepRun) -> float:
-    """What a finished run is judged by: its perplexity, or its accuracy."""
+    """Returns the result of a finished run: its perplexity, or its accuracy."""
     value = run.accuracy if run.show_accuracy else run.perplexity
     return math.nan if value is None else value
 
@@ -105,7 +104,7 @@ def _point(runs: Sequence[SweepRun], baselines: dict[int, SweepRun]) -> ParetoPo
 
 
 def _cost(run: SweepRun, baseline: SweepRun) -> float:
-    """Perplexity over the dense baseline's, less 1; or accuracy less the dense baseline's."""
+    """Computes perplexity over the dense baseline's, less 1; or accuracy less the dense baseline's."""
     return quality(run) - quality(baseline) if run.show_accuracy else quality(run) / quality(baseline) - 1
 
 
@@ -113,14 +112,16 @@ def _cost(run: SweepRun, baseline: SweepRun) -> float:
 
 
 def format_runs(runs: Sequence[SweepRun]) -> str:
-    """A table with a line a run, aligned plain text that is GitHub Markdown too."""
+    """Formats a table with a line per run, plain text that is GitHub Markdown too."""
     accuracy = any(run.show_accuracy for run in runs)
     metric = "accuracy" if accuracy else "perplexity"
     interval = " [95 %]" * any(getattr(run, f"{metric}_low") is not None for run in runs)
-    header = ["run", "seed", "KV", "sampled", "undialled", f"{metric}{interval}"] + ["bits/byte"] * (not accuracy)
+    header = ["run", "seed", "KV", "sampled", "without role bias", f"{metric}{interval}"] + ["bits/byte"] * (
+        not accuracy
+    )
     lines = [[*header, "step", "state"]]
     for run in runs:
-        shown = _shown(accuracy)
+        shown = _formatter(accuracy)
         ends = (getattr(run, f"{metric}_{end}") for end in ("low", "high"))
         low, high = (None if end is None else shown(end) for end in ends)
         value = "-" if run.status == "failed" else with_interval(shown(quality(run)), low, high)
@@ -136,12 +137,12 @@ def format_runs(runs: Sequence[SweepRun]) -> str:
                 state,
             ]
         )
-    return _aligned(lines, text=(0, len(lines[0]) - 1))
+    return text_table(lines, text=(0, len(lines[0]) - 1))
 
 
 def format_pareto(points: Sequence[ParetoPoint], is_accuracy: bool) -> str:
-    """A table with a line a setting, mean over its seeds and their range; one seed has none."""
-    shown = _shown(is_accuracy)
+    """Formats a table with a line per setting: mean over its seeds and their range; one seed has none."""
+    shown = _formatter(is_accuracy)
     has_baseline = any(point.over_dense is not None for point in points)
     metric = "accuracy" if is_accuracy else "perplexity"
     lines = [
@@ -153,7 +154,7 @@ def format_pareto(points: Sequence[ParetoPoint], is_accuracy: bool) -> str:
         ends = point.quality_range if len(point.seeds) > 1 else (None, None)
         cells += [shown(value) for value in (point.quality, *ends)]
         lines.append(cells + [_difference(point, is_accuracy)] * has_baseline)
-    return _aligned(lines, text=(0,))
+    return text_table(lines, text=(0,))
 
 
 def _setting(run: SweepRun | ParetoPoint) -> str:
@@ -162,7 +163,7 @@ def _setting(run: SweepRun | ParetoPoint) -> str:
     return f"KV budget {run.kv_budget:g}" if run.kv_budget is not None else f"KV penalty {run.kv_penalty:g}"
 
 
-def _shown(is_accuracy: bool) -> Callable[[float | None], str]:
+def _formatter(is_accuracy: bool) -> Callable[[float | None], str]:
     return percent if is_accuracy else lambda value: significant(value, 4)
 
 
@@ -173,29 +174,19 @@ def _difference(point: ParetoPoint, is_accuracy: bool) -> str:
     return with_interval(f"{100 * point.over_dense:+.1f} {'points' if is_accuracy else '%'}", low, high)
 
 
-def _aligned(lines: Sequence[Sequence[str]], text: Sequence[int]) -> str:
-    """A table; the columns of ``text`` to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = ["<" if number in text else ">" for number in range(len(widths))]
-    layout = list(zip(sides, widths, strict=True))
-    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in layout]
-    rows = [[f"{cell:{side}{width}}" for cell, (side, width) in zip(line, layout, strict=True)] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
 def draw_pareto(runs: Sequence[SweepRun], title: str) -> bytes:
-    """The picture of the front, a PNG 1800 pixels wide.
+    """Draws the Pareto frontier, a PNG 1800 pixels wide.
 
-    Each setting is a point at the means of its seeds, with their range; the runs are dots, hollow where the budget was
-    missed. Faint lines are what single runs keep under other role biases. The line across is the dense baseline, the
-    band the range of its seeds.
+    Each setting is a point at the means of its seeds, with their range. The runs are dots, crosses if they missed
+    their budget. Faint lines are single runs under other role biases. The line across is the dense baseline, the band
+    the range of its seeds.
 
     Args:
       runs: those that ended; those that failed are left out.
-      title: over the picture.
+      title: of the picture.
     """
     known = drawable(runs)
     figure, axes = picture.new_figure(title)
@@ -225,7 +216,7 @@ def _draw_baseline(axes: Axes, points: Sequence[ParetoPoint], scale: float) -> l
 
 
 def _draw_points(axes: Axes, points: Sequence[ParetoPoint], scale: float) -> list[Artist]:
-    """The means, joined in the order of their KV."""
+    """Draws the means, joined in the order of their KV."""
     ours = sorted((point for point in points if not point.is_dense), key=lambda point: point.kv_fraction)
     if not ours:
         return []
@@ -234,11 +225,11 @@ def _draw_points(axes: Axes, points: Sequence[ParetoPoint], scale: float) -> lis
     x_low, x_high = (list(ends) for ends in zip(*(point.kv_range for point in ours), strict=True))
     axes.vlines(x, np.multiply(scale, y_low), np.multiply(scale, y_high), color=_PARETO.color, linewidth=1.6, zorder=3)
     axes.hlines(y, x_low, x_high, color=_PARETO.color, linewidth=1.6, zorder=3)
-    what = "budget" if ours[0].kv_budget is not None else "price"
-    label = "trained to each budget" if what == "budget" else "trained with the KV penalty beside it"
+    with_budget = ours[0].kv_budget is not None
+    label = "trained to each budget" if with_budget else "trained with the KV penalty beside it"
     style = {"color": _PARETO.color, "marker": _PARETO.marker, "markersize": 8, "linewidth": 2}
     axes.plot(x, y, **style, zorder=4)  # type: ignore[arg-type]
-    if what == "price":  # a budget is read from the axis
+    if not with_budget:  # a budget is read from the axis
         for point, height in zip(ours, y, strict=True):
             at, beside = (point.kv_fraction, height), (11, -18)
             text = axes.annotate(f"{point.kv_penalty:g}", at, beside, textcoords="offset points", zorder=4.5)
@@ -255,7 +246,7 @@ def _range_words(points: Sequence[ParetoPoint]) -> str:
 
 
 def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) -> list[Artist]:
-    """Single runs, and what their role biases give."""
+    """Draws single runs, and their curves over role biases."""
     handles: list[Artist] = []
     for run in runs:
         kept = [point for point in run.front if math.isfinite(point[metric])]
@@ -278,8 +269,7 @@ def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) 
 
 
 def _extent(runs: Sequence[SweepRun], metric: str) -> list[dict[str, Any]]:
-    """What must be seen, as rows for ``scale_axes``: runs and their role biases; of a dense baseline, its height
-    alone."""
+    """Lists what must be visible, as rows for ``scale_axes``; of a dense baseline its height alone."""
     rows = [{"kv_fraction": run.kv_fraction, metric: getattr(run, metric)} for run in runs if not run.is_dense]
     rows += [{"kv_fraction": point["kv_fraction"], metric: point[metric]} for run in runs for point in run.front]
     anywhere = rows[0]["kv_fraction"] if rows else 1.0

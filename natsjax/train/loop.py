@@ -251,7 +251,7 @@ class _Loop:
             while step < last:
                 self._monitor.before(step + 1, state)
                 state, metrics = self._trainer.step(state, batch)
-                running = self._wall_time.when_done(metrics.loss)
+                running = self._wall_time.when_done(metrics["loss"])
                 if step + 1 < last:
                     batch = self._next(batches, running)
                 if pending is not None:

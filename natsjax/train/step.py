@@ -50,53 +50,8 @@ class TrainState(NamedTuple):
     spikes: SpikeDetector
 
 
-class StepMetrics(NamedTuple):
-    """Metrics of a step, float32, on device; scalars where no shape is given.
-
-    Attributes:
-      loss: ``cross_entropy + loss.z_loss * z_loss + kv_penalty * kv_fraction``.
-      cross_entropy: nats per predicted token.
-      z_loss: mean squared logarithm of the output softmax's denominator, without its weight.
-      accuracy: fraction of predicted tokens whose most likely token is right.
-      kv_fraction: live key-query pairs over causal ones, roles sampled as in training.
-      kv_penalty: nats per token per unit of KV fraction.
-      kv_budget: the KV fraction that a controlled KV penalty aims at in this step.
-      gradient_norm: Euclidean, before clipping.
-      update_norm: of what was added to the parameters (0 where the update was skipped).
-      gradient_norms, update_norms: the same by part (``parameters.PARTS``).
-      learning_rate: of all but a scorer with a rate of its own.
-      temperature: of the straight-through softmax.
-      skipped: 1 where the update was left out as a loss spike, else 0.
-      skipped_steps: how many were since the beginning.
-      role_fractions: ``[l, k, 3]``, fractions of tokens.
-      live_keys: ``[l, k]``, mean number of keys that a query reads.
-      live_key_quantiles: ``[l, q]``, of that number, for ``role_statistics.QUANTILES``, rounded up to one of 64 steps.
-      scorer_entropy: ``[l, k]``, mean entropy of the scorer's softmax, without noise, nats.
-      unended_locals: ``[l, k]``, fraction of the LOCAL tokens that no GLOBAL one ends within their document.
-      forced_globals: fraction of tokens that are GLOBAL because they are the first of a document.
-    """
-
-    loss: jax.Array
-    cross_entropy: jax.Array
-    z_loss: jax.Array
-    accuracy: jax.Array
-    kv_fraction: jax.Array
-    kv_penalty: jax.Array
-    kv_budget: jax.Array
-    gradient_norm: jax.Array
-    update_norm: jax.Array
-    gradient_norms: dict[str, jax.Array]
-    update_norms: dict[str, jax.Array]
-    learning_rate: jax.Array
-    temperature: jax.Array
-    skipped: jax.Array
-    skipped_steps: jax.Array
-    role_fractions: jax.Array
-    live_keys: jax.Array
-    live_key_quantiles: jax.Array
-    scorer_entropy: jax.Array
-    unended_locals: jax.Array
-    forced_globals: jax.Array
+StepMetrics = dict[str, jax.Array]
+"""Float32 arrays by name that a step returns beside the state; ``natsjax.runs.metrics`` declares and documents each."""
 
 
 def schedules_at(config: Config, step: int) -> dict[str, float]:
@@ -241,24 +196,24 @@ class Trainer:
             old = state.parameters, state.optimizer, state.controller
             new = jax.tree.map(functools.partial(_kept, is_spike), old, new, is_leaf=_is_schedule)
             updates = jax.tree.map(lambda update: jnp.where(is_spike, 0, update), updates)
-        metrics = StepMetrics(
-            loss=loss,
-            cross_entropy=cross_entropy,
-            z_loss=sums.z_loss / jnp.maximum(totals.loss_weight, 1),
-            accuracy=sums.correct / jnp.maximum(totals.loss_weight, 1),
-            kv_fraction=kv_fraction,
-            kv_penalty=kv_penalty,
-            kv_budget=jnp.asarray(budget_controller.budget_at(state.step, self.config.nats), jnp.float32),
-            gradient_norm=optax.tree.norm(gradients),
-            update_norm=optax.tree.norm(updates),
-            gradient_norms=norms_by_part(gradients, self.model.parts),
-            update_norms=norms_by_part(updates, self.model.parts),
-            learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
-            temperature=temperature,
-            skipped=is_spike.astype(jnp.float32),
-            skipped_steps=detector.skipped.astype(jnp.float32),
+        metrics = {
+            "loss": loss,
+            "cross_entropy": cross_entropy,
+            "z_loss": sums.z_loss / jnp.maximum(totals.loss_weight, 1),
+            "accuracy": sums.correct / jnp.maximum(totals.loss_weight, 1),
+            "kv_fraction": kv_fraction,
+            "kv_penalty": kv_penalty,
+            "kv_budget": jnp.asarray(budget_controller.budget_at(state.step, self.config.nats), jnp.float32),
+            "gradient_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
+            "temperature": temperature,
+            "skipped": is_spike.astype(jnp.float32),
+            "skipped_steps": detector.skipped.astype(jnp.float32),
+            **{f"gradient_norm/{part}": norm for part, norm in norms_by_part(gradients, self.model.parts).items()},
+            **{f"update_norm/{part}": norm for part, norm in norms_by_part(updates, self.model.parts).items()},
             **self._role_metrics(sums, totals),
-        )
+        }
         return TrainState(state.step + 1, *new, detector), replicate(metrics)
 
     def _role_metrics(self, sums: LossSums, totals: BatchTotals) -> dict[str, jax.Array]:

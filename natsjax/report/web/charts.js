@@ -1,6 +1,7 @@
 /* Elements, numbers and charts: what both pages draw with. */
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const { methods, metric: METRIC } = data;
+const { methods, axes: AXES, columns: COLUMNS, metric: METRIC } = data;
+const PERCENT = METRIC === "accuracy";  // the metric is shown in percent, and more of it is better
 const byId = (id) => document.getElementById(id);
 const SVG = byId("curve").namespaceURI;
 const DASHES = ["", "7 5", "2 4", "9 4 2 4"];
@@ -17,7 +18,7 @@ const el = (tag, attributes = {}, ...children) => fill(document.createElement(ta
 const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 const numeric = (...children) => el("td", { class: "number" }, ...children);
 const aside = (text) => el("span", { class: "muted" }, text && ` (${text})`);
-/** A table's head; the columns named in `texts` are to the left, the numbers to the right. */
+/** A table's head; the columns named in `texts` are aligned to the left, the numbers to the right. */
 const tableHead = (names, texts) => el("thead", {}, el("tr", {}, ...names.map((name) =>
   el("th", { scope: "col", class: texts.includes(name) ? "" : "number" }, name))));
 
@@ -39,21 +40,21 @@ function shown(value) {
   if (Array.isArray(value)) return value.length ? value.map(shown).join(", ") : "none";
   return value === "" ? "empty" : String(value);
 }
-function between(row, name) {
+function between(row, name, format = (value) => significant(value, 4)) {
   const low = row[name + "_low"], high = row[name + "_high"];
-  return number(low) === null ? "" : `${significant(low, 4)}–${significant(high, 4)}`;
+  return number(low) === null ? "" : `${format(low)}–${format(high)}`;
 }
-const capitalised = (text) => text[0].toUpperCase() + text.slice(1);
+const capitalized = (text) => text[0].toUpperCase() + text.slice(1);
 
 // --- Rows ----------------------------------------------------------------------------------------
 
 const methodLabel = (row) => methods[row.method]?.label ?? row.method;
 const methodColor = (row) => `var(--${row.method in methods ? row.method : "other"})`;
 const settingText = (row) =>
-  Object.entries(row.setting).map(([name, value]) => `${name} ${shown(value)}`).join(", ");
-const metricText = (row) => (METRIC === "accuracy" ? percent(row.accuracy) : significant(row.perplexity, 4));
+  Object.entries(row.setting).map(([name, value]) => `${name.replaceAll("_", " ")} ${shown(value)}`).join(", ");
+const metricText = (row) => (PERCENT ? percent(row.accuracy) : significant(row.perplexity, 4));
 /** On the y axis: perplexity, or accuracy in percent. */
-const height = (value) => (number(value) === null ? NaN : number(value) * (METRIC === "accuracy" ? 100 : 1));
+const height = (value) => (number(value) === null ? NaN : number(value) * (PERCENT ? 100 : 1));
 const isDrawable = (row) => Number.isFinite(height(row[METRIC])) && row.kv_fraction > 0;
 
 function pointText(row, ...more) {
@@ -67,6 +68,34 @@ function pointText(row, ...more) {
 /** A row as a point of the curve. */
 const pointOf = (row, text) => ({ x: 100 * row.kv_fraction, y: height(row[METRIC]), low: height(row[METRIC + "_low"]),
   high: height(row[METRIC + "_high"]), text });
+
+/** The axes of a chart of rows. */
+const rowAxes = () => ({
+  x: { title: `${AXES.kv_fraction} (log scale)`, short: `${AXES.kv_fraction.split(":")[0]} (log scale)`, log: true, room: 1.2,
+    format: (tick) => `${tick} %` },
+  y: { title: AXES[METRIC], linear: PERCENT },
+});
+
+// Columns are declared in natsjax/report/fields.py: { name, column, format, interval, aside }.
+const WORDS = { method: (row) => methodLabel(row), setting: (row) => settingText(row) || "–" };
+const isText = ({ format }) => format === "text" || format in WORDS;
+function formatted({ format }, value) {
+  if (typeof format === "number") return significant(value, format);
+  return format === "percent" ? percent(value) : number(value) === null ? "–" : shown(value);
+}
+const columnHead = ({ name, column, interval }, rows) =>
+  capitalized(column) + (interval === "shown" && rows.some((row) => between(row, name)) ? " (95 %)" : "");
+
+/** The cell of a row, or an empty one where there is no row. */
+function columnCell(column, row) {
+  if (!row) return numeric("–");
+  if (isText(column)) return el("td", { class: column.format }, WORDS[column.format]?.(row) ?? row[column.name]);
+  const range = column.interval && between(row, column.name, (value) => formatted(column, value));
+  const cell = numeric(formatted(column, row[column.name]), aside(column.interval === "shown" ? range : ""),
+    aside(column.aside && shown(row[column.aside])));
+  if (range && column.interval === "stored") cell.title = `95 %: ${range}`;
+  return cell;
+}
 
 // --- Axes ----------------------------------------------------------------------------------------
 

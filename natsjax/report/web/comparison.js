@@ -41,10 +41,7 @@ function curvePoint(row, one) {
 }
 
 function drawCurve() {
-  drawChart(byId("curve"), { series: curveSeries(), bars: true,
-    x: { title: "KV fraction: live keys per query / context (log scale)", short: "KV fraction (log scale)", log: true,
-      room: 1.2, format: (tick) => `${tick} %` },
-    y: { title: METRIC === "accuracy" ? "accuracy, %" : "held-out perplexity", linear: METRIC === "accuracy" } });
+  drawChart(byId("curve"), { series: curveSeries(), bars: true, ...rowAxes() });
 }
 
 function showCurve() {
@@ -63,7 +60,7 @@ function showCurve() {
   byId("curve-description").textContent = (CROWDED ? "Bars are 95 % bootstrap intervals by document of the setting that each " +
     "run is served with. " : "Bars and bands are 95 % bootstrap intervals by document. ") +
     "Each run's own report has the numbers of all settings.";
-  if (METRIC === "accuracy") byId("better").textContent = "higher";
+  if (PERCENT) byId("better").textContent = "higher";
 }
 
 // --- Tables --------------------------------------------------------------------------------------
@@ -77,16 +74,14 @@ function runRow(one, i) {
   const met = one.budget_check && el("span", { class: one.budget_check.met ? "met" : "missed" }, one.budget_check.met ? " ✓" : " ✗");
   return el("tr", {}, el("th", { scope: "row" }, chip(i), ` ${one.name}`), el("td", {}, [...new Set(one.layers)].join(", ")),
     numeric(count(one.step)), numeric(count(one.num_parameters)), numeric(budget, met || ""),
-    numeric(percent(row?.kv_fraction ?? null)), ...(METRIC === "accuracy" ? [numeric(percent(row?.accuracy ?? null))] : []),
-    numeric(row ? significant(row.perplexity, 4) : "–", aside(row ? between(row, "perplexity") : "")),
-    numeric(row ? significant(row.bits_per_byte, 4) : "–"), numeric(full ? significant(full.perplexity, 4) : "–"));
+    ...COLUMNS.map((column) => columnCell(column, row)), numeric(full ? metricText(full) : "–"));
 }
 
 function showRuns() {
-  const columns = ["Run", "Attention", "Step", "Parameters", "KV budget", "KV", "Perplexity (95 %)", "Bits/byte", "With full attention"];
-  if (METRIC === "accuracy") columns.splice(6, 0, "Accuracy");
+  const rows = runs.flatMap(({ rows }) => rows), heads = COLUMNS.map((column) => columnHead(column, rows));
+  const columns = ["Run", "Attention", "Step", "Parameters", "KV budget", ...heads, "With full attention"];
   byId("runs").append(tableHead(columns, ["Run", "Attention"]), el("tbody", {}, ...runs.map(runRow)));
-  byId("runs-note").textContent = "KV and perplexity are those of the setting that a run is served with: set to its budget, " +
+  byId("runs-note").textContent = `KV, ${METRIC} and the like are those of the setting that a run is served with: set to its budget, ` +
     "or full attention where there are no roles. ✓ and ✗: the budget was met or missed.";
   byId("notes").append(...notes.map((note) => el("li", {}, note)));
 }

@@ -1,8 +1,5 @@
 /* Curves over positions and over training steps, of one run or of several. */
 
-const CURVE_TITLES = { loss: "loss, nats per token", perplexity: "training perplexity", kv_fraction: "KV fraction",
-  kv_penalty: "KV penalty, nats per unit of KV fraction" };
-
 // --- By position ---------------------------------------------------------------------------------
 
 /** A row by position; with `full`, a row of the same shape, as a ratio to it (accuracy: as a difference). */
@@ -11,18 +8,17 @@ function positionPoints(row, full) {
   return tokens.map((total, i) => {
     const [first, last] = [edges[i], edges[i + 1] - 1];
     const value = (name) => height(values[name]?.[i]), other = full && height(full.by_position[METRIC][i]);
-    const y = value(METRIC), against = METRIC === "accuracy" ? y - other : y / other;
+    const y = value(METRIC), against = PERCENT ? y - other : y / other;
     return { x: Math.sqrt(first * last), y: full ? against : y, low: full ? NaN : value(METRIC + "_low"),
       high: full ? NaN : value(METRIC + "_high"), range: first === last ? `${first}` : `${first}–${last}`, total };
   });
 }
 
-const POSITION_SCALES = METRIC === "accuracy" ? ["accuracy, %", "accuracy less that of full attention, points"]
-  : ["held-out perplexity", "perplexity over that of full attention"];
+const POSITION_SCALES = [AXES[METRIC], PERCENT ? "accuracy less that of full attention, points" : "perplexity over that of full attention"];
 
 /** groups: { name, series: [{ name, color, dash, marker, row, full }] }; a list chooses between them. */
 function showPositions(groups) {
-  for (const node of document.querySelectorAll(".metric")) node.textContent = capitalised(METRIC);
+  for (const node of document.querySelectorAll(".metric")) node.textContent = capitalized(METRIC);
   groups = groups.map(({ name, series }) => ({ name, series: series.filter(({ row }) => row.by_position) }))
     .filter(({ series }) => series.length);
   if (!groups.length) return byId("position").remove();
@@ -32,7 +28,7 @@ function showPositions(groups) {
   byId("position-scale").parentElement.hidden = !groups.some(({ series }) => series.some(({ full }) => full));
   const draw = () => drawChart(byId("position-chart"), { series: positionSeries(groups), size: [380, 300],
     x: { title: "tokens of the document before the predicted one (log scale)", short: "tokens before (log scale)", log: true, room: 1.15 },
-    y: { title: POSITION_SCALES[byId("position-scale").value], linear: METRIC === "accuracy" } });
+    y: { title: POSITION_SCALES[byId("position-scale").value], linear: PERCENT } });
   const show = () => {
     draw();
     const series = positionSeries(groups);
@@ -79,25 +75,26 @@ function showPositionTable(series) {
 function showTraining(runs) {
   const section = byId("training"), trained = runs.filter(({ training }) => training);
   if (!trained.length) return section.remove();
-  const names = Object.keys(CURVE_TITLES).filter((name) => trained.some(({ training }) => training.curves[name]));
-  for (const name of names) {
-    const id = `training-${name}`, chart = svg("svg", { role: "img", "aria-label": trainingText(name, trained) });
+  // Metrics are declared in natsjax/runs/metrics.py: { name, title, percent }.
+  const charts = new Map(trained.flatMap(({ training }) => training.charts).map((one) => [one.name, one]));
+  for (const { name, title, percent } of charts.values()) {
+    const id = `training-${name}`, chart = svg("svg", { role: "img", "aria-label": trainingText(name, title, trained) });
     section.querySelector(".charts").append(el("figure", { class: "box", id }, chart));
-    const scale = name === "kv_fraction" ? 100 : 1;
+    const scale = percent ? 100 : 1;
     const series = trained.filter(({ training }) => training.curves[name]).map(({ training, ...one }) => ({ ...one,
       points: training.steps.map((step, i) => ({ x: step, y: scale * (number(training.curves[name][i]) ?? NaN) }))
         .filter(({ y }) => Number.isFinite(y)) })).filter(({ points }) => points.length);
     drawn(() => drawChart(chart, { series, size: [260, 240], x: { title: "step", format: (tick) => count(tick) },
-      y: { title: CURVE_TITLES[name], format: (tick) => (scale === 100 ? `${tick} %` : shown(tick)) },
+      y: { title, format: (tick) => (percent ? `${tick} %` : shown(tick)) },
       before: (chart, x, y, box) => drawMarks(chart, trained, x, box) }));
   }
 }
 
-/** What a screen reader says of a chart: where it begins and ends. */
-function trainingText(name, runs) {
+/** Describes a chart to a screen reader: its first and last values. */
+function trainingText(name, title, runs) {
   const parts = runs.filter(({ training }) => training.curves[name]).map(({ name: run, training: { steps, curves } }) =>
     `${run}: ${shown(number(curves[name][0]))} at step ${steps[0]}, ${shown(number(curves[name].at(-1)))} at step ${steps.at(-1)}`);
-  return `${CURVE_TITLES[name]} against steps. ${parts.join("; ")}.`;
+  return `${capitalized(title)} against steps. ${parts.join("; ")}.`;
 }
 
 function drawMarks(chart, runs, x, { top, bottom }) {

@@ -68,7 +68,7 @@ function showRoleBias(sample, role_bias) {
   fill(byId("role-bias"), { max: sample.role_biases.length - 1 }, []);
   byId("role-bias").value = role_bias;
   const figures = [`role bias ${shown(sample.role_biases[role_bias])}`, `KV ${percent(row.kv_fraction)}`,
-    METRIC === "accuracy" ? `accuracy ${percent(row.accuracy)}` : `perplexity ${significant(row.perplexity, 4)}`];
+    PERCENT ? `accuracy ${percent(row.accuracy)}` : `perplexity ${significant(row.perplexity, 4)}`];
   byId("role-bias").setAttribute("aria-valuetext", figures.join(", "));
   const notes = [METRIC === "perplexity" && interval ? `95 %: ${interval}` : "", row === biased ? "set to the budget" : ""];
   byId("role-bias-figures").replaceChildren(...figures.map((figure) => el("strong", {}, figure)),
@@ -77,13 +77,13 @@ function showRoleBias(sample, role_bias) {
 
 function showRoleCounts() {
   const { roles, window } = reader;
-  const meanings = ["to the end of the document", "up to and including the next GLOBAL token", `for ${window} further tokens`];
+  const meanings = ["to the end of the document", "up to and including the next GLOBAL token", `for ${window} further token${window === 1 ? "" : "s"}`];
   const body = el("tbody", {}, ...ROLES.map((name, role) => {
     const total = roles.split(String(role)).length - 1;
     return el("tr", {}, el("th", { scope: "row" }, el("span", { class: `name role-${role}` }, name)),
       el("td", { class: "muted" }, meanings[role]), numeric(count(total)), numeric(percent(total / roles.length)));
   }));
-  const head = tableHead(["Role", "Key is kept", "Tokens", "Share"], ["Role", "Key is kept"]);
+  const head = tableHead(["Role", "Key is kept", "Tokens", "Fraction"], ["Role", "Key is kept"]);
   document.querySelector("#reader table").replaceChildren(head, body);
 }
 
@@ -158,7 +158,7 @@ function headText() {
   const { keyEnd, documentEnd, layer, head } = reader, lifetime = (sum, end, s) => sum + end - s;
   const fraction = keyEnd.reduce(lifetime, 0) / documentEnd.reduce(lifetime, 0);
   return [el("div", {}, `Layer ${layer}, head ${head}: in this text its KV fraction is ${percent(fraction)}, the readable `,
-    "keys of all queries as a share of full attention's."), el("div", { class: "muted" }, "Point at a token, or select one.")];
+    "keys of all queries as a fraction of full attention's."), el("div", { class: "muted" }, "Point at a token, or select one.")];
 }
 
 function tokenText(t, readable) {

@@ -38,9 +38,9 @@ function showSummary() {
     const interval = METRIC === "perplexity" && between(row, METRIC);
     tile(label, metricText(row), interval && `95 %: ${interval}`, `${percent(row.kv_fraction)} KV`, row.weights);
   };
-  if (budget_check) tile("KV fraction, set to the budget", percent(budget_check.biased),
+  if (budget_check) tile("Budget check: KV fraction", percent(budget_check.biased),
     `budget ${percent(budget_check.kv_budget)}: ${budget_check.met ? "met" : "missed"}`);
-  const name = capitalised(METRIC);
+  const name = capitalized(METRIC);
   if (biased) measured(`${name}, NAtS`, biased);
   for (const row of anchors) measured(`${name}, full attention`, row);
   for (const row of budget_check ? rows : []) {
@@ -68,10 +68,7 @@ function seriesOf(list) {
 function drawCurve() {
   const series = seriesOf(drawable).map((members) => ({ color: methodColor(members[0]), dash: dashes(members[0].weights),
     marker: members[0].method, points: members.map((row) => ({ ...pointOf(row, pointText(row)), ring: row === biased })) }));
-  drawChart(byId("curve"), { series, bars: true,
-    x: { title: "KV fraction: live keys per query / context (log scale)", short: "KV fraction (log scale)", log: true,
-      room: 1.2, format: (tick) => `${tick} %` },
-    y: { title: METRIC === "accuracy" ? "accuracy, %" : "held-out perplexity", linear: METRIC === "accuracy" }, before: drawBeneath });
+  drawChart(byId("curve"), { series, bars: true, ...rowAxes(), before: drawBeneath });
 }
 
 function drawBeneath(chart, x, y, box) {
@@ -108,47 +105,38 @@ function showCurve() {
   if (budget_check) notes.push(`The grey stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
   if (left) notes.push(`${left} of ${rows.length} settings have no finite ${METRIC} and are not drawn. `);
   byId("curve-description").append(...notes, "The table below lists every setting.");
-  if (METRIC === "accuracy") byId("better").textContent = "higher";
+  if (PERCENT) byId("better").textContent = "higher";
 }
 
 // --- The table and the budget --------------------------------------------------------------------
 
-const someAllocated = rows.some((row) => row.kv_allocated !== null);
-
 function tableRow(row) {
-  const bits = numeric(significant(row.bits_per_byte, 4));
-  bits.title = between(row, "bits_per_byte") && `95 %: ${between(row, "bits_per_byte")}`;
-  return el("tr", row === biased ? { class: "marked" } : {},
-    el("th", { scope: "row" }, methodLabel(row)), el("td", {}, settingText(row) || "–"), numeric(percent(row.kv_fraction)),
-    ...(run.show_accuracy ? [numeric(percent(row.accuracy))] : []),
-    numeric(significant(row.perplexity, 4), aside(between(row, "perplexity"))), bits,
-    numeric(significant(row.kv_live_mean, 3), aside(shown(row.kv_live_max))),
-    ...(someAllocated ? [numeric(significant(row.kv_allocated, 3))] : []), numeric(percent(row.budget)),
-    el("td", { class: "weights" }, row.weights));
+  const [first, ...others] = COLUMNS;
+  return el("tr", row === biased ? { class: "marked" } : {}, el("th", { scope: "row" }, ...columnCell(first, row).childNodes),
+    ...others.map((column) => columnCell(column, row)));
 }
 
 function showTable() {
-  const columns = ["Method", "Setting", "KV", rows.some((row) => between(row, "perplexity")) ? "Perplexity (95 %)" : "Perplexity", "Bits/byte", "Live keys (max)", "Budget", "Weights"];
-  if (someAllocated) columns.splice(6, 0, "Slots");
-  if (run.show_accuracy) columns.splice(3, 0, "Accuracy");
-  byId("rows").append(tableHead(columns, ["Method", "Setting", "Weights"]));
+  const head = (column) => columnHead(column, rows);
+  byId("rows").append(tableHead(COLUMNS.map(head), COLUMNS.filter(isText).map(head)));
   for (const weights of weightNames)
     byId("rows").append(el("tbody", {}, ...rows.filter((row) => row.weights === weights).map(tableRow)));
   const distinct = (text) => [...new Set(rows.map(text))].join(" or ");
   const sizes = distinct((row) => `${count(row.num_tokens)} tokens of ${count(row.num_documents)} documents`);
   const notes = [`Measured on ${sizes}, mean context ${distinct((row) => significant(row.mean_context, 4))} tokens.`];
-  if (someAllocated) notes.push("Slots: what the KV buffer allocated for a head, at its largest, mean over layers.");
+  if (COLUMNS.some(({ name }) => name === "kv_allocated"))
+    notes.push("Slots: what the KV buffer allocated for a head, at its largest, mean over layers.");
   if (biased) notes.push("The shaded row is the one set to the budget.");
   if (rows.some((row) => row.method !== "nats" && natsWeights.has(row.weights)))
     notes.push("Other methods on weights trained with NAtS run off the distribution of those weights: no fair rivals.");
   byId("table-note").textContent = notes.join(" ");
 }
 
-function showContract() {
+function showBudgetCheck() {
   if (!budget_check) return byId("budget-check").remove();
   const { kv_budget: budget, sampled, argmax, biased: served, met } = budget_check;
   byId("budget-check-text").append("The budget is ", el("strong", {}, percent(budget)),
-    " of full attention's keys, and counts for what is served. With the role bias the fraction is ",
+    " of full attention's keys. With the role bias the fraction is ",
     el("strong", {}, percent(served)), ": ", el("span", { class: met ? "met" : "missed" }, met ? "✓ met" : "✗ missed"),
     ` (tolerance ± ${significant(100 * budget_check.tolerance, 2)} %).`);
   const largest = Math.max(sampled, argmax, served, budget) * 1.05;
@@ -163,8 +151,8 @@ function showContract() {
   document.querySelector("#budget-check table").append(
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
-      line("argmax", "as served, without a role bias", argmax),
-      line("biased", `as served, with role bias ${shown(budget_check.role_bias)}`, served)));
+      line("argmax", "most likely roles, without a role bias", argmax),
+      line("argmax with role bias", `role bias ${shown(budget_check.role_bias)}`, served)));
   byId("budget-check-note").textContent = "With every token SLIDING but the first of each document, the " +
     `KV fraction is ${percent(budget_check.smallest_possible)}. Below it the model must learn GLOBAL tokens, which end LOCAL keys.`;
 }
@@ -252,9 +240,9 @@ function buildHeat(row) {
   const names = natsRows.map((r) => `${settingText(r) || "no role bias"}: ${percent(r.kv_fraction)} KV, ${r.weights}`);
   showOptions("heat-row", names, row);
   const cell = (mean, l, k) => {
-    const share = most > 0 ? mean / most : 0, text = significant(mean, 3);
+    const fraction = most > 0 ? mean / most : 0, text = significant(mean, 3);
     const name = `layer ${l}, head ${k}: mean ${text}, maximum ${shown(maxima[l][k])} live keys`;
-    const box = el(samples.length ? "button" : "span", { style: `--share: ${share.toFixed(3)}`, title: name,
+    const box = el(samples.length ? "button" : "span", { style: `--fraction: ${fraction.toFixed(3)}`, title: name,
       "aria-label": samples.length ? name : null }, text);
     if (samples.length) {
       box.onclick = () => { go({ layer: l, head: k }); byId("reader").scrollIntoView(); };
@@ -285,7 +273,7 @@ function showMarks() {
 showHeader();
 showSummary();
 showTable();
-showContract();
+showBudgetCheck();
 showCurve();
 showPositions(positionGroups());
 showTraining([{ name: "this run", color: "var(--sliding_window)", dash: "", training }]);

@@ -1,1 +1,1 @@
-"""What is written and shown of the steps of a run."""
+"""Logs of training steps: files, terminal, warnings."""

@@ -1,11 +1,14 @@
-"""What a run shows of its steps: a live panel on a terminal, now and then a plain line elsewhere, or nothing."""
+"""Progress of a run on standard error: a live panel on a terminal, plain lines elsewhere.
 
-import dataclasses
+``natsjax.runs.metrics`` declares which metrics are shown, and how.
+"""
+
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -15,63 +18,41 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-_SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
+from natsjax.config import Config
+from natsjax.runs.metrics import METRICS, format_number, panel_metrics
+
+_SECONDS_BETWEEN_LINES = 10.0  # if standard error is no terminal
 _SECONDS_BETWEEN_FRAMES = 0.2
 _ROLES = (("GLOBAL", "█", "red"), ("LOCAL", "▓", "yellow"), ("SLIDING", "░", "cyan"))
 _NARROW = 64  # columns: below it, one column of numbers
-_OTHER_ROWS = 14  # of the panel and above it, besides those of layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """What is shown of a logged step.
-
-    Attributes:
-      step: its number, from 1.
-      loss: nats per token, with the KV penalty.
-      perplexity: of the batch.
-      kv_fraction: of the batch.
-      tokens_per_second: since the logged step before.
-      kv_budget: that a controlled KV penalty aims at now; None: nothing is aimed at.
-      kv_penalty: None: there are no roles.
-      mfu: None: not known.
-      roles: ``[layers, 3]``, shares of tokens, of the layers that learn roles; None: there are none.
-      layers: the numbers of these layers.
-      warnings: names of the active ones.
-    """
-
-    step: int
-    loss: float
-    perplexity: float
-    kv_fraction: float
-    tokens_per_second: float
-    kv_budget: float | None = None
-    kv_penalty: float | None = None
-    mfu: float | None = None
-    roles: np.ndarray | None = None
-    layers: Sequence[int] = ()
-    warnings: Sequence[str] = ()
+_OTHER_ROWS = 15  # of the panel and above it, besides those of layers
 
 
 class Display:
-    """Shows where a run is, on standard error; to be closed.
+    """Progress of a run on standard error; to be closed.
 
-    Lines that others print to ``sys.stderr`` meanwhile (``processes.say``) come above the panel.
+    Lines that others print to ``sys.stderr`` meanwhile appear above the panel.
 
     Args:
-      total: steps of the run.
-      start: the step that it goes on from.
+      config: of the run.
+      start: last step that is done.
       shown: False shows nothing.
       title: of the panel.
       clock: seconds, never going back.
     """
 
     def __init__(
-        self, total: int, start: int, shown: bool, title: str = "natsjax", clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        start: int,
+        shown: bool,
+        title: str = "natsjax",
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._start, self._title, self._clock = total, start, title, clock
+        self._config, self._start, self._title, self._clock = config, start, title, clock
+        self._total = config.train.num_steps
         self._began, self._last = clock(), -math.inf
-        self._logged: Shown | None = None
+        self._logged: Mapping[str, Any] | None = None
         terminal = shown and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._lines = shown and not terminal
         self._live: Live | None = None
@@ -80,18 +61,18 @@ class Display:
             self._live.start()
 
     def advance(self, step: int) -> None:
-        """A step is done; cheap enough for each of them."""
+        """Updates the progress bar after a step; cheap enough for every step."""
         if self._live is not None and self._logged is not None and self._due(_SECONDS_BETWEEN_FRAMES, step):
             self._draw(self._live, step)
 
-    def update(self, shown: Shown) -> None:
-        """Shows a logged step."""
-        self._logged = shown
-        if self._live is not None and self._due(_SECONDS_BETWEEN_FRAMES, shown.step):
-            self._draw(self._live, shown.step)
-        elif self._lines and self._due(_SECONDS_BETWEEN_LINES, shown.step):
-            left = self._seconds_left(shown.step)
-            print(f"step {shown.step}/{self._total}: {_line(shown)}, {left:.0f} s left", file=sys.stderr, flush=True)
+    def update(self, step: int, line: Mapping[str, Any]) -> None:
+        """Shows the metrics of a logged step, as in ``metrics.jsonl``."""
+        self._logged = line
+        if self._live is not None and self._due(_SECONDS_BETWEEN_FRAMES, step):
+            self._draw(self._live, step)
+        elif self._lines and self._due(_SECONDS_BETWEEN_LINES, step):
+            left = self._seconds_left(step)
+            print(f"step {step}/{self._total}: {_plain(line)}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the last panel as it is, and the terminal as it was."""
@@ -112,32 +93,36 @@ class Display:
     def _draw(self, live: Live, step: int) -> None:
         if self._logged is not None:
             size = live.console.size
-            live.update(
-                panel(self._logged, step, self._total, self._seconds_left(step), self._title, size.width, size.height),
-                refresh=True,
-            )
+            left = self._seconds_left(step)
+            shown = panel(self._config, self._logged, step, left, self._title, size.width, size.height)
+            live.update(shown, refresh=True)
 
 
 def panel(
-    shown: Shown, step: int, total: int, seconds_left: float, title: str, width: int, height: int
+    config: Config, line: Mapping[str, Any], step: int, seconds_left: float, title: str, width: int, height: int
 ) -> RenderableType:
-    """The panel of a terminal.
+    """Renders the panel of a terminal.
 
     Args:
-      shown: the last logged step.
+      config: of the run.
+      line: metrics of the last logged step.
       step: the last one that is done.
-      total: steps of the run.
-      seconds_left: until its end.
+      seconds_left: until the end of the run.
       title: of the panel.
       width: columns of the terminal.
       height: lines of it.
     """
     inside = max(10, width - 4)
-    parts: list[RenderableType] = [_progress(step, total, seconds_left, inside), _numbers(shown, inside)]
-    if shown.roles is not None and len(shown.roles):
-        parts += [Text(), _role_bars(shown.roles, shown.layers, inside, max(1, height - _OTHER_ROWS))]
-    if shown.warnings:
-        parts.append(Text(f"warnings: {', '.join(shown.warnings)}", style="bold yellow"))
+    parts: list[RenderableType] = [
+        _progress(step, config.train.num_steps, seconds_left, inside),
+        _numbers(config, line, inside),
+    ]
+    layers = [layer for layer, kind in enumerate(config.model.all_layer_types) if kind == "nats"]
+    if layers:
+        roles = np.mean(line["role_fractions"], axis=1)[layers]
+        parts += [Text(), _role_bars(roles, layers, inside, max(1, height - _OTHER_ROWS))]
+    if line.get("warnings"):
+        parts.append(Text(f"warnings: {', '.join(line['warnings'])}", style="bold yellow"))
     return Panel(Group(*parts), title=Text(title, overflow="ellipsis", no_wrap=True), title_align="left", width=width)
 
 
@@ -153,19 +138,13 @@ def _progress(step: int, total: int, seconds_left: float, width: int) -> Rendera
     return row
 
 
-def _numbers(shown: Shown, width: int) -> RenderableType:
-    """Names and numbers, in two columns where there is room."""
-    budget = "" if shown.kv_budget is None else f" of {100 * shown.kv_budget:.1f} %"
+def _numbers(config: Config, line: Mapping[str, Any], width: int) -> RenderableType:
+    """Lays out names and numbers, in two columns if there is room."""
     items = [
-        ("loss", f"{shown.loss:.4f}"),
-        ("KV / budget" if budget else "KV", f"{100 * shown.kv_fraction:.1f} %{budget}"),
-        ("perplexity", f"{shown.perplexity:.4g}"),
+        (metric.panel[0], format_number(metric.panel[1], line[metric.name]))
+        for metric in panel_metrics(config)
+        if metric.panel is not None and metric.name in line
     ]
-    if shown.kv_penalty is not None:
-        items.append(("KV penalty", f"{shown.kv_penalty:.4g}"))
-    items.append(("tokens/s", f"{shown.tokens_per_second:,.0f}"))
-    if shown.mfu is not None:
-        items.append(("MFU", f"{100 * shown.mfu:.1f} %"))
     columns = 2 if width >= _NARROW else 1
     table = Table.grid(padding=(0, 2))
     for first in range(0, len(items), columns):
@@ -177,12 +156,12 @@ def _numbers(shown: Shown, width: int) -> RenderableType:
 
 
 def _cell(text: str, style: str = "") -> Text:
-    """Cut rather than wrapped where it is too long."""
+    """Makes a text that is cut rather than wrapped if it is too long."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _role_bars(roles: np.ndarray, layers: Sequence[int], width: int, rows: int) -> RenderableType:
-    """A bar for each layer; neighbours share one where there are more layers than lines."""
+    """Draws a bar for each layer; neighbors share one if there are more layers than lines."""
     legend = Text("roles  ", style="dim")
     for name, mark, color in _ROLES:
         legend.append(f"{mark} ", style=color).append(f"{name}  ")
@@ -195,26 +174,26 @@ def _role_bars(roles: np.ndarray, layers: Sequence[int], width: int, rows: int) 
     return Group(*lines)
 
 
-def _bar(label: str, shares: np.ndarray, width: int) -> Text:
+def _bar(label: str, fractions: np.ndarray, width: int) -> Text:
     text = Text(label, style="dim", no_wrap=True)
     cells = max(4, min(60, width - len(label)))
-    edges = np.round(np.cumsum([0.0, *shares]) / max(1e-9, shares.sum()) * cells).astype(int)
+    edges = np.round(np.cumsum([0.0, *fractions]) / max(1e-9, fractions.sum()) * cells).astype(int)
     for (_, mark, color), begin, end in zip(_ROLES, edges[:-1], edges[1:], strict=True):
         text.append(mark * (end - begin), style=f"not dim {color}")
     return text
 
 
-def _line(shown: Shown) -> str:
-    """For a log file."""
-    warnings = f", warnings: {' '.join(shown.warnings)}" if shown.warnings else ""
-    return (
-        f"loss {shown.loss:.3f}, perplexity {shown.perplexity:.4g}, KV {100 * shown.kv_fraction:.1f} %, "
-        f"{shown.tokens_per_second:,.0f} tokens/s{warnings}"
-    )
+def _plain(line: Mapping[str, Any]) -> str:
+    """Joins the metrics of a plain line, for a log file."""
+    found = [metric for metric in METRICS.values() if metric.line and metric.name in line]
+    words = [format_number(metric.line, line[metric.name]) for metric in found]
+    if line.get("warnings"):
+        words.append(f"warnings: {' '.join(line['warnings'])}")
+    return ", ".join(words)
 
 
 def duration(seconds: float) -> str:
-    """For people.
+    """Formats a number of seconds for people.
 
     Example:
       >>> duration(7384)

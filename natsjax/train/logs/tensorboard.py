@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written by whoever calls: what cannot be written is known at once.
+"""TensorBoard event files, written in the calling thread, so that an error is raised at once.
 
-``tensorboardX.SummaryWriter`` writes from a thread; when that meets a full disk it ends, and the run waits for it for
-ever as soon as its queue is full. This writes the same records through the same library's ``RecordWriter``.
+``tensorboardX.SummaryWriter`` writes from a thread of its own. On a full disk this thread ends, and the run hangs as
+soon as its queue is full. The class here writes the same records through the same library's ``RecordWriter``.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ _SECONDS_BETWEEN_FLUSHES = 30.0
 
 
 class EventFile:
-    """A new file of scalars in a folder; TensorBoard reads all files of a folder as one run.
+    """New file of scalars in a folder; TensorBoard reads all files of a folder as one run.
 
     Args:
-      folder: made when it is not there.
-      start_step: the step that the run goes on from; what earlier files say of later ones does not count any more.
+      folder: created if it is missing.
+      start_step: last step that is done; TensorBoard drops later steps of earlier files.
 
     Raises:
-      OSError: the file cannot be made; ``add`` and ``flush`` raise it too, and the file is closed then.
+      OSError: the file cannot be created; ``add`` and ``flush`` raise it too, and close the file.
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
@@ -39,14 +39,14 @@ class EventFile:
         self._put(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds numbers of a step; they are in the file half a minute later, or after ``flush``."""
+        """Adds numbers of a step; they reach the file within half a minute, or at ``flush``."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._put(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
         if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
             self.flush()
 
     def flush(self) -> None:
-        """Writes out what is buffered, to the disk."""
+        """Writes the buffer to the disk."""
         if self._writer is None:
             return
         try:
@@ -57,7 +57,7 @@ class EventFile:
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Writes out what is buffered, and closes the file."""
+        """Writes the buffer and closes the file."""
         self.flush()
         self._give_up()
 
@@ -71,7 +71,7 @@ class EventFile:
             raise
 
     def _give_up(self) -> None:
-        """Closes the file; what could not be written is not tried again."""
+        """Closes the file without another try to write."""
         writer, self._writer = self._writer, None
         if writer is not None:
             with contextlib.suppress(OSError):

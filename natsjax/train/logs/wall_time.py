@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Wall time of a run, by what it was spent on."""
 
 import collections
 import concurrent.futures
@@ -12,10 +12,10 @@ import jax
 
 
 class WallTime:
-    """Where the wall time of a run goes, as the host sees it: nothing waits for the devices.
+    """Clock of a run by activity, as the host sees it: nothing waits for the devices.
 
-    It begins with the object. Before ``begin_steps`` come data, the state (initialised or restored) and compiling;
-    after it each moment belongs to input, to saving or, all the rest, to steps.
+    It starts when the object is made. Before ``begin_steps`` come data, the state (initialized or restored) and
+    compiling. After it, each moment counts as input, as saving or, if it is neither, as steps.
 
     Args:
       clock: seconds, never going back.
@@ -30,12 +30,12 @@ class WallTime:
 
     @property
     def since_start(self) -> float:
-        """Seconds."""
+        """Seconds since the run was started."""
         return self._clock() - self._began
 
     @property
     def compiling(self) -> float:
-        """Seconds that the step took to compile, or to load where it had been compiled before."""
+        """Seconds for compiling the step, or for loading a compiled one."""
         return self._spent["compiling"]
 
     @contextlib.contextmanager
@@ -48,11 +48,11 @@ class WallTime:
             self._spent[what] += self._clock() - began
 
     def begin_steps(self) -> None:
-        """From now on, what is not spent on something else goes into steps."""
+        """Counts all time from now on as steps, unless it is spent on something else."""
         self._steps_began = self._clock()
 
     def when_done(self, result: jax.Array) -> Future[float]:
-        """The time at which a step is done, seen by a thread that waits for one of its results."""
+        """Returns the time at which a step is done, from a thread that waits for one of its results."""
 
         def wait() -> float:
             jax.block_until_ready(result)
@@ -62,10 +62,10 @@ class WallTime:
 
     @contextlib.contextmanager
     def waiting_for_input(self, step: Future[float] | None) -> Iterator[None]:
-        """Counts the time that the block takes, as far as the devices had nothing to do.
+        """Counts the part of the block's time in which the devices had nothing to do.
 
         Args:
-          step: the last one that they were given (``when_done``); None: there was none.
+          step: the last step that they were given (``when_done``); None: there was none.
         """
         began = self._clock()
         yield
@@ -75,15 +75,15 @@ class WallTime:
         elif step.done():
             self._spent["input"] += max(0.0, ended - max(began, step.result()))
 
-    def shares(self) -> dict[str, float]:
-        """Shares of the wall time since this process began the run, in [0, 1].
+    def fractions(self) -> dict[str, float]:
+        """Computes fractions of the wall time since this process began the run, in [0, 1].
 
-        ``goodput``: steps. It is all time since ``begin_steps``, without ``input_wait``, and without what saving held
-        the loop up for: copying the state off the devices, and waiting for the save before. Reading, writing and
-        showing metrics happens while the next step runs, and counts as steps. Each start of a run counts for itself:
-        steps that were lost with a killed process, and done again, do not lower it.
+        ``goodput`` is steps: all time since ``begin_steps``, without ``input_wait`` and without the time for which
+        saving held up the loop (copying the state off the devices, waiting for the previous save). Metrics are read,
+        written and shown while the next step runs, so this counts as steps. Each start of a run counts for itself:
+        steps that a killed process lost, and that are done again, do not lower it.
 
-        ``input_wait``: waiting for batches with no step left to do.
+        ``input_wait`` is waiting for batches with no step left to do.
         """
         total = self.since_start
         if self._steps_began is None or total <= 0:
@@ -92,5 +92,5 @@ class WallTime:
         return {"goodput": max(0.0, steps) / total, "input_wait": self._spent["input"] / total}
 
     def close(self) -> None:
-        """Lets go of the thread."""
+        """Ends the thread."""
         self._watcher.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases as well (``train.wandb``); a resumed run goes on in the same W&B run."""
+"""Writer of metrics to Weights & Biases (``train.wandb``); a resumed run continues the same W&B run."""
 
 import importlib.util
 import json
@@ -11,11 +11,11 @@ from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.runs.workdir import Workdir, write_atomically
 from natsjax.runtime import distributed
-from natsjax.train.logs.metrics import scalars
+from natsjax.train.logs.writer import scalars
 
 
 def check(config: Config) -> None:
-    """Before any work begins.
+    """Checks, before any work begins, that Weights & Biases is installed if it is asked for.
 
     Raises:
       UserError: ``train.wandb`` is set and the package is not installed.
@@ -28,10 +28,10 @@ def check(config: Config) -> None:
 
 
 class WandbWriter:
-    """Sends metrics; what goes wrong is said once, and training goes on without.
+    """Writer of metrics to W&B; the first error is logged, and training continues without it.
 
-    The run's id is kept in ``wandb.json`` of the workdir. Steps that an interrupted start has sent already, beyond the
-    checkpoint that this one goes on from, are not sent again: they come out the same.
+    The run's id is stored in ``wandb.json`` of the workdir. Steps that an interrupted start has sent beyond its last
+    checkpoint are not sent again: they come out the same.
 
     Args:
       config: of the run; ``train.wandb`` names the project.
@@ -50,14 +50,14 @@ class WandbWriter:
                 resume="allow",
                 dir=str(workdir.path),
                 config=config.to_dict(),
-                settings={"console": "off"},  # the live panel is nothing for a log
+                settings={"console": "off"},  # a log is no place for the live panel
             )
-            self._sent = int(self._run.step or 0)  # the step after the last one that is there
-        except Exception as error:  # its own kinds, of the network and of the service
+            self._sent = int(self._run.step or 0)  # the step after the last one sent
+        except Exception as error:  # errors of the network, of the service and its own
             self._give_up(error)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Sends a line of ``metrics.jsonl``; an array goes as a scalar per entry."""
+        """Sends a line of ``metrics.jsonl``; an array becomes a scalar per entry."""
         if self._run is None or step < self._sent:
             return
         try:
@@ -78,11 +78,11 @@ class WandbWriter:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        distributed.say(f"Weights & Biases gets no more metrics of this start ({reason}); training goes on")
+        distributed.say(f"Weights & Biases gets no more metrics of this start ({reason}); training continues")
 
 
 def _run_id(workdir: Workdir) -> str:
-    """Of the run that is here, or a new one."""
+    """Reads the id of the run in the workdir, or makes a new one."""
     try:
         return str(json.loads(workdir.wandb_file.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,13 +1,13 @@
-"""Warnings by name: what is often wrong with a run of learned roles, seen in its metrics.
+"""Training warnings: frequent faults of a run with learned roles, found in its logged metrics.
 
-A condition must hold at several logged steps in a row before it is said, and be gone for as many before it is said to
-be over. Warnings of a layer and a head look at layers of kind "nats" alone.
+A condition must hold at several logged steps in a row before its warning begins, and be gone for as many before it
+ends. Warnings about a layer and a head consider only layers of kind "nats".
 """
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,35 +20,67 @@ NUM_POINTS = 3
 _NAMES = ("GLOBAL", "LOCAL", "SLIDING")
 _ALL = 0.99  # of the tokens whose role is not forced
 _OFF_BUDGET = 0.1  # relative
-_FEW_LOCALS = 0.01  # of the tokens: below it, nothing is said of how they end
+_FEW_LOCALS = 0.01  # of the tokens: with fewer, how they end is not judged
 _AT_BOUND = 1e-3  # relative
 
+
+class TrainingWarning(NamedTuple):
+    """Declaration of a warning.
+
+    Attributes:
+      seen: the condition, for ``docs/metrics.md``.
+      advice: what to do, a sentence.
+    """
+
+    seen: str
+    advice: str
+
+
 WARNINGS = {
-    "all-one-role": "These heads no longer choose: raise nats.kv_budget or lower nats.max_kv_penalty, begin with a "
-    "higher nats.temperature, or lower optimizer.scorer_learning_rate.",
-    "no-global": "Nothing is remembered there beyond the forced first tokens: raise nats.kv_budget, or let the budget "
-    "fall later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
-    "endless-local": "A LOCAL token that no GLOBAL one ends costs as much as a GLOBAL one: raise the share of GLOBAL "
-    "in nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
-    "budget-not-reached": "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget "
-    "nearer to this KV fraction.",
-    "penalty-at-bound": "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose "
-    "another nats.kv_budget.",
-    "loss-spike-skipped": "If it goes on, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
-    "optimizer.spike_threshold.",
+    "all-one-role": TrainingWarning(
+        "at least 99 % of a head's tokens, the forced ones aside, have one role",
+        "These heads no longer choose: raise nats.kv_budget or lower nats.max_kv_penalty, begin with a higher "
+        "nats.temperature, or lower optimizer.scorer_learning_rate.",
+    ),
+    "no-global": TrainingWarning(
+        "no token of a head is GLOBAL but the forced ones",
+        "Nothing is remembered there beyond the forced first tokens: raise nats.kv_budget, or let the budget fall "
+        "later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
+    ),
+    "endless-local": TrainingWarning(
+        "most of a head's LOCAL tokens are never ended within their document",
+        "A LOCAL token that no GLOBAL one ends costs as much as a GLOBAL one: raise the fraction of GLOBAL in "
+        "nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
+    ),
+    "budget-not-reached": TrainingWarning(
+        "after the ramp the KV fraction is more than 10 % off a controlled budget, and the KV penalty is at a bound or "
+        "the last tenth of the run has begun",
+        "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget nearer to this KV "
+        "fraction.",
+    ),
+    "penalty-at-bound": TrainingWarning(
+        "after the ramp a controlled KV penalty is at nats.min_kv_penalty or nats.max_kv_penalty",
+        "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
+        "nats.kv_budget.",
+    ),
+    "loss-spike-skipped": TrainingWarning(
+        "updates were skipped (optimizer.spike_threshold)",
+        "If it happens again, lower optimizer.peak_learning_rate, or raise optimizer.warmup_steps or "
+        "optimizer.spike_threshold.",
+    ),
 }
-"""What to do about each, by name."""
+"""Every warning by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A warning that begins or ends.
+    """Begin or end of a warning.
 
     Attributes:
       name: one of ``WARNINGS``.
       step: at which it was noticed.
-      began: or else it is over.
-      text: for people, a line.
+      began: True at its begin, False at its end.
+      text: a line for people.
     """
 
     name: str
@@ -59,24 +91,24 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class _Finding:
-    """What a rule sees at one logged step: ``where`` is a bool array, ``describe`` says it in words."""
+    """Result of a rule at one logged step: ``where`` it holds, a bool array, and a description of such an array."""
 
     where: np.ndarray
     describe: Callable[[np.ndarray], str]
 
 
-class Health:
-    """Which warnings are active, from the logged metrics alone.
+class ActiveWarnings:
+    """Warnings that hold now, from the logged metrics alone.
 
     Args:
       config: of the run.
 
     Attributes:
-      active: names of the warnings that hold, in the order of ``WARNINGS``.
+      names: of the warnings that hold, in the order of ``WARNINGS``.
 
     Example:
-      >>> health = Health(config)
-      >>> for change in health.update(step, line):  # ``line`` as in metrics.jsonl
+      >>> active = ActiveWarnings(config)
+      >>> for change in active.update(step, line):  # ``line`` as in metrics.jsonl
       ...     print(change.text)
     """
 
@@ -90,12 +122,12 @@ class Health:
         self._active: set[str] = set()
 
     @property
-    def active(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of the warnings that hold now."""
         return [name for name in WARNINGS if name in self._active]
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[Change]:
-        """Looks at a logged step.
+        """Applies the rules to a logged step.
 
         Args:
           step: its number, from 1.
@@ -107,7 +139,7 @@ class Health:
         self._fractions.append(float(metrics["kv_fraction"]))
         findings = {"loss-spike-skipped": self._spikes(metrics)}
         if self._config.model.has_roles:
-            findings |= self._heads(metrics) | self._price(step, metrics)
+            findings |= self._heads(metrics) | self._penalty(step, metrics)
         changes = []
         for name in WARNINGS:
             if name in findings:
@@ -115,20 +147,21 @@ class Health:
         return changes
 
     def _debounced(self, name: str, step: int, finding: _Finding) -> list[Change]:
+        """Turns findings of several steps into the begin or the end of a warning."""
         seen = self._seen[name]
         seen.append(finding.where)
         last = list(seen)[-self._points[name] :]
         held = np.logical_and.reduce(last) if len(last) == self._points[name] else np.zeros_like(finding.where)
         if held.any() and name not in self._active:
             self._active.add(name)
-            return [Change(name, step, True, f"{name}: {finding.describe(held)}. {WARNINGS[name]}")]
+            return [Change(name, step, True, f"{name}: {finding.describe(held)}. {WARNINGS[name].advice}")]
         if name in self._active and len(seen) == NUM_POINTS and not any(where.any() for where in seen):
             self._active.remove(name)
             return [Change(name, step, False, f"{name}: it is over at step {step}")]
         return []
 
     def _heads(self, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
-        """Those of a layer and a head."""
+        """Checks each layer and head."""
         fractions = np.asarray(metrics["role_fractions"])
         forced = float(metrics["forced_globals"])
         free = fractions - forced * (np.arange(NUM_ROLES) == GLOBAL)
@@ -140,8 +173,8 @@ class Health:
 
         def roles(held: np.ndarray) -> str:
             found = [role for role in range(NUM_ROLES) if held[..., role].any()]
-            said = [f"all {_NAMES[role]} in {places(held[..., role])}" for role in found]
-            return f"tokens are {' and '.join(said)}"
+            parts = [f"all {_NAMES[role]} in {places(held[..., role])}" for role in found]
+            return f"tokens are {' and '.join(parts)}"
 
         return {
             "all-one-role": _Finding(one_role, roles),
@@ -151,40 +184,41 @@ class Health:
             ),
         }
 
-    def _price(self, step: int, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
-        """Those of a controlled KV penalty, once the budget has come down to where it stays."""
+    def _penalty(self, step: int, metrics: Mapping[str, Any]) -> dict[str, _Finding]:
+        """Checks a controlled KV penalty, after the ramp of the budget."""
         nats, num_steps = self._config.nats, self._config.train.num_steps
         if nats.kv_penalty_mode != "controlled" or step <= nats.budget_ramp_start + nats.budget_ramp_steps:
             return {}
-        price, fraction = float(metrics["kv_penalty"]), float(np.mean(self._fractions))
+        penalty, fraction = float(metrics["kv_penalty"]), float(np.mean(self._fractions))
         bound = ""
-        if price <= nats.min_kv_penalty * (1 + _AT_BOUND):
+        if penalty <= nats.min_kv_penalty * (1 + _AT_BOUND):
             bound = f"lower bound nats.min_kv_penalty = {nats.min_kv_penalty:g}"
-        elif price >= nats.max_kv_penalty * (1 - _AT_BOUND):
+        elif penalty >= nats.max_kv_penalty * (1 - _AT_BOUND):
             bound = f"upper bound nats.max_kv_penalty = {nats.max_kv_penalty:g}"
         off = abs(fraction - nats.kv_budget) > _OFF_BUDGET * nats.kv_budget
         late = bool(bound) or step > 0.9 * num_steps
-        shown = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
+        figures = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
         return {
-            "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {shown}"),
+            "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {figures}"),
             "penalty-at-bound": _Finding(
-                np.array(bool(bound)), lambda _: f"the KV penalty is at its {bound} with a KV fraction of {shown}"
+                np.array(bool(bound)), lambda _: f"the KV penalty is at its {bound} with a KV fraction of {figures}"
             ),
         }
 
     def _spikes(self, metrics: Mapping[str, Any]) -> _Finding:
+        """Checks for skipped updates since the logged step before."""
         total = float(metrics["skipped_steps"])
         known = total - float(metrics["skipped"]) if self._skipped is None else self._skipped
         self._skipped = total
         new = int(total - known)
         many = f"the updates of {new} steps were" if new > 1 else "the update of a step was"
         return _Finding(
-            np.array(new > 0), lambda _: f"{many} left out as a loss spike, {int(total)} since the beginning"
+            np.array(new > 0), lambda _: f"{many} skipped as a loss spike, {int(total)} since the beginning"
         )
 
 
 def places(held: np.ndarray) -> str:
-    """Layers and heads in a compact form, numbered from 0.
+    """Lists layers and heads in a compact form, numbered from 0.
 
     Args:
       held: bool ``[l, k]``, with at least one that is true.
@@ -199,15 +233,15 @@ def places(held: np.ndarray) -> str:
             by_heads.setdefault(tuple(np.flatnonzero(heads).tolist()), []).append(layer)
     if list(by_heads) == [tuple(range(held.shape[1]))] and len(by_heads[tuple(range(held.shape[1]))]) == held.shape[0]:
         return "all layers and heads"
-    said = []
+    parts = []
     for heads, layers in by_heads.items():
         where = "" if len(heads) == held.shape[1] else f" {_numbered('head', heads)}"
-        said.append(f"{_numbered('layer', layers)}{where}")
-    return ", ".join(said)
+        parts.append(f"{_numbered('layer', layers)}{where}")
+    return ", ".join(parts)
 
 
-def _numbered(noun: str, numbers: "list[int] | tuple[int, ...]") -> str:
-    """``layers 0-2+5``."""
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Joins numbers as in ``layers 0-2+5``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

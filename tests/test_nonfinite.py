@@ -1,4 +1,4 @@
-"""What is said of numbers that are no longer finite: which was the first, the likely cause, what to change."""
+"""A metric that is not finite is explained: the first of them, the likely cause, what to change."""
 
 import jax
 import numpy as np
@@ -7,8 +7,8 @@ import tiny
 
 from natsjax.data import RecallTask
 from natsjax.model.parameters import PARTS
-from natsjax.train.logs.nonfinite import Diagnosis, FiniteCheck, Recent, diagnose
-from natsjax.train.step import StepMetrics, Trainer
+from natsjax.train.logs.nonfinite import FiniteCheck, NonFinite, Recent, explain
+from natsjax.train.step import Trainer
 
 NAN, INF = float("nan"), float("inf")
 CALM = [Recent(3.0 - 0.01 * step, 1.0) for step in range(20)]
@@ -22,20 +22,23 @@ BASE = {
     "gradient_norm": 1.0,
     "update_norm": 0.1,
     "learning_rate": 1e-3,
-    "gradient_norms": dict.fromkeys(PARTS, 1.0),
-    "update_norms": dict.fromkeys(PARTS, 0.1),
+    **{f"gradient_norm/{part}": 1.0 for part in PARTS},
+    **{f"update_norm/{part}": 0.1 for part in PARTS},
 }
 
 
 def metrics(**changes):
-    """Host metrics; a part of ``gradient_norms`` or ``update_norms`` is given by its name."""
-    values = {field: BASE.get(field, 1.0) for field in StepMetrics._fields}
-    values = StepMetrics(**(values | changes))
-    return StepMetrics(*(value if isinstance(value, dict) else np.float32(value) for value in values))
+    """Makes metrics of a step on the host."""
+    return {name: np.float32(value) for name, value in (BASE | changes).items()}
+
+
+def norms(kind, value, *parts):
+    """Makes norms of parts of the model."""
+    return {f"{kind}_norm/{part}": value for part in parts}
 
 
 def found(recent=CALM, step=300, groups=None, **changes):
-    return diagnose(step, metrics(**changes), recent, tiny.config(**(groups or {})))
+    return explain(step, metrics(**changes), recent, tiny.config(**(groups or {})))
 
 
 def test_finite_numbers_are_no_case():
@@ -45,18 +48,16 @@ def test_finite_numbers_are_no_case():
 
 def test_what_was_first_and_where():
     assert found(loss=NAN, cross_entropy=NAN, gradient_norm=NAN, update_norm=NAN).what == (
-        "the loss at step 300 is nan (cross-entropy nan, KV penalty of the KV 0.1)"
+        "the loss at step 300 is nan (cross-entropy nan, KV penalty 0.1)"
     )
-    scorer = {"gradient_norms": BASE["gradient_norms"] | {"scorer": NAN}}
-    assert found(gradient_norm=NAN, update_norm=NAN, **scorer).what == (
+    bad = {"gradient_norm": NAN, "update_norm": NAN}
+    assert found(**bad, **norms("gradient", NAN, "scorer")).what == (
         "the loss at step 300 is 3.1, but its gradient is not finite, in scorer alone"
     )
-    three = {"gradient_norms": BASE["gradient_norms"] | dict.fromkeys(("scorer", "mlp", "norm"), INF)}
+    three = norms("gradient", INF, "scorer", "mlp", "norm")
     assert found(gradient_norm=INF, **three).what.endswith("is not finite, in scorer, mlp and norm alone")
-    everywhere = {"gradient_norms": dict.fromkeys(PARTS, NAN)}
-    assert found(gradient_norm=NAN, **everywhere).what.endswith(", in all parts of the model")
-    update = {"update_norms": BASE["update_norms"] | {"embedding": INF}}
-    assert found(update_norm=INF, **update).what == (
+    assert found(**bad, **norms("gradient", NAN, *PARTS)).what.endswith(", in all parts of the model")
+    assert found(update_norm=INF, **norms("update", INF, "embedding")).what == (
         "loss and gradient at step 300 are finite (3.1, norm 1), but the update of the parameters is not, in embedding "
         "alone"
     )
@@ -79,10 +80,10 @@ def test_what_was_first_and_where():
         ),
         (
             {"kv_penalty": INF},
-            "the KV penalty of the KV (inf) blew up beside a cross-entropy of 3",
+            "the KV penalty (inf) blew up beside a cross-entropy of 3",
             "nats.max_kv_penalty",
         ),
-        ({"cross_entropy": NAN, "kv_penalty": 100}, "the KV penalty of the KV (50) blew up", "nats.kv_penalty_lr"),
+        ({"cross_entropy": NAN, "kv_penalty": 100}, "the KV penalty (50) blew up", "nats.kv_penalty_lr"),
         (
             {"z_loss": INF, "groups": {"loss": {"z_loss": 1e-4}}},
             "the z-loss (inf) blew up",
@@ -102,7 +103,7 @@ def test_what_was_first_and_where():
             "the gradient's norm had grown to 40 where 1 was usual, and nothing clips it",
             "set optimizer.clip_by_global_norm = 1",
         ),
-        ({"step": 1, "recent": [], "cross_entropy": NAN}, "the model as it is initialised", "look at model and nats"),
+        ({"step": 1, "recent": [], "cross_entropy": NAN}, "the model as it is initialized", "look at model and nats"),
         (
             {"step": 2, "recent": CALM[:1], "cross_entropy": NAN, "groups": {"optimizer": {"warmup_steps": 0}}},
             "among the first steps, where the learning rate (0.001 here) has no warm-up",
@@ -115,10 +116,10 @@ def test_what_was_first_and_where():
     ids=lambda value: value if isinstance(value, str) and len(value) < 30 else None,
 )
 def test_the_likely_cause_and_what_to_change(case, cause, advice):
-    diagnosis = found(**({"loss": NAN} | case))
-    assert cause in diagnosis.cause
-    assert advice in diagnosis.advice
-    for text in diagnosis:
+    explanation = found(**({"loss": NAN} | case))
+    assert cause in explanation.cause
+    assert advice in explanation.advice
+    for text in explanation:
         assert not text.endswith(".")
         assert "\n" not in text
 
@@ -130,12 +131,12 @@ def test_a_loss_that_falls_or_wavers_is_not_blamed():
 
 
 def test_the_sentences_name_the_checkpoint():
-    diagnosis = Diagnosis("the loss at step 8 is nan", "the learning rate is too high", "lower it")
-    assert diagnosis.sentence(5) == (
-        "the loss at step 8 is nan; training cannot go on, and the last good checkpoint is that of step 5. The likely "
-        "cause: the learning rate is too high; what may help: lower it."
+    explanation = NonFinite("the loss at step 8 is nan", "the learning rate is too high", "lower it")
+    assert explanation.sentence(5) == (
+        "the loss at step 8 is nan; training cannot continue, and the last good checkpoint is that of step 5. The "
+        "likely cause: the learning rate is too high; what may help: lower it."
     )
-    assert ", and there is no checkpoint yet. The" in diagnosis.sentence(None)
+    assert ", and there is no checkpoint yet. The" in explanation.sentence(None)
 
 
 TASK = RecallTask(24, 2, 5, 5, 5)
@@ -147,33 +148,33 @@ def trainer():
 
 
 def run(trainer, config, spoil=lambda parameters: parameters, rows=None, steps=40):
-    """Diagnosis of real steps, and the step that it is of."""
+    """NonFinite of real steps, and the step that it is of."""
     state = trainer.init()
     state = state._replace(parameters=spoil(state.parameters))
     check = FiniteCheck(config)
     for step in range(1, steps + 1):
         batch = TASK.rows(step, 4)
         state, values = trainer.step(state, batch if rows is None else rows(batch))
-        diagnosis = check.look(step, jax.device_get(values))
-        if diagnosis is not None:
-            return diagnosis, step
+        explanation = check.look(step, jax.device_get(values))
+        if explanation is not None:
+            return explanation, step
     return None, steps
 
 
 def test_real_numbers_of_a_learning_rate_that_is_far_too_high():
     optimizer = {"peak_learning_rate": 1e18, "warmup_steps": 0, "clip_by_global_norm": 0.0}
     config = tiny.config(model={"layer_types": "dense"}, optimizer=optimizer, train={"num_steps": 40})
-    diagnosis, step = run(Trainer(config, TASK.vocab_size), config)
+    explanation, step = run(Trainer(config, TASK.vocab_size), config)
     assert step < 10
-    assert "learning rate" in diagnosis.cause
-    assert "lower optimizer.peak_learning_rate" in diagnosis.advice
+    assert "learning rate" in explanation.cause
+    assert "lower optimizer.peak_learning_rate" in explanation.advice
 
 
 def test_real_numbers_of_a_batch_of_padding(trainer):
     padding = lambda batch: {name: np.zeros_like(value) for name, value in batch.items()}  # noqa: E731
-    diagnosis, step = run(trainer, trainer.config, rows=padding)
+    explanation, step = run(trainer, trainer.config, rows=padding)
     assert step == 1
-    assert diagnosis.cause == "the batch holds no tokens at all"
+    assert explanation.cause == "the batch holds no tokens at all"
 
 
 def test_real_numbers_of_a_broken_scorer(trainer):
@@ -183,6 +184,6 @@ def test_real_numbers_of_a_broken_scorer(trainer):
 
         return jax.tree_util.tree_map_with_path(spoilt, parameters)
 
-    diagnosis, step = run(trainer, tiny.config(train={"init_from": "runs/a"}), spoil)
+    explanation, step = run(trainer, tiny.config(train={"init_from": "runs/a"}), spoil)
     assert step == 1
-    assert "train.init_from" in diagnosis.cause
+    assert "train.init_from" in explanation.cause

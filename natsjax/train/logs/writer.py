@@ -1,4 +1,4 @@
-"""Where a run's numbers go, ``metrics.jsonl`` and TensorBoard; and where its time goes."""
+"""Writer of a run's metrics to ``metrics.jsonl`` and TensorBoard."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from natsjax.train.logs.tensorboard import EventFile
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Floats as they are, and a scalar for each entry of a (nested) list; names are left out.
+    """Flattens values to one float per number and per entry of a (nested) list; lists of words are dropped.
 
     Example:
       >>> scalars({"loss": 2.0, "live_keys": [[3.0, 4.0]], "warnings": ["no-global"]})
@@ -32,11 +32,11 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Writes metrics by step; a resumed run first drops what an interrupted one wrote beyond its checkpoint.
+    """Writer of metrics by step; a resumed run first drops the lines beyond its checkpoint.
 
     Args:
       workdir: of the run.
-      start_step: the step that the run goes on from.
+      start_step: last step that is done.
     """
 
     def __init__(self, workdir: Workdir, start_step: int):
@@ -53,7 +53,7 @@ class MetricsWriter:
             raise _unwritten(self._events_path, error) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes floats, (nested) lists of floats, and lists of names; to TensorBoard go ``scalars``."""
+        """Appends a line of floats, (nested) lists of floats and lists of words; TensorBoard gets its ``scalars``."""
         try:
             _append(self._file, (json.dumps({"step": step, **values}) + "\n").encode())
         except OSError as error:
@@ -64,10 +64,10 @@ class MetricsWriter:
             raise _unwritten(self._events_path, error) from error
 
     def flush(self) -> None:
-        """Writes out what TensorBoard buffers, so that a killed process loses nothing from before a checkpoint.
+        """Flushes TensorBoard's buffer, so that a killed process loses no metric from before a checkpoint.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the file cannot be written.
         """
         try:
             self._events.flush()
@@ -75,7 +75,7 @@ class MetricsWriter:
             raise _unwritten(self._events_path, error) from error
 
     def close(self) -> None:
-        """Writes out what is buffered; where that fails now, it is said, and what ends the run stays what it was."""
+        """Flushes and closes the files; a failure is only logged, so that it hides no other error."""
         self._file.close()
         try:
             self._events.close()
@@ -84,7 +84,7 @@ class MetricsWriter:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """All of it or nothing: a full disk leaves no half line."""
+    """Appends all of it or nothing: a full disk leaves no half line."""
     size, rest = file.seek(0, os.SEEK_END), data
     try:
         while rest:
@@ -96,7 +96,7 @@ def _append(file: FileIO, data: bytes) -> None:
 
 def _unwritten(path: pathlib.Path, error: OSError) -> UserError:
     return UserError(
-        f"{path} cannot be written: {error.strerror}; put that right and run the same command again, which goes on "
+        f"{path} cannot be written: {error.strerror}; put that right and run the same command again, which resumes "
         "from the newest checkpoint."
     )
 
