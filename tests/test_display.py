@@ -21,14 +21,14 @@ ROLES = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
 SHOWN = Shown(20, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, 0.42, ROLES, (0, 3), ("no-global",))
 SCRIPT = """
 import numpy as np
-from natsjax.runtime import distributed
+from natsjax.runtime.log import logger
 from natsjax.train.logs.display import Display, Shown
 roles = np.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
 display = Display(40, 0, {shown})
 for step in (10, 20, 30, 40):
     display.advance(step - 1)
     display.update(Shown(step, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, None, roles, (0, 1), ("no-global",)))
-    distributed.say(f"said at {{step}}")
+    logger.info(f"said at {{step}}")
 display.close()
 """
 

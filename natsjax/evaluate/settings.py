@@ -4,13 +4,11 @@ They are set on training-split text, so that the held-out text chooses nothing.
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
@@ -30,7 +28,7 @@ from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, 
 from natsjax.policies.nats import Nats
 from natsjax.policies.observing import H2O, SnapKV
 from natsjax.runs.load import LoadedRun
-from natsjax.runtime import watchdog
+from natsjax.runtime.progress import bar
 
 TOLERANCE = 0.1
 """Share of a budget that the biased KV fraction may be off for the budget check to be met (docs/method.md 4)."""
@@ -66,15 +64,6 @@ class Setting:
     def numbers(self) -> dict[str, int | float]:
         """For a report."""
         return self.policy.setting | ({} if self.continued is None else {"continued": self.continued})
-
-
-def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
-    """The items, with a progress bar on standard error, or, where that is no terminal, a plain line."""
-    noted = watchdog.noting(items)
-    if progress and not sys.stderr.isatty():
-        print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
-        return iter(noted)
-    return iter(tqdm(noted, desc=title, total=len(items), disable=not progress, file=sys.stderr, leave=False))
 
 
 def settings_of(

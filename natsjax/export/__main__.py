@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from natsjax.export.folder import DTYPES, export, num_parameters
-from natsjax.runtime import distributed
 from natsjax.runtime.flags import Parser, run_command
+from natsjax.runtime.log import logger
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
-    distributed.say(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
+    logger.info(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
     print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
 
 

@@ -26,8 +26,7 @@ from natsjax.plan.decoding import DecodePlan, DecodeRequest, plan_decode_apart
 from natsjax.plan.search import search, search_table
 from natsjax.plan.summary import as_json, decode_as_json, decode_summary, summary
 from natsjax.plan.train_step import Plan, plan_apart
-from natsjax.runs.workdir import write_atomically
-from natsjax.runtime.files import check_files
+from natsjax.runtime.files import check_files, write_text_file
 from natsjax.runtime.flags import flag_help, parse_config_flags, run_command
 
 _USAGE = (
@@ -92,7 +91,7 @@ def _report(made: Plan | DecodePlan, text: str, numbers: dict[str, Any], files: 
     unwritten = files.pop("program", None) if made.refusal is not None else None
     texts = {"json": json.dumps(numbers, indent=2) + "\n", "program": made.program}
     for name, path in files.items():
-        write_atomically(path, texts[name])
+        write_text_file(path, texts[name])
     print(text)
     if unwritten is not None:
         print(f"--program={unwritten} is not written: there is no program.")

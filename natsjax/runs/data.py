@@ -39,7 +39,6 @@ from natsjax.data.mixture import (
 from natsjax.errors import UserError
 from natsjax.runs.paths import check_moved_text
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime.progress import log_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,20 +190,19 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
     # Here, because Python warns of a command (python -m natsjax.data.prepare) that `import natsjax` has imported.
     from natsjax.data.prepare import prepare
 
-    with log_lines():
-        return prepare(
-            data.input,
-            folder,
-            tokenizer=data.tokenizer,
-            tiktoken_pattern=data.tiktoken_pattern,
-            vocab_size=data.vocab_size,
-            held_out_fraction=data.held_out_fraction,
-            validation_input=data.validation_input,
-            text_field=data.text_field,
-            skip_bad_files=data.skip_bad_files,
-            deduplicate=data.deduplicate,
-            progress=progress,
-        )
+    return prepare(
+        data.input,
+        folder,
+        tokenizer=data.tokenizer,
+        tiktoken_pattern=data.tiktoken_pattern,
+        vocab_size=data.vocab_size,
+        held_out_fraction=data.held_out_fraction,
+        validation_input=data.validation_input,
+        text_field=data.text_field,
+        skip_bad_files=data.skip_bad_files,
+        deduplicate=data.deduplicate,
+        progress=progress,
+    )
 
 
 def _of_prepared(config: Config, where: str) -> RunData:

@@ -22,8 +22,9 @@ from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.paths import settle_paths
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime import distributed, signals, watchdog
+from natsjax.runtime import distributed, log, signals, watchdog
 from natsjax.runtime.compilation_cache import compilation_cache
+from natsjax.runtime.log import logger
 from natsjax.runtime.signals import StopRequests
 from natsjax.train.logs import wandb
 from natsjax.train.logs.monitor import Monitor, fetch_every_step
@@ -67,7 +68,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             workdir.try_writing("checkpoints/", "tensorboard/", *["profile/"] * bool(config.train.profile))
             report.try_report(workdir)
         for line in workdir.compare_config(config):
-            distributed.say(f"resuming with {line}")
+            logger.info(f"resuming with {line}")
         config = _with_own_order(config, workdir)
         earlier = workdir.earlier_config()
         with (
@@ -77,8 +78,8 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             data = _open_data(config, workdir)
         workdir.compare_data(data.fingerprint)
         config = resolve_length(config, data)
-        distributed.say(f"data: {data.description}")
-        distributed.say(f"length of the run: {length_of_run(config, data)}")
+        logger.info(f"data: {data.description}")
+        logger.info(f"length of the run: {length_of_run(config, data)}")
         _check_budget(config, data)
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
@@ -96,8 +97,11 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
 
 @contextlib.contextmanager
 def _locked(workdir: Workdir) -> Iterator[None]:
-    """Holds the workdir for all processes."""
-    with workdir.lock() if distributed.is_main() else contextlib.nullcontext():
+    """Holds the workdir for all processes; its ``log.txt`` gets what is logged meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(workdir.lock())
+            stack.enter_context(log.also_to(workdir.log_file))
         distributed.barrier("the lock of the workdir")
         yield
 
@@ -106,7 +110,7 @@ def _with_own_order(config: Config, workdir: Workdir) -> Config:
     """A resumed run reads its data in the order that it began with."""
     kept = workdir.with_own_order(config)
     if kept != config:
-        distributed.say(
+        logger.info(
             f'resuming with data.shuffle = "{kept.data.shuffle}" as the run began, not "{config.data.shuffle}"; a new '
             "--workdir takes that"
         )
@@ -130,7 +134,7 @@ def _check_budget(config: Config, data: RunData) -> None:
     if not config.model.has_roles:
         return
     smallest = kv_fraction.smallest_model_kv_fraction(config, data.piece_lengths)
-    distributed.say(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
+    logger.info(f"smallest possible KV fraction with window {config.nats.window}: {100 * smallest:.2f} %")
     if config.nats.kv_penalty_mode == "controlled" and config.nats.kv_budget < smallest:
         raise UserError(
             f"nats.kv_budget = {config.nats.kv_budget} is below what the window alone costs: with nats.window = "
@@ -187,13 +191,11 @@ def _restore_or_init(
         if initial is not None:
             state = state._replace(parameters=initial.put_into(state.parameters))
         size = sum(x.size for x in jax.tree.leaves(state.parameters))
-        distributed.say(
-            f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}"
-        )
+        logger.info(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
         return state
     state = checkpoints.restore(trainer.abstract_state())
     distributed.barrier(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
-    distributed.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
+    logger.info(f"going on from step {int(state.step)}{_on_devices(trainer)}")
     return state
 
 
@@ -209,7 +211,7 @@ def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None
     now, ends = schedules_at(config, step), (config.train.num_steps, earlier.train.num_steps)
     for name, then in schedules_at(earlier, step).items():
         if not math.isclose(then, now[name], rel_tol=1e-3):
-            distributed.say(
+            logger.info(
                 f"the {name}'s schedule now ends at step {ends[0]} instead of {ends[1]}: at step {step} it goes "
                 f"from {then:.3g} to {now[name]:.3g}"
             )
@@ -286,7 +288,7 @@ class _Loop:
         with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
             self._checkpoints.wait()
         why = self._stop.requested or "asked to stop on another host"
-        distributed.say(f"{why}: saved step {step}; run the same command again to go on")
+        logger.info(f"{why}: saved step {step}; run the same command again to go on")
         raise Interrupted
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:

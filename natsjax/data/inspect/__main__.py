@@ -31,7 +31,6 @@ from natsjax.data.readers.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
 from natsjax.runtime import standard_streams
 from natsjax.runtime.flags import Parser, read_config_file, run_command
-from natsjax.runtime.progress import log_lines
 
 _CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 
@@ -126,14 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
     try:
         options = _parser().parse_args(arguments)
-        with log_lines():
-            config, prepared = _config_of(options)
-            index, place = _index(options, config.train.batch_size)
-            data = open_data(config, options.split, prepared)
-            if place:
-                documents = data.documents_in_batch(place["step"], config.train.batch_size)
-                place |= {} if documents is None else {"documents_in_batch": documents}
-            example = example_at(data, options.split, index, place)
+        config, prepared = _config_of(options)
+        index, place = _index(options, config.train.batch_size)
+        data = open_data(config, options.split, prepared)
+        if place:
+            documents = data.documents_in_batch(place["step"], config.train.batch_size)
+            place |= {} if documents is None else {"documents_in_batch": documents}
+        example = example_at(data, options.split, index, place)
         if options.json:
             standard_streams.print_json(example.to_json())
         else:

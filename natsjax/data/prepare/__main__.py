@@ -15,7 +15,6 @@ from natsjax.data.tokenizers import PretrainedTokenizer
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.flags import Parser, run_command, typed_text
-from natsjax.runtime.progress import log_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         with ExitStack() as stack:
-            stack.enter_context(log_lines())
             stop = stack.enter_context(signals.stop_requests())
             stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))

@@ -56,7 +56,7 @@ class Shown:
 class Display:
     """Shows where a run is, on standard error; to be closed.
 
-    Lines that others print to ``sys.stderr`` meanwhile (``processes.say``) come above the panel.
+    Lines that others print to ``sys.stderr`` meanwhile (the logger, say) come above the panel.
 
     Args:
       total: steps of the run.

@@ -17,6 +17,7 @@ from natsjax.kv_fraction import perplexity
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
+from natsjax.runtime.log import logger
 from natsjax.train.flops import step_flops
 from natsjax.train.logs.display import Display, Shown
 from natsjax.train.logs.metrics import MetricsWriter
@@ -112,7 +113,7 @@ class Monitor:
         line = flat(jax.device_get(metrics))
         line |= self._speed(step, line["kv_fraction"])
         for change in self._health.update(step, line):
-            distributed.say(f"{'warning: ' if change.began else ''}{change.text}")
+            logger.info(f"{'warning: ' if change.began else ''}{change.text}")
         line |= memory() | self._wall_time.shares() | self._once | {"warnings": self._health.active}
         self._once = {}
         if self._writer is not None:
@@ -153,7 +154,7 @@ class Monitor:
         self._first_step = None
         self._once = {"time_to_first_step": seconds, "compile_time": compiling}
         share = 100 * compiling / seconds
-        distributed.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
+        logger.info(f"first step after {seconds:.1f} s, {compiling:.1f} s ({share:.0f} %) to compile or load it")
 
 
 class Profile:
@@ -182,7 +183,7 @@ class Profile:
                 jax.profiler.start_trace(str(self._path))
                 self._running = True
             except (RuntimeError, OSError) as error:
-                distributed.say(f"the profiler does not start ({first_line(error)}); training goes on")
+                logger.info(f"the profiler does not start ({first_line(error)}); training goes on")
 
     def close(self) -> None:
         """Stops where it runs."""
@@ -191,9 +192,9 @@ class Profile:
         self._running = False
         try:
             jax.profiler.stop_trace()
-            distributed.say(f"the profile lies in {self._path}; tensorboard --logdir={self._path} shows it")
+            logger.info(f"the profile lies in {self._path}; tensorboard --logdir={self._path} shows it")
         except (RuntimeError, OSError) as error:
-            distributed.say(f"the profile cannot be written to {self._path} ({first_line(error)}); training goes on")
+            logger.info(f"the profile cannot be written to {self._path} ({first_line(error)}); training goes on")
 
 
 def memory() -> dict[str, float]:
