@@ -15,7 +15,7 @@ import dataclasses, json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 import decoding
-from natsjax.decode import generate
+from natsjax.decode.generation import generate
 from natsjax.policies import H2O
 from natsjax.decode.sampling import Sampling
 
