@@ -23,7 +23,8 @@ from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.decode.step import DecodingPolicy
 from natsjax.errors import UserError
-from natsjax.evaluate.decoded import DEFAULT_CHUNK, measure_decoding
+from natsjax.evaluate import DEFAULT_CHUNK
+from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.dense_baseline import baseline_notes, load_baseline
 from natsjax.evaluate.masked import Measurement, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of

@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +27,11 @@ import jax.numpy as jnp
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean, real_path, resolve_paths
 from natsjax.data import Tokenizer
-from natsjax.data.locate import locate
 from natsjax.errors import UserError
+from natsjax.export import DTYPES, DType
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.paths import locate
 from natsjax.runs.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 from natsjax.runtime import checksums
 from natsjax.runtime.files import (
@@ -46,10 +46,8 @@ from natsjax.runtime.files import (
     write_text_file,
 )
 
-DType = Literal["float32", "bfloat16"]
 _MARKER = "export.json"  # written last: what has it is whole
 _NAMES = (_MARKER, "config.json", "data.json", "checkpoints", "tokenizer", "report")
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 def export(

@@ -27,7 +27,6 @@ from natsjax.data import (
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
-from natsjax.data.locate import locate
 from natsjax.data.mixture import (
     MixtureSource,
     Part,
@@ -37,7 +36,7 @@ from natsjax.data.mixture import (
     mixture_name,
 )
 from natsjax.errors import UserError
-from natsjax.runs.paths import check_moved_text
+from natsjax.runs.paths import check_moved_text, locate
 from natsjax.runs.workdir import Workdir
 
 
@@ -93,7 +92,7 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
       config: of the run.
       workdir: of the run, or an export.
       prepared_dir: where the prepared corpus lies by now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
-        do; None: as ``natsjax.data.locate`` finds it.
+        do; None: as ``natsjax.runs.paths`` finds it.
 
     Raises:
       UserError: it is not there, or damaged.

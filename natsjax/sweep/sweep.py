@@ -42,10 +42,6 @@ from natsjax.sweep.runs import (
     write_record,
 )
 
-_USAGE = (
-    "usage: python -m natsjax.sweep --config=configs/NAME.py --workdir=DIR --kv_budgets=F,F,… [--seeds=N,N,…] "
-    "[--config.GROUP.FIELD=VALUE …]"
-)
 LINES_FILE = "sweep.jsonl"
 PICTURE_FILE = "sweep.png"
 

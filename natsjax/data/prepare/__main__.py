@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from natsjax.data.prepare.build import prepare
-from natsjax.data.prepare.statistics import describe
-from natsjax.data.tokenizers import PretrainedTokenizer
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.flags import Parser, run_command, typed_text
@@ -25,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop = stack.enter_context(signals.stop_requests())
             stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))
+            # Here: the parser is built before anything slow is imported.
+            from natsjax.data.prepare.statistics import describe
+            from natsjax.data.tokenizers import PretrainedTokenizer
+
             print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
             if isinstance(corpus.tokenizer, PretrainedTokenizer) and corpus.tokenizer.caveat:
                 print(f"  of the tokenizer: {corpus.tokenizer.caveat}")
