@@ -1,6 +1,6 @@
-from typing import Literal
-
-DType = Literal["float32", "bfloat16"]
-DTYPES: tuple[DType, ...]
+import typing
 
 from .folder import export as export
+
+DType = typing.Literal["float32", "bfloat16"]
+DTYPES: tuple[DType, ...]
