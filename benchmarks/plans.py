@@ -16,9 +16,8 @@ from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
 from natsjax.plan.summary import as_json, summary
 from natsjax.plan.train_step import CompilerCrashed, plan_apart
-from natsjax.runs.workdir import write_atomically
 from natsjax.runtime.chips import GIB
-from natsjax.runtime.files import check_files
+from natsjax.runtime.files import check_files, write_text_file
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -134,7 +133,7 @@ def main() -> None:
                 continue
             rows = [other for other in rows if key(other) != key(row)] + [row]
             if path is not None:
-                write_atomically(path, json.dumps(sorted(rows, key=key), indent=1) + "\n")
+                write_text_file(path, json.dumps(sorted(rows, key=key), indent=1) + "\n")
     print(f"\n{table(rows)}")
 
 

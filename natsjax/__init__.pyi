@@ -1,10 +1,14 @@
+from . import config as config
 from . import data as data
 from . import decode as decode
 from . import evaluate as evaluate
 from . import export as export
 from . import generate as generate
+from . import model as model
 from . import plan as plan
+from . import policies as policies
 from . import report as report
+from . import runs as runs
 from . import sweep as sweep
 from . import train as train
 from .errors import UserError as UserError

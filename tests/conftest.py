@@ -1,6 +1,7 @@
 """What compiles takes most of the suite's time, so a test run keeps compiled programs, and its processes share them."""
 
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -51,3 +52,12 @@ def nothing_compiled_before(monkeypatch):
     yield
     jax.config.update("jax_compilation_cache_dir", known)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def caplog(caplog):
+    """pytest's, which listens to the root logger; that of the package hands nothing to it."""
+    logger = logging.getLogger("natsjax")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -16,11 +16,11 @@ import pytest
 
 from natsjax.data.prepare import build as command
 from natsjax.data.prepare import passes, prepare
+from natsjax.data.prepare.parts import PartialFolder, read_part, write_part
 from natsjax.data.prepare.split_writer import SplitWriter
 from natsjax.data.prepare.worker_pool import WorkerPool, finished
 from natsjax.errors import UserError
 from natsjax.runtime import progress
-from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part
 
 CHUNK_BYTES = 4000
 

@@ -37,13 +37,13 @@ CONFIG = {
 }
 SCRIPT = f"""
 from natsjax.config import Config
-from natsjax.runtime import distributed
+from natsjax.runtime.log import logger
 from natsjax.train.logs.display import Display
 display = Display(Config.from_dict({CONFIG}), 0, SHOWN)
 for step in (10, 20, 30, 40):
     display.advance(step - 1)
     display.update(step, {LINE})
-    distributed.say(f"said at {{step}}")
+    logger.info(f"said at {{step}}")
 display.close()
 """
 

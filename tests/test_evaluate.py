@@ -16,13 +16,13 @@ from natsjax.evaluate import __main__ as evaluate_command
 from natsjax.evaluate import dense_baseline
 from natsjax.evaluate import rows as eval_results
 from natsjax.evaluate.masked import chosen_roles
-from natsjax.evaluate.settings import bar
 from natsjax.kv_fraction import all_sliding_kv_fraction
 from natsjax.policies.budgets import interval_fractions
 from natsjax.policies.nats import Nats
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir
+from natsjax.runtime.progress import bar
 from natsjax.train.step import Trainer
 
 CONTEXT = 32

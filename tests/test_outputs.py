@@ -20,9 +20,19 @@ from natsjax.errors import UserError
 from natsjax.export import folder as export
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun
-from natsjax.runs.workdir import Workdir, write_atomically
-from natsjax.runtime.atomic_folder import folder_lock, new_folder, put_back, set_aside, try_folder
-from natsjax.runtime.files import advice, make_folder, try_files, write_file
+from natsjax.runs.workdir import Workdir
+from natsjax.runtime.files import (
+    advice,
+    folder_lock,
+    make_folder,
+    new_folder,
+    put_back,
+    set_aside,
+    try_files,
+    try_folder,
+    write_file,
+    write_text_file,
+)
 from natsjax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -320,7 +330,7 @@ def test_files_are_tried_and_written_through_links_and_into_pipes(tmp_path):
         assert (found.value.errno, found.value.filename) == (number, str(path))
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_atomically(tmp_path / "pipe", "through")
+    write_text_file(tmp_path / "pipe", "through")
     assert os.read(end, 10) == b"through"
     os.close(end)
     write_file(os.devnull, b"nothing")

@@ -12,12 +12,11 @@ from natsjax import train
 from natsjax.config import Config
 from natsjax.config_fields import differences, resolve_paths
 from natsjax.data.inspect import __main__ as inspect_command
-from natsjax.data.locate import locate
 from natsjax.data.prepare import prepare
 from natsjax.errors import UserError
 from natsjax.runs.data import find_data, open_data, open_vocabulary
 from natsjax.runs.load import load
-from natsjax.runs.paths import settle_paths
+from natsjax.runs.paths import locate, settle_paths
 from natsjax.runs.workdir import Workdir
 from natsjax.train import loop
 

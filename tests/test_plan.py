@@ -69,7 +69,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     def fail(**_):
         raise NotImplementedError("topology not implemented for cuda\nmore")
 
-    monkeypatch.setattr(topologies.topologies, "get_topology_desc", fail)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
     with pytest.raises(UserError, match=r"--topology=h100-8 needs .* jax-cuda13-plugin==.* \(topology not implemented"):
         topologies.topology("h100-8")
 

@@ -96,7 +96,7 @@ def ended(process, timeout=60):
 
 def test_one_process_alone_does_nothing():
     body = """
-distributed.say("here")
+logger.info("here")
 print(distributed.is_main(), distributed.any_process(True), distributed.any_process(False))
 print(jax.distributed.is_initialized())
 assert not xla_bridge._backends
@@ -109,7 +109,7 @@ assert not xla_bridge._backends
 def test_processes_join_and_agree_on_the_call_at_which_to_stop(start_all):
     body = """
 print(jax.process_index() == me, jax.process_count(), jax.device_count(), distributed.is_main(), flush=True)
-distributed.say("said once")
+logger.info("said once")
 for call in range(1, 400):
     time.sleep(0.01 * (1 + 2 * me))
     if distributed.any_process(me == 1 and call >= 10):

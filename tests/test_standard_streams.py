@@ -22,8 +22,9 @@ from natsjax.data.prepare import prepare
 from natsjax.evaluate import __main__ as evaluate_command
 from natsjax.generate.text_stream import Printer
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime import distributed, standard_streams
+from natsjax.runtime import standard_streams
 from natsjax.runtime.flags import run_command
+from natsjax.runtime.log import logger
 from natsjax.train.logs.display import Shown, panel
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -170,12 +171,12 @@ def test_a_log_line_that_is_lost_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", stream_to(file, line_buffering=True))
     with standard_streams.guarded():
         descriptor = sys.stderr.buffer.raw
-        distributed.say("one")
+        logger.info("one")
         full = OSError(errno.ENOSPC, "No space left on device")
         descriptor.lose(full)  # the disk has room again later
-        distributed.say("three")
+        logger.info("three")
         descriptor.lose(BrokenPipeError(errno.EPIPE, "Broken pipe"))
-        distributed.say("nobody reads this")
+        logger.info("nobody reads this")
     assert file.read_text() == "one\nthree\n"
 
 
@@ -186,7 +187,7 @@ def test_a_terminal_that_was_closed_ends_nothing(monkeypatch):
         assert sys.stderr.isatty()
         os.close(ours)
         for _ in range(2):
-            distributed.say("step 1")
+            logger.info("step 1")
         assert sys.stderr.buffer.raw.lost.errno == errno.EIO
         assert sys.stderr.buffer.raw.reader_gone
 

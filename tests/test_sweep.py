@@ -390,7 +390,7 @@ def test_a_run_that_fails_is_written_down_and_tried_again_and_the_others_go_on(t
 def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
     runs = (made(0.1, 0, 5.0), dataclasses.replace(made(0.2, 0, 5.0), status="failed", error="it broke."))
     for count in (1, 2):
-        monkeypatch.setattr(sweep_command, "run", lambda *a, n=count, **k: sweep.Sweep(runs[:n], ()))
+        monkeypatch.setattr("natsjax.sweep.sweep.run", lambda *a, n=count, **k: sweep.Sweep(runs[:n], ()))
         argv = ["sweep", "--config=configs/recall.py", f"--workdir={tmp_path}", "--kv_budgets=0.1,0.2"]
         assert sweep_command.main(argv) == count - 1
     assert "it broke." in capsys.readouterr().out

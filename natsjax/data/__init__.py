@@ -10,7 +10,6 @@
 | `packing` | documents laid end to end and cut into contexts: the fields of a row |
 | `pipeline` | the training stream and the evaluation slice, through Grain |
 | `mixture` | several corpora as one stream |
-| `locate` | finds the corpora of a run that were moved since |
 | `recall` | the associative-recall task |
 """
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from natsjax.config_fields import check_file_name
 from natsjax.data.readers.file_marks import check_file_no_pointer, check_no_pointer
@@ -111,6 +110,8 @@ class Documents:
             reason = first_line(error)
             raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({reason}); prepare the corpus again.") from error
         try:
+            from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import
+
             self._records = ArrayRecordDataSource(shards)
         except (RuntimeError, ValueError) as error:  # of array_record's C++ side; no shards at all
             reason = first_line(error)

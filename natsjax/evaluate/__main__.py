@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from natsjax.errors import UserError
-from natsjax.evaluate.decoded import DEFAULT_CHUNK
-from natsjax.evaluate.evaluation import run
+from natsjax.evaluate import DEFAULT_CHUNK
 from natsjax.policies.registry import POLICIES
 from natsjax.runtime.flags import Parser, run_command
 
@@ -68,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
+    from natsjax.evaluate.evaluation import run  # here: the parser is built before anything slow is imported
+
     evaluation = run(
         flags.workdir,
         budgets=budgets,

@@ -24,15 +24,13 @@ from natsjax.data import Row
 from natsjax.decode import loop
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.decode.step import Chunk
+from natsjax.evaluate import DEFAULT_CHUNK
 from natsjax.evaluate.masked import Measurement, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
 from natsjax.model.inputs import Batch
 from natsjax.policies.base import DecodingPolicy
 from natsjax.runs.load import LoadedRun
 from pallas_kernels.nats_attention import NO_END
-
-DEFAULT_CHUNK = 16
-"""Tokens that are read at once; for SnapKV, tokens that follow a prompt."""
 
 
 def measure_decoding(

@@ -22,11 +22,12 @@ from natsjax import kv_fraction, report
 from natsjax.config import Config
 from natsjax.data import Row, piece_lengths
 from natsjax.errors import UserError
-from natsjax.evaluate.decoded import DEFAULT_CHUNK, measure_decoding
+from natsjax.evaluate import DEFAULT_CHUNK
+from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.dense_baseline import baseline_notes, load_baseline
 from natsjax.evaluate.masked import Measurement, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of
-from natsjax.evaluate.settings import TOLERANCE, Setting, bar, settings_of
+from natsjax.evaluate.settings import TOLERANCE, Setting, settings_of
 from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
@@ -34,6 +35,7 @@ from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import versions
 from natsjax.runtime import distributed
+from natsjax.runtime.progress import bar
 
 
 @dataclasses.dataclass(frozen=True)

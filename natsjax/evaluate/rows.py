@@ -9,11 +9,12 @@ import numpy as np
 from natsjax.config import Config
 from natsjax.data import Row
 from natsjax.evaluate.masked import Measurement, PositionSums, bootstrap_interval, chosen_roles
-from natsjax.evaluate.settings import Setting, bar
+from natsjax.evaluate.settings import Setting
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.policies.nats import Nats
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
+from natsjax.runtime.progress import bar
 
 _NUM_SAMPLES = 3  # contexts for the role reader
 _MAX_ROLES = 2_000_000  # of all samples, role biases, layers and heads: a byte each in the page

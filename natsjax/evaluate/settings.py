@@ -4,11 +4,7 @@ They are set on training-split text, so that the held-out text chooses nothing.
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-from tqdm import tqdm
+from collections.abc import Sequence
 
 from natsjax.data import Row, piece_lengths
 from natsjax.evaluate.masked import measure
@@ -22,7 +18,7 @@ from natsjax.policies.budgets import (
 )
 from natsjax.policies.registry import POLICIES, PolicyEntry
 from natsjax.runs.load import LoadedRun
-from natsjax.runtime import watchdog
+from natsjax.runtime.progress import bar
 
 TOLERANCE = 0.1
 """Fraction of a budget that the biased KV fraction may be off for the budget check to be met (docs/method.md 4.4)."""
@@ -50,15 +46,6 @@ class Setting:
     def numbers(self) -> dict[str, int | float]:
         """The policy's numbers, for a report."""
         return self.policy.setting | ({} if self.continued is None else {"continued": self.continued})
-
-
-def bar(items: Sequence[Any], title: str, progress: bool) -> Iterator[Any]:
-    """Returns the items, with a progress bar on standard error, or, where that is no terminal, a plain line."""
-    noted = watchdog.noting(items)
-    if progress and not sys.stderr.isatty():
-        print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
-        return iter(noted)
-    return iter(tqdm(noted, desc=title, total=len(items), disable=not progress, file=sys.stderr, leave=False))
 
 
 def settings_of(

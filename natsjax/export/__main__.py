@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from natsjax.export.folder import DTYPES, export, num_parameters
-from natsjax.runtime import distributed
+from natsjax.export import DTYPES
 from natsjax.runtime.flags import Parser, run_command
+from natsjax.runtime.log import logger
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
     )
     flags = parser.parse_args(argv)
+    from natsjax.export.folder import export, num_parameters  # here: --help needs nothing slow
+
     run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
-    distributed.say(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
+    logger.info(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
     print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
 
 

@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +27,27 @@ import jax.numpy as jnp
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean, real_path, resolve_paths
 from natsjax.data import Tokenizer
-from natsjax.data.locate import locate
 from natsjax.errors import UserError
+from natsjax.export import DTYPES, DType
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.load import LoadedRun, load
+from natsjax.runs.paths import locate
 from natsjax.runs.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 from natsjax.runtime import checksums
-from natsjax.runtime.atomic_folder import folder_lock, is_free, new_folder, put_back, set_aside, try_folder
-from natsjax.runtime.files import hidden_name, unwritable
+from natsjax.runtime.files import (
+    folder_lock,
+    hidden_name,
+    is_free,
+    new_folder,
+    put_back,
+    set_aside,
+    try_folder,
+    unwritable,
+    write_text_file,
+)
 
-DType = Literal["float32", "bfloat16"]
 _MARKER = "export.json"  # written last: what has it is whole
 _NAMES = (_MARKER, "config.json", "data.json", "checkpoints", "tokenizer", "report")
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 def export(
@@ -170,8 +177,7 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
         "natsjax_version": natsjax_version(),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    text = json.dumps(description, indent=2) + "\n"  # ASCII: a path may be no UTF-8
-    target.export_file.write_text(text, encoding="utf-8")
+    write_text_file(target.export_file, json.dumps(description, indent=2) + "\n")  # ASCII: a path may be no UTF-8
 
 
 def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Config:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from natsjax.generate.flags import parse_generate_flags
 from natsjax.generate.texts import run
-from natsjax.runtime import distributed
 from natsjax.runtime.flags import run_command
+from natsjax.runtime.log import logger
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "standard output at once, one after another; the closing line (tokens, seconds, and the KV cache beside that "
         "of full attention) goes to standard error.",
     )
-    found = run(**arguments, stream=sys.stdout, warn=lambda note: distributed.say(f"warning: {note}"))
-    distributed.say(found.summary())
+    found = run(**arguments, stream=sys.stdout, warn=lambda note: logger.warning(f"warning: {note}"))
+    logger.info(found.summary())
     return 0
 
 

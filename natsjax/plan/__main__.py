@@ -15,20 +15,19 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from natsjax.config_fields import resolve_paths
 from natsjax.errors import UserError
 from natsjax.plan import topologies
-from natsjax.plan.decoding import DecodePlan, DecodeRequest, plan_decode_apart
-from natsjax.plan.search import search, search_table
-from natsjax.plan.summary import as_json, decode_as_json, decode_summary, summary
-from natsjax.plan.train_step import Plan, plan_apart
-from natsjax.runs.workdir import write_atomically
-from natsjax.runtime.files import check_files
+from natsjax.runtime.files import check_files, write_text_file
 from natsjax.runtime.flags import flag_help, parse_config_flags, run_command
+
+if TYPE_CHECKING:
+    from natsjax.plan.decoding import DecodePlan
+    from natsjax.plan.train_step import Plan
 
 _USAGE = (
     "usage: python -m natsjax.plan --config=configs/NAME.py[:HARDWARE] --topology=NAME [--config.GROUP.FIELD=VALUE …]"
@@ -55,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
+    # Here: --help needs nothing that is slow to import.
+    from natsjax.plan.decoding import DecodeRequest, plan_decode_apart
+    from natsjax.plan.search import search, search_table
+    from natsjax.plan.summary import as_json, decode_as_json, decode_summary, summary
+    from natsjax.plan.train_step import plan_apart
+
     config = resolve_paths(parse_config_flags(argv, values, _USAGE))
     if not values["topology"].value:
         raise UserError(f"--topology is missing: {topologies.known_topologies()}.")
@@ -87,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _report(made, summary(made), as_json(made), files)
 
 
-def _report(made: Plan | DecodePlan, text: str, numbers: dict[str, Any], files: dict[str, pathlib.Path]) -> int:
+def _report(made: "Plan | DecodePlan", text: str, numbers: dict[str, Any], files: dict[str, pathlib.Path]) -> int:
     """Writes and prints; the exit status."""
     unwritten = files.pop("program", None) if made.refusal is not None else None
     texts = {"json": json.dumps(numbers, indent=2) + "\n", "program": made.program}
     for name, path in files.items():
-        write_atomically(path, texts[name])
+        write_text_file(path, texts[name])
     print(text)
     if unwritten is not None:
         print(f"--program={unwritten} is not written: there is no program.")

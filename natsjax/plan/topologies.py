@@ -4,18 +4,20 @@ Peak figures are the vendors'. Devices come from the compilers, which describe h
 XLA's plugin for CUDA.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import os
 import re
-from typing import Any
-
-import jax
-from jax.experimental import topologies
+from typing import TYPE_CHECKING, Any
 
 from natsjax.config_fields import nearest
 from natsjax.errors import UserError
 from natsjax.runtime.chips import CHIPS, Chip
+
+if TYPE_CHECKING:
+    import jax
 
 # Cloud TPU's accelerator types count chips, those of v5p count TensorCores, two a chip.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -110,6 +112,8 @@ def _unknown(name: str) -> UserError:
 
 
 def _local(num_slices: int) -> Topology:
+    import jax  # here: the names of topologies are in --help
+
     if num_slices > 1:
         raise UserError("--num_slices is for TPU slices; the devices of this machine are what they are.")
     devices = jax.devices()
@@ -118,6 +122,9 @@ def _local(num_slices: int) -> Topology:
 
 
 def _tpu(name: str, num_slices: int) -> Topology:
+    import jax
+    from jax.experimental import topologies
+
     chip, separator, size = name.replace("v5litepod", "v5e").partition(":")
     if not separator:
         chip, _, count = chip.partition("-")
@@ -146,6 +153,9 @@ def _tpu(name: str, num_slices: int) -> Topology:
 
 
 def _h100(name: str, count: int, num_slices: int) -> Topology:
+    import jax
+    from jax.experimental import topologies
+
     if num_slices > 1:
         raise UserError(f"--num_slices is for TPU slices; {num_slices} times the GPUs are h100-{num_slices * count}.")
     if count not in (1, 2, 4) and (count < 1 or count % _GPUS_A_NODE):

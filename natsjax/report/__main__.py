@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from natsjax.errors import UserError
-from natsjax.report.compare import compare
-from natsjax.report.files import rewrite
 from natsjax.runtime.flags import Parser, run_command, typed_text
 
 
@@ -37,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--workdir = {flags.workdir}: no folder is named; give the folder of a run, or several, with commas."
         )
+    # Here: the parser is built before anything slow is imported.
+    from natsjax.report.compare import compare
+    from natsjax.report.files import rewrite
+
     if len(workdirs) > 1:
         paths = compare(workdirs, flags.output or "report", title=flags.title)
     elif flags.output is not None or flags.title:

@@ -27,8 +27,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from natsjax.data.readers.file_marks import check_folder_no_pointers
 from natsjax.errors import UserError, first_line
-from natsjax.runs.workdir import write_atomically
-from natsjax.runtime import checksums, distributed
+from natsjax.runtime import checksums
+from natsjax.runtime.files import write_text_file
+from natsjax.runtime.log import logger
 
 State = TypeVar("State")
 
@@ -74,7 +75,7 @@ class Checkpoints:
         if unfinished:
             latest = self.latest_step()
             newest = "there is no complete one" if latest is None else f"the newest complete one is of step {latest}"
-            distributed.say(
+            logger.info(
                 f"the checkpoint of step {', '.join(unfinished)} in {folder} is unfinished: a process was killed while "
                 f"it saved; {newest}"
             )
@@ -128,9 +129,9 @@ class Checkpoints:
         ]
         try:
             sums = checksums.digests(folder, names)
-            write_atomically(folder / f"{SUMS_FILE}.{rank}", checksums.as_text(sums))
+            write_text_file(folder / f"{SUMS_FILE}.{rank}", checksums.as_text(sums))
         except (OSError, UserError) as error:
-            distributed.say(f"the checkpoint of step {step} is saved, but its checksums are not: {first_line(error)}")
+            logger.info(f"the checkpoint of step {step} is saved, but its checksums are not: {first_line(error)}")
 
     def _unwritten(self, step: int, error: Exception) -> UserError:
         self._saving, self._finishing, self._failed = None, None, True
@@ -170,11 +171,11 @@ class Checkpoints:
                 failures.append(failure)
                 continue
             for failure in failures:
-                distributed.say(str(failure))
+                logger.info(str(failure))
             if unverified:
-                distributed.say(f"the checkpoint of step {step} in {self.folder} is read without a check: {unverified}")
+                logger.info(f"the checkpoint of step {step} in {self.folder} is read without a check: {unverified}")
             if failures:
-                distributed.say(f"going back to step {step}")
+                logger.info(f"going back to step {step}")
                 self._set_aside([later for later in steps if later > step])
             return state
         raise failures[0]

@@ -27,7 +27,6 @@ from natsjax.data import (
     load_tokenizer,
 )
 from natsjax.data.corpus import CORPUS_FILE
-from natsjax.data.locate import locate
 from natsjax.data.mixture import (
     MixtureSource,
     Part,
@@ -37,9 +36,8 @@ from natsjax.data.mixture import (
     mixture_name,
 )
 from natsjax.errors import UserError
-from natsjax.runs.paths import check_moved_text
+from natsjax.runs.paths import check_moved_text, locate
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime.progress import log_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
       config: of the run.
       workdir: of the run, or an export.
       prepared_dir: where the prepared corpus lies by now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
-        do; None: as ``natsjax.data.locate`` finds it.
+        do; None: as ``natsjax.runs.paths`` finds it.
 
     Raises:
       UserError: it is not there, or damaged.
@@ -191,20 +189,19 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
     # Here, because Python warns of a command (python -m natsjax.data.prepare) that `import natsjax` has imported.
     from natsjax.data.prepare import prepare
 
-    with log_lines():
-        return prepare(
-            data.input,
-            folder,
-            tokenizer=data.tokenizer,
-            tiktoken_pattern=data.tiktoken_pattern,
-            vocab_size=data.vocab_size,
-            held_out_fraction=data.held_out_fraction,
-            validation_input=data.validation_input,
-            text_field=data.text_field,
-            skip_bad_files=data.skip_bad_files,
-            deduplicate=data.deduplicate,
-            progress=progress,
-        )
+    return prepare(
+        data.input,
+        folder,
+        tokenizer=data.tokenizer,
+        tiktoken_pattern=data.tiktoken_pattern,
+        vocab_size=data.vocab_size,
+        held_out_fraction=data.held_out_fraction,
+        validation_input=data.validation_input,
+        text_field=data.text_field,
+        skip_bad_files=data.skip_bad_files,
+        deduplicate=data.deduplicate,
+        progress=progress,
+    )
 
 
 def _of_prepared(config: Config, where: str) -> RunData:

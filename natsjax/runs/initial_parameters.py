@@ -16,7 +16,7 @@ from natsjax.model.transformer import ModelStructure, model_structure
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import open_vocabulary, token_meaning
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime import distributed
+from natsjax.runtime.log import logger
 
 _SCORER = "scorer"  # the name of that module in its block
 _MAX_NAMED = 6  # parameters in a message
@@ -69,7 +69,7 @@ class InitialParameters:
             checkpoints.close()
         scorer = ", the scorer fresh" if self._reinit_scorer else ""
         attention = self._config.model.layer_pattern
-        distributed.say(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
+        logger.info(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
         return _merged(parameters, read["parameters"])
 
     def _check_parameters(self, config: Config, model: ModelStructure, vocab_size: int) -> None:
@@ -99,7 +99,7 @@ class InitialParameters:
         # Of the same shapes, and perhaps what somebody wants; put_into says what attention it was.
         silent = [field for field in fields if not field.startswith("model.layer_types")]
         if silent:
-            distributed.say(f"starting from a model with {', '.join(silent)}")
+            logger.info(f"starting from a model with {', '.join(silent)}")
 
 
 def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:

@@ -3,6 +3,7 @@
 config.json          the resolved config
 data.json            what the data was, so that a resumed run cannot go on with other data
 starts.jsonl         the command of every start, when it was, and the versions
+log.txt              the lines that training printed, with their times
 metrics.jsonl        a line of metrics every ``train.log_every`` steps
 tensorboard/         the same for TensorBoard
 wandb.json, wandb/   which W&B run ``train.wandb`` sends them to, and what waits to be sent
@@ -22,7 +23,6 @@ tokenizer/           the tokenizer, unless the data is the recall task
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -31,20 +31,18 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from natsjax.config import Config
 from natsjax.config_fields import check_file_name, differences, real_path
 from natsjax.data.readers.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
 from natsjax.runtime import checksums
-from natsjax.runtime.files import advice, make_folder, reason, try_files, write_file
+from natsjax.runtime.files import InUseError, advice, lock, make_folder, reason, try_files, write_text_file
 
 EXPORT_FORMAT = 1
 _OLD_METRICS = {"kv_price": "kv_penalty"}  # of natsjax 0.1
 _TRIED = "tried"
-
-_locks: set[IO[str]] = set()  # files whose locks this process holds
 
 
 class Workdir:
@@ -63,6 +61,7 @@ class Workdir:
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.starts_file = self.path / "starts.jsonl"
+        self.log_file = self.path / "log.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.wandb_file = self.path / "wandb.json"
@@ -86,30 +85,19 @@ class Workdir:
         Raises:
           UserError: another process holds it, or it cannot be made.
         """
-        try:
-            check_file_name(real_path(self.path))
-            make_folder(self.path)
-            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below, with the lock)
-        except OSError as error:
-            raise self._unusable(error) from error
-        with file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read().strip()
+                check_file_name(real_path(self.path))
+                make_folder(self.path)
+                stack.enter_context(lock(self.path / ".lock"))
+            except InUseError as error:
+                holder = f" (pid {error})" if str(error) else ""
                 raise UserError(
-                    f"--workdir={self.path} is in use by another process{f' (pid {holder})' if holder else ''}; wait "
-                    "for it or choose another folder."
+                    f"--workdir={self.path} is in use by another process{holder}; wait for it or choose another folder."
                 ) from error
-            with contextlib.suppress(OSError):  # on a full disk nobody is told who holds it
-                file.truncate(0)
-                os.write(file.fileno(), str(os.getpid()).encode())
-            _locks.add(file)
-            try:
-                yield
-            finally:
-                _locks.discard(file)
+            except OSError as error:
+                raise self._unusable(error) from error
+            yield
 
     def try_writing(self, *names: str) -> None:
         """Tries, before long work, what will be written in the end; hold the lock.
@@ -287,8 +275,8 @@ class Workdir:
 
     def record(self, config: Config, fingerprint: str) -> None:
         """Writes what the run is: called when all checks are passed, so that a mistake leaves no trace."""
-        write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
-        write_atomically(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
+        write_text_file(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+        write_text_file(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
 
     def record_start(self) -> None:
         """Writes down the command that this process was started with, for the report.
@@ -320,28 +308,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      UserError: it cannot be written (a full disk, say); what was there stays.
-    """
-    try:
-        write_file(path, text.encode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def _in_child() -> None:
-    """A forked process holds no lock: it may outlive the one that was killed."""
-    for file in _locks:
-        file.close()
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_in_child)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

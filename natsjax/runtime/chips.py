@@ -1,8 +1,12 @@
 """Accelerators by name: peak FLOP/s, memory and links."""
 
-import dataclasses
+from __future__ import annotations
 
-import jax
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 

@@ -1,6 +1,6 @@
 """The line between processes that train as one: few words, over TCP, from every process to process 0 and back.
 
-It is there because JAX's own coordination says too little and too late; ``processes`` has the story. Process 0 holds
+It is there because JAX's own coordination says too little and too late; ``distributed`` has the story. Process 0 holds
 the end of every line, its own among them (``Hub``), and each process the other end of one (``Member``). A line of a
 process that dies breaks at once, whatever the process was doing, and that is how its death is noticed.
 """
@@ -216,7 +216,7 @@ class Member:
         self._reader.start()
 
     def any_process(self, flag: bool) -> bool:
-        """``processes.any_process``."""
+        """``distributed.any_process``."""
         with self._changed:
             # Between saying how many calls it has made and hearing the common one, a process makes no further call.
             self._changed.wait_for(lambda: not self._counted or self._stop_at is not None)
@@ -227,7 +227,7 @@ class Member:
             return self._stop_at is not None and self._calls >= self._stop_at
 
     def barrier(self, what: str) -> None:
-        """``processes.barrier``."""
+        """``distributed.barrier``."""
         self._met.clear()
         self._line.send(here=what)
         self._met.wait()

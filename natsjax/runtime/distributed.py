@@ -1,15 +1,15 @@
 """Several processes that train as one: how they find each other, fail together and stop together.
 
-    processes.initialize()              # joins the others where there are others, and does nothing where there are none
-    with processes.fail_together():     # whatever ends one process ends them all, with its message
+    distributed.initialize()           # joins the others; does nothing where there are none
+    with distributed.fail_together():  # whatever ends one process ends them all, with its message
         ...
 
 The processes are JAX's own (``jax.distributed``), and so is everything that they compute and save together. What JAX
 lacks is a sentence for a person. Its client, when a process is missing, aborts with a stack trace that names nobody,
 and a process that fails leaves the others in a collective until a heartbeat has been missed for 100 s, when they abort
-as well. So a TCP line from every process to process 0 (``process_line``), on the port that JAX's coordination service
-takes over afterwards, carries the few words that are needed: who is here, who failed and why, who wants to stop, who
-is done.
+as well. So a TCP line from every process to process 0 (``control_channel``), on the port that JAX's coordination
+service takes over afterwards, carries the few words that are needed: who is here, who failed and why, who wants to
+stop, who is done.
 
 JAX's key-value store could carry these words only when everybody has joined, only through a private client, and not
 past the death of a process, when the native client aborts. JAX's notice of preemption
@@ -27,9 +27,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from typing import NoReturn
-
-import jax
-from jax._src.clusters import ClusterEnv  # private: nothing public says whether there is a cluster, without joining it
 
 from natsjax.errors import UserError
 from natsjax.runtime.control_channel import Hub, Line, Member
@@ -64,6 +61,8 @@ def initialize(
     Raises:
       UserError: the arguments do not fit, the processes contradict each other, or one did not join in time.
     """
+    import jax  # here: a command reads its flags before it imports JAX
+
     global _member
     if jax.distributed.is_initialized():
         raise UserError(
@@ -92,13 +91,9 @@ def is_main() -> bool:
     """Whether this is process 0, which speaks for all; touches no device unless others set up ``jax.distributed``."""
     if _member is not None:
         return _member.rank == 0
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """A line on standard error, of process 0 alone."""
-    if is_main():
-        print(text, file=sys.stderr, flush=True)
+    jax = sys.modules.get("jax")
+    known = getattr(jax, "distributed", None)  # None: not imported, or being imported
+    return jax is None or known is None or not known.is_initialized() or jax.process_index() == 0
 
 
 def label() -> str:
@@ -204,6 +199,9 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
 
 def _detect(timeout: int) -> tuple[str, int, int] | None:
     """What JAX's detection says, which ``jax.distributed.initialize()`` would use."""
+    import jax
+    from jax._src.clusters import ClusterEnv  # private: nothing public detects a cluster without joining it
+
     advice = (
         "give --coordinator_address=HOST:PORT, --num_processes and --process_id, or --num_processes=1 for a process "
         "that is alone"

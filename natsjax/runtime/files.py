@@ -1,16 +1,39 @@
-"""Files and folders that a command is to write: tried before the work, written whole, with advice where it fails."""
+"""Files and folders on disk: tried before the work, written whole or not at all, and locked against other processes.
+
+A folder that is not there yet is made beside its place and renamed. One that is there already (empty, that is) stays
+the folder that it is: it may be a mount point, the target of a link, somebody's current folder, or the only place that
+may be written. Its contents are made in ``.partial`` inside it and renamed one by one, last the file that tells a
+finished folder from any other (``marker``). Either way the last step is tried before the work (``try_folder``). Folders
+are given as ``natsjax.config_fields.real_path`` returns them.
+
+Locks are ``flock``: the kernel releases one however its process ends. The library ``filelock`` keeps what is tested
+here from its version 4 on, but polls where the kernel can wait, does not remove the file of a lock, and installs hooks
+(at fork, and from Python 3.12 on for every audit event) in each process: more than the few lines below.
+"""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import logging
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
+from typing import IO, BinaryIO
 
-from natsjax.config_fields import real_path
+from natsjax.config_fields import check_file_name, real_path
 from natsjax.errors import UserError
 
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
+
+_log = logging.getLogger("natsjax")  # log.py, which writes files, imports this
+
+# Inside a folder that is there already.
+_LOCK, _PARTIAL, _REPLACED = ".lock", ".partial", ".replaced"
+_TRIED, _TRIED_AND_MOVED = ".tried", ".moved.tried"
+_LOST_AND_FOUND = "lost+found"  # on every ext4 disk, mounted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ELSEWHERE = "name a place that you may write, or have its permissions changed"
@@ -42,16 +65,16 @@ _ADVICE = {
 
 
 def reason(error: OSError) -> str:
-    """Says what the system refused, in its own words."""
+    """Returns what the system refused, in its own words."""
     return error.strerror or str(error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def advice(error: OSError, *, may_move: bool = True) -> str:
-    """Says what would help, by ``errno``; libraries that have none to give say it in words.
+    """Returns what would help, by ``errno``, or by the words of libraries that give none.
 
     Args:
-      error: of the system.
-      may_move: whether another place is as good; False: what is done so far lies where it failed.
+      error: what the system raised.
+      may_move: whether another place is as good; False: what is done so far is stored where it failed.
     """
     if not may_move:
         return "make room there" if is_full(error) else "put that right"
@@ -59,7 +82,7 @@ def advice(error: OSError, *, may_move: bool = True) -> str:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there is no room left."""
+    """Returns whether there is no room left."""
     return _number(error) in _FULL
 
 
@@ -70,12 +93,12 @@ def _number(error: OSError) -> int:
 
 
 def unwritable(name: str | os.PathLike[str], error: OSError) -> UserError:
-    """Makes the sentence about something that cannot be written, with the advice that follows from the error."""
+    """Returns the sentence about something that cannot be written, with the advice that follows from the error."""
     return UserError(f"{os.fspath(name)} cannot be written: {reason(error)}; {advice(error)}.")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder with those above it, where it is not there yet; where a link leads, if it is one.
+    """Makes a folder with those above it, where it is not there yet; a link is followed.
 
     Raises:
       OSError: it cannot be made.
@@ -87,34 +110,77 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
         raise OSError(number, os.strerror(number), error.filename) from error
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file whole or not at all; through links, and straight into what is no ordinary file (a pipe, say).
+def write_file(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Writes a file whole or not at all, even if the machine stops.
+
+    Links are followed. What is no ordinary file (a pipe, say) is not replaced, but written into.
+
+    Args:
+      path: the file.
+      content: its bytes, or a function that writes them to an open file.
 
     Raises:
       OSError: it cannot be written; what was there stays.
     """
+
+    def fill(file: BinaryIO) -> None:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
     if _is_stream(path):
         with open(path, "wb") as file:
-            file.write(content)
+            fill(file)
         return
     path = real_path(path)
     temporary = _temporary(path)
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
 
 
-def try_files(paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Does, before long work, what ``write_file`` will do after it, in the folders of these files, and undoes it.
-
-    Args:
-      paths: of the files; folders that are not there are made, and removed again.
+def write_text_file(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file, UTF-8, as ``write_file`` does.
 
     Raises:
-      OSError: a file could not be written; ``filename`` says which.
+      UserError: it cannot be written (a full disk, say); what was there stays.
+    """
+    try:
+        write_file(path, text.encode("utf-8"))
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def append(file: FileIO, data: bytes) -> None:
+    """Appends all of the data to an open, unbuffered file or nothing: a full disk leaves no half line.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    size, rest = file.seek(0, os.SEEK_END), data
+    try:
+        while rest:
+            rest = rest[file.write(rest) or 0 :]
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def try_files(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Tries ``write_file`` before long work, in the folders of these files, and undoes it.
+
+    Args:
+      paths: the files; folders that are not there are made, and removed again.
+
+    Raises:
+      OSError: a file could not be written; ``filename`` is its path.
     """
     for path in paths:
         try:
@@ -125,7 +191,7 @@ def try_files(paths: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def check_files(name: str, paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Does what ``try_files`` does, for the flag ``name``.
+    """Tries files as ``try_files`` does, for the flag ``name``.
 
     Raises:
       UserError: a file could not be written.
@@ -167,7 +233,7 @@ def _try_file(path: str | os.PathLike[str]) -> None:
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """Makes a name for what lies beside something while it is made, ``.NAME.SUFFIX``, as short as names must be."""
+    """Returns the name of a temporary beside something, ``.NAME.SUFFIX``, as short as names must be."""
     hidden = f".{name}.{suffix}"
     if len(os.fsencode(hidden)) <= _LONGEST_NAME:
         return hidden
@@ -179,7 +245,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something that must not be replaced: a pipe, a device, or what a descriptor has open."""
+    """Returns whether the path must not be replaced: a pipe, a device, or the file of an open descriptor."""
     text = os.path.abspath(os.path.expanduser(path))
     named = text.startswith(("/dev/std", "/dev/fd/", "/proc/"))
     return named or (os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text))
@@ -189,3 +255,223 @@ def _remove(path: Path) -> None:
     """Removes a file that may not be there, on a file system that may refuse even that."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+
+class InUseError(Exception):
+    """A lock that another process holds; the message is the process's id, or empty where it could not write that."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: str = "") -> Iterator[None]:
+    """Holds the lock of a file for this process; its forked children hold nothing.
+
+    Args:
+      path: the lock file, made where it is missing; holds the id of the process.
+      wait: what to log before waiting for another process; the file is removed with the lock. Empty: no waiting, and
+        the file stays.
+
+    Raises:
+      InUseError: another process holds it, and ``wait`` is empty.
+      OSError: the file cannot be made.
+    """
+    file = _locked(path, wait)
+    while wait and not _is_file_at(file, path):  # removed by its holder; a process that came later locked a new one
+        file.close()
+        file = _locked(path, wait)
+    _locks.add(file)
+    try:
+        with contextlib.suppress(OSError):  # on a full disk nobody is told who holds it
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        yield
+    finally:
+        if wait:
+            path.unlink(missing_ok=True)
+        _locks.discard(file)
+        file.close()
+
+
+_locks: set[IO[str]] = set()
+
+
+def _locked(path: Path, wait: str) -> IO[str]:
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed with the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not wait:
+            file.seek(0)
+            with file:
+                raise InUseError(file.read().strip()) from error
+        _log.warning(wait)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def _is_file_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_child() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lets one process at a time make a folder; others wait here.
+
+    Args:
+      folder: the folder, which need not exist; its lock file is beside it, or in it where only that can be written.
+
+    Raises:
+      OSError: the parent folder cannot be made or written.
+    """
+    make_folder(folder.parent)
+    with lock(lock_path(folder), wait=f"Another process is preparing {folder}; waiting for it"):
+        yield
+
+
+def lock_path(folder: Path) -> Path:
+    """Returns the file of ``folder_lock``; one that nobody holds was left by a killed process."""
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK | os.X_OK):
+        return folder / _LOCK
+    return folder.parent / hidden_name(folder.name, "lock")
+
+
+def is_free(folder: Path, own: Collection[str]) -> bool:
+    """Returns whether a folder may be made: nothing is there, or nothing but leftovers of an interrupted process.
+
+    Args:
+      folder: the folder, which need not exist.
+      own: names in a finished one; while ``.partial`` is beside them, they are leftovers.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIED, _TRIED_AND_MOVED, _LOST_AND_FOUND}
+    return not names or ((folder / _PARTIAL).is_dir() and names <= set(own))
+
+
+def try_folder(folder: Path) -> None:
+    """Tries the last step of making a folder before work is spent on it, and undoes it; hold ``folder_lock``.
+
+    Raises:
+      UserError: its name is no UTF-8.
+      OSError: it cannot be made there.
+    """
+    check_file_name(folder)
+    # Beside a folder that is not there under another name than its own, which a killed process would leave there.
+    names: tuple[str, ...] = (_TRIED, _TRIED_AND_MOVED)
+    if not folder.is_dir():
+        names = tuple(hidden_name(folder.name, name.removeprefix(".")) for name in names)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder)  # whether its name is too long
+    before, after = ((folder if folder.is_dir() else folder.parent) / name for name in names)
+    try:
+        for left in (before, after):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed process
+        before.mkdir()
+        (before / "file").write_bytes(b"tried before the work\n")
+        before.rename(after)
+    finally:
+        for left in (before, after):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def place(temporary: Path, folder: Path, marker: str) -> None:
+    """Gives a finished folder its name; where there is a folder already, its contents move in, ``marker`` last.
+
+    Raises:
+      OSError: it cannot be renamed (there is something else by that name).
+    """
+    if not folder.is_dir():
+        temporary.rename(folder)
+        return
+    _move(temporary, folder, sorted(os.listdir(temporary), key=lambda name: (name == marker, name)))
+    temporary.rmdir()
+
+
+def set_aside(folder: Path, marker: str) -> None:
+    """Moves the contents of a finished folder into ``.replaced`` inside it, ``marker`` first, to be replaced.
+
+    Raises:
+      OSError: it cannot be moved.
+    """
+    names = set(os.listdir(folder)) - {_LOCK, _PARTIAL, _TRIED, _TRIED_AND_MOVED, _REPLACED, _LOST_AND_FOUND}
+    (folder / _REPLACED).mkdir()
+    _move(folder, folder / _REPLACED, sorted(names, key=lambda name: (name != marker, name)))
+
+
+def put_back(folder: Path, marker: str) -> None:
+    """Undoes ``set_aside``, unless another one has taken its place; then removes what was set aside.
+
+    Raises:
+      OSError: it cannot be moved.
+    """
+    replaced = folder / _REPLACED
+    if not replaced.is_dir():
+        return
+    if not (folder / marker).exists():
+        _move(replaced, folder, sorted(os.listdir(replaced), key=lambda name: (name == marker, name)))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _move(source: Path, target: Path, names: Collection[str]) -> None:
+    for name in names:
+        if (target / name).is_dir():  # of a process that was killed here
+            shutil.rmtree(target / name)
+        (source / name).replace(target / name)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, marker: str, *, inside: bool) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes ``folder`` if the block ends well, and vanishes otherwise.
+
+    What a killed run left under the temporary name is removed first: hold ``folder_lock``.
+
+    Args:
+      folder: the folder, which need not exist.
+      marker: the file in it that is put into place last.
+      inside: whether ``folder`` is there, and the contents move into it; False: the temporary takes its name.
+
+    Raises:
+      OSError: the temporary folder cannot be made or renamed.
+    """
+    for left in partial_paths(folder):
+        if left.exists():
+            _log.info("Removing what an interrupted run left in %s", left)
+            shutil.rmtree(left)
+    temporary = partial_paths(folder)[0 if inside else 1]
+    temporary.mkdir()
+    try:
+        yield temporary
+        place(temporary, folder, marker)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already where it was put into place
+
+
+def partial_path(folder: Path) -> Path:
+    """Returns where the parts of a folder are stored while it is made: in it, if it is there, else beside it."""
+    inside, beside = partial_paths(folder)
+    return inside if folder.is_dir() else beside
+
+
+def partial_paths(folder: Path) -> tuple[Path, Path]:
+    """Returns the places of the parts of a folder: in it, and beside it."""
+    return folder / _PARTIAL, folder.parent / hidden_name(folder.name, "partial")

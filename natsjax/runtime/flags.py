@@ -25,6 +25,7 @@ from natsjax.config import RENAMED_FIELDS, Config
 from natsjax.config_fields import check_not_renamed, closest, did_you_mean, nearest, shown
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals, standard_streams
+from natsjax.runtime.log import logger
 
 _OVERRIDE = re.compile(r"--?config\.")
 _MOST_OF_AN_ERROR = 250  # characters
@@ -157,7 +158,7 @@ def _check_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> N
 
 
 def join_processes(argv: Sequence[str]) -> None:
-    """``processes.initialize`` as the command line says; before the rest of it is read, and before any device is.
+    """``distributed.initialize`` as the command line says; before the rest of it is read, and before any device is.
 
     A mistake in the rest is then made by processes that know each other, and said once.
 
@@ -345,7 +346,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command, whose result is the exit status; a ``UserError`` becomes one sentence and exit status 2.
 
     Its printing cannot fail (``standard_streams``); where standard output is incomplete for a reason such as a full
-    disk, the exit status is 1. What goes wrong inside ``processes.fail_together`` with others around is shown there,
+    disk, the exit status is 1. What goes wrong inside ``distributed.fail_together`` with others around is shown there,
     once, and does not come here.
     """
     # Orbax reports every part of a save at INFO, without a cluster missing coordination at WARNING, and at ERROR, with
@@ -360,7 +361,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            distributed.say("interrupted")
+            logger.info("interrupted")
             signals.end_if_abandoned(signals.EXIT_STATUS)
             sys.exit(signals.EXIT_STATUS)
         if status:

@@ -1,30 +1,43 @@
-"""Progress through text: documents, bytes and how fast, as a bar on a terminal and as lines in a log."""
+"""Progress of long work on standard error: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
-from tqdm import tqdm
+import rich.progress
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from natsjax.runtime import watchdog
+
+Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 10.0
 _MEGABYTE = 1e6
 
 
 class Progress:
-    """How far a pass over the text has come, on stderr; a context manager.
+    """Progress of a pass over text, in documents and bytes; a context manager.
 
     Args:
-      task: what is being done, for example "Encoding".
+      task: its name, for example "Encoding".
       shown: False: nothing is written.
       documents: how many there will be, or None.
-      num_bytes: of UTF-8 in them, or None.
+      num_bytes: bytes of UTF-8 in them, or None.
     """
 
     def __init__(self, task: str, *, shown: bool, documents: int | None = None, num_bytes: int | None = None):
@@ -34,14 +47,15 @@ class Progress:
         self._of_bytes = "" if num_bytes is None else f" of {num_bytes / _MEGABYTE:,.1f}"
         self._documents = self._bytes = 0
         self._began = self._said = time.monotonic()
-        is_terminal = shown and sys.stderr.isatty()
-        self._lines = shown and not is_terminal
-        self._bar = tqdm(
-            desc=task, total=num_bytes, unit="B", unit_scale=True, disable=not is_terminal, leave=False, file=sys.stderr
-        )
+        self._bar: rich.progress.Progress | None = None
+        self._lines = shown and not on_terminal()
+        if shown and not self._lines:
+            self._bar = _new_bar(TextColumn("{task.fields[documents]}"), DownloadColumn(), TransferSpeedColumn())
+            self._bar.add_task(task, total=num_bytes, documents="")
+            self._bar.start()
 
     def add(self, documents: int, num_bytes: int) -> None:
-        """So much more is done.
+        """Adds what was done since the last call.
 
         Args:
           documents: number of documents.
@@ -50,9 +64,9 @@ class Progress:
         watchdog.progress()
         self._documents += documents
         self._bytes += num_bytes
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"{self._documents:,}{self._of_documents} documents", refresh=False)
-            self._bar.update(num_bytes)
+        if self._bar is not None:
+            done = f"{self._documents:,}{self._of_documents} documents,"
+            self._bar.update(self._bar.task_ids[0], advance=num_bytes, documents=done)
         elif self._lines and (now := time.monotonic()) - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = now
             print(self._line(now - self._began), file=sys.stderr, flush=True)
@@ -73,24 +87,43 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.stop()
 
 
-@contextmanager
-def log_lines() -> Iterator[None]:
-    """For as long as the block lasts, what natsjax logs, from INFO on, goes to stderr as plain lines.
+def bar(items: Sequence[Item], title: str, shown: bool) -> Iterator[Item]:
+    """Yields the items, with a bar on a terminal, elsewhere behind a plain line; each is progress to the watchdog.
 
-    `logging.basicConfig` would do nothing: Orbax logs while it is imported, which sets up the root logger.
+    Args:
+      items: what is worked on, one after another.
+      title: of the bar.
+      shown: False: nothing is written.
     """
-    logger, handler = logging.getLogger("natsjax"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    noted = watchdog.noting(items)
+    if shown and not on_terminal():
+        print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
+    elif shown:
+        with _new_bar(MofNCompleteColumn()) as drawn:
+            yield from drawn.track(noted, total=len(items), description=title)
+        return
+    yield from noted
+
+
+def on_terminal() -> bool:
+    """Returns whether standard error is a terminal that can redraw a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _new_bar(*columns: ProgressColumn) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # it may be a file
+    )

@@ -32,6 +32,7 @@ from typing import TypeVar
 
 from natsjax.runtime import distributed
 from natsjax.runtime.distributed import Interrupted
+from natsjax.runtime.log import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = 130
@@ -77,7 +78,7 @@ class StopRequests:
 
         Raises:
           Interrupted: a signal came; where there are several processes, ``KeyboardInterrupt`` with the signal's name,
-            which ``processes.fail_together`` tells the others.
+            which ``distributed.fail_together`` tells the others.
         """
         before = self._at_once
         try:
@@ -88,7 +89,7 @@ class StopRequests:
                 raise self._interruption()
         except KeyboardInterrupt as error:
             if error is self._left:
-                distributed.say(f"{self.requested}: {sentence}")
+                logger.info(f"{self.requested}: {sentence}")
                 self._left = None  # said; blocks around this one have nothing to add
             raise
         finally:
@@ -138,7 +139,7 @@ class StopRequests:
             if not ready:
                 said = True
                 if not (self._at_once or self._is_leaving):
-                    distributed.say(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
+                    logger.info(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
                 continue
             numbers = end.recv(4096)
             if not numbers:

@@ -1,7 +1,7 @@
 """Standard output and error that take whatever a command prints, so that no printing costs a result.
 
     with standard_streams.guarded():
-        ...                             # print, logging, rich and tqdm as ever
+        ...                             # print, logging and rich as ever
 
 A character that the stream's encoding lacks is replaced, and what can no longer be written is dropped: whoever read it
 has gone (``| head``, a terminal that was closed), the disk behind it is full, or it was closed from the beginning.

@@ -1,4 +1,4 @@
-"""Says where a run is stuck: a thread that looks on while the run says what it is doing and how it comes along.
+"""Reports where a run is stuck: a thread that looks on while the run notes what it is doing and that it progresses.
 
     with watchdog.watching(900):
         with watchdog.phase("evaluating"):
@@ -6,8 +6,9 @@
                 ...
 
 Whoever works in between need not know whether anybody watches: ``phase`` and ``progress`` set two fields then, and do
-nothing else. The thread reads them, and never touches the run. It is Python: what holds Python's lock for good silences
-it too.
+nothing else. The thread reads them, and never touches the run. It is Python: code that holds Python's lock for good
+silences it too. The stacks are not those of ``faulthandler``, which has no names of threads before Python 3.14, and
+writes past the live display and ``log.txt``.
 """
 
 import contextlib
@@ -19,21 +20,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from natsjax.runtime import distributed
+from natsjax.runtime.log import EVERY_PROCESS, logger
 
 Item = TypeVar("Item")
 
-_LOOKS = 10  # within the time after which it speaks
+_LOOKS = 10  # within the time after which it reports
 
 _watchdog: "Watchdog | None" = None
 
 
 class Watchdog:
-    """What has been heard of a run, and what is said when nothing is heard any more.
+    """The last progress of a run, and reports when there is none any more.
 
     Args:
-      seconds: without progress, after which it speaks.
-      clock: seconds, never going back.
-      tell: gets what is said, lines of text.
+      seconds: time without progress after which it reports.
+      clock: returns seconds, never going back.
+      tell: takes a report, lines of text.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class Watchdog:
         return self._phase
 
     def progress(self, phase: str | None = None) -> None:
-        """Notes that the run came along; and, unless None, what it does from now on."""
+        """Notes progress; and, unless None, what the run does from now on."""
         if phase is not None:
             self._phase = phase
         self._heard = self._clock()
 
     def look(self) -> None:
-        """Speaks once for a run that is stuck, and once when it goes on."""
+        """Reports once that a run is stuck, and once that it goes on."""
         heard, phase = self._heard, self._phase
         who = distributed.label()
         if self._stuck is not None and self._stuck[1] != heard:
@@ -81,8 +83,7 @@ def watching(seconds: float) -> Iterator[None]:
     """Watches what the block does, from a thread of its own.
 
     Args:
-      seconds: without progress, after which it says so on standard error, with the stacks of all Python threads; 0:
-        nobody watches.
+      seconds: time without progress after which that is logged, with the stacks of all Python threads; 0: never.
     """
     global _watchdog
     if not seconds:
@@ -101,14 +102,14 @@ def watching(seconds: float) -> Iterator[None]:
 
 
 def progress(phase: str | None = None) -> None:
-    """Says that the run came along; and, unless None, what it does from now on, as in ``"in step 12"``."""
+    """Notes progress; and, unless None, what the run does from now on, as in ``"in step 12"``."""
     if _watchdog is not None:
         _watchdog.progress(phase)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Says what the block does, as in ``"saving step 12"``; after it, the run does what it did before."""
+    """Notes what the block does, as in ``"saving step 12"``; after it, the run does what it did before."""
     if _watchdog is None:
         yield
         return
@@ -121,7 +122,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def noting(items: Iterable[Item]) -> Iterator[Item]:
-    """The items; every one that is asked for is progress."""
+    """Yields the items; every one that is asked for is progress."""
     for item in items:
         progress()
         yield item
@@ -134,8 +135,8 @@ def _watch(watchdog: Watchdog, over: threading.Event, seconds: float) -> None:
 
 
 def _stacks() -> str:
-    """Of all Python threads but this one, the main one first, innermost frame last."""
-    frames = sys._current_frames()  # the only way to another thread's stack; faulthandler's text has no names
+    """Formats all Python threads but this one, the main one first, innermost frame last."""
+    frames = sys._current_frames()  # the only way to another thread's stack
     me, main = threading.get_ident(), threading.main_thread()
     texts = []
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
@@ -146,6 +147,6 @@ def _stacks() -> str:
 
 
 def _tell(text: str) -> None:
-    """Every process for itself: it may be the only one that is stuck."""
+    """Logs for this process: it may be the only one that is stuck."""
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the run goes on
-        print(text, file=sys.stderr, flush=True)
+        logger.warning(text, extra=EVERY_PROCESS)

@@ -1,4 +1,10 @@
-"""The command ``python -m natsjax.sweep``: a run for every budget and seed."""
+"""Trains a run for every KV budget (or KV penalty) and seed, one after another, and draws quality against KV.
+
+    python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/recall --kv_budgets=0.05,0.1,0.2 --seeds=0,1,2
+
+After an interruption run the same command again: finished runs stay, and the interrupted one is resumed. More budgets,
+KV penalties or seeds only add runs. docs/sweep.md describes the results.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +14,11 @@ from absl import flags
 from natsjax.errors import UserError
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import flag_help, join_processes, parse_config_flags, run_command
-from natsjax.sweep.sweep import _USAGE, run
+
+_USAGE = (
+    "usage: python -m natsjax.sweep --config=configs/NAME.py --workdir=DIR --kv_budgets=F,F,… [--seeds=N,N,…] "
+    "[--config.GROUP.FIELD=VALUE …]"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_config_flags(argv, values, _USAGE)
         if not values["workdir"].value:
             raise UserError(f"--workdir is missing; {_USAGE}.")
+        from natsjax.sweep.sweep import run  # here: --help needs nothing slow
+
         sweep = run(
             config,
             values["workdir"].value,

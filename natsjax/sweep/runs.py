@@ -25,7 +25,8 @@ from natsjax.report.results import to_json
 from natsjax.runs.data import RunData, open_data
 from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.paths import settle_paths
-from natsjax.runs.workdir import Workdir, write_atomically
+from natsjax.runs.workdir import Workdir
+from natsjax.runtime.files import write_text_file
 
 RECORD_FILE = "sweep.json"
 _LARGEST_SEED = 2**31 - 1
@@ -333,7 +334,7 @@ def write_record(run: SweepRun, config: Config) -> None:
     """Into the run's folder."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     values = {"run": json.loads(run.to_json()), "config": config.to_dict()}
-    write_atomically(run.workdir / RECORD_FILE, json.dumps(values) + "\n")
+    write_text_file(run.workdir / RECORD_FILE, json.dumps(values) + "\n")
 
 
 def forget(run: PlannedRun) -> None:

@@ -26,6 +26,7 @@ from natsjax.report import compare
 from natsjax.report.results import try_reports, write_files
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed
+from natsjax.runtime.log import logger
 from natsjax.sweep.pareto import draw_pareto, format_pareto, format_runs, pareto_of
 from natsjax.sweep.runs import (
     PlannedRun,
@@ -41,10 +42,6 @@ from natsjax.sweep.runs import (
     write_record,
 )
 
-_USAGE = (
-    "usage: python -m natsjax.sweep --config=configs/NAME.py --workdir=DIR --kv_budgets=F,F,… [--seeds=N,N,…] "
-    "[--config.GROUP.FIELD=VALUE …]"
-)
 LINES_FILE = "sweep.jsonl"
 PICTURE_FILE = "sweep.png"
 
@@ -139,7 +136,7 @@ def run(
             _train_all(runs, directory, ended)
         except KeyboardInterrupt as error:
             done = sum(run.status == "finished" for run in ended.values())
-            distributed.say(
+            logger.info(
                 f"the sweep in {directory} stops with {done} of {len(runs)} runs finished; run the same command again "
                 "to go on"
             )
@@ -179,11 +176,11 @@ def _train_all(runs: Sequence[PlannedRun], directory: pathlib.Path, ended: dict[
         if (known := finished(planned)) is not None:
             ended[planned.name] = known
     if ended:
-        distributed.say(f"sweep: {len(ended)} of {len(runs)} runs are finished")
+        logger.info(f"sweep: {len(ended)} of {len(runs)} runs are finished")
     left = [planned for planned in runs if planned.name not in ended]
     for number, planned in enumerate(left):
         time_left = _time_left([run.seconds for run in ended.values()], len(left) - number)
-        distributed.say(f"sweep: run {runs.index(planned) + 1} of {len(runs)}, {planned.name}{time_left}")
+        logger.info(f"sweep: run {runs.index(planned) + 1} of {len(runs)}, {planned.name}{time_left}")
         ended[planned.name] = _train_one(planned)
         _write([ended[run.name] for run in runs if run.name in ended], directory)
 
@@ -202,7 +199,7 @@ def _train_one(planned: PlannedRun) -> SweepRun:
     else:
         found = measured(planned, evaluation, time.monotonic() - began if whole else None)
     if found.error is not None:
-        distributed.say(f"sweep: {planned.name} failed: {found.error}")
+        logger.info(f"sweep: {planned.name} failed: {found.error}")
     write_record(found, planned.config)
     # Each run compiles a step of its own, and a process may hold only so many programs (65530 mappings on Linux).
     jax.clear_caches()

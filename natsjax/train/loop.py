@@ -23,8 +23,9 @@ from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.paths import settle_paths
 from natsjax.runs.workdir import Workdir
-from natsjax.runtime import distributed, signals, watchdog
+from natsjax.runtime import distributed, log, signals, watchdog
 from natsjax.runtime.compilation_cache import compilation_cache
+from natsjax.runtime.log import logger
 from natsjax.runtime.signals import StopRequests
 from natsjax.train.logs import wandb
 from natsjax.train.logs.monitor import Monitor, fetch_every_step
@@ -68,7 +69,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             workdir.try_writing("checkpoints/", "tensorboard/", *["profile/"] * bool(config.train.profile))
             report.try_report(workdir)
         for line in workdir.compare_config(config):
-            distributed.say(f"resuming with {line}")
+            logger.info(f"resuming with {line}")
         config = _with_own_order(config, workdir)
         earlier = workdir.earlier_config()
         with (
@@ -78,8 +79,8 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             data = _open_data(config, workdir)
         workdir.compare_data(data.fingerprint)
         config = resolve_length(config, data)
-        distributed.say(f"data: {data.description}")
-        distributed.say(f"length of the run: {length_of_run(config, data)}")
+        logger.info(f"data: {data.description}")
+        logger.info(f"length of the run: {length_of_run(config, data)}")
         _check_budget(config, data)
         evaluate.check(config, data)
         trainer = Trainer(config, data.vocabulary.vocab_size)
@@ -97,8 +98,11 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
 
 @contextlib.contextmanager
 def _locked(workdir: Workdir) -> Iterator[None]:
-    """Holds the workdir for all processes."""
-    with workdir.lock() if distributed.is_main() else contextlib.nullcontext():
+    """Holds the workdir for all processes; its ``log.txt`` gets what is logged meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(workdir.lock())
+            stack.enter_context(log.also_to(workdir.log_file))
         distributed.barrier("the lock of the workdir")
         yield
 
@@ -107,7 +111,7 @@ def _with_own_order(config: Config, workdir: Workdir) -> Config:
     """A resumed run reads its data in the order that it began with."""
     kept = workdir.with_own_order(config)
     if kept != config:
-        distributed.say(
+        logger.info(
             f'resuming with data.shuffle = "{kept.data.shuffle}" as the run began, not "{config.data.shuffle}"; a new '
             "--workdir takes that"
         )
@@ -131,13 +135,13 @@ def _check_budget(config: Config, data: RunData) -> None:
     if not config.model.has_roles:
         return
     all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, data.piece_lengths)
-    distributed.say(f"KV fraction with all tokens SLIDING, window {config.nats.window}: {100 * all_sliding:.2f} %")
+    logger.info(f"KV fraction with all tokens SLIDING, window {config.nats.window}: {100 * all_sliding:.2f} %")
     if config.nats.kv_penalty_mode == "controlled":
         kv_budgets = budgets.check_role_budgets(
             config, [config.nats.kv_budget], data.piece_lengths, name="nats.kv_budget"
         )
         if (below := budgets.about_global_tokens(config, kv_budgets, data.piece_lengths)) is not None:
-            distributed.say(below)
+            logger.info(below)
 
 
 def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> InitialParameters | None:
@@ -188,13 +192,11 @@ def _restore_or_init(
         if initial is not None:
             state = state._replace(parameters=initial.put_into(state.parameters))
         size = sum(x.size for x in jax.tree.leaves(state.parameters))
-        distributed.say(
-            f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}"
-        )
+        logger.info(f"training {size / 1e6:.2f}M parameters for {config.train.num_steps} steps{_on_devices(trainer)}")
         return state
     state = checkpoints.restore(trainer.abstract_state())
     distributed.barrier(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
-    distributed.say(f"going on from step {int(state.step)}{_on_devices(trainer)}")
+    logger.info(f"going on from step {int(state.step)}{_on_devices(trainer)}")
     return state
 
 
@@ -210,7 +212,7 @@ def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None
     now, ends = schedules_at(config, step), (config.train.num_steps, earlier.train.num_steps)
     for name, then in schedules_at(earlier, step).items():
         if not math.isclose(then, now[name], rel_tol=1e-3):
-            distributed.say(
+            logger.info(
                 f"the {name}'s schedule now ends at step {ends[0]} instead of {ends[1]}: at step {step} it goes "
                 f"from {then:.3g} to {now[name]:.3g}"
             )
@@ -287,7 +289,7 @@ class _Loop:
         with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
             self._checkpoints.wait()
         why = self._stop.requested or "asked to stop on another host"
-        distributed.say(f"{why}: saved step {step}; run the same command again to go on")
+        logger.info(f"{why}: saved step {step}; run the same command again to go on")
         raise Interrupted
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:

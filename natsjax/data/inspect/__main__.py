@@ -12,42 +12,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from natsjax.config import Config
-from natsjax.config_fields import check_file_name, resolve_paths
+from natsjax.config import Config, DataConfig
+from natsjax.config_fields import resolve_paths
 from natsjax.data.corpus import SPLITS
-from natsjax.data.inspect.contexts import example_at, open_data
-from natsjax.data.inspect.examples import COLOUR_LEGEND, LEGEND
-from natsjax.data.locate import locate
-from natsjax.data.pipeline import Shuffle
-from natsjax.data.readers.file_marks import check_file_no_pointer
-from natsjax.errors import UserError, first_line
+from natsjax.errors import UserError
 from natsjax.runtime import standard_streams
 from natsjax.runtime.flags import Parser, read_config_file, run_command
-from natsjax.runtime.progress import log_lines
-
-_CONFIG_FILE, _DATA_FILE = "config.json", "data.json"  # of a run
 
 
 def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
     """The config, with what flags change of it, and the prepared corpus or mixture; an empty one for recall."""
     prepared = os.path.expanduser(options.prepared_dir)
     if options.workdir:
-        check_file_name(options.workdir)
-        run = Path(os.path.expanduser(options.workdir))
-        config = _read_run(run / _CONFIG_FILE)
+        from natsjax.runs.paths import locate
+        from natsjax.runs.workdir import Workdir
+
+        workdir = Workdir(options.workdir)
+        config = workdir.read_config()
         if not prepared and config.data.source == "corpus":
-            prepared = _prepared(dataclasses.replace(config, data=locate(config.data, run, _fingerprint(run))))
+            found = locate(config.data, workdir.path, workdir.known_fingerprint())
+            prepared = found.mixture or found.prepared_dir
     elif options.config:
         config = resolve_paths(Config.from_dict(read_config_file(options.config)))
-        prepared = prepared or _prepared(config)
+        prepared = prepared or config.data.mixture or config.data.prepared_dir
         if not prepared and config.data.source == "corpus":
             raise UserError(
                 f"--config={options.config} names no prepared corpus (data.prepared_dir is empty, so that each run has "
@@ -70,30 +63,6 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
         train=dataclasses.replace(config.train, **training),
     )
     return config, prepared
-
-
-def _prepared(config: Config) -> str:
-    return config.data.mixture or config.data.prepared_dir
-
-
-def _read_run(path: Path) -> Config:
-    try:
-        return Config.from_stored(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UserError(f"--workdir={path.parent} holds no run: there is no {path.name} in it.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        check_file_no_pointer(path)
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
-
-
-def _fingerprint(run: Path) -> str | None:
-    """Of the data of a run; None where nobody wrote it down."""
-    path = run / _DATA_FILE
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"]) if path.exists() else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        check_file_no_pointer(path)
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str, Any]]:
@@ -126,14 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
     try:
         options = _parser().parse_args(arguments)
-        with log_lines():
-            config, prepared = _config_of(options)
-            index, place = _index(options, config.train.batch_size)
-            data = open_data(config, options.split, prepared)
-            if place:
-                documents = data.documents_in_batch(place["step"], config.train.batch_size)
-                place |= {} if documents is None else {"documents_in_batch": documents}
-            example = example_at(data, options.split, index, place)
+        # Here: the parser is built before anything slow is imported.
+        from natsjax.data.inspect.contexts import example_at, open_data
+        from natsjax.data.inspect.examples import COLOUR_LEGEND, LEGEND
+
+        config, prepared = _config_of(options)
+        index, place = _index(options, config.train.batch_size)
+        data = open_data(config, options.split, prepared)
+        if place:
+            documents = data.documents_in_batch(place["step"], config.train.batch_size)
+            place |= {} if documents is None else {"documents_in_batch": documents}
+        example = example_at(data, options.split, index, place)
         if options.json:
             standard_streams.print_json(example.to_json())
         else:
@@ -172,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, help, default in settings:
         parser.add_argument(f"--{name}", type=int, help=f"{help} (default: that of the run or config, else {default})")
-    order = typing.get_args(Shuffle)
+    order = typing.get_args(typing.get_type_hints(DataConfig)["shuffle"])
     help = f"what an epoch puts into a random order (default: as above, else {defaults.data.shuffle})"
     parser.add_argument("--shuffle", choices=order, help=help)
     parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")

@@ -10,12 +10,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from natsjax.data.prepare.build import prepare
-from natsjax.data.prepare.statistics import describe
-from natsjax.data.tokenizers import PretrainedTokenizer
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.flags import Parser, run_command, typed_text
-from natsjax.runtime.progress import log_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,10 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         with ExitStack() as stack:
-            stack.enter_context(log_lines())
             stop = stack.enter_context(signals.stop_requests())
             stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
             corpus = prepare(**vars(options))
+            # Here: the parser is built before anything slow is imported.
+            from natsjax.data.prepare.statistics import describe
+            from natsjax.data.tokenizers import PretrainedTokenizer
+
             print(f"{options.output}: {corpus.tokenizer.kind} tokenizer with {corpus.tokenizer.vocab_size} ids")
             if isinstance(corpus.tokenizer, PretrainedTokenizer) and corpus.tokenizer.caveat:
                 print(f"  of the tokenizer: {corpus.tokenizer.caveat}")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from natsjax.config_fields import check_file_name, real_path
 from natsjax.data.corpus import CORPUS_FILE, SPLITS, TOKENIZER_FOLDER, Corpus, SplitSummary
 from natsjax.data.prepare.encode import CHUNK_BYTES, Chunk, read_encoded
+from natsjax.data.prepare.parts import PartialFolder
 from natsjax.data.prepare.passes import Preparation, totals
 from natsjax.data.prepare.request import PrepareRequest, absolute_input
 from natsjax.data.prepare.scan import TRAIN, VALIDATION
@@ -28,16 +29,7 @@ from natsjax.data.prepare.split_writer import SplitWriter
 from natsjax.data.tokenizers import Tokenizer
 from natsjax.errors import UserError
 from natsjax.runtime import signals
-from natsjax.runtime.atomic_folder import (
-    PartialFolder,
-    folder_lock,
-    is_free,
-    lock_path,
-    partial_paths,
-    place,
-    try_folder,
-)
-from natsjax.runtime.files import advice, is_full
+from natsjax.runtime.files import advice, folder_lock, is_free, is_full, lock_path, partial_paths, place, try_folder
 from natsjax.runtime.progress import Progress
 
 _PARTS_VERSION = 2  # of what lies in a partial folder

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.corpus import record_dtype
+from natsjax.data.prepare.parts import read_part, write_part
 from natsjax.data.prepare.scan import DROPPED, Scan, changed_error, documents_from
 from natsjax.data.readers.corpus_reader import CorpusReader, Document
 from natsjax.data.tokenizers import Tokenizer
-from natsjax.runtime.atomic_folder import read_part, write_part
 
 CHUNK_BYTES = 1 << 22
 

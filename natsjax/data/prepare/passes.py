@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from natsjax.data.prepare.encode import CHUNK_BYTES, Chunk, Encoder, chunks_of, stretches
+from natsjax.data.prepare.parts import PartialFolder, read_part, write_part
 from natsjax.data.prepare.request import PrepareRequest
 from natsjax.data.prepare.scan import DROPPED, TRAIN, VALIDATION, Scan, divide, documents_from, source_groups
 from natsjax.data.prepare.worker_pool import WorkerPool, finished
 from natsjax.data.readers.corpus_reader import CorpusReader
 from natsjax.data.readers.input_report import report_lines
 from natsjax.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
-from natsjax.runtime.atomic_folder import PartialFolder, read_part, write_part, write_whole
+from natsjax.runtime.files import write_file
+from natsjax.runtime.log import logger
 from natsjax.runtime.progress import Progress
 
 # With less text than this, starting processes (each imports natsjax) takes longer than they save.
@@ -33,8 +35,6 @@ PARALLEL_BYTES = 1 << 26
 _POLL_SECONDS = 0.5
 _TOKENIZER_FOLDER = "tokenizer"
 _SETUP_FILE = "encoding.pickle"
-
-_log = logging.getLogger(__name__)
 
 Splits = dict[str, npt.NDArray[np.int8]]
 
@@ -97,7 +97,7 @@ class Preparation:
             scans["input"] = self._hold_out_end(scans["input"])
         for name, reader in self._readers.items():
             lines = report_lines(reader.input, self.reports[name])
-            _log.log(logging.INFO if len(lines) == 1 else logging.WARNING, "%s", "\n".join(lines))
+            logger.log(logging.INFO if len(lines) == 1 else logging.WARNING, "%s", "\n".join(lines))
         return scans
 
     def divide(self, scans: dict[str, Scan]) -> tuple[Splits, int]:
@@ -137,7 +137,7 @@ class Preparation:
         chunks = [chunk for name, scan in scans.items() for chunk in chunks_of(name, scan, splits[name], CHUNK_BYTES)]
         missing = [chunk for chunk in chunks if not self._partial.part(chunk.name).exists()]
         if len(missing) < len(chunks):
-            _log.info("%d of %d chunks are encoded already", len(chunks) - len(missing), len(chunks))
+            logger.info("%d of %d chunks are encoded already", len(chunks) - len(missing), len(chunks))
         workers = min(self._request.num_workers, len(missing))
         counts = {name: scan.counts for name, scan in scans.items()}
         with Progress("Encoding", shown=self._request.progress, **totals(missing)) as progress:
@@ -174,7 +174,7 @@ class Preparation:
                     pass  # waits in steps, between which an interruption is heard
             scan = Scan.from_arrays(read_part(part))
             for reason in scan.skipped.values():
-                _log.warning("Skipped: %s", reason)
+                logger.warning("Skipped: %s", reason)
             yield scan
 
     def _hold_out_end(self, scan: Scan) -> Scan:
@@ -205,7 +205,7 @@ class Preparation:
 
             tokenizer = BPETokenizer.train(texts(), request.vocab_size)
         if tokenizer.vocab_size < request.vocab_size:
-            _log.warning(
+            logger.warning(
                 "The text gave a vocabulary of only %d of the %d ids asked for",
                 tokenizer.vocab_size,
                 request.vocab_size,
@@ -216,7 +216,7 @@ class Preparation:
         folder = self._partial.path
         setup = (self._plain_readers, {name: scan.counts for name, scan in scans.items()})
         # In a file and not in each task: there may be millions of files.
-        write_whole(folder / _SETUP_FILE, lambda file: pickle.dump(setup, file))
+        write_file(folder / _SETUP_FILE, lambda file: pickle.dump(setup, file))
         waiting = {self._partial.part(chunk.name).name: chunk for chunk in missing}
         futures = self._workers().submit(bind(_encode_to_parts, folder=folder), stretches(missing, scans, workers))
         for _ in finished(futures, _POLL_SECONDS):

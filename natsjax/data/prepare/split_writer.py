@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from array_record.python.array_record_module import ArrayRecordWriter
+
+if TYPE_CHECKING:
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 from natsjax.data.corpus import IDS_FILE, LENGTHS_FILE, SplitSummary, record_dtype, shard_name
 
@@ -88,6 +91,8 @@ class SplitWriter:
         return self._hash.hexdigest()
 
     def _open_shard(self) -> ArrayRecordWriter:
+        from array_record.python.array_record_module import ArrayRecordWriter  # slow to import
+
         path = self._folder / shard_name(self._shards)
         with _as_os_error():
             self._shard = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
@@ -103,7 +108,7 @@ class SplitWriter:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """array_record's C++ side reports everything, a full disk included, as RuntimeError."""
+    """Raises OSError for RuntimeError, as which array_record's C++ side reports everything, a full disk included."""
     try:
         yield
     except RuntimeError as error:

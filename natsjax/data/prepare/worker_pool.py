@@ -19,7 +19,7 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
-from natsjax.runtime.atomic_folder import KeptPartsError
+from natsjax.data.prepare.parts import KeptPartsError
 
 # What is sent to a whole process group is the parent's to hear: it stops the workers.
 _BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -17,6 +17,7 @@ from natsjax.runs.metrics import in_order
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
+from natsjax.runtime.log import logger
 from natsjax.train.flops import step_flops
 from natsjax.train.logs.display import Display
 from natsjax.train.logs.wall_time import WallTime
@@ -112,7 +113,7 @@ class Monitor:
         line = numbers(jax.device_get(metrics))
         line |= self._speed(step, line["kv_fraction"])
         for change in self._warnings.update(step, line):
-            distributed.say(f"{'warning: ' if change.began else ''}{change.text}")
+            logger.info(f"{'warning: ' if change.began else ''}{change.text}")
         line |= memory() | self._wall_time.fractions() | self._once | {"warnings": self._warnings.names}
         line = in_order(line)
         self._once = {}
@@ -138,7 +139,7 @@ class Monitor:
         self._first_step = None
         self._once = {"time_to_first_step": seconds, "compile_time": compiling}
         percent = 100 * compiling / seconds
-        distributed.say(f"first step after {seconds:.1f} s, {compiling:.1f} s ({percent:.0f} %) to compile or load it")
+        logger.info(f"first step after {seconds:.1f} s, {compiling:.1f} s ({percent:.0f} %) to compile or load it")
 
 
 class Profile:
@@ -167,7 +168,7 @@ class Profile:
                 jax.profiler.start_trace(str(self._path))
                 self._running = True
             except (RuntimeError, OSError) as error:
-                distributed.say(f"the profiler does not start ({first_line(error)}); training continues")
+                logger.info(f"the profiler does not start ({first_line(error)}); training continues")
 
     def close(self) -> None:
         """Stops the profiler if it runs."""
@@ -176,9 +177,9 @@ class Profile:
         self._running = False
         try:
             jax.profiler.stop_trace()
-            distributed.say(f"the profile is in {self._path}; tensorboard --logdir={self._path} shows it")
+            logger.info(f"the profile is in {self._path}; tensorboard --logdir={self._path} shows it")
         except (RuntimeError, OSError) as error:
-            distributed.say(f"the profile cannot be written to {self._path} ({first_line(error)}); training continues")
+            logger.info(f"the profile cannot be written to {self._path} ({first_line(error)}); training continues")
 
 
 def memory() -> dict[str, float]:

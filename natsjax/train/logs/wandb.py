@@ -9,8 +9,9 @@ from typing import Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.runs.workdir import Workdir, write_atomically
-from natsjax.runtime import distributed
+from natsjax.runs.workdir import Workdir
+from natsjax.runtime.files import write_text_file
+from natsjax.runtime.log import logger
 from natsjax.train.logs.writer import scalars
 
 
@@ -78,7 +79,7 @@ class WandbWriter:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        distributed.say(f"Weights & Biases gets no more metrics of this start ({reason}); training continues")
+        logger.info(f"Weights & Biases gets no more metrics of this start ({reason}); training continues")
 
 
 def _run_id(workdir: Workdir) -> str:
@@ -87,5 +88,5 @@ def _run_id(workdir: Workdir) -> str:
         return str(json.loads(workdir.wandb_file.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError, TypeError):
         number = uuid.uuid4().hex[:12]
-        write_atomically(workdir.wandb_file, json.dumps({"id": number}) + "\n")
+        write_text_file(workdir.wandb_file, json.dumps({"id": number}) + "\n")
         return number

@@ -1,17 +1,16 @@
 """Writer of a run's metrics to ``metrics.jsonl`` and TensorBoard."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
-from io import FileIO
 from typing import Any
 
 import numpy as np
 
 from natsjax.errors import UserError, first_line
 from natsjax.runs.workdir import Workdir, read_metrics
-from natsjax.runtime import distributed
+from natsjax.runtime.files import append, write_file
+from natsjax.runtime.log import logger
 from natsjax.train.logs.tensorboard import EventFile
 
 
@@ -55,7 +54,7 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends a line of floats, (nested) lists of floats and lists of words; TensorBoard gets its ``scalars``."""
         try:
-            _append(self._file, (json.dumps({"step": step, **values}) + "\n").encode())
+            append(self._file, (json.dumps({"step": step, **values}) + "\n").encode())
         except OSError as error:
             raise _unwritten(self._path, error) from error
         try:
@@ -80,18 +79,7 @@ class MetricsWriter:
         try:
             self._events.close()
         except OSError as error:
-            distributed.say(str(_unwritten(self._events_path, error)))
-
-
-def _append(file: FileIO, data: bytes) -> None:
-    """Appends all of it or nothing: a full disk leaves no half line."""
-    size, rest = file.seek(0, os.SEEK_END), data
-    try:
-        while rest:
-            rest = rest[file.write(rest) or 0 :]
-    except OSError:
-        file.truncate(size)
-        raise
+            logger.info(str(_unwritten(self._events_path, error)))
 
 
 def _unwritten(path: pathlib.Path, error: OSError) -> UserError:
@@ -104,6 +92,4 @@ def _unwritten(path: pathlib.Path, error: OSError) -> UserError:
 def _drop_after(path: pathlib.Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
