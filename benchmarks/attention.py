@@ -38,11 +38,11 @@ from benchmarks.attention_contestants import (
     timed_call,
     torch_rivals,
 )
+from benchmarks.counting import count_pairs
 from natsjax.config_fields import did_you_mean
 from natsjax.runtime.flags import Parser, run_command
 from pallas_kernels import nats_attention as na
-from pallas_kernels.nats_attention import api, tilings
-from pallas_kernels.nats_attention.counting import count_pairs
+from pallas_kernels.nats_attention import api, tuning_table
 from pallas_kernels.nats_attention.tiling import Tiling, num_cores
 
 PASSES = ("forward", "sampled", "exact", "visible")
@@ -69,7 +69,7 @@ def ratio(rival: list[float], own: list[float]) -> float:
 def tilings_of(case: Case, implementation: str) -> dict[str, Tiling]:
     """The tiling that is chosen without being asked ("tuned"), and the same with tiles of 128 tokens."""
     backend = api.BACKENDS[implementation]
-    tuned = tilings.choose(implementation, backend, case.problem)
+    tuned = tuning_table.choose(implementation, backend, case.problem)
     block = min(128, case.length)
     small = dataclasses.replace(backend.default_tiling(case.problem), query_block=block, key_block=block)
     return {"128": small, "tuned": tuned}
@@ -98,7 +98,7 @@ def measure(case: Case, kind: str, arguments: argparse.Namespace, platform: str)
 def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> dict[str, float]:
     """With all tokens GLOBAL: seconds of the roles' forward, of plain causal attention and of the rivals."""
     given = inputs(case)._replace(role_ids=np.zeros((1, case.num_kv_heads, case.length), np.int32))
-    tuned = tilings.choose(arguments.implementation, api.BACKENDS[arguments.implementation], case.problem)
+    tuned = tuning_table.choose(arguments.implementation, api.BACKENDS[arguments.implementation], case.problem)
     contestants, _ = ours(case, given, "forward", {"all GLOBAL": tuned}, arguments.implementation)
     arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
     end = jnp.full((1, case.num_kv_heads, case.length), na.NO_END, jnp.int32)

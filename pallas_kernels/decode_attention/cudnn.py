@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.storage import Format, Storage
-from pallas_kernels.nats_attention.manual_axes import vary_alike
+from pallas_kernels.manual_axes import vary_alike
 
 try:  # private: nothing public gives the log-sum-exp in float32
     from jax._src.cudnn import fused_attention_stablehlo as _library

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_attention.storage import FORMATS, Format, Storage
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.manual_axes import vary_like
 
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 READS: Sequence[Format] = FORMATS

@@ -12,7 +12,7 @@ Both pick a backend for the platform; ``implementation="xla"`` (or another of ``
 through the folder:
 
 1. ``api`` checks the arguments, which ``contract`` brings to what backends rely on, asks ``tilings`` for a tiling (from
-   ``tilings.json``, which ``autotune`` writes, or by the backend's own rule) and tries the backends in turn.
+   ``tuning_table.json``, which ``autotune`` writes, or by the backend's own rule) and tries the backends in turn.
 2. ``differentiable`` has the custom gradients: ``roles`` turns roles into intervals, ``layout`` gathers the long-lived
    keys, and the backend's three passes (``backend.Backend``) do the work; ``sampling`` draws the queries of
    ``Sampled``, and ``roles`` turns the sums that come back into the gradient of the roles.

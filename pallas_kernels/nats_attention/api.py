@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale, checked_window
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import (
     contract,
     differentiable,
@@ -15,12 +16,11 @@ from pallas_kernels.nats_attention import (
     pallas_tpu,
     reference,
     ring,
-    tilings,
+    tuning_table,
     xla,
 )
 from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.differentiable import Settings
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 from pallas_kernels.platforms import current_platform
@@ -135,7 +135,7 @@ def _first_that_serves(
         if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):
             continue
         try:
-            chosen = tilings.choose(name, backend, problem) if tiling is None else tiling
+            chosen = tuning_table.choose(name, backend, problem) if tiling is None else tiling
             backend.check(problem, chosen)
             return call_backend(backend, chosen)
         except NotImplementedError as refusal:

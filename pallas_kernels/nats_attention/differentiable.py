@@ -14,11 +14,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import layout as layout_lib
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.backend import Backend, Intervals, Rows
 from pallas_kernels.nats_attention.layout import Layout
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 from pallas_kernels.nats_attention.tiling import Tiling

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import differentiable as one_device
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.differentiable import Settings
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.decode_attention.pallas_tpu.tiers import Tiers
-from pallas_kernels.nats_attention.pallas_tpu import tile
 
-LANES = 128
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -73,14 +72,14 @@ def kernel(
         highest = jnp.max(logits, axis=2, keepdims=True)
         top = load(lse_ref)
         new_top = jnp.maximum(top, jnp.max(highest, axis=0))
-        weights = jnp.exp(logits - tile.spread(new_top, logits.shape[2])[None])
+        weights = jnp.exp(logits - lanes.spread(new_top, logits.shape[2])[None])
         decay = jnp.exp(top - new_top)
         update = by_block(_dot(weights.reshape(depth * heads, rows, -1).astype(values.dtype), values, 1))
         # Where there is no block, what lies there may never have been written: 0 times NaN.
         update = jnp.sum(jnp.where(highest > -jnp.inf, update, 0), axis=0)
         store(lse_ref, new_top)
-        store(total_ref, load(total_ref) * decay + tile.fold_lanes(jnp.sum(weights, axis=0)))
-        store(out_ref, load(out_ref) * tile.spread(decay, columns) + update)
+        store(total_ref, load(total_ref) * decay + lanes.fold_lanes(jnp.sum(weights, axis=0)))
+        store(out_ref, load(out_ref) * lanes.spread(decay, columns) + update)
 
     tiers.for_each(b, visit)
 

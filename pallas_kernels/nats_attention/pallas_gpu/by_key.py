@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import LiveBlocks
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 _STREAMED = 64  # rows at once: two tiles of float32 and two sums have to fit into the registers

@@ -19,8 +19,8 @@ from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import LiveBlocks, pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E, one_head_axis, pad
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.

@@ -15,7 +15,7 @@ from pallas_kernels.nats_attention.blocks import (
     live_blocks,
     most,
 )
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK
 from pallas_kernels.nats_attention.roles import RoleColumns
 
 LOG2E = 1.4426950408889634

@@ -21,9 +21,9 @@ from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import LiveBlocks, masked_out_tiles, pad_intervals
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import one_head_axis, pad
 from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 

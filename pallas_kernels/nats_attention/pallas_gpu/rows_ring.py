@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE
 
 

@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.manual_axes import vary_like
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E
-from pallas_kernels.nats_attention.pallas_gpu.tilings import GpuTiling
 
 ROWS = 64
 """Rows of a warpgroup's tile: those of one matrix product."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.nats_attention.manual_axes import vary_alike, varying_axes
+from pallas_kernels.manual_axes import vary_alike, varying_axes
 from pallas_kernels.nats_attention.pallas_tpu.lists import NUM_SEGMENTS
-from pallas_kernels.nats_attention.pallas_tpu.tilings import VMEM_LIMIT
+from pallas_kernels.tpu_lanes import VMEM_LIMIT
 
 
 class Blocks(NamedTuple):

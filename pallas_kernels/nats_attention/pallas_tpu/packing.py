@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Rows
 from pallas_kernels.nats_attention.blocks import clear_empty_rows
 from pallas_kernels.nats_attention.tiling import Tiling
-
-_LANES = 128
+from pallas_kernels.tpu_lanes import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Geometry:
     @classmethod
     def of(cls, group: int, head_dim: int, tiling: Tiling) -> "Geometry":
         """Head dims up to 64 take 64 columns, larger ones a multiple of 128."""
-        half = 64 if head_dim <= 64 else -(-head_dim // _LANES) * _LANES
+        half = 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
         return cls(group, tiling.query_block, tiling.key_block, half)
 
     @property
@@ -61,12 +60,12 @@ class Geometry:
     @property
     def shared(self) -> bool:
         """Whether a pair shares one register, so that what meets it has zeros in the other half."""
-        return self.half < _LANES
+        return self.half < LANES
 
     @property
     def columns(self) -> int:
         """Columns of what meets one array of a pair, and of a product with it."""
-        return max(self.half, _LANES)
+        return max(self.half, LANES)
 
 
 def pad(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:

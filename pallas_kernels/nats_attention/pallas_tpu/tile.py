@@ -10,8 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 
-_LANES = 128
-
 
 def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
     # One pass of bfloat16 is not what a caller with float32 arrays asks for.
@@ -67,36 +65,6 @@ def write_pair(pair_ref, first: jax.Array, second: jax.Array, geometry: Geometry
 def as_float(bits: jax.Array) -> jax.Array:
     """float32 from its bits."""
     return pltpu.bitcast(bits, jnp.float32)
-
-
-def column(row: jax.Array) -> jax.Array:
-    """``[1, n]`` → ``[n, 128]``, the same in every lane. (A reshape of a row to a column is refused.)"""
-    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T
-
-
-def as_row(column: jax.Array) -> jax.Array:
-    """``[n, 128]``, the same in every lane → ``[1, n]``."""
-    return column.T[:1]
-
-
-def spread(column: jax.Array, columns: int) -> jax.Array:
-    """``[n, 128]``, the same in every lane → ``[n, columns]``."""
-    return repeat_lanes(column, columns // _LANES)
-
-
-def repeat_lanes(x: jax.Array, times: int) -> jax.Array:
-    """``x`` beside itself."""
-    return x if times == 1 else jnp.concatenate([x] * times, axis=1)
-
-
-def fold_lanes(x: jax.Array, columns: int = _LANES) -> jax.Array:
-    """``[n, i · columns]`` → ``[n, columns]``, summed over i: whole registers added, no lane crosses over."""
-    return sum(x[:, i : i + columns] for i in range(columns, x.shape[1], columns)) + x[:, :columns]
-
-
-def sum_lanes_as_row(x: jax.Array) -> jax.Array:
-    """``[n, 128]`` → its sums over the lanes as a row ``[1, n]``."""
-    return jnp.sum(x.T, axis=0, keepdims=True)
 
 
 def bias(where: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     Tiles,
@@ -30,10 +31,9 @@ from pallas_kernels.nats_attention.blocks import (
     most,
     visible_tiles,
 )
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 from pallas_kernels.nats_attention.xla.lanes import Lanes, add, dot, take
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
 class _Block(NamedTuple):

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import visible_tiles
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 from pallas_kernels.nats_attention.xla.lanes import Lanes, dot, take
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
 _LOWEST = float(np.finfo(np.float32).min)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import Tiles, live_blocks, pad_intervals, pad_to_blocks
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 
 
 @dataclasses.dataclass(frozen=True)

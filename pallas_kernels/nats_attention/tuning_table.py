@@ -1,6 +1,6 @@
 """The tiling of a call that gives none: from the table of what was timed, else from the backend's own rule.
 
-``tilings.json`` holds what ``python -m pallas_kernels.nats_attention.autotune`` wrote: for a backend, a kind of device
+``tuning_table.json`` holds what ``python -m pallas_kernels.nats_attention.autotune`` wrote: for a backend, a kind of device
 and a problem, the blocks that were fastest. An entry serves problems of the same dtype, head dim and group, the same
 number of batch · KV heads to a factor of 2, and the same length to a factor of √2; thresholds follow from the problem.
 """
@@ -17,7 +17,7 @@ import jax
 from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.tiling import Problem, Tiling, lifetime_thresholds, one_core_each
 
-TABLE = pathlib.Path(__file__).with_name("tilings.json")
+TABLE = pathlib.Path(__file__).with_name("tuning_table.json")
 _FACTORS = {"keys": math.sqrt(2), "queries": math.sqrt(2), "heads": 2.0}
 
 
@@ -87,7 +87,7 @@ def choose(name: str, backend: Backend, problem: Problem, table: tuple[Entry, ..
       name: of the backend in ``api.BACKENDS``.
       backend: the backend.
       problem: its sizes.
-      table: what was timed; None: ``tilings.json``.
+      table: what was timed; None: ``tuning_table.json``.
     """
     default = backend.default_tiling(problem)
     near = []
