@@ -104,7 +104,7 @@ def test_mistakes_are_sentences(monkeypatch):
         with pytest.raises(UserError, match=message):
             DecodeRequest(**request)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
-    with pytest.raises(UserError, match="--decode_batch=4: it is for --decode"):
+    with pytest.raises(UserError, match="--decode_batch=4: it has no effect without --decode"):
         plan_command.main([*arguments, "--decode_batch=4"])
     with pytest.raises(UserError, match="leave it out for --decode"):
         plan_command.main([*arguments, "--decode", "--search"])
@@ -213,7 +213,7 @@ def test_on_eight_devices_a_part_that_is_sent_is_found_and_mistakes_are_sentence
     assert steps == "steps []"
     assert divides_sequences == "mesh.context = 2: decoding divides batch and heads, not sequences; make it 1."
     assert odd == (
-        "--decode_batch=6 cannot be divided among mesh.data * mesh.fsdp = 4 devices; make it a multiple of 4."
+        "--decode_batch=6: it cannot be divided among mesh.data * mesh.fsdp = 4 devices; give a multiple of 4."
     )
 
 

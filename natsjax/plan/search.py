@@ -1,4 +1,4 @@
-"""The step under every rematerialisation policy, each with the fewest microbatches that fit."""
+"""Search over rematerialization policies, each with the fewest microbatches that fit."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,19 +7,17 @@ from natsjax.config import Config
 from natsjax.plan.train_step import CompilerCrashed, Plan, plan_apart
 from natsjax.runtime.chips import GIB
 
-# --- trying out ---
-
 
 def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
-    """Plans with every rematerialisation policy, each with the fewest microbatches that fit, or the most there are.
+    """Yields a plan for every rematerialization policy, with the fewest microbatches that fit, or the most possible.
 
     Args:
-      config: of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are what is tried.
-      name: of the topology, for ``hardware.topology``.
-      num_slices: for the same.
+      config: config of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are varied.
+      name: name of the topology, for ``topologies.topology``.
+      num_slices: number of slices, for the same.
 
     Raises:
-      UserError: see ``planning.plan_apart``.
+      UserError: see ``train_step.plan_apart``.
     """
     for remat in ("none", "dots", "full"):
         model = dataclasses.replace(config.model, remat=remat)
@@ -41,7 +39,7 @@ def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
 
 
 def search_table(plans: Sequence[Plan]) -> str:
-    """What was tried, the fastest first."""
+    """Formats the plans as a table, the fastest first."""
 
     def seconds(made: Plan) -> float:
         return made.roofline.seconds if made.roofline is not None and made.fits else float("inf")
