@@ -496,7 +496,7 @@ _PAGE = b"<!DOCTYPE html><html>404</html>"
         ("x.json", _bytes(b"["), "json is no valid JSON: its array does not end", "damaged"),
     ],
 )
-def test_what_cannot_be_read_is_called_what_it_is(tmp_path, name, write, sentence, kind):
+def test_unreadable_files_are_named_by_their_kind(tmp_path, name, write, sentence, kind):
     write(tmp_path / name)
     (tmp_path / "y.txt").write_text("good")
     with pytest.raises(UserError, match=sentence):
@@ -580,7 +580,7 @@ def test_a_text_too_short_to_divide_and_ids_that_are_all_the_same(tmp_path):
     with pytest.raises(UserError, match=r"one\.txt is the only document of the input and too short to hold its end"):
         _prepare(tmp_path / "one.txt", tmp_path / "out")
     (tmp_path / "one.jsonl").write_bytes(_lines({"id": 0, "text": "a"}, {"id": 0, "text": "b"}))
-    with pytest.raises(UserError, match="holds 2 documents and fewer than two documents with different ids"):
+    with pytest.raises(UserError, match="has 2 documents and fewer than two with different ids"):
         _prepare(tmp_path / "one.jsonl", tmp_path / "out")
 
 

@@ -215,7 +215,7 @@ def crash(config, name, num_slices, log):
 def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
     monkeypatch.setattr(train_step, "_plan_here", crash)
     expected = (
-        r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.num_micro"
+        r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.gradient_accum"
     )
     with pytest.raises(train_step.CompilerCrashed, match=expected):
         train_step.plan_apart(tiny.config(), "v5e-16")

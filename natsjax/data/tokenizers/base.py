@@ -54,7 +54,7 @@ class Tokenizer(Vocabulary, Protocol):
 
     @property
     def kind(self) -> str:
-        """`"byte"`, `"bpe"`, `"huggingface"`, `"sentencepiece"` or `"tiktoken"`."""
+        """``"byte"``, ``"bpe"``, ``"huggingface"``, ``"sentencepiece"`` or ``"tiktoken"``."""
         ...
 
     @property
@@ -151,7 +151,7 @@ class PieceTokenizer(ABC):
         """Returns one token for display: its text, ⟨bos⟩, ⟨eos⟩, or incomplete UTF-8 in hex (``⟨e2 80⟩``).
 
         Raises:
-          IndexError: the id is outside `0 … vocab_size-1`.
+          IndexError: the id is outside ``0 … vocab_size-1``.
         """
         piece = self._piece(token_id)
         if token_id in self._names:
@@ -165,7 +165,7 @@ class PieceTokenizer(ABC):
         """Decodes token ids to text; specials are skipped, incomplete UTF-8 becomes U+FFFD.
 
         Raises:
-          IndexError: an id is outside `0 … vocab_size-1`.
+          IndexError: an id is outside ``0 … vocab_size-1``.
         """
         pieces: list[bytes] = []
         is_start = False

@@ -16,7 +16,6 @@ are then per byte of the decoded text, and those of two tokenizers cannot be com
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
 import re
@@ -181,21 +180,6 @@ def with_specials(pieces: list[bytes], bos_id: int | None, eos_id: int | None) -
         pieces[special] = b""
         found.append(special)
     return pieces, found[0], found[1]
-
-
-def import_library(name: str, source: Path) -> Any:
-    """Imports the library that runs a format.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"the tokenizer {source} needs {name}, which is not installed; install it with "
-            "`pip install 'natsjax[formats]'`."
-        ) from error
 
 
 @contextmanager

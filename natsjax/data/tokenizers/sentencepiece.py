@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from natsjax.data.optional import import_optional
 from natsjax.data.tokenizers.base import Int32Array, as_ids
 from natsjax.data.tokenizers.pretrained import (
     UNKNOWN,
     PretrainedTokenizer,
     as_user_error,
-    import_library,
     note_on,
     num_threads,
     read_bytes,
@@ -29,7 +29,7 @@ class SentencePieceTokenizer(PretrainedTokenizer):
     """A SentencePiece model, unigram or BPE, with its own BOS and EOS if it has them.
 
     Args:
-      model: the content of the `.model` file.
+      model: the content of the ``.model`` file.
       source: the file, for messages.
 
     Raises:
@@ -43,7 +43,7 @@ class SentencePieceTokenizer(PretrainedTokenizer):
         self._model = model
         if not model:  # the library accepts it
             raise UserError(f"the tokenizer {source} is empty; a SentencePiece model was expected.")
-        sentencepiece = import_library("sentencepiece", source)
+        sentencepiece = import_optional("sentencepiece", f"the tokenizer {source}")
         with as_user_error(f"the tokenizer {source} is not a SentencePiece model, or damaged"):
             # The library can sample the pieces of a text at random; that is off.
             self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model, enable_sampling=False)

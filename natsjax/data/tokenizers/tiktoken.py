@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from natsjax.data.optional import import_optional
 from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
 from natsjax.data.tokenizers.pretrained import (
     PretrainedTokenizer,
     as_user_error,
-    import_library,
     note_on,
     num_threads,
     read_bytes,
@@ -102,7 +102,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
             "bos_token": bos_token,
             "eos_token": eos_token,
         }
-        tiktoken = import_library("tiktoken", source)
+        tiktoken = import_optional("tiktoken", f"the tokenizer {source}")
         # The library does not get the special tokens, and encodes their names as ordinary text.
         check_pattern(pattern, source)
         with as_user_error(
@@ -246,7 +246,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             piece, token_id = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
             raise UserError(
-                f"{path}:{number} is not a line of a tiktoken file: a token in base64, a space and its rank belong there."
+                f"{path}:{number} is not a line of a tiktoken file: a token in base64, a space and its rank."
             ) from error
         if piece in ranks:
             raise UserError(f"{path}:{number} has the token {piece!r} for the second time.")
