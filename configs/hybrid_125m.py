@@ -2,10 +2,10 @@
 
     python train.py --config=configs/hybrid_125m.py --workdir=runs/hybrid_125m --config.data.input=FOLDER
 
-The KV budget is a mean over all layers, of which the dense third takes a third: 0.4 leaves a tenth to each of the others.
-Queries and keys are normalized, and the learning rate stays at its peak until the last fifth of the steps, so that the
-run can be extended from any checkpoint before. Hardware: made for one accelerator with 80 GB; it has not been run at
-this size yet.
+The KV budget is a mean over all layers, and the dense third alone takes a third: 0.4 leaves a tenth to each of the
+others. Queries and keys are normalized, and the learning rate stays at its peak until the last fifth of the steps, so
+that the run can be extended from any checkpoint before. Hardware: made for one accelerator with 80 GB; it has not been
+run at this size yet.
 """
 
 import pathlib

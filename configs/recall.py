@@ -5,9 +5,9 @@
     python -m natsjax.evaluate --workdir=runs/recall --baseline_workdir=runs/recall_dense
 
 Twenty key-value pairs are scattered among filler in the first half of 128 tokens; the second half asks for the keys.
-With few pairs the dense baseline learns only to exclude the values that were already asked for; with twenty this shortcut
-is worth little, and there are more answers to learn from. With this head dim and rotary base enough dimensions rotate
-slowly to match tokens at any distance. Hardware: two CPU cores. docs/recall.md has the results.
+With few pairs the dense baseline learns only to exclude the values that were already asked for; with twenty this
+shortcut is worth little, and there are more answers to learn from. With this head dim and rotary base enough dimensions
+rotate slowly to match tokens at any distance. Hardware: two CPU cores. docs/recall.md has the results.
 """
 
 from natsjax.config import default_config

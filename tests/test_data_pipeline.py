@@ -345,7 +345,7 @@ def test_cache_keeps_to_its_size_and_forgets_the_oldest():
         (lambda: _source(LENGTHS, 8, shuffle="rows"), "shuffle = 'rows': one of 'contexts', 'documents'"),
         (lambda: _source([], 8), "has no documents"),
         (lambda: train_dataset(_source(LENGTHS, 8), batch_size=0), "batch_size = 0"),
-        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=0), "num_steps is 0"),
+        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=0), "num_steps = 0"),
         (
             lambda: iterate(train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=5), 6),
             "start_step = 6: the run has steps 0 … 5",

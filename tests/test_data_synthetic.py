@@ -143,8 +143,8 @@ def test_a_batch_takes_milliseconds():
     [
         ({"context_length": 15}, "context_length = 15: recall needs at least 16"),
         ({"num_pairs": 0}, "num_pairs = 0: it must be at least 1"),
-        ({"num_values": 0}, "num_values is 0"),
-        ({"num_fillers": -1}, "num_fillers is -1"),
+        ({"num_values": 0}, "num_values = 0"),
+        ({"num_fillers": -1}, "num_fillers = -1"),
         ({"num_keys": 5}, "num_keys = 5: fewer than num_pairs = 6"),
         ({"num_queries": 7}, "num_queries = 7: it must be between 0 .all. and num_pairs = 6"),
         ({"num_queries": -1}, "num_queries = -1"),

@@ -10,7 +10,7 @@
 | ``packing`` | documents concatenated and cut into contexts; the fields of a row |
 | ``pipeline`` | the training stream and the evaluation contexts, through Grain |
 | ``mixture`` | several corpora as one stream |
-| ``locate`` | the present place of the corpora of a run, which may have been moved |
+| ``locate`` | finds the corpora of a run that were moved since |
 | ``recall`` | the associative-recall task |
 """
 

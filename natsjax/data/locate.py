@@ -1,9 +1,9 @@
-"""Search for the corpora of a run, which may have been moved, renamed or copied since, as the run may have been.
+"""Where the corpora of a run are by now: runs and corpora are moved, renamed, copied, and read from other folders.
 
-A run's config has the path of its corpus, and ``data.json`` of the run identifies it. The corpus is looked for by its
-name: in the run's folder, beside it, and beside each folder above it, as far as the stored path goes (a run in
-``runs/mine`` with ``/old/data/texts`` finds ``runs/texts``, ``data/texts`` beside ``runs/``, and so on), and then at
-the stored path. A corpus with other contents is skipped. Nothing is prepared or written.
+A run's config says where its corpus was, and ``data.json`` of the run which one it was. So a corpus is looked for by
+its name: in the run's folder, beside it, and beside each folder above it, as far as the stored path goes (a run in
+``runs/mine`` with ``/old/data/texts`` finds ``runs/texts``, ``data/texts`` beside ``runs/``, and so on), and then where
+it was. One with other contents is passed over. Nothing is prepared here, and nothing written.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from natsjax.data.corpus import CORPUS_FILE, Corpus
 from natsjax.data.mixture import mixture_fingerprint, parse_mixture
 from natsjax.errors import UserError
 
-CORPUS_FOLDER = "corpus"  # in a run whose config names no corpus
+CORPUS_FOLDER = "corpus"  # in a run whose config names no other
 _MOST_COMBINATIONS = 1000
 _REMEDY = "give its folder (of a mixture, DIR=WEIGHT,DIR=WEIGHT) as --prepared_dir"
 
 
 class _Found(NamedTuple):
-    """A folder with a corpus, and its content hash; None if it cannot be read."""
+    """A folder with a corpus, and its content hash; None: it cannot be read."""
 
     folder: Path
     content_hash: str | None
@@ -38,16 +38,16 @@ def locate(data: DataConfig, run: Path, fingerprint: str | None, *, remedy: str 
     """Finds the corpora that a run was trained on.
 
     Args:
-      data: ``data`` of the run's config.
-      run: folder of the run or the export.
-      fingerprint: fingerprint of the data (``natsjax.runs.data.RunData``); None: unknown, the first corpus is taken.
-      remedy: end of the message if there is none.
+      data: of the run's config.
+      run: its folder, or an export.
+      fingerprint: of the data (``natsjax.runs.data.RunData``); None: not known, and the first that is there is taken.
+      remedy: the end of the message where there are none.
 
     Returns:
-      ``data`` with the present ``mixture`` or ``prepared_dir``.
+      ``data`` with ``mixture`` or ``prepared_dir`` as they are now.
 
     Raises:
-      UserError: a corpus is not found, has other contents, or is damaged.
+      UserError: a corpus is not there, or only another one, or it is damaged.
     """
     wanted = parse_mixture(data.mixture) if data.mixture else [(data.prepared_dir or str(run / CORPUS_FOLDER), 1.0)]
     shares = [share for _, share in wanted]
@@ -63,8 +63,8 @@ def locate(data: DataConfig, run: Path, fingerprint: str | None, *, remedy: str 
     else:
         for found in itertools.chain(*choices):
             if found.content_hash is None:
-                Corpus.load(found.folder)  # raises UserError
-        why = f"{data.mixture or choices[0][-1].folder} holds another one"
+                Corpus.load(found.folder)  # says what is wrong with it
+        why = f"what {data.mixture or choices[0][-1].folder} holds is another one"
     raise UserError(f"the corpus that {run} was trained on is not here ({why}); {remedy}.")
 
 
@@ -77,7 +77,7 @@ def _fingerprint(data: DataConfig, chosen: Sequence[_Found], shares: Sequence[fl
 
 
 def _all_found(folder: str, run: Path) -> list[_Found]:
-    """Returns the places that have a corpus, each once, the run's own first."""
+    """The places that hold a corpus, each once, the run's own first."""
     places = {real_path(place): place for place in reversed(list(_places(Path(folder), run)))}
     return [
         _Found(place, _content_hash(place))
@@ -87,7 +87,7 @@ def _all_found(folder: str, run: Path) -> list[_Found]:
 
 
 def _places(folder: Path, run: Path) -> Iterator[Path]:
-    """Yields places for a corpus, the nearest to the run first, and of these the one with most of its path."""
+    """Where a corpus may be, the nearest to the run first, and of these the one with most of its path."""
     if folder == run / CORPUS_FOLDER:
         yield folder
         return
@@ -95,7 +95,7 @@ def _places(folder: Path, run: Path) -> Iterator[Path]:
     for place in dict.fromkeys([Path(os.path.abspath(run)), real_path(run)]):
         for above in (place, *place.parents):
             if above == above.parent:
-                continue  # a folder at the root is beside everything
+                continue  # what lies at the root, lies beside everything
             if not folder.is_absolute():
                 yield above / folder
             for first in range(len(names)):

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(made: Plan | DecodePlan, text: str, numbers: dict[str, Any], files: dict[str, pathlib.Path]) -> int:
-    """Writes the files, prints the text and returns the exit status."""
+    """Writes and prints; the exit status."""
     unwritten = files.pop("program", None) if made.refusal is not None else None
     texts = {"json": json.dumps(numbers, indent=2) + "\n", "program": made.program}
     for name, path in files.items():

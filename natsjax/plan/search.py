@@ -7,6 +7,8 @@ from natsjax.config import Config
 from natsjax.plan.train_step import CompilerCrashed, Plan, plan_apart
 from natsjax.runtime.chips import GIB
 
+# --- trying out ---
+
 
 def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
     """Yields a plan for every rematerialization policy, with the fewest microbatches that fit, or the most possible.
@@ -39,7 +41,7 @@ def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
 
 
 def search_table(plans: Sequence[Plan]) -> str:
-    """Formats the plans as a table, the fastest first."""
+    """What was tried, the fastest first."""
 
     def seconds(made: Plan) -> float:
         return made.roofline.seconds if made.roofline is not None and made.fits else float("inf")
