@@ -10,7 +10,7 @@ VMEM_LIMIT = 48 << 20
 
 
 def column(row: jax.Array) -> jax.Array:
-    """Turns ``[1, n]`` into ``[n, 128]``, the same in every lane. (Mosaic refuses to reshape a row to a column.)"""
+    """Turns ``[1, n]`` into ``[n, 128]``, the same in every lane; Mosaic refuses to reshape a row to a column."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 

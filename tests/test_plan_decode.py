@@ -106,7 +106,7 @@ def test_mistakes_are_sentences(monkeypatch):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     with pytest.raises(UserError, match="--decode_batch=4: it has no effect without --decode"):
         plan_command.main([*arguments, "--decode_batch=4"])
-    with pytest.raises(UserError, match="leave it out for --decode"):
+    with pytest.raises(UserError, match="leave it out with --decode"):
         plan_command.main([*arguments, "--decode", "--search"])
 
 

@@ -1,4 +1,4 @@
-"""What to call: checks the arguments, picks a backend, adds the token's own key."""
+"""The public functions: they check the arguments, choose a backend and add the token's own key."""
 
 import operator
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "cudnn": cudnn, "xla":
 
 
 def storage_format(platform: str | None = None) -> Format:
-    """The format that buffers should have on a platform ("cpu", "gpu", "cuda" or "tpu"); None: the current one."""
+    """Returns the format that buffers should have on a platform ("cpu", "gpu", "cuda", "tpu"); None: the current."""
     platform = current_platform() if platform is None else general_name(platform)
     if platform == "cpu":
         return "transposed"
@@ -38,7 +38,7 @@ def decode_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """One token of each sequence reads its own key and the live slots of a KV buffer.
+    """Computes attention of one token of each sequence over its own key and the live slots of a KV buffer.
 
     A slot is read when ``position < key_end``; from ``length`` on there is none. The buffer holds the past: the token's
     own key is written after. Where no slot is read, the result is the token's own value. On a mesh call it inside
@@ -105,7 +105,7 @@ def decode_attention(
 
 
 def _layer(given: Any, layers: int) -> jax.Array:
-    """An int32 scalar of one of the layers; a number that is none of them is refused, where it is known already."""
+    """Converts the number of a layer to int32; raises for one that is known and does not exist."""
     if not isinstance(given, jax.core.Tracer) and not 0 <= operator.index(given) < layers:
         raise ValueError(f"layer={given}: the buffer has layers 0 to {layers - 1}.")
     return jnp.clip(jnp.asarray(given, jnp.int32), 0, layers - 1)

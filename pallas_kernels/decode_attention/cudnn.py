@@ -49,7 +49,7 @@ def attend(
     layer: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``."""
+    """Computes attention over the slots: see ``backend.Backend``."""
     if query.dtype != storage.dtype:
         raise NotImplementedError(f"the query is {query.dtype}, the buffer {storage.dtype}")
     b, k, g, h = query.shape
@@ -68,7 +68,7 @@ def attend(
 
 
 def _call(query, keys, values, mask, length, scale: float) -> tuple[jax.Array, jax.Array]:
-    """``(out [b, 1, g, h], lse float32 [b, g, 1])`` of one query a head; ``b`` counts KV heads too."""
+    """Calls cuDNN for one query per head: ``(out [b, 1, g, h], lse float32 [b, g, 1])``; ``b`` counts KV heads too."""
     try:
         return _library.dot_product_attention(
             query,

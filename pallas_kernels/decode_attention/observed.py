@@ -25,7 +25,7 @@ def observed_attention(
     observed: jax.Array,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+    """Computes attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
     Positions and ends as in ``interval_attention``; a key that no query reads may hold anything.
 

@@ -1,4 +1,4 @@
-"""What to call: checks the arguments, picks a backend, and says all reasons when none can serve the call."""
+"""The public functions: they check the arguments and choose a backend, or raise the reasons of all backends."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Role gradients from the visible pairs and from a random share of the masked-out ones.
+    """Role gradients from the visible pairs and from a random sample of the masked-out ones.
 
     Attributes:
       fraction: share of the query blocks whose masked-out pairs are evaluated, in (0, 1].
@@ -51,7 +51,7 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Visible:
-    """Role gradients from the visible pairs alone: no key is ever told that it should have been kept longer."""
+    """Role gradients from the visible pairs only; no key gets credit for pairs that its role hides."""
 
 
 MaskGradient = Exact | Sampled | Visible
@@ -92,7 +92,7 @@ def _check(query, key, value) -> None:
 
 
 def _is_empty(query: jax.Array, key: jax.Array) -> bool:
-    """Whether there is no pair at all: 0 sequences, queries, keys or heads, which no tile can be cut from."""
+    """Returns True if there are no pairs: 0 sequences, queries, keys or heads, of which no tile can be cut."""
     return 0 in query.shape or 0 in key.shape
 
 
@@ -102,7 +102,7 @@ def _expect(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def _first_index(length: int, axis_name: str | None) -> jax.Array:
-    """The index in the sequence of the first token of this device's ``length``."""
+    """Returns the index in the sequence of the first token of this device's ``length``."""
     return jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * length
 
 
@@ -158,7 +158,7 @@ def nats_attention(
     tiling: Tiling | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Causal attention in which each key's role says until which query it can be read.
+    """Computes causal attention in which each key's role determines the last query that can read it.
 
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
     of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
@@ -253,7 +253,7 @@ def interval_attention(
     tiling: Tiling | None = None,
     axis_name: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+    """Computes attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
     Differentiable in query, key and value (and through the log-sum-exp). On a mesh call it inside ``jax.shard_map``,
     batch and heads divided.

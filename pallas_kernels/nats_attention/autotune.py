@@ -2,9 +2,9 @@
 
     python -m pallas_kernels.nats_attention.autotune --lengths=1024,8192 [--backend=xla] [--output=tuning_table.json]
 
-Without ``--output`` the rows go into the package's own ``tuning_table.json``, where ``tuning_table.choose`` finds them; rows of
-other devices and problems stay. A round times every candidate once, one after the other, so that whatever else the
-machine does hits all of them; the fastest by the median over rounds wins.
+Without ``--output`` the rows go into the package's own ``tuning_table.json``, where ``tuning_table.choose`` finds them;
+rows of other devices and problems stay. A round times every candidate once, one after the other, so that whatever else
+the machine does hits all of them; the fastest by the median over rounds wins.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pallas_kernels.nats_attention.tiling import Problem, Tiling
 
 
 def random_inputs(problem: Problem, global_fraction: float, key: jax.Array) -> tuple[jax.Array, ...]:
-    """``(query, key, value, roles)`` of a problem; the roles that are not GLOBAL are half LOCAL, half SLIDING."""
+    """Returns random ``(query, key, value, roles)`` of a problem; half of the other roles are LOCAL, half SLIDING."""
     keys = jax.random.split(key, 4)
     b, t, s, k, group, h, _, dtype = problem
     query = jax.random.normal(keys[0], (b, t, k * group, h), dtype)
@@ -45,7 +45,7 @@ def time_tilings(
     global_fraction: float = 0.05,
     repeats: int = 3,
 ) -> dict[Tiling, float]:
-    """Median seconds of forward and backward under each tiling; one that cannot be compiled is left out, by name.
+    """Returns median seconds of forward and backward under each tiling; prints those that cannot be compiled.
 
     Args:
       name: of the backend in ``api.BACKENDS``.

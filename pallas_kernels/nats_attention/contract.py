@@ -16,7 +16,7 @@ from pallas_kernels.nats_attention.roles import NEVER, NO_END
 
 
 def index_intervals(key_end: jax.Array, num_queries: int) -> Intervals:
-    """The intervals of keys and queries that stand where their index says; ``key_end`` int32 ``[b, k, s]``."""
+    """Returns the intervals of keys and queries whose positions are their indices; ``key_end`` int32 ``[b, k, s]``."""
     b, k, s = key_end.shape
     return Intervals(
         jnp.broadcast_to(jnp.arange(num_queries, dtype=jnp.int32), (b, num_queries)),
@@ -28,7 +28,7 @@ def index_intervals(key_end: jax.Array, num_queries: int) -> Intervals:
 def place(
     query_position: jax.Array | None, key_position: jax.Array | None, key_end: jax.Array, num_queries: int
 ) -> tuple[Intervals, jax.Array]:
-    """The intervals of a call, and the keys that nobody reads.
+    """Returns the intervals of a call, and the keys that no query reads.
 
     Args:
       query_position: ``[b, t]``, integers; None: the index.
@@ -57,6 +57,6 @@ def place(
 
 
 def clear(unread: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-    """Keys and values ``[b, s, k, h]`` with 0 where ``unread`` bool ``[b, k, s]``."""
+    """Sets keys and values ``[b, s, k, h]`` to 0 where ``unread`` bool ``[b, k, s]``."""
     by_key = jnp.moveaxis(unread, 1, 2)[..., None]
     return [jnp.where(by_key, 0, x) for x in arrays]

@@ -31,32 +31,32 @@ from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 
 
 def _pieces(device: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
-    """The numbers of the early and the late piece of a device; there are twice as many pieces as devices."""
+    """Returns the numbers of the early and the late piece of a device; there are twice as many pieces as devices."""
     return device, 2 * jax.lax.axis_size(axis_name) - 1 - device
 
 
 def _positions(device: jax.Array, length: int, axis_name: str) -> jax.Array:
-    """The indices in the sequence of what a device holds, int32 ``[length]``, ascending."""
+    """Returns the indices in the sequence of a device's tokens, int32 ``[length]``, ascending."""
     index = jnp.arange(length // 2, dtype=jnp.int32)
     return jnp.concatenate([piece * (length // 2) + index for piece in _pieces(device, axis_name)])
 
 
 def _part_of(x: jax.Array, device: jax.Array, axis_name: str, axis: int = -1) -> jax.Array:
-    """What a device holds of an array over the whole sequence."""
+    """Returns a device's part of an array over the whole sequence."""
     size = x.shape[axis] // (2 * jax.lax.axis_size(axis_name))
     pieces = (jax.lax.dynamic_slice_in_dim(x, n * size, size, axis) for n in _pieces(device, axis_name))
     return jnp.concatenate(list(pieces), axis)
 
 
 def _ways(axis_name: str) -> list[list[tuple[int, int]]]:
-    """Where the first and where the second half of each contiguous part go: two permutations of the devices."""
+    """Returns where the first and the second half of each contiguous part go: two permutations of the devices."""
     size = jax.lax.axis_size(axis_name)
     holder = [*range(size), *reversed(range(size))]  # of each piece
     return [[(device, holder[2 * device + half]) for device in range(size)] for half in (0, 1)]
 
 
 def _balance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """From a device's contiguous part to its early and late piece."""
+    """Converts a device's contiguous part to its early and late piece."""
     halves = jnp.split(x, 2, axis)
     even, odd = (jax.lax.ppermute(half, axis_name, way) for half, way in zip(halves, _ways(axis_name), strict=True))
     # Even pieces came one way, odd ones the other; the early piece has the device's own number.
@@ -65,7 +65,7 @@ def _balance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
 
 
 def _unbalance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """Back to the contiguous part."""
+    """Converts early and late pieces back to the contiguous part."""
     early, late = jnp.split(x, 2, axis)
     early_is_even = jax.lax.axis_index(axis_name) % 2 == 0
     halves = (jnp.where(early_is_even, early, late), jnp.where(early_is_even, late, early))
@@ -76,7 +76,7 @@ def _unbalance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
 
 
 def _gather(x: jax.Array, axis_name: str, axis: int = -1) -> jax.Array:
-    """The whole sequence from contiguous parts: for integers and sums, never for keys."""
+    """Gathers the whole sequence from contiguous parts: for integers and sums, never for keys."""
     return jax.lax.all_gather(x, axis_name, axis=axis % x.ndim, tiled=True)
 
 
@@ -114,7 +114,7 @@ def _go_round(visit: Callable, carry: Any, keys: Any, gathered: Any, axis_name: 
 
 
 def _intervals(query, key_end, device, axis_name: str) -> Intervals:
-    """Who reads whom of this device's queries, ``query [b, t, n, h]``, and the keys that ``device`` holds."""
+    """Returns the intervals of this device's queries, ``query [b, t, n, h]``, and the keys of ``device``."""
     b, t = query.shape[:2]
     at = _positions(jax.lax.axis_index(axis_name), t, axis_name)
     end = _part_of(key_end, device, axis_name)
@@ -123,7 +123,7 @@ def _intervals(query, key_end, device, axis_name: str) -> Intervals:
 
 
 def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> tuple[jax.Array, jax.Array]:
-    """``(out [b, t, n, h], lse [b, k, g, t])`` of balanced parts; ``key_end [b, k, L]``."""
+    """Computes ``(out [b, t, n, h], lse [b, k, g, t])`` of balanced parts; ``key_end [b, k, L]``."""
 
     def visit(carry, _, keys, device):
         (out, lse), (key, value) = carry, keys
@@ -140,7 +140,9 @@ def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> t
 
 
 def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | None, chosen, settings, axis_name):
-    """``(dquery, dkey, dvalue [b, …] inner layout, sums)`` of balanced parts; ``columns`` of ``[b, k, L]``, or None."""
+    """Computes ``(dquery, dkey, dvalue [b, …] inner layout, sums)`` of balanced parts; ``columns [b, k, L]`` or
+    None.
+    """
 
     def visit(carry, gathered, keys, device):
         (dquery, row), (key, value) = carry, keys
@@ -165,7 +167,7 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
 
 
 def _like(primals, dquery, dkey, dvalue, axis_name):
-    """Gradients as the callers' parts and in the dtypes of what they are the gradients of."""
+    """Converts gradients to the callers' parts and to the dtypes of the arguments."""
     outer = (one_device.heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
     return tuple(_unbalance(x.astype(y.dtype), axis_name, 1) for x, y in zip(outer, primals, strict=True))
 
@@ -174,7 +176,7 @@ def _like(primals, dquery, dkey, dvalue, axis_name):
 
 
 def interval_attention(query, key, value, key_end, settings: Settings, axis_name: str):
-    """``(out [b, t, n, h], lse float32 [b, t, n])`` of a device's part, as ``api.interval_attention`` defines them."""
+    """Computes ``(out [b, t, n, h], lse float32 [b, t, n])`` of a device's part; see ``api.interval_attention``."""
     primals = vary_like((query, key, value), (query, key, value, key_end, jax.lax.axis_index(axis_name)))
     return _interval_attention(*primals, key_end, settings, axis_name)
 
@@ -204,7 +206,7 @@ _interval_attention.defvjp(_interval_fwd, _interval_bwd)
 
 
 def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings, axis_name: str):
-    """``out [b, t, n, h]`` of a device's part, as ``api.nats_attention`` defines it."""
+    """Computes ``out [b, t, n, h]`` of a device's part; see ``api.nats_attention``."""
     primals = (query, key, value, roles)
     primals = vary_like(primals, (primals, document_end, sample_key, jax.lax.axis_index(axis_name)))
     return _nats_attention(*primals, document_end, sample_key, settings, axis_name)
@@ -242,7 +244,7 @@ def _nats_bwd(settings, axis_name, residuals, dout):
 
 
 def _sample(key, length: int, settings: Settings, axis_name: str) -> SampledRows | None:
-    """This device's queries of one draw over the whole sequence, by their place among its rows; None: all of them."""
+    """Returns this device's queries of one sample over the whole sequence, by their index among its rows; None: all."""
     if settings.sampled in (0, 1):
         return None
     piece = length // 2

@@ -25,13 +25,15 @@ class SampledRows(NamedTuple):
 
 
 def num_strata(length: int, fraction: float, run: int, parts: int = 1) -> int:
-    """How many runs of ``run`` queries make up ``fraction`` of ``length``; at least one for each of ``parts``."""
+    """Returns the number of runs of ``run`` queries in ``fraction`` of ``length``; at least one per part of
+    ``parts``.
+    """
     runs = -(-length // run)
     return min(runs, -(-max(1, round(fraction * runs)) // parts) * parts)
 
 
 def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int, parts: int = 1) -> SampledRows:
-    """One stratified draw of queries.
+    """Samples queries, one run in each stratum.
 
     Args:
       key: PRNG key.

@@ -1,4 +1,4 @@
-"""What is computed: one softmax carried over the blocks of each head.
+"""The kernel: one softmax, accumulated over the blocks of each head.
 
 Key and value of a slot share a row. With head dim 64 the row is one register wide and never taken apart: ``[q | 0]``
 times the row is the logit, and the second half of the weighted sum of rows is that of the values. The products have few
@@ -35,7 +35,7 @@ def kernel(
     *,
     scale: float,
 ) -> None:
-    """A grid step: one sequence.
+    """Computes one sequence, which is a grid step.
 
     ``query`` and ``out`` are ``[k, rows, columns]``, ``lse`` and ``total`` ``[k, rows, 128]``. Until the end ``out``
     holds weighted sums, ``lse`` maxima, the same in every lane, and ``total`` sums of weights, a part in every lane.
@@ -89,7 +89,7 @@ def kernel(
 
 
 def _halves(pairs, columns: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """What to multiply with for keys and values ``[blocks, u, columns]``: slices, or twice the whole row."""
+    """Returns the operands for keys and values ``[blocks, u, columns]``: slices of the rows, or twice the rows."""
     both = pairs[...].reshape(-1, *pairs.shape[2:]).astype(dtype)
     if both.shape[-1] == columns:
         return both, both
@@ -97,7 +97,7 @@ def _halves(pairs, columns: int, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
-    """``x [blocks, m, s]`` times ``y``, whose axis ``y_axis`` is s, float32."""
+    """Multiplies ``x [blocks, m, s]`` by ``y``, whose axis ``y_axis`` is s, in float32."""
     # One pass of bfloat16 is not what a caller with float32 arrays asks for.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((2,), (y_axis,)), ((0,), (0,)))

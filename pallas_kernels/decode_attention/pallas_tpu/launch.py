@@ -1,4 +1,4 @@
-"""How the kernel is started, and what it serves."""
+"""Checks of what the kernel supports, and its launch."""
 
 import functools
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def attend(
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``.
+    """Computes attention over the slots: see ``backend.Backend``.
 
     ``interpret`` True runs the kernel in Pallas' interpreter on any platform, slowly: for tests. A
     ``pltpu.InterpretParams`` also emulates the copies and semaphores of a TPU.

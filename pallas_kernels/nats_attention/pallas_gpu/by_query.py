@@ -31,7 +31,7 @@ def query_gradient(
     scale: float,
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The gradient of the query and the sums by row.
+    """Computes the gradient of the query and the sums by row.
 
     Args:
       rows: of the query heads, ``[n, t, …]``, as ``lists.kernel_rows`` gives them.
@@ -88,7 +88,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         slots = tiling.slots(_COLUMNS)
         streamed = wg_lib.tiles_in_shared_memory(slots, _COLUMNS, head_dim, dtype=dtype)

@@ -30,7 +30,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: GpuTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, g, t, h = query.shape
     intervals = pad_intervals(intervals, BLOCK, BLOCK)
     lists = lists_lib.lists_by_query(visible_tiles(intervals, BLOCK, BLOCK))
@@ -75,7 +75,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         slots = tiling.slots(tiling.columns)
         streamed = wg_lib.tiles_in_shared_memory(slots, tiling.columns, head_dim, dtype=dtype)
         return cls(

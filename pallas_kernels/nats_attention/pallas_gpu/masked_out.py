@@ -51,7 +51,7 @@ def masked_out_pass(
     window: int,
     tiling: GpuTiling,
 ) -> RoleSums:
-    """The role sums over pairs that the mask hides: see ``Backend``."""
+    """Computes the role sums over masked-out pairs: see ``Backend``."""
     b, k, length, _ = key.shape
     intervals = pad_intervals(intervals, BLOCK, BLOCK)
     is_global = columns.is_global
@@ -95,7 +95,9 @@ def _sums(
     scale: float,
     tiling: GpuTiling,
 ) -> jax.Array:
-    """``all``, ``local``, ``sliding`` and ``past`` of ``RoleSums``, float32 ``[4, m, s]``; ``all`` not for GLOBAL."""
+    """Computes ``all``, ``local``, ``sliding``, ``past`` of ``RoleSums``, float32 ``[4, m, s]``; no ``all`` for
+    GLOBAL.
+    """
     (sums,) = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale),
         _Inputs(rows, key, value, query_position, ranges, lists),
@@ -131,7 +133,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         return cls(
             keys=own,
@@ -195,7 +197,7 @@ def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale:
 
 
 def _hidden_sums(e: jax.Array, at: jax.Array, known: _Ranges) -> list[jax.Array]:
-    """``all``, ``local``, ``sliding`` and ``past`` of a tile."""
+    """Computes ``all``, ``local``, ``sliding`` and ``past`` of a tile."""
     stop, reach, *lasts = (to_rows(x, e.shape[1]) for x in known)
     e = jnp.where((stop <= at) & (at < reach), e, 0.0)
     return [jnp.sum(e, axis=1), *(jnp.sum(jnp.where(at <= last, e, 0.0), axis=1) for last in lasts)]

@@ -27,7 +27,7 @@ def visible_pass(
     window: int,
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``.
+    """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``.
 
     The gradients come in the dtype of the operands, to which they are rounded anyway.
     """

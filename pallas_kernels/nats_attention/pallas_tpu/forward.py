@@ -22,7 +22,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: TpuTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, g, t, h = query.shape
     bq = tiling.query_block
     geometry = Geometry.of(g, h, tiling)

@@ -1,4 +1,4 @@
-"""Tilings of this backend, and what it serves."""
+"""Tilings of this backend, and the problems that it supports."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class TpuTiling(Tiling):
 
 
 def default_tiling(problem: Problem) -> TpuTiling:
-    """Up to 1024 rows by 256 keys a tile. Keys are only gathered where there are blocks to skip."""
+    """Chooses up to 1024 rows by 256 keys a tile. Keys are gathered only if there are blocks to skip."""
     rows = _ROWS // problem.group
     query_block = 256 if rows >= 256 else 128
     key_block = 256 if problem.group * query_block <= _ROWS else 128
@@ -37,7 +37,7 @@ def default_tiling(problem: Problem) -> TpuTiling:
 
 
 def candidate_tilings(problem: Problem) -> Sequence[TpuTiling]:
-    """Tiles of 128 to 512 each way, as far as they fit into vector memory."""
+    """Returns tiles of 128 to 512 each way that fit into vector memory."""
     blocks = (128, 256, 512)
     wanted = [_tiling(problem, q, s) for q in blocks for s in blocks]
     return [x for x in dict.fromkeys(wanted) if vmem_bytes(problem, x) <= VMEM_LIMIT]
@@ -59,7 +59,7 @@ def _whole_lanes(length: int) -> int:
 
 
 def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
-    """What the widest kernel takes: six tiles of float32, four blocks of either side, two float32 accumulators."""
+    """Returns the bytes of the widest kernel: six tiles of float32, four blocks of either side, two accumulators."""
     geometry = Geometry.of(problem.group, problem.head_dim, tiling)
     pairs = geometry.rows * tiling.key_block
     tokens = geometry.rows + tiling.key_block

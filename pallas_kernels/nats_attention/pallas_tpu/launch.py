@@ -26,20 +26,20 @@ class Blocks(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one block."""
+        """Shape of one block."""
         return self.array.shape[3:]
 
     @property
     def number(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return self.array.shape[2]
 
     def spec(self, memory_space=pltpu.VMEM) -> pl.BlockSpec:
-        """A grid step sees its own block."""
+        """Returns the spec with which a grid step sees its own block."""
         return pl.BlockSpec((None, None, None, *self.shape), lambda b, k, i: (b, k, i, 0, 0), memory_space=memory_space)
 
     def at(self, ref, b, k, block):
-        """One block of a ref to the whole."""
+        """Returns one block of a ref to the whole."""
         return ref.at[b, k, block]
 
 
@@ -51,27 +51,27 @@ class Tokens(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one block."""
+        """Shape of one block."""
         return self.array.shape[2], self.block, self.array.shape[4]
 
     @property
     def number(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return self.array.shape[3] // self.block
 
     def spec(self) -> pl.BlockSpec:
-        """A grid step sees its own block."""
+        """Returns the spec with which a grid step sees its own block."""
         return pl.BlockSpec((None, None, *self.shape), lambda b, k, i: (b, k, 0, i, 0))
 
     def at(self, ref, b, k, block):
-        """One block of a ref to the whole."""
+        """Returns one block of a ref to the whole."""
         return ref.at[b, k, :, pl.ds(pl.multiple_of(block * self.block, self.block), self.block)]
 
 
 class Stream:
-    """The blocks of a list, in order, each copied while the one before is worked on.
+    """The blocks of a list, in order, each copied during the computation on the one before.
 
-    ``cuts`` say how the ``sources``, refs in HBM, are cut; ``buffers`` are refs ``[2, …]`` in vector memory.
+    ``cuts`` define the blocks of the ``sources``, refs in HBM; ``buffers`` are refs ``[2, …]`` in vector memory.
     """
 
     def __init__(self, blocks, cuts: Sequence[Blocks | Tokens], sources, buffers, semaphores):

@@ -34,7 +34,7 @@ def masked_out_pass(
     window: int,
     tiling: TpuTiling,
 ) -> RoleSums:
-    """The role sums over pairs that the mask hides: see ``Backend``."""
+    """Computes the role sums over masked-out pairs: see ``Backend``."""
     b, k, length, h = key.shape
     geometry = Geometry.of(rows.query.shape[2], h, tiling)
     intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)

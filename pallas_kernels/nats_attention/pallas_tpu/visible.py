@@ -1,8 +1,7 @@
-"""Backward through the visible pairs: one kernel walks keys for the gradient of the query, one walks queries for those
-of key and value.
+"""Backward pass through the visible pairs: a kernel over keys for the query, one over queries for key and value.
 
-``e[t, s] = exp(x - lse) * (dp - delta)`` with ``dp = dout · value`` is the gradient of the logit and what the role sums
-are sums of. Two kernels compute it twice, and neither has to add to what another grid step wrote.
+``e[t, s] = exp(x - lse) * (dp - delta)`` with ``dp = dout · value`` is the gradient of the logit, and the role sums
+are sums of it. Two kernels compute it twice, so that no grid step adds to the result of another.
 """
 
 import functools
@@ -31,7 +30,7 @@ def visible_pass(
     window: int,
     tiling: TpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
+    """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
     _, _, g, t, h = rows.query.shape
     length = key.shape[2]
     geometry = Geometry.of(g, h, tiling)
@@ -58,7 +57,7 @@ def visible_pass(
 
 
 def _query_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, interpret):
-    """``dquery [b, k, g, t, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
+    """Returns ``dquery [b, k, g, t, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
     begin, end = intervals.key_position, intervals.key_end
     summed, numbers = None, [begin, end]
     if columns is not None:
@@ -116,8 +115,9 @@ def _query_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale:
 
 
 def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, window, interpret):
-    """``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key
-    ``[b, k, j, 4, key_block]``: all, own, local, sliding.
+    """Returns ``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key.
+
+    The sums are ``[b, k, j, 4, key_block]``: all, own, local, sliding.
     """
     summed, numbers = None, list(intervals[1:])
     num_sums = 0 if columns is None else 4

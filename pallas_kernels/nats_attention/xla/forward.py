@@ -17,7 +17,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: XlaTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, _, t, _ = query.shape
     lanes = Lanes.of(tiling, b * k, t)
     intervals = lanes.pad_intervals(intervals)
