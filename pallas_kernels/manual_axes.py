@@ -1,7 +1,7 @@
 """Mesh axes along which arrays differ inside ``jax.shard_map``.
 
-JAX follows that in types and refuses what forgets it: a loop whose first carry is a constant but whose later ones are
-made of the shard's data, a kernel that does not say it of its results. Elsewhere there are no such axes.
+JAX tracks them in types and refuses programs that do not declare them: a loop whose first carry is a constant but whose
+later ones depend on the shard's data, or a kernel without them in its results. Outside there are no such axes.
 """
 
 from typing import Any

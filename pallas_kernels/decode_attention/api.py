@@ -49,7 +49,7 @@ def decode_attention(
     anything.
 
     Args:
-      query: ``[b, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, k, h]``, of the same tokens.
       storage: keys and values of some layers.
       key_end: int32 ``[l, b, k, c]``, exclusive; at most ``position`` (so 0, or less) in a free slot, ``NO_END``
@@ -57,7 +57,7 @@ def decode_attention(
       length: int32 ``[l, b, k]``: from this slot on all are free, ``key_end <= position``; cut to ``0 … c``.
       position: int32 ``[b]``, index of each token: 0 or more, and a smaller number counts as 0, so that no free slot
         is read.
-      layer: int32 scalar, which layer; a traced one is cut to ``0 … l-1``.
+      layer: number of the layer, int32 scalar; a traced one is clipped to ``0 … l-1``.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
       implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense, for tests), or None for the first backend of
         this platform that can serve the call.
@@ -112,7 +112,7 @@ def _layer(given: Any, layers: int) -> jax.Array:
 
 
 def _first_that_serves(implementation: str | None, arguments: Sequence) -> tuple[jax.Array, jax.Array]:
-    if implementation == "reference":  # dense: for tests, and only when asked for by name
+    if implementation == "reference":  # dense: for tests, only by name
         return reference.attend(*arguments)
     if implementation is not None and implementation not in BACKENDS:
         known = ", ".join(map(repr, [*BACKENDS, "reference"]))

@@ -37,7 +37,7 @@ def check(storage: Storage) -> None:
     if storage.head_dim % 8:
         raise NotImplementedError(f"head dim {storage.head_dim} is no multiple of 8")
     if storage.num_blocks != 1:
-        raise NotImplementedError(f"the slots of a head lie in {storage.num_blocks} blocks")
+        raise NotImplementedError(f"the slots of a head are in {storage.num_blocks} blocks")
 
 
 def attend(

@@ -1,6 +1,6 @@
 """Layouts in memory of the keys and values of a KV buffer.
 
-Slots come in blocks, and a block of all heads lies together: a program that reads the occupied prefix of a buffer reads
+Slots come in blocks, and a block of all heads is contiguous: a program that reads the occupied prefix of a buffer reads
 whole blocks. Three formats, because platforms read in different ways:
 
 * "transposed": keys ``[…, h, u]``, values ``[…, u, h]``. A CPU's products want keys this way.

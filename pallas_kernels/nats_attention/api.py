@@ -39,7 +39,7 @@ class Sampled:
     """Role gradients from the visible pairs and from a random sample of the masked-out ones.
 
     Attributes:
-      fraction: share of the query blocks whose masked-out pairs are evaluated, in (0, 1].
+      fraction: fraction of the query blocks whose masked-out pairs are evaluated, in (0, 1].
     """
 
     fraction: float = 1 / 8
@@ -124,7 +124,7 @@ def _first_that_serves(
     call_reference: Callable[[], Any],
 ):
     """Calls the named backend, or the first one for this platform that does not refuse."""
-    if implementation == "reference":  # dense: for tests, and only when asked for by name
+    if implementation == "reference":  # dense: for tests, only by name
         return call_reference()
     if implementation is not None and implementation not in BACKENDS:
         known = ", ".join(map(repr, [*BACKENDS, "reference"]))
@@ -161,23 +161,23 @@ def nats_attention(
     """Computes causal attention in which each key's role determines the last query that can read it.
 
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
-    of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
+    of its KV head, a SLIDING key by the ``window`` queries after it; every query reads at least its own key. The
     gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
     with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
     ``jax.shard_map``, batch and heads divided, and with ``axis_name`` the sequence.
 
-    Dtypes, scale, what may be NaN and what comes back for no pairs at all: as in ``interval_attention``. Here the keys
+    Dtypes, scale, NaN and the result without any pairs are as in ``interval_attention``. Here the keys
     that nobody reads are those of padding, ``document_end[s] <= s``.
 
     Args:
-      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, t, k, h]``, float, ``n`` a multiple of ``k``.
       roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING); of others the largest counts, the first of
         equal ones.
       window: tokens, 0 or more; 0 leaves a SLIDING key to its own query alone, one of ``t`` or more is no bound.
       document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 (or any number up to the
         token's own index) marks padding, whose rows are 0; ``t`` or more is the end of the sequence. It bounds who
-        reads the token's own key, and need not agree with its neighbours'. None: one document.
+        reads the token's own key, and need not agree with its neighbors'. None: one document.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
@@ -261,12 +261,12 @@ def interval_attention(
     *Positions and ends* are any int32: negative, in any order, more than once, unrelated to each other. The inequality
     above is all that counts, so a key with ``key_end <= key_position`` is read by nobody, and a query at ``NO_END``
     (the largest int32) reads nothing. Integers of other dtypes are cut to the range of int32 (NumPy's before JAX makes
-    them int32), and a query outside of it reads nothing. Neighbouring positions in order are fast: a tile of queries
+    them int32), and a query outside of it reads nothing. Neighboring positions in order are fast: a tile of queries
     and keys is left out when no interval of its keys can meet its queries.
 
     *Nothing to read*: a query without a visible key gives 0 and a log-sum-exp of −∞, gets the gradient 0 and gives none
-    to any key, whatever it holds and whatever comes back for it, NaN included. The same holds of a key whose interval
-    is empty or lies before the first or behind the last position of the queries. All other arguments are finite: where
+    to any key, whatever its values and gradient, NaN included. The same holds for a key whose interval is empty, or
+    before the first or after the last position of the queries. All other arguments are finite: where
     one query reads a key, the others' weight of 0 for it would be 0 times NaN. With 0 sequences, queries, keys or
     heads the results are zeros and −∞ of their shapes.
 
@@ -275,7 +275,7 @@ def interval_attention(
     log-sum-exp, so that what float32 rounds off a logit (6e-8 of it) is their relative error.
 
     Args:
-      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, s, k, h]``, float, ``n`` a multiple of ``k``.
       key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding among positions of 0
         and more (``NEVER``, the smallest int32, among any).

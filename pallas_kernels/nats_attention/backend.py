@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Backend(Protocol):
-    """The passes of a backend; ``differentiable`` puts them together. ``check`` says what one cannot serve.
+    """The passes of a backend; ``differentiable`` combines them. ``check`` refuses unsupported problems.
 
     Attributes:
       PLATFORMS: the platforms ("cpu", "gpu", "tpu") that it is tried on when no implementation is named.
@@ -98,7 +98,7 @@ class Backend(Protocol):
           rows: of every query.
           key, value: ``[b, k, s, h]``, in any order.
           intervals: who reads whom.
-          columns: of every key, or None: no role sums are asked for.
+          columns: of every key, or None for no role sums.
           scale: of the logits.
           window: of SLIDING keys.
           tiling: of the backend.
@@ -124,7 +124,7 @@ class Backend(Protocol):
         """Computes the role sums over masked-out pairs, which are the credit for longer lifetimes.
 
         Args:
-          rows: of the queries that are looked at, all of them or a sample, in ascending order.
+          rows: of the queries, all of them or a sample, in ascending order.
           key, value: ``[b, k, s, h]``, in any order.
           intervals: who reads whom.
           weight: float32 ``[t]``, how many queries each row stands for.

@@ -1,7 +1,7 @@
 """From what a call may hold to what the backends rely on, once for all of them.
 
-Positions and ends can be any int32, in any order and more than once. What stands outside of every interval, a query
-that reads nothing and a key that nobody reads, is given the place that says so (``NO_END``, ``NEVER``), and such a key
+Positions and ends can be any int32, in any order and repeated. A query that reads nothing and a key that no query reads
+get the positions ``NO_END`` and ``NEVER``, which are outside of every interval, and such a key
 holds zeros from here on: a weight of 0 times what it held before might be NaN.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``h`` head dim.
@@ -37,7 +37,7 @@ def place(
       num_queries: t.
 
     Returns:
-      ``Intervals`` with the same visible pairs, and bool ``[b, k, s]``: keys whose interval is empty, or lies before
+      ``Intervals`` with the same visible pairs, and bool ``[b, k, s]``: keys whose interval is empty, or is before
       the first or behind the last query that may read something.
     """
     at, begin, end = index_intervals(key_end, num_queries)

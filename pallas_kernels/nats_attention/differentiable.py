@@ -1,7 +1,7 @@
 """Attention and its gradients, put together from the three passes that a backend offers.
 
-``backend.Backend`` says what the passes are. Here the keys are rearranged, the passes called, and their sums turned
-into the gradient of the roles; inside, the sequence lies behind the heads: query ``[b, k, g, t, h]``, key
+``backend.Backend`` defines the passes. Here the keys are rearranged, the passes called, and their sums converted to
+the gradient of the roles; in the inner layout, the sequence is after the heads: query ``[b, k, g, t, h]``, key
 ``[b, k, s, h]``.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k · g``, ``h``
@@ -33,7 +33,7 @@ class Settings:
       tiling: for the backend.
       scale: of the logits.
       window: of SLIDING keys; 0 where there are no roles.
-      sampled: share of the masked-out pairs that the role gradient looks at: 1 all of them, 0 none.
+      sampled: fraction of the masked-out pairs in the role gradient: 1 all of them, 0 none.
     """
 
     backend: Backend
@@ -84,7 +84,7 @@ def rows_of(query, out, lse, dout, dlse) -> Rows:
     """
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
     delta = rows_first(delta if dlse is None else delta - dlse, query.shape[1])
-    empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever comes back for a log-sum-exp of -inf
+    empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever the gradient of a log-sum-exp of -inf
     dout = rows_first(dout, query.shape[1])
     return Rows(query, dout, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta))
 

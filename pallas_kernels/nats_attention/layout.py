@@ -1,8 +1,8 @@
 """Long-lived keys side by side: what makes a block of keys worth skipping.
 
-GLOBAL keys lie scattered, so that nearly every block of neighbouring keys holds one and none can be skipped. Here the
+GLOBAL keys are scattered, so that nearly every block of neighboring keys has one and none can be skipped. Here the
 keys that live long are gathered, in index order, into a dense *run* in front of the sequence; the short-lived ones stay
-where they are, and the slots that were gathered are dead there. What a kernel sees is one longer sequence
+where they are, and the slots that were gathered are dead there. A kernel sees one longer sequence
 ``[run | keys in place]`` whose keys have a ``key_position`` of their own beside ``key_end``; nothing is of size L².
 
 The run has a static capacity. Keys that do not fit stay in place, alive: blocks around them are computed as before,
@@ -53,7 +53,7 @@ def lifetime_class(key_position: jax.Array, key_end: jax.Array, thresholds: Sequ
 def arrange(key_position: jax.Array, key_end: jax.Array, *, thresholds: Sequence[int], capacity: int) -> Layout:
     """Chooses the keys of the run: those that outlive the first threshold, by lifetime class and then by index.
 
-    A threshold should lie above the window and above a block of keys: below that, neighbours in place share a fate.
+    A threshold should be above the window and above a block of keys: below, neighbors in place are alive together.
     With one threshold the run is in index order. More thresholds keep keys of similar lifetimes together, which pays
     when GLOBAL keys are rare and LOCAL ones live long.
 

@@ -103,7 +103,7 @@ def interval_attention(
     logits = _logits(query, key, scale)
     lse = _log_sum_exp(logits, visible)  # [b, k, g, t]
     out = _output(_masked_softmax(logits, visible.astype(logits.dtype), visible), value, query)
-    # Also what comes back for a row that reads nothing may be anything.
+    # The gradient of a row that reads nothing may be anything, too.
     out = jnp.where(reads, _grouped(out, key.shape[2]), 0).reshape(out.shape)
     return out, jnp.moveaxis(lse, 3, 1).reshape(b, t, -1)
 
@@ -129,7 +129,7 @@ def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip
 def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
     query, key, value, roles, document_end, key_end, out, lse = residuals
     (b, length, n, _h), num_kv = query.shape, key.shape[2]
-    # A row that reads nothing may hold anything, and so may what comes back for it.
+    # A row that reads nothing may have any values, and so may its gradient.
     empty = jnp.isneginf(lse)[..., None]
     query, dout = jnp.where(empty, 0, query), jnp.where(empty, 0, dout)
     logits = _logits(query, key, scale)

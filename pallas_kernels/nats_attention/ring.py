@@ -5,7 +5,7 @@ first exchanged for two pieces each, an early and a late one, which together cos
 queries stay and the keys and values travel: in each of as many steps as there are devices, every device attends to the
 pieces that are with it and passes them on; in the backward their gradients and role sums travel along. No device ever
 holds the keys of the whole sequence. What it does hold of it are a few integers for each token: roles and ends of
-documents are gathered first, for a key's end depends on roles that lie elsewhere.
+documents are gathered first, for a key's end depends on roles of other devices.
 
 Axis letters as in ``differentiable``; ``t`` and ``s`` are a device's part, ``L`` is the whole sequence.
 
@@ -130,8 +130,8 @@ def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> t
         intervals = _intervals(query, key_end, device, axis_name)
         more, more_lse = one_device.attend(query, key, value, intervals, settings)
         both = jnp.logaddexp(lse, more_lse)
-        shares = (jnp.where(jnp.isneginf(x), 0, jnp.exp(x - both))[..., None] for x in (lse, more_lse))
-        return (sum(share * x.astype(jnp.float32) for share, x in zip(shares, (out, more), strict=True)), both), None
+        fractions = (jnp.where(jnp.isneginf(x), 0, jnp.exp(x - both))[..., None] for x in (lse, more_lse))
+        return (sum(part * x.astype(jnp.float32) for part, x in zip(fractions, (out, more), strict=True)), both), None
 
     inner = one_device.rows_first(query, key.shape[2])
     start = (jnp.zeros(inner.shape, jnp.float32), jnp.full(inner.shape[:-1], -jnp.inf, jnp.float32))
@@ -140,9 +140,7 @@ def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> t
 
 
 def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | None, chosen, settings, axis_name):
-    """Computes ``(dquery, dkey, dvalue [b, …] inner layout, sums)`` of balanced parts; ``columns [b, k, L]`` or
-    None.
-    """
+    """Computes ``(dquery, dkey, dvalue, sums)`` of balanced parts, inner layout; ``columns [b, k, L]`` or None."""
 
     def visit(carry, gathered, keys, device):
         (dquery, row), (key, value) = carry, keys
@@ -235,7 +233,7 @@ def _nats_bwd(settings, axis_name, residuals, dout):
     rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, None)
     chosen = _sample(sample_key, query.shape[1], settings, axis_name)
     dquery, dkey, dvalue, sums = _gradients(rows, query, key, value, key_end, columns, chosen, settings, axis_name)
-    # What a token's role is worth depends on sums over tokens elsewhere: five numbers for each.
+    # The credit of a token's role depends on sums over tokens of other devices: five numbers for each.
     whole = RoleSums(*(_gather(_unbalance(x, axis_name, 2), axis_name) for x in sums))
     droles = roles_lib.role_gradient(whole, columns, document_end).astype(witness.dtype)
     length = query.shape[1]

@@ -111,7 +111,7 @@ def key_end_from_roles(
 
     Args:
       role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
-      window: how many queries behind its own a SLIDING key can be read by, 0 or more; may be traced, an int32 scalar.
+      window: queries after its own that can read a SLIDING key, 0 or more; may be a traced int32 scalar.
         One beyond int32 is none at all.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 

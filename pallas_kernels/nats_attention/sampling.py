@@ -25,9 +25,7 @@ class SampledRows(NamedTuple):
 
 
 def num_strata(length: int, fraction: float, run: int, parts: int = 1) -> int:
-    """Returns the number of runs of ``run`` queries in ``fraction`` of ``length``; at least one per part of
-    ``parts``.
-    """
+    """Returns the number of runs of ``run`` queries in ``fraction`` of ``length``; one per part at least."""
     runs = -(-length // run)
     return min(runs, -(-max(1, round(fraction * runs)) // parts) * parts)
 
@@ -39,7 +37,7 @@ def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int, parts: 
       key: PRNG key.
       length: of the sequence, queries.
       fraction: of the queries to be drawn, in (0, 1].
-      run: neighbouring queries that are drawn together.
+      run: neighboring queries that are sampled together.
       parts: equal parts of the sequence, each a multiple of ``run`` long if they are several, that get as many rows
         each, one after the other.
 

@@ -1,8 +1,8 @@
 """The division of the work into tiles: fields and checks that all backends share.
 
-None of it changes what is computed, only how fast and with how much memory; but for ``sampled_run``, which says what
-``Sampled`` draws together. A backend may add fields of its own (it
-then subclasses ``Tiling``) and knows the defaults for a shape; ``autotune`` times candidates on the device at hand.
+It changes time and memory, not results, except for ``sampled_run``, the queries that ``Sampled`` samples together. A
+backend may add fields of its own in a subclass of ``Tiling``, and has defaults for every shape; ``autotune`` times
+candidates on the device.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Tiling:
     Attributes:
       query_block, key_block: rows (of each query head) and columns of a tile, tokens.
       thresholds: lifetimes (queries), ascending, above which keys are gathered; empty: every key stays in place.
-      capacity: slots of the gathered run, as a share of the keys, in (0, 1].
-      sampled_run: neighbouring queries that ``Sampled`` draws together.
+      capacity: slots of the gathered run, as a fraction of the keys, in (0, 1].
+      sampled_run: neighboring queries that ``Sampled`` samples together.
     """
 
     query_block: int

@@ -75,7 +75,7 @@ def kernel(
         weights = jnp.exp(logits - lanes.spread(new_top, logits.shape[2])[None])
         decay = jnp.exp(top - new_top)
         update = by_block(_dot(weights.reshape(depth * heads, rows, -1).astype(values.dtype), values, 1))
-        # Where there is no block, what lies there may never have been written: 0 times NaN.
+        # The memory of a missing block may never have been written: 0 times NaN.
         update = jnp.sum(jnp.where(highest > -jnp.inf, update, 0), axis=0)
         store(lse_ref, new_top)
         store(total_ref, load(total_ref) * decay + lanes.fold_lanes(jnp.sum(weights, axis=0)))

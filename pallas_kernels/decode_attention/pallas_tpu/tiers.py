@@ -2,7 +2,7 @@
 
 *Tier* t of a sequence is the t-th block of every head that has so many, or, where a device has few heads, the t-th few
 blocks: what is computed side by side is to be there together. Each block of a head is one copy, and ``key_end`` of all
-heads is another, for so that array lies in memory. Several tiers are on their way at once, those of the next sequences
+heads is another, as that array is stored. Several tiers are copied at once, those of the next sequences
 too: a block of 128 slots with head dim 64 is 32 KiB, and a copy takes about a microsecond, in which the memory of these
 chips moves a megabyte or two.
 """
@@ -58,7 +58,7 @@ class Tiers:
     """The tiers of some sequences, one sequence after the other, in a ring of buffers.
 
     Attributes:
-      layer: which.
+      layer: number of the layer.
       end: the first sequence that is no longer one of these.
       num_blocks, longest: refs: blocks of every head ``[b · k]``, and of the head that has most ``[b]``.
       sources: refs in HBM: keys and values ``[l, j, b, k, u, 2h]``, ``key_end [l, b, k, c]``.

@@ -37,7 +37,7 @@ def query_gradient(
       rows: of the query heads, ``[n, t, …]``, as ``lists.kernel_rows`` gives them.
       key, value: of the KV heads, ``[m, s, h]``.
       intervals: ``query_position [b, t]``, the others ``[m, s]``.
-      is_local: int32 ``[m, s]``, or None: no sums by row are asked for.
+      is_local: int32 ``[m, s]``, or None for no sums by row.
       lists: by query block.
       scale: of the logits.
       tiling: of the backend.

@@ -35,9 +35,7 @@ def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:
 
 
 def kernel_rows(rows: Rows) -> Rows:
-    """Converts ``[b, k, g, t, …]`` to ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows contribute
-    nothing.
-    """
+    """Converts ``[b, k, g, t, …]`` to ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows add nothing."""
     fill = (0, 0, jnp.inf, 0)
     rows = clear_empty_rows(rows)
     padded = Rows(*(one_head_axis(pad(x, 3, value), 3) for x, value in zip(rows, fill, strict=True)))

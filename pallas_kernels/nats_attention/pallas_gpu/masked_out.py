@@ -1,6 +1,6 @@
 """The role sums over pairs that the mask hides: for each key block a sum over the query blocks in its reach.
 
-Nearly all of these tiles are plain: only the sum of e over all their rows is asked for, and that needs no
+Nearly all of these tiles are plain: they need only the sum of e over all their rows, which needs no
 ``dout · value`` of the single pairs, because e is linear in the value (``ratio`` as in ``warpgroups.clipped_ratio``):
 
     sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
@@ -95,9 +95,7 @@ def _sums(
     scale: float,
     tiling: GpuTiling,
 ) -> jax.Array:
-    """Computes ``all``, ``local``, ``sliding``, ``past`` of ``RoleSums``, float32 ``[4, m, s]``; no ``all`` for
-    GLOBAL.
-    """
+    """Computes ``all`` (not for GLOBAL), ``local``, ``sliding``, ``past`` of ``RoleSums``, float32 ``[4, m, s]``."""
     (sums,) = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale),
         _Inputs(rows, key, value, query_position, ranges, lists),

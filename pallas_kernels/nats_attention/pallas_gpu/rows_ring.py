@@ -39,9 +39,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, rows, key, lists, size: int, batch: int) -> "Walk":
-        """Returns the walk of this block of threads; refs of ``rows [n, t, …]``, ``key [m, s, h]`` and of lists by
-        key.
-        """
+        """Returns the walk of this block of threads; refs of ``rows [n, t, …]``, ``key [m, s, h]``, lists by key."""
         block, kv_head = lax.axis_index("block"), lax.axis_index("head")
         group = rows.query.shape[0] // key.shape[0]
         num_plain, num_items = (x[kv_head, block] * (group * BLOCK // size) for x in (lists.num_plain, lists.num_alive))

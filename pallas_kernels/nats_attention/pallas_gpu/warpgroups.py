@@ -99,9 +99,7 @@ def add_product(acc, left: jax.Array, right, buffer, warpgroup) -> None:
 
 
 def clipped_ratio(logits: jax.Array, lse: jax.Array, scale: float) -> jax.Array:
-    """Computes ``min(exp(x - lse), 1)``, ``lse`` in base 2. Visible pairs have x <= lse; masked-out ones may exceed
-    it.
-    """
+    """Computes ``min(exp(x - lse), 1)``, ``lse`` in base 2; only masked-out pairs can have x > lse."""
     return jnp.exp2(lax.min(logits * (scale * LOG2E) - lse, jnp.zeros_like(lse)))
 
 
@@ -115,7 +113,7 @@ def feed(
 ) -> None:
     """Runs the memory warpgroup's loop: ``load(find(item), slot)`` for every item, when its slot is free.
 
-    What an item is stands in a list in global memory: ``find`` reads it while the slot is still in use.
+    Items are in a list in global memory: ``find`` reads one while the slot is still in use.
     """
 
     @pl.loop(0, num_items)

@@ -1,8 +1,8 @@
 """One way to start every kernel: a grid over blocks, and for each a stream of other blocks from a list.
 
-What a grid step owns comes as ordinary blocks. What it walks through stays in HBM and is copied block by block into two
-buffers in turn: the next one is on its way while a tile is computed. The number of steps is read from the list at run
-time, so that a dead tile costs nothing, not even an empty grid step.
+The blocks that a grid step owns are ordinary ones. Those that it walks through stay in HBM and are copied one by one
+into two buffers in turn: the next one is on its way while a tile is computed. The number of steps is read from the list
+at run time, so that a dead tile costs nothing, not even an empty grid step.
 """
 
 import math
@@ -132,7 +132,7 @@ def launch(
       streamed: of these it sees one listed block after the other.
       outs: shapes and dtypes of what is written, block by block.
       scratch: shapes of float32 accumulators.
-      flops_a_tile, exps_a_tile: for the compiler's schedule, which is told that half of all tiles are computed: how
+      flops_a_tile, exps_a_tile: for the compiler's schedule, which assumes that half of all tiles are computed: how
         many really are is known at run time alone.
       name: of the kernel in traces and profiles.
       interpret: as in ``TpuTiling``.

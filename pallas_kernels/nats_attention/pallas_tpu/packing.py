@@ -3,7 +3,7 @@
 Query, its gradient and the output stay ``[b, k, g, t, h]``, of which a block is a slice of t: putting the heads of a
 block side by side in memory would be a copy of its own. Everything else is ``[b, k, block, row, column]``.
 
-*Pairs.* Key and value lie side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
+*Pairs.* Key and value are side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
 With head dim 128 each is a whole register wide and taken apart for nothing. With head dim 64 the pair is *one* register
 wide and never taken apart: ``[q | 0] · [k | v]ᵀ`` is ``q · kᵀ``, and ``p · [k | v]`` has ``p · v`` in its second half.
 A matrix unit is 128 wide, so neither costs more than the product of 64 columns would; an array of 64 columns of its own

@@ -1,6 +1,6 @@
 """Arithmetic on one tile, in registers: products, masks and sums.
 
-What a grid step owns lies in the rows of a tile, what it walks through in the columns. So the streamed numbers are used
+The rows of a tile are what a grid step owns, the columns what it walks through. So the streamed numbers are used
 as they come, one a lane, and the owned ones are turned into columns once a grid step.
 """
 
@@ -79,9 +79,7 @@ def add_by_head(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def keep_by_head(x: jax.Array, where: jax.Array) -> jax.Array:
-    """Keeps ``x [m, s]`` where bool ``where [query_block, s]`` holds, in every head of the group; else −∞, for NaN
-    too.
-    """
+    """Keeps ``x [m, s]`` where bool ``where [query_block, s]`` holds, in every head; else −∞, also for NaN."""
     by_head = x.reshape(-1, *where.shape)
     return jnp.where(where[None], by_head, -jnp.inf).reshape(x.shape)
 

@@ -124,7 +124,7 @@ def visible_pass(
     tiles = visible_tiles(intervals, lanes.query_block, lanes.key_block)
     if columns is not None:
         columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
-        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # behind it, only the full sum
+        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # after it, only the full sum
         far = most(settled, lanes.key_block) < first_query(intervals.query_position, lanes.query_block)
         tiles = Tiles(tiles.alive, tiles.plain & far)
         columns = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))

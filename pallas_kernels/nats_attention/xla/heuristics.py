@@ -14,7 +14,9 @@ from pallas_kernels.nats_attention.tiling import (
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
 # Chosen from what was timed on two cores: docs/attention.md.
-_TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, two cores' share of the cache
+_TILE_PAIRS = (
+    1 << 18
+)  # pairs of a tile over all its lanes: float32 logits of a megabyte, as much as fits into two cores' caches
 _TILE_PAIRS_OF_ONE_CORE = 1 << 16
 _SHORT = 1024  # tokens
 
@@ -25,7 +27,7 @@ class XlaTiling(Tiling):
 
     Attributes:
       lanes: pairs of a head (of batch · KV heads) and a query block that take a step together, each with a list of its
-        own; heads first, lowered to the next divisor of their number, then neighbouring query blocks.
+        own; heads first, lowered to the next divisor of their number, then neighboring query blocks.
     """
 
     lanes: int = 1

@@ -1,7 +1,7 @@
 """Padding to whole tiles, and tiles side by side in lanes, for the passes of this backend.
 
 A CPU's products and XLA's loops want more work at a time than one tile. So several KV heads, and where these are few
-several neighbouring query blocks of each, go through a loop together: one *lane* for each pair of head and query block,
+several neighboring query blocks of each, go through a loop together: one *lane* for each pair of head and query block,
 each with a list of key blocks of its own.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``j``
@@ -25,7 +25,7 @@ class Lanes:
 
     Attributes:
       heads: KV heads of a group.
-      blocks: neighbouring query blocks of each.
+      blocks: neighboring query blocks of each.
       query_block, key_block: rows of each query head, and columns, of a tile.
     """
 
