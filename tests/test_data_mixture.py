@@ -57,7 +57,7 @@ def test_streams_are_interleaved_evenly_and_nothing_is_lost(folders, weights, se
     for number, part in enumerate(mixture.parts):
         own = [index for corpus, index in places if corpus == number]
         assert own == list(range(own[0], own[0] + len(own))) if own else True  # each once, in order
-        assert len(own) == pytest.approx(2000 * part.share, abs=len(mixture.parts))
+        assert len(own) == pytest.approx(2000 * part.fraction, abs=len(mixture.parts))
     assert [mixture.place(index) for index in range(begin, begin + 20)] == places[:20]
 
 

@@ -30,7 +30,7 @@ class Part:
     """A corpus and its fraction of the mixture; fractions add up to 1."""
 
     corpus: Corpus
-    share: float
+    fraction: float
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
@@ -72,7 +72,7 @@ def load_mixture(text: str) -> list[Part]:
       >>> MixtureSource(parts, context_length=256, seed=0)[0]["inputs"].shape
       (256,)
     """
-    parts = [Part(Corpus.load(folder), share) for folder, share in parse_mixture(text)]
+    parts = [Part(Corpus.load(folder), fraction) for folder, fraction in parse_mixture(text)]
     first = parts[0].corpus
     known: dict[str, Corpus] = {}
     for part in parts:
@@ -95,7 +95,7 @@ def load_mixture(text: str) -> list[Part]:
 def mixture_fingerprint(parts: Iterable[tuple[str, float]]) -> str:
     """Hashes the content hashes of corpora and their fractions, in order: SHA-256 (hex)."""
     # Rounded, for a fraction that is written and read again may differ in its last bit.
-    marks = [[content_hash, f"{share:.9g}"] for content_hash, share in parts]
+    marks = [[content_hash, f"{fraction:.9g}"] for content_hash, fraction in parts]
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
@@ -104,8 +104,8 @@ def mixture_name(parts: Sequence[Part]) -> str:
     names = []
     for part in parts:
         counts = part.corpus.summaries["train"]
-        share = f"{100 * part.share:.3g} % {part.corpus.folder}"
-        names.append(f"{share} ({counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens)")
+        name = f"{100 * part.fraction:.3g} % {part.corpus.folder}"
+        names.append(f"{name} ({counts.documents} documents, {counts.tokens / 1e6:.2f}M tokens)")
     return f"mixture of {', '.join(names)}"
 
 
@@ -171,7 +171,7 @@ class MixtureSource:
         """Returns the lengths of the document pieces of an epoch, int64 ``[num_pieces]``."""
         return np.concatenate(
             [
-                _first_tokens(source.piece_lengths(), round(part.share * self.epoch_tokens))
+                _first_tokens(source.piece_lengths(), round(part.fraction * self.epoch_tokens))
                 for part, source in zip(self.parts, self.sources, strict=True)
             ]
         )
@@ -210,9 +210,9 @@ def mixture_contexts(parts: Sequence[Part], split: str, *, context_length: int, 
 def _whole_weights(parts: Sequence[Part]) -> list[int]:
     """Returns integers in the ratio of the fractions."""
     # A fraction that was written and read again may differ in its last bit, which must not change the sequence.
-    shares = [Fraction(part.share).limit_denominator(10**9) or Fraction(part.share) for part in parts]
-    scale = math.lcm(*(share.denominator for share in shares))
-    return [int(share * scale) for share in shares]
+    fractions = [Fraction(part.fraction).limit_denominator(10**9) or Fraction(part.fraction) for part in parts]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]
 
 
 def _heaviest_first(weights: list[int]) -> list[int]:
