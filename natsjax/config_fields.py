@@ -254,8 +254,8 @@ def check_file_name(path: str | os.PathLike[str]) -> None:
         os.path.abspath(path).encode("utf-8")
     except UnicodeEncodeError as error:  # Python keeps other bytes as halves of surrogate pairs
         raise UserError(
-            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or set PYTHONUTF8=1 if the name is UTF-8 "
-            "and the locale is not."
+            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or set PYTHONUTF8=1 if the name "
+            "is UTF-8 and the locale is not."
         ) from error
 
 

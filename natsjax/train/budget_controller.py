@@ -49,7 +49,9 @@ def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
     return 1.0 + progress * (config.kv_budget - 1.0)
 
 
-def update_controller(controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig) -> Controller:
+def update_controller(
+    controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig
+) -> Controller:
     """Updates the state after a step.
 
     Args:
