@@ -69,7 +69,7 @@ class Instruction(NamedTuple):
         """Names of the computations that it calls; for a conditional, of its branches in order."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if branches:
-            return _NAME.findall(branches[1])
+            return re.findall(r"[\w.\-]+", branches[1].replace("%", ""))
         names = ("true_computation", "false_computation", "calls", "to_apply")
         return [name for name in map(self.attribute, names) if name]
 
