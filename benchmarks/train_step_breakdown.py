@@ -16,11 +16,11 @@ import jax
 
 PARTS = (  # (part, what its innermost function of ours matches: "folder/file.py:function")
     ("attention", r"pallas_kernels/|nats_attention/|xla/"),
-    ("roles", r"token_types\.py:|:Scorer\.|:Attention\._attend|:_role_counts"),
+    ("roles", r"roles\.py:|role_statistics\.py:|:Scorer\.|:RoleSampling\.|:MaskedAttention\.|:Attention\._attend"),
     ("projections and rotary", r":Attention\.|:rotate"),
     ("MLP", r":MLP\."),
     ("norms", r":RMSNorm\."),
-    ("logits and loss", r"losses\.py:|vocabulary_loss\.py:|:Transformer\.output_weight"),
+    ("logits and loss", r"losses\.py:|cross_entropy\.py:|:Transformer\.output_weight"),
     ("optimizer", r"optax/|transforms/|_src/|schedules/|tree_utils/"),
     ("residual stream", r":Block\."),
     ("embedding and scan over layers", r":Transformer\."),
