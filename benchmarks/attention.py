@@ -1,16 +1,16 @@
-"""How fast is attention whose cost follows the live keys? Forward and backward against dense and block-sparse rivals.
+"""Speed of attention whose cost follows the live keys, forward and backward, against dense and block-sparse rivals.
 
     python -m benchmarks.attention --output=docs            the table of docs/attention.md, on a CPU or a GPU
     python -m benchmarks.attention --lengths=8192 --global_fractions=0.01,0.05,0.2 --windows=64,256,1024
 
-Roles are scattered at random: a share of GLOBAL tokens, the rest half LOCAL, half SLIDING. Every round times each
+Roles are random: a fraction of GLOBAL tokens, the rest half LOCAL, half SLIDING. Every round times each
 contestant once, so that whatever else the machine does hits all of them; a ratio is the median over rounds of
 rival / ours. On a CPU the rivals are ``torch`` (scaled_dot_product_attention, where PyTorch is installed) and ``jax``
 (``jax.nn.dot_product_attention``, as long as its logits fit); on a GPU ``cudnn`` (the same function) and ``flex``
 (torch FlexAttention). Rivals differentiate query, key and value; ours also the roles.
 
 XLA runs most of a program's operations one after the other, so a CPU is used best with a device for each core and the
-heads divided among them; that is what is measured unless ``--devices=1`` says otherwise. JAX's rivals run likewise.
+heads divided among them; ``--devices=1`` measures one device. JAX's rivals run in the same way.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from benchmarks.attention_contestants import (
     timed_call,
     torch_rivals,
 )
+from benchmarks.counting import count_pairs
 from natsjax.config_fields import did_you_mean
 from natsjax.runtime.flags import Parser, run_command
 from pallas_kernels import nats_attention as na
-from pallas_kernels.nats_attention import api, tilings
-from pallas_kernels.nats_attention.counting import count_pairs
+from pallas_kernels.nats_attention import api, tuning_table
 from pallas_kernels.nats_attention.tiling import Tiling, num_cores
 
 PASSES = ("forward", "sampled", "exact", "visible")
 
 
 def race(contestants: list[Contestant], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after one call that is not timed."""
+    """Times each contestant in each round, in seconds, after one call that is not timed."""
     for contestant in contestants:
         contestant.call()
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
@@ -62,21 +62,21 @@ def race(contestants: list[Contestant], repeats: int) -> dict[str, list[float]]:
 
 
 def ratio(rival: list[float], own: list[float]) -> float:
-    """Median over rounds of rival / own: how many times faster ``own`` is."""
+    """Returns the median over rounds of rival / own: how many times faster ``own`` is."""
     return statistics.median(x / y for x, y in zip(rival, own, strict=True))
 
 
 def tilings_of(case: Case, implementation: str) -> dict[str, Tiling]:
-    """The tiling that is chosen without being asked ("tuned"), and the same with tiles of 128 tokens."""
+    """Returns the default tiling ("tuned"), and the same with tiles of 128 tokens."""
     backend = api.BACKENDS[implementation]
-    tuned = tilings.choose(implementation, backend, case.problem)
+    tuned = tuning_table.choose(implementation, backend, case.problem)
     block = min(128, case.length)
     small = dataclasses.replace(backend.default_tiling(case.problem), query_block=block, key_block=block)
     return {"128": small, "tuned": tuned}
 
 
 def measure(case: Case, kind: str, arguments: argparse.Namespace, platform: str) -> dict[str, Any]:
-    """One row: seconds and ratios of a case and a pass."""
+    """Measures a row: seconds and ratios of a case and a pass."""
     given = inputs(case)
     by_name = tilings_of(case, arguments.implementation)
     contestants, temporaries = ours(case, given, kind, by_name, arguments.implementation)
@@ -96,9 +96,9 @@ def measure(case: Case, kind: str, arguments: argparse.Namespace, platform: str)
 
 
 def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> dict[str, float]:
-    """With all tokens GLOBAL: seconds of the roles' forward, of plain causal attention and of the rivals."""
+    """Measures, with all tokens GLOBAL, seconds of the roles' forward, of plain causal attention and of the rivals."""
     given = inputs(case)._replace(role_ids=np.zeros((1, case.num_kv_heads, case.length), np.int32))
-    tuned = tilings.choose(arguments.implementation, api.BACKENDS[arguments.implementation], case.problem)
+    tuned = tuning_table.choose(arguments.implementation, api.BACKENDS[arguments.implementation], case.problem)
     contestants, _ = ours(case, given, "forward", {"all GLOBAL": tuned}, arguments.implementation)
     arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
     end = jnp.full((1, case.num_kv_heads, case.length), na.NO_END, jnp.int32)
@@ -112,7 +112,7 @@ def cost_of_layout(case: Case, arguments: argparse.Namespace, platform: str) -> 
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """A line of the Markdown table."""
+    """Prints a line of the Markdown table."""
     case, seconds = row["case"], row["seconds"]
     rivals = dict.fromkeys(rival for rival, _ in row["ratio"])
     ratios = row["ratio"]
@@ -159,11 +159,11 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=numbers(int), default=[8192, 16384, 32768], help="tokens")
-    parser.add_argument("--global_fractions", type=numbers(float), default=[0.05], help="share of GLOBAL tokens")
+    parser.add_argument("--global_fractions", type=numbers(float), default=[0.05], help="fractions of GLOBAL tokens")
     parser.add_argument("--windows", type=numbers(int), default=[256], help="of SLIDING tokens")
     parser.add_argument("--passes", type=numbers(str), default=["forward", "sampled", "exact"], help=", ".join(PASSES))
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
@@ -174,7 +174,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--implementation", default=None, choices=sorted(api.BACKENDS), help="backend (default: by platform)"
     )
-    parser.add_argument("--devices", type=int, default=None, help="that share the heads (default: a CPU's cores)")
+    parser.add_argument(
+        "--devices", type=int, default=None, help="devices that share the heads (default: a CPU's cores)"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for the picture")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.passes) - set(PASSES)
@@ -188,7 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    """How many devices share the heads; asks JAX for that many CPU devices, which it grants before it has any.
+    """Sets the number of CPU devices that share the heads, which JAX must know before its first use.
 
     Raises:
       SystemExit: there are not so many.

@@ -1,4 +1,4 @@
-"""What is timed: our attention and its rivals, forward and backward, as calls without arguments."""
+"""Contestants: our attention and its rivals, forward and backward, as calls without arguments."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
     @property
     def problem(self) -> Problem:
-        """What a tiling is chosen for: a device's share."""
+        """Problem that a tiling is chosen for, on one device."""
         heads, group = self.num_kv_heads // self.devices, self.num_heads // self.num_kv_heads
         return Problem(1, self.length, self.length, heads, group, self.head_dim, self.window, dtype=self.dtype)
 
@@ -68,7 +68,7 @@ class Contestant:
 
 
 def inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random arrays and roles of a case."""
+    """Returns random arrays and roles of a case."""
     rng = np.random.default_rng(seed)
     shape = (1, case.length, case.num_heads, case.head_dim)
     query, dout = rng.normal(size=(2, *shape)).astype(np.float32)
@@ -79,7 +79,7 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def timed_call(function: Callable[..., Any], case: Case, arguments: tuple[Any, ...], in_specs, out_specs):
-    """A call to be timed, heads divided among the case's devices; also the bytes of temporaries that it takes."""
+    """Compiles a call to be timed, heads divided among the devices; also returns the bytes of its temporaries."""
     if case.devices > 1:
         mesh = jax.make_mesh((case.devices,), ("head",), devices=jax.devices()[: case.devices])
         function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
@@ -114,7 +114,7 @@ def one_pass(case: Case, kind: str, implementation: str, tiling: Tiling) -> Call
 
 
 def ours(case: Case, given: Inputs, kind: str, by_name: dict[str, Tiling], implementation: str):
-    """Our contestants of one pass, by tiling; also the bytes of temporaries that each compiled program takes."""
+    """Returns our contestants of one pass, by tiling, and the bytes of temporaries of each compiled program."""
     arrays = [jnp.asarray(x, case.dtype) for x in (given.query, given.key, given.value)]
     arguments = (*arrays, jax.nn.one_hot(given.role_ids, 3), jnp.asarray(given.dout, case.dtype), jax.random.key(0))
     specs = (*[BY_HEAD] * 3, ROLES_BY_HEAD, BY_HEAD, jax.P())
@@ -128,7 +128,7 @@ def ours(case: Case, given: Inputs, kind: str, by_name: dict[str, Tiling], imple
 
 
 def jax_rival(case: Case, given: Inputs, kind: str, platform: str) -> Contestant | None:
-    """``jax.nn.dot_product_attention``, causal: cuDNN's on a GPU, XLA's elsewhere as long as its logits fit."""
+    """Builds causal ``jax.nn.dot_product_attention``: cuDNN's on a GPU, XLA's elsewhere while its logits fit."""
     name, implementation = ("cudnn", "cudnn") if platform == "gpu" else ("jax", "xla")
     if implementation == "xla" and 4 * case.num_heads * case.length**2 > MAX_DENSE_BYTES:
         return None
@@ -146,7 +146,7 @@ def jax_rival(case: Case, given: Inputs, kind: str, platform: str) -> Contestant
 
 
 def torch_rivals(case: Case, given: Inputs, kind: str, platform: str) -> Iterable[Contestant]:
-    """PyTorch's dense attention on a CPU, FlexAttention with the same mask on a GPU; none without PyTorch."""
+    """Builds PyTorch's dense attention on a CPU, FlexAttention with the same mask on a GPU; none without PyTorch."""
     if importlib.util.find_spec("torch") is None:
         return
     import torch

@@ -1,4 +1,4 @@
-"""What the checksums of a checkpoint cost, beside the save and the restore that they belong to.
+"""Time of a checkpoint's checksums, compared with the save and the restore that they belong to.
 
     python -m benchmarks.checksums [--megabytes=13,500] [--repeats=3] [--folder=DIR]
 
@@ -22,7 +22,7 @@ _ARRAYS = 30
 
 
 def measure(folder: pathlib.Path, megabytes: float, repeats: int) -> str:
-    """A line: seconds of a save, a restore and the checksums of each."""
+    """Measures a line: seconds of a save, of a restore and of the checksums of each."""
     size = int(megabytes * 1e6 / 4 / _ARRAYS)
     rng = np.random.default_rng(0)
     state = {f"w{n}": jnp.asarray(rng.standard_normal(size, np.float32)) for n in range(_ARRAYS)}
@@ -56,7 +56,7 @@ def measure(folder: pathlib.Path, megabytes: float, repeats: int) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", default="13,500", help="sizes of the state (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")

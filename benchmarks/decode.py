@@ -1,4 +1,4 @@
-"""How long does a token take? NAtS against its own full cache, and that against the greedy loop of `transformers`.
+"""Time per decoded token: NAtS against its own full cache, and that against the greedy loop of `transformers`.
 
     python -m benchmarks.decode --output=docs           the tables of docs/decode.md, and docs/decode.json
     python -m benchmarks.decode --contexts=             without the curve
@@ -8,18 +8,19 @@ The model has SmolLM-135M's shape (30 layers, width 576, 9 heads over 3 KV heads
 float32) with random parameters, and caches hold random keys: speed depends on neither. Contestants:
 
 * ``full``: our loop, every key kept;
-* ``nats``: our loop, of which every head keeps the share ``--live`` of the context's keys, the window's
+* ``nats``: our loop, of which every head keeps the fraction ``--live`` of the context's keys, the window's
   among them;
 * ``transformers``: ``model.generate``, greedy, with its default cache, where `transformers` is installed
   (``benchmarks.decode_transformers``); it has the parameters and the keys of ``full`` and must draw the same tokens
   with the same log-probabilities, or the program stops;
 * ``static``: the same with its ``StaticCache``, which is not copied at every step.
 
-A call draws ``--tokens`` tokens for every sequence of the batch behind ``--context`` of them; the time of a step is a
-call's over its steps, each of one token for every sequence. Every round times each contestant once, so that whatever
-else the machine does hits all of them; a ratio is the median over rounds. Between calls the drawn tokens are taken out.
+A call generates ``--tokens`` tokens for every sequence of the batch after ``--context`` of them; the time of a step is
+a call's over its steps, each of one token for every sequence. Every round times each contestant once, so that whatever
+else the machine does hits all of them; a ratio is the median over rounds. Between calls the generated tokens are
+removed.
 
-The curve is of batch 1: ``full`` and ``nats`` by context, with the same number of live keys and with the same share.
+The curve is of batch 1: ``full`` and ``nats`` by context, with the same number of live keys and with the same fraction.
 """
 
 import argparse
@@ -75,7 +76,7 @@ MAX_DIFFERENCE = 1e-4
 
 
 def config(num_layers: int) -> Config:
-    """SmolLM-135M's shape; a fresh scorer makes every token SLIDING, so that a key lives for the window."""
+    """Returns SmolLM-135M's shape; a new scorer makes every token SLIDING, so that a key lives for the window."""
     return Config.from_dict(
         {
             "model": {
@@ -93,16 +94,16 @@ def config(num_layers: int) -> Config:
 
 
 class Row(NamedTuple):
-    """What was measured of a contestant.
+    """The measurements of a contestant.
 
     Attributes:
       name: of it.
       batch: sequences.
-      context: tokens that each has behind it.
+      context: tokens of each before the call.
       live: keys that a head keeps.
       seconds: of a step, by round.
       cache_bytes: keys, values and what lies beside them; of ours what ``jax.live_arrays()`` gained.
-      temporary_bytes: of our compiled segment, as its ``memory_analysis()`` says; None for others.
+      temporary_bytes: of our compiled segment, by its ``memory_analysis()``; None for others.
     """
 
     name: str
@@ -120,19 +121,19 @@ class Row(NamedTuple):
 
 
 class Contestant(Protocol):
-    """Draws tokens in a call; ``reset`` comes before each and is not timed."""
+    """A loop that generates tokens in a call; ``reset`` is called before each and is not timed."""
 
     def reset(self) -> None:
-        """Takes the drawn tokens out again."""
+        """Frees the slots that were free."""
         ...
 
     def __call__(self) -> None:
-        """Waits until they are there."""
+        """Generates tokens: see ``Contestant``."""
         ...
 
 
 def decoders(shape: Config) -> dict[str, Decoder]:
-    """Of ``full`` and ``nats``, with the same parameters."""
+    """Builds the decoders of ``full`` and ``nats``, with the same parameters."""
     _, parameters = init_parameters(shape, VOCAB_SIZE, jax.random.key(0))
     # Less of the token in the stream and more of what was computed: else each would be followed by itself.
     parameters["embedding"] *= 0.1
@@ -144,7 +145,7 @@ def decoders(shape: Config) -> dict[str, Decoder]:
 
 
 def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: int, seed: int = 0) -> Loop:
-    """A loop behind ``context`` tokens, of which every head keeps ``live``: at random indices, and the last ones.
+    """Builds a loop after ``context`` tokens, of which every head keeps ``live``: at random indices, and the last ones.
 
     With ``Nats`` the last ones end one by one as new ones come, so that there are always as many.
     """
@@ -180,7 +181,7 @@ def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: i
 
 @functools.partial(jax.jit, donate_argnames=("group",))
 def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Array, key: jax.Array) -> LayerGroup:
-    """Random keys in every slot; the first ``live`` are used; int32 ``position`` and ``end`` are ``[c]``."""
+    """Fills every slot with random keys; the first ``live`` are used; int32 ``position`` and ``end`` are ``[c]``."""
     _, b, k, c, h = group.storage.shape
 
     @by_shard
@@ -197,12 +198,12 @@ def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Arra
 
 
 def live_bytes() -> int:
-    """Of all arrays of JAX."""
+    """Returns the bytes of all live arrays of JAX."""
     return sum(x.nbytes for x in jax.live_arrays())
 
 
 class Ours:
-    """Our loop behind a filled buffer; arguments as in ``filled_loop``."""
+    """Our loop after a filled buffer; arguments as in ``filled_loop``."""
 
     def __init__(self, decoder: Decoder, batch: int, context: int, live: int, tokens: int):
         self.decoder, self.tokens, self.sizes = decoder, tokens, (batch, context, live)
@@ -227,10 +228,10 @@ class Ours:
         with jax.set_mesh(self.decoder.mesh):
             self.loop, self.segment = decode_segment(*arguments, **static)
             if np.any(np.asarray(self.segment.num_drawn) != self.tokens):
-                raise RuntimeError(f"{self.segment.num_drawn} tokens were drawn; {self.tokens} were expected.")
+                raise RuntimeError(f"{self.segment.num_drawn} tokens were generated; {self.tokens} were expected.")
 
     def layers(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Keys and values of each layer without free slots, ``[b, k, c, h]``: what a rival takes over."""
+        """Returns keys and values of each layer without free slots, ``[b, k, c, h]``, for a rival."""
         live = self.sizes[-1]
         for group in self.loop.buffer:
             for number in range(group.num_layers):
@@ -238,13 +239,13 @@ class Ours:
                 yield keys, values
 
     def temporary_bytes(self) -> int:
-        """What the compiled segment allocates beside its arguments and results."""
+        """Returns the bytes that the compiled segment allocates besides arguments and results."""
         arguments, static = self._arguments()
         with jax.set_mesh(self.decoder.mesh):
             return decode_segment.lower(*arguments, **static).compile().memory_analysis().temp_size_in_bytes
 
     def row(self, name: str, seconds: list[float], temporary_bytes: int | None = None) -> Row:
-        """Of a race."""
+        """Builds the row of a race."""
         return Row(name, *self.sizes, [x / self.tokens for x in seconds], self.cache_bytes, temporary_bytes)
 
     def _arguments(self) -> tuple[tuple, dict[str, Any]]:
@@ -259,7 +260,7 @@ def _without_storage(loop: Loop) -> Loop:
 
 
 def race(contestants: Mapping[Any, Contestant], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each contestant's call in each round; each has been called before."""
+    """Times each contestant's call in each round, in seconds; each has been called before."""
     seconds: dict[Any, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
@@ -271,7 +272,7 @@ def race(contestants: Mapping[Any, Contestant], rounds: int) -> dict[Any, list[f
 
 
 def rivals(full: Ours) -> dict[str, Any]:
-    """``transformers`` and ``static`` behind the keys of ``full``, which has been called once; or none.
+    """Builds ``transformers`` and ``static`` with the keys of ``full``, which has been called once; or none.
 
     Raises:
       SystemExit: they draw other tokens than ``full`` did, or with other probabilities.
@@ -291,8 +292,8 @@ def rivals(full: Ours) -> dict[str, Any]:
     for name, static in (("transformers", False), ("static", True)):
         found[name] = theirs.Greedy(module, full.layers(), first, full.tokens, static=static)
         difference, same = compare(full, *found[name].check())
-        drawn = f"{same} of {batch * full.tokens} tokens as full draws them"
-        print(f"{name}: {drawn}, log-probabilities within {difference:.1e}")
+        equal = f"{same} of {batch * full.tokens} tokens as full generates them"
+        print(f"{name}: {equal}, log-probabilities within {difference:.1e}")
         if not difference <= MAX_DIFFERENCE:
             raise SystemExit(
                 f"log-probabilities of full and {name} differ by {difference:.1e}: their times would not be of the "
@@ -302,7 +303,7 @@ def rivals(full: Ours) -> dict[str, Any]:
 
 
 def compare(full: Ours, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[float, int]:
-    """Largest difference of log-probabilities that follow on the same tokens, and how many tokens were the same."""
+    """Returns the largest difference of log-probabilities of the same tokens, and the number of equal tokens."""
     own = full.segment
     same = np.asarray(own.tokens) == tokens
     follows = np.cumprod(np.pad(same, ((0, 0), (1, 0)), constant_values=True), axis=1)[:, :-1].astype(bool)
@@ -310,9 +311,9 @@ def compare(full: Ours, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[float
 
 
 def measure(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> list[Row]:
-    """The rows of the table."""
+    """Measures the rows of the table."""
     batch, context, tokens = arguments.batch, arguments.context, arguments.tokens
-    live = {"full": context, "nats": share_of(context, arguments.live)}
+    live = {"full": context, "nats": number_of(context, arguments.live)}
     ours = {name: Ours(by_policy[name], batch, context, live[name], tokens) for name in live}
     for contestant in ours.values():
         contestant()  # compiles
@@ -326,14 +327,14 @@ def measure(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> lis
 
 
 def curve(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> list[Row]:
-    """``full``, ``nats`` with the same number of keys as in the table, and with the same share: by context, batch 1."""
-    constant = share_of(arguments.context, arguments.live)
+    """Measures ``full`` and ``nats`` by context, batch 1: with the table's number of keys, and with its fraction."""
+    constant = number_of(arguments.context, arguments.live)
     contestants = {}
     for context in arguments.contexts:
         for name, live in (
             ("full", context),
             ("constant", min(constant, context)),
-            ("share", share_of(context, arguments.live)),
+            ("share", number_of(context, arguments.live)),
         ):
             decoder = by_policy["full" if name == "full" else "nats"]
             contestants[name, context] = Ours(decoder, 1, context, live, arguments.tokens)
@@ -342,27 +343,27 @@ def curve(arguments: argparse.Namespace, by_policy: dict[str, Decoder]) -> list[
     return [loop.row(name, seconds[name, context]) for (name, context), loop in contestants.items()]
 
 
-def share_of(context: int, live: float) -> int:
-    """Keys."""
+def number_of(context: int, live: float) -> int:
+    """Returns the number of keys of a fraction."""
     return max(1, round(live * context))
 
 
 def ratios_of(rows: list[Row]) -> dict[str, float]:
-    """Of the seconds of two contestants: medians over rounds."""
+    """Returns the ratios of seconds of two contestants: medians over rounds."""
     seconds = {row.name: row.seconds for row in rows}
     pairs = itertools.product(("transformers", "static", "full"), ("full", "nats"))
     return {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in pairs if a != b and a in seconds}
 
 
 def verdict(name: str, value: float, sizes: Mapping[str, float]) -> str:
-    """A ratio with the bar that it is measured by, where there is one."""
+    """Formats a ratio, with its bar if there is one."""
     if name not in BARS or sizes != SIZES:
         return f"{value:.2f}"
     return f"{value:.2f} (≥ {BARS[name]:g}: {'met' if value >= BARS[name] else 'missed'})"
 
 
 def print_table(rows: list[Row], sizes: Mapping[str, float]) -> None:
-    """Markdown."""
+    """Prints the table as Markdown."""
     print("\n| contestant | keys of a head | ms a step | tokens/s | cache, MiB | temporaries, MiB |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -375,23 +376,23 @@ def print_table(rows: list[Row], sizes: Mapping[str, float]) -> None:
 
 
 def print_curve(rows: list[Row]) -> None:
-    """Markdown: milliseconds of a step, and the keys of a head."""
+    """Prints milliseconds of a step, and the keys of a head, as Markdown."""
     by_name = {(row.name, row.context): row for row in rows}
-    print("\n| tokens seen | full | nats, the same number live | nats, the same share live |\n|---|---|---|---|")
+    print("\n| tokens seen | full | nats, the same number live | nats, the same fraction live |\n|---|---|---|---|")
     for context in dict.fromkeys(row.context for row in rows):
         cells = [by_name[name, context] for name in ("full", "constant", "share")]
         print(f"| {context} |", *(f"{1e3 * row.median:.1f} ({row.live} keys) |" for row in cells))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(x) for x in text.split(",") if x]  # noqa: E731
     parser.add_argument("--layers", type=int, default=SIZES["layers"], help="of the model")
     parser.add_argument("--batch", type=int, default=SIZES["batch"], help="sequences")
     parser.add_argument("--context", type=int, default=SIZES["context"], help="tokens that each has in the cache")
-    parser.add_argument("--live", type=float, default=SIZES["live"], help="share of them whose keys nats keeps")
-    parser.add_argument("--tokens", type=int, default=16, help="drawn in a call, for each sequence")
+    parser.add_argument("--live", type=float, default=SIZES["live"], help="fraction of them whose keys nats keeps")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to generate in a call, for each sequence")
     parser.add_argument("--rounds", type=int, default=7)
     contexts = [1024 * 2**n for n in range(6)]
     parser.add_argument("--contexts", type=numbers, default=contexts, help="of the curve; none: no curve")
@@ -416,7 +417,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def versions() -> dict[str, str]:
-    """Of what the contestants run on."""
+    """Returns the versions of the contestants' libraries."""
     names = ("jax", "torch", "transformers")
     return {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name) is not None}
 

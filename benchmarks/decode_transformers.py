@@ -1,4 +1,4 @@
-"""The rival of ``benchmarks.decode``: the greedy loop of `transformers`, on PyTorch, behind a cache that is full.
+"""The rival of ``benchmarks.decode``: the greedy loop of `transformers`, on PyTorch, after a full cache.
 
 ``LlamaForCausalLM`` as it comes, with our parameters; importing this module needs PyTorch and `transformers` (5.24 is
 what it was written for). Our model multiplies embeddings by √width where they enter, Llama does not: here the matrices
@@ -20,7 +20,7 @@ from natsjax.config import ModelConfig
 
 
 def llama(model: ModelConfig, vocab_size: int, length: int) -> LlamaForCausalLM:
-    """A model of our sizes, with parameters of its own; ``length`` is the longest sequence in tokens."""
+    """Builds a model of our sizes, with parameters of its own; ``length`` is the longest sequence in tokens."""
     if model.dtype != "float32" or not model.tie_embeddings or model.qkv_bias:
         raise NotImplementedError("the rival is float32, ties its embeddings and has no biases.")
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def llama(model: ModelConfig, vocab_size: int, length: int) -> LlamaForCausalLM:
 
 
 def take_over(module: LlamaForCausalLM, parameters: Mapping[str, Any]) -> None:
-    """Copies the parameters of our model, nested dicts of arrays, into ``module``; a scorer's stay behind."""
+    """Copies the parameters of our model, nested dicts of arrays, into ``module``; except for a scorer's."""
     blocks, shrink = parameters["blocks"], module.config.hidden_size**-0.5
     values = {
         "model.embed_tokens.weight": parameters["embedding"],
@@ -70,12 +70,12 @@ def take_over(module: LlamaForCausalLM, parameters: Mapping[str, Any]) -> None:
 
 
 class Greedy:
-    """Draws ``tokens`` tokens a call behind a full cache; ``reset`` takes them out of it again.
+    """A loop that generates ``tokens`` tokens a call after a full cache; ``reset`` removes them again.
 
     Args:
       module: of ``llama``.
       layers: keys and values of each layer, ``[b, k, c, h]``, c tokens that were read, keys with their rotary phase.
-      first: int ``[b]``, the token behind them, which the first step reads.
+      first: int ``[b]``, the token after them, which the first step reads.
       tokens: a call.
       static: a ``StaticCache``, allocated once, instead of the default one, which is copied at every step.
     """
@@ -103,11 +103,11 @@ class Greedy:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values."""
+        """Returns the bytes of keys and values."""
         return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
 
     def reset(self) -> None:
-        """Before another call."""
+        """Removes the generated tokens from the cache."""
         if self.is_full:
             self.cache.crop(-self.tokens)
         self.is_full = False
@@ -117,7 +117,7 @@ class Greedy:
         self._generate()
 
     def check(self) -> tuple[np.ndarray, np.ndarray]:
-        """A call that looks at what it does: the tokens and their log-probabilities, ``[b, tokens]`` each.
+        """Generates tokens and checks the steps; returns the tokens and their log-probabilities, ``[b, tokens]`` each.
 
         Raises:
           RuntimeError: it did not read one token a step.
@@ -128,9 +128,9 @@ class Greedy:
         hook.remove()
         if read != [1] * self.tokens:
             raise RuntimeError(f"the steps of transformers read {read} tokens; {self.tokens} times 1 was expected.")
-        drawn = found.sequences[:, -self.tokens :]
-        logprobs = torch.stack(found.logits, dim=1).log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        return drawn.numpy(), logprobs.numpy()
+        generated = found.sequences[:, -self.tokens :]
+        logprobs = torch.stack(found.logits, dim=1).log_softmax(-1).gather(-1, generated[..., None])[..., 0]
+        return generated.numpy(), logprobs.numpy()
 
     def _generate(self, **asked) -> Any:
         if self.is_full:

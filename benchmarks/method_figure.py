@@ -99,7 +99,7 @@ def draw(role_ids: np.ndarray, window: int) -> Figure:
 
     Args:
       role_ids: int ``[s]``.
-      window: queries behind its own that read a SLIDING key.
+      window: queries after its own that read a SLIDING key.
     """
     key_end = np.asarray(key_end_from_roles(jnp.asarray(role_ids)[None, None], window=window))[0, 0]
     figure = Figure(figsize=(7, 4.8), layout="constrained", facecolor="white")

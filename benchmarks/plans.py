@@ -1,10 +1,10 @@
-"""What the large configs take on the hardware that they name: the table of docs/scaling.md.
+"""Plans of the large configs on the hardware that they name: the table of docs/scaling.md.
 
     python -m benchmarks.plans --output=docs                       with libtpu: pip install 'natsjax[tpu]'
     python -m benchmarks.plans --output=docs --hardware=h100-8     with XLA's compiler for CUDA, jax >= 0.11
 
 Compiles every step, of NAtS and of its dense baseline, by ``plan.train_step``; a minute or two each on two CPU cores.
-The numbers go to plans.json; rows that are there and were not asked for again stay, and the table shows all of them.
+The numbers go to plans.json; existing rows that are not planned again stay, and the table has all of them.
 """
 
 import argparse
@@ -28,20 +28,20 @@ LARGER = [("nats_7b", "v6e-256", "v5p:8x8x8")]
 
 
 def cases(configs: list[str], chosen: list[str]) -> list[tuple[str, str, str]]:
-    """``(config, word, topology)``."""
+    """Lists ``(config, word, topology)``."""
     every = [(config, name, name) for config in CONFIGS for name in HARDWARE] + LARGER
     return [case for case in every if case[0] in configs and case[2] in chosen]
 
 
 def config_of(config: str, word: str, attention: str) -> Config:
-    """The config of a case."""
+    """Reads the config of a case."""
     values = read_config_file(ROOT / f"configs/{config}.py:{word}")
     values.model.layer_types = attention
     return Config.from_dict(values)
 
 
 def measure(config: str, word: str, topology: str, attention: str) -> dict:
-    """The row of a case.
+    """Plans a case and returns its row.
 
     Raises:
       UserError: a compiler that is not there, or that crashed.
@@ -52,12 +52,12 @@ def measure(config: str, word: str, topology: str, attention: str) -> dict:
 
 
 def key(row: dict) -> tuple[str, str, str]:
-    """What makes a row one of its own."""
+    """Returns what identifies a row."""
     return row["config"], row["asked"], row["attention"]
 
 
 def is_current(row: dict) -> bool:
-    """Whether a row is of the config as it is now."""
+    """Returns True if a row was made with the present config."""
     train = config_of(row["config"], row["word"], row["attention"]).train
     return (row["gradient_accumulation_steps"], row["batch_size"]) == (
         train.gradient_accumulation_steps,
@@ -66,7 +66,7 @@ def is_current(row: dict) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: NAtS rows, with the dense baseline's memory beside them where it was planned alike."""
+    """Formats a Markdown table of NAtS rows, with the memory of the dense baseline if it was planned."""
     lines = [
         "| config | hardware, mesh | micro-batches | parameters + optimizer, activations, temporaries | "
         "all, of what there is | dense baseline | products, memory, interconnect | tokens/s at most | jax |",

@@ -44,25 +44,25 @@ def trained(workdir: pathlib.Path, *, seed: int, attention: str) -> float:
 
 
 def kept_by_kind(run: LoadedRun, role_bias: float) -> np.ndarray:
-    """Share of each kind of token that is GLOBAL: float64 ``[l, k, kind]``, kinds as in ``KINDS``."""
+    """Returns the fraction of each kind of token that is GLOBAL: float64 ``[l, k, kind]``, kinds as in ``KINDS``."""
     contexts = run.data.contexts("validation", run.config.eval.num_contexts)
     roles = chosen_roles(run, contexts, Nats(role_bias))
     kinds = run.data.vocabulary.token_kind[contexts["inputs"]]  # type: ignore[attr-defined]  (recall has it)
     half = contexts["inputs"].shape[1] // 2
     place = np.where(np.arange(kinds.shape[1]) < half, "pair", "asked")
-    shares = []
+    fractions = []
     for kind, where in KINDS:
         chosen = (kinds == kind) & (place == where) if where else kinds == kind
         is_global = (roles == 0) & chosen[:, None, None, :]
-        shares.append(is_global.sum((0, 3)) / chosen.sum())
-    return np.stack(shares, -1)
+        fractions.append(is_global.sum((0, 3)) / chosen.sum())
+    return np.stack(fractions, -1)
 
 
 KINDS = (("key", "pair"), ("value", "pair"), ("key", "asked"), ("value", "asked"), ("filler", ""))
 
 
 def draw_curve(path: pathlib.Path, rows_by_seed: dict[int, list[dict[str, Any]]]) -> None:
-    """Accuracy against KV fraction, a line per seed and method."""
+    """Draws accuracy against KV fraction, a line per seed and method."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     styles = {
@@ -96,17 +96,17 @@ def draw_curve(path: pathlib.Path, rows_by_seed: dict[int, list[dict[str, Any]]]
 
 
 def percent(value: float) -> str:
-    """A fraction in per cent."""
+    """Formats a fraction in percent."""
     return f"{100 * value:.2f} %"
 
 
 def is_baseline(row: dict[str, Any]) -> bool:
-    """Whether a row was measured on the dense baseline's weights."""
+    """Returns True if a row was measured on the dense baseline's weights."""
     return row["weights"].startswith("dense baseline")
 
 
 def draw_kept(path: pathlib.Path, run: LoadedRun, role_bias: float) -> None:
-    """The roles of a few held-out sequences in every layer and head, with the pairs' tokens written out."""
+    """Draws the roles of a few held-out sequences in every layer and head, with the tokens of the pairs."""
     contexts = run.data.contexts("validation", NUM_ROWS_SHOWN)
     roles = chosen_roles(run, contexts, Nats(role_bias))
     num_layers, num_heads, length = roles.shape[1:]
@@ -143,7 +143,7 @@ def main() -> None:
         make_folder(arguments.output)
     except OSError as error:
         parser.error(str(unwritable(f"--output={arguments.output}", error)))
-    rows_by_seed, lines, shares = {}, [], []
+    rows_by_seed, lines, fractions = {}, [], []
     for seed in seeds:
         folders = {kind: arguments.workdir / f"{kind}_{seed}" for kind in ("nats", "dense")}
         seconds = {kind: trained(folder, seed=seed, attention=kind) for kind, folder in folders.items()}
@@ -166,7 +166,7 @@ def main() -> None:
             f"{seconds['dense']:.0f} s, {seconds['nats']:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-        shares.append(kept_by_kind(load(folders["nats"]), 0.0))
+        fractions.append(kept_by_kind(load(folders["nats"]), 0.0))
     draw_curve(pictures[0], rows_by_seed)
     draw_kept(pictures[1], load(arguments.workdir / f"nats_{seeds[0]}"), 0.0)
     titles = (
@@ -185,14 +185,14 @@ def main() -> None:
     print("\nShare of tokens that are GLOBAL, by layer and head:\n")
     print("| seed | layer | head | keys of pairs | values of pairs | asked keys | answered values | filler |")
     print("|---|---|---|---|---|---|---|---|")
-    for seed, share in zip(seeds, shares, strict=True):
-        for layer, head in np.ndindex(share.shape[:2]):
-            cells = " | ".join(f"{100 * x:.1f} %" for x in share[layer, head])
+    for seed, kept in zip(seeds, fractions, strict=True):
+        for layer, head in np.ndindex(kept.shape[:2]):
+            cells = " | ".join(f"{100 * x:.1f} %" for x in kept[layer, head])
             print(f"| {seed} | {layer} | {head} | {cells} |")
 
 
 def print_budgets(rows_by_seed: dict[int, list[dict[str, Any]]]) -> None:
-    """A Markdown table of NAtS accuracy by budget over seeds."""
+    """Prints a Markdown table of NAtS accuracy by budget over seeds."""
     budgets = sorted({row["budget"] for rows in rows_by_seed.values() for row in rows if row["budget"]})
     print("| budget | " + " | ".join(f"{100 * budget:g} %" for budget in budgets) + " |")
     print("|---" * (len(budgets) + 1) + "|")

@@ -1,4 +1,4 @@
-"""What does sampling the masked-out pairs do to the gradient of a trained model's roles?
+"""Effect of sampling the masked-out pairs on the gradient of a trained model's roles.
 
     python -m benchmarks.sampling --workdir=runs/recall [--draws=64] [--fractions=0.5,0.25,0.125,0.0625,0.03125]
 
@@ -31,7 +31,7 @@ from natsjax.train.step import Trainer
 
 
 def scorer_gradients(run: LoadedRun, config: Config, draws: int) -> np.ndarray:
-    """The scorers' flattened gradients under a config, float64 ``[draws, parameters]``."""
+    """Returns the scorers' flattened gradients under a config, float64 ``[draws, parameters]``."""
     structure = Trainer(config, run.data.vocabulary.vocab_size).structure
 
     @jax.jit
@@ -47,13 +47,13 @@ def scorer_gradients(run: LoadedRun, config: Config, draws: int) -> np.ndarray:
 
 
 def with_mask_gradient(config: Config, mask_gradient: str, fraction: float = 1 / 8) -> Config:
-    """The config with another ``nats.mask_gradient``."""
+    """Returns the config with another ``nats.mask_gradient``."""
     nats = dataclasses.replace(config.nats, mask_gradient=mask_gradient, sampled_fraction=fraction)
     return dataclasses.replace(config, nats=nats)
 
 
 def row(name: str, exact: np.ndarray, other: np.ndarray) -> str:
-    """A line of the table."""
+    """Formats a line of the table."""
     difference = other - exact
     draws = len(difference)
     error = difference.std(0, ddof=1) / np.sqrt(draws)

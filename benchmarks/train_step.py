@@ -1,9 +1,9 @@
-"""How long is one optimizer step? NAtS against its dense baseline, and the dense baseline against PyTorch.
+"""Time of one optimizer step: NAtS against its dense baseline, and the dense baseline against PyTorch.
 
     python -m benchmarks.train_step --output=docs             the table of docs/scaling.md, and docs/train_step.json
     python -m benchmarks.train_step --devices=2               a CPU device for each of two cores
     python -m benchmarks.train_step --breakdown               also where the time of each step goes
-    python -m benchmarks.train_step --remat                   also NAtS with every rematerialisation policy
+    python -m benchmarks.train_step --remat                   also NAtS with every rematerialization policy
 
 The model is that of ``configs/quickstart.py``; a step has ``--tokens`` tokens, so that a longer context means a smaller
 batch. Every row of a batch is one document of random tokens, all of them predicted. A step is the whole of it: forward,
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     Attributes:
       length: tokens in a context.
       batch: sequences.
-      devices: that share the step.
+      devices: number of devices.
     """
 
     length: int
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of a case.
+    """The measurements of a case.
 
     Attributes:
       case: its sizes.
@@ -81,7 +81,7 @@ class Row(NamedTuple):
       kv_fraction: of ``nats``, the median of the timed steps.
       seconds: medians by contestant.
       ratios: by name: ``nats / dense``, ``sampled / dense``, ``torch / dense``.
-      others: share of the cores' time that other processes had, in [0, 1]; None where the system does not say.
+      others: fraction of the cores' time that other processes used, in [0, 1]; None if the system does not report it.
     """
 
     case: Case
@@ -94,7 +94,7 @@ class Row(NamedTuple):
 
 
 def roles_for(kv_fraction: float, length: int, window: int) -> tuple[float, float, float]:
-    """Fractions of GLOBAL, LOCAL, SLIDING that keep a share of the KV of one document of ``length`` tokens.
+    """Fractions of GLOBAL, LOCAL, SLIDING that keep a fraction of the KV of one document of ``length`` tokens.
 
     GLOBAL at rate g, the others half and half: a GLOBAL token lives for half the document on average, a LOCAL one for
     1 / g queries after its own, a SLIDING one for ``window`` of them. Where the budget is less than any g gives, the
@@ -113,7 +113,7 @@ def roles_for(kv_fraction: float, length: int, window: int) -> tuple[float, floa
 
 
 def mesh_sizes(devices: int, batch: int, num_kv_heads: int) -> dict[str, int]:
-    """Fields of ``config.mesh``: the batch is divided, or else the heads are.
+    """Returns fields of ``config.mesh`` that divide the batch, or else the heads.
 
     Raises:
       UserError: neither can be divided among so many devices.
@@ -131,12 +131,12 @@ def mesh_sizes(devices: int, batch: int, num_kv_heads: int) -> dict[str, int]:
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """The sizes of the model."""
+    """Returns the config with the sizes of the model."""
     return quickstart.get_config()
 
 
 def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
-    """Config by contestant of ours; with ``remat`` those of the rematerialisation policies too.
+    """Returns the configs of our contestants by name; with ``remat`` those of the rematerialization policies too.
 
     Raises:
       UserError: the case cannot be run on its devices.
@@ -160,7 +160,7 @@ def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
 
 
 def batch_of(case: Case, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens: every row one document, every token predicted."""
+    """Returns random tokens: every row one document, every token predicted."""
     shape = (case.batch, case.length)
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (case.batch, case.length + 1)).astype(np.int32)
     return {
@@ -189,7 +189,7 @@ class Ours:
 
 
 def torch_rival(dense: Ours) -> tuple[str, Any] | None:
-    """``(name, step)`` of PyTorch's from the state of ``dense`` on, compiled or else eager; None without PyTorch.
+    """Builds PyTorch's ``(name, step)`` from the state of ``dense``, compiled or else eager; None without PyTorch.
 
     Raises:
       SystemExit: its losses or gradients are not ours.
@@ -210,7 +210,7 @@ def torch_rival(dense: Ours) -> tuple[str, Any] | None:
     name, step = "torch", start(True)
     try:
         found = step()
-    except RuntimeError as error:  # of torch.compile: no C++ compiler, say
+    except RuntimeError as error:  # of torch.compile: for example no C++ compiler
         reason = str(error).strip().splitlines()[0]
         print(f"torch.compile does not work here ({type(error).__name__}: {reason}); timed eagerly instead.")
         name, step = "torch (eager)", start(False)
@@ -228,13 +228,13 @@ def torch_rival(dense: Ours) -> tuple[str, Any] | None:
 
 
 class OtherLoad:
-    """What other processes take of the cores, from its creation on."""
+    """Load of other processes on the cores, from its creation on."""
 
     def __init__(self):
         self.began = self._now()
 
     def share(self) -> float | None:
-        """Of the cores' time, in [0, 1]; None where the system does not say."""
+        """Returns the fraction of the cores' time, in [0, 1]; None if the system does not report it."""
         now = self._now()
         if now is None or self.began is None:
             return None
@@ -253,7 +253,7 @@ class OtherLoad:
 
 
 def measure(case: Case, repeats: int, remat: bool = False) -> tuple[Row, dict[str, Any]]:
-    """A row of the table, and the contestants with which it was measured."""
+    """Measures a row of the table; also returns the contestants."""
     configs = configs_of(case, remat)
     vocab_size = configs["dense"].data.vocab_size
     batch = batch_of(case, vocab_size)
@@ -279,7 +279,7 @@ def measure(case: Case, repeats: int, remat: bool = False) -> tuple[Row, dict[st
 
 
 def verdict(name: str, length: int, value: float) -> str:
-    """A ratio with the bar that it is measured by, where there is one."""
+    """Formats a ratio, with its bar if there is one."""
     if name == "nats / dense" and length in NATS_MOST:
         most = NATS_MOST[length]
         return f"{value:.2f} (≤ {most:g}: {'met' if value <= most else 'missed'})"
@@ -289,7 +289,7 @@ def verdict(name: str, length: int, value: float) -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Markdown."""
+    """Prints the table as Markdown."""
     print("\n| context, batch | mesh | seconds a step | ratio of seconds | KV | others' share of the CPU |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -306,21 +306,21 @@ def print_table(rows: list[Row]) -> None:
 
 
 def write_json(path: pathlib.Path, rows: list[Row], about: dict[str, Any]) -> None:
-    """Everything that was measured."""
+    """Writes all measurements."""
     table = [row._asdict() | {"case": row.case._asdict()} for row in rows]
     path.write_text(json.dumps(about | {"rows": table}, indent=2) + "\n", encoding="utf-8")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
     parser.add_argument("--lengths", type=numbers, default=[1024, 8192], help="tokens in a context")
     parser.add_argument("--tokens", type=int, default=8192, help="in a step; a batch has at least one sequence")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
-    parser.add_argument("--devices", type=int, default=1, help="that share a step; of a CPU, best one for each core")
+    parser.add_argument("--devices", type=int, default=1, help="devices of a step; on a CPU one for each core is best")
     parser.add_argument("--breakdown", action="store_true", help="also print where the time of each step goes")
-    parser.add_argument("--remat", action="store_true", help="also time NAtS with every rematerialisation policy")
+    parser.add_argument("--remat", action="store_true", help="also time NAtS with every rematerialization policy")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for train_step.json")
     arguments = parser.parse_args(argv)
     for name in ("tokens", "repeats", "devices"):
@@ -339,7 +339,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def ask_for_devices(wanted: int) -> None:
-    """Has JAX divide a CPU into so many devices, which it grants before it has any.
+    """Sets the number of CPU devices, which JAX must know before its first use.
 
     Raises:
       SystemExit: there are not so many, or more (a mesh takes all there are).

@@ -1,9 +1,9 @@
-"""Where the time of an optimizer step goes: by part of the model, from a profile of the compiled program.
+"""Time of an optimizer step by part of the model, from a profile of the compiled program.
 
-XLA's profiler says how long each operation of the program ran; the program's text says from which functions of ours
+XLA's profiler has the time of each operation of the program; the program's text has the functions of ours from which
 each operation came. A fusion counts for the function of its last operation, and what the compiler added (copies, the
 zeros in which a scan stacks what its backward needs) has no source. Times are those of the threads that started an
-operation: where it is divided among more threads, the others' share is not seen.
+operation: if it is divided among more threads, the time of the others is not seen.
 """
 
 import collections
@@ -42,7 +42,7 @@ class Sources:
         self._frame_of = {operation: int(frame) for operation, frame in found}
 
     def stack(self, operation: str) -> list[str]:
-        """``folder/file.py:function``, the innermost first."""
+        """Returns ``folder/file.py:function``, the innermost first."""
         names = []
         number = self._frame_of.get(operation, 0)
         while number in self._frames:
@@ -55,7 +55,7 @@ class Sources:
         return names
 
     def part(self, operation: str) -> str:
-        """Of ``PARTS``, by the innermost function that belongs to one; or ``COLLECTIVES`` or ``REST``."""
+        """Returns one of ``PARTS``, by the innermost function that belongs to one; or ``COLLECTIVES`` or ``REST``."""
         if re.match(r"all-|reduce-scatter|collective-|psum|pmax|pmin", operation):
             return COLLECTIVES
         for name in self.stack(operation):
@@ -66,7 +66,7 @@ class Sources:
 
 
 def _table(text: str, name: str) -> dict[int, str]:
-    """The numbered lines below a heading."""
+    """Returns the numbered lines below a heading."""
     found = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
     lines = found.group(1).splitlines() if found else []
     return {int(line.split(" ", 1)[0]): line.split(" ", 1)[1] for line in lines}
@@ -77,7 +77,7 @@ def _fields(line: str) -> dict[str, int]:
 
 
 def seconds_by_operation(folder: str) -> dict[str, float]:
-    """What a profile says of each operation: seconds without those of the operations inside it."""
+    """Returns the seconds of each operation in a profile, without those of operations inside it."""
     (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     nanoseconds: dict[str, float] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(path).planes:
@@ -95,7 +95,7 @@ def seconds_by_operation(folder: str) -> dict[str, float]:
 
 
 def breakdown(step: Any, steps: int = 3) -> dict[str, float]:
-    """Seconds a step by part, of a ``train_step.Ours`` that has been called before; the largest first."""
+    """Returns seconds per step by part, of a ``train_step.Ours`` that has been called before; the largest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -117,7 +117,7 @@ TORCH_PARTS = (
 
 
 def torch_breakdown(step: Any, steps: int = 3) -> dict[str, float]:
-    """Seconds a step by kind of operation, of a ``train_step_torch.Step`` that has been called before."""
+    """Returns seconds per step by kind of operation, of a ``train_step_torch.Step`` that has been called before."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -131,7 +131,7 @@ def torch_breakdown(step: Any, steps: int = 3) -> dict[str, float]:
 
 
 def print_breakdown(steps: dict[str, Any]) -> None:
-    """A Markdown table a contestant; ``steps`` by name, of ``train_step.measure``."""
+    """Prints a Markdown table per contestant; ``steps`` by name, of ``train_step.measure``."""
     for name, step in steps.items():
         by_part = torch_breakdown(step) if name.startswith("torch") else breakdown(step)
         total = sum(by_part.values())

@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, model.embed_dim, bias=False)
 
     def forward(self, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-        """``[b, t, d]`` → ``[b, t, d]``; ``sin``, ``cos [t, h / 2]``."""
+        """Maps ``[b, t, d]`` to ``[b, t, d]``; ``sin``, ``cos [t, h / 2]``."""
         query, key, value = (
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -57,7 +57,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(model.mlp_dim, model.embed_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[…, d]`` → ``[…, d]``."""
+        """Maps ``[…, d]`` to ``[…, d]``."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.mlp = MLP(model)
 
     def forward(self, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-        """``[b, t, d]`` → ``[b, t, d]``."""
+        """Maps ``[b, t, d]`` to ``[b, t, d]``."""
         x = x + self.attention(self.attention_norm(x), sin, cos)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angle.cos())
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy, nats, of int64 ``[b, t]`` each."""
+        """Returns the mean cross-entropy, nats, of int64 ``[b, t]`` each."""
         x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         for block in self.blocks:
             x = block(x, self.sin, self.cos)
@@ -169,7 +169,7 @@ class Step:
 
 
 def _adamw(module: Transformer, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in one fused pass; weight decay for the layers' matrices."""
+    """Builds AdamW in one fused pass; weight decay for the layers' matrices."""
     matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith("embedding")]
     others = [p for name, p in module.named_parameters() if p.ndim != 2 or name.startswith("embedding")]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,11 +1,11 @@
-"""Every third layer reads everything, the others learn roles: ``nats_125m`` with a pattern of layers.
+"""``nats_125m`` with full attention in every third layer; the others learn roles.
 
     python train.py --config=configs/hybrid_125m.py --workdir=runs/hybrid_125m --config.data.input=FOLDER
 
-The KV budget counts all layers, and the dense third of them alone costs a third: 0.4 leaves the others a tenth each.
-Queries and keys are normalised, and the learning rate stays at its peak until the last fifth of the steps, so that the
-run can be made longer from any checkpoint before. Hardware: made for one accelerator with 80 GB; it has not been run at
-this size yet.
+The KV budget is a mean over all layers, and the dense third alone takes a third: 0.4 leaves a tenth to each of the
+others. Queries and keys are normalized, and the learning rate stays at its peak until the last fifth of the steps, so
+that the run can be extended from any checkpoint before. Hardware: made for one accelerator with 80 GB; it has not been
+run at this size yet.
 """
 
 import pathlib

@@ -1,12 +1,12 @@
-"""1B parameters with learned roles, in Llama's shape: 16 layers, width 2048, 16 heads over 8 KV heads of 128.
+"""1B parameters with learned roles, in Llama's shape: 16 layers, width 2048, 16 heads, 8 KV heads, head dim 128.
 
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128
     python train.py --config=configs/nats_1b.py:v5p-128 --workdir=DIR --config.data.prepared_dir=CORPUS
 
-The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
-one it is v5p-128. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
-(docs/scaling.md has what a step takes); no accelerator has trained it yet.
-20,000 steps of 1M tokens are 21B tokens, twenty a parameter.
+The word after the colon names the hardware and sets the fields that depend on it: v5e-16, v5p-128, v6e-256 or h100-8.
+The default is v5p-128. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
+(docs/scaling.md has memory and time of a step); no accelerator has trained it yet.
+20,000 steps of 1M tokens are 21B tokens, twenty per parameter.
 """
 
 from natsjax.config import default_config
@@ -19,7 +19,7 @@ HARDWARE = {
     "v6e-256": {"train.gradient_accumulation_steps": 1},
     "h100-8": {"train.gradient_accumulation_steps": 1},
 }
-"""So that a step fits with room to spare (docs/scaling.md)."""
+"""Fields with which a step fits into memory (docs/scaling.md)."""
 
 
 def get_config(hardware="v5p-128"):

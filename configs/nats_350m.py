@@ -1,12 +1,12 @@
-"""0.36B parameters with learned roles, in Llama's shape: 24 layers, width 1024, 16 heads over 4 KV heads of 64.
+"""0.36B parameters with learned roles, in Llama's shape: 24 layers, width 1024, 16 heads, 4 KV heads, head dim 64.
 
     python -m natsjax.plan --config=configs/nats_350m.py:v5e-16 --topology=v5e-16
     python train.py --config=configs/nats_350m.py:v5e-16 --workdir=DIR --config.data.prepared_dir=CORPUS
 
-The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
-one it is v5e-16. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
-(docs/scaling.md has what a step takes); no accelerator has trained it yet.
-14,000 steps of 0.5M tokens are 7B tokens, twenty a parameter.
+The word after the colon names the hardware and sets the fields that depend on it: v5e-16, v5p-128, v6e-256 or h100-8.
+The default is v5e-16. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
+(docs/scaling.md has memory and time of a step); no accelerator has trained it yet.
+14,000 steps of 0.5M tokens are 7B tokens, twenty per parameter.
 """
 
 from natsjax.config import default_config
@@ -19,7 +19,7 @@ HARDWARE = {
     "v6e-256": {"train.gradient_accumulation_steps": 1},
     "h100-8": {"train.gradient_accumulation_steps": 1},
 }
-"""So that a step fits with room to spare (docs/scaling.md)."""
+"""Fields with which a step fits into memory (docs/scaling.md)."""
 
 
 def get_config(hardware="v5e-16"):

@@ -1,12 +1,12 @@
-"""7B parameters with learned roles, in Llama's shape: 32 layers, width 4096, 32 heads over 8 KV heads of 128.
+"""7B parameters with learned roles, in Llama's shape: 32 layers, width 4096, 32 heads, 8 KV heads, head dim 128.
 
     python -m natsjax.plan --config=configs/nats_7b.py:v6e-256 --topology=v6e-256
     python train.py --config=configs/nats_7b.py:v6e-256 --workdir=DIR --config.data.prepared_dir=CORPUS
 
-The word after the colon names the hardware, and sets what has to fit it: v5e-16, v5p-128, v6e-256 or h100-8. Without
-one it is v6e-256. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
-(docs/scaling.md has what a step takes); no accelerator has trained it yet.
-35,000 steps of 4M tokens are 147B tokens, twenty a parameter.
+The word after the colon names the hardware and sets the fields that depend on it: v5e-16, v5p-128, v6e-256 or h100-8.
+The default is v6e-256. The dense baseline: --config.model.layer_types=dense. Hardware: compiled for all four
+(docs/scaling.md has memory and time of a step); no accelerator has trained it yet.
+35,000 steps of 4M tokens are 147B tokens, twenty per parameter.
 """
 
 from natsjax.config import default_config
@@ -19,7 +19,7 @@ HARDWARE = {
     "v6e-256": {"train.gradient_accumulation_steps": 1},
     "h100-8": {"train.gradient_accumulation_steps": 16},
 }
-"""So that a step fits with room to spare (docs/scaling.md)."""
+"""Fields with which a step fits into memory (docs/scaling.md)."""
 
 
 def get_config(hardware="v6e-256"):

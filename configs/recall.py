@@ -1,13 +1,13 @@
-"""Multi-query associative recall with filler: can the search find the tokens worth keeping?
+"""Multi-query associative recall with filler: do the learned roles keep the right tokens?
 
     python train.py --config=configs/recall.py --workdir=runs/recall
     python train.py --config=configs/recall.py --workdir=runs/recall_dense --config.model.layer_types=dense
     python -m natsjax.evaluate --workdir=runs/recall --baseline_workdir=runs/recall_dense
 
-Twenty key-value pairs lie scattered among filler in the first half of 128 tokens; the second half asks for the keys.
-With few pairs the dense baseline long stays where it only counts off values that have been answered already; twenty
-make that shortcut poor and give more answers to learn from. Head dim and rotary base leave enough slow dimensions,
-those that match tokens whatever their distance. Hardware: two CPU cores. docs/recall.md has what was measured.
+Twenty key-value pairs are scattered among filler in the first half of 128 tokens; the second half asks for the keys.
+With few pairs the dense baseline learns only to exclude the values that were already asked for; with twenty this
+shortcut is worth little, and there are more answers to learn from. With this head dim and rotary base enough dimensions
+rotate slowly to match tokens at any distance. Hardware: two CPU cores. docs/recall.md has the results.
 """
 
 from natsjax.config import default_config
@@ -34,7 +34,7 @@ def get_config():
     config.data.recall.num_fillers = 16
     config.optimizer.peak_learning_rate = 2e-3
     config.optimizer.final_learning_rate = 1e-3
-    config.optimizer.weight_decay = 0.0  # it would keep the dense baseline's attention from getting sharp
+    config.optimizer.weight_decay = 0.0  # with it the dense baseline's attention does not become sharp
     config.train.num_steps = 2000
     config.train.batch_size = 32
     config.train.log_every = 50

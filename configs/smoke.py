@@ -1,8 +1,8 @@
-"""The whole path in seconds, for tests: byte-level text in, report out.
+"""A run in seconds, for tests: from text in bytes to a report.
 
     python train.py --config=configs/smoke.py --workdir=runs/smoke --config.data.input=FOLDER
 
-Hardware: one CPU core. Time: about 20 seconds. Result: nothing that one would want to read.
+Hardware: one CPU core. Time: about 20 seconds. Result: a model that has learned nothing.
 """
 
 from natsjax.config import default_config

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# N processes on this machine, each with D faked CPU devices: what N hosts with D chips each would do, for trying out.
+# N processes on this machine, each with D faked CPU devices: a trial of N hosts with D chips each.
 #
 #   launch/local.sh N D --config=configs/smoke.py --workdir=/tmp/try [any other flag of train.py]
 #
-# Ctrl-C, or kill -TERM of this script or of one process, asks the run to save and stop; the same command goes on. To
-# see what the loss of a host does, kill -9 one process: their numbers are shown first.
+# Ctrl-C, or kill -TERM of this script or of one process, makes the run save and stop; the same command resumes it.
+# To see the effect of a lost host, kill -9 one process: their numbers are printed at the start.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n 's/^# \{0,1\}//; 2,7p' "$0"

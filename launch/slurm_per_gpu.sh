@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Slurm, one process a GPU.
+# Slurm, one process per GPU.
 #
 #   WORKDIR=/shared/runs/first sbatch --nodes=4 launch/slurm_per_gpu.sh --config=configs/X.py [flags of train.py]
 #
-# As slurm_per_node.sh, which says more, but for the number of processes: more of them read data and trace, and one that
-# Python holds up holds up one GPU only.
+# As slurm_per_node.sh, which has more comments, but with more processes: each reads data and traces the step, and a delay
+# in Python delays one GPU only.
 #SBATCH --job-name=natsjax
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -23,7 +23,7 @@ source launch/slurm_gpu_env.sh
 
 status=0
 srun --cpus-per-task="$SRUN_CPUS_PER_TASK" --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
-if [ "$status" -eq 130 ]; then # saved and stopped, because the time was up: go on in a new allocation
+if [ "$status" -eq 130 ]; then # saved and stopped at the time limit: resume in a new allocation
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

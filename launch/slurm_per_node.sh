@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Slurm, one process a node with all GPUs of the node.
+# Slurm, one process per node with all GPUs of the node.
 #
 #   WORKDIR=/shared/runs/first sbatch --nodes=4 launch/slurm_per_node.sh --config=configs/X.py [flags of train.py]
 #
 # WORKDIR is on a filesystem that all nodes share. Stop: scancel --signal=TERM JOB (the run saves, ends and is queued
-# again: see below) or scancel JOB (it saves if Slurm's KillWait leaves it the time, and does not come back).
+# again: see below) or scancel JOB (it saves if Slurm's KillWait is long enough, and is not queued again).
 #SBATCH --job-name=natsjax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -14,20 +14,20 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=natsjax-%j.log
-# --signal: SIGTERM to the processes 300 s before the time is up: time for a step and a checkpoint.
+# --signal: SIGTERM to the processes 300 s before the time limit, for a step and a checkpoint.
 set -euo pipefail
 : "${WORKDIR:?a folder that all nodes share}"
 cd "$SLURM_SUBMIT_DIR"
 source launch/slurm_gpu_env.sh
 
-# On Slurm JAX gives a process the one GPU of its local rank, unless it is told which ones to take.
+# On Slurm JAX gives a process only the GPU of its local rank, unless this variable is set.
 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((${SLURM_GPUS_PER_NODE##*:} - 1)))
 export JAX_LOCAL_DEVICE_IDS
 
-# The processes find each other through Slurm's variables: train.py gets no flags for that.
+# The processes find each other through Slurm's variables: train.py needs no flags for that.
 status=0
 srun --cpus-per-task="$SRUN_CPUS_PER_TASK" --kill-on-bad-exit=1 python train.py --workdir="$WORKDIR" "$@" || status=$?
-if [ "$status" -eq 130 ]; then # saved and stopped, because the time was up: go on in a new allocation
+if [ "$status" -eq 130 ]; then # saved and stopped at the time limit: resume in a new allocation
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -3,12 +3,12 @@
 #
 #   export TPU_NAME=… ZONE=… WORKDIR=/mnt/runs/first REPOSITORY=https://…/natsjax.git
 #   launch/tpu_vm.sh setup                             clone and install on every host
-#   launch/tpu_vm.sh start --config=configs/X.py       on every host, in the background; again after a stop: it goes on
-#   launch/tpu_vm.sh log                               of process 0, which speaks for all; ends with Ctrl-C
+#   launch/tpu_vm.sh start --config=configs/X.py       on every host, in the background; again after a stop, to resume
+#   launch/tpu_vm.sh log                               of process 0, which logs for all; ends with Ctrl-C
 #   launch/tpu_vm.sh stop                              save, then end
 #
-# WORKDIR is on a filesystem that every host has mounted at the same place (docs/clusters.md says which ones do). The
-# processes find each other through the metadata of the slice: train.py gets no flags for that.
+# WORKDIR is on a filesystem that every host has mounted at the same place (docs/clusters.md lists them). The
+# processes find each other through the metadata of the slice: train.py needs no flags for that.
 set -euo pipefail
 : "${TPU_NAME:?}" "${ZONE:?}"
 action=${1:?setup, start, log or stop}
@@ -24,18 +24,18 @@ setup)
     python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
   ;;
 start)
-  # JAX_PLATFORMS: without it a host whose TPU does not come up would go on with its CPU.
-  # setsid, nohup: the run outlives the ssh session.
-  # XLA flags for TPUs go into LIBTPU_INIT_ARGS, not XLA_FLAGS; libtpu's defaults are the ones to begin with.
+  # JAX_PLATFORMS: without it a host whose TPU does not start would run on its CPU.
+  # setsid, nohup: the run continues after the ssh session.
+  # XLA flags for TPUs go into LIBTPU_INIT_ARGS, not XLA_FLAGS; start with libtpu's defaults.
   flags=$(printf ' %q' "--workdir=${WORKDIR:?}" "$@")
   on all "cd natsjax && export JAX_PLATFORMS=tpu,cpu &&
     (setsid nohup .venv/bin/python train.py$flags > ~/natsjax.log 2>&1 < /dev/null & echo \$! > ~/natsjax.pid)"
   ;;
 log)
-  on 0 'tail -n 50 -F ~/natsjax.log' # the others write there only what ended them
+  on 0 'tail -n 50 -F ~/natsjax.log' # the logs of the others have only errors
   ;;
 stop)
-  on all "kill -TERM \$(cat ~/natsjax.pid)" # one host would do: they agree on the step
+  on all "kill -TERM \$(cat ~/natsjax.pid)" # one host is enough: they agree on the step
   ;;
 *)
   echo "$action: setup, start, log or stop was expected" >&2

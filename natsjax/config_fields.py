@@ -1,4 +1,4 @@
-"""Fields of frozen dataclasses that know their limits and are read from nested dicts; how a field names a path."""
+"""Fields of the config's dataclasses: limits, paths, and how a config is built from nested dicts and compared."""
 
 import dataclasses
 import difflib
@@ -19,12 +19,12 @@ from natsjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PathSyntax:
-    """How the text of a field names paths.
+    """Syntax of a text field that names paths.
 
     Attributes:
-      words: texts that name none, beside the empty one.
-      prefix: begins texts that name none; empty: there is no such.
-      is_mixture: the text is ``PATH=WEIGHT,PATH=WEIGHT``.
+      words: values that are no paths, besides the empty text.
+      prefix: prefix of values that are no paths; empty: none.
+      is_mixture: True for ``PATH=WEIGHT,PATH=WEIGHT``.
     """
 
     words: tuple[str, ...] = ()
@@ -44,15 +44,15 @@ class PathSyntax:
         return ",".join(parts)
 
     def resolved(self, text: str) -> str:
-        """Returns the text with each of its paths absolute, links followed (``outputs.named_path``)."""
+        """Returns the text with each of its paths absolute, links followed (``named_path``)."""
         return self.changed(text, lambda path: str(named_path(path)))
 
     def is_path(self, text: str) -> bool:
-        """Whether the text names any path."""
+        """Returns True if the text names a path."""
         return bool(text) and text not in self.words and not (self.prefix and text.startswith(self.prefix))
 
     def may_be_moved(self, old: str, new: str) -> bool:
-        """Whether ``new`` may be what ``old`` was, in another place: whoever reads it must compare the contents."""
+        """Returns True if ``new`` may be ``old`` after a move; the caller must compare the contents."""
         if not self.is_path(old) or not self.is_path(new):
             return False
         if self.is_mixture:
@@ -61,14 +61,14 @@ class PathSyntax:
 
 
 MIXTURE = PathSyntax(is_mixture=True)
-"""Of ``data.mixture``; the weights stay as they are written."""
+"""Syntax of ``data.mixture``; the weights stay as they are written."""
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Resolves a path: absolute, ``~`` and all links followed (the last one too), without ``.`` and ``..``.
 
     Raises:
-      UserError: it is relative to a folder that was removed, or holds what no path can hold.
+      UserError: the path is relative to a folder that was removed, or has characters that no path can have.
     """
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
@@ -79,9 +79,9 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 
 
 def named_path(path: str | os.PathLike[str]) -> Path:
-    """Resolves a path as ``real_path`` does, but leaves the name of a file that is a link: its suffix says what it is.
+    """Resolves a path as ``real_path`` does, but keeps the name of a file that is a link, for its suffix.
 
-    Caches of downloads (Hugging Face's) hold such links, to files that are named by their checksums.
+    Download caches (Hugging Face's) hold such links, to files that are named by their checksums.
     """
     expanded = Path(os.path.expanduser(path))
     if os.path.islink(expanded) and not os.path.isdir(expanded):
@@ -90,15 +90,15 @@ def named_path(path: str | os.PathLike[str]) -> Path:
 
 
 LARGEST_INT = 2**31 - 1
-"""Of a setting without a maximum: steps and sizes are int32 on the devices."""
+"""Maximum of an int field that gives none: steps and sizes are int32 on the devices."""
 
 LARGEST_FLOAT = 3.4028234e38
-"""Of a setting without a maximum: what float32 holds."""
+"""Maximum of a float field that gives none: float32's."""
 
-_MOST_SHOWN = 100  # characters of a value in a message
+_MAX_LENGTH = 100  # characters of a value in a message
 
 
-def setting(
+def config_field(
     default: Any,
     doc: str,
     *,
@@ -107,15 +107,15 @@ def setting(
     resume: bool = False,
     path: PathSyntax | None = None,
 ) -> Any:
-    """A config field.
+    """Declares a field of a config.
 
     Args:
-      default: its default.
-      doc: what it means, with its unit.
-      minimum: the smallest value allowed (of each element, in a tuple).
-      maximum: the largest value allowed; None: ``LARGEST_INT`` or ``LARGEST_FLOAT``.
-      resume: whether it may differ when a run is resumed.
-      path: how its text names paths; None: it names none.
+      default: default value.
+      doc: meaning, with the unit.
+      minimum: smallest value allowed (for a tuple: of each element).
+      maximum: largest value allowed; None: ``LARGEST_INT`` or ``LARGEST_FLOAT``.
+      resume: True if the field may differ when a run is resumed.
+      path: syntax of the paths that the field's text names; None: no paths.
     """
     metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "resume": resume, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
@@ -124,12 +124,12 @@ def setting(
 def build(
     cls: type, values: Mapping[str, Any], path: str = "", *, renamed: Mapping[str, str] = types.MappingProxyType({})
 ) -> Any:
-    """A dataclass of settings from nested dicts (or a ``ConfigDict``); fields that are left out keep their defaults.
+    """Builds a config dataclass from nested dicts (or a ``ConfigDict``); missing fields keep their defaults.
 
     Args:
-      cls: the dataclass.
-      values: by field name.
-      path: what stands before the field names in messages, with a dot at its end.
+      cls: dataclass to build.
+      values: values by field name.
+      path: prefix of field names in messages, with a dot at its end.
       renamed: new names of fields, with their groups, by the old ones.
 
     Raises:
@@ -139,13 +139,12 @@ def build(
     kinds = typing.get_type_hints(cls)
     arguments = {}
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        where = f"config field {path.rstrip('.')}" if path else "the config"
-        raise UserError(f"{where} is {shown(values)}; a group of fields was expected.")
+        raise UserError(f"{path.rstrip('.') or 'config'} = {format_value(values)}: a group of fields was expected.")
     for name, value in values.items():
         if name not in fields:
             check_not_renamed(f"{path}{name}", renamed)
-            shown_name = name if isinstance(name, str) and name.isidentifier() else shown(name)
-            raise UserError(f"unknown config field {path}{shown_name[:_MOST_SHOWN]}{nearest(name, fields, path)}.")
+            text = name if isinstance(name, str) and name.isidentifier() else format_value(name)
+            raise UserError(f"unknown config field {path}{text[:_MAX_LENGTH]}{nearest(name, fields, path)}.")
         if dataclasses.is_dataclass(kinds[name]):
             arguments[name] = build(typing.cast(type, kinds[name]), value, f"{path}{name}.", renamed=renamed)
         else:
@@ -154,17 +153,13 @@ def build(
 
 
 def check_not_renamed(path: str, renamed: Mapping[str, str]) -> None:
-    """Refuses the old name of a field.
-
-    Raises:
-      UserError: it is one; the message says the new name.
-    """
+    """Raises UserError with the new name if ``path`` is the old name of a field."""
     if path in renamed:
         raise UserError(f"{path} was renamed to {renamed[path]}.")
 
 
 def nearest(name: Any, known: typing.Iterable[str], path: str = "") -> str:
-    """``"; did you mean X?"`` without the question mark, or what there is; ``path`` is put before X."""
+    """Returns ``"; did you mean X"`` with ``path`` before X, or, if no name is close, a list of the known ones."""
     known = list(known)
     close = closest(name, known)
     there = textwrap.shorten(", ".join(known), 200, placeholder=" …")
@@ -172,29 +167,29 @@ def nearest(name: Any, known: typing.Iterable[str], path: str = "") -> str:
 
 
 def did_you_mean(name: Any, known: typing.Iterable[str]) -> str:
-    """``"; did you mean X"``, or nothing: for a message that lists what there is."""
+    """Returns ``"; did you mean X"``, or ``""`` if no name is close, for a message that lists the known ones."""
     close = closest(name, known)
     return "" if close is None else f"; did you mean {close}"
 
 
 def closest(name: Any, known: typing.Iterable[str]) -> str | None:
-    """The known name that looks most like this one, or that it abbreviates; None where there is none."""
+    """Returns the known name that is most similar to ``name`` or that it abbreviates; None if there is none."""
     if not isinstance(name, str) or not name:
         return None
     by_plain_name = {_plain(other): other for other in reversed(list(known))}
-    plain = _plain(name[:_MOST_SHOWN])
+    plain = _plain(name[:_MAX_LENGTH])
     close = difflib.get_close_matches(plain, by_plain_name, n=1, cutoff=0.5)
     close = close or [other for other in reversed(by_plain_name) if other.startswith(plain)]
     return by_plain_name[close[0]] if close else None
 
 
 def _plain(name: str) -> str:
-    """Without what is often confused."""
+    """Removes differences that are often confused."""
     return name.lower().replace("-", "_")
 
 
-class _Shown(reprlib.Repr):
-    """Short Python notation of plain values; of other objects, whose own may be anything, the type."""
+class _ShortRepr(reprlib.Repr):
+    """Short Python notation of plain values; of any other object, whose own ``repr`` may be long, the type."""
 
     def repr_int(self, x: int, level: int) -> str:
         return f"{x}" if abs(x) < 10**24 else f"about {'-' if x < 0 else ''}2**{x.bit_length() - 1}"
@@ -203,22 +198,22 @@ class _Shown(reprlib.Repr):
         return repr(x) if type(x) in (bool, float, complex, bytes, type(None)) else f"a {type(x).__name__}"
 
 
-def shown(value: Any) -> str:
-    """A value for a message: one line, and not a long one."""
-    shortened = _Shown()
-    shortened.maxstring = shortened.maxother = _MOST_SHOWN
-    text = shortened.repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
+def format_value(value: Any) -> str:
+    """Formats a value for a message, in one short line."""
+    short = _ShortRepr()
+    short.maxstring = short.maxother = _MAX_LENGTH
+    text = short.repr(value)
+    return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 1]}…"
 
 
 def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """``value`` as the field's type, in range."""
+    """Returns ``value`` as the field's type, checked to be in range."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if type(value) not in map(type, choices) or value not in choices:
             expected = ", ".join(map(repr, choices))
             meant = did_you_mean(value, map(str, choices))
-            raise UserError(f"config field {path} is {shown(value)}; one of {expected} was expected{meant}.")
+            raise UserError(f"{path} = {format_value(value)}: one of {expected} was expected{meant}.")
         return value
     if typing.get_origin(kind) is tuple:
         element_kind = typing.get_args(kind)[0]
@@ -229,14 +224,12 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
                 value = [word for e in value for word in (e.split(",") if isinstance(e, str) else [e])]
         if not isinstance(value, tuple | list):
             expected = "words" if of_words else "numbers"
-            raise UserError(f"config field {path} is {shown(value)}; a tuple of {expected} was expected.")
+            raise UserError(f"{path} = {format_value(value)}: a tuple of {expected} was expected.")
         return tuple(_checked(path, element, element_kind, limits) for element in value)
     if type(value) is not kind and (kind, type(value)) != (float, int):
-        raise UserError(
-            f"config field {path} is {shown(value)} ({type(value).__name__}); {kind.__name__} was expected."
-        )
+        raise UserError(f"{path} = {format_value(value)} ({type(value).__name__}): {kind.__name__} was expected.")
     if kind is str and not _is_text(value, is_path=limits["path"] is not None):
-        raise UserError(f"config field {path} is {shown(value)}, which holds what no text or file name can hold.")
+        raise UserError(f"{path} = {format_value(value)}: it has characters that no text or file name can have.")
     if kind in (int, float):
         _check_range(path, value, kind, limits)
     return kind(value)
@@ -251,38 +244,38 @@ def _is_text(value: str, *, is_path: bool) -> bool:
 
 
 def check_file_name(path: str | os.PathLike[str]) -> None:
-    """For folders of checkpoints and shards, whose libraries take names in UTF-8 alone.
+    """Checks the name of a folder of checkpoints or shards, whose libraries take only names in UTF-8.
 
     Raises:
-      UserError: the name, or that of a folder around it, is not; or see ``outputs.real_path``.
+      UserError: the name, or that of a folder above, is not UTF-8; or see ``real_path``.
     """
     real_path(path)
     try:
         os.path.abspath(path).encode("utf-8")
     except UnicodeEncodeError as error:  # Python keeps other bytes as halves of surrogate pairs
         raise UserError(
-            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or, where it is UTF-8 and the locale "
-            "is not, set PYTHONUTF8=1."
+            f"{os.fspath(path)}: its full name is no UTF-8 to Python; rename it, or set PYTHONUTF8=1 if the name "
+            "is UTF-8 and the locale is not."
         ) from error
 
 
 def _check_range(path: str, value: int | float, kind: type, limits: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"config field {path} is {value}; a finite number was expected.")
+        raise UserError(f"{path} = {value}: a finite number was expected.")
     minimum, maximum = limits["minimum"], limits["maximum"]
     if minimum is not None and value < minimum:
-        raise UserError(f"config field {path} is {shown(value)}; it must be at least {minimum}.")
+        raise UserError(f"{path} = {format_value(value)}: it must be at least {minimum}.")
     if maximum is None:
         maximum = LARGEST_INT if kind is int else LARGEST_FLOAT
     if value > maximum:
-        raise UserError(f"config field {path} is {shown(value)}; it must be at most {maximum}.")
+        raise UserError(f"{path} = {format_value(value)}: it must be at most {maximum}.")
 
 
 def resolve_paths(config: Any) -> Any:
-    """Makes every path of a config absolute, links followed: what is stored means the same from every folder.
+    """Makes every path of a config absolute, with links followed, so that it means the same from every folder.
 
     Args:
-      config: a dataclass of settings, nested; relative paths in it are relative to the current folder.
+      config: config or group; its relative paths are relative to the current folder.
     """
     changes = {}
     for field in dataclasses.fields(config):
@@ -295,11 +288,11 @@ def resolve_paths(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any) -> tuple[list[str], list[str]]:
-    """How two configs differ, for resuming.
+    """Compares two configs, for resuming.
 
     Returns:
-      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume. A path may,
-      where it may be the same thing in another place; two ways to write one path are no difference.
+      ``(allowed, forbidden)``: lines ``field: old -> new`` of fields that may and may not change on resume. A path may
+      change if the file or folder may have been moved; two spellings of one path are no difference.
     """
     allowed: list[str] = []
     forbidden: list[str] = []

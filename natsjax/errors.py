@@ -1,20 +1,20 @@
-"""The one exception for mistakes that a person can put right, and what other exceptions say, for its sentence."""
+"""The exception for mistakes that a user can correct, and parts of its message."""
 
 import re
 
-_MOST = 300  # characters of another's words in a sentence
+_MOST = 300  # characters of another exception's message
 _REPR = re.compile(r"<(?:bound method|built-in|function|class|module|coroutine|[\w.]+ object at)\b")
 
 
 class UserError(Exception):
-    """A mistake in what a person asked for: a config field, an input file, a workdir.
+    r"""A user's mistake: in a config field, an input file, a workdir.
 
-    Its message is one clear sentence that names the field or file, the value found and what would be right.
-    The commands print it without a traceback and exit with status 2; from Python it is an ordinary exception.
+    Its message is one sentence that names the field or file, the value found and the remedy. The commands print it
+    without a traceback and exit with status 2; from Python it is an ordinary exception.
 
     Args:
-      message: the sentence. Names of files and fields in it may hold anything: what cannot be printed on one line is
-        escaped, as in ``new\\nline.txt``.
+      message: the sentence. Characters of file and field names that cannot be printed on one line are escaped, as in
+        ``new\nline.txt``.
     """
 
     def __init__(self, message: str):
@@ -22,10 +22,10 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, for a sentence of ours: its first line, without reprs of objects, and without a stop.
+    r"""Returns the first line of an exception's message, without reprs of objects and a final period.
 
     Args:
-      error: of a library or the system; where it says nothing, its type is what is known.
+      error: exception of a library or the system; without a message, the name of its type is returned.
 
     Example:
       >>> first_line(ValueError("no index. See <bound method spec of Store({\n  'driver': 'zarr'…"))
@@ -33,7 +33,7 @@ def first_line(error: BaseException) -> str:
     """
     text = getattr(error, "strerror", None) or str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if (found := _REPR.search(line)) is not None:  # the sentence that ends in the inner life of an object
+    if (found := _REPR.search(line)) is not None:  # the sentence that has the repr
         before = line[: found.start()]
         line = before.rpartition(". ")[0] or before
     line = line.rstrip(" .:;,(") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Arguments brought to what kernels rely on: int32 that has not wrapped around, floats, a scale that float32 holds."""
+"""Checks of arguments: int32 without wrap-around, floats, a scale that float32 can represent."""
 
 import math
 import operator
@@ -52,7 +52,7 @@ def check_head_dim(head_dim: int) -> None:
 
 
 def checked_window(given: int) -> int:
-    """A window in tokens.
+    """Checks a window and returns it as an int, tokens.
 
     Raises:
       ValueError: a negative number, or none.
@@ -67,7 +67,7 @@ def checked_window(given: int) -> int:
 
 
 def checked_scale(given: float | None, head_dim: int) -> float:
-    """The scale of the logits, ``head_dim ** -0.5`` for None.
+    """Checks the scale of the logits and returns it; None stands for ``head_dim ** -0.5``.
 
     Raises:
       ValueError: not a number that is positive as float32 (a smaller one would be 0 there), or known only when the

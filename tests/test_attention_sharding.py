@@ -12,7 +12,7 @@ from attention_oracle import inputs, relative_error, value_and_gradients
 from cases import Shape, any_ends, document_ends, role_ids
 
 from pallas_kernels import nats_attention as na
-from pallas_kernels.nats_attention import tilings, xla
+from pallas_kernels.nats_attention import tuning_table, xla
 from pallas_kernels.nats_attention.tiling import Problem
 
 TESTS = pathlib.Path(__file__).parent
@@ -153,10 +153,10 @@ def test_a_core_that_has_a_device_to_itself_gets_smaller_tiles(monkeypatch):
 
     def pairs(devices, problem):
         monkeypatch.setattr(jax, "local_device_count", lambda: devices)
-        tiling = tilings.choose("xla", xla, problem)
+        tiling = tuning_table.choose("xla", xla, problem)
         return tiling.query_block * tiling.key_block * tiling.lanes
 
-    tuned = next(row.problem for row in tilings.read_table() if (row.backend, row.device) == ("xla", "cpu"))
+    tuned = next(row.problem for row in tuning_table.read_table() if (row.backend, row.device) == ("xla", "cpu"))
     for each in (problem, tuned):  # what was timed on one device of many cores says nothing about a core
         assert pairs(10**6, each) < pairs(0, each)
 

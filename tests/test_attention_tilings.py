@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from cases import Shape, role_ids
 
+from benchmarks import counting
 from pallas_kernels import nats_attention as na
-from pallas_kernels.nats_attention import autotune, counting, tilings, xla
+from pallas_kernels.nats_attention import autotune, tuning_table, xla
 from pallas_kernels.nats_attention.tiling import Problem
 from pallas_kernels.nats_attention.xla import XlaTiling
 
@@ -63,17 +64,17 @@ def test_default_tilings_cover_a_length_with_little_padding(length):
 
 def entry(problem=PROBLEM, device="cpu", **fields):
     blocks = {"query_block": 32, "key_block": 16, "capacity": 0.25, "sampled_run": 8, "lanes": 3}
-    return tilings.Entry("xla", device, problem, blocks | fields)
+    return tuning_table.Entry("xla", device, problem, blocks | fields)
 
 
 def test_the_nearest_entry_of_the_table_is_chosen():
     table = (entry(), entry(PROBLEM._replace(keys=300, queries=300), query_block=48))
-    chosen = tilings.choose("xla", xla, PROBLEM, table)
+    chosen = tuning_table.choose("xla", xla, PROBLEM, table)
     expected = XlaTiling(query_block=32, key_block=16, capacity=0.25, sampled_run=8, lanes=3, thresholds=(16,))
     assert chosen == expected
     near = PROBLEM._replace(keys=290, queries=290, window=20)
-    assert tilings.choose("xla", xla, near, table).query_block == 48
-    assert tilings.choose("xla", xla, near, table).thresholds == (21,)  # they follow from the problem asked for
+    assert tuning_table.choose("xla", xla, near, table).query_block == 48
+    assert tuning_table.choose("xla", xla, near, table).thresholds == (21,)  # they follow from the problem asked for
 
 
 @pytest.mark.parametrize(
@@ -88,23 +89,23 @@ def test_the_nearest_entry_of_the_table_is_chosen():
 )
 def test_an_entry_says_nothing_about_other_problems(other):
     problem = PROBLEM._replace(**other)
-    assert tilings.choose("xla", xla, problem, (entry(),)) == xla.default_tiling(problem)
+    assert tuning_table.choose("xla", xla, problem, (entry(),)) == xla.default_tiling(problem)
 
 
 def test_an_entry_says_nothing_about_other_devices():
-    assert tilings.choose("xla", xla, PROBLEM, (entry(device="TPU v5e"),)) == xla.default_tiling(PROBLEM)
+    assert tuning_table.choose("xla", xla, PROBLEM, (entry(device="TPU v5e"),)) == xla.default_tiling(PROBLEM)
 
 
 def test_the_committed_table_can_be_used():
-    for row in tilings.read_table():
+    for row in tuning_table.read_table():
         backend = na.api.BACKENDS[row.backend]
-        tiling = tilings.choose(row.backend, backend, row.problem, (entry(device=tilings.device_kind()), row))
+        tiling = tuning_table.choose(row.backend, backend, row.problem, (entry(device=tuning_table.device_kind()), row))
         backend.check(row.problem, tiling)
 
 
 def test_autotune_writes_the_fastest_and_keeps_other_rows(tmp_path, capsys, monkeypatch):
     path = tmp_path / "table.json"
-    tilings.write_table([entry(device="TPU v5e")], path)
+    tuning_table.write_table([entry(device="TPU v5e")], path)
     candidates = [XlaTiling(query_block=8, key_block=8), XlaTiling(query_block=32, key_block=32)]
     monkeypatch.setattr(xla, "candidate_tilings", lambda problem: candidates)
     arguments = ["--lengths=32", "--heads=2,1,8", "--window=4", "--repeats=1", f"--output={path}"]
@@ -115,8 +116,8 @@ def test_autotune_writes_the_fastest_and_keeps_other_rows(tmp_path, capsys, monk
     assert [row["device"] for row in rows] == ["TPU v5e", "cpu"]
     fastest = printed[len(printed) // 2]
     assert f"query_block={rows[1]['tiling']['query_block']}," in fastest
-    tilings.read_table.cache_clear()
-    assert tilings.read_table(path)[1].problem == Problem(1, 32, 32, 1, 2, 8, 4, "float32")
+    tuning_table.read_table.cache_clear()
+    assert tuning_table.read_table(path)[1].problem == Problem(1, 32, 32, 1, 2, 8, 4, "float32")
 
 
 def test_pairs_are_counted_as_they_are():

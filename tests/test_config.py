@@ -81,8 +81,8 @@ def test_round_trip_through_json_and_config_dict():
 @pytest.mark.parametrize(
     ("group", "field", "value", "message"),
     [
-        ("model", "num_kv_heads", 3, "num_heads = 4 is not a multiple of model.num_kv_heads = 3"),
-        ("model", "head_dim", 5, "head_dim = 5 must be even"),
+        ("model", "num_kv_heads", 3, "num_heads = 4: not a multiple of model.num_kv_heads = 3"),
+        ("model", "head_dim", 5, "head_dim = 5: it must be even"),
         ("model", "layer_types", "densee", "'densee'"),
         ("model", "embed_dim", 1.5, "int was expected"),
         ("model", "embed_dim", True, "int was expected"),
@@ -90,8 +90,8 @@ def test_round_trip_through_json_and_config_dict():
         ("nats", "initial_roles", (0.5, 0.2, 0.2), "add up to 1"),
         ("nats", "kv_budget", 0, "at least"),
         ("nats", "kv_penalty", 50.0, "max_kv_penalty"),
-        ("nats", "temperature", float("nan"), "nan"),
-        ("optimizer", "peak_learning_rate", float("inf"), "inf; a finite number"),
+        ("nats", "temperature", float("nan"), "nats.temperature = nan: a finite number"),
+        ("optimizer", "peak_learning_rate", float("inf"), "inf: a finite number"),
         ("train", "seed", 2**40, "at most"),
         ("data", "recall", 3, "group of fields"),
         ("data", "source", "corpus", "data.input is empty"),
@@ -110,7 +110,7 @@ def test_wrong_values_are_named(group, field, value, message):
     [
         (["--config.optimizer.peak_learing_rate=1"], "did you mean optimizer.peak_learning_rate"),
         (["--config.optimiser.peak_learning_rate=1"], "did you mean optimizer"),
-        (["--config.train.num_steps=many"], "num_steps is 'many'; int was expected"),
+        (["--config.train.num_steps=many"], "num_steps = 'many': int was expected"),
         (["--config.train.num_steps=1.5"], "int was expected"),
         (["--config.train.progress=perhaps"], "true or false"),
         (["--config.optimizer=3"], "group of fields"),
@@ -131,9 +131,9 @@ def test_wrong_flags_are_named(arguments, message, tmp_path):
     [
         ("config.model.embd_dim = 3", "mine.py, line 4: unknown config field embd_dim; did you mean embed_dim"),
         ("config.modle.embed_dim = 3", "unknown config field modle; did you mean model"),
-        ("config.model.embed_dim = 'wide'", "config field model.embed_dim is 'wide' .str.; int was expected"),
-        ("config.model.embed_dim = 1.5", "config field model.embed_dim is 1.5"),
-        ("config.eval.budgets = 0.1", "eval.budgets is 0.1; a tuple"),
+        ("config.model.embed_dim = 'wide'", "model.embed_dim = 'wide' .str.: int was expected"),
+        ("config.model.embed_dim = 1.5", "model.embed_dim = 1.5"),
+        ("config.eval.budgets = 0.1", "eval.budgets = 0.1: a tuple"),
         ("config.model.embed_dim = = 3", "SyntaxError"),
         ("import no_such_module", "no_such_module"),
         ("config = 1 / 0", "division by zero"),

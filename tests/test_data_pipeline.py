@@ -340,19 +340,19 @@ def test_cache_keeps_to_its_size_and_forgets_the_oldest():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: _source(LENGTHS, 0), "context_length is 0; it must be at least 1"),
-        (lambda: _source(LENGTHS, 8, seed=-1), "seed is -1; it must not be negative"),
-        (lambda: _source(LENGTHS, 8, shuffle="rows"), "shuffle is 'rows'; one of 'contexts', 'documents'"),
+        (lambda: _source(LENGTHS, 0), "context_length = 0: it must be at least 1"),
+        (lambda: _source(LENGTHS, 8, seed=-1), "seed = -1: it must not be negative"),
+        (lambda: _source(LENGTHS, 8, shuffle="rows"), "shuffle = 'rows': one of 'contexts', 'documents'"),
         (lambda: _source([], 8), "has no documents"),
-        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=0), "batch_size is 0"),
-        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=0), "num_steps is 0"),
+        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=0), "batch_size = 0"),
+        (lambda: train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=0), "num_steps = 0"),
         (
             lambda: iterate(train_dataset(_source(LENGTHS, 8), batch_size=1, num_steps=5), 6),
-            "start_step is 6; the run has steps 0 … 5",
+            "start_step = 6: the run has steps 0 … 5",
         ),
         (
             lambda: evaluation_contexts(_corpus(LENGTHS), "train", context_length=8, max_contexts=0),
-            "max_contexts is 0",
+            "max_contexts = 0",
         ),
     ],
 )

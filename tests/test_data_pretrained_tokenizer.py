@@ -372,15 +372,15 @@ def test_changed_saved_files_are_noticed(opened, name, tmp_path):
         ("byte_level", ""),
         (
             "tiktoken",
-            "its file does not say how text is cut up before BPE, and the pattern of cl100k (GPT-4) is assumed",
+            "its file does not define how text is split before BPE, and the pattern of cl100k (GPT-4) is assumed",
         ),
-        ("sp_no_space", "it does not give back every text ('a▁b' comes back as 'a b')"),
+        ("sp_no_space", "it does not decode every text to what it was ('a▁b' is decoded as 'a b')"),
         (
             "sp_bpe_bytes",
-            "it puts a space before each document, which counts as a byte of it, and it does not give back",
+            "it puts a space before each document, which counts as a byte of it, and it does not decode",
         ),
-        ("word_piece", "('The cat sat.' comes back as 'the cat sat "),
-        ("unigram", "it puts a space before each document, which counts as a byte of it, and it does not give back"),
+        ("word_piece", "('The cat sat.' is decoded as 'the cat sat "),
+        ("unigram", "it puts a space before each document, which counts as a byte of it, and it does not decode"),
     ],
 )
 def test_what_is_lost_is_said_once_when_a_tokenizer_is_opened(opened, tmp_path, caplog, monkeypatch, name, caveat):
@@ -432,15 +432,15 @@ def test_a_model_that_knows_its_special_tokens_by_heart_gives_none_of_them():
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [
-        ("x.json", "{}", r"x\.json is no tokenizer\.json of Hugging Face's library"),
-        ("x.json", "[]", r"x\.json is no tokenizer\.json of Hugging Face's library"),
+        ("x.json", "{}", r"x\.json is not a tokenizer\.json of Hugging Face's library"),
+        ("x.json", "[]", r"x\.json is not a tokenizer\.json of Hugging Face's library"),
         ("x.json", '{"model": {"type": "Magic", "vocab": {}}}', r"x\.json cannot be run by the library tokenizers"),
-        ("x.model", "hello", r"x\.model is no model of SentencePiece, or damaged"),
-        ("x.tiktoken", "aGVsbG8= 1\nnothing\n", r"x\.tiktoken:2 is no line of a tiktoken file"),
-        ("x.tiktoken", "aGVsbG8= x\n", r"x\.tiktoken:1 is no line of a tiktoken file"),
-        ("x.tiktoken", "aGVsbG8= 1\naGVsbG8= 2\n", r"x\.tiktoken:2 holds the token b'hello' for the second time"),
+        ("x.model", "hello", r"x\.model is not a SentencePiece model, or damaged"),
+        ("x.tiktoken", "aGVsbG8= 1\nnothing\n", r"x\.tiktoken:2 is not a line of a tiktoken file"),
+        ("x.tiktoken", "aGVsbG8= x\n", r"x\.tiktoken:1 is not a line of a tiktoken file"),
+        ("x.tiktoken", "aGVsbG8= 1\naGVsbG8= 2\n", r"x\.tiktoken:2 has the token b'hello' for the second time"),
         ("x.tiktoken", "aGVsbG8= 1\n", r"lacks 256 of the 256 single bytes \(the first is 0x00\)"),
-        ("x.vocab", "hello", r"x\.vocab is no tokenizer that natsjax knows"),
+        ("x.vocab", "hello", r"x\.vocab is not a tokenizer that natsjax can read"),
     ],
 )
 def test_other_files_get_one_sentence(tmp_path, file, text, sentence):
@@ -484,14 +484,14 @@ def test_tiktoken_settings_beside_the_file(tmp_path):
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
     holes = load_tokenizer(_with_settings(tmp_path, pattern=r"\p{L}+"))
-    assert "comes back as 'Thecatsat'" in holes.caveat
+    assert "is decoded as 'Thecatsat'" in holes.caveat
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"patern": "x"}, r"has a setting 'patern'; a tokenizer's settings are pattern, special_tokens"),
-        ({"pattern": 3}, r"pattern in .* is 3; it must be a str"),
+        ({"patern": "x"}, r"unknown setting 'patern'; known are pattern, special_tokens"),
+        ({"pattern": 3}, r"pattern = 3: a str was expected"),
         ({"pattern": "(("}, r"the pattern '\(\(' of the tokenizer .* is no regular expression"),
         ({"special_tokens": {"<eot>": -1}}, r"gives '<eot>' the id -1; ids are 0"),
         ({"special_tokens": {"<eot>": 2**40}}, r"gives '<eot>' the id 1099511627776; ids are 0"),
@@ -499,7 +499,7 @@ def test_tiktoken_settings_beside_the_file(tmp_path):
         ({"special_tokens": {"<eot>": 7}}, r"has the id 7 twice, the second time for '<eot>'"),
         (
             {"eos_token": "<eot>"},
-            r"eos_token of the tokenizer .* is '<eot>', which is none of its special_tokens \(none\)",
+            r"eos_token = '<eot>': not one of the special_tokens of the tokenizer .* \(none\)",
         ),
     ],
 )
@@ -572,7 +572,7 @@ def test_importing_brings_in_no_optional_package():
 
 @every
 def test_lone_surrogates_are_refused(opened, name):
-    with pytest.raises(UserError, match=r"U\+D83D stands at character 2"):
+    with pytest.raises(UserError, match=r"U\+D83D at character 2"):
         opened(name).encode("ab\ud83d")
     with pytest.raises(UserError, match=r"U\+D83D"):
         opened(name).encode_batch(["fine", "\ud83d"])
@@ -622,8 +622,8 @@ def test_what_cuts_texts_off_is_off_and_a_byte_order_mark_is_no_damage(opened, t
     [
         ({}, ""),
         ({"single_word": True}, ""),
-        ({"lstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' comes back as 'a<tool> b')"),
-        ({"rstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' comes back as 'a <tool>b')"),
+        ({"lstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' is decoded as 'a<tool> b')"),
+        ({"rstrip": True}, "its token '<tool>' changes the text around it ('a <tool> b' is decoded as 'a <tool>b')"),
     ],
 )
 def test_a_files_own_tokens_are_probed_with_white_space_around_them(tmp_path, settings, caveat):
@@ -639,22 +639,22 @@ def test_an_own_token_that_stands_for_other_spellings_is_said_and_so_is_unknown_
         definition["normalizer"] = {"type": "Replace", "pattern": {"String": "<TOOL>"}, "content": "<tool>"}
         next(token for token in definition["added_tokens"] if token["content"] == "<tool>")["normalized"] = True
 
-    assert "('a <TOOL> b' comes back as 'a <tool> b')" in load_tokenizer(_edited(tmp_path, "byte_level", change)).caveat
-    assert "it knows no token for parts of" in opened("sp_unigram").caveat
-    assert "it knows no token" not in opened("sp_unigram_bytes").caveat
+    assert "('a <TOOL> b' is decoded as 'a <tool> b')" in load_tokenizer(_edited(tmp_path, "byte_level", change)).caveat
+    assert "it has no token for parts of" in opened("sp_unigram").caveat
+    assert "it has no token" not in opened("sp_unigram_bytes").caveat
 
 
 def test_a_tokenizer_that_draws_at_random_after_all_is_found_out(opened, monkeypatch):
     tokenizer = HuggingFaceTokenizer(content("byte_level").decode())
     calls = iter(range(1000))
     monkeypatch.setattr(tokenizer, "encode", lambda text: np.array([next(calls) % 3 + 50], np.int32))
-    assert "it does not always encode the same text alike" in tokenizer.caveat
+    assert "it does not always encode a text in the same way" in tokenizer.caveat
 
 
 def test_files_that_contradict_tokenizer_json_are_named(tmp_path):
     config = {"add_prefix_space": True, "add_bos_token": True, "model_max_length": 4, "do_lower_case": None}
     tokenizer = load_tokenizer(_edited(tmp_path / "x", "byte_level", lambda _: None, tokenizer_config=config))
-    assert "says add_prefix_space = true and tokenizer.json the contrary, which counts" in tokenizer.caveat
+    assert "has add_prefix_space = true and tokenizer.json the contrary, which takes precedence" in tokenizer.caveat
     assert len(tokenizer.encode(TEXTS[0])) > 4
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat
@@ -672,8 +672,8 @@ def test_files_that_contradict_tokenizer_json_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        (["vocab.json", "merges.txt"], r"which do not say how text is cut up; .*ByteLevelBPETokenizer"),
-        (["encoder.json", "vocab.bpe"], r"which do not say how text is cut up; .*ByteLevelBPETokenizer"),
+        (["vocab.json", "merges.txt"], r"which do not define how text is split; .*ByteLevelBPETokenizer"),
+        (["encoder.json", "vocab.bpe"], r"which do not define how text is split; .*ByteLevelBPETokenizer"),
         (["tekken.json"], r"Mistral's format, which natsjax does not read; give the tokenizer\.json"),
     ],
 )
@@ -742,7 +742,9 @@ def test_a_pattern_can_be_asked_for(tmp_path, name, monkeypatch):
 
 def test_an_assumed_pattern_is_said_and_kept(tmp_path):
     tokenizer = load_tokenizer(write("tiktoken", tmp_path))
-    assert "the pattern of cl100k (GPT-4) is assumed (no text gives 1.1% of its tokens then" in tokenizer.caveat
+    assert (
+        "the pattern of cl100k (GPT-4) is assumed (with it no text is encoded to 1.1% of the tokens" in tokenizer.caveat
+    )
     assert "give --tiktoken_pattern=gpt2 if that is right" in tokenizer.caveat
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat
@@ -751,11 +753,11 @@ def test_an_assumed_pattern_is_said_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("make", "pattern", "sentence"),
     [
-        ("tiktoken", "gpt-2", r"tiktoken_pattern is 'gpt-2'; it must be one of gpt2, r50k, p50k, cl100k, o200k, or a"),
+        ("tiktoken", "gpt-2", r"tiktoken_pattern = 'gpt-2': gpt2, r50k, p50k, cl100k, o200k or a"),
         ("tiktoken", "((", r"the pattern '\(\(' of the tokenizer .* is no regular expression"),
-        ("tiktoken", "x*", r"the pattern 'x\*' of the tokenizer .* matches where it takes no character"),
-        ("tiktoken", r"\w+|\s*", r"matches where it takes no character"),
-        ("byte_level", "gpt2", r"tokenizer\.json is no \.tiktoken file and says itself how text is cut up"),
+        ("tiktoken", "x*", r"the pattern 'x\*' of the tokenizer .* matches empty text"),
+        ("tiktoken", r"\w+|\s*", r"matches empty text"),
+        ("byte_level", "gpt2", r"tokenizer\.json is no \.tiktoken file and defines itself how text is split"),
         ("sp_bpe", "gpt2", r"x\.model is no \.tiktoken file"),
     ],
 )

@@ -141,15 +141,15 @@ def test_a_batch_takes_milliseconds():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"context_length": 15}, "context_length is 15; recall needs at least 16"),
-        ({"num_pairs": 0}, "num_pairs is 0; it must be at least 1"),
-        ({"num_values": 0}, "num_values is 0"),
-        ({"num_fillers": -1}, "num_fillers is -1"),
-        ({"num_keys": 5}, "num_keys is 5, fewer than num_pairs 6"),
-        ({"num_queries": 7}, "num_queries is 7; it must lie between 0 .all. and num_pairs 6"),
-        ({"num_queries": -1}, "num_queries is -1"),
-        ({"num_pairs": 32, "num_keys": 40}, "half of context_length 128 holds at most 31 pairs"),
-        ({"seed": -1}, "seed is -1"),
+        ({"context_length": 15}, "context_length = 15: recall needs at least 16"),
+        ({"num_pairs": 0}, "num_pairs = 0: it must be at least 1"),
+        ({"num_values": 0}, "num_values = 0"),
+        ({"num_fillers": -1}, "num_fillers = -1"),
+        ({"num_keys": 5}, "num_keys = 5: fewer than num_pairs = 6"),
+        ({"num_queries": 7}, "num_queries = 7: it must be between 0 .all. and num_pairs = 6"),
+        ({"num_queries": -1}, "num_queries = -1"),
+        ({"num_pairs": 32, "num_keys": 40}, "half of context_length = 128 has space for 31 pairs"),
+        ({"seed": -1}, "seed = -1"),
     ],
 )
 def test_fields_out_of_range(changes, sentence):

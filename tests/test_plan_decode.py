@@ -99,14 +99,14 @@ def test_mistakes_are_sentences(monkeypatch):
     monkeypatch.chdir(ROOT)
     for request, message in (
         ({"batch": 0}, "--decode_batch=0: it must"),
-        ({"kv": 1.5}, "--decode_kv=1.5: it must lie"),
+        ({"kv": 1.5}, "--decode_kv=1.5: it must be above"),
     ):
         with pytest.raises(UserError, match=message):
             DecodeRequest(**request)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
-    with pytest.raises(UserError, match="--decode_batch=4: it is for --decode"):
+    with pytest.raises(UserError, match="--decode_batch=4: it has no effect without --decode"):
         plan_command.main([*arguments, "--decode_batch=4"])
-    with pytest.raises(UserError, match="leave it out for --decode"):
+    with pytest.raises(UserError, match="leave it out with --decode"):
         plan_command.main([*arguments, "--decode", "--search"])
 
 
@@ -118,7 +118,7 @@ def test_exit_status_and_what_is_asked_for(planned, monkeypatch, tmp_path, capsy
         return planned[0]
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(summary, "plan_decode_apart", plan_decode_apart)
+    monkeypatch.setattr(plan_command, "plan_decode_apart", plan_decode_apart)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--decode"]
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["batch"] == 4
@@ -213,7 +213,7 @@ def test_on_eight_devices_a_part_that_is_sent_is_found_and_mistakes_are_sentence
     assert steps == "steps []"
     assert divides_sequences == "mesh.context = 2: decoding divides batch and heads, not sequences; make it 1."
     assert odd == (
-        "--decode_batch=6 cannot be divided among mesh.data * mesh.fsdp = 4 devices; make it a multiple of 4."
+        "--decode_batch=6: it cannot be divided among mesh.data * mesh.fsdp = 4 devices; give a multiple of 4."
     )
 
 

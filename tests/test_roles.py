@@ -124,7 +124,7 @@ def test_role_bias(roles, expected):
 def steer_for(steps, fraction_of_penalty, config):
     state = budget_controller.start_controller(config)
     history = []
-    step = jax.jit(lambda state, f, n: budget_controller.steer(state, f, n, config))
+    step = jax.jit(lambda state, f, n: budget_controller.update_controller(state, f, n, config))
     for n in range(steps):
         penalty = float(budget_controller.kv_penalty(state))
         history.append(penalty)

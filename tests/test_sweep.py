@@ -1,4 +1,4 @@
-"""A sweep trains every setting once, goes on where it was, and says what went wrong; its picture is its rows."""
+"""A sweep trains every run once, resumes, and reports what failed; its picture has the numbers of its rows."""
 
 import contextlib
 import dataclasses
@@ -110,9 +110,7 @@ def trained(monkeypatch):
         ]
         budget_check = {"role_bias": -1.5, "sampled": 0.6, "argmax": 0.7, "met": True}
         return types.SimpleNamespace(
-            rows=[
-                row | {"accuracy": 0.5} for row in ([dense] if config.model.layer_types == "dense" else [dense, *ours])
-            ],
+            rows=[row | {"accuracy": 0.5} for row in ([dense] if not config.model.has_roles else [dense, *ours])],
             budget_check=budget_check if config.model.has_roles else None,
             run_info={"show_accuracy": False, "step": config.train.num_steps},
         )
@@ -157,7 +155,7 @@ def test_a_line_is_the_row_of_the_runs_own_evaluation_that_meets_its_budget(swep
         for name in ("kv_fraction", "perplexity", "perplexity_low", "perplexity_high", "accuracy"):
             expected = row[name] if row[name] is None else pytest.approx(row[name], rel=1e-9)  # intervals may be none
             assert getattr(run, name) == expected
-        assert [point["role_bias"] for point in run.front] == sorted(role_biases)
+        assert [point["role_bias"] for point in run.curve] == sorted(role_biases)
         assert run.argmax == role_biases[0.0]["kv_fraction"]
         assert run.met == (abs(run.kv_fraction - run.kv_budget) <= 0.1 * run.kv_budget)
         assert run.best["accuracy"] == max(row["accuracy"] for row in role_biases.values())  # of a task without text
@@ -190,7 +188,7 @@ def test_the_page_compares_the_runs_that_finished(tmp_path):
 def made(value, seed, perplexity, kv=0.2, kind="kv_budget", **fields):
     """A run that finished, without training one."""
     known = {"kv_budget": None, "kv_penalty": None} | ({} if kind == "dense" else {kind: value})
-    front = (
+    curve = (
         () if kind == "dense" else ({"role_bias": 0.0, "budget": None, "kv_fraction": kv, "perplexity": perplexity},)
     )
     values = {
@@ -200,12 +198,12 @@ def made(value, seed, perplexity, kv=0.2, kind="kv_budget", **fields):
         "status": "finished",
         "perplexity": perplexity,
         "kv_fraction": 1.0 if kind == "dense" else kv,
-        "front": front,
+        "curve": curve,
     }
     return SweepRun(seed=seed, **known, **values | fields)
 
 
-def test_means_of_perplexity_are_geometric_and_twins_are_paired_by_seed():
+def test_means_of_perplexity_are_geometric_and_baselines_are_paired_by_seed():
     runs = [
         made(0.1, 0, 10.0, kv=0.1),
         made(0.1, 1, 40.0, kv=0.12),
@@ -283,6 +281,11 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert config == tiny_config()
     assert math.isnan(known.perplexity_low)
     assert dataclasses.replace(known, perplexity_low=1.0) == dataclasses.replace(ended, perplexity_low=1.0)
+    of_before = (tmp_path / "sweep.json").read_text()
+    for new, old in (("kv_penalty", "kv_price"), ("role_bias", "dial"), ("curve", "front")):
+        of_before = of_before.replace(f'"{new}":', f'"{old}":')
+    (tmp_path / "sweep.json").write_text(of_before)
+    assert repr(read_record(tmp_path)[0]) == repr(known)  # of natsjax 0.1
     for text in ('{"run": {"name": "of something else"}}', "[]", "{", '{"run": {}, "config": {"nats": 3}}'):
         (tmp_path / "sweep.json").write_text(text)
         assert read_record(tmp_path) is None
@@ -416,7 +419,7 @@ def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
         (
             {"model": {"layer_types": "dense"}},
             {"kv_budgets": [0.4]},
-            'model.layer_types = "dense" has no KV to KV penalty',
+            "model.layer_types = dense: no layer learns roles",
         ),
         ({"data": {"source": "corpus", "input": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere"),
         ({"eval": {"budgets": (0.01,)}}, {"kv_budgets": [0.4]}, r"= 0\.01: .* no KV fraction is below"),
@@ -450,15 +453,14 @@ def test_a_folder_in_use_or_of_a_run_is_refused(tmp_path):
     with Workdir(tmp_path).lock(), pytest.raises(UserError, match="in use by another process"):
         sweep.run(tiny_config(), tmp_path, kv_budgets=[0.4], progress=False)
     Workdir(tmp_path).record(tiny_config(), "a" * 64)
-    with pytest.raises(UserError, match="holds a run; a sweep wants a folder of its own"):
+    with pytest.raises(UserError, match="it holds a run; give the sweep a folder of its own"):
         sweep.run(tiny_config(), tmp_path, kv_budgets=[0.4], progress=False)
 
 
-# ----------------------------------------------------------------------------------------------- KV penalties, and one
-# corpus
+# -------------------------------------------------------------------------------------- KV penalties, and one corpus
 
 
-def test_prices_instead_of_budgets(tmp_path, trained):
+def test_kv_penalties_instead_of_budgets(tmp_path, trained):
     found = sweep.run(tiny_config(), tmp_path, kv_penalties=[0.0, 2.5], progress=False)
     assert trained == [run.name for run in found.runs] == ["kv_penalty=0_seed=0", "kv_penalty=2.5_seed=0"]
     for run in found.runs:
@@ -468,11 +470,11 @@ def test_prices_instead_of_budgets(tmp_path, trained):
     assert "KV penalty 2.5" in found.summary()
 
 
-def test_dense_twins_are_anchors_whatever_is_swept(tmp_path, trained):
+def test_dense_baselines_are_trained_whatever_is_swept(tmp_path, trained):
     budgets = sweep.run(tiny_config(), tmp_path, kv_budgets=BUDGETS, seeds=[0, 1], dense=True, progress=False)
     assert trained == [*NAMES[:2], "dense_seed=0", *NAMES[2:], "dense_seed=1"] == [run.name for run in budgets.runs]
     baseline = budgets.runs[2]
-    assert (baseline.attention, baseline.kv_fraction, baseline.perplexity, baseline.role_bias, baseline.front) == (
+    assert (baseline.attention, baseline.kv_fraction, baseline.perplexity, baseline.role_bias, baseline.curve) == (
         "dense",
         1.0,
         4.0,

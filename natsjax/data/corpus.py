@@ -1,17 +1,17 @@
-"""A prepared corpus on disk: its files, and reading them.
+"""A prepared corpus on disk.
 
-    DIR/corpus.json                 what it is: format, tokenizer, counts, content hash, how it was made
-    DIR/tokenizer/                  the tokenizer (`natsjax.data.tokenizers.load_tokenizer`)
-    DIR/SPLIT/00000.arrayrecord …   one record a document: its token ids without BOS and EOS, little-endian
-                                    uint16, or uint32 where the vocabulary has more than 65,536 ids
+    DIR/corpus.json                 description: format, tokenizer, counts, content hash, arguments
+    DIR/tokenizer/                  the tokenizer (``natsjax.data.tokenizers.load_tokenizer``)
+    DIR/SPLIT/00000.arrayrecord …   a record for each document: its token ids without BOS and EOS, little-endian
+                                    uint16, or uint32 for a vocabulary of more than 65,536 ids
     DIR/SPLIT/lengths.npy           int64 [num_documents], tokens in each document
-    DIR/SPLIT/document_ids.ndjson   one JSON string a line, the ids in the same order
+    DIR/SPLIT/document_ids.ndjson   the documents' ids in the same order, a JSON string per line
 
-with SPLIT one of `train` and `validation`. Lengths and ids lie beside the records, not in corpus.json, so
-that this stays small enough to read by eye and a run can lay out its stream without opening a shard.
+with SPLIT ``train`` or ``validation``. Lengths and ids are not in corpus.json, which stays small enough to read, and a
+run can compute its stream from the lengths without opening a shard.
 
-A changed byte is noticed when a file is read: shards have checksums of their own, and corpus.json has those of the
-tokenizer, of lengths and ids.
+A damaged file is noticed when it is read: shards have their own checksums, and corpus.json has those of the tokenizer,
+the lengths and the ids.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ IDS_FILE = "document_ids.ndjson"
 
 
 def shard_name(number: int) -> str:
-    """File name of a split's shard."""
+    """Returns the file name of a split's shard."""
     return f"{number:05d}.arrayrecord"
 
 
 def record_dtype(vocab_size: int) -> np.dtype:
-    """The type that token ids are stored in."""
+    """Returns the dtype that token ids are stored in."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Counts of one split.
+    """The counts of one split.
 
     Attributes:
       documents: number of documents.
       tokens: number of tokens, BOS and EOS not counted.
       bytes: size of the text in UTF-8.
       shards: number of ArrayRecord files.
-      bytes_per_token: `bytes / tokens`.
+      bytes_per_token: ``bytes / tokens``.
     """
 
     documents: int
@@ -77,24 +77,24 @@ class SplitSummary:
         return self.bytes / self.tokens
 
     def to_json(self) -> dict[str, int | float]:
-        """The counts with `bytes_per_token`, for corpus.json."""
+        """Returns the counts with ``bytes_per_token``, for corpus.json."""
         return dataclasses.asdict(self) | {"bytes_per_token": round(self.bytes_per_token, 4)}
 
 
 class Documents:
-    """The tokenised documents of one split, by index; threads may share it, and it can be pickled.
+    """The tokenized documents of one split, by index; threads may share it, and it can be pickled.
 
     Attributes:
-      lengths: int64 `[num_documents]`, tokens in each document, without BOS and EOS.
+      lengths: int64 ``[num_documents]``, tokens in each document, without BOS and EOS.
 
     Args:
       folder: the split's folder.
-      summary: its counts, as corpus.json gives them.
-      dtype: how the records store token ids.
-      sums: SHA-256 (hex) of the lengths and the ids, by file name; those of an older corpus are not compared.
+      summary: counts in corpus.json.
+      dtype: dtype of stored token ids.
+      sums: SHA-256 (hex) of the lengths and the ids, by file name; an older corpus has none.
 
     Raises:
-      UserError: a file is missing, damaged, or does not fit the counts. So does reading a document.
+      UserError: a file is missing or damaged, or does not fit the counts; also when a document is read.
     """
 
     def __init__(self, folder: Path, summary: SplitSummary, dtype: np.dtype, sums: Mapping[str, str]):
@@ -106,7 +106,7 @@ class Documents:
             check_file_no_pointer(path)
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
-        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # its header is Python
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # the header is Python
             reason = first_line(error)
             raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({reason}); prepare the corpus again.") from error
         try:
@@ -118,13 +118,13 @@ class Documents:
             raise UserError(f"a shard of {folder} cannot be read ({reason}); prepare the corpus again.") from error
         if not len(self._records) == len(self.lengths) == summary.documents:
             raise UserError(
-                f"{folder} holds {len(self._records)} records and {len(self.lengths)} lengths where "
-                f"{CORPUS_FILE} says {summary.documents} documents; prepare the corpus again."
+                f"{folder} has {len(self._records)} records and {len(self.lengths)} lengths, but {CORPUS_FILE} counts "
+                f"{summary.documents} documents; prepare the corpus again."
             )
 
         if (found := int(self.lengths.sum())) != summary.tokens:
             raise UserError(
-                f"{folder / LENGTHS_FILE} counts {found} tokens where {CORPUS_FILE} says {summary.tokens}; prepare the "
+                f"{folder / LENGTHS_FILE} counts {found} tokens, but {CORPUS_FILE} {summary.tokens}; prepare the "
                 "corpus again."
             )
         _compare(folder, sums, LENGTHS_FILE)
@@ -133,7 +133,7 @@ class Documents:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        """Token ids of one document, int32 `[lengths[index]]`, without BOS and EOS."""
+        """Returns the token ids of one document, int32 ``[lengths[index]]``, without BOS and EOS."""
         try:
             record = self._records[index]
         except RuntimeError as error:
@@ -142,14 +142,14 @@ class Documents:
             ) from error
         if len(record) != self.lengths[index] * self._dtype.itemsize:
             raise UserError(
-                f"document {index} of {self._folder} has {len(record) // self._dtype.itemsize} tokens where "
-                f"{LENGTHS_FILE} says {self.lengths[index]}; prepare the corpus again."
+                f"document {index} of {self._folder} has {len(record) // self._dtype.itemsize} tokens, but "
+                f"{LENGTHS_FILE} counts {self.lengths[index]}; prepare the corpus again."
             )
         return np.frombuffer(record, self._dtype).astype(np.int32)
 
     @functools.cached_property
     def ids(self) -> tuple[str, ...]:
-        """The documents' ids, in order; read when first asked for."""
+        """Ids of the documents, in order; read on first use."""
         path = self._folder / IDS_FILE
         _compare(self._folder, self._sums, IDS_FILE)
         try:
@@ -164,16 +164,16 @@ class Corpus:
     """A prepared corpus (see the module for its files).
 
     Attributes:
-      folder: where it lies.
-      tokenizer: what its documents were encoded with.
-      summaries: counts by split name.
-      content_hash: SHA-256 (hex) over tokenizer, ids and tokens, however they lie in shards.
-      arguments: what `prepare` was asked for.
-      input_signatures: cheap marks of what its inputs held.
-      skipped_files: bad files that were left out at the user's wish, with what was wrong with them.
-      dropped: documents that were left out: `"empty"` ones, and `"duplicate"` ones where that was asked for.
-      input_report: by input, what became of everything that it held (`natsjax.data.readers.input_report`).
-      sums: SHA-256 (hex) of the files that have no checksums of their own, by name; none in an older corpus.
+      folder: folder of the corpus.
+      tokenizer: tokenizer of its documents.
+      summaries: counts by split.
+      content_hash: SHA-256 (hex) of tokenizer, ids and tokens, independent of shards.
+      arguments: arguments of ``prepare``.
+      input_signatures: signatures of its inputs, by argument: names and sizes, no text.
+      skipped_files: bad files that were skipped, with the reasons.
+      dropped: numbers of dropped documents: ``"empty"`` ones, and ``"duplicate"`` ones with ``deduplicate``.
+      input_report: report on each input (``natsjax.data.readers.input_report``).
+      sums: SHA-256 (hex) of the files without checksums of their own, by name; empty for an older corpus.
     """
 
     folder: Path
@@ -189,18 +189,18 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Corpus:
-        """Read corpus.json and the tokenizer.
+        """Reads corpus.json and the tokenizer.
 
         Raises:
-          UserError: the folder holds no prepared corpus, one of another format version, or a tokenizer that
-            is not the one that it was made with.
+          UserError: the folder has no prepared corpus, or one of another format version, or another tokenizer than the
+            corpus was made with.
         """
         check_file_name(folder)
         folder = Path(os.path.expanduser(folder))
         description = _read_description(folder)
-        sums = description.get("sha256", {})  # absent in corpora made before they were stored
+        sums = description.get("sha256", {})  # an older corpus has none
         if not isinstance(sums, dict):
-            raise UserError(f"{folder / CORPUS_FILE} garbles the field sha256; prepare the corpus again.")
+            raise UserError(f"{folder / CORPUS_FILE} has a wrong field sha256; prepare the corpus again.")
         for name in sums:
             if name.startswith(f"{TOKENIZER_FOLDER}/"):
                 _compare(folder, sums, name)
@@ -215,12 +215,14 @@ class Corpus:
                 arguments=description["arguments"],
                 input_signatures=description["input_signatures"],
                 skipped_files=description["skipped_files"],
-                dropped=description.get("dropped", {}),  # absent in corpora made before it was counted
-                input_report=description.get("input_report", {}),  # the same
+                dropped=description.get("dropped", {}),  # an older corpus has none
+                input_report=description.get("input_report", {}),
                 sums=sums,
             )
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / CORPUS_FILE} lacks or garbles the field {error}.") from error
+            raise UserError(
+                f"{folder / CORPUS_FILE} lacks or garbles the field {error}; prepare the corpus again."
+            ) from error
         found = tokenizer.fingerprint
         if found != expected:
             raise UserError(
@@ -230,7 +232,7 @@ class Corpus:
         return corpus
 
     def save(self) -> None:
-        """Write corpus.json and the tokenizer into `folder`; the documents are written by `prepare`.
+        """Writes corpus.json and the tokenizer into ``folder``; the documents are written by ``prepare``.
 
         Raises:
           OSError: the folder cannot be written.
@@ -255,11 +257,11 @@ class Corpus:
             "sha256": checksums.digests(self.folder, names),
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        # Paths that are no UTF-8 hold surrogates, which JSON writes as these escapes.
+        # Paths that are not UTF-8 have surrogates, which are written as JSON escapes.
         (self.folder / CORPUS_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def documents(self, split: str) -> Documents:
-        """The documents of a split, `"train"` or `"validation"`.
+        """Opens the documents of a split, ``"train"`` or ``"validation"``.
 
         Raises:
           UserError: there is no such split, or its files are missing or damaged.
@@ -271,15 +273,15 @@ class Corpus:
 
 
 def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
-    """Compares a file with its checksum, where it has one.
+    """Compares a file with its checksum, if it has one.
 
     Raises:
-      UserError: it is not there, only a pointer to what was kept elsewhere, or not what it was.
+      UserError: the file is missing, a pointer, or damaged.
     """
     check_file_no_pointer(folder / name)
     if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
         raise UserError(
-            f"{folder / name} is not what was prepared (it is missing, or its SHA-256 is another); prepare the corpus "
+            f"{folder / name} is not what was prepared (it is missing, or has another SHA-256); prepare the corpus "
             "again."
         )
 
@@ -296,7 +298,7 @@ def _read_description(folder: Path) -> dict:
         description = json.loads(data.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{folder} is no prepared corpus: it holds no {CORPUS_FILE}; make one with "
+            f"{folder} is no prepared corpus: it has no {CORPUS_FILE}; prepare one with "
             f"`python -m natsjax.data.prepare --input=… --output={folder}`."
         ) from error
     except (OSError, ValueError, RecursionError) as error:

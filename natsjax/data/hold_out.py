@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: decided by their ids alone."""
+"""Selection of the documents that are held out for validation, by their ids."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NUM_HASHES = 1 << (8 * _HASH_BYTES)
 class HoldOut:
     """A seeded split by document id.
 
-    The order of files plays no part, documents with equal ids fall on the same side, and a document stays on
-    its side when others are added (but for corpora so small that one side would be empty).
+    The split does not depend on the order of files. Documents with equal ids are on the same side, and a document stays
+    on its side when others are added (unless the corpus is so small that one side would be empty).
 
     Attributes:
-      seed: which split.
-      threshold: documents whose hash lies below it are held out.
+      seed: seed of the hashes.
+      threshold: documents with a smaller hash are held out.
     """
 
     seed: int
@@ -33,12 +33,12 @@ class HoldOut:
 
     @classmethod
     def choose(cls, hashes: npt.NDArray[np.uint64], *, fraction: float, seed: int) -> HoldOut:
-        """Hold out about `fraction` of the documents, and at least one, and never all.
+        """Chooses the threshold that holds out about ``fraction`` of the documents, at least one and not all.
 
         Args:
-          hashes: uint64 `[num_documents]`, `hash_id` of every document.
-          fraction: share to hold out, in (0, 1).
-          seed: the one that the hashes were made with.
+          hashes: uint64 ``[num_documents]``, ``hash_id`` of every document.
+          fraction: fraction to hold out, in (0, 1).
+          seed: seed of the hashes.
 
         Raises:
           UserError: fewer than two different ids.
@@ -46,9 +46,9 @@ class HoldOut:
         lowest, highest = (int(hashes.min()), int(hashes.max())) if len(hashes) else (0, 0)
         if lowest == highest:
             raise UserError(
-                f"the input holds {len(hashes)} documents and fewer than two documents with different ids, so none can "
-                "be held out for validation (an id is what the field id says, else a document's place); add documents, "
-                "name others with validation_input, or give that field another name if it is no id."
+                f"the input has {len(hashes)} documents and fewer than two with different ids, so none can be held out "
+                "for validation (the id is the field id, else the document's place); add documents, give others as "
+                "validation_input, or rename the field if it is no id."
             )
         # In a small corpus the fraction may miss every document, or hit all of them.
         threshold = min(max(round(fraction * _NUM_HASHES), lowest + 1), highest)
@@ -59,36 +59,36 @@ class HoldOut:
 
 
 def hash_id(document_id: str, seed: int) -> int:
-    """A number in [0, 2**64) that looks random, from a document's id and a seed."""
+    """Hashes a document's id and a seed to a number in [0, 2**64)."""
     key = str(seed).encode()
     digest = hashlib.blake2b(document_id.encode("utf-8"), digest_size=_HASH_BYTES, key=key).digest()
     return int.from_bytes(digest, "big")
 
 
 def end_held_out(document_id: str, text: str, fraction: float) -> list[tuple[str, str]]:
-    """A document as two, for want of others to hold out: its beginning, and about `fraction` of it, its end.
+    """Splits the only document of an input in two: its beginning, and its end, about ``fraction`` of it.
 
-    The cut is where a paragraph begins near that place, or else a line, a word, or a character: the first of these that
-    is found within a quarter of the end's length. Both parts have text in them, and together they are the document.
+    The cut is at the beginning of a paragraph near that place, or else of a line or a word, or at any character: the
+    first of these within a quarter of the end's length. Both parts have text, and together they are the document.
 
     Args:
-      document_id: its id; the parts have `:beginning` and `:end` behind it.
-      text: of the document, with some text in it.
-      fraction: share of the characters, in (0, 1).
+      document_id: id of the document; ``:beginning`` and ``:end`` are appended for the parts.
+      text: text of the document, not only white space.
+      fraction: fraction of the characters, in (0, 1).
 
     Returns:
-      Id and text of the beginning and the end.
+      Id and text of the beginning and of the end.
 
     Raises:
       UserError: the text is too short.
     """
-    # Where a part would be white space alone, no cut will do.
+    # Neither part may be white space only.
     first = len(text) - len(text.lstrip()) + 1
     last = len(text.rstrip()) - 1
     if last < first:
         raise UserError(
-            f"{document_id} is the only document of the input and too short to hold its end out for validation, and "
-            "fewer than two documents cannot be divided otherwise; add documents, or name others with validation_input."
+            f"{document_id} is the only document of the input and too short to hold out its end for validation; add "
+            "documents, or give others as validation_input."
         )
     wanted = min(max(round(len(text) * (1 - fraction)), first), last)
     reach = max(1, round(len(text) * fraction / 4))

@@ -1,19 +1,18 @@
-"""Documents laid end to end and cut into contexts: pure functions of arrays.
+"""Concatenation of documents and their division into contexts: pure functions of arrays.
 
-A *framed* document is BOS + its tokens + EOS. A *piece* is the run of tokens of one framed document that lies
-in one context. A piece that a context edge cuts off counts as a document of its own there: positions start at
-0 again.
+A *framed* document is BOS + its tokens + EOS. A *piece* is the part of a framed document in one context. A piece that
+begins or ends at the edge of a context counts as a document of its own there: positions start at 0 again.
 
-A context, or *row*, is a dict of arrays over its `t` tokens, and a batch the same with a leading axis `b`:
+A context, or *row*, is a dict of arrays over its ``t`` tokens, and a batch the same with a leading axis ``b``:
 
 | field | dtype | |
 |---|---|---|
-| `inputs` | int32 | token ids; 0 where padded |
-| `targets` | int32 | the token that follows in the stream; 0 where there is none |
-| `loss_weight` | float32 | 1 where the target lies in the same document, else 0 (EOS as input, padding) |
-| `positions` | int32 | distance to the start of the piece; 0 where padded |
-| `document_end` | int32 | index in the context where the piece ends, exclusive; 0 where padded |
-| `document_id` | int32 | index of the document in its split; -1 where padded |
+| ``inputs`` | int32 | token ids; 0 where padded |
+| ``targets`` | int32 | next token in the stream; 0 where there is none |
+| ``loss_weight`` | float32 | 1 where the target is in the same document, else 0 (EOS as input, padding) |
+| ``positions`` | int32 | distance to the start of the piece; 0 where padded |
+| ``document_end`` | int32 | index in the context where the piece ends, exclusive; 0 where padded |
+| ``document_id`` | int32 | index of the document in its split; -1 where padded |
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 Row = dict[str, np.ndarray]
-"""One context, arrays `[t]`; or a batch of them, arrays `[b, t]`."""
+"""One context, arrays ``[t]``; or a batch of them, arrays ``[b, t]``."""
 
 NUM_FRAME_TOKENS = 2  # BOS and EOS around every document
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `begin … end-1` of a framed document (0 is its BOS)."""
+    """Tokens ``begin … end-1`` of a framed document (0 is its BOS)."""
 
     document: int
     begin: int
@@ -41,11 +40,11 @@ class Piece:
 
 
 class Layout:
-    """Where each document of one pass lies in the stream.
+    """The places of the documents of one pass in the stream.
 
     Args:
-      lengths: int64 `[num_documents]`, tokens in each document, without BOS and EOS.
-      order: int `[num_documents]`, indices of the documents as they follow one another.
+      lengths: int64 ``[num_documents]``, tokens in each document, without BOS and EOS.
+      order: int ``[num_documents]``, indices of the documents in their order in the stream.
     """
 
     def __init__(self, lengths: npt.NDArray[np.int64], order: npt.NDArray[np.integer]):
@@ -54,11 +53,11 @@ class Layout:
         np.cumsum(lengths[order] + NUM_FRAME_TOKENS, out=self._offsets[1:])
 
     def __len__(self) -> int:
-        """Tokens of the whole pass."""
+        """Returns the number of tokens of the pass."""
         return int(self._offsets[-1])
 
     def pieces(self, begin: int, end: int) -> list[Piece]:
-        """What the pass holds at `begin … end-1`, clipped to its end. O(log n + number of pieces)."""
+        """Returns the pieces at ``begin … end-1``, clipped to the pass. O(log n + number of pieces)."""
         pieces = []
         end = min(end, len(self))
         place = int(np.searchsorted(self._offsets, begin, side="right")) - 1
@@ -71,41 +70,41 @@ class Layout:
 
 
 def epoch_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The random order of documents in an epoch, int64 `[num_documents]`: a function of seed and epoch.
+    """Returns the random order of documents in an epoch, int64 ``[num_documents]``, a function of seed and epoch.
 
-    NumPy promises the raw output of its bit generators and of `SeedSequence` for ever, but not that of
-    `Generator.permutation` (NEP 19); sorting raw numbers keeps old runs resumable under any NumPy.
+    NumPy keeps the raw output of its bit generators and of ``SeedSequence`` stable, but not that of
+    ``Generator.permutation`` (NEP 19). Sorting raw numbers keeps old runs resumable under any NumPy.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(num_documents), kind="stable")
 
 
 def context_order(num_contexts: int, *, seed: int, epoch: int) -> grain.MapDataset:
-    """A random order of the contexts of an epoch, by random access in constant memory: a function of seed and epoch.
+    """Returns a random order of the contexts of an epoch, with random access in constant memory.
 
     Args:
-      num_contexts: how many there are, 1 or more.
+      num_contexts: number of contexts, at least 1.
       seed: not negative.
       epoch: not negative.
 
     Returns:
-      ``[place]`` is the context at that place, 0 to ``num_contexts - 1``.
+      Dataset whose element ``i`` is the ``i``-th context, 0 to ``num_contexts - 1``; a function of seed and epoch.
     """
-    # Grain takes 32 bits; the third number keeps them apart from those of `epoch_order`.
+    # Grain takes 32 bits; the third number makes them differ from those of `epoch_order`.
     bits = int(np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint32)[0])
     return grain.MapDataset.range(num_contexts).shuffle(seed=bits)
 
 
 def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.integer]], context_length: int) -> Row:
-    """One context from the pieces that it consists of.
+    """Assembles a context from its pieces.
 
     Args:
-      pieces: they cover the context and the one token after it; fewer are padded.
-      framed: gives BOS + tokens + EOS of a document, integers.
-      context_length: `t`.
+      pieces: pieces of the context and of the one token after it; fewer tokens are padded.
+      framed: function from a document's index to BOS + tokens + EOS, integers.
+      context_length: ``t``.
 
     Returns:
-      A row, arrays `[t]` (see the module).
+      A row, arrays ``[t]`` (see the module).
     """
     length = context_length + 1
     tokens = np.zeros(length, np.int32)
@@ -125,7 +124,7 @@ def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.integer
     same_document = (piece_number[1:] == piece_number[:-1]) & (piece_number[:-1] >= 0)
     return {
         "inputs": tokens[:-1],
-        "targets": tokens[1:].copy(),  # no view: changing it must not change the inputs
+        "targets": tokens[1:].copy(),  # not a view: changing it must not change the inputs
         "loss_weight": same_document.astype(np.float32),
         "positions": positions[:-1],
         "document_end": document_end[:-1],
@@ -134,18 +133,18 @@ def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.integer
 
 
 def stack(rows: Sequence[Row]) -> Row:
-    """Rows of `[t]` to one batch of `[b, t]`."""
+    """Stacks rows ``[t]`` to a batch ``[b, t]``."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def piece_lengths(contexts: Row) -> npt.NDArray[np.int64]:
-    """Lengths of all document pieces in a row, a batch or a set of contexts.
+    """Returns the lengths of all document pieces in a row, a batch or a set of contexts.
 
     Args:
-      contexts: with `positions` and `document_end`, `[t]` or `[b, t]`.
+      contexts: arrays with ``positions`` and ``document_end``, ``[t]`` or ``[b, t]``.
 
     Returns:
-      int64 `[num_pieces]`, row by row; padding is none.
+      int64 ``[num_pieces]``, row by row, without padding.
 
     Example:
       >>> piece_lengths({"positions": np.array([0, 1, 0, 0]), "document_end": np.array([2, 2, 3, 0])})

@@ -1,10 +1,9 @@
-"""The training stream and the evaluation slice of a prepared corpus, through Grain.
+"""The training stream and the evaluation contexts of a prepared corpus, through Grain.
 
-The stream is infinite: epoch after epoch, each with its documents in another random order, laid end to end
-and cut into contexts: the `j`-th cut covers tokens `j·t … (j+1)·t-1`. The contexts that begin in an epoch are then
-read in a random order of their own, so that the rows of a batch come from many documents and not from one after the
-other. What is at a place of the stream does not depend on what was read before: step `n` of a run sees the same batch
-in every run and after every resume.
+The stream is infinite. In each epoch the documents are shuffled, concatenated and cut into contexts: the ``j``-th cut
+has the tokens ``j·t … (j+1)·t-1``. The contexts that begin in an epoch are then shuffled too, so that the rows of a
+batch come from many documents. The content of the stream at a place does not depend on what was read before: step ``n``
+of a run has the same batch in every run and after every resume.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ from natsjax.data.packing import NUM_FRAME_TOKENS, Layout, Piece, Row, context_o
 from natsjax.errors import UserError
 
 Shuffle = Literal["contexts", "documents"]
-"""What is put into a random order in each epoch: documents and then contexts, or documents alone."""
+"""Unit that each epoch shuffles: documents and then contexts, or documents alone."""
 
-_CACHED_BYTES = 1 << 28  # of documents: with contexts in a random order, each is read once for every context in it
-_CACHED_EPOCHS = 3  # a context may touch two, and prefetching threads run ahead
+_CACHED_BYTES = 1 << 28  # of documents: with shuffled contexts, a document is read once for each of its contexts
+_CACHED_EPOCHS = 3  # a context may be in two, and prefetching threads run ahead
 
 
 class TokenisedDocuments(Protocol):
-    """Documents by index; `natsjax.data.corpus.Documents` is one."""
+    """Documents by index, as ``natsjax.data.corpus.Documents``."""
 
     lengths: npt.NDArray[np.int64]
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        """Token ids of one document, int32 `[lengths[index]]`, without BOS and EOS."""
+        """Returns the token ids of one document, int32 ``[lengths[index]]``, without BOS and EOS."""
         ...
 
 
 class RowSource(Protocol):
-    """An infinite sequence of contexts with random access: what a training stream is made of."""
+    """An infinite sequence of contexts with random access, from which batches are read."""
 
     def rows(self, begin: int, count: int) -> Row:
-        """Contexts `begin … begin+count-1` as one batch, arrays `[count, t]`."""
+        """Returns contexts ``begin … begin+count-1`` as one batch, arrays ``[count, t]``."""
         ...
 
 
 class _FramedDocuments:
-    """Documents with BOS and EOS around them, uint16 or int32; the ones used last are kept."""
+    """Documents with BOS and EOS, uint16 or int32, in a cache."""
 
     def __init__(self, documents: TokenisedDocuments, bos_id: int, eos_id: int):
         self._documents = documents
@@ -62,7 +61,7 @@ class _FramedDocuments:
 
     def _read(self, index: int) -> npt.NDArray[np.integer]:
         tokens = np.concatenate([self._bos, self._documents[index], self._eos])
-        return tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens  # twice as many in the cache
+        return tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens  # so that the cache has twice as many
 
 
 def _num_bytes(tokens: npt.NDArray) -> int:  # a function, for a lambda cannot be pickled
@@ -73,15 +72,15 @@ class PackedSource:
     """The infinite stream of contexts over documents; threads may share it, and it can be pickled.
 
     Args:
-      documents: what to read.
-      context_length: tokens in a context, `t`.
-      bos_id: id put before every document.
-      eos_id: id put after every document.
-      seed: which random orders; not negative.
-      shuffle: "contexts", or "documents": contexts then follow one another as they were cut.
+      documents: documents to read.
+      context_length: tokens in a context, ``t``.
+      bos_id: id before every document.
+      eos_id: id after every document.
+      seed: seed of the random orders, not negative.
+      shuffle: "contexts", or "documents" to read contexts in the order in which they were cut.
 
     Raises:
-      UserError: `context_length`, `seed` or `shuffle` is out of range, or there is no document.
+      UserError: ``context_length``, ``seed`` or ``shuffle`` is out of range, or there is no document.
 
     Example:
       >>> source = PackedSource.from_corpus(Corpus.load("data/sotu"), context_length=256, seed=0)
@@ -104,7 +103,7 @@ class PackedSource:
         _check_shuffle(shuffle)
         self._lengths = documents.lengths
         if len(self._lengths) == 0:
-            raise UserError("the split to train on has no documents; prepare a corpus with at least one.")
+            raise UserError("the training split has no documents; prepare a corpus with at least one.")
         self.context_length = context_length
         self.seed = seed
         self.shuffle = shuffle
@@ -117,10 +116,10 @@ class PackedSource:
     def from_corpus(
         cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train", shuffle: Shuffle = "contexts"
     ) -> PackedSource:
-        """The stream of a split of a prepared corpus.
+        """Builds the stream of a split of a prepared corpus.
 
         Raises:
-          UserError: see the class and `Corpus.documents`.
+          UserError: see the class and ``Corpus.documents``.
         """
         return cls(
             corpus.documents(split),
@@ -132,25 +131,25 @@ class PackedSource:
         )
 
     def __getitem__(self, index: int) -> Row:
-        """Context `index` of the stream, arrays `[t]` (see `natsjax.data.packing`)."""
+        """Returns context ``index`` of the stream, arrays ``[t]`` (see ``natsjax.data.packing``)."""
         if index < 0:
-            raise IndexError(f"context {index}: the stream begins at 0 and has no end to count from")
+            raise IndexError(f"context {index}: the stream begins at 0 and has no end")
         begin = self._cut(index) * self.context_length
         return pack(self._pieces(begin, begin + self.context_length + 1), self._framed, self.context_length)
 
     def piece_lengths(self) -> npt.NDArray[np.int64]:
-        """Lengths of all document pieces that the first epoch is cut into, int64 `[num_pieces]`."""
+        """Returns the lengths of all document pieces of the first epoch, int64 ``[num_pieces]``."""
         order = epoch_order(len(self._lengths), seed=self.seed, epoch=0)
         ends = np.cumsum(self._lengths[order] + NUM_FRAME_TOKENS)
         edges = np.arange(0, self.epoch_tokens, self.context_length)
         return np.diff(np.union1d(edges, ends).astype(np.int64)).astype(np.int64)
 
     def rows(self, begin: int, count: int) -> Row:
-        """Contexts `begin … begin+count-1`, arrays `[count, t]`."""
+        """Returns contexts ``begin … begin+count-1``, arrays ``[count, t]``."""
         return stack([self[index] for index in range(begin, begin + count)])
 
     def _cut(self, index: int) -> int:
-        """Which cut of the laid out documents is context `index`."""
+        """Returns the number of the cut that is context ``index``."""
         if self.shuffle == "documents":
             return index
         epoch = index * self.context_length // self.epoch_tokens
@@ -158,7 +157,7 @@ class PackedSource:
         return begin + self._orders[epoch][index - begin]
 
     def _first_cut(self, epoch: int) -> int:
-        """The first cut that begins in an epoch."""
+        """Returns the first cut that begins in an epoch."""
         return -(-epoch * self.epoch_tokens // self.context_length)
 
     def _order(self, epoch: int) -> grain.MapDataset:
@@ -177,14 +176,14 @@ class PackedSource:
 
 
 class _GlobalBatches:
-    """Batch `step` of a source, or this process's rows of it, for Grain."""
+    """Batches of a source by step, or this process's rows of them, for Grain."""
 
     def __init__(self, source: RowSource, batch_size: int, num_steps: int | None, rows: slice | None):
         self._source = source
         self._batch_size = batch_size
         self._first, stop, _ = (rows or slice(None)).indices(batch_size)
         self._count = stop - self._first
-        self._num_steps = sys.maxsize if num_steps is None else num_steps  # `len` allows no more
+        self._num_steps = sys.maxsize if num_steps is None else num_steps  # the largest that `len` allows
 
     def __len__(self) -> int:
         return self._num_steps
@@ -196,49 +195,50 @@ class _GlobalBatches:
 def train_dataset(
     source: RowSource, *, batch_size: int, num_steps: int | None = None, rows: slice | None = None
 ) -> grain.MapDataset:
-    """The batches of a run: `ds[step]` is the global batch of that step, whatever was read before.
+    """Returns the batches of a run: ``ds[step]`` is the global batch of that step, whatever was read before.
 
-    Processes that share a batch read their own rows of it: the sequence of global batches does not depend on how many
-    they are.
+    Processes that share a batch read their own rows of it. The sequence of global batches does not depend on the number
+    of processes.
 
     Args:
-      source: `PackedSource`, or a synthetic task.
-      batch_size: rows in a global batch, `b`.
+      source: a ``PackedSource`` or a synthetic task.
+      batch_size: rows in a global batch, ``b``.
       num_steps: length of the dataset; endless if None. (Grain wraps an index beyond the end.)
-      rows: which rows of each global batch to read; None: all of them.
+      rows: rows of each global batch to read; None: all.
 
     Returns:
-      A Grain dataset of rows `step·b … step·b+b-1` of the source, arrays `[b, t]` (or `[r, t]`, the `rows` of them).
+      A Grain dataset of rows ``step·b … step·b+b-1`` of the source, arrays ``[b, t]`` (or ``[r, t]``, the ``rows`` of
+      them).
 
     Raises:
-      UserError: `batch_size` or `num_steps` is below 1.
+      UserError: ``batch_size`` or ``num_steps`` is below 1.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+        raise UserError(f"batch_size = {batch_size}: it must be at least 1.")
     if num_steps is not None and num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}; it must be at least 1, or None for an endless stream.")
+        raise UserError(f"num_steps = {num_steps}: it must be at least 1, or None for an endless stream.")
     return grain.MapDataset.source(_GlobalBatches(source, batch_size, num_steps, rows))
 
 
 def iterate(
     dataset: grain.MapDataset, start_step: int = 0, *, num_threads: int = 2, num_prefetched: int = 4
 ) -> grain.DatasetIterator:
-    """Batches from `start_step` on, made ahead of time by threads.
+    """Iterates over batches from ``start_step`` on, which threads prepare in advance.
 
     Args:
-      dataset: from `train_dataset`.
-      start_step: the first step to give; a resumed run passes the step that it stopped at.
-      num_threads: threads that make batches; 0 makes them when asked.
-      num_prefetched: batches to keep ready.
+      dataset: from ``train_dataset``.
+      start_step: first step to return; for a resumed run the step at which it stopped.
+      num_threads: threads that prepare batches; 0: none, each batch is prepared when it is read.
+      num_prefetched: batches to prepare in advance.
 
     Returns:
-      An iterator; `close()` stops its threads.
+      An iterator; ``close()`` stops its threads.
 
     Raises:
-      UserError: `start_step` lies outside the dataset.
+      UserError: ``start_step`` is outside the dataset.
     """
     if not 0 <= start_step <= len(dataset):
-        raise UserError(f"start_step is {start_step}; the run has steps 0 … {len(dataset)}.")
+        raise UserError(f"start_step = {start_step}: the run has steps 0 … {len(dataset)}.")
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_prefetched)
     iterator = iter(dataset.to_iter_dataset(options))
     grain.experimental.set_next_index(iterator, start_step)
@@ -246,26 +246,25 @@ def iterate(
 
 
 def evaluation_contexts(corpus: Corpus, split: str, *, context_length: int, max_contexts: int) -> Row:
-    """A fixed slice of a split: each document once, in stored order, cut into contexts.
+    """Returns fixed contexts of a split: each document once, in stored order, cut into contexts.
 
-    Where there are more than `max_contexts`, that many are taken at evenly spaced places, always the same
-    ones.
+    Of more than ``max_contexts``, evenly spaced ones are returned, always the same.
 
     Args:
       corpus: a prepared corpus.
-      split: `"validation"` or `"train"`.
-      context_length: tokens in a context, `t`.
-      max_contexts: how many contexts at most.
+      split: ``"validation"`` or ``"train"``.
+      context_length: tokens in a context, ``t``.
+      max_contexts: largest number of contexts.
 
     Returns:
-      Arrays `[num_contexts, t]` (see `natsjax.data.packing`); the split's last context is padded.
+      Arrays ``[num_contexts, t]`` (see ``natsjax.data.packing``); the split's last context is padded.
 
     Raises:
       UserError: the split has no token to predict, or an argument is out of range.
     """
     _check_context_length(context_length)
     if max_contexts < 1:
-        raise UserError(f"max_contexts is {max_contexts}; it must be at least 1.")
+        raise UserError(f"max_contexts = {max_contexts}: it must be at least 1.")
     documents = corpus.documents(split)
     layout = Layout(documents.lengths, np.arange(len(documents)))
     total = -(-len(layout) // context_length)
@@ -273,7 +272,7 @@ def evaluation_contexts(corpus: Corpus, split: str, *, context_length: int, max_
     framed = _FramedDocuments(documents, corpus.tokenizer.bos_id, corpus.tokenizer.eos_id)
     rows = []
     for number in range(count):
-        # Centres of `count` equal parts: neither the beginning nor the end of the split is favoured.
+        # Centers of `count` equal parts, so that neither end of the split is favored.
         begin = (2 * number + 1) * total // (2 * count) * context_length
         rows.append(pack(layout.pieces(begin, begin + context_length + 1), framed, context_length))
     if not rows or not any(row["loss_weight"].any() for row in rows):
@@ -286,17 +285,17 @@ def evaluation_contexts(corpus: Corpus, split: str, *, context_length: int, max_
 
 def _check_context_length(context_length: int) -> None:
     if context_length < 1:
-        raise UserError(f"context_length is {context_length}; it must be at least 1.")
+        raise UserError(f"context_length = {context_length}: it must be at least 1.")
 
 
 def _check_seed(seed: int) -> None:
     if seed < 0:
-        raise UserError(f"seed is {seed}; it must not be negative.")
+        raise UserError(f"seed = {seed}: it must not be negative.")
 
 
 def _check_shuffle(shuffle: str) -> None:
     if shuffle not in get_args(Shuffle):
-        raise UserError(f"shuffle is {shuffle!r}; one of {', '.join(map(repr, get_args(Shuffle)))} was expected.")
+        raise UserError(f"shuffle = {shuffle!r}: one of {', '.join(map(repr, get_args(Shuffle)))} was expected.")
 
 
 K = TypeVar("K", bound=Hashable)
@@ -304,15 +303,14 @@ V = TypeVar("V")
 
 
 class LRUCache(Generic[K, V]):
-    """Keeps the values used last, up to a total size; the newest one stays even if it alone exceeds that.
+    """A cache of the values used last, up to a total size; the newest value stays even if it alone exceeds that.
 
-    `functools.lru_cache` bounds the number of entries, not their size, and cannot be pickled.
+    ``functools.lru_cache`` bounds the number of entries, not their size, and cannot be pickled.
 
     Args:
-      make: gives the value of a key that is not there; runs outside the lock, so that threads can read in
-        parallel.
+      make: function from a missing key to its value; called without the lock, so that threads can read in parallel.
       max_size: bound on the sum of sizes.
-      size: size of a value; 1 for each by default.
+      size: function from a value to its size; None: each has size 1.
     """
 
     def __init__(self, make: Callable[[K], V], *, max_size: int, size: Callable[[V], int] | None = None):

@@ -1,7 +1,7 @@
-"""Multi-query associative recall with filler: a task that only a model that keeps the right tokens can solve.
+"""Multi-query associative recall with filler, a task that needs the right tokens in the KV cache.
 
     ⟨bos⟩ f3 f1 k7 v2 f5 f0 k1 v9 f2 …  |  … f4 k1 v9 f1 f6 k7 v2 …
-    pairs scattered in the first half      each asked key, and its value to predict
+    pairs in the first half                asked keys, each followed by its value, which is predicted
 
 After Arora et al. 2023, "Zoology" (https://arxiv.org/abs/2312.04927), with filler between the pairs.
 """
@@ -27,23 +27,22 @@ _WORDS_PER_COUNT = 4  # a step of Philox's counter gives four 64-bit words
 class RecallTask:
     """An endless set of rows, each a pure function of (seed, split, index).
 
-    A row has exactly `context_length` tokens: BOS; in the first half `num_pairs` adjacent (key, value) pairs
+    A row has exactly ``context_length`` tokens: BOS; in the first half ``num_pairs`` adjacent (key, value) pairs
     with distinct keys, at random places that do not overlap; in the second half the asked keys in random
-    order at random places, each followed by its value; everything else random filler. Values are drawn with
-    replacement. Only the values after asked keys are predicted: `loss_weight` is 1 at the asked keys and 0
-    elsewhere. A row is one document, so `positions` never restart.
+    order at random places, each followed by its value; everything else is random filler. Values are sampled with
+    replacement. Only the values after asked keys are predicted: ``loss_weight`` is 1 at the asked keys and 0
+    elsewhere. A row is one document, so ``positions`` never restart.
 
-    It offers what a `PackedSource` offers (`rows`, indexing) and what displays need of a tokenizer
-    (`Vocabulary`).
+    The interface is that of ``PackedSource`` (``rows``, indexing) and of ``Vocabulary``.
 
     Attributes:
       context_length: tokens in a row, at least 16.
       num_pairs: pairs in the first half.
-      num_keys: distinct keys, at least `num_pairs`.
+      num_keys: distinct keys, at least ``num_pairs``.
       num_values: distinct values.
       num_fillers: distinct filler tokens.
-      num_queries: keys asked for, at most `num_pairs`; 0 asks for all.
-      seed: which rows; not negative.
+      num_queries: asked keys, at most ``num_pairs``; 0: all.
+      seed: seed of the rows, not negative.
 
     Raises:
       UserError: a field is out of range, or the pairs do not fit into half the context.
@@ -65,25 +64,25 @@ class RecallTask:
     def __post_init__(self) -> None:
         for name in ("num_pairs", "num_keys", "num_values", "num_fillers"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise UserError(f"{name} = {getattr(self, name)}: it must be at least 1.")
         if self.context_length < 16:
-            raise UserError(f"context_length is {self.context_length}; recall needs at least 16 tokens.")
+            raise UserError(f"context_length = {self.context_length}: recall needs at least 16 tokens.")
         if self.num_keys < self.num_pairs:
             raise UserError(
-                f"num_keys is {self.num_keys}, fewer than num_pairs {self.num_pairs}; "
-                "the keys of a row must be distinct."
+                f"num_keys = {self.num_keys}: fewer than num_pairs = {self.num_pairs}, but the keys of a row are "
+                "distinct; give more keys or fewer pairs."
             )
         if not 0 <= self.num_queries <= self.num_pairs:
             raise UserError(
-                f"num_queries is {self.num_queries}; it must lie between 0 (all) and num_pairs {self.num_pairs}."
+                f"num_queries = {self.num_queries}: it must be between 0 (all) and num_pairs = {self.num_pairs}."
             )
         if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; it must not be negative.")
-        room = (self._half - 1) // 2
-        if self.num_pairs > room:
+            raise UserError(f"seed = {self.seed}: it must not be negative.")
+        capacity = (self._half - 1) // 2
+        if self.num_pairs > capacity:
             raise UserError(
-                f"num_pairs is {self.num_pairs}, but half of context_length {self.context_length} holds "
-                f"at most {room} pairs; use fewer pairs or a longer context."
+                f"num_pairs = {self.num_pairs}: half of context_length = {self.context_length} has space for "
+                f"{capacity} pairs; use fewer pairs or a longer context."
             )
 
     @property
@@ -93,45 +92,45 @@ class RecallTask:
 
     @property
     def vocab_size(self) -> int:
-        """BOS, keys, values and fillers, in this order of ids."""
+        """Number of ids: BOS, keys, values and fillers, in this order."""
         return len(self.token_kind)
 
     @property
     def token_bytes(self) -> None:
-        """None: no text stands behind these tokens."""
+        """None: these tokens stand for no text."""
         return None
 
     @functools.cached_property
     def token_kind(self) -> npt.NDArray[np.str_]:
-        """What each id is, `[vocab_size]`: `"bos"`, `"key"`, `"value"` or `"filler"`."""
+        """Kind of each id, ``[vocab_size]``: ``"bos"``, ``"key"``, ``"value"`` or ``"filler"``."""
         return np.repeat(KINDS, [1, self.num_keys, self.num_values, self.num_fillers])
 
     def kind_of(self, token_id: int) -> str:
-        """`"bos"`, `"key"`, `"value"` or `"filler"`."""
+        """Returns ``"bos"``, ``"key"``, ``"value"`` or ``"filler"``."""
         return str(self.token_kind[token_id])
 
     def token_text(self, token_id: int) -> str:
-        """`⟨bos⟩`, or the kind's initial and a number: `k3`, `v0`, `f7`."""
+        """Returns ``⟨bos⟩``, or the kind's initial and a number: ``k3``, ``v0``, ``f7``."""
         kind = self.kind_of(token_id)
         return "⟨bos⟩" if kind == "bos" else f"{kind[0]}{token_id - self._first_id(kind)}"
 
     def __getitem__(self, index: int) -> Row:
-        """Training row `index`, arrays `[t]`."""
+        """Returns training row ``index``, arrays ``[t]``."""
         return {name: values[0] for name, values in self.rows(index, 1).items()}
 
     def evaluation_contexts(self, num: int) -> Row:
-        """The first `num` validation rows, arrays `[num, t]`."""
+        """Returns the first ``num`` validation rows, arrays ``[num, t]``."""
         return self.rows(0, num, split="validation")
 
     def rows(self, begin: int, count: int, *, split: str = "train") -> Row:
-        """Rows `begin … begin+count-1` of a split, arrays `[count, t]` (see `natsjax.data.packing`).
+        """Returns rows ``begin … begin+count-1`` of a split, arrays ``[count, t]`` (see ``natsjax.data.packing``).
 
         Raises:
-          IndexError: `begin` is negative.
+          IndexError: ``begin`` is negative.
           UserError: there is no such split.
         """
         if begin < 0:
-            raise IndexError(f"row {begin}: rows are counted from 0 and have no end to count from")
+            raise IndexError(f"row {begin}: rows are counted from 0 and have no end")
         if split not in SPLITS:
             raise UserError(f"the recall task has no split {split!r}; it has {', '.join(SPLITS)}.")
         tokens, asked_places = self._tokens(self._random_words(begin, count, split))
@@ -139,7 +138,7 @@ class RecallTask:
         np.put_along_axis(loss_weight, asked_places, 1, axis=1)
         targets = np.zeros_like(tokens)
         targets[:, :-1] = tokens[:, 1:]
-        index = np.arange(begin, begin + count) % (1 << 31)  # an int32 label; wraps after two thousand million rows
+        index = np.arange(begin, begin + count) % (1 << 31)  # an int32 label; wraps around after 2**31 rows
         return {
             "inputs": tokens,
             "targets": targets,
@@ -151,7 +150,7 @@ class RecallTask:
 
     @property
     def _half(self) -> int:
-        """Index where the second half begins."""
+        """Index at which the second half begins."""
         return self.context_length // 2
 
     @property
@@ -162,11 +161,11 @@ class RecallTask:
         return int(np.argmax(self.token_kind == kind))
 
     def _random_words(self, begin: int, count: int, split: str) -> dict[str, npt.NDArray[np.uint64]]:
-        """Independent 64-bit numbers for every purpose, uint64 `[count, n]` each.
+        """Returns independent 64-bit numbers for every purpose, uint64 ``[count, n]`` each.
 
-        Every row owns a fixed stretch of a counter-based generator: any row can be made alone, and many at
-        once. Raw words and stable sorts also give the same rows under every version of NumPy, which
-        `Generator` does not promise.
+        Every row has a fixed range of a counter-based generator, so any row can be computed alone, and many at once.
+        Raw words and stable sorts give the same rows under every version of NumPy, which ``Generator`` does not
+        guarantee.
         """
         sizes = {
             "pair_places": self._half - 1 - self.num_pairs,
@@ -181,10 +180,10 @@ class RecallTask:
         bits.advance(begin * counts_per_row)
         words = bits.random_raw(count * counts_per_row * _WORDS_PER_COUNT).reshape(count, -1)
         parts = np.split(words, np.cumsum(list(sizes.values())), axis=1)
-        return dict(zip(sizes, parts, strict=False))  # the last part is what rounding up to whole counts left
+        return dict(zip(sizes, parts, strict=False))  # the last part is unused: counts are rounded up
 
     def _tokens(self, words: dict[str, npt.NDArray[np.uint64]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Token ids, int32 `[count, t]`, and the places of the asked keys, int64 `[count, num_queries]`."""
+        """Returns token ids, int32 ``[count, t]``, and the places of the asked keys, int64 ``[count, num_queries]``."""
         keys = self._first_id("key") + _sample(words["keys"], self.num_pairs)
         values = self._first_id("value") + _below(words["values"], self.num_values)
         asked = _sample(words["asked"], self._num_asked)
@@ -201,21 +200,21 @@ class RecallTask:
 
 
 def _below(words: npt.NDArray[np.uint64], bound: int) -> npt.NDArray[np.int64]:
-    """Uniform integers in [0, bound), shaped like `words`; the remainder's bias is below bound / 2**64."""
+    """Returns uniform integers in [0, bound), with the shape of ``words``; the bias is below bound / 2**64."""
     return (words % np.uint64(bound)).astype(np.int64)
 
 
 def _sample(words: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.int64]:
-    """`size` different indices into each row of `words [b, n]`, in random order, int64 `[b, size]`."""
+    """Samples ``size`` different indices into each row of ``words [b, n]``, in random order, int64 ``[b, size]``."""
     return np.argsort(words, axis=1, kind="stable")[:, :size]
 
 
 def _pair_places(words: npt.NDArray[np.uint64], num_pairs: int) -> npt.NDArray[np.int64]:
-    """Places of pairs that do not overlap, ascending, int64 `[b, num_pairs]`, all equally likely.
+    """Samples places of pairs that do not overlap, ascending, int64 ``[b, num_pairs]``, all equally likely.
 
     Args:
-      words: uint64 `[b, room - num_pairs]`: with every pair shrunk to one cell, that many cells are left.
-      num_pairs: pairs to place.
+      words: random numbers, uint64 ``[b, length - num_pairs]``: one for each cell if a pair is one cell.
+      num_pairs: number of pairs.
     """
     cells = np.sort(_sample(words, num_pairs), axis=1)
-    return cells + np.arange(num_pairs)  # each pair before it takes up one place more than its cell
+    return cells + np.arange(num_pairs)  # each pair before it takes one more place than its cell

@@ -63,12 +63,12 @@ class LayerGroup:
 
     @property
     def num_layers(self) -> int:
-        """l."""
+        """L."""
         return self.key_end.shape[0]
 
     @property
     def capacity(self) -> int:
-        """c."""
+        """C."""
         return self.key_end.shape[3]
 
     @property

@@ -113,7 +113,7 @@ class Measurement:
 
     @property
     def perplexity(self) -> float:
-        """exp of the cross-entropy; infinite where that overflows."""
+        """Exp of the cross-entropy; infinite where that overflows."""
         return perplexity(self.cross_entropy)
 
     @property

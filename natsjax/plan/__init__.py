@@ -1,4 +1,4 @@
-"""What a step and a decoded token take on hardware that is not here; the command ``python -m natsjax.plan``."""
+"""Plans for other hardware: memory, communication and least time; the command ``python -m natsjax.plan``."""
 
 import lazy_loader
 

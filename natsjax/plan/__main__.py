@@ -1,14 +1,13 @@
-"""Will it fit, and how long will it take? Compiles a run's step for hardware that is not here, and says.
+"""Compiles a run's step for other hardware and prints its memory, communication and least time.
 
     python -m natsjax.plan --config=configs/nats_1b.py:v5p-128 --topology=v5p-128 [--config.GROUP.FIELD=VALUE …]
 
-Memory is what the accelerator's own compiler allocates for the step of ``train.py``, and collectives are what it put
-into the program (``plan.train_step``). Times are roofline estimates, by the vendors' peaks: most runs are slower.
-``--topology=local`` is this machine's devices. ``--search`` compiles the step under every rematerialisation policy,
-each with the fewest microbatches that fit. TPU flags in LIBTPU_INIT_ARGS count, as they do for a run.
+Memory and collectives are those of the step of ``train.py`` as the accelerator's own compiler compiles it. Times are
+roofline bounds from the vendors' peaks: most runs are slower. ``--topology=local`` stands for this machine's devices.
+``--search`` compiles the step under every rematerialization policy, each with the fewest microbatches that fit. TPU
+flags in LIBTPU_INIT_ARGS have the same effect as on a run.
 
-``--decode`` compiles the loop that decodes instead (``natsjax.plan.decoding``), on a mesh for serving unless
-``--config.mesh.*`` is given.
+``--decode`` compiles the decode loop instead, on a mesh for decoding unless ``--config.mesh.*`` is given.
 """
 
 import json
@@ -35,22 +34,22 @@ _USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; the exit status is 0, or 1 where the step does not fit.
+    """Runs the command and returns the exit status: 0, or 1 if the program does not fit.
 
     Raises:
-      UserError: flags, config, topology or mesh do not fit.
+      UserError: a mistake in the flags, the config or the topology.
     """
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, topologies.known_topologies(), flag_values=values)
-    flags.DEFINE_integer("num_slices", 1, "TPU slices joined by the data-centre network", flag_values=values)
-    flags.DEFINE_bool("search", False, "try rematerialisation policies and numbers of microbatches", flag_values=values)
-    flags.DEFINE_string("json", None, "also write all numbers to this file", flag_values=values)
+    flags.DEFINE_integer("num_slices", 1, "TPU slices connected by the data-center network", flag_values=values)
+    flags.DEFINE_bool("search", False, "try rematerialization policies and numbers of microbatches", flag_values=values)
+    flags.DEFINE_string("json", None, "also write all numbers to this file, as JSON", flag_values=values)
     flags.DEFINE_string("program", None, "also write the compiled program's text to this file", flag_values=values)
-    flags.DEFINE_bool("decode", False, "plan the loop that decodes, not the training step", flag_values=values)
+    flags.DEFINE_bool("decode", False, "plan the decode loop instead of the training step", flag_values=values)
     flags.DEFINE_integer("decode_batch", None, "sequences; by default 16 a replica of the weights", flag_values=values)
     flags.DEFINE_integer("decode_context", None, "tokens of each; by default data.context_length", flag_values=values)
-    flags.DEFINE_float("decode_kv", None, "share of them that is live; by default nats.kv_budget", flag_values=values)
+    flags.DEFINE_float("decode_kv", None, "live fraction of them; by default nats.kv_budget", flag_values=values)
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
@@ -69,18 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name}={path}: there is no such folder.")
         check_files(f"--{name}={path}", [path])
     if files and values["search"].value:
-        raise UserError("--json and --program are of one plan; leave out --search.")
+        raise UserError("--search makes several plans, --json and --program are for one; leave out --search.")
     topology = (values["topology"].value, values["num_slices"].value)
     asked = {name: values[f"decode_{name}"].value for name in ("batch", "context", "kv")}
     if values["decode"].value:
         if values["search"].value:
-            raise UserError("--search tries what the training step does; leave it out for --decode.")
+            raise UserError("--search is for the training step; leave it out with --decode.")
         as_trained = any(argument.startswith("--config.mesh.") for argument in argv)
         decoding = plan_decode_apart(config, *topology, DecodeRequest(**asked, as_trained=as_trained))
         return _report(decoding, decode_summary(decoding), decode_as_json(decoding), files)
     for name, value in asked.items():
         if value is not None:
-            raise UserError(f"--decode_{name}={value}: it is for --decode.")
+            raise UserError(f"--decode_{name}={value}: it has no effect without --decode; add that.")
     if values["search"].value:
         plans = []
         for made in search(config, *topology):

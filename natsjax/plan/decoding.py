@@ -1,8 +1,8 @@
-"""What decoding takes on hardware that is not here: memory, collectives and roofline bounds of the compiled loop.
+"""Decoding on other hardware: memory, collectives and roofline bounds of the compiled loop.
 
-The loop is the very one that ``natsjax.decode`` runs, compiled by the accelerator's own compiler: memory is what that
-compiler allocates, collectives are read off its program, and so is that it neither copies the KV buffer nor sends it to
-other devices. Reads of the device's memory are counted from the sizes.
+The loop of ``natsjax.decode`` is compiled by the accelerator's own compiler. Memory is that compiler's
+``memory_analysis()``; collectives are read from its program, which is also checked for copies of the KV buffer and for
+collectives that send it. Reads of the device's memory are counted from the shapes.
 
 Axis letters: ``b`` batch, ``l`` layer, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim, ``c`` slot.
 """
@@ -29,25 +29,24 @@ from natsjax.plan import hlo, hlo_costs, hlo_flow, train_step
 from natsjax.plan.hlo import Instruction, Program
 from natsjax.plan.hlo_costs import Collective
 from natsjax.plan.topologies import Topology
-from natsjax.plan.train_step import Roofline, bytes_on_device
+from natsjax.plan.train_step import CompiledPlan, Roofline, bytes_on_device
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
-from natsjax.runtime import chips
 from pallas_kernels.decode_attention import storage_format
 
 _SEQUENCES = 16
-"""Of each replica of the parameters, where nothing else is asked for."""
+"""Default number of sequences per replica of the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRequest:
-    """What is to be decoded.
+    """Sizes of the decoding to plan for.
 
     Attributes:
-      batch: sequences; None: 16 for each replica of the parameters.
-      context: tokens that each of them has; None: ``data.context_length``.
-      kv: share of them that is live in the fullest head; None: ``nats.kv_budget``, 1 for a dense model.
-      as_trained: the mesh is ``config.mesh``; else one is chosen (``decode_mesh``).
+      batch: number of sequences; None: 16 per replica of the parameters.
+      context: tokens of each; None: ``data.context_length``.
+      kv: fraction of them that is live in the fullest head; None: ``nats.kv_budget``, 1 for a dense model.
+      as_trained: True to use ``config.mesh``, False to choose a mesh (``decode_mesh``).
 
     Raises:
       UserError: a number is out of range.
@@ -62,19 +61,19 @@ class DecodeRequest:
         for name in ("batch", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--decode_{name}={value}: it must be 1 or more.")
+                raise UserError(f"--decode_{name}={value}: it must be at least 1.")
         if self.kv is not None and not 0 < self.kv <= 1:
-            raise UserError(f"--decode_kv={self.kv:g}: it must lie above 0 and up to 1.")
+            raise UserError(f"--decode_kv={self.kv:g}: it must be above 0 and at most 1.")
 
 
 class DecodeMemory(NamedTuple):
     """Bytes on the fullest device.
 
     Attributes:
-      parameters: as they are used (``serving.decode_layout``), a copy for each replica.
-      buffer: keys, values and the numbers beside them.
-      temporaries: the rest of what the compiler allocates: weights in another layout, activations, results, padding.
-      program: the code.
+      parameters: parameters in the layout of decoding (``decode_layout``), one copy per replica.
+      buffer: keys, values, and the integers stored with them.
+      temporaries: all other allocations of the compiler: weights in another layout, activations, results, padding.
+      program: code.
     """
 
     parameters: float
@@ -84,84 +83,58 @@ class DecodeMemory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of all classes."""
+        """Sum of all classes."""
         return sum(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodePlan:
-    """What decoding takes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodePlan(CompiledPlan):
+    """The decode loop, compiled for a topology.
+
+    What is read from the program is None if the compiler refused it. ``roofline`` is for one token of each sequence.
 
     Attributes:
-      config: of the run.
-      topology: its name.
-      num_devices: of it.
-      chip: what they can do; None where that is not known.
-      mesh: axes and sizes.
-      mesh_is_chosen: the config's is another.
-      num_parameters: of the model.
-      batch: sequences.
+      mesh_is_chosen: True if the mesh is not the config's.
+      batch: number of sequences.
       context: tokens of each.
-      segment: tokens between two looks of the host.
-      slots: of a head, allocated.
-      full_slots: of a head, that full attention would fill.
-      full_buffer: bytes on each device, of a buffer for full attention.
-      memory: on each device.
-      refusal: why the compiler refused the program; then what is read off it is None or empty.
-      is_donated: the buffer is updated where it lies.
-      copies: where the program writes as much as an array of the buffer's keys or values anew, ``opcode dtype[shape]``.
-      sent: collectives that move the buffer or a part of it, written alike.
-      collectives: for one token of each sequence, of each device.
-      reads: bytes that each device reads for one token of each sequence: weights once, and every allocated slot.
-      roofline: seconds for one token of each sequence; None where the chip is not known, or the compiler refused.
-      program: the compiled program's text; empty where the compiler refused.
-      compile_seconds: it took here.
+      segment: tokens in a call of the loop.
+      slots: allocated slots of a head.
+      full_slots: slots of a head in full attention.
+      full_buffer: bytes on each device of a buffer for full attention.
+      is_donated: True if the buffer is updated in place.
+      copies: operations that copy an array of the buffer's keys or values, or as much of one: ``opcode dtype[shape]``.
+      sent: collectives that send the buffer or a part of it, in the same notation.
+      collectives: per device, for one token of each sequence.
+      reads: bytes that each device reads for one token of each sequence: weights once, and all allocated slots.
     """
 
-    config: Config
-    topology: str
-    num_devices: int
-    chip: chips.Chip | None
-    mesh: dict[str, int]
+    memory: DecodeMemory
     mesh_is_chosen: bool
-    num_parameters: int
     batch: int
     context: int
     segment: int
     slots: int
     full_slots: int
     full_buffer: float
-    memory: DecodeMemory
-    refusal: str | None
     is_donated: bool | None
     copies: tuple[str, ...] | None
     sent: tuple[str, ...] | None
     collectives: tuple[Collective, ...] | None
     reads: tuple[float, float]
-    roofline: Roofline | None
-    program: str
-    compile_seconds: float
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether it fits into a device's memory; None where that is not known."""
-        if self.refusal is not None:
-            return False
-        return None if self.chip is None else self.memory.total <= self.chip.memory
 
 
 def plan_decode_apart(config: Config, name: str, num_slices: int, request: DecodeRequest) -> DecodePlan:
-    """``plan_decode`` as ``planning.apart`` does it.
+    """Calls ``plan_decode`` in a process of its own: see ``train_step.apart``.
 
     Args:
-      config: of the run.
-      name: of the topology, for ``hardware.topology``.
-      num_slices: for the same.
-      request: what is to be decoded.
+      config: config of the run.
+      name: name of the topology, for ``topologies.topology``.
+      num_slices: number of slices, for the same.
+      request: sizes of the decoding.
 
     Raises:
-      UserError: an unknown topology, or what cannot be divided along the mesh.
-      CompilerCrashed: the compiler did.
+      UserError: an unknown topology, or a model or batch that cannot be divided along the mesh.
+      CompilerCrashed: the compiler crashed.
     """
     remedy = "another --decode_batch or mesh may pass"
     return train_step.apart(functools.partial(plan_decode, config, request=request), name, num_slices, remedy)
@@ -170,13 +143,13 @@ def plan_decode_apart(config: Config, name: str, num_slices: int, request: Decod
 def plan_decode(
     config: Config, topology: Topology, request: DecodeRequest | None = None, settings: DecodeSettings | None = None
 ) -> DecodePlan:
-    """Compiles the decode loop of a run for a topology and reads off what it takes.
+    """Compiles the decode loop of a run for a topology and reads memory and costs from the program.
 
     Args:
-      config: of the run.
-      topology: of ``hardware.topology``.
-      request: what is to be decoded.
-      settings: of decoding.
+      config: config of the run.
+      topology: from ``topologies.topology``.
+      request: sizes of the decoding; None: the defaults.
+      settings: settings of the decoder; None: the defaults.
 
     Raises:
       UserError: the model or the batch cannot be divided along the mesh, or the mesh divides sequences.
@@ -192,7 +165,7 @@ def plan_decode(
     batch = _SEQUENCES * shards if request.batch is None else request.batch
     if batch % shards:
         raise UserError(
-            f"--decode_batch={batch} cannot be divided among mesh.data * mesh.fsdp = {shards} devices; make it a "
+            f"--decode_batch={batch}: it cannot be divided among mesh.data * mesh.fsdp = {shards} devices; give a "
             f"multiple of {shards}."
         )
     context = config.data.context_length if request.context is None else request.context
@@ -205,7 +178,7 @@ def plan_decode(
     compiled, refusal = train_step.compile_program(_lower(config, mesh, parameters, buffer, settings.segment))
     seconds = time.monotonic() - began
     is_read = {name: x for name, x in parameters.items() if name != "embedding" or config.model.tie_embeddings}
-    # The scores and masks of attention need no other array of the buffer.
+    # Attention reads no other array of the buffer.
     reads = bytes_on_device(is_read), sum(bytes_on_device((group.storage, group.key_end)) for group in buffer)
     donated: bool | None = None
     copies: tuple[str, ...] | None = None
@@ -217,11 +190,10 @@ def plan_decode(
         text = compiled.as_text() or ""
         program = hlo.parse(text)
         donated, copies, sent = _of_buffer(program, text, buffer)
-        domain = dict(zip(topology.devices, topology.domains, strict=True))
-        collectives = _of_a_token(program, mesh, [domain[device] for device in mesh.devices.flat])
+        collectives = _of_a_token(program, mesh, topology.domains_of(mesh))
         if topology.chip is not None:
             flops = _flops(config, is_read, buffer, batch // shards)
-            roofline = _roofline(topology.chip, flops, sum(reads), collectives)
+            roofline = Roofline.of(topology.chip, flops, sum(reads), collectives)
     return DecodePlan(
         config=config,
         topology=topology.name,
@@ -249,13 +221,13 @@ def plan_decode(
     )
 
 
-# --- what is compiled ---
+# --- the loop ---
 
 
 def decode_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConfig:
-    """Every device reads as little of the weights as it can: the largest ``tensor`` that there is, the rest replicas.
+    """Chooses the mesh in which a device reads the fewest weights: the largest possible ``tensor``, else replicas.
 
-    It divides KV heads, MLP, vocabulary and the devices of a slice or node.
+    ``tensor`` divides KV heads, MLP, vocabulary and the devices of a slice or node.
     """
     together = len(topology.devices) // len(set(topology.domains))
     model = config.model
@@ -264,13 +236,13 @@ def decode_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConf
 
 
 def slots_of(config: Config, context: int, kv: float | None, block: int) -> tuple[int, int]:
-    """Slots of a head: those that ``Decoder`` would allocate where a share ``kv`` is live, and for full attention.
+    """Returns the slots of a head that ``Decoder`` would allocate for a fraction ``kv``, and for full attention.
 
     Args:
-      config: of the run.
+      config: config of the run.
       context: tokens of a sequence.
       kv: see ``DecodeRequest``.
-      block: slots that are read together.
+      block: slots of a block of the storage.
     """
     full = allocation.round_up(context, block)
     if kv is None:
@@ -279,7 +251,7 @@ def slots_of(config: Config, context: int, kv: float | None, block: int) -> tupl
 
 
 def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: int) -> KVBuffer:
-    """Shapes, dtypes and shardings of a buffer, all layers in one group."""
+    """Returns a buffer's shapes, dtypes and shardings, with all layers in one group."""
     model = config.model
     with jax.set_mesh(mesh):
         empty = functools.partial(
@@ -303,7 +275,7 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) ->
 
 
 def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segment: int) -> jax.stages.Lowered:
-    """``decode_segment``, greedy, as ``decode.generate`` calls it."""
+    """Lowers ``decode_segment``, with greedy sampling, as generation calls it."""
     layers, batch, heads = buffer[0].length.shape
     structure = model_structure(config, parameters["embedding"].shape[0]).structure
     row = _array(mesh, (batch,), jnp.int32, "batch")
@@ -328,24 +300,18 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
         )
 
 
-# --- what is read off ---
+# --- costs ---
 
 
 def _memory(
     parameters: Any, buffer: KVBuffer, compiled: jax.stages.Compiled | None, refusal: str | None
 ) -> DecodeMemory:
     known = bytes_on_device(parameters), bytes_on_device(buffer)
-    if compiled is None:
-        asked = train_step.bytes_asked_for(refusal or "")
-        return DecodeMemory(*known, max(0.0, asked - (0 if "temporaries" in (refusal or "") else sum(known))), 0.0)
-    found: Any = compiled.memory_analysis()
-    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    rest = found.temp_size_in_bytes + arguments - sum(known)
-    return DecodeMemory(*known, rest, found.generated_code_size_in_bytes)
+    return DecodeMemory(*known, *train_step.compiler_memory(compiled, refusal, sum(known)))
 
 
 def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
-    """``(is_donated, copies, sent)`` of ``DecodePlan``."""
+    """Returns ``is_donated``, ``copies`` and ``sent`` of ``DecodePlan``."""
     numbers = hlo_flow.parameters_named(program, "loop.buffer")
     assert len(numbers) == len(jax.tree.leaves(buffer)), "the program's arguments have other names"
     moves = hlo_flow.moves(program, numbers)
@@ -367,35 +333,20 @@ def _written(instruction: Instruction) -> str:
 
 
 def _of_a_token(program: Program, mesh: Mesh, domains: list[int]) -> tuple[Collective, ...]:
-    """Collectives of a turn of the outermost loop."""
+    """Returns the collectives of a turn of the outermost loop."""
     loops = (
         [i for i in program.computations[run.computation].values() if i.opcode == "while"]
         for run in hlo.executions(program)
     )
     found = next(filter(None, loops))
     loop = max(found, key=lambda i: sum(array.size for array in i.results))
-    total: dict[tuple[str, tuple[str, ...]], Collective] = {}
-    for name in (loop.attribute("body"), loop.attribute("condition")):
-        for c in hlo_costs.program_costs(program._replace(entry=name or ""), mesh, domains).collectives:
-            _, _, *sums = total.get((c.kind, c.axes), Collective(c.kind, c.axes, 0, 0.0, 0.0))
-            total[c.kind, c.axes] = Collective(
-                c.kind, c.axes, c.times + int(sums[0]), c.bytes_inside + sums[1], c.bytes_across + sums[2]
-            )
-    return tuple(sorted(total.values(), key=lambda c: -(c.bytes_inside + c.bytes_across)))
+    parts = [program._replace(entry=loop.attribute(name) or "") for name in ("body", "condition")]
+    return hlo_costs.summed(c for part in parts for c in hlo_costs.program_costs(part, mesh, domains).collectives)
 
 
 def _flops(config: Config, weights: Any, buffer: KVBuffer, rows: int) -> float:
-    """Of the products of one token of each of a device's sequences."""
+    """Counts the FLOPs of products for one token of each sequence of a device."""
     size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(weights))
     model = config.model
     slots = sum(math.prod(group.key_end.sharding.shard_shape(group.key_end.shape)) for group in buffer)
     return 2.0 * rows * size + 4.0 * slots * (model.num_heads // model.num_kv_heads) * model.head_dim
-
-
-def _roofline(chip: chips.Chip, flops: float, reads: float, collectives: tuple[Collective, ...]) -> Roofline:
-    return Roofline(
-        compute=flops / chip.flops,
-        memory=reads / chip.memory_bandwidth,
-        interconnect=sum(c.bytes_inside for c in collectives) / chip.interconnect,
-        network=sum(c.bytes_across for c in collectives) / chip.network,
-    )

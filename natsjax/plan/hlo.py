@@ -1,7 +1,7 @@
-"""What a compiled program says of itself: XLA's text, read into computations and instructions.
+"""Parser of a compiled program's text (XLA's HLO) into computations and instructions.
 
-``jax.stages.Compiled.as_text()`` is the one public view of what the compiler made of a step: which collectives, over
-which devices, in which loops. Layouts name memory spaces; ``S(0)``, left out in the text, is the device's memory.
+``jax.stages.Compiled.as_text()`` is the only public source for the collectives of a compiled program, with their
+devices and loops. Layouts name memory spaces; ``S(0)``, which the text omits, is the device's memory.
 """
 
 import math
@@ -23,8 +23,8 @@ class Array(NamedTuple):
 
     Attributes:
       dtype: XLA's name, as "bf16".
-      shape: on one device.
-      in_memory: it lies in the device's memory, not in a faster one.
+      shape: shape on one device.
+      in_memory: True if it is in the device's memory, not in a faster one.
     """
 
     dtype: str
@@ -44,11 +44,11 @@ class Instruction(NamedTuple):
     Attributes:
       name: unique in its computation.
       opcode: as "all-reduce".
-      results: the arrays of its type; several for a tuple.
-      operands: names.
-      arguments: what stands in the brackets, as the number of a constant or a parameter.
-      attributes: the rest of the line.
-      is_root: its value is the computation's.
+      results: arrays of its type; several for a tuple.
+      operands: names of instructions.
+      arguments: text in the brackets, as the number of a constant or a parameter.
+      attributes: rest of the line.
+      is_root: True if its value is the computation's.
     """
 
     name: str
@@ -60,13 +60,22 @@ class Instruction(NamedTuple):
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The name of a computation that an attribute gives, as ``body=%region.1``."""
+        """Returns the name of a computation in an attribute such as ``body=%region.1``."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls; for a conditional, of its branches in order."""
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if branches:
+            return re.findall(r"[\w.\-]+", branches[1].replace("%", ""))
+        names = ("true_computation", "false_computation", "calls", "to_apply")
+        return [name for name in map(self.attribute, names) if name]
+
 
 Computation = dict[str, Instruction]
-"""Instructions by name, in their order."""
+"""Instructions by name, in the order of the text."""
 
 
 class Program(NamedTuple):
@@ -74,7 +83,7 @@ class Program(NamedTuple):
 
     Attributes:
       computations: by name.
-      entry: the name of the one that runs.
+      entry: name of the main computation.
     """
 
     computations: dict[str, Computation]
@@ -85,7 +94,7 @@ def parse(text: str) -> Program:
     """Reads the text of a compiled program (``jax.stages.Compiled.as_text()``).
 
     Raises:
-      ValueError: it is none.
+      ValueError: the text is not a program.
     """
     computations: dict[str, Computation] = {}
     entry = ""
@@ -105,7 +114,7 @@ def parse(text: str) -> Program:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays that a type is made of."""
+    """Returns the arrays of a type."""
     return tuple(
         Array(dtype, tuple(int(n) for n in shape.split(",") if n), not re.search(r"S\([1-9]\d*\)", layout))
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -122,7 +131,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at ``start``."""
+    """Returns the index of the bracket that closes the one at ``start``."""
     depth = 0
     for match in re.finditer(r"[()]", text[start:]):
         depth += 1 if match[0] == "(" else -1
@@ -135,50 +144,36 @@ def _closing(text: str, start: int) -> int:
 
 
 class Execution(NamedTuple):
-    """A computation that runs as it stands.
+    """A computation that is executed as a whole, not fused into an operation.
 
     Attributes:
-      computation: its name.
-      times: how often in one run of the program.
-      certain: the lengths of all loops around it are known; an unknown one counts as 1.
+      computation: name of the computation.
+      times: executions in one run of the program; a loop of unknown length counts as one turn.
     """
 
     computation: str
     times: int
-    certain: bool
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """The entry and what it calls and loops over, but not what is fused into one operation."""
-    todo = [Execution(program.entry, 1, True)]
+    """Yields the entry computation and all that it calls and loops over, without fused computations."""
+    todo = [Execution(program.entry, 1)]
     while todo:
         here = todo.pop()
         yield here
         for instruction in program.computations[here.computation].values():
             if instruction.opcode == "while":
                 length = loop_length(program, instruction)
-                inner = Execution(
-                    instruction.attribute("body") or "", here.times * (length or 1), here.certain and length is not None
-                )
-                todo.append(inner)
+                todo.append(Execution(instruction.attribute("body") or "", here.times * (length or 1)))
             elif instruction.opcode in ("call", "conditional", "async-start"):
-                todo += [
-                    Execution(name, here.times, here.certain)
-                    for name in _NAME.findall(_called(instruction))
-                    if name in program.computations
-                ]
-
-
-def _called(instruction: Instruction) -> str:
-    pattern = r"(?:calls|to_apply|true_computation|false_computation)=%[\w.\-]+|branch_computations=\{[^}]*\}"
-    return " ".join(re.findall(pattern, instruction.attributes))
+                todo += [Execution(name, here.times) for name in instruction.called if name in program.computations]
 
 
 def loop_length(program: Program, loop: Instruction) -> int | None:
-    """How often a ``while`` runs; None where the program does not say.
+    """Returns the number of turns of a ``while``; None if the program does not have it.
 
-    XLA writes it down on some platforms; else a loop that counts up to the only number in its condition, from 0 in
-    steps of 1, as JAX's loops over known ranges do, is taken to run so often.
+    XLA writes the number on some platforms. Otherwise, the only number in a condition "less than" is taken as the
+    length: JAX's loops over known ranges count up to it from 0 in steps of 1.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
@@ -195,12 +190,12 @@ def loop_length(program: Program, loop: Instruction) -> int | None:
 
 
 def device_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
-    """The devices that a collective runs among, by their place in the mesh: int ``[groups, size]``.
+    """Returns the groups of devices of a collective, by their place in the mesh: int ``[groups, size]``.
 
-    For a permutation, the pairs of sender and receiver.
+    For a permutation, these are pairs of sender and receiver.
 
     Raises:
-      ValueError: a notation that is not understood.
+      ValueError: an unknown notation.
     """
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
@@ -236,7 +231,7 @@ def _iota(shape: str, transposition: str | None) -> np.ndarray:
 
 
 def _groups_of_axes(order: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarray:
-    """``axes`` names whole axes, ``'a'``, or a part of one, ``'a':(m)k``: the k within m within the whole."""
+    """Groups devices along ``axes``: whole axes, ``'a'``, or the k devices within m of an axis, ``'a':(m)k``."""
     chosen = {name: (m, k) for name, m, k in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     split: list[int] = []
     grouped: list[int] = []

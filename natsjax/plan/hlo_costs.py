@@ -1,7 +1,10 @@
-"""What a compiled step moves: between devices, by kind of collective and axis of the mesh, and to and from memory."""
+"""Bytes that a compiled program moves: between devices, by collective and mesh axes, and to and from memory.
+
+XLA's ``cost_analysis()`` has neither: it counts the body of a loop once, whatever its length, and no communication.
+"""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +17,18 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind along the same axes, of one device in one run of the program.
+    """Collectives of one kind along the same mesh axes, for one device in one run of the program.
 
-    What each device sends in the cheapest way: for a gather of V bytes among n devices V (n - 1) / n, and as much for a
-    reduce-scatter or an all-to-all of V bytes, for an all-reduce twice that. Of n devices in d slices or nodes a gather
-    sends V (d - 1) / n across, between devices at the same place in each, and V (n - d) / n inside.
+    Bytes are the fewest that a device can send: V (n - 1) / n for a gather, reduce-scatter or all-to-all of V bytes
+    among n devices, and twice that for an all-reduce. If the n devices are in d slices or nodes, a gather sends
+    V (d - 1) / n across, between devices at the same place in each, and V (n - d) / n inside.
 
     Attributes:
-      kind: of ``KINDS``; what XLA made of it: a gather that it turned into an all-reduce is an all-reduce.
-      axes: of the mesh, those along which its devices lie.
-      times: how many run.
-      bytes_inside: sent within a slice or node, over all of them.
-      bytes_across: sent to others.
+      kind: one of ``KINDS``, as compiled: a gather that XLA compiles to an all-reduce is an all-reduce.
+      axes: mesh axes that the collective runs along.
+      times: number of executions.
+      bytes_inside: bytes sent within a slice or node, in all executions.
+      bytes_across: bytes sent to other slices or nodes.
     """
 
     kind: str
@@ -36,14 +39,14 @@ class Collective(NamedTuple):
 
 
 class ProgramCosts(NamedTuple):
-    """What a program moves, for each device, in one run.
+    """Bytes that a program moves, per device, in one run.
 
     Attributes:
       collectives: of all kinds, largest first.
-      memory_traffic: bytes read from and written to the device's memory: the operands and results of each operation,
-        fused ones as one, of a slice only the slice. Tiles that a kernel reads more than once count once; of a
-        conditional all branches count.
-      unknown_loops: loops whose length the program does not say; they count as one turn.
+      memory_traffic: bytes read from and written to the device's memory: operands and results of each operation, with
+        a fusion as one operation and a slice by its own size. Repeated reads of a tile count once; all branches of a
+        conditional count.
+      unknown_loops: number of loops whose length is not in the program; they count as one turn.
     """
 
     collectives: tuple[Collective, ...]
@@ -52,14 +55,14 @@ class ProgramCosts(NamedTuple):
 
 
 def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> ProgramCosts:
-    """Reads the costs off a compiled program.
+    """Reads the costs of a compiled program.
 
     Args:
-      program: of ``program_text.parse``.
-      mesh: that it was compiled for.
-      domains: of each device of ``mesh``, in order, the slice or node.
+      program: from ``hlo.parse``.
+      mesh: mesh that it was compiled for.
+      domains: slice or node of each device of ``mesh``, in order.
     """
-    found: dict[tuple[str, tuple[str, ...]], Collective] = {}
+    found = []
     traffic = 0.0
     unknown = 0
     shape = tuple(mesh.shape.values())
@@ -76,21 +79,29 @@ def program_costs(program: Program, mesh: Mesh, domains: Sequence[int]) -> Progr
                 groups = hlo.device_groups(collective, mesh.size)
             axes = _axes(groups, mesh.axis_names, shape)
             inside, across = _bytes_sent(kind, given, groups, domains)
-            _, _, times, *sent = found.get((kind, axes), Collective(kind, axes, 0, 0.0, 0.0))
-            times, inside, across = times + run.times, sent[0] + run.times * inside, sent[1] + run.times * across
-            found[kind, axes] = Collective(kind, axes, times, inside, across)
-    collected = sorted(found.values(), key=lambda c: -(c.bytes_inside + c.bytes_across))
-    return ProgramCosts(tuple(collected), traffic, unknown)
+            found.append(Collective(kind, axes, run.times, run.times * inside, run.times * across))
+    return ProgramCosts(summed(found), traffic, unknown)
+
+
+def summed(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Sums collectives of the same kind and axes; the largest sum comes first."""
+    total: dict[tuple[str, tuple[str, ...]], Collective] = {}
+    for c in collectives:
+        _, _, *sums = total.get((c.kind, c.axes), Collective(c.kind, c.axes, 0, 0.0, 0.0))
+        times, inside, across = (a + b for a, b in zip(sums, c[2:], strict=True))
+        total[c.kind, c.axes] = Collective(c.kind, c.axes, int(times), inside, across)
+    return tuple(sorted(total.values(), key=lambda c: -(c.bytes_inside + c.bytes_across)))
 
 
 def _collectives_of(program: Program, computation: Computation) -> Iterator[tuple[str, Instruction, int]]:
-    """``(kind, instruction, bytes given to it)`` of each collective that a computation runs.
+    """Yields ``(kind, instruction, bytes of its operands)`` for each collective that a computation runs.
 
-    XLA for TPUs fuses one into what starts it, what runs meanwhile and what ends it: pieces that share a channel.
+    XLA for TPUs fuses a collective into the operations that start it, overlap with it and end it. These pieces share a
+    channel and are yielded once.
     """
     seen = set()
     for instruction in computation.values():
-        # Between TPU slices hosts do it, for devices at the same place in each, as "ALL_REDUCE" or one to one, say.
+        # Between TPU slices the hosts communicate, for devices at the same place in each ("ALL_REDUCE", "ONE_TO_ONE").
         host = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
         if instruction.opcode == "send" and host:
             kind = host[1].lower().replace("_", "-")
@@ -106,7 +117,7 @@ def _collectives_of(program: Program, computation: Computation) -> Iterator[tupl
 
 
 def _fused_collectives(program: Program, computation: Computation, instruction: Instruction):
-    """``(kind, instruction, its computation)`` of each collective that an operation is, or has fused into it."""
+    """Yields ``(kind, instruction, its computation)`` for each collective that an operation is or has fused into it."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         yield kind, instruction, computation
@@ -115,13 +126,13 @@ def _fused_collectives(program: Program, computation: Computation, instruction: 
         inner = program.computations[called]
         for fused in inner.values():
             for kind, collective, inside in _fused_collectives(program, inner, fused):
-                # XLA for TPUs writes a reduce-scatter as an all-reduce that is fused with the slice taken of it.
+                # XLA for TPUs writes a reduce-scatter as a fusion of an all-reduce and the slice taken of it.
                 scatters = kind == "all-reduce" and "all-reduce-scatter" in called
                 yield "reduce-scatter" if scatters else kind, collective, inside
 
 
 def collective_results(program: Program) -> list[tuple[str, Array]]:
-    """Every array that a collective makes on a device, with the kind of the collective."""
+    """Returns every array that a collective produces on a device, with the kind of the collective."""
     return [
         (kind, array)
         for run in hlo.executions(program)
@@ -131,7 +142,7 @@ def collective_results(program: Program) -> list[tuple[str, Array]]:
 
 
 def _same_place(domains: Sequence[int]) -> np.ndarray:
-    """The devices at the same place in each slice: int ``[groups, slices]``."""
+    """Groups the devices at the same place in each slice: int ``[groups, slices]``."""
     return np.stack([np.flatnonzero(np.asarray(domains) == domain) for domain in sorted(set(domains))], axis=-1)
 
 
@@ -142,7 +153,7 @@ def _axes(groups: np.ndarray, names: Sequence[str], shape: Sequence[int]) -> tup
 
 
 def _bytes_sent(kind: str, given: int, groups: np.ndarray, domains: Sequence[int]) -> tuple[float, float]:
-    """By each device, inside its slice or node and across, of ``given`` bytes that each gives."""
+    """Returns the bytes that each device sends inside its slice or node and across, for operands of ``given`` bytes."""
     places = np.asarray(domains)[groups]
     size = groups.shape[-1]
     if kind == "collective-permute":
@@ -177,10 +188,10 @@ _FREE = {
     "async-start",
     "opt-barrier",
 }
-"""Operations that move nothing themselves."""
+"""Operations without traffic of their own."""
 
 _SLICES = {"slice", "dynamic-slice", "gather"}
-"""Operations that read as much of their first operand as they give."""
+"""Operations that read only the part of their first operand that they return."""
 
 
 def _memory_traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
@@ -213,7 +224,7 @@ def _in_memory(arrays: Sequence[Array]) -> float:
 def _fusion_traffic(
     program: Program, computation: Computation, fusion: Instruction, fused: Computation, results: Sequence[Array]
 ) -> float:
-    """Of a fusion: its operands, where only slices of them are read these, and its results, of updates the updates."""
+    """Returns the bytes of a fusion's operands, or of the slices read from them, and of its results or updates."""
     total = 0.0
     for index, name in enumerate(fusion.operands):
         whole = _in_memory(_results(computation, name))
@@ -229,12 +240,12 @@ def _fusion_traffic(
 
 
 def _parameter(computation: Computation, index: int) -> str:
-    """The name of a computation's parameter."""
+    """Returns the name of a computation's parameter."""
     return next(i.name for i in computation.values() if i.opcode == "parameter" and int(i.arguments) == index)
 
 
 def _part_read(program: Program, fused: Computation, name: str, whole: float) -> float:
-    """Bytes of a value inside a fusion that are read: ``whole``, or the slices that are taken of it."""
+    """Returns the bytes that are read of a value inside a fusion: ``whole``, or those of the slices taken of it."""
     part = 0.0
     for user in fused.values():
         if name not in user.operands:
@@ -248,14 +259,14 @@ def _part_read(program: Program, fused: Computation, name: str, whole: float) ->
         elif user.opcode in _SLICES and user.operands[0] == name:
             part += sum(array.size for array in user.results)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            part += 0  # what is not updated stays where it is
+            part += 0  # the rest is neither read nor written
         else:
             return whole
     return part
 
 
 def _updated(fused: Computation, root: Instruction) -> int | None:
-    """Bytes that a fusion's result changes of what one of its parameters was; None: all of it."""
+    """Returns the bytes that a fusion updates in place in one of its parameters; None: it writes the whole result."""
     while root.opcode == "bitcast" and root.operands[0] in fused:
         root = fused[root.operands[0]]
     if root.opcode != "dynamic-update-slice":

@@ -1,7 +1,7 @@
-"""Where an argument of a compiled program goes: is it sent to other devices, is it copied, is its memory used again?
+"""Data flow of an argument in a compiled program: is it sent to other devices, copied, or updated in place?
 
-Followed is what is only moved: the argument, parts of it and updated versions of it, in whatever layout, through loops
-and fused operations. What is computed from it, a product or a sum, is something else.
+The argument is followed through operations that only move it: parts and updated versions of it, in any layout, through
+loops and fused operations. Values that are computed from it, such as products and sums, are not followed.
 """
 
 import re
@@ -11,10 +11,10 @@ from natsjax.plan.hlo import Computation, Instruction, Program
 from natsjax.plan.hlo_costs import KINDS
 
 COPIES = {"copy", "transpose", "reshape", "convert", "reverse", "concatenate", "pad", "broadcast"}
-"""Operations that write what they move once more."""
+"""Operations that write another copy of their operand."""
 
 COLLECTIVES = {*KINDS, "collective-broadcast", "ragged-all-to-all", "send"}
-"""Operations that send it to other devices."""
+"""Operations that send their operand to other devices."""
 
 _OTHERS = {
     "bitcast",
@@ -29,31 +29,31 @@ _OTHERS = {
 }
 _MOVES = COPIES | COLLECTIVES | _OTHERS
 _WITH_FUNCTION = {"all-reduce", "map", "reduce", "reduce-scatter", "reduce-window", "scatter", "sort"}
-"""Operations that call a computation for each element: nothing is followed into it."""
+"""Operations that call a computation for each element, which is not followed."""
 _CUSTOM_MOVES = ("AssumeGatherIndicesInBound", "ConcatBitcast")
-"""Custom calls of XLA for TPUs that move something."""
+"""Custom calls of XLA for TPUs that move their operand."""
 
 Places = frozenset[int]
-"""Which results of an operation are followed, by their number in ``Instruction.results``."""
+"""Results of an operation that are followed, by their number in ``Instruction.results``."""
 
 
 def parameters_named(program: Program, prefix: str) -> list[int]:
-    """The arguments of the program whose name, as JAX gives it, begins so: as "loop.buffer"."""
+    """Returns the numbers of the arguments whose JAX name begins with ``prefix``, as "loop.buffer"."""
     entry = program.computations[program.entry].values()
     found = [i for i in entry if i.opcode == "parameter" and f'op_name="{prefix}' in i.attributes]
     return sorted(int(i.arguments) for i in found)
 
 
 def aliased_parameters(text: str) -> set[int]:
-    """The arguments whose memory the results take, from the text of a program."""
+    """Returns the numbers of the arguments whose memory is reused for results, from a program's text."""
     header = text[: text.index("\n")]
     return {int(number) for number in re.findall(r"\{[\d, ]*\}: \((\d+), \{\}", header)}
 
 
 def moves(program: Program, parameters: Collection[int]) -> list[Instruction]:
-    """All operations that move one of these arguments of the program, or a part of it.
+    """Returns all operations that move one of these arguments of the program, or a part of it.
 
-    What starts and ends apart is there once, where it starts.
+    An asynchronous operation is returned once, as its start.
     """
     follower = _Follower(program)
     follower.results(program.entry, {number: frozenset([0]) for number in parameters})
@@ -61,12 +61,12 @@ def moves(program: Program, parameters: Collection[int]) -> list[Instruction]:
 
 
 def kind_of(instruction: Instruction) -> str:
-    """The opcode, the same for an operation that starts and ends apart."""
+    """Returns the opcode without the suffix of an asynchronous operation."""
     return re.sub("-(start|update|done)$", "", instruction.opcode)
 
 
 class _Follower:
-    """Goes through computations, once more where a loop carries more than was known."""
+    """Traversal of computations, repeated for a loop until the set of carried results does not grow."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -74,7 +74,7 @@ class _Follower:
         self.known: dict[tuple, Places] = {}
 
     def results(self, name: str, parameters: Mapping[int, Places]) -> Places:
-        """Which results of a computation are followed, where these of its parameters are."""
+        """Returns the results of a computation to follow, given those of its parameters."""
         key = (name, frozenset((number, places) for number, places in parameters.items() if places))
         if key not in self.known:
             self.known[key] = self._results(name, parameters)
@@ -95,7 +95,7 @@ class _Follower:
         return root
 
     def _of(self, name: str, computation: Computation, instruction: Instruction, given: Sequence[Places]) -> Places:
-        """Which results of an operation are followed, where these of its operands are."""
+        """Returns the results of an operation to follow, given those of its operands."""
         opcode, everything = instruction.opcode, frozenset(range(len(instruction.results)))
         if opcode == "tuple":
             return _joined(computation, instruction, given)
@@ -105,15 +105,15 @@ class _Follower:
         if opcode == "while":
             return self._loop(instruction, given[0])
         if opcode == "conditional":
-            pairs = zip(_called(instruction), given[1:], strict=True)
+            pairs = zip(instruction.called, given[1:], strict=True)
             return frozenset().union(*(self.results(branch, {0: places}) for branch, places in pairs))
         kind = kind_of(instruction)
         if kind != opcode and not opcode.endswith("-start"):
             return everything
-        called = [] if kind in _WITH_FUNCTION else [c for c in _called(instruction) if c in self.program.computations]
+        called = [] if kind in _WITH_FUNCTION else [c for c in instruction.called if c in self.program.computations]
         if called:
             inner = self.results(called[0], dict(enumerate(given)))
-            # The type of what starts holds its operands too.
+            # The type of a start has its operands too.
             return everything if inner and opcode.endswith("-start") else inner
         is_move = kind in _MOVES or any(f'custom_call_target="{x}"' in instruction.attributes for x in _CUSTOM_MOVES)
         if not is_move or not any(given[n] for n in _moved_operands(kind, len(given))):
@@ -138,7 +138,7 @@ def _joined(computation: Computation, instruction: Instruction, given: Sequence[
 
 
 def _moved_operands(kind: str, count: int) -> Sequence[int]:
-    """The operands that an operation moves; the others say where from or where to."""
+    """Returns the operands that an operation moves; the others are indices."""
     if kind in ("dynamic-slice", "gather"):
         return [0]
     if kind == "dynamic-update-slice":
@@ -146,11 +146,3 @@ def _moved_operands(kind: str, count: int) -> Sequence[int]:
     if kind == "scatter":  # arrays, indices, updates
         return [n for n in range(count) if n != count // 2]
     return range(1, count) if kind == "select" else range(count)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-    if branches:
-        return re.findall(r"[\w.\-]+", branches[1].replace("%", ""))
-    names = ("true_computation", "false_computation", "calls", "to_apply")
-    return [name for name in map(instruction.attribute, names) if name]

@@ -1,4 +1,4 @@
-"""A plan as text for the terminal, and as JSON."""
+"""Plans as text for the terminal, and as JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 
 from natsjax.plan.decoding import DecodePlan
 from natsjax.plan.hlo_costs import Collective
-from natsjax.plan.train_step import Plan
+from natsjax.plan.train_step import CompiledPlan, Plan
 from natsjax.runtime.chips import GIB
 
 LIKELY = 0.4
-"""Of the roofline's speed, an assumption: for the second estimate of time."""
+"""Fraction of the roofline's speed, an assumption, for the second estimate of time."""
 
 _SHRINK = {
     "parameters": "mesh.fsdp (mesh.data only makes copies)",
@@ -30,32 +30,35 @@ _SHRINK_DECODING = {
 
 
 def summary(plan: Plan) -> str:
-    """The plan as text."""
-    lines = [*_what(plan), "", *_memory_lines(plan, _SHRINK), "", *_time_lines(plan), "", *_kv_lines(plan)]
+    """Formats a plan of a training step as text."""
+    lines = [*_heading(plan), "", *_memory_lines(plan, _SHRINK), "", *_time_lines(plan), "", *_kv_lines(plan)]
     return "\n".join(lines)
 
 
-def _what(plan: Plan) -> list[str]:
-    config, mesh = plan.config, ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
-    train = config.train
+def _heading(plan: Plan) -> list[str]:
+    config, train = plan.config, plan.config.train
     tokens = train.batch_size * config.data.context_length
     parts = f" in {train.gradient_accumulation_steps} microbatches" if train.gradient_accumulation_steps > 1 else ""
     return [
         f"{plan.num_parameters / 1e9:.3f}B parameters, {config.model.layer_pattern} attention, on "
-        f"{plan.topology}: {mesh}",
+        f"{plan.topology}: {_mesh_text(plan)}",
         f"a step: {train.batch_size} contexts of {config.data.context_length} ({tokens:,} tokens){parts}, "
         f"model.remat={config.model.remat}; compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
     ]
 
 
-def _memory_lines(plan: Plan | DecodePlan, shrink: dict[str, str]) -> list[str]:
+def _mesh_text(plan: CompiledPlan) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
+
+
+def _memory_lines(plan: CompiledPlan, shrink: dict[str, str]) -> list[str]:
     memory, chip = plan.memory, plan.chip
     lines = ["memory of a device, GiB"]
     for name, size in memory._asdict().items():
         unknown = plan.refusal is not None and not size
         lines.append(f"  {name:<12} {'?' if unknown else f'{size / GIB:.3f}':>9}")
     available = "" if chip is None else f" of {chip.memory / GIB:.2f}"
-    verdict = {True: "it fits", False: "IT DOES NOT FIT", None: "what there is, is not known"}[plan.fits]
+    verdict = {True: "it fits", False: "IT DOES NOT FIT", None: "the memory of the device is not known"}[plan.fits]
     least = "at least " if plan.refusal is not None else ""
     lines.append(f"  {'total':<12} {least}{memory.total / GIB:>9.3f}{available}: {verdict}")
     if plan.refusal is not None:
@@ -122,25 +125,24 @@ def _kv_lines(plan: Plan) -> list[str]:
 
 
 def decode_summary(plan: DecodePlan) -> str:
-    """The plan as text."""
-    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) or "one device"
+    """Formats a plan of decoding as text."""
+    percent = 100 * plan.slots / plan.full_slots
     chosen = " (chosen; --config.mesh.* sets another)" if plan.mesh_is_chosen else ""
-    share = plan.slots / plan.full_slots
     lines = [
         f"{plan.num_parameters / 1e9:.3f}B parameters, {plan.config.model.layer_pattern} attention, decoding on "
-        f"{plan.topology}: {mesh}{chosen}",
+        f"{plan.topology}: {_mesh_text(plan)}{chosen}",
         f"a token of each of {plan.batch} sequences of {plan.context} tokens; a loop of {plan.segment}, "
         f"compiled in {plan.compile_seconds:.0f} s by jax {jax.__version__}",
         "",
         *_memory_lines(plan, _SHRINK_DECODING),
         "",
-        f"KV slots of a head: {plan.slots} allocated, full attention takes {plan.full_slots}: {100 * share:.1f} %",
+        f"KV slots of a head: {plan.slots} allocated, full attention takes {plan.full_slots}: {percent:.1f} %",
         f"KV buffer of a device: {plan.memory.buffer / GIB:.3f} GiB, for full attention {plan.full_buffer / GIB:.3f}",
     ]
     if plan.collectives is None or plan.copies is None:
         return "\n".join(lines)
     lines += [
-        f"the buffer is updated where it lies: {'yes, donated' if plan.is_donated else 'NO: IT IS NOT DONATED'}",
+        f"the buffer is updated in place: {'yes, donated' if plan.is_donated else 'NO: IT IS NOT DONATED'}",
         f"copies of it in the program: {', '.join(plan.copies) or 'none'}",
         f"collectives that send it or a part of it: {', '.join(plan.sent or ()) or 'none'}",
         "",
@@ -152,51 +154,49 @@ def decode_summary(plan: DecodePlan) -> str:
         least = plan.roofline.seconds
         lines += [
             f"roofline, milliseconds a token: {seconds}: at least {1e3 * least:.4f}, bound by {plan.roofline.bound}",
-            f"at most {plan.batch / least:,.0f} tokens/s, {1 / least:,.0f} of each sequence; what the collectives' "
-            f"{sum(c.times for c in plan.collectives)} starts take is not in it",
+            f"at most {plan.batch / least:,.0f} tokens/s, {1 / least:,.0f} of each sequence, without the time that "
+            f"{sum(c.times for c in plan.collectives)} collectives take to start",
         ]
     return "\n".join(lines)
 
 
 def decode_as_json(plan: DecodePlan) -> dict[str, Any]:
-    """The plan's numbers by name, for ``json``."""
-    roofline = None if plan.roofline is None else plan.roofline._asdict() | {"bound": plan.roofline.bound}
-    same = "topology mesh num_parameters batch context slots full_slots full_buffer fits refusal is_donated copies sent"
-    return {name: getattr(plan, name) for name in same.split()} | {
-        "devices": plan.num_devices,
-        "attention": plan.config.model.layer_pattern,
-        "memory": plan.memory._asdict() | {"total": plan.memory.total},
-        "memory_available": None if plan.chip is None else plan.chip.memory,
+    """Returns the numbers of a plan of decoding by name, for JSON."""
+    same = "batch context slots full_slots full_buffer is_donated copies sent"
+    return _common(plan) | {
+        **{name: getattr(plan, name) for name in same.split()},
         "collectives": None if plan.collectives is None else [c._asdict() for c in plan.collectives],
         "reads": {"weights": plan.reads[0], "slots": plan.reads[1]},
-        "roofline": roofline,
-        "compile_seconds": plan.compile_seconds,
-        "jax": jax.__version__,
     }
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan's numbers by name, for ``json``."""
+    """Returns the numbers of a plan of a training step by name, for JSON."""
     costs = plan.costs
+    return _common(plan) | {
+        "remat": plan.config.model.remat,
+        "batch_size": plan.config.train.batch_size,
+        "gradient_accumulation_steps": plan.config.train.gradient_accumulation_steps,
+        "context_length": plan.config.data.context_length,
+        "flops": plan.flops._asdict(),
+        "collectives": None if costs is None else [c._asdict() for c in costs.collectives],
+        "memory_traffic": None if costs is None else costs.memory_traffic,
+        "kv_bytes": {"full": plan.kv_bytes[0], "live": plan.kv_bytes[1]},
+    }
+
+
+def _common(plan: CompiledPlan) -> dict[str, Any]:
     return {
         "topology": plan.topology,
         "devices": plan.num_devices,
         "mesh": plan.mesh,
         "attention": plan.config.model.layer_pattern,
-        "remat": plan.config.model.remat,
-        "batch_size": plan.config.train.batch_size,
-        "gradient_accumulation_steps": plan.config.train.gradient_accumulation_steps,
-        "context_length": plan.config.data.context_length,
         "num_parameters": plan.num_parameters,
         "fits": plan.fits,
         "memory": plan.memory._asdict() | {"total": plan.memory.total},
         "memory_available": None if plan.chip is None else plan.chip.memory,
         "refusal": plan.refusal,
-        "flops": plan.flops._asdict(),
-        "collectives": None if costs is None else [c._asdict() for c in costs.collectives],
-        "memory_traffic": None if costs is None else costs.memory_traffic,
         "roofline": None if plan.roofline is None else plan.roofline._asdict() | {"bound": plan.roofline.bound},
-        "kv_bytes": {"full": plan.kv_bytes[0], "live": plan.kv_bytes[1]},
         "compile_seconds": plan.compile_seconds,
         "jax": jax.__version__,
     }

@@ -1,7 +1,6 @@
-"""Accelerators to plan for: what a chip can do, and the devices of a topology by its name, without having any.
+"""Topologies to compile for, by name: the devices as the compilers describe them, and their chips.
 
-Peak figures are the vendors'. Devices come from the compilers, which describe hardware that is not here: libtpu, and
-XLA's plugin for CUDA.
+No accelerator is needed: libtpu and XLA's plugin for CUDA describe hardware that the machine does not have.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from natsjax.runtime.chips import CHIPS, Chip
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
 # Cloud TPU's accelerator types count chips, those of v5p count TensorCores, two a chip.
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -37,12 +37,12 @@ _SHAPES_V5P = {
 }
 _BY_COUNT = {"v5e": _SHAPES_2D, "v6e": _SHAPES_2D, "v5p": _SHAPES_V5P}
 _TORUS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
-"""Dimensions."""
+"""Dimensions of the torus."""
 _GPUS_A_NODE = 8
 _GPU_FRACTION = 0.75
-"""Of its memory that JAX takes of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another."""
+"""Fraction of a GPU's memory that JAX uses unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
 
-# What XLA has to know of an H100 to compile for it.
+# XLA's description of an H100, needed to compile for it.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -64,10 +64,10 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as asked for, with the shape where that was not the name.
-      devices: of ``jax.experimental.topologies``, or ``jax.devices()``.
-      chip: what they can do; None where that is not known.
-      domains: of each device the number of its slice or node, within which ``Chip.interconnect`` joins them.
+      name: the given name, and the shape if that was not the name.
+      devices: from ``jax.experimental.topologies``, or ``jax.devices()``.
+      chip: the kind of chip; None if it is unknown.
+      domains: slice or node of each device; ``Chip.interconnect`` connects the devices of one.
     """
 
     name: str
@@ -75,9 +75,14 @@ class Topology:
     chip: Chip | None
     domains: tuple[int, ...]
 
+    def domains_of(self, mesh: Mesh) -> list[int]:
+        """Returns the slice or node of each device of a mesh, in the order of the mesh."""
+        domain = dict(zip(self.devices, self.domains, strict=True))
+        return [domain[device] for device in mesh.devices.flat]
+
 
 def known_topologies() -> str:
-    """The names that ``topology`` takes, for people."""
+    """Lists the names that ``topology`` takes, for messages."""
     counts = "; ".join(f"{chip}-N with N = {', '.join(map(str, shapes))}" for chip, shapes in _BY_COUNT.items())
     return (
         f"{counts}; v5p:XxYxZ, tpu7x:XxYxZ, v5e:XxY or v6e:XxY, as v5p:4x4x4; h100-N with N = 1, 2, 4 or a multiple "
@@ -86,14 +91,14 @@ def known_topologies() -> str:
 
 
 def topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Args:
       name: see ``known_topologies``.
-      num_slices: how many such TPU slices the data-centre network joins.
+      num_slices: number of such TPU slices, connected by the data-center network.
 
     Raises:
-      UserError: an unknown name (the known ones are listed), or the compiler is not installed.
+      UserError: an unknown name (the message lists the known ones), or a compiler that is not installed.
     """
     if num_slices < 1:
         raise UserError(f"--num_slices={num_slices}: it must be at least 1.")
@@ -115,7 +120,7 @@ def _local(num_slices: int) -> Topology:
     import jax  # here: the names of topologies are in --help
 
     if num_slices > 1:
-        raise UserError("--num_slices is for TPU slices; the devices of this machine are what they are.")
+        raise UserError(f"--num_slices={num_slices}: it is for TPU slices; leave it out with --topology=local.")
     devices = jax.devices()
     domains = tuple(device.process_index for device in devices)
     return Topology(f"local ({len(devices)} x {devices[0].device_kind})", devices, None, domains)
@@ -131,7 +136,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
         size = _BY_COUNT.get(chip, {}).get(int(count) if count.isdecimal() else 0, "")
     if chip not in _TORUS or not re.fullmatch(r"\d+" + r"x\d+" * (_TORUS[chip] - 1), size):
         raise _unknown(name)
-    # Before libtpu is loaded: it would ask the cloud which machine this is, and refuse to be loaded twice.
+    # Before libtpu is loaded: else it asks the cloud for the type of this machine, and refuses to be loaded twice.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -139,7 +144,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
         raise UserError(f"--topology={name} needs the TPUs' compiler, no TPU: pip install 'natsjax[tpu]'.")
     shape = f"{chip}:{size}"
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
-    if size == "1x1":  # a host's share is 2x2 chips otherwise
+    if size == "1x1":  # else a host has 2x2 chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
@@ -157,7 +162,10 @@ def _h100(name: str, count: int, num_slices: int) -> Topology:
     from jax.experimental import topologies
 
     if num_slices > 1:
-        raise UserError(f"--num_slices is for TPU slices; {num_slices} times the GPUs are h100-{num_slices * count}.")
+        raise UserError(
+            f"--num_slices={num_slices}: it is for TPU slices; {num_slices} times the GPUs are "
+            f"h100-{num_slices * count}."
+        )
     if count not in (1, 2, 4) and (count < 1 or count % _GPUS_A_NODE):
         raise _unknown(name)
     nodes, gpus = (1, count) if count < _GPUS_A_NODE else (count // _GPUS_A_NODE, _GPUS_A_NODE)
@@ -165,16 +173,16 @@ def _h100(name: str, count: int, num_slices: int) -> Topology:
         found = topologies.get_topology_desc(
             platform="cuda", topology_name=name, topology=f"1x{nodes}x{gpus}", target_config=_H100
         )
-    except RuntimeError as error:  # the plugin's own; NotImplementedError where it is not there, or jax is too old
+    except RuntimeError as error:  # of the plugin; NotImplementedError if it is not installed, or jax is too old
         reason, version = str(error).split("\n")[0], jax.__version__
         raise UserError(
             f"--topology={name} needs jax >= 0.11 and XLA's compiler for CUDA, no GPU: pip install --no-deps "
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} ({reason})."
         ) from error
     devices = list(found.devices)
-    share = _gpu_fraction()
-    chip = dataclasses.replace(CHIPS["h100"], memory=share * CHIPS["h100"].memory)
-    label = f"{name} ({nodes} node{'s' if nodes > 1 else ''}, {100 * share:g} % of the memory)"
+    fraction = _gpu_fraction()
+    chip = dataclasses.replace(CHIPS["h100"], memory=fraction * CHIPS["h100"].memory)
+    label = f"{name} ({nodes} node{'s' if nodes > 1 else ''}, {100 * fraction:g} % of the memory)"
     return Topology(label, devices, chip, tuple(index // gpus for index in range(len(devices))))
 
 
@@ -182,9 +190,9 @@ def _gpu_fraction() -> float:
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     text = os.environ.get(name, str(_GPU_FRACTION))
     try:
-        share = float(text)
+        fraction = float(text)
     except ValueError as error:
-        raise UserError(f"{name} = {text!r}; a share of the memory was expected, as 0.9.") from error
-    if not 0 < share <= 1:
-        raise UserError(f"{name} = {text}; it must lie above 0 and up to 1.")
-    return share
+        raise UserError(f"{name} = {text!r}: a fraction of the memory was expected, as 0.9.") from error
+    if not 0 < fraction <= 1:
+        raise UserError(f"{name} = {text}: it must be above 0 and at most 1.")
+    return fraction

@@ -1,8 +1,8 @@
-"""What a step takes on hardware that is not here: memory, collectives and roofline bounds of the compiled program.
+"""A training step on other hardware: memory, collectives and roofline bounds of the compiled program.
 
-The step is the very one that ``train.py`` runs, compiled by the accelerator's own compiler: memory is what that
-compiler allocates, collectives and traffic are read off its program. Products of matrices are counted from the model's
-sizes; a test counts those that the step traces.
+The step of ``train.py`` is compiled by the accelerator's own compiler. Memory is that compiler's ``memory_analysis()``;
+collectives and traffic are read from its program, because ``cost_analysis()`` counts a loop as one turn and does not
+know the mesh. FLOPs are counted from the model's sizes, for the same reason; a test compares them with the traced step.
 """
 
 import concurrent.futures.process
@@ -15,7 +15,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -29,7 +29,7 @@ from natsjax.errors import UserError
 from natsjax.kv_fraction import live_fraction
 from natsjax.model import sharding
 from natsjax.plan import hlo, hlo_costs, topologies
-from natsjax.plan.hlo_costs import ProgramCosts
+from natsjax.plan.hlo_costs import Collective, ProgramCosts
 from natsjax.plan.topologies import Topology
 from natsjax.runtime import chips
 from natsjax.train import losses
@@ -40,19 +40,19 @@ Made = TypeVar("Made")
 
 
 class CompilerCrashed(UserError):
-    """A compiler ended the process that it ran in."""
+    """A crash of the compiler, which ended the process that it ran in."""
 
 
 class Memory(NamedTuple):
     """Bytes on the fullest device.
 
     Attributes:
-      parameters: float32, as they are stored.
-      optimizer: its state, and the step and the KV penalty controller.
-      batch: what is read of the data.
-      activations: what the forward pass leaves for the backward, of a microbatch; as traced, without padding.
-      temporaries: the rest of what the compiler allocates: gradients, gathered weights, what a layer needs.
-      program: the code.
+      parameters: stored parameters, float32.
+      optimizer: state of the optimizer, with the step and the state of the budget controller.
+      batch: arrays of a batch.
+      activations: arrays that the forward pass of a microbatch saves for the backward pass; as traced, without padding.
+      temporaries: all other allocations of the compiler: gradients, gathered weights, a layer's intermediate arrays.
+      program: code.
     """
 
     parameters: float
@@ -64,16 +64,16 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of all classes."""
+        """Sum of all classes."""
         return sum(self)
 
 
 class Roofline(NamedTuple):
-    """Least seconds of a step, were each of these all that there is.
+    """Least seconds of a step, by each resource alone.
 
     Attributes:
-      compute: products at the chip's peak.
-      memory: traffic to and from the device's memory; no bound where a cache serves a part of it, as a GPU's may.
+      compute: matrix products at the chip's peak.
+      memory: traffic to and from the device's memory; no bound if a cache serves a part of it, as a GPU's may.
       interconnect: collectives inside a slice or node, over all links.
       network: collectives between slices or nodes.
     """
@@ -83,38 +83,39 @@ class Roofline(NamedTuple):
     interconnect: float
     network: float
 
+    @classmethod
+    def of(cls, chip: chips.Chip, flops: float, memory: float, collectives: Sequence[Collective]) -> "Roofline":
+        """Divides FLOPs, bytes of memory traffic and bytes of collectives, each per device, by the chip's peaks."""
+        inside, across = (sum(getattr(c, f"bytes_{where}") for c in collectives) for where in ("inside", "across"))
+        return cls(
+            flops / chip.flops, memory / chip.memory_bandwidth, inside / chip.interconnect, across / chip.network
+        )
+
     @property
     def seconds(self) -> float:
-        """The longest of them."""
+        """Time of the slowest resource."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """The name of the longest."""
+        """Name of the slowest resource."""
         return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step takes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledPlan:
+    """A program compiled for a topology: fields that training and decoding have in common.
 
     Attributes:
-      config: of the run.
-      topology: its name.
-      num_devices: of it.
-      chip: what they can do; None where that is not known.
+      topology: name of the topology.
+      chip: the devices; None if they are unknown.
       mesh: axes and sizes.
-      num_parameters: of the model.
-      memory: on each device.
-      refusal: why the compiler refused the program; then ``memory.temporaries`` is what it said, and the costs that
-        would be read off the program are unknown.
-      flops: of a step.
-      costs: of a step, for each device; None where the compiler refused.
-      roofline: None where the chip is not known, or the compiler refused.
-      program: the compiled program's text; empty where the compiler refused.
-      kv_bytes: of one sequence of the context's length in decoding, all layers and heads: full attention's, and live at
-        ``nats.kv_budget`` of it.
-      compile_seconds: it took here.
+      memory: bytes on each device.
+      refusal: the compiler's reason for refusing the program. ``memory.temporaries`` is then its own figure, and the
+        costs that are read from the program are unknown.
+      roofline: None if the chip is unknown or the compiler refused.
+      program: text of the compiled program; empty if the compiler refused.
+      compile_seconds: time of the compilation, on this machine.
     """
 
     config: Config
@@ -123,33 +124,47 @@ class Plan:
     chip: chips.Chip | None
     mesh: dict[str, int]
     num_parameters: int
-    memory: Memory
+    memory: Any
     refusal: str | None
-    flops: Flops
-    costs: ProgramCosts | None
     roofline: Roofline | None
     program: str
-    kv_bytes: tuple[float, float]
     compile_seconds: float
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits into a device's memory; None where that is not known."""
+        """True if the program fits into a device's memory; None if that is unknown."""
         if self.refusal is not None:
             return False
         return None if self.chip is None else self.memory.total <= self.chip.memory
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(CompiledPlan):
+    """A training step, compiled for a topology.
+
+    Attributes:
+      flops: FLOPs of a step.
+      costs: communication and memory traffic of a step, per device; None if the compiler refused.
+      kv_bytes: bytes of one sequence of the context's length in decoding, over all layers and heads: in full attention,
+        and live at ``nats.kv_budget``.
+    """
+
+    memory: Memory
+    flops: Flops
+    costs: ProgramCosts | None
+    kv_bytes: tuple[float, float]
+
+
 def plan_step(config: Config, topology: Topology, vocab_size: int | None = None) -> Plan:
-    """Compiles the step of a run for a topology and reads off what it takes.
+    """Compiles the step of a run for a topology and reads memory and costs from the program.
 
     Args:
-      config: of the run.
-      topology: of ``hardware.topology``.
-      vocab_size: of the data; None: what the config says of it.
+      config: config of the run.
+      topology: from ``topologies.topology``.
+      vocab_size: size of the vocabulary; None: from the config.
 
     Raises:
-      UserError: the config cannot be divided along its mesh.
+      UserError: the model or the batch cannot be divided along the mesh.
     """
     vocab_size = vocab_size_of(config) if vocab_size is None else vocab_size
     mesh = sharding.make_mesh(config.mesh, topology.devices)
@@ -164,10 +179,10 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
     text = ""
     if compiled is not None:
         text = compiled.as_text() or ""
-        domain = dict(zip(topology.devices, topology.domains, strict=True))
-        domains = [domain[device] for device in mesh.devices.flat]
-        costs = hlo_costs.program_costs(hlo.parse(text), mesh, domains)
-        roofline = None if topology.chip is None else _roofline(topology.chip, flops, costs, mesh.size)
+        costs = hlo_costs.program_costs(hlo.parse(text), mesh, topology.domains_of(mesh))
+        if topology.chip is not None:
+            per_device = flops.total / mesh.size
+            roofline = Roofline.of(topology.chip, per_device, costs.memory_traffic, costs.collectives)
     return Plan(
         config=config,
         topology=topology.name,
@@ -187,33 +202,33 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
 
 
 def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
-    """``plan_step`` as ``apart`` does it.
+    """Calls ``plan_step`` in a process of its own: see ``apart``.
 
     Args:
-      config: of the run.
-      name: of the topology, for ``hardware.topology``.
-      num_slices: for the same.
+      config: config of the run.
+      name: name of the topology, for ``topologies.topology``.
+      num_slices: number of slices, for the same.
 
     Raises:
-      UserError: an unknown topology, or a config that cannot be divided along its mesh.
-      CompilerCrashed: the compiler did.
+      UserError: an unknown topology, or a model or batch that cannot be divided along the mesh.
+      CompilerCrashed: the compiler crashed.
     """
     remedy = "another train.gradient_accumulation_steps, model.remat or mesh may pass"
     return apart(functools.partial(plan_step, config), name, num_slices, remedy)
 
 
 def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: str) -> Made:
-    """``plan(topology)`` in a process of its own, which a compiler may take down; what that one prints is not shown.
+    """Calls ``plan(topology)`` in a process of its own, which a compiler may crash; its standard error is not shown.
 
     Args:
-      plan: what to do.
-      name: of the topology, for ``hardware.topology``.
-      num_slices: for the same.
-      remedy: what may help where the compiler crashes.
+      plan: function of the topology.
+      name: name of the topology, for ``topologies.topology``.
+      num_slices: number of slices, for the same.
+      remedy: advice in case the compiler crashes.
 
     Raises:
-      UserError: an unknown topology, or what ``plan`` raises.
-      CompilerCrashed: the compiler did.
+      UserError: an unknown topology, or any error of ``plan``.
+      CompilerCrashed: the compiler crashed.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "stderr"
@@ -231,17 +246,17 @@ def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: 
 
 def _plan_here(plan: Callable[[Topology], Made], name: str, num_slices: int, log: pathlib.Path) -> Made:
     with open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 2)  # of the compilers too, which are not Python
+        os.dup2(file.fileno(), 2)  # also for the compilers, which do not use Python's sys.stderr
     if name != "local":
-        jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here is left to others
+        jax.config.update("jax_platforms", "cpu")  # leave this machine's accelerator to other processes
     return plan(topologies.topology(name, num_slices))
 
 
 def vocab_size_of(config: Config) -> int:
-    """The vocabulary's size: of the prepared corpus or the tokenizer where they are here, else as the config says.
+    """Returns the size of the vocabulary, from the prepared corpus or the tokenizer if they exist, else the config.
 
     Raises:
-      UserError: ``data.tokenizer`` names a folder that holds none.
+      UserError: ``data.tokenizer`` names a folder without a tokenizer.
     """
     data = config.data
     if data.source == "recall":
@@ -264,7 +279,7 @@ def vocab_size_of(config: Config) -> int:
 
 
 def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
-    """The compiled program, or the compiler's sentence where it ran out of a device's memory."""
+    """Returns the compiled program, or the compiler's message if it ran out of a device's memory."""
     try:
         return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
@@ -279,20 +294,32 @@ def _memory(trainer: Trainer, compiled: jax.stages.Compiled | None, refusal: str
     others = bytes_on_device(state._replace(parameters=None))
     batch = bytes_on_device(trainer.abstract_batch())
     activations = bytes_on_device(saved_activations(trainer))
+    rest, code = compiler_memory(compiled, refusal, parameters + others + batch)
     if compiled is None:
-        asked = bytes_asked_for(refusal or "")
-        known = 0 if "temporaries" in (refusal or "") else parameters + others + batch
-        return Memory(parameters, others, batch, activations, max(0.0, asked - activations - known), 0.0)
-    found: Any = compiled.memory_analysis()
-    # Padding of arguments, and results that do not replace them, go with the temporaries.
-    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    rest = found.temp_size_in_bytes + arguments - parameters - others - batch
+        return Memory(parameters, others, batch, activations, max(0.0, rest - activations), code)
     activations = min(activations, max(0.0, rest))
-    return Memory(parameters, others, batch, activations, rest - activations, found.generated_code_size_in_bytes)
+    return Memory(parameters, others, batch, activations, rest - activations, code)
+
+
+def compiler_memory(compiled: jax.stages.Compiled | None, refusal: str | None, arguments: float) -> tuple[float, float]:
+    """Returns the bytes that the compiler allocates besides the arguments, and those of the code.
+
+    Args:
+      compiled: the program; None if the compiler refused it.
+      refusal: the compiler's message.
+      arguments: bytes of the arguments without padding. Their padding, and results that do not replace them, count
+        with the rest.
+    """
+    if compiled is None:
+        known = 0.0 if "temporaries" in (refusal or "") else arguments
+        return max(0.0, bytes_asked_for(refusal or "") - known), 0.0
+    found: Any = compiled.memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.temp_size_in_bytes + total - arguments, found.generated_code_size_in_bytes
 
 
 def bytes_on_device(tree: Any) -> float:
-    """What abstract arrays take of one device, without padding."""
+    """Returns the bytes that abstract arrays take on one device, without padding."""
     total = 0.0
     for x in jax.tree.leaves(tree):
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -301,7 +328,7 @@ def bytes_on_device(tree: Any) -> float:
 
 
 def bytes_asked_for(refusal: str) -> float:
-    """What a compiler that ran out of a device's memory says it would have needed; 0 where it says nothing of that."""
+    """Returns the bytes that a compiler reports as needed when it runs out of memory; 0 if it reports none."""
     found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", refusal)
     if found is None:
         return 0.0
@@ -310,7 +337,7 @@ def bytes_asked_for(refusal: str) -> float:
 
 
 def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
-    """What the forward pass of a microbatch leaves for the backward, parameters apart, with shardings."""
+    """Returns the arrays that the forward pass of a microbatch saves for the backward pass, without parameters."""
     parameters = trainer.abstract_state().parameters
     rows = trainer.config.train.batch_size // trainer.config.train.gradient_accumulation_steps
     batch = jax.tree.map(
@@ -319,10 +346,10 @@ def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
 
     def residuals(parameters, batch):
         totals = losses.batch_totals(batch)
-        noise, price = jax.random.key(0), jnp.float32(1)
+        noise, kv_penalty = jax.random.key(0), jnp.float32(1)
 
         def loss(parameters):
-            return losses.loss(parameters, trainer.structure, trainer.config, batch, totals, noise, price)
+            return losses.loss(parameters, trainer.structure, trainer.config, batch, totals, noise, kv_penalty)
 
         return jax.tree.leaves(jax.vjp(loss, parameters, has_aux=True)[1])
 
@@ -333,7 +360,7 @@ def saved_activations(trainer: Trainer) -> list[jax.ShapeDtypeStruct]:
 
 
 def _kind(x: jax.ShapeDtypeStruct) -> tuple:
-    """By which a saved parameter is known; one that is gathered has another share on each device."""
+    """Returns what identifies a saved parameter; a gathered one has another shape on each device."""
     return x.shape, x.dtype, x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
@@ -342,17 +369,3 @@ def _kv_bytes(config: Config) -> tuple[float, float]:
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     full = per_token * config.data.context_length
     return full, full * live_fraction(config)
-
-
-# --- time ---
-
-
-def _roofline(chip: chips.Chip, flops: Flops, costs: ProgramCosts, num_devices: int) -> Roofline:
-    inside = sum(c.bytes_inside for c in costs.collectives)
-    across = sum(c.bytes_across for c in costs.collectives)
-    return Roofline(
-        compute=flops.total / num_devices / chip.flops,
-        memory=costs.memory_traffic / chip.memory_bandwidth,
-        interconnect=inside / chip.interconnect,
-        network=across / chip.network,
-    )

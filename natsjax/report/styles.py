@@ -33,7 +33,7 @@ def style_of(method: str) -> MethodStyle:
 
 
 def css_colors(*, dark: bool = False) -> str:
-    """Returns the colors of methods and runs as CSS variables: ``--nats``, …, ``--other``, ``--run-0``, …"""
+    """Returns the colors of methods and runs as CSS variables: ``--nats``, …, ``--other``, ``--run-0`` and so on."""
     colors = {name: entry.dark_color if dark else entry.color for name, entry in POLICIES.items()}
     colors["other"] = _OTHER[dark]
     runs = _DARK_RUN_COLORS if dark else RUN_COLORS

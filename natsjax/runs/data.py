@@ -230,7 +230,7 @@ def _of_mixture(config: Config, parts: list[Part]) -> RunData:
         piece_lengths=source.piece_lengths(),
         contexts=lambda split, count: mixture_contexts(parts, split, context_length=length, max_contexts=count),
         description=f"{mixture_name(parts)}, {tokenizer.kind} tokenizer of {tokenizer.vocab_size}",
-        fingerprint=mixture_fingerprint((part.corpus.content_hash, part.share) for part in parts),
+        fingerprint=mixture_fingerprint((part.corpus.content_hash, part.fraction) for part in parts),
         epoch_tokens=source.epoch_tokens,
     )
 
@@ -275,7 +275,7 @@ def length_of_run(config: Config, data: RunData) -> str:
     text += f", {tokens / data.epoch_tokens:.3g} epochs"
     if isinstance(data.source, MixtureSource):
         parts = zip(data.source.parts, data.source.sources, strict=True)
-        own = [f"{part.share * tokens / source.epoch_tokens:.3g} of {part.corpus.folder}" for part, source in parts]
+        own = [f"{part.fraction * tokens / source.epoch_tokens:.3g} of {part.corpus.folder}" for part, source in parts]
         text += f" ({', '.join(own)})"
     return text
 

@@ -311,8 +311,7 @@ def _version(package: str) -> str:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, under the names of today; a last line that a killed process left unfinished is
-    passed over."""
+    """Reads the lines of ``metrics.jsonl``, under today's names, without a last line that is unfinished."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from natsjax.config import RENAMED_FIELDS, Config
-from natsjax.config_fields import check_not_renamed, closest, did_you_mean, nearest, shown
+from natsjax.config_fields import check_not_renamed, closest, did_you_mean, format_value, nearest
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals, standard_streams
 from natsjax.runtime.log import logger
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             meant = did_you_mean(value, known)
-            raise argparse.ArgumentError(action, f"{shown(value)} is none of {', '.join(known)}{meant}")
+            raise argparse.ArgumentError(action, f"{format_value(value)} is none of {', '.join(known)}{meant}")
 
 
 def typed_text(argument: str) -> str:
@@ -84,7 +84,7 @@ def typed_text(argument: str) -> str:
         try:
             return os.fsencode(argument).decode("utf-8")
         except UnicodeError as error:
-            raise argparse.ArgumentTypeError(f"{shown(argument)} is no UTF-8 text") from error
+            raise argparse.ArgumentTypeError(f"{format_value(argument)} is no UTF-8 text") from error
     return argument
 
 
@@ -97,7 +97,7 @@ def _is_number(word: str) -> bool:
 
 
 def _unknown_flag(name: str, known: Sequence[str], advice: str) -> UserError:
-    shown_name = name if re.fullmatch(r"[\w.-]{1,100}", name) else shown(name)
+    shown_name = name if re.fullmatch(r"[\w.-]{1,100}", name) else format_value(name)
     return UserError(f"unknown flag {shown_name}{nearest(name.lstrip('-'), known, '--')}; {advice}.")
 
 
@@ -136,7 +136,7 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
     except (flags.Error, TypeError, ValueError, OSError) as error:
         raise _flag_error(error, usage) from error
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {shown(rest[1])}; {usage}.")
+        raise UserError(f"unexpected argument {format_value(rest[1])}; {usage}.")
     return Config.from_dict(flag.value)
 
 
@@ -246,7 +246,8 @@ def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
         if isinstance(config, ml_collections.ConfigDict | dict):
             return config
         raise UserError(
-            f"{path}: get_config() returned {shown(config)}; the config that it edited was expected (`return config`)."
+            f"{path}: get_config() returned {format_value(config)}; the config that it edited was expected "
+            "(`return config`)."
         )
     except UserError:
         raise
@@ -286,7 +287,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
         if not _OVERRIDE.match(argument):
             continue
         path, separator, value = _OVERRIDE.sub("", argument, count=1).partition("=")
-        path_shown = path if re.fullmatch(r"[\w.]{1,100}", path) else shown(path)
+        path_shown = path if re.fullmatch(r"[\w.]{1,100}", path) else format_value(path)
         group: type = Config
         kind: type | None = None
         above = ""
@@ -330,15 +331,15 @@ def _check_override(path: str, kind: Any, value: str) -> None:
         try:
             kind(value)
         except ValueError as error:
-            raise UserError(f"config field {path} is {shown(value)}; {kind.__name__} was expected.") from error
+            raise UserError(f"{path} = {format_value(value)}: {kind.__name__} was expected.") from error
     if kind is bool and value.lower() not in ("", "true", "false", "0", "1"):
-        raise UserError(f"config field {path} is {shown(value)}; true or false was expected.")
+        raise UserError(f"{path} = {format_value(value)}: true or false was expected.")
     if typing.get_origin(kind) is tuple:
         try:
             tuple_parser.TupleParser().parse(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             raise UserError(
-                f"config field {path} is {shown(value)}; numbers separated by commas were expected, as in (0.1,0.2)."
+                f"{path} = {format_value(value)}: numbers separated by commas were expected, as in (0.1,0.2)."
             ) from error
 
 

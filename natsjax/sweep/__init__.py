@@ -1,4 +1,4 @@
-"""A run for every budget and seed, one after another: ``run``, and the command ``python -m natsjax.sweep``."""
+"""Sweeps over KV budgets or KV penalties and seeds: ``run``, and the command ``python -m natsjax.sweep``."""
 
 import lazy_loader
 

@@ -22,7 +22,7 @@ _USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; the exit status is 0, or 1 where a run failed.
+    """Runs the command and returns the exit status: 0, or 1 if a run failed.
 
     Raises:
       UserError: see ``run``.
@@ -30,19 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the sweep; each run is a workdir in it", flag_values=values)
-    flags.DEFINE_string("kv_budgets", None, "KV fractions to train to, as in 0.05,0.1,0.2", flag_values=values)
+    flags.DEFINE_string("kv_budgets", None, "KV budgets, as 0.05,0.1,0.2", flag_values=values)
     flags.DEFINE_string(
         "kv_penalties",
         None,
-        "fixed KV penalties to train with instead, nats per token per unit of KV fraction, as in 0.01,0.1,1",
+        "fixed KV penalties instead of budgets, in nats per token for a KV fraction of 1, as 0.01,0.1,1",
         flag_values=values,
     )
-    flags.DEFINE_string("seeds", "0", "train.seed of the runs of each setting, as in 0,1,2", flag_values=values)
+    flags.DEFINE_string("seeds", "0", "train.seed of the runs, as 0,1,2", flag_values=values)
     flags.DEFINE_bool("dense", False, "also train the dense baseline of each seed", flag_values=values)
     if "--help" in argv or "-h" in argv:
         print(flag_help(__doc__ or "", values))
         return 0
-    join_processes(argv)  # a sweep refuses to be one of several; without joining them, each would take itself for alone
+    join_processes(argv)  # a sweep refuses to be one of several processes, which it can detect only after joining them
     with distributed.fail_together():
         config = parse_config_flags(argv, values, _USAGE)
         if not values["workdir"].value:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _numbers(name: str, values: flags.FlagValues, kind: type) -> list | None:
-    """The numbers of a flag; None where it was not given."""
+    """Parses the numbers of a flag; returns None if it is not given."""
     text = values[name].value
     if text is None:
         return None

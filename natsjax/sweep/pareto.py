@@ -249,7 +249,7 @@ def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) 
     """Draws single runs, and their curves over role biases."""
     handles: list[Artist] = []
     for run in runs:
-        kept = [point for point in run.front if math.isfinite(point[metric])]
+        kept = [point for point in run.curve if math.isfinite(point[metric])]
         x, y = [point["kv_fraction"] for point in kept], [scale * point[metric] for point in kept]
         axes.plot(x, y, color=_PARETO.color, linewidth=0.8, alpha=0.3, zorder=1)
     if runs:
@@ -271,7 +271,7 @@ def _draw_runs(axes: Axes, runs: Sequence[SweepRun], metric: str, scale: float) 
 def _extent(runs: Sequence[SweepRun], metric: str) -> list[dict[str, Any]]:
     """Lists what must be visible, as rows for ``scale_axes``; of a dense baseline its height alone."""
     rows = [{"kv_fraction": run.kv_fraction, metric: getattr(run, metric)} for run in runs if not run.is_dense]
-    rows += [{"kv_fraction": point["kv_fraction"], metric: point[metric]} for run in runs for point in run.front]
+    rows += [{"kv_fraction": point["kv_fraction"], metric: point[metric]} for run in runs for point in run.curve]
     anywhere = rows[0]["kv_fraction"] if rows else 1.0
     rows += [{"kv_fraction": anywhere, metric: getattr(run, metric)} for run in runs if run.is_dense]
     return [row for row in rows if math.isfinite(row[metric])]

@@ -1,9 +1,8 @@
-"""The runs of a sweep: their names and configs, what is wrong with them, and what is known of each that has ended.
+"""The runs of a sweep: names, configs, checks, and the records of those that have ended.
 
-A run is an ordinary workdir, ``DIR/NAME``. When it has been trained and evaluated, ``sweep.json`` in it keeps what the
-sweep draws, and the config that it was asked for with: so a finished run is known without reading a checkpoint, and a
-later ``natsjax.evaluate`` of it changes nothing here. A run without that file, or with another config in it, is trained
-on and evaluated.
+A run is an ordinary workdir, ``DIR/NAME``. After its training and evaluation, ``sweep.json`` in it records its results
+and its config. So a finished run is recognized without reading a checkpoint, and a later ``natsjax.evaluate`` does not
+change the sweep. A run without that file, or with another config in it, is trained further and evaluated.
 """
 
 import dataclasses
@@ -30,9 +29,10 @@ from natsjax.runtime.files import write_text_file
 
 RECORD_FILE = "sweep.json"
 _LARGEST_SEED = 2**31 - 1
-# Fields that change how a run is trained, stored or shown, and no number of a finished one.
+_RENAMED = {"kv_price": "kv_penalty", "dial": "role_bias", "front": "curve"}  # fields of records by natsjax 0.1
+# Fields that change how a run is trained, stored or logged, but no result of a finished one.
 _FREE_FIELDS = (
-    # Of these paths, what was moved: with other contents the sweep is refused.
+    # These paths may change after a move; other contents are refused.
     *("data.prepared_dir", "data.mixture", "data.input", "data.validation_input", "data.tokenizer"),
     *("train.init_from", "mesh.", "checkpoint.", "model.remat", "eval.batch_size"),
     *(
@@ -48,14 +48,14 @@ _FREE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A run that a sweep asks for.
+    """A run to train.
 
     Attributes:
-      name: of its folder.
-      workdir: where it lies.
-      config: as it is trained.
-      kv_budget: KV fraction that the KV penalty is controlled to; None: the KV penalty is fixed, or the run is dense.
-      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it is controlled, or the run is dense.
+      name: name of its folder.
+      workdir: its folder.
+      config: its config.
+      kv_budget: KV budget; None for a fixed KV penalty or a dense baseline.
+      kv_penalty: fixed KV penalty, in nats per token for a KV fraction of 1; None for a budget or a dense baseline.
       seed: ``train.seed``.
     """
 
@@ -68,7 +68,7 @@ class PlannedRun:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a dense baseline."""
+        """True for a dense baseline."""
         return self.kv_budget is None and self.kv_penalty is None
 
 
@@ -76,33 +76,32 @@ class PlannedRun:
 class SweepRun:
     """A run that has ended; a line of ``sweep.jsonl``.
 
-    The numbers ``kv_fraction`` to ``accuracy_high`` are one row of the run's own evaluation on held-out text: with a
-    budget, that of the role bias which meets the budget on training text; with a fixed KV penalty, that of role bias 0;
-    of a dense baseline, full attention. They are None where the run failed.
+    ``kv_fraction`` to ``accuracy_high`` are one row of the run's own evaluation on held-out text: for a budget that of
+    the role bias that meets the budget on training text, for a fixed KV penalty that of role bias 0, for a dense
+    baseline that of full attention. They are None for a run that failed.
 
     Attributes:
-      name: of its folder.
-      workdir: where it lies.
+      name: name of its folder.
+      workdir: its folder.
       attention: ``model.layer_pattern``.
-      kv_budget: KV fraction that the KV penalty was controlled to; None: the KV penalty was fixed, or the run is dense.
-      kv_penalty: fixed KV penalty, nats per token per unit of KV fraction; None: it was controlled, or the run is
-        dense.
+      kv_budget: KV budget; None for a fixed KV penalty or a dense baseline.
+      kv_penalty: fixed KV penalty, in nats per token for a KV fraction of 1; None for a budget or a dense baseline.
       seed: ``train.seed``.
-      status: "finished", or "failed", which running the sweep again tries again.
-      error: the sentence that it failed with.
+      status: "finished", or "failed"; the next sweep tries a failed run again.
+      error: message of the error.
       step: optimizer steps taken.
-      seconds: that training and evaluation took; None where they took more than one start.
-      show_accuracy: whether accuracy, and not perplexity, is what counts: a task without text.
+      seconds: time of training and evaluation; None if the run was resumed.
+      show_accuracy: True for a task without text, which is judged by accuracy instead of perplexity.
       kv_fraction: KV fraction of the row, in (0, 1].
-      perplexity: of the row; ``perplexity_low`` and ``perplexity_high`` bound the 95 % interval by document.
-      bits_per_byte: of the row; None without text.
-      accuracy: of the row, in [0, 1]; ``accuracy_low`` and ``accuracy_high`` bound the 95 % interval by document.
-      role bias: of the row; None for a dense baseline.
-      sampled: KV fraction with roles sampled as in training; None for a dense baseline, as are the next two.
-      argmax: KV fraction without role bias.
-      met: whether the role bias met the budget; None without a budget.
-      best: the entry of ``front`` with the lowest perplexity, or the highest accuracy; None for a dense baseline.
-      front: what the run's role biases measured, ascending: ``role_bias``, ``budget``, ``kv_fraction``, ``perplexity``,
+      perplexity: perplexity of the row; ``perplexity_low`` and ``perplexity_high`` are its 95 % interval by document.
+      bits_per_byte: bits per byte of the row; None without text.
+      accuracy: accuracy of the row, in [0, 1]; ``accuracy_low`` and ``accuracy_high`` are its 95 % interval.
+      role_bias: role bias of the row; None for a dense baseline.
+      sampled: KV fraction with roles sampled as in training; None for a dense baseline, as the next two.
+      argmax: KV fraction of argmax roles at role bias 0.
+      met: True if the role bias meets the budget; None without a budget.
+      best: entry of ``curve`` with the lowest perplexity, or the highest accuracy; None for a dense baseline.
+      curve: results of the run's role biases, ascending: ``role_bias``, ``budget``, ``kv_fraction``, ``perplexity``,
         ``accuracy`` of each; empty for a dense baseline.
     """
 
@@ -130,15 +129,15 @@ class SweepRun:
     argmax: float | None = None
     met: bool | None = None
     best: dict[str, Any] | None = None
-    front: tuple[dict[str, Any], ...] = ()
+    curve: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a dense baseline."""
+        """True for a dense baseline."""
         return self.kv_budget is None and self.kv_penalty is None
 
     def to_json(self) -> str:
-        """One line of strict JSON; numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity"."""
+        """Returns a line of strict JSON; non-finite numbers are the strings "NaN", "Infinity" and "-Infinity"."""
         return to_json(dataclasses.asdict(self) | {"workdir": str(self.workdir)})
 
 
@@ -150,22 +149,22 @@ def plan_runs(
     seeds: Sequence[int],
     dense: bool,
 ) -> list[PlannedRun]:
-    """The runs of a sweep, seed by seed, so that every setting is there early.
+    """Lists the runs of a sweep, seed by seed, so that every budget has a run early.
 
     Args:
-      config: what the runs have in common.
-      directory: of the sweep.
-      kv_budgets: KV fractions.
-      kv_penalties: fixed KV penalties, nats per token per unit of KV fraction.
-      seeds: of each setting.
-      dense: add a dense baseline a seed.
+      config: config of all runs.
+      directory: folder of the sweep.
+      kv_budgets: KV budgets.
+      kv_penalties: fixed KV penalties, in nats per token for a KV fraction of 1.
+      seeds: seeds of the runs.
+      dense: True to add a dense baseline for each seed.
 
     Raises:
-      UserError: the lists or the config do not make a sweep.
+      UserError: a mistake in the lists or the config.
     """
     if not config.model.has_roles:
         raise UserError(
-            f"model.layer_types = {config.model.layer_pattern} has no roles to control; a sweep wants a config with "
+            f"model.layer_types = {config.model.layer_pattern}: no layer learns roles; give a config with "
             '"nats" layers (--dense adds the dense baselines).'
         )
     if (kv_budgets is None) == (kv_penalties is None):
@@ -173,17 +172,17 @@ def plan_runs(
             "a sweep goes over --kv_budgets=0.05,0.1,… or over --kv_penalties=0.1,1,…; give one of the two."
         )
     budgets = [] if kv_budgets is None else _checked("--kv_budgets", kv_budgets)
-    prices = [] if kv_penalties is None else _checked("--kv_penalties", kv_penalties)
+    penalties = [] if kv_penalties is None else _checked("--kv_penalties", kv_penalties)
     for budget in budgets:
         if not 0 < budget <= 1:  # also when it is nan
-            raise UserError(f"--kv_budgets: {budget:g} is not a fraction of the KV; it must lie above 0 and up to 1.")
-    for price in prices:
-        if not 0 <= price < math.inf:
-            raise UserError(f"--kv_penalties: {price:g} is no KV penalty; it must be 0 or more, in nats per token.")
+            raise UserError(f"--kv_budgets: {budget:g} is not a KV fraction; it must be above 0 and at most 1.")
+    for penalty in penalties:
+        if not 0 <= penalty < math.inf:
+            raise UserError(f"--kv_penalties: {penalty:g} is no KV penalty; it must be 0 or more, in nats per token.")
     for seed in _checked("--seeds", seeds):
         if not 0 <= seed <= _LARGEST_SEED or seed != int(seed):
             raise UserError(f"--seeds: {seed} is no seed; an integer from 0 to {_LARGEST_SEED} was expected.")
-    settings = [("controlled", budget) for budget in budgets] + [("fixed", price) for price in prices]
+    settings = [("controlled", budget) for budget in budgets] + [("fixed", penalty) for penalty in penalties]
     runs = []
     for seed in map(int, seeds):
         for kind, value in settings:
@@ -194,38 +193,40 @@ def plan_runs(
 
 
 def _checked(flag: str, values: Sequence[Any]) -> Sequence[Any]:
-    """The values of a list, which has some, and none twice."""
+    """Checks that a list has values, and none twice."""
     values = list(values)
     if not values:
-        raise UserError(f"{flag} is empty; numbers separated by commas were expected.")
+        raise UserError(f"{flag} is empty; give numbers separated by commas.")
     for value in values:
         if values.count(value) > 1:
-            raise UserError(f"{flag} names {value:g} more than once.")
+            raise UserError(f"{flag} names {value:g} more than once; give it once.")
     return values
 
 
 def _planned(config: Config, directory: Path, kind: str, value: float, seed: int) -> PlannedRun:
-    """A run with a budget ("controlled") or a KV penalty ("fixed")."""
+    """Builds a run with a budget ("controlled") or a KV penalty ("fixed")."""
     is_budget = kind == "controlled"
     field = "kv_budget" if is_budget else "kv_penalty"
     value = float(value)
-    name = f"{field}={repr(value).removesuffix('.0')}_seed={seed}"  # no comma: lists of workdirs are divided by them
+    name = f"{field}={repr(value).removesuffix('.0')}_seed={seed}"  # no comma, which separates workdirs in flags
+    old_name = name.replace("kv_penalty", "kv_price")  # of a sweep by natsjax 0.1
+    name = old_name if (directory / old_name).exists() else name
     changed = _changed(config, seed, nats={"kv_penalty_mode": kind, field: value})
     return PlannedRun(name, directory / name, changed, value if is_budget else None, None if is_budget else value, seed)
 
 
 def _planned_baseline(config: Config, directory: Path, seed: int) -> PlannedRun:
     name = f"dense_seed={seed}"
-    # A budget or a KV penalty plays no part in it, and must not make another run of it.
+    # A budget or a KV penalty has no effect on it, and must not make it another run.
     plain = NatsConfig()
-    names = ("price", "kv_budget", "kv_penalty", "min_kv_penalty", "max_kv_penalty")
+    names = ("kv_penalty_mode", "kv_budget", "kv_penalty", "min_kv_penalty", "max_kv_penalty")
     nats = {name: getattr(plain, name) for name in names}
-    baseline = _changed(config, seed, nats=nats, model={"attention": "dense"}, train={"reinit_scorer": False})
+    baseline = _changed(config, seed, nats=nats, model={"layer_types": ("dense",)}, train={"reinit_scorer": False})
     return PlannedRun(name, directory / name, baseline, None, None, seed)
 
 
 def _changed(config: Config, seed: int, **groups: dict[str, Any]) -> Config:
-    """The config with a seed and with fields changed, validated."""
+    """Returns the config with another seed and other fields, validated."""
     values = config.to_dict()
     for group, fields in groups.items():
         values[group] |= fields
@@ -237,17 +238,17 @@ def _changed(config: Config, seed: int, **groups: dict[str, Any]) -> Config:
 
 
 def with_shared_corpus(runs: Sequence[PlannedRun], directory: Path, progress: bool) -> list[PlannedRun]:
-    """The runs with one prepared corpus, ``DIR/corpus``, made or compared with what is asked for.
+    """Prepares the corpus of all runs, ``DIR/corpus``, or checks it, and returns the runs with it.
 
     Raises:
-      UserError: the text cannot be prepared, or another corpus lies there.
+      UserError: the text cannot be prepared, or there is another corpus.
     """
     data = runs[0].config.data
     if data.source != "corpus" or data.prepared_dir or data.mixture:
         return [dataclasses.replace(run, config=settle_paths(run.config, Workdir(run.workdir))) for run in runs]
     sweep = Workdir(directory)
     if not any(Workdir(run.workdir).has_checkpoint() for run in runs):
-        # As a run's own corpus is: made, or compared. Once there is a run, it goes on with the corpus that it has.
+        # As for a single run: prepared, or checked. Once there is a run, it keeps the corpus that it has.
         open_data(runs[0].config, sweep, progress=progress)
     shared = str(real_path(sweep.corpus))
     return [
@@ -259,10 +260,10 @@ def with_shared_corpus(runs: Sequence[PlannedRun], directory: Path, progress: bo
 
 
 def check_existing(runs: Sequence[PlannedRun]) -> None:
-    """Compares the runs with what lies in their folders.
+    """Compares the runs with the contents of their folders.
 
     Raises:
-      UserError: one differs in a field that may not change on resume, or the folder holds something else.
+      UserError: a field differs that may not change on resume, or a folder has something else.
     """
     for run in runs:
         workdir = Workdir(run.workdir)
@@ -271,23 +272,23 @@ def check_existing(runs: Sequence[PlannedRun]) -> None:
 
 
 def check_data(runs: Sequence[PlannedRun], progress: bool) -> None:
-    """What training and evaluation would refuse, for all runs before the first.
+    """Checks all runs, before the first one, for mistakes that training or evaluation would find.
 
     Raises:
-      UserError: the first thing that does not fit.
+      UserError: the first mistake.
     """
     opened: dict[int, RunData] = {}
     checked: set[tuple[str, ...]] = set()
     for run in runs:
         config, workdir = run.config, Workdir(run.workdir)
         if run.seed not in opened:
-            opened = {run.seed: open_data(config, workdir, progress=progress)}  # runs come seed by seed
+            opened = {run.seed: open_data(config, workdir, progress=progress)}  # runs are ordered by seed
         data = opened[run.seed]
         workdir.compare_data(data.fingerprint)
         evaluate.check(config, data)
         if run.kv_budget is not None:
             wanted_budgets(config, [run.kv_budget], data.piece_lengths)
-        if config.model.layer_types not in checked:  # what follows is the same for all budgets and seeds
+        if config.model.layer_types not in checked:  # the rest is the same for all budgets and seeds
             checked.add(config.model.layer_types)
             vocab_size = data.vocabulary.vocab_size
             sharding.check(config, vocab_size, sharding.make_mesh(config.mesh))
@@ -295,11 +296,11 @@ def check_data(runs: Sequence[PlannedRun], progress: bool) -> None:
                 InitialParameters(config, model_structure(config, vocab_size), data.vocabulary)
 
 
-# ------------------------------------------------------------------------------------------------------- what is known
+# ------------------------------------------------------------------------------------------------------------- records
 
 
 def finished(run: PlannedRun) -> SweepRun | None:
-    """What is known of a run, if it has been trained and evaluated as it is asked for now; reads one small file."""
+    """Returns the record of a run that has been trained and evaluated with this config; reads one small file."""
     record = read_record(run.workdir)
     if record is None:
         return None
@@ -307,62 +308,55 @@ def finished(run: PlannedRun) -> SweepRun | None:
     changed, other = differences(config, Workdir(run.workdir).with_own_order(run.config))
     if known.status != "finished" or other or any(not line.startswith(_FREE_FIELDS) for line in changed):
         return None
-    # Somebody may have trained it further; or removed the checkpoints, with the numbers known.
+    # It may have been trained further; or its checkpoints were removed, which does not change the results.
     steps = [int(path.name) for path in Workdir(run.workdir).checkpoints.glob("*") if path.name.isdigit()]
     return known if max(steps, default=known.step) == known.step else None
 
 
 def read_record(workdir: Path) -> tuple[SweepRun, Config] | None:
-    """How the run in a folder ended, and the config that it was trained and evaluated with; None: it does not say."""
+    """Reads the record and the config of the run in a folder; None if there is none."""
     try:
         values = json.loads((workdir / RECORD_FILE).read_text(encoding="utf-8"))
         config = Config.from_stored(values["config"])
         fields = _restored(values["run"])
-        return SweepRun(**fields | {"workdir": workdir, "front": tuple(fields["front"])}), config
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        UserError,
-    ):  # not there, or of another natsjax: it is made anew
+        return SweepRun(**fields | {"workdir": workdir, "curve": tuple(fields["curve"])}), config
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, UserError):  # missing, or damaged
         return None
 
 
 def write_record(run: SweepRun, config: Config) -> None:
-    """Into the run's folder."""
+    """Writes the record into the run's folder."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     values = {"run": json.loads(run.to_json()), "config": config.to_dict()}
     write_text_file(run.workdir / RECORD_FILE, json.dumps(values) + "\n")
 
 
 def forget(run: PlannedRun) -> None:
-    """Before it is trained: how it ended before is no longer so."""
+    """Deletes the record of a run that is about to be trained."""
     (run.workdir / RECORD_FILE).unlink(missing_ok=True)
 
 
 def failed(run: PlannedRun, error: str) -> SweepRun:
-    """A run that ended with a sentence."""
+    """Builds the record of a run that failed."""
     return SweepRun(**_identity(run), status="failed", error=error)
 
 
 def measured(run: PlannedRun, evaluation: Evaluation, seconds: float | None) -> SweepRun:
-    """A run that was trained and evaluated.
+    """Builds the record of a run that was trained and evaluated.
 
     Args:
-      run: as it was asked for.
-      evaluation: of ``train.run``.
-      seconds: that it took; None where there was more than one start.
+      run: the run.
+      evaluation: result of ``train.run``.
+      seconds: its time; None if it was resumed.
     """
     show_accuracy = bool(evaluation.run_info["show_accuracy"])
-    front = tuple(_pareto(evaluation.rows))
+    curve = tuple(_curve(evaluation.rows))
     budget_check = evaluation.budget_check or {}
     row = next(row for row in evaluation.rows if _is_chosen(run, row, budget_check))
     numbers = ("kv_fraction", "bits_per_byte", "perplexity", "perplexity_low", "perplexity_high")
     accuracies = ("accuracy", "accuracy_low", "accuracy_high")
     chosen: dict[str, Any] = {name: row.get(name) for name in numbers + accuracies}
-    finite = [point for point in front if math.isfinite(point["perplexity"])]
+    finite = [point for point in curve if math.isfinite(point["perplexity"])]
     best = min(finite, key=lambda point: -point["accuracy"] if show_accuracy else point["perplexity"], default=None)
     return SweepRun(
         **_identity(run),
@@ -376,7 +370,7 @@ def measured(run: PlannedRun, evaluation: Evaluation, seconds: float | None) -> 
         argmax=budget_check.get("argmax"),
         met=budget_check["met"] if run.kv_budget is not None else None,
         best=best,
-        front=front,
+        curve=curve,
     )
 
 
@@ -386,23 +380,23 @@ def _identity(run: PlannedRun) -> dict[str, Any]:
 
 
 def _is_chosen(run: PlannedRun, row: dict[str, Any], budget_check: dict[str, Any]) -> bool:
-    """Whether a row is what stands for the run."""
+    """Returns True for the row that represents the run."""
     if run.is_dense:
         return row["method"] == "full"
     role_bias = budget_check["role_bias"] if run.kv_budget is not None else 0.0
     return row["method"] == "nats" and row["setting"]["role_bias"] == role_bias
 
 
-def _pareto(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _curve(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["role_bias"]):
         same = {name: row[name] for name in ("budget", "kv_fraction", "perplexity", "accuracy")}
         yield {"role_bias": row["setting"]["role_bias"]} | same
 
 
 def _restored(value: Any) -> Any:
-    """With the numbers that ``to_json`` made strings of."""
+    """Restores the numbers that ``to_json`` wrote as strings, and present names of fields."""
     if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
+        return {_RENAMED.get(key, key): _restored(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_restored(item) for item in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

@@ -1,10 +1,10 @@
-"""A front: trains a run for every KV budget (or KV penalty) and seed, one after another, and draws quality against KV.
+"""Training of a run for every KV budget (or KV penalty) and seed, and their Pareto frontier.
 
     python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/recall --kv_budgets=0.05,0.1,0.2 --seeds=0,1,2
-    python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/KV penalties --kv_penalties=0.01,0.1,1 --dense
+    python -m natsjax.sweep --config=configs/recall.py --workdir=sweeps/penalties --kv_penalties=0.01,0.1,1 --dense
 
-Run the same command again after an interruption: what is finished stays, and the run that was stopped goes on where it
-was. More budgets, KV penalties or seeds only add runs. docs/sweep.md says what comes out and how to read it.
+After an interruption the same command keeps the finished runs and resumes the stopped one. More budgets, KV penalties
+or seeds only add runs. docs/sweep.md describes the results and how to read them.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ PICTURE_FILE = "sweep.png"
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep trained and found.
+    """The runs of a sweep.
 
     Attributes:
-      runs: as they were asked for, seed by seed; those that failed say why.
-      paths: files written: ``sweep.jsonl``, with a line a run, ``sweep.png``, and the page that compares the runs.
+      runs: all runs, seed by seed, with those that failed.
+      paths: written files: ``sweep.jsonl``, with a line per run, ``sweep.png``, and the page that compares the runs.
     """
 
     runs: tuple[SweepRun, ...]
@@ -60,11 +60,11 @@ class Sweep:
 
     @property
     def failures(self) -> list[SweepRun]:
-        """The runs that failed."""
+        """Runs that failed."""
         return [run for run in self.runs if run.status == "failed"]
 
     def summary(self) -> str:
-        """The tables of runs and of settings, what failed and the files, as plain text for the terminal."""
+        """Formats the tables of runs and of means over seeds, the errors and the files, as text for the terminal."""
         parts = [format_runs(self.runs)]
         if points := pareto_of(self.runs):
             parts.append(format_pareto(points, any(run.show_accuracy for run in self.runs)))
@@ -84,31 +84,30 @@ def run(
     dense: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    """Trains and evaluates a run for every setting and seed, goes on with those that were begun, and draws the front.
+    """Trains and evaluates a run for every budget (or KV penalty) and seed, and draws the Pareto frontier.
 
     Every run is an ordinary workdir, ``workdir/NAME``, trained by ``natsjax.train.run`` in this process, one after
-    another: on an accelerator a second process would find the devices taken, and what a run does when it is stopped or
-    fails is then what it does alone. They share the corpus ``workdir/corpus``, unless ``data.prepared_dir`` or
-    ``data.mixture`` names others. Mistakes are found before the first training. A run that fails is written down with
-    its sentence, the others go on, and the next call tries it again.
+    another (a second process would not get the devices of an accelerator). Runs that were begun are resumed. All share
+    the corpus ``workdir/corpus``, unless ``data.prepared_dir`` or ``data.mixture`` names others. Mistakes are found
+    before the first training. If a run fails, its error is recorded, the others are trained, and the next call tries it
+    again.
 
     Args:
-      config: what the runs have in common; ``train.seed`` and, by what is swept, ``nats.kv_penalty_mode``,
-        ``nats.kv_budget`` or ``nats.kv_penalty`` are set for each.
-      workdir: folder of the sweep; made when it is not there.
-      kv_budgets: KV fractions that a controlled KV penalty aims at, in (0, 1]; these or KV penalties.
-      kv_penalties: fixed KV penalties, nats per token per unit of KV fraction.
-      seeds: ``train.seed`` of each setting.
-      dense: also train the dense baseline of each seed.
-      progress: show progress bars.
+      config: config of all runs; ``train.seed``, ``nats.kv_penalty_mode`` and ``nats.kv_budget`` or
+        ``nats.kv_penalty`` are set for each.
+      workdir: folder of the sweep, created if it is missing.
+      kv_budgets: KV budgets, in (0, 1]; these or KV penalties.
+      kv_penalties: fixed KV penalties, in nats per token for a KV fraction of 1.
+      seeds: ``train.seed`` of the runs.
+      dense: True to train also the dense baseline of each seed.
+      progress: True to show progress bars.
 
     Returns:
       The runs and the files.
 
     Raises:
-      UserError: the lists, the config, the data or what lies in the folder do not fit; or this is one of several
-        processes.
-      Interrupted: SIGINT or SIGTERM came; the run that was training saved its state.
+      UserError: a mistake in the lists, the config, the data or the folder; or this is one of several processes.
+      Interrupted: after SIGINT or SIGTERM; the run that was training has saved its state.
 
     Example:
       >>> sweep = natsjax.sweep.run(config, "sweeps/recall", kv_budgets=[0.05, 0.1, 0.2], seeds=[0, 1, 2])
@@ -116,7 +115,7 @@ def run(
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise UserError(
-            f"natsjax.sweep trains with one process, and this is one of {jax.process_count()}; on a cluster, train "
+            f"natsjax.sweep needs a single process, and this is one of {jax.process_count()}; on a cluster, train "
             "each run with train.py and compare them with python -m natsjax.report --workdir=A,B,…."
         )
     directory = Workdir(workdir).path
@@ -124,7 +123,7 @@ def run(
     config = resolve_paths(dataclasses.replace(config, train=train_config))
     runs = plan_runs(config, directory, kv_budgets, kv_penalties, seeds, dense)
     if Workdir(directory).config_file.exists():
-        raise UserError(f"--workdir={directory} holds a run; a sweep wants a folder of its own.")
+        raise UserError(f"--workdir={directory}: it holds a run; give the sweep a folder of its own.")
     ended: dict[str, SweepRun] = {}
     with Workdir(directory).lock(), _terminated_as_interrupted():
         try:
@@ -148,14 +147,14 @@ def run(
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is as good as Ctrl-C, where no training takes care of it."""
+    """Handles SIGTERM as Ctrl-C while no training handles it."""
 
     def terminate(number, frame):
         raise KeyboardInterrupt
 
     try:
         old = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: whoever runs the sweep there handles signals
+    except ValueError:  # not the main thread: the caller handles signals
         yield
         return
     try:
@@ -165,12 +164,12 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _train_all(runs: Sequence[PlannedRun], directory: pathlib.Path, ended: dict[str, SweepRun]) -> None:
-    """Trains what is not finished; ``ended`` gets every run, the files what there is after each.
+    """Trains the runs that are not finished, and writes the files after each.
 
     Args:
-      runs: to be trained.
-      directory: of the sweep.
-      ended: by name, filled here, so that the caller has it when this is interrupted.
+      runs: runs of the sweep.
+      directory: folder of the sweep.
+      ended: runs that have ended, by name; filled here, so that the caller has it after an interruption.
     """
     for planned in runs:
         if (known := finished(planned)) is not None:
@@ -186,7 +185,7 @@ def _train_all(runs: Sequence[PlannedRun], directory: pathlib.Path, ended: dict[
 
 
 def _train_one(planned: PlannedRun) -> SweepRun:
-    """Trains and evaluates a run; a failure is a result too."""
+    """Trains and evaluates a run; a failure is also a result."""
     whole = not Workdir(planned.workdir).has_checkpoint()
     began = time.monotonic()
     forget(planned)
@@ -194,21 +193,21 @@ def _train_one(planned: PlannedRun) -> SweepRun:
         evaluation = train.run(planned.config, planned.workdir)
     except UserError as error:
         found = failed(planned, str(error))
-    except jax.errors.JaxRuntimeError as error:  # too little memory, say; a dense baseline needs more than the rest
+    except jax.errors.JaxRuntimeError as error:  # for example too little memory
         found = failed(planned, f"the program failed on the device: {first_line(error)}.")
     else:
         found = measured(planned, evaluation, time.monotonic() - began if whole else None)
     if found.error is not None:
         logger.info(f"sweep: {planned.name} failed: {found.error}")
     write_record(found, planned.config)
-    # Each run compiles a step of its own, and a process may hold only so many programs (65530 mappings on Linux).
+    # Each run compiles a step of its own, and the programs of a process are limited (65530 mappings on Linux).
     jax.clear_caches()
     gc.collect()
     return found
 
 
 def _time_left(seconds: Sequence[float | None], count: int) -> str:
-    """What ``count`` runs will take, by those that were trained in one go."""
+    """Estimates the time of ``count`` runs from those that were trained without interruption."""
     known = [value for value in seconds if value is not None]
     if not known:
         return ""
@@ -219,14 +218,14 @@ def _time_left(seconds: Sequence[float | None], count: int) -> str:
 
 
 def _write(runs: Sequence[SweepRun], directory: pathlib.Path) -> list[pathlib.Path]:
-    """The lines and the picture of the runs that have ended."""
+    """Writes the lines and the picture of the runs that have ended."""
     lines = "".join(f"{run.to_json()}\n" for run in runs)
     picture = draw_pareto(runs, directory.resolve().name)
     return write_files({directory / LINES_FILE: lines.encode(), directory / PICTURE_FILE: picture})
 
 
 def _write_page(runs: Sequence[SweepRun], directory: pathlib.Path) -> list[pathlib.Path]:
-    """The page that compares the runs that finished, where they are several; each has a report of its own anyway."""
+    """Writes the page that compares the finished runs, if there are several."""
     workdirs = [run.workdir for run in runs if run.status == "finished"]
     if len(workdirs) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The controller that controls the KV penalty to a budget, and the schedules of budget and temperature."""
+"""The controller of the KV penalty, and the schedules of the budget and the temperature (docs/method.md 4.3)."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from natsjax.config import NatsConfig
 
 
 def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
-    """Of the straight-through softmax, float32 scalar: on a geometric path from the first step to the last."""
+    """Returns the temperature of the straight-through softmax, float32 scalar; it changes geometrically."""
     if config.final_temperature == 0:
         return jnp.float32(config.temperature)
     progress = jnp.minimum(step / max(1, num_steps - 1), 1.0)
@@ -17,7 +17,7 @@ def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.A
 
 
 class Controller(NamedTuple):
-    """State of the KV penalty, float32 scalars: checkpointed with the run.
+    """The state of the KV penalty, float32 scalars; it is saved in checkpoints.
 
     Attributes:
       log_kv_penalty: natural logarithm of ``kv_penalty``.
@@ -29,18 +29,18 @@ class Controller(NamedTuple):
 
 
 def start_controller(config: NatsConfig) -> Controller:
-    """The controller before the first step."""
-    # A fixed KV penalty may be 0, whose logarithm only says "nothing".
+    """Returns the state before the first step."""
+    # A fixed KV penalty may be 0; exp(log 0) is 0 again.
     return Controller(jnp.log(jnp.float32(config.kv_penalty)), jnp.float32(1.0))
 
 
 def kv_penalty(controller: Controller) -> jax.Array:
-    """Nats per token per unit of KV fraction, float32 scalar."""
+    """Returns the KV penalty, in nats per token for a KV fraction of 1, float32 scalar."""
     return jnp.exp(controller.log_kv_penalty)
 
 
 def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
-    """The budget that a controlled KV penalty aims at: 1 up to ``budget_ramp_start``, then down to ``kv_budget``."""
+    """Returns the budget of a step: 1 up to ``budget_ramp_start``, then falling to ``kv_budget``."""
     progress = jnp.clip((step + 1 - config.budget_ramp_start) / max(1, config.budget_ramp_steps), 0.0, 1.0)
     if config.budget_ramp == "geometric":
         return config.kv_budget**progress
@@ -49,14 +49,16 @@ def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
     return 1.0 + progress * (config.kv_budget - 1.0)
 
 
-def steer(controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig) -> Controller:
-    """The controller after a step.
+def update_controller(
+    controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig
+) -> Controller:
+    """Updates the state after a step.
 
     Args:
-      controller: the state that the step used.
-      kv_fraction: float32 scalar, of the step's global batch.
-      step: int32 scalar, the step's number.
-      config: the bounds and rates.
+      controller: state that the step used.
+      kv_fraction: KV fraction of the step's global batch, float32 scalar.
+      step: number of the step, int32 scalar.
+      config: bounds and rates.
     """
     average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
     if config.kv_penalty_mode == "fixed":

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, from the sizes alone."""
+"""Floating-point operations of a step, from the sizes of the model."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ class Flops(NamedTuple):
     """Floating-point operations of the products in one optimizer step, over all devices.
 
     Attributes:
-      weights: products with weights: forward, backward, and what rematerialisation repeats.
-      attention: over the key-query pairs that count, of contexts that are one document each; a tile computes some
+      weights: products with weights: forward, backward, and repetitions by rematerialization.
+      attention: products of attention over live key-query pairs, for contexts of one document each; tiles compute
         more.
     """
 
@@ -20,22 +20,26 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of both."""
+        """Sum of both."""
         return sum(self)
 
 
 def step_flops(
     config: Config, vocab_size: int, *, kv_fraction: float | None = None, recomputation: bool = True
 ) -> Flops:
-    """Products of one optimizer step, from the sizes alone; two operations each multiply-and-add.
+    """Counts the operations of the products in one optimizer step; a multiply-add is two operations.
 
-    ``kv_fraction`` is what was measured, None: ``live_fraction``; without ``recomputation`` these are the model's
-    FLOPs.
+    A weight takes 2 operations per token in the forward pass and 4 in the backward pass. ``model.remat = "full"``
+    repeats the forward pass of a block except for its last product, "dots" repeats only attention. Attention takes 2
+    products of ``head_dim`` in the forward pass and 7 in the backward pass (both of its kernels compute the logits and
+    the products with values) for each live pair, and 2 for each pair that the role gradient is computed from
+    (``pallas_kernels/nats_attention``).
 
-    A weight costs 2 a token forward and 4 backward; ``model.remat = "full"`` repeats a block's forward but for its last
-    product, "dots" only its attention's. Attention costs 2 products of ``head_dim`` forward and 7 backward (both of its
-    kernels make the logits and the values' products) for each live pair, and 2 for each pair that the roles' gradient
-    looks at (``pallas_kernels/nats_attention``).
+    Args:
+      config: config of the run.
+      vocab_size: size of the vocabulary.
+      kv_fraction: measured KV fraction; None: ``live_fraction``.
+      recomputation: False to count the model's FLOPs without repetitions.
     """
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
@@ -49,7 +53,7 @@ def step_flops(
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
     live = live_fraction(config) if kv_fraction is None else kv_fraction
     backward = 7 + (0 if model.remat == "none" else 2) if recomputation else 4
-    shares = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
-    looked_at = shares[config.nats.mask_gradient] * model.layer_types.count("nats") / len(model.layer_types)
-    products = live * (2 + backward) + 2 * looked_at
+    fractions = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
+    masked_out = fractions[config.nats.mask_gradient] * model.layer_types.count("nats") / len(model.layer_types)
+    products = live * (2 + backward) + 2 * masked_out
     return Flops(float(weights), pairs * products * 2 * model.head_dim)

@@ -1,4 +1,4 @@
-"""Loss spikes: when a step's update is left out because its loss stands out from those before it."""
+"""Detection of loss spikes: steps whose update is skipped because their loss is an outlier."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 
 _MEAN_DECAY, _VARIANCE_DECAY = 0.9, 0.95
-"""Short: the mean has to keep up with a loss that falls."""
+"""Short, so that the mean follows a falling loss."""
 _LEAST_STEPS = 50
-"""Before any is skipped: a running average of fewer says little."""
+"""Steps before the first update may be skipped: an average of fewer means little."""
 _LEAST_DEVIATION = 0.01
-"""Of the mean: where the loss hardly varies, a small step up is no spike."""
+"""Smallest standard deviation, as a fraction of the mean: while the loss hardly varies, a small rise is no spike."""
 
 
 class SpikeDetector(NamedTuple):
-    """Running statistics of cross-entropy: checkpointed with the run.
+    """Running statistics of the cross-entropy; they are saved in checkpoints.
 
     Attributes:
       mean: float32 scalar, nats.
       variance: float32 scalar.
-      steps: int32 scalar, steps that the statistics have seen.
-      skipped: int32 scalar, updates that were left out.
+      steps: int32 scalar, number of steps in the statistics.
+      skipped: int32 scalar, number of skipped updates.
     """
 
     mean: jax.Array
@@ -30,19 +30,19 @@ class SpikeDetector(NamedTuple):
 
 
 def start_detector() -> SpikeDetector:
-    """Before the first step."""
+    """Returns the state before the first step."""
     return SpikeDetector(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
 
 def detect(detector: SpikeDetector, cross_entropy: jax.Array, threshold: float) -> tuple[jax.Array, SpikeDetector]:
-    """Whether a step's loss is a spike, and the detector after it.
+    """Decides if a step's loss is a spike, and updates the statistics.
 
-    A loss that is not finite is none: it does not go away by being passed over, and the run says what it is.
+    A loss that is not finite is no spike: skipping the update would not help, and the run ends with a report.
 
     Args:
-      detector: of the steps before.
-      cross_entropy: float32 scalar, of this step, nats.
-      threshold: standard deviations above the mean; 0: nothing is a spike.
+      detector: statistics of the steps before.
+      cross_entropy: cross-entropy of this step, nats, float32 scalar.
+      threshold: standard deviations above the mean; 0: no loss is a spike.
 
     Returns:
       ``(is_spike, detector)``, the first a bool scalar.
@@ -51,12 +51,12 @@ def detect(detector: SpikeDetector, cross_entropy: jax.Array, threshold: float) 
     highest = detector.mean + threshold * deviation
     is_known = detector.steps >= _LEAST_STEPS
     is_spike = is_known & (cross_entropy > highest) & jnp.isfinite(cross_entropy) & (threshold > 0)
-    # A spike counts as what just is none: it moves the mean, so that a loss that stays high is accepted in the end.
+    # A spike counts as the largest loss that is none: a loss that stays high is accepted after some steps.
     seen = jnp.where(is_spike, highest, cross_entropy)
-    plain = 1 / (detector.steps + 1).astype(jnp.float32)  # at first, plain averages
+    plain = 1 / (detector.steps + 1).astype(jnp.float32)  # plain averages at first
     off = seen - detector.mean
     mean = detector.mean + jnp.maximum(1 - _MEAN_DECAY, plain) * off
-    # Off the mean before it: of the first step, which has none, nothing.
+    # The deviation from the mean before this step, which the first step does not have.
     off = jnp.where(detector.steps > 0, off, 0)
     variance = detector.variance + jnp.maximum(1 - _VARIANCE_DECAY, plain) * (jnp.square(off) - detector.variance)
     return is_spike, SpikeDetector(mean, variance, detector.steps + 1, detector.skipped + is_spike.astype(jnp.int32))

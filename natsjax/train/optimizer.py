@@ -1,4 +1,4 @@
-"""The optimizer: AdamW after a global-norm clip, linear warm-up and a decay, all of it optax."""
+"""The optimizer, from optax: clipping by global norm, AdamW, a linear warm-up and a decay."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from natsjax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step (from 0) to learning rate: 0 to the peak over the warm-up, then down to the end at ``num_steps``.
+    """Returns the learning rate as a function of the step (from 0): a warm-up from 0, then a decay to ``num_steps``.
 
-    "cosine" falls from the warm-up on; "wsd" keeps the peak and falls in a line over the last ``decay_fraction`` of the
-    steps (warm-up-stable-decay, arXiv:2404.06395).
+    "cosine" decays from the end of the warm-up; "wsd" stays at the peak and decays linearly over the last
+    ``decay_fraction`` of the steps (warm-up-stable-decay, arXiv:2404.06395).
     """
     if config.schedule == "wsd":
         decay = min(max(1, round(config.decay_fraction * num_steps)), max(1, num_steps - config.warmup_steps))
@@ -32,14 +32,13 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, num_steps: int, decayed: Any, is_scorer: Any) -> optax.GradientTransformation:
-    """The update rule.
+    """Builds the update rule.
 
     Args:
       config: rates and decays.
       num_steps: length of the run, for the schedule.
-      decayed: bools, nested as the parameters: whether weight decay applies (a parameter's role says so, not its
-        rank).
-      is_scorer: bools, nested as the parameters: whether ``scorer_learning_rate`` applies.
+      decayed: bools, nested as the parameters: True where weight decay applies.
+      is_scorer: bools, nested as the parameters: True where ``scorer_learning_rate`` applies.
     """
     scorer = optax.identity()
     if config.scorer_learning_rate:

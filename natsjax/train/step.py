@@ -187,7 +187,7 @@ class Trainer:
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
         if self.config.model.has_roles:
-            controller = budget_controller.steer(controller, kv_fraction, state.step, self.config.nats)
+            controller = budget_controller.update_controller(controller, kv_fraction, state.step, self.config.nats)
         cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
         threshold = self.config.optimizer.spike_threshold
         is_spike, detector = detect(state.spikes, cross_entropy, threshold)

@@ -1,7 +1,7 @@
 """Attention of one token over the live slots of a KV buffer, with a length for every (sequence, KV head).
 
-``decode_attention(query, key, value, storage, key_end=…, length=…, position=…, layer=…)`` is what to call; ``storage``
-says how keys and values lie in memory, in the format that ``storage_format()`` names for the platform. ``api`` tries
+Call ``decode_attention(query, key, value, storage, key_end=…, length=…, position=…, layer=…)``; ``storage`` has keys
+and values in the format that ``storage_format()`` names for the platform. ``api`` tries
 the backends in turn: ``pallas_tpu`` copies live blocks alone from HBM, ``cudnn`` is the library call with heads folded
 into the batch, ``xla`` is plain JAX for every platform. ``reference`` is the dense oracle of the tests, and never a
 fallback.

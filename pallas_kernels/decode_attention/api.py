@@ -1,4 +1,4 @@
-"""What to call: checks the arguments, picks a backend, adds the token's own key."""
+"""The public functions: they check the arguments, choose a backend and add the token's own key."""
 
 import operator
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ BACKENDS: dict[str, Backend] = {"pallas_tpu": pallas_tpu, "cudnn": cudnn, "xla":
 
 
 def storage_format(platform: str | None = None) -> Format:
-    """The format that buffers should have on a platform ("cpu", "gpu", "cuda" or "tpu"); None: the current one."""
+    """Returns the format that buffers should have on a platform ("cpu", "gpu", "cuda", "tpu"); None: the current."""
     platform = current_platform() if platform is None else general_name(platform)
     if platform == "cpu":
         return "transposed"
@@ -38,7 +38,7 @@ def decode_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """One token of each sequence reads its own key and the live slots of a KV buffer.
+    """Computes attention of one token of each sequence over its own key and the live slots of a KV buffer.
 
     A slot is read when ``position < key_end``; from ``length`` on there is none. The buffer holds the past: the token's
     own key is written after. Where no slot is read, the result is the token's own value. On a mesh call it inside
@@ -49,7 +49,7 @@ def decode_attention(
     anything.
 
     Args:
-      query: ``[b, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, k, h]``, of the same tokens.
       storage: keys and values of some layers.
       key_end: int32 ``[l, b, k, c]``, exclusive; at most ``position`` (so 0, or less) in a free slot, ``NO_END``
@@ -57,7 +57,7 @@ def decode_attention(
       length: int32 ``[l, b, k]``: from this slot on all are free, ``key_end <= position``; cut to ``0 … c``.
       position: int32 ``[b]``, index of each token: 0 or more, and a smaller number counts as 0, so that no free slot
         is read.
-      layer: int32 scalar, which layer; a traced one is cut to ``0 … l-1``.
+      layer: number of the layer, int32 scalar; a traced one is clipped to ``0 … l-1``.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
       implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense, for tests), or None for the first backend of
         this platform that can serve the call.
@@ -105,14 +105,14 @@ def decode_attention(
 
 
 def _layer(given: Any, layers: int) -> jax.Array:
-    """An int32 scalar of one of the layers; a number that is none of them is refused, where it is known already."""
+    """Converts the number of a layer to int32; raises for one that is known and does not exist."""
     if not isinstance(given, jax.core.Tracer) and not 0 <= operator.index(given) < layers:
         raise ValueError(f"layer={given}: the buffer has layers 0 to {layers - 1}.")
     return jnp.clip(jnp.asarray(given, jnp.int32), 0, layers - 1)
 
 
 def _first_that_serves(implementation: str | None, arguments: Sequence) -> tuple[jax.Array, jax.Array]:
-    if implementation == "reference":  # dense: for tests, and only when asked for by name
+    if implementation == "reference":  # dense: for tests, only by name
         return reference.attend(*arguments)
     if implementation is not None and implementation not in BACKENDS:
         known = ", ".join(map(repr, [*BACKENDS, "reference"]))

@@ -1,4 +1,4 @@
-"""What a backend of decode attention is.
+"""The interface of a backend of decode attention.
 
 Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim, ``c`` slot.
 """
@@ -36,7 +36,7 @@ class Backend(Protocol):
         layer: jax.Array,
         scale: float,
     ) -> tuple[jax.Array, jax.Array]:
-        """Attention over the slots ``[0, length)`` of a layer that are not yet free.
+        """Computes attention over the slots ``[0, length)`` of a layer that are not yet free.
 
         Args:
           query: ``[b, k, g, h]``.

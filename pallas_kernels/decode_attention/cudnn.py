@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.storage import Format, Storage
-from pallas_kernels.nats_attention.manual_axes import vary_alike
+from pallas_kernels.manual_axes import vary_alike
 
 try:  # private: nothing public gives the log-sum-exp in float32
     from jax._src.cudnn import fused_attention_stablehlo as _library
@@ -37,7 +37,7 @@ def check(storage: Storage) -> None:
     if storage.head_dim % 8:
         raise NotImplementedError(f"head dim {storage.head_dim} is no multiple of 8")
     if storage.num_blocks != 1:
-        raise NotImplementedError(f"the slots of a head lie in {storage.num_blocks} blocks")
+        raise NotImplementedError(f"the slots of a head are in {storage.num_blocks} blocks")
 
 
 def attend(
@@ -49,7 +49,7 @@ def attend(
     layer: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``."""
+    """Computes attention over the slots: see ``backend.Backend``."""
     if query.dtype != storage.dtype:
         raise NotImplementedError(f"the query is {query.dtype}, the buffer {storage.dtype}")
     b, k, g, h = query.shape
@@ -68,7 +68,7 @@ def attend(
 
 
 def _call(query, keys, values, mask, length, scale: float) -> tuple[jax.Array, jax.Array]:
-    """``(out [b, 1, g, h], lse float32 [b, g, 1])`` of one query a head; ``b`` counts KV heads too."""
+    """Calls cuDNN for one query per head: ``(out [b, 1, g, h], lse float32 [b, g, 1])``; ``b`` counts KV heads too."""
     try:
         return _library.dot_product_attention(
             query,

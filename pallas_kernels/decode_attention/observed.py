@@ -1,4 +1,4 @@
-"""Attention that also says how much of it every key received: what policies look at that evict by it.
+"""Attention that also returns how much of it every key received, for policies that evict by it.
 
 Dense over the queries of a chunk and the keys at hand, so its memory is that of their product.
 
@@ -25,12 +25,12 @@ def observed_attention(
     observed: jax.Array,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+    """Computes attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
     Positions and ends as in ``interval_attention``; a key that no query reads may hold anything.
 
     Args:
-      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, s, k, h]``, float.
       key_end, key_position: int32 ``[b, k, s]``.
       query_position: int32 ``[b, t]``; ``NO_END`` reads nothing, and so does -1 where no key stands before 0.

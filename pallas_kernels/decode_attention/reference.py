@@ -12,7 +12,7 @@ READS: Sequence[Format] = FORMATS
 
 
 def check(storage: Storage) -> None:
-    """It serves every call."""
+    """Accepts every call."""
 
 
 def attend(
@@ -24,7 +24,7 @@ def attend(
     layer: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``; float64 where the query is."""
+    """Computes attention over the slots: see ``backend.Backend``; in float64 if the query is."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     keys, values = (x.astype(dtype) for x in storage.layer(layer))
     is_read = position[:, None, None] < key_end[layer]

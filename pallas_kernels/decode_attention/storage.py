@@ -1,6 +1,6 @@
-"""How the keys and values of a KV buffer lie in memory: what the backends read and the buffer writes.
+"""Layouts in memory of the keys and values of a KV buffer.
 
-Slots come in blocks, and a block of all heads lies together: a program that reads the occupied prefix of a buffer reads
+Slots come in blocks, and a block of all heads is contiguous: a program that reads the occupied prefix of a buffer reads
 whole blocks. Three formats, because platforms read in different ways:
 
 * "transposed": keys ``[…, h, u]``, values ``[…, u, h]``. A CPU's products want keys this way.
@@ -37,7 +37,7 @@ class Storage:
 
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array, format: Format, block: int) -> "Storage":
-        """From arrays ``[l, b, k, c, h]``.
+        """Builds a storage from arrays ``[l, b, k, c, h]``.
 
         Args:
           keys, values: ``c`` is a multiple of ``block``.
@@ -84,7 +84,7 @@ class Storage:
 
     @property
     def head_dim(self) -> int:
-        """h."""
+        """Head dim h of keys and values."""
         width = self.arrays[-1].shape[-1]
         return width // 2 if self.format == "packed" else width
 
@@ -96,18 +96,18 @@ class Storage:
 
     @property
     def dtype(self):
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return self.arrays[0].dtype
 
     def block(self, layer: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One block of one layer: keys ``[b, k, h, u]`` and values ``[b, k, u, h]``."""
+        """Returns a block of a layer: keys ``[b, k, h, u]`` and values ``[b, k, u, h]``."""
         parts = tuple(_block_of(x, layer, number) for x in self.arrays)
         if self.format == "packed":
             return jnp.swapaxes(parts[0][..., : self.head_dim], -1, -2), parts[0][..., self.head_dim :]
         return (parts[0] if self.format == "transposed" else jnp.swapaxes(parts[0], -1, -2)), parts[1]
 
     def layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer, ``[b, k, c, h]`` each, in the order of the slots."""
+        """Returns keys and values of a layer, ``[b, k, c, h]`` each, in the order of the slots."""
         parts = tuple(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in self.arrays)
         if self.format == "packed":
             keys, values = parts[0][..., : self.head_dim], parts[0][..., self.head_dim :]
@@ -122,7 +122,7 @@ class Storage:
         return slots(keys), slots(values)
 
     def set_layer(self, layer: jax.Array, keys: jax.Array, values: jax.Array) -> "Storage":
-        """With all slots of one layer replaced; the opposite of ``layer``."""
+        """Returns the storage with all slots of one layer replaced; the inverse of ``layer``."""
         new = Storage.of(keys[None].astype(self.dtype), values[None].astype(self.dtype), self.format, self.block_size)
         arrays = tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, layer, 0) for x, y in zip(self.arrays, new.arrays, strict=True)
@@ -130,7 +130,7 @@ class Storage:
         return dataclasses.replace(self, arrays=arrays)
 
     def put(self, slot: jax.Array, key: jax.Array, value: jax.Array) -> "Storage":
-        """One new key and value for every head.
+        """Writes one new key and value for every head.
 
         Args:
           slot: int32 ``[l, b, k]``; what is not in ``0 … c-1`` is not written.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_attention.storage import FORMATS, Format, Storage
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.manual_axes import vary_like
 
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 READS: Sequence[Format] = FORMATS
@@ -21,7 +21,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 def check(storage: Storage) -> None:
-    """It serves every call."""
+    """Accepts every call."""
 
 
 def attend(
@@ -33,7 +33,7 @@ def attend(
     layer: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``."""
+    """Computes attention over the slots: see ``backend.Backend``."""
     u = storage.block_size
     length = jax.lax.dynamic_index_in_dim(length, layer, 0, keepdims=False)
     number = jax.lax.div(jnp.max(length) + u - 1, u)

@@ -1,4 +1,4 @@
-"""What to call: checks the arguments, picks a backend, and says all reasons when none can serve the call."""
+"""The public functions: they check the arguments and choose a backend, or raise the reasons of all backends."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale, checked_window
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import (
     contract,
     differentiable,
@@ -15,12 +16,11 @@ from pallas_kernels.nats_attention import (
     pallas_tpu,
     reference,
     ring,
-    tilings,
+    tuning_table,
     xla,
 )
 from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.differentiable import Settings
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 from pallas_kernels.platforms import current_platform
@@ -36,10 +36,10 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Role gradients from the visible pairs and from a random share of the masked-out ones.
+    """Role gradients from the visible pairs and from a random sample of the masked-out ones.
 
     Attributes:
-      fraction: share of the query blocks whose masked-out pairs are evaluated, in (0, 1].
+      fraction: fraction of the query blocks whose masked-out pairs are evaluated, in (0, 1].
     """
 
     fraction: float = 1 / 8
@@ -51,7 +51,7 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Visible:
-    """Role gradients from the visible pairs alone: no key is ever told that it should have been kept longer."""
+    """Role gradients from the visible pairs only; no key gets credit for pairs that its role hides."""
 
 
 MaskGradient = Exact | Sampled | Visible
@@ -92,7 +92,7 @@ def _check(query, key, value) -> None:
 
 
 def _is_empty(query: jax.Array, key: jax.Array) -> bool:
-    """Whether there is no pair at all: 0 sequences, queries, keys or heads, which no tile can be cut from."""
+    """Returns True if there are no pairs: 0 sequences, queries, keys or heads, of which no tile can be cut."""
     return 0 in query.shape or 0 in key.shape
 
 
@@ -102,7 +102,7 @@ def _expect(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def _first_index(length: int, axis_name: str | None) -> jax.Array:
-    """The index in the sequence of the first token of this device's ``length``."""
+    """Returns the index in the sequence of the first token of this device's ``length``."""
     return jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * length
 
 
@@ -124,7 +124,7 @@ def _first_that_serves(
     call_reference: Callable[[], Any],
 ):
     """Calls the named backend, or the first one for this platform that does not refuse."""
-    if implementation == "reference":  # dense: for tests, and only when asked for by name
+    if implementation == "reference":  # dense: for tests, only by name
         return call_reference()
     if implementation is not None and implementation not in BACKENDS:
         known = ", ".join(map(repr, [*BACKENDS, "reference"]))
@@ -135,7 +135,7 @@ def _first_that_serves(
         if implementation not in (None, name) or (implementation is None and platform not in backend.PLATFORMS):
             continue
         try:
-            chosen = tilings.choose(name, backend, problem) if tiling is None else tiling
+            chosen = tuning_table.choose(name, backend, problem) if tiling is None else tiling
             backend.check(problem, chosen)
             return call_backend(backend, chosen)
         except NotImplementedError as refusal:
@@ -158,26 +158,26 @@ def nats_attention(
     tiling: Tiling | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Causal attention in which each key's role says until which query it can be read.
+    """Computes causal attention in which each key's role determines the last query that can read it.
 
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
-    of its KV head, a SLIDING key by the ``window`` queries behind it; every query reads at least its own key. The
+    of its KV head, a SLIDING key by the ``window`` queries after it; every query reads at least its own key. The
     gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
     with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
     ``jax.shard_map``, batch and heads divided, and with ``axis_name`` the sequence.
 
-    Dtypes, scale, what may be NaN and what comes back for no pairs at all: as in ``interval_attention``. Here the keys
+    Dtypes, scale, NaN and the result without any pairs are as in ``interval_attention``. Here the keys
     that nobody reads are those of padding, ``document_end[s] <= s``.
 
     Args:
-      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, t, k, h]``, float, ``n`` a multiple of ``k``.
       roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING); of others the largest counts, the first of
         equal ones.
       window: tokens, 0 or more; 0 leaves a SLIDING key to its own query alone, one of ``t`` or more is no bound.
       document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 (or any number up to the
         token's own index) marks padding, whose rows are 0; ``t`` or more is the end of the sequence. It bounds who
-        reads the token's own key, and need not agree with its neighbours'. None: one document.
+        reads the token's own key, and need not agree with its neighbors'. None: one document.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
@@ -253,7 +253,7 @@ def interval_attention(
     tiling: Tiling | None = None,
     axis_name: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
+    """Computes attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
 
     Differentiable in query, key and value (and through the log-sum-exp). On a mesh call it inside ``jax.shard_map``,
     batch and heads divided.
@@ -261,12 +261,12 @@ def interval_attention(
     *Positions and ends* are any int32: negative, in any order, more than once, unrelated to each other. The inequality
     above is all that counts, so a key with ``key_end <= key_position`` is read by nobody, and a query at ``NO_END``
     (the largest int32) reads nothing. Integers of other dtypes are cut to the range of int32 (NumPy's before JAX makes
-    them int32), and a query outside of it reads nothing. Neighbouring positions in order are fast: a tile of queries
+    them int32), and a query outside of it reads nothing. Neighboring positions in order are fast: a tile of queries
     and keys is left out when no interval of its keys can meet its queries.
 
     *Nothing to read*: a query without a visible key gives 0 and a log-sum-exp of −∞, gets the gradient 0 and gives none
-    to any key, whatever it holds and whatever comes back for it, NaN included. The same holds of a key whose interval
-    is empty or lies before the first or behind the last position of the queries. All other arguments are finite: where
+    to any key, whatever its values and gradient, NaN included. The same holds for a key whose interval is empty, or
+    before the first or after the last position of the queries. All other arguments are finite: where
     one query reads a key, the others' weight of 0 for it would be 0 times NaN. With 0 sequences, queries, keys or
     heads the results are zeros and −∞ of their shapes.
 
@@ -275,7 +275,7 @@ def interval_attention(
     log-sum-exp, so that what float32 rounds off a logit (6e-8 of it) is their relative error.
 
     Args:
-      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbours.
+      query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, s, k, h]``, float, ``n`` a multiple of ``k``.
       key_end: int32 ``[b, k, s]``, exclusive; ``NO_END`` for a key without an end, 0 for padding among positions of 0
         and more (``NEVER``, the smallest int32, among any).

@@ -1,10 +1,10 @@
 """Times the candidate tilings of a backend on the device at hand, and writes the fastest to a table.
 
-    python -m pallas_kernels.nats_attention.autotune --lengths=1024,8192 [--backend=xla] [--output=tilings.json]
+    python -m pallas_kernels.nats_attention.autotune --lengths=1024,8192 [--backend=xla] [--output=tuning_table.json]
 
-Without ``--output`` the rows go into the package's own ``tilings.json``, where ``tilings.choose`` finds them; rows of
-other devices and problems stay. A round times every candidate once, one after the other, so that whatever else the
-machine does hits all of them; the fastest by the median over rounds wins.
+Without ``--output`` the rows go into the package's own ``tuning_table.json``, where ``tuning_table.choose`` finds them;
+rows of other devices and problems stay. A round times every candidate once, one after the other, so that whatever else
+the machine does hits all of them; the fastest by the median over rounds wins.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from natsjax.runtime.flags import Parser, run_command  # a command, which the kernels do not import
-from pallas_kernels.nats_attention import api, tilings
+from pallas_kernels.nats_attention import api, tuning_table
 from pallas_kernels.nats_attention.roles import NUM_ROLES
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 
 
 def random_inputs(problem: Problem, global_fraction: float, key: jax.Array) -> tuple[jax.Array, ...]:
-    """``(query, key, value, roles)`` of a problem; the roles that are not GLOBAL are half LOCAL, half SLIDING."""
+    """Returns random ``(query, key, value, roles)`` of a problem; half of the other roles are LOCAL, half SLIDING."""
     keys = jax.random.split(key, 4)
     b, t, s, k, group, h, _, dtype = problem
     query = jax.random.normal(keys[0], (b, t, k * group, h), dtype)
@@ -45,7 +45,7 @@ def time_tilings(
     global_fraction: float = 0.05,
     repeats: int = 3,
 ) -> dict[Tiling, float]:
-    """Median seconds of forward and backward under each tiling; one that cannot be compiled is left out, by name.
+    """Returns median seconds of forward and backward under each tiling; prints those that cannot be compiled.
 
     Args:
       name: of the backend in ``api.BACKENDS``.
@@ -87,10 +87,10 @@ def time_tilings(
     return {tiling: statistics.median(values) for tiling, values in seconds.items()}
 
 
-def _entry(name: str, problem: Problem, tiling: Tiling) -> tilings.Entry:
+def _entry(name: str, problem: Problem, tiling: Tiling) -> tuning_table.Entry:
     fields = dataclasses.asdict(tiling)
     del fields["thresholds"]  # they follow from the problem
-    return tilings.Entry(name, tilings.device_kind(), problem, fields)
+    return tuning_table.Entry(name, tuning_table.device_kind(), problem, fields)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--global_fraction", type=float, default=0.05)
     parser.add_argument("--mask_gradient", default="sampled", choices=("exact", "sampled", "visible"))
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--output", type=pathlib.Path, default=tilings.TABLE, help="table to put the rows into")
+    parser.add_argument("--output", type=pathlib.Path, default=tuning_table.TABLE, help="table to put the rows into")
     arguments = parser.parse_args(argv)
     num_heads, num_kv_heads, head_dim = arguments.heads
     for length in arguments.lengths:
@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"no tiling of {arguments.backend} could be compiled for {problem}.")
         best = _entry(arguments.backend, problem, min(seconds, key=lambda tiling: seconds[tiling]))
         same = (best.backend, best.device, best.problem)
-        tilings.read_table.cache_clear()
-        kept = [x for x in tilings.read_table(arguments.output) if (x.backend, x.device, x.problem) != same]
-        tilings.write_table([*kept, best], arguments.output)
-        tilings.read_table.cache_clear()
+        tuning_table.read_table.cache_clear()
+        kept = [x for x in tuning_table.read_table(arguments.output) if (x.backend, x.device, x.problem) != same]
+        tuning_table.write_table([*kept, best], arguments.output)
+        tuning_table.read_table.cache_clear()
         for tiling, value in sorted(seconds.items(), key=lambda pair: pair[1]):
             print(f"{value:.4f} s  {tiling}", flush=True)
 

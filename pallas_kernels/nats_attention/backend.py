@@ -1,4 +1,4 @@
-"""What a backend is: three passes over tiles, what goes in and out of them, and a tiling for every problem.
+"""The interface of a backend: three passes over tiles, their arguments and results, and a tiling for every problem.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key (slot, where keys were rearranged), ``k`` KV head, ``g`` query heads
 per KV head, ``h`` head dim.
@@ -28,7 +28,7 @@ class Intervals(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a backward pass knows of the queries.
+    """The queries of a backward pass.
 
     Attributes:
       query, dout: ``[b, k, g, t, h]``; in a row that reads nothing they may hold anything.
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Backend(Protocol):
-    """The passes of a backend; ``differentiable`` puts them together. ``check`` says what one cannot serve.
+    """The passes of a backend; ``differentiable`` combines them. ``check`` refuses unsupported problems.
 
     Attributes:
       PLATFORMS: the platforms ("cpu", "gpu", "tpu") that it is tried on when no implementation is named.
@@ -52,11 +52,11 @@ class Backend(Protocol):
     PLATFORMS: Sequence[str]
 
     def default_tiling(self, problem: Problem) -> Tiling:
-        """The tiling that is used when the caller gives none."""
+        """Returns the tiling that is used if the caller gives none."""
         ...
 
     def candidate_tilings(self, problem: Problem) -> Sequence[Tiling]:
-        """The tilings that ``autotune`` tries."""
+        """Returns the tilings that ``autotune`` tries."""
         ...
 
     def check(self, problem: Problem, tiling: Any) -> None:
@@ -66,7 +66,7 @@ class Backend(Protocol):
     def forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Attention over the visible pairs.
+        """Computes attention over the visible pairs.
 
         Args:
           query: ``[b, k, g, t, h]``.
@@ -92,13 +92,13 @@ class Backend(Protocol):
         window: int,
         tiling: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-        """Gradients of query, key and value, and the role sums over visible pairs.
+        """Computes the gradients of query, key and value, and the role sums over visible pairs.
 
         Args:
           rows: of every query.
           key, value: ``[b, k, s, h]``, in any order.
           intervals: who reads whom.
-          columns: of every key, or None: no role sums are asked for.
+          columns: of every key, or None for no role sums.
           scale: of the logits.
           window: of SLIDING keys.
           tiling: of the backend.
@@ -121,10 +121,10 @@ class Backend(Protocol):
         window: int,
         tiling: Any,
     ) -> RoleSums:
-        """The role sums over pairs that the mask hides: what would a longer life have been worth?
+        """Computes the role sums over masked-out pairs, which are the credit for longer lifetimes.
 
         Args:
-          rows: of the queries that are looked at, all of them or a sample, in ascending order.
+          rows: of the queries, all of them or a sample, in ascending order.
           key, value: ``[b, k, s, h]``, in any order.
           intervals: who reads whom.
           weight: float32 ``[t]``, how many queries each row stands for.

@@ -13,7 +13,7 @@ from pallas_kernels.nats_attention.roles import NEVER, NO_END, RoleColumns
 
 
 class Tiles(NamedTuple):
-    """What is known of each tile before it is computed, bool ``[b, k, q, j]``.
+    """Properties of tiles that are known before they are computed, bool ``[b, k, q, j]``.
 
     Attributes:
       alive: some pair in it may count.
@@ -39,7 +39,7 @@ class LiveBlocks(NamedTuple):
 
 
 def pad_to_blocks(x: jax.Array, axis: int, block: int, value) -> jax.Array:
-    """``x`` lengthened with ``value`` along ``axis`` to a multiple of ``block``."""
+    """Pads ``x`` with ``value`` along ``axis`` to a multiple of ``block``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths, constant_values=value)
@@ -55,7 +55,7 @@ def pad_intervals(intervals: Intervals, query_block: int, key_block: int) -> Int
 
 
 def clear_empty_rows(rows: Rows) -> Rows:
-    """``rows`` of any shape with 0 for query and dout where a row reads nothing: 0 times what is there may be NaN."""
+    """Sets query and dout of ``rows`` to 0 where a row reads nothing: 0 times their content may be NaN."""
     reads = ~jnp.isposinf(rows.lse)[..., None]
     return rows._replace(query=jnp.where(reads, rows.query, 0), dout=jnp.where(reads, rows.dout, 0))
 
@@ -65,33 +65,33 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
 
 
 def first_query(query_position: jax.Array, block: int) -> jax.Array:
-    """Least position in each query block, ``NO_END`` if no row reads anything: ``[b, t]`` → int32 ``[b, 1, q, 1]``."""
+    """Returns the least position in each query block, ``NO_END`` if no row reads: ``[b, t]`` → ``[b, 1, q, 1]``."""
     return jnp.min(_blocks(query_position, block), -1)[:, None, :, None]
 
 
 def last_query(query_position: jax.Array, block: int) -> jax.Array:
-    """Largest position in each query block of a row that may read something, as ``first_query``."""
+    """Returns the largest position in each query block of a row that may read, in the shape of ``first_query``."""
     position = _blocks(query_position, block)
     return jnp.max(jnp.where(position == NO_END, NEVER, position), -1)[:, None, :, None]
 
 
 def all_rows_read(query_position: jax.Array, block: int) -> jax.Array:
-    """Whether no row of a query block is padding: ``[b, t]`` → bool ``[b, 1, q, 1]``."""
+    """Returns True for query blocks without padding: ``[b, t]`` → bool ``[b, 1, q, 1]``."""
     return jnp.max(_blocks(query_position, block), -1)[:, None, :, None] != NO_END
 
 
 def least(x: jax.Array, block: int) -> jax.Array:
-    """Minimum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
+    """Returns the minimum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
     return jnp.min(_blocks(x, block), -1)[:, :, None, :]
 
 
 def most(x: jax.Array, block: int) -> jax.Array:
-    """Maximum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
+    """Returns the maximum over each key block: ``[b, k, s]`` → ``[b, k, 1, j]``."""
     return jnp.max(_blocks(x, block), -1)[:, :, None, :]
 
 
 def visible_tiles(intervals: Intervals, query_block: int, key_block: int) -> Tiles:
-    """Tiles with a visible pair, and those in which every pair is visible.
+    """Finds tiles with a visible pair, and those in which every pair is visible.
 
     Args:
       intervals: lengths are multiples of the blocks.
@@ -110,7 +110,7 @@ def visible_tiles(intervals: Intervals, query_block: int, key_block: int) -> Til
 def masked_out_tiles(
     intervals: Intervals, columns: RoleColumns, window: int, query_block: int, key_block: int
 ) -> Tiles:
-    """Tiles with a hidden pair in reach; plain where every key has come to its end and only the full sum is left.
+    """Finds tiles with a hidden pair in reach; plain where all keys have ended and only the full sum remains.
 
     In a plain tile no pair is visible but those of GLOBAL keys, which have no hidden pair: their sums are cleared
     afterwards. Rows of padding give 0 whatever a tile holds, for their ratio is 0.
@@ -131,7 +131,7 @@ def masked_out_tiles(
 
 
 def live_blocks(tiles: Tiles) -> LiveBlocks:
-    """Lists of live key blocks, in index order within plain and masked; ``tiles`` of any shape ``[…, q, j]``."""
+    """Lists live key blocks, in index order, plain ones first; ``tiles`` of any shape ``[…, q, j]``."""
     state = jnp.where(tiles.plain, 0, jnp.where(tiles.alive, 1, 2)).astype(jnp.int32)
     order = jnp.argsort(state, axis=-1, stable=True).astype(jnp.int32)
     count = lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32)  # noqa: E731

@@ -1,7 +1,7 @@
 """From what a call may hold to what the backends rely on, once for all of them.
 
-Positions and ends can be any int32, in any order and more than once. What stands outside of every interval, a query
-that reads nothing and a key that nobody reads, is given the place that says so (``NO_END``, ``NEVER``), and such a key
+Positions and ends can be any int32, in any order and repeated. A query that reads nothing and a key that no query reads
+get the positions ``NO_END`` and ``NEVER``, which are outside of every interval, and such a key
 holds zeros from here on: a weight of 0 times what it held before might be NaN.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``h`` head dim.
@@ -16,7 +16,7 @@ from pallas_kernels.nats_attention.roles import NEVER, NO_END
 
 
 def index_intervals(key_end: jax.Array, num_queries: int) -> Intervals:
-    """The intervals of keys and queries that stand where their index says; ``key_end`` int32 ``[b, k, s]``."""
+    """Returns the intervals of keys and queries whose positions are their indices; ``key_end`` int32 ``[b, k, s]``."""
     b, k, s = key_end.shape
     return Intervals(
         jnp.broadcast_to(jnp.arange(num_queries, dtype=jnp.int32), (b, num_queries)),
@@ -28,7 +28,7 @@ def index_intervals(key_end: jax.Array, num_queries: int) -> Intervals:
 def place(
     query_position: jax.Array | None, key_position: jax.Array | None, key_end: jax.Array, num_queries: int
 ) -> tuple[Intervals, jax.Array]:
-    """The intervals of a call, and the keys that nobody reads.
+    """Returns the intervals of a call, and the keys that no query reads.
 
     Args:
       query_position: ``[b, t]``, integers; None: the index.
@@ -37,7 +37,7 @@ def place(
       num_queries: t.
 
     Returns:
-      ``Intervals`` with the same visible pairs, and bool ``[b, k, s]``: keys whose interval is empty, or lies before
+      ``Intervals`` with the same visible pairs, and bool ``[b, k, s]``: keys whose interval is empty, or is before
       the first or behind the last query that may read something.
     """
     at, begin, end = index_intervals(key_end, num_queries)
@@ -57,6 +57,6 @@ def place(
 
 
 def clear(unread: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-    """Keys and values ``[b, s, k, h]`` with 0 where ``unread`` bool ``[b, k, s]``."""
+    """Sets keys and values ``[b, s, k, h]`` to 0 where ``unread`` bool ``[b, k, s]``."""
     by_key = jnp.moveaxis(unread, 1, 2)[..., None]
     return [jnp.where(by_key, 0, x) for x in arrays]

@@ -1,7 +1,7 @@
 """Attention and its gradients, put together from the three passes that a backend offers.
 
-``backend.Backend`` says what the passes are. Here the keys are rearranged, the passes called, and their sums turned
-into the gradient of the roles; inside, the sequence lies behind the heads: query ``[b, k, g, t, h]``, key
+``backend.Backend`` defines the passes. Here the keys are rearranged, the passes called, and their sums converted to
+the gradient of the roles; in the inner layout, the sequence is after the heads: query ``[b, k, g, t, h]``, key
 ``[b, k, s, h]``.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``n = k · g``, ``h``
@@ -14,11 +14,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import layout as layout_lib
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.backend import Backend, Intervals, Rows
 from pallas_kernels.nats_attention.layout import Layout
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 from pallas_kernels.nats_attention.tiling import Tiling
@@ -26,14 +26,14 @@ from pallas_kernels.nats_attention.tiling import Tiling
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is fixed when a call is traced.
+    """The static arguments of a call.
 
     Attributes:
       backend: the module with the passes.
       tiling: for the backend.
       scale: of the logits.
       window: of SLIDING keys; 0 where there are no roles.
-      sampled: share of the masked-out pairs that the role gradient looks at: 1 all of them, 0 none.
+      sampled: fraction of the masked-out pairs in the role gradient: 1 all of them, 0 none.
     """
 
     backend: Backend
@@ -44,18 +44,18 @@ class Settings:
 
 
 def heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """To the inner layout: ``[b, t, n, h]`` → ``[b, k, g, t, h]`` and ``[b, s, k, h]`` → ``[b, k, s, h]``."""
+    """Converts to the inner layout: ``[b, t, n, h]`` → ``[b, k, g, t, h]`` and ``[b, s, k, h]`` → ``[b, k, s, h]``."""
     return rows_first(query, key.shape[2]), jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
 
 
 def rows_first(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """``[b, t, n, …]`` → ``[b, k, g, t, …]``."""
+    """Converts ``[b, t, n, …]`` to ``[b, k, g, t, …]``."""
     b, t, n = x.shape[:3]
     return jnp.moveaxis(x.reshape(b, t, num_kv_heads, n // num_kv_heads, *x.shape[3:]), 1, 3)
 
 
 def heads_last(x: jax.Array) -> jax.Array:
-    """``[b, k, g, t, …]`` → ``[b, t, n, …]``."""
+    """Converts ``[b, k, g, t, …]`` to ``[b, t, n, …]``."""
     b, k, g, t = x.shape[:4]
     return jnp.moveaxis(x, 3, 1).reshape(b, t, k * g, *x.shape[4:])
 
@@ -69,7 +69,7 @@ def _by_key(layout: Layout | None, x: jax.Array) -> jax.Array:
 
 
 def attend(query, key, value, intervals: Intervals, settings: Settings):
-    """``(out, lse)`` in the inner layout."""
+    """Returns ``(out, lse)`` in the inner layout."""
     layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     query, key, value = heads_first(query, key, value)
     key, value = _by_slot(layout, key, value)
@@ -77,20 +77,20 @@ def attend(query, key, value, intervals: Intervals, settings: Settings):
 
 
 def rows_of(query, out, lse, dout, dlse) -> Rows:
-    """``delta = dout · out`` is what the softmax's normalisation takes from a pair; a gradient of lse gives to it.
+    """Computes ``delta = dout · out``, which a pair loses by the softmax's normalization, less the gradient of lse.
 
     ``query`` and ``lse`` in the inner layout, the others in the outer one: ``out``, ``dout [b, t, n, h]``,
     ``dlse [b, t, n]`` or None. The sum is taken there, so that no copy of ``out`` in the inner layout is needed for it.
     """
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1)
     delta = rows_first(delta if dlse is None else delta - dlse, query.shape[1])
-    empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever comes back for a log-sum-exp of -inf
+    empty = jnp.isneginf(lse)  # exp(x - inf) = 0: no gradient, whatever the gradient of a log-sum-exp of -inf
     dout = rows_first(dout, query.shape[1])
     return Rows(query, dout, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0, delta))
 
 
 def visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None, settings: Settings):
-    """The backend's visible pass on rearranged keys; results by key. ``key``, ``value`` ``[b, k, s, h]``."""
+    """Runs the backend's visible pass on rearranged keys; results are by key. ``key``, ``value`` ``[b, k, s, h]``."""
     layout, by_slot = layout_lib.arrange_for(intervals, settings.tiling)
     key, value = _by_slot(layout, key, value)
     if columns is not None:
@@ -105,13 +105,13 @@ def visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None,
 
 
 def _like(primals, dquery, dkey, dvalue):
-    """Gradients in the outer layout and in the dtype of what they are the gradient of."""
+    """Converts gradients to the outer layout and to the dtypes of the arguments."""
     outer = (heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
     return tuple(x.astype(primal.dtype) for x, primal in zip(outer, primals, strict=True))
 
 
 def interval_attention(query, key, value, intervals: Intervals, settings: Settings):
-    """``(out [b, t, n, h], lse float32 [b, t, n])`` as ``api.interval_attention`` defines them."""
+    """Returns ``(out [b, t, n, h], lse float32 [b, t, n])`` as ``api.interval_attention`` defines them."""
     primals = (query, key, value)
     # An operand that shards share has a gradient that is summed over them: the transpose of this.
     primals = vary_like(primals, (primals, intervals))
@@ -141,7 +141,7 @@ _interval_attention.defvjp(_interval_fwd, _interval_bwd)
 
 
 def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings):
-    """``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end`` and ``sample_key`` may be None."""
+    """Returns ``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end``, ``sample_key`` or None."""
     primals = (query, key, value, roles)
     primals = vary_like(primals, (primals, document_end, sample_key))
     return _nats_attention(*primals, document_end, sample_key, settings)
@@ -179,7 +179,7 @@ def _nats_bwd(settings, residuals, dout):
 
 
 def _sample(key, length: int, settings: Settings) -> SampledRows | None:
-    """The queries that the masked-out pass looks at; None: all of them."""
+    """Returns the queries of the masked-out pass; None: all of them."""
     if settings.sampled == 1:
         return None
     return draw_rows(key, length=length, fraction=settings.sampled, run=settings.tiling.sampled_run)
@@ -194,7 +194,7 @@ def masked_out_sums(
     chosen: SampledRows | None,
     settings: Settings,
 ) -> RoleSums:
-    """The backend's masked-out pass over every query, or over the chosen ones (by their place among the rows)."""
+    """Runs the backend's masked-out pass over every query, or over the sampled ones (by their index among the rows)."""
     if chosen is None:
         weight = jnp.ones(rows.query.shape[3], jnp.float32)
     else:

@@ -1,8 +1,8 @@
 """Long-lived keys side by side: what makes a block of keys worth skipping.
 
-GLOBAL keys lie scattered, so that nearly every block of neighbouring keys holds one and none can be skipped. Here the
+GLOBAL keys are scattered, so that nearly every block of neighboring keys has one and none can be skipped. Here the
 keys that live long are gathered, in index order, into a dense *run* in front of the sequence; the short-lived ones stay
-where they are, and the slots that were gathered are dead there. What a kernel sees is one longer sequence
+where they are, and the slots that were gathered are dead there. A kernel sees one longer sequence
 ``[run | keys in place]`` whose keys have a ``key_position`` of their own beside ``key_end``; nothing is of size L².
 
 The run has a static capacity. Keys that do not fit stay in place, alive: blocks around them are computed as before,
@@ -25,7 +25,7 @@ from pallas_kernels.nats_attention.tiling import Tiling
 
 
 class Layout(NamedTuple):
-    """Where the keys of each slot come from, and where each key went.
+    """A rearrangement of keys: the key of each slot, and the slot of each key.
 
     Attributes:
       source: int32 ``[b, k, capacity]``, the key in each slot of the run; ``s`` (out of range) in an empty one.
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
 
 def lifetime_class(key_position: jax.Array, key_end: jax.Array, thresholds: Sequence[int]) -> jax.Array:
-    """How many of the ascending ``thresholds`` each key outlives (queries): int32 ``[b, k, s]``; 0 stays in place."""
+    """Counts the ascending ``thresholds`` that each key outlives (queries): int32 ``[b, k, s]``; 0 stays in place."""
     # A difference of two int32 may be beyond int32; as uint32 it is what it should be.
     lifetime = jnp.where(key_end > key_position, (key_end - key_position).astype(jnp.uint32), 0)
     longest = np.iinfo(np.uint32).max
@@ -53,7 +53,7 @@ def lifetime_class(key_position: jax.Array, key_end: jax.Array, thresholds: Sequ
 def arrange(key_position: jax.Array, key_end: jax.Array, *, thresholds: Sequence[int], capacity: int) -> Layout:
     """Chooses the keys of the run: those that outlive the first threshold, by lifetime class and then by index.
 
-    A threshold should lie above the window and above a block of keys: below that, neighbours in place share a fate.
+    A threshold should be above the window and above a block of keys: below, neighbors in place are alive together.
     With one threshold the run is in index order. More thresholds keep keys of similar lifetimes together, which pays
     when GLOBAL keys are rare and LOCAL ones live long.
 
@@ -83,7 +83,7 @@ def arrange(key_position: jax.Array, key_end: jax.Array, *, thresholds: Sequence
 
 
 def arrange_for(intervals: Intervals, tiling: Tiling) -> tuple[Layout | None, Intervals]:
-    """The rearrangement that a tiling asks for (None: none), and the intervals by slot."""
+    """Returns the rearrangement of a tiling (None: none), and the intervals by slot."""
     if not tiling.thresholds:
         return None, intervals
     length = intervals.key_end.shape[-1]
@@ -99,14 +99,14 @@ def arrange_for(intervals: Intervals, tiling: Tiling) -> tuple[Layout | None, In
 
 
 def gather(layout: Layout, x: jax.Array) -> jax.Array:
-    """``x [b, k, s, …]`` by slot: ``[b, k, capacity + s, …]``; empty slots of the run hold 0."""
+    """Rearranges ``x [b, k, s, …]`` by slot: ``[b, k, capacity + s, …]``; empty slots of the run are 0."""
     source = layout.source.reshape(*layout.source.shape, *[1] * (x.ndim - 3))
     run = jnp.take_along_axis(x, source, axis=2, mode="fill", fill_value=0)
     return jnp.concatenate([run, x], axis=2)
 
 
 def gather_intervals(layout: Layout, key_position: jax.Array, key_end: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(key_position, key_end)`` by slot, int32 ``[b, k, capacity + s]``: empty and vacated slots are dead.
+    """Rearranges ``(key_position, key_end)`` by slot, int32 ``[b, k, capacity + s]``; empty and vacated slots are dead.
 
     Dead slots of the run stand at ``NO_END``, behind everything; in place a vacated slot keeps its position. Both end
     at ``NEVER``: an end of 0 would be read by queries before it.
@@ -118,7 +118,7 @@ def gather_intervals(layout: Layout, key_position: jax.Array, key_end: jax.Array
 
 
 def scatter_back(layout: Layout, y: jax.Array) -> jax.Array:
-    """The transpose of ``gather``: ``y [b, k, capacity + s, …]`` by slot → ``[b, k, s, …]`` by key.
+    """Transposes ``gather``: ``y [b, k, capacity + s, …]`` by slot → ``[b, k, s, …]`` by key.
 
     A key has one living slot, and what ``y`` holds for dead slots is 0; so the scatter-add is a gather by ``slot``.
     """

@@ -1,8 +1,8 @@
 """Dense oracles for the tests: they build every L×L array and are never a fallback.
 
-``relaxed_attention`` is the definition (docs/method.md 3): attention under a mask that is a smooth function of the roles,
-left to automatic differentiation. ``closed_form_attention`` has the same values and the written-out gradient, with
-the clip for masked-out pairs on or off. Both follow the dtype of their input, so tests run them in float64.
+``relaxed_attention`` is the definition (docs/method.md 3): attention under a mask that is a smooth function of the
+roles, left to automatic differentiation. ``closed_form_attention`` has the same values and the written-out gradient,
+with the clip for masked-out pairs on or off. Both follow the dtype of their input, so tests run them in float64.
 
 Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query heads per KV head, ``h`` head dim.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.nats_attention import roles as roles_lib
 
 
 def _grouped(query: jax.Array, num_kv_heads: int) -> jax.Array:
-    """``[b, t, n, h]`` → ``[b, t, k, g, h]``; the query heads of a KV head are neighbours."""
+    """Converts ``[b, t, n, h]`` to ``[b, t, k, g, h]``; the query heads of a KV head are neighbors."""
     b, t, n, h = query.shape
     return query.reshape(b, t, num_kv_heads, n // num_kv_heads, h)
 
@@ -34,14 +34,14 @@ def _output(probabilities, value, query):
 
 
 def _same_document(document_end: jax.Array | None, length: int) -> jax.Array:
-    """bool ``[b or 1, t, s]``: ``s <= t < end(s)``."""
+    """Returns bool ``[b or 1, t, s]``: ``s <= t < end(s)``."""
     index = jnp.arange(length)
     end = jnp.full((1, length), length) if document_end is None else document_end
     return (index[None, :] <= index[:, None]) & (index[:, None] < end[:, None, :])
 
 
 def relaxed_mask(roles: jax.Array, *, window: int, document_end: jax.Array | None = None) -> jax.Array:
-    """The mask as a smooth function of the roles; ``roles`` float ``[b, k, s, 3]`` → float ``[b, k, t, s]``.
+    """Returns the mask as a smooth function of the roles; ``roles`` float ``[b, k, s, 3]`` → float ``[b, k, t, s]``.
 
     ``m[t, s] = G[s] + S[s] [t <= s + window] + Lo[s] prod_{s < u < t} (1 - G[u])`` for ``s <= t`` in one document.
     """
@@ -65,7 +65,7 @@ def relaxed_mask(roles: jax.Array, *, window: int, document_end: jax.Array | Non
 
 
 def _masked_softmax(logits, mask, visible_somewhere):
-    """``m exp(x) / sum m exp(x)`` over the last axis; 0 in rows without a visible key."""
+    """Computes ``m exp(x) / sum m exp(x)`` over the last axis; 0 in rows without a visible key."""
     top = jnp.max(jnp.where(visible_somewhere, logits, -jnp.inf), axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     weights = mask * jnp.exp(jnp.where(visible_somewhere, logits - top, -jnp.inf))
@@ -74,14 +74,14 @@ def _masked_softmax(logits, mask, visible_somewhere):
 
 
 def _log_sum_exp(logits, visible):
-    """Over the last axis; −∞, without a gradient, where nothing is visible."""
+    """Computes the log-sum-exp over the last axis; −∞, without a gradient, in rows without a visible key."""
     something = visible.any(-1)
     lse = jax.nn.logsumexp(jnp.where(visible | ~something[..., None], logits, -jnp.inf), axis=-1)
     return jnp.where(something, lse, -jnp.inf)
 
 
 def relaxed_attention(query, key, value, roles, *, window, document_end=None, scale=None):
-    """``nats_attention`` by the relaxed mask, to be differentiated automatically (no clip). Shapes as there."""
+    """Computes ``nats_attention`` by the relaxed mask, for automatic differentiation (no clip). Shapes as there."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = relaxed_mask(roles, window=window, document_end=document_end)[:, :, None]
     causal = _same_document(document_end, key.shape[1])[:, None, None]
@@ -91,7 +91,7 @@ def relaxed_attention(query, key, value, roles, *, window, document_end=None, sc
 def interval_attention(
     query, key, value, key_end, *, query_position=None, key_position=None, scale=None
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense ``interval_attention``: ``(out [b, t, n, h], lse [b, t, n])``. Shapes as in ``api``."""
+    """Computes ``interval_attention`` densely: ``(out [b, t, n, h], lse [b, t, n])``. Shapes as in ``api``."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     (b, t), s = query.shape[:2], key.shape[1]
     query_position = jnp.arange(t)[None] if query_position is None else query_position
@@ -103,14 +103,14 @@ def interval_attention(
     logits = _logits(query, key, scale)
     lse = _log_sum_exp(logits, visible)  # [b, k, g, t]
     out = _output(_masked_softmax(logits, visible.astype(logits.dtype), visible), value, query)
-    # Also what comes back for a row that reads nothing may be anything.
+    # The gradient of a row that reads nothing may be anything, too.
     out = jnp.where(reads, _grouped(out, key.shape[2]), 0).reshape(out.shape)
     return out, jnp.moveaxis(lse, 3, 1).reshape(b, t, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("window", "scale", "clip", "visible_only"))
 def closed_form_attention(query, key, value, roles, document_end, window, scale, clip, visible_only=False):
-    """``nats_attention`` with the closed form of its gradient (docs/method.md 3), dense. Shapes as in ``api``.
+    """Computes ``nats_attention`` densely, with its gradient in closed form (docs/method.md 3). Shapes as in ``api``.
 
     Args:
       query, key, value, roles, document_end, window, scale: as in ``api.nats_attention``, all of them given.
@@ -129,7 +129,7 @@ def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip
 def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
     query, key, value, roles, document_end, key_end, out, lse = residuals
     (b, length, n, _h), num_kv = query.shape, key.shape[2]
-    # A row that reads nothing may hold anything, and so may what comes back for it.
+    # A row that reads nothing may have any values, and so may its gradient.
     empty = jnp.isneginf(lse)[..., None]
     query, dout = jnp.where(empty, 0, query), jnp.where(empty, 0, dout)
     logits = _logits(query, key, scale)

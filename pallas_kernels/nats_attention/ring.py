@@ -5,7 +5,7 @@ first exchanged for two pieces each, an early and a late one, which together cos
 queries stay and the keys and values travel: in each of as many steps as there are devices, every device attends to the
 pieces that are with it and passes them on; in the backward their gradients and role sums travel along. No device ever
 holds the keys of the whole sequence. What it does hold of it are a few integers for each token: roles and ends of
-documents are gathered first, for a key's end depends on roles that lie elsewhere.
+documents are gathered first, for a key's end depends on roles of other devices.
 
 Axis letters as in ``differentiable``; ``t`` and ``s`` are a device's part, ``L`` is the whole sequence.
 
@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import differentiable as one_device
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.differentiable import Settings
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 
@@ -31,32 +31,32 @@ from pallas_kernels.nats_attention.sampling import SampledRows, draw_rows
 
 
 def _pieces(device: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
-    """The numbers of the early and the late piece of a device; there are twice as many pieces as devices."""
+    """Returns the numbers of the early and the late piece of a device; there are twice as many pieces as devices."""
     return device, 2 * jax.lax.axis_size(axis_name) - 1 - device
 
 
 def _positions(device: jax.Array, length: int, axis_name: str) -> jax.Array:
-    """The indices in the sequence of what a device holds, int32 ``[length]``, ascending."""
+    """Returns the indices in the sequence of a device's tokens, int32 ``[length]``, ascending."""
     index = jnp.arange(length // 2, dtype=jnp.int32)
     return jnp.concatenate([piece * (length // 2) + index for piece in _pieces(device, axis_name)])
 
 
 def _part_of(x: jax.Array, device: jax.Array, axis_name: str, axis: int = -1) -> jax.Array:
-    """What a device holds of an array over the whole sequence."""
+    """Returns a device's part of an array over the whole sequence."""
     size = x.shape[axis] // (2 * jax.lax.axis_size(axis_name))
     pieces = (jax.lax.dynamic_slice_in_dim(x, n * size, size, axis) for n in _pieces(device, axis_name))
     return jnp.concatenate(list(pieces), axis)
 
 
 def _ways(axis_name: str) -> list[list[tuple[int, int]]]:
-    """Where the first and where the second half of each contiguous part go: two permutations of the devices."""
+    """Returns where the first and the second half of each contiguous part go: two permutations of the devices."""
     size = jax.lax.axis_size(axis_name)
     holder = [*range(size), *reversed(range(size))]  # of each piece
     return [[(device, holder[2 * device + half]) for device in range(size)] for half in (0, 1)]
 
 
 def _balance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """From a device's contiguous part to its early and late piece."""
+    """Converts a device's contiguous part to its early and late piece."""
     halves = jnp.split(x, 2, axis)
     even, odd = (jax.lax.ppermute(half, axis_name, way) for half, way in zip(halves, _ways(axis_name), strict=True))
     # Even pieces came one way, odd ones the other; the early piece has the device's own number.
@@ -65,7 +65,7 @@ def _balance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
 
 
 def _unbalance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
-    """Back to the contiguous part."""
+    """Converts early and late pieces back to the contiguous part."""
     early, late = jnp.split(x, 2, axis)
     early_is_even = jax.lax.axis_index(axis_name) % 2 == 0
     halves = (jnp.where(early_is_even, early, late), jnp.where(early_is_even, late, early))
@@ -76,7 +76,7 @@ def _unbalance(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
 
 
 def _gather(x: jax.Array, axis_name: str, axis: int = -1) -> jax.Array:
-    """The whole sequence from contiguous parts: for integers and sums, never for keys."""
+    """Gathers the whole sequence from contiguous parts: for integers and sums, never for keys."""
     return jax.lax.all_gather(x, axis_name, axis=axis % x.ndim, tiled=True)
 
 
@@ -114,7 +114,7 @@ def _go_round(visit: Callable, carry: Any, keys: Any, gathered: Any, axis_name: 
 
 
 def _intervals(query, key_end, device, axis_name: str) -> Intervals:
-    """Who reads whom of this device's queries, ``query [b, t, n, h]``, and the keys that ``device`` holds."""
+    """Returns the intervals of this device's queries, ``query [b, t, n, h]``, and the keys of ``device``."""
     b, t = query.shape[:2]
     at = _positions(jax.lax.axis_index(axis_name), t, axis_name)
     end = _part_of(key_end, device, axis_name)
@@ -123,15 +123,15 @@ def _intervals(query, key_end, device, axis_name: str) -> Intervals:
 
 
 def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> tuple[jax.Array, jax.Array]:
-    """``(out [b, t, n, h], lse [b, k, g, t])`` of balanced parts; ``key_end [b, k, L]``."""
+    """Computes ``(out [b, t, n, h], lse [b, k, g, t])`` of balanced parts; ``key_end [b, k, L]``."""
 
     def visit(carry, _, keys, device):
         (out, lse), (key, value) = carry, keys
         intervals = _intervals(query, key_end, device, axis_name)
         more, more_lse = one_device.attend(query, key, value, intervals, settings)
         both = jnp.logaddexp(lse, more_lse)
-        shares = (jnp.where(jnp.isneginf(x), 0, jnp.exp(x - both))[..., None] for x in (lse, more_lse))
-        return (sum(share * x.astype(jnp.float32) for share, x in zip(shares, (out, more), strict=True)), both), None
+        fractions = (jnp.where(jnp.isneginf(x), 0, jnp.exp(x - both))[..., None] for x in (lse, more_lse))
+        return (sum(part * x.astype(jnp.float32) for part, x in zip(fractions, (out, more), strict=True)), both), None
 
     inner = one_device.rows_first(query, key.shape[2])
     start = (jnp.zeros(inner.shape, jnp.float32), jnp.full(inner.shape[:-1], -jnp.inf, jnp.float32))
@@ -140,7 +140,7 @@ def _attend(query, key, value, key_end, settings: Settings, axis_name: str) -> t
 
 
 def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | None, chosen, settings, axis_name):
-    """``(dquery, dkey, dvalue [b, …] inner layout, sums)`` of balanced parts; ``columns`` of ``[b, k, L]``, or None."""
+    """Computes ``(dquery, dkey, dvalue, sums)`` of balanced parts, inner layout; ``columns [b, k, L]`` or None."""
 
     def visit(carry, gathered, keys, device):
         (dquery, row), (key, value) = carry, keys
@@ -165,7 +165,7 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
 
 
 def _like(primals, dquery, dkey, dvalue, axis_name):
-    """Gradients as the callers' parts and in the dtypes of what they are the gradients of."""
+    """Converts gradients to the callers' parts and to the dtypes of the arguments."""
     outer = (one_device.heads_last(dquery), jnp.moveaxis(dkey, 2, 1), jnp.moveaxis(dvalue, 2, 1))
     return tuple(_unbalance(x.astype(y.dtype), axis_name, 1) for x, y in zip(outer, primals, strict=True))
 
@@ -174,7 +174,7 @@ def _like(primals, dquery, dkey, dvalue, axis_name):
 
 
 def interval_attention(query, key, value, key_end, settings: Settings, axis_name: str):
-    """``(out [b, t, n, h], lse float32 [b, t, n])`` of a device's part, as ``api.interval_attention`` defines them."""
+    """Computes ``(out [b, t, n, h], lse float32 [b, t, n])`` of a device's part; see ``api.interval_attention``."""
     primals = vary_like((query, key, value), (query, key, value, key_end, jax.lax.axis_index(axis_name)))
     return _interval_attention(*primals, key_end, settings, axis_name)
 
@@ -204,7 +204,7 @@ _interval_attention.defvjp(_interval_fwd, _interval_bwd)
 
 
 def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings, axis_name: str):
-    """``out [b, t, n, h]`` of a device's part, as ``api.nats_attention`` defines it."""
+    """Computes ``out [b, t, n, h]`` of a device's part; see ``api.nats_attention``."""
     primals = (query, key, value, roles)
     primals = vary_like(primals, (primals, document_end, sample_key, jax.lax.axis_index(axis_name)))
     return _nats_attention(*primals, document_end, sample_key, settings, axis_name)
@@ -233,7 +233,7 @@ def _nats_bwd(settings, axis_name, residuals, dout):
     rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, None)
     chosen = _sample(sample_key, query.shape[1], settings, axis_name)
     dquery, dkey, dvalue, sums = _gradients(rows, query, key, value, key_end, columns, chosen, settings, axis_name)
-    # What a token's role is worth depends on sums over tokens elsewhere: five numbers for each.
+    # The credit of a token's role depends on sums over tokens of other devices: five numbers for each.
     whole = RoleSums(*(_gather(_unbalance(x, axis_name, 2), axis_name) for x in sums))
     droles = roles_lib.role_gradient(whole, columns, document_end).astype(witness.dtype)
     length = query.shape[1]
@@ -242,7 +242,7 @@ def _nats_bwd(settings, axis_name, residuals, dout):
 
 
 def _sample(key, length: int, settings: Settings, axis_name: str) -> SampledRows | None:
-    """This device's queries of one draw over the whole sequence, by their place among its rows; None: all of them."""
+    """Returns this device's queries of one sample over the whole sequence, by their index among its rows; None: all."""
     if settings.sampled in (0, 1):
         return None
     piece = length // 2

@@ -36,7 +36,7 @@ class RoleRanges(NamedTuple):
 
 
 class RoleColumns(NamedTuple):
-    """What the sums of the role gradient need to know of each key; int32 or bool ``[b, k, s]``.
+    """Properties of each key that the role sums depend on; int32 or bool ``[b, k, s]``.
 
     Attributes:
       key_end: first query that cannot read the key.
@@ -74,7 +74,7 @@ class RoleSums(NamedTuple):
 
 
 def _following_global(is_global: jax.Array) -> jax.Array:
-    """Index of the first GLOBAL token behind each index, ``L`` where there is none: int32, the shape of the input."""
+    """Returns the index of the first GLOBAL token after each index, ``L`` if there is none: int32, same shape."""
     length = is_global.shape[-1]
     index = jnp.arange(length, dtype=jnp.int32)
     at_or_after = jax.lax.cummin(jnp.where(is_global, index, length), axis=is_global.ndim - 1, reverse=True)
@@ -82,7 +82,7 @@ def _following_global(is_global: jax.Array) -> jax.Array:
 
 
 def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRanges:
-    """The ranges that lifetimes and role gradients are sums over.
+    """Returns the ranges that lifetimes and role gradients are sums over.
 
     Args:
       is_global: bool ``[b, k, s]``.
@@ -107,11 +107,11 @@ def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRan
 def key_end_from_roles(
     role_ids: jax.Array, *, window: int | jax.Array, document_end: jax.Array | None = None
 ) -> jax.Array:
-    """First query that cannot read each key any more.
+    """Returns the first query that cannot read each key any more.
 
     Args:
       role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
-      window: how many queries behind its own a SLIDING key can be read by, 0 or more; may be traced, an int32 scalar.
+      window: queries after its own that can read a SLIDING key, 0 or more; may be a traced int32 scalar.
         One beyond int32 is none at all.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 
@@ -149,7 +149,7 @@ def global_credit(
     past: jax.Array,
     document_end: jax.Array | None,
 ) -> jax.Array:
-    """What making each token GLOBAL takes away from the LOCAL keys before it (``kill`` in docs/method.md 3).
+    """Computes what making each token GLOBAL takes from the LOCAL keys before it (``K`` in docs/method.md 3).
 
     The sums are of any quantity ``e[t, s]`` over (query, key) pairs of LOCAL keys; outside LOCAL keys they are 0.
     A token that is not GLOBAL would end the LOCAL keys that are alive across it: those whose pairs begin before it
@@ -189,14 +189,14 @@ def global_credit(
 
 
 def role_columns(role_ids: jax.Array, key_end: jax.Array, document_end: jax.Array | None) -> RoleColumns:
-    """What the role sums need to know of each key; ``role_ids``, ``key_end`` int ``[b, k, s]``."""
+    """Returns the properties of each key for the role sums; ``role_ids``, ``key_end`` int ``[b, k, s]``."""
     is_global = role_ids == GLOBAL
     ranges = role_ranges(is_global, document_end)
     return RoleColumns(key_end, *ranges, is_global, role_ids == LOCAL)
 
 
 def role_gradient(sums: RoleSums, columns: RoleColumns, document_end: jax.Array | None) -> jax.Array:
-    """The gradient of the relaxed roles (docs/method.md 3) from their sums: float32 ``[b, k, s, 3]``."""
+    """Computes the gradient of the relaxed roles (docs/method.md 3) from their sums: float32 ``[b, k, s, 3]``."""
     credit = global_credit(
         columns.is_global,
         column=jnp.where(columns.is_local, sums.local, 0),

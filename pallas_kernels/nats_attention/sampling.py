@@ -25,19 +25,19 @@ class SampledRows(NamedTuple):
 
 
 def num_strata(length: int, fraction: float, run: int, parts: int = 1) -> int:
-    """How many runs of ``run`` queries make up ``fraction`` of ``length``; at least one for each of ``parts``."""
+    """Returns the number of runs of ``run`` queries in ``fraction`` of ``length``; one per part at least."""
     runs = -(-length // run)
     return min(runs, -(-max(1, round(fraction * runs)) // parts) * parts)
 
 
 def draw_rows(key: jax.Array, *, length: int, fraction: float, run: int, parts: int = 1) -> SampledRows:
-    """One stratified draw of queries.
+    """Samples queries, one run in each stratum.
 
     Args:
       key: PRNG key.
       length: of the sequence, queries.
       fraction: of the queries to be drawn, in (0, 1].
-      run: neighbouring queries that are drawn together.
+      run: neighboring queries that are sampled together.
       parts: equal parts of the sequence, each a multiple of ``run`` long if they are several, that get as many rows
         each, one after the other.
 

@@ -1,8 +1,8 @@
-"""How the work is cut into tiles: what every backend's tiling says, checked.
+"""The division of the work into tiles: fields and checks that all backends share.
 
-None of it changes what is computed, only how fast and with how much memory; but for ``sampled_run``, which says what
-``Sampled`` draws together. A backend may add fields of its own (it
-then subclasses ``Tiling``) and knows the defaults for a shape; ``autotune`` times candidates on the device at hand.
+It changes time and memory, not results, except for ``sampled_run``, the queries that ``Sampled`` samples together. A
+backend may add fields of its own in a subclass of ``Tiling``, and has defaults for every shape; ``autotune`` times
+candidates on the device.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Tiling:
     Attributes:
       query_block, key_block: rows (of each query head) and columns of a tile, tokens.
       thresholds: lifetimes (queries), ascending, above which keys are gathered; empty: every key stays in place.
-      capacity: slots of the gathered run, as a share of the keys, in (0, 1].
-      sampled_run: neighbouring queries that ``Sampled`` draws together.
+      capacity: slots of the gathered run, as a fraction of the keys, in (0, 1].
+      sampled_run: neighboring queries that ``Sampled`` samples together.
     """
 
     query_block: int
@@ -66,22 +66,22 @@ class Tiling:
 
 
 def lifetime_thresholds(problem: Problem, key_block: int) -> tuple[int, ...]:
-    """``Tiling.thresholds`` for a problem: above the window and a block; none where there are few blocks to skip."""
+    """Returns ``Tiling.thresholds`` for a problem: above the window and a block; none if few blocks can be skipped."""
     return (max(problem.window + 1, key_block),) if problem.keys >= 4 * key_block else ()
 
 
 def least_padding(length: int, largest: int) -> int:
-    """The largest block of at most ``largest`` tokens that cuts ``length`` with the least padding."""
+    """Returns the largest block of at most ``largest`` tokens that divides ``length`` with the least padding."""
     return math.ceil(length / math.ceil(length / largest))
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_core_each() -> bool:
-    """Whether the CPU devices of this process are as many as its cores.
+    """Returns True if this process has as many CPU devices as cores.
 
     Then each device's program runs beside the others on a core of its own, and products need not be so large that
     several cores can share them.

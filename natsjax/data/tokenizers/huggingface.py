@@ -1,14 +1,14 @@
-"""Tokenizers in Hugging Face's format, `tokenizer.json`: whatever `tokenizers` can run.
+"""Tokenizers in Hugging Face's format, ``tokenizer.json``, run by the library ``tokenizers``.
 
-BOS and EOS are what `tokenizer_config.json` or `special_tokens_map.json` beside the file declares (`bos_token`,
-`eos_token`), else special tokens with one of the usual names, else ids behind the vocabulary. Of what else these files
-hold nothing counts; where they contradict `tokenizer.json`, that is said.
+BOS and EOS are declared by ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the file (``bos_token``,
+``eos_token``), else they are special tokens with one of the usual names, else ids after the vocabulary. Nothing else in
+these files is used; contradictions to ``tokenizer.json`` are reported.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json, utf8
+from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
 from natsjax.data.tokenizers.bpe import byte_of_character
 from natsjax.data.tokenizers.pretrained import (
     UNKNOWN,
@@ -32,13 +32,13 @@ from natsjax.errors import UserError
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")
 EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[EOS]", "[SEP]")
 
-_FILE = "tokenizer.json"
+HUGGING_FACE_FILE = "tokenizer.json"
 _DECLARING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDING_FILE = "added_tokens.json"  # names and ids
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Of a model: how it draws at random which tokens a text becomes.
+# Parameters of a model that sample the tokens of a text at random.
 _RANDOM = ("dropout", "alpha", "nbest_size")
-# Names in tokenizer_config.json, which `transformers` follows, and in tokenizer.json.
+# Names of the same in tokenizer_config.json, which ``transformers`` follows, and in tokenizer.json.
 _SAID_TWICE = {
     "add_prefix_space": "add_prefix_space",
     "do_lower_case": "lowercase",
@@ -46,21 +46,21 @@ _SAID_TWICE = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 _BEFORE_MODEL = ("normalizer", "pre_tokenizer")
-_MAX_HOLES = 2**20  # more unused ids than that, and the file is damaged
+_MAX_HOLES = 2**20  # a file with more unused ids is damaged
 
 
 class _Definition:
-    """The content of a `tokenizer.json`, read.
+    """The parsed content of a ``tokenizer.json``.
 
     Attributes:
-      text: as it was given.
-      changes_length: names of settings of it that would cut texts off or pad them.
-      parsed: without what would cut texts off, pad them or add special tokens, which the pipeline does itself.
-      runnable: the same, without what is random.
-      library: the tokenizer as the library runs it.
+      text: the content.
+      changes_length: names of settings in it that truncate or pad texts.
+      parsed: the content without truncation, padding and special tokens, which the pipeline adds itself.
+      runnable: the same without random parameters.
+      library: the library's tokenizer.
       vocabulary: token of each id.
-      unknown: id of what has no token, or None.
-      specials: ids that no text may give: of special tokens, but not `unknown`.
+      unknown: id of unknown text, or None.
+      specials: ids of special tokens except ``unknown``; no text may be encoded to them.
     """
 
     def __init__(self, text: str, source: Path):
@@ -69,11 +69,11 @@ class _Definition:
             parsed = json.loads(text)
         if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
             raise UserError(
-                f"{source} is no tokenizer.json of Hugging Face's library tokenizers: it holds no object with a model."
+                f"{source} is not a tokenizer.json of Hugging Face's library tokenizers: it has no object with a model."
             )
         self.changes_length = [name for name in ("truncation", "padding") if parsed.get(name)]
         self.parsed: dict[str, Any] = parsed | {"truncation": None, "padding": None, "post_processor": None}
-        # Not in `parsed`, whose fingerprint stored tokenizers have.
+        # Not removed from ``parsed``, whose fingerprint is stored.
         model = {name: value for name, value in self.parsed["model"].items() if name not in _RANDOM}
         self.runnable = self.parsed | {"model": model}
         with self.errors():
@@ -87,13 +87,13 @@ class _Definition:
             self.specials = {token_id for token_id, token in added.items() if token.special} - {self.unknown}
 
     def errors(self) -> AbstractContextManager[None]:
-        """Turns what the library throws into one sentence."""
+        """Converts errors of the library to one sentence."""
         return as_user_error(
             f"the tokenizer {self._source} cannot be run by the library tokenizers {tokenizers.__version__}"
         )
 
     def find(self, declared: Mapping[str, Any], setting: str, names: Sequence[str]) -> int | None:
-        """Id of BOS or EOS, or None where the tokenizer has none."""
+        """Returns the id of BOS or EOS, or None if the tokenizer has none."""
         if setting in declared:
             value = declared[setting]
             content = value.get("content") if isinstance(value, dict) else value
@@ -103,28 +103,29 @@ class _Definition:
         return next((token_id for token_id in found_by_name if token_id in self.specials), None)
 
     def what_is_off(self) -> list[str]:
-        """Notes on what was random, or changes the length of texts, and is off."""
+        """Returns notes on random parameters and changes of length that are off."""
         random = {name: value for name in _RANDOM if (value := self.parsed["model"].get(name))}
         return [
-            *(
-                f"its {name} = {value} is off, so that a text always gives the same ids"
-                for name, value in random.items()
-            ),
+            *(f"its {name} = {value} is off, so that a text always has the same ids" for name, value in random.items()),
             *(f"its {name} is off, so that texts keep their length" for name in self.changes_length),
         ]
 
     def contradictions(self, declared: Mapping[str, Any]) -> str:
-        """What files beside this one say otherwise, for a sentence; it does not count."""
+        """Describes contradictions in files beside this one, which takes precedence."""
         found = []
         for theirs, ours in _SAID_TWICE.items():
             asked, here = declared.get(theirs), _values([self.parsed.get(step) for step in _BEFORE_MODEL], ours)
             if isinstance(asked, bool) and here and asked not in here:
                 found.append(f"{theirs} = {str(asked).lower()}")
         files = " or ".join(_DECLARING_FILES)
-        said = [f"{files} says {', '.join(found)} and {_FILE} the contrary, which counts"] if found else []
+        said = (
+            [f"{files} has {', '.join(found)} and {HUGGING_FACE_FILE} the contrary, which takes precedence"]
+            if found
+            else []
+        )
         if lacking := [name for name in _declared_tokens(declared) if self.library.token_to_id(name) is None]:
             shown = f"{', '.join(map(repr, lacking[:3]))}{', …' if lacking[3:] else ''}"
-            said.append(f"files beside {_FILE} name tokens that it lacks ({shown}), which are not used")
+            said.append(f"files beside {HUGGING_FACE_FILE} name tokens that it lacks ({shown}), which are not used")
         return ", and ".join(said)
 
     def _unknown(self) -> int | None:
@@ -135,19 +136,20 @@ class _Definition:
 
 
 class HuggingFaceTokenizer(PretrainedTokenizer):
-    """A tokenizer that the library `tokenizers` runs.
+    """A tokenizer of the library ``tokenizers``.
 
     Args:
-      definition: the content of a `tokenizer.json`.
+      definition: content of a ``tokenizer.json``.
       bos_id: id of BOS in it; None: an id is appended.
       eos_id: id of EOS in it; None: an id is appended.
       source: the file, for messages.
 
     Raises:
-      UserError: this is no tokenizer that the library can run.
+      UserError: the library cannot run it.
     """
 
     kind = "huggingface"
+    file_names = re.compile(r".*\.json", re.IGNORECASE | re.DOTALL)
 
     def __init__(
         self,
@@ -155,10 +157,10 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
-        source: Path = Path(_FILE),
+        source: Path = Path(HUGGING_FACE_FILE),
     ):
         self._read = read = definition if isinstance(definition, _Definition) else _Definition(definition, source)
-        self._declared = {"bos_id": bos_id, "eos_id": eos_id}
+        self._declared: dict[str, Any] = {"bos_id": bos_id, "eos_id": eos_id}
         own = {special for special in (bos_id, eos_id) if special is not None}
         specials = read.specials | own
         with read.errors():
@@ -177,10 +179,10 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceTokenizer:
-        """Read a `tokenizer.json`, and what files beside it declare to be BOS and EOS.
+        """Reads a ``tokenizer.json``, and BOS and EOS from the files beside it.
 
         Raises:
-          UserError: it cannot be read or run.
+          UserError: the file cannot be read, or the library cannot run it.
         """
         definition = _Definition(_decode(read_bytes(path), path), path)
         declared = _declarations(path.parent)
@@ -194,7 +196,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
                 note_on(
                     setting[:3].upper(),
                     None if found is None else definition.vocabulary[found],
-                    f"as {setting} beside it says" if setting in declared else "by its usual name",
+                    f"from {setting} beside it" if setting in declared else "by its usual name",
                     token_id,
                 )
                 for setting, found, token_id in (
@@ -207,51 +209,31 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
 
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        """Read what `save` wrote; `description` is the folder's description file."""
+        """Loads what ``save`` wrote."""
         ids = [description.get("declared_bos_id"), description.get("declared_eos_id")]
         if not all(value is None or isinstance(value, int) for value in ids):
             raise UserError(
-                f"the tokenizer in {folder} declares the ids {ids} as BOS and EOS; they must be whole numbers."
+                f"the tokenizer in {folder} declares the ids {ids} as BOS and EOS; whole numbers were expected."
             )
-        path = folder / _FILE
+        path = folder / HUGGING_FACE_FILE
         tokenizer = cls(_decode(read_bytes(path), path), bos_id=ids[0], eos_id=ids[1], source=path)
         tokenizer.assumed = str(description.get("assumed", ""))
         return tokenizer
 
-    def encode(self, text: str) -> Int32Array:
-        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
-
-        Raises:
-          UserError: the text is no valid Unicode (it holds a lone surrogate), or the tokenizer has no id for a part of
-            it.
-        """
-        utf8(text)
+    def _encode(self, text: str) -> Int32Array:
         with as_user_error("the tokenizer cannot encode a text"):
             return as_ids(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
-
-        Raises:
-          UserError: as `encode` does.
-        """
-        for text in texts:
-            utf8(text)
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         with as_user_error("the tokenizer cannot encode a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [as_ids(encoding.ids) for encoding in encodings]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a folder (made if missing), with the `tokenizer.json` for other programs.
-
-        Raises:
-          OSError: the folder cannot be written.
-        """
-        super().save(folder)
-        (Path(folder) / _FILE).write_text(self._read.text, encoding="utf-8")
+    def _write(self, folder: Path) -> None:
+        (folder / HUGGING_FACE_FILE).write_text(self._read.text, encoding="utf-8")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._read.text, self._declared)
+        return functools.partial(type(self), **self._declared), (self._read.text,)
 
     def _own_tokens(self) -> Sequence[str]:
         return [token.content for token in self._read.library.get_added_tokens_decoder().values()]
@@ -263,12 +245,8 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         return [self._declared, json.dumps(self._read.parsed, sort_keys=True)]
 
 
-def _rebuild(definition: str, declared: Mapping[str, int | None]) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(definition, bos_id=declared["bos_id"], eos_id=declared["eos_id"])
-
-
 def _decode(data: bytes, path: Path) -> str:
-    with as_user_error(f"the tokenizer {path} is no UTF-8"):
+    with as_user_error(f"the tokenizer {path} is not UTF-8"):
         return data.decode("utf-8-sig")  # editors of Windows put a byte-order mark before it
 
 
@@ -283,7 +261,7 @@ def _declarations(folder: Path) -> dict[str, Any]:
 
 
 def _declared_tokens(declared: Mapping[str, Any]) -> list[str]:
-    """Spellings of the tokens that files beside `tokenizer.json` name, each once."""
+    """Returns the spellings of the tokens that files beside ``tokenizer.json`` name, each once."""
     added = declared.get("added_tokens_decoder")
     own = [declared.get("bos_token"), declared.get("eos_token"), *(added.values() if isinstance(added, dict) else [])]
     names = [token.get("content") if isinstance(token, dict) else token for token in own]
@@ -292,12 +270,12 @@ def _declared_tokens(declared: Mapping[str, Any]) -> list[str]:
 
 
 def _for_text(parsed: dict[str, Any], specials: Mapping[int, str]) -> tokenizers.Tokenizer:
-    """The tokenizer for texts, none of which gives a special id.
+    """Builds the tokenizer for texts, none of which is encoded to a special id.
 
-    The library can be told not to look for special tokens in a text, but a model that has them in its vocabulary may
-    still come upon them (unigram does). Here they have names in the vocabulary that nobody writes.
+    The library has an option not to look for special tokens in a text, but a model that has them in its vocabulary may
+    still produce them (unigram does). Here their names in the vocabulary are replaced by ones that no text contains.
     """
-    mark = "\ufdd0natsjax special "  # a noncharacter, which is not for interchange, before what else is improbable
+    mark = "\ufdd0natsjax special "  # begins with a noncharacter, which is not for interchange
     hidden = {name: f"{mark}{token_id}\ufdd0" for token_id, name in specials.items()}
     model = dict(parsed["model"])
     if isinstance(model.get("vocab"), list):
@@ -314,25 +292,25 @@ def _for_text(parsed: dict[str, Any], specials: Mapping[int, str]) -> tokenizers
     library.encode_special_tokens = True
     for token_id, name in specials.items():
         if library.token_to_id(hidden[name]) != token_id:
-            raise ValueError(f"its special token {name!r} has no id of its own")
+            raise ValueError(f"its special token {name!r} does not have its own id")
     return library
 
 
 def _made_from(merge: str | Sequence[str]) -> Iterator[str]:
-    """The tokens of a merge: two parts and what they become."""
+    """Yields the tokens of a merge: two parts and their concatenation."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     yield from (left, right, left + right)
 
 
 class _Pieces:
-    """What each id of a tokenizer stands for in the middle of a text."""
+    """Bytes of each id of a tokenizer in the middle of a text."""
 
     def __init__(self, definition: _Definition, specials: set[int]):
         self._library, self._parsed = definition.library, definition.parsed
         self._vocabulary, self._unknown, self._specials = definition.vocabulary, definition.unknown, specials
 
     def all(self) -> list[bytes]:
-        """The pieces in id order, empty for specials and for ids without a token."""
+        """Returns the pieces in id order, empty for specials and for ids without a token."""
         wanted = [token_id for token_id in sorted(self._vocabulary) if token_id not in self._specials]
         found = self._from_alphabet(wanted) if self._is_byte_level() else self._from_decoder(wanted)
         if self._unknown is not None:
@@ -345,7 +323,7 @@ class _Pieces:
         return any("ByteLevel" in _types(step) for step in steps)
 
     def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Tokens whose characters are bytes; added ones are what they are."""
+        """Decodes tokens whose characters stand for bytes; added tokens are text."""
         alphabet = byte_of_character()
         added = self._library.get_added_tokens_decoder()
         model = self._parsed["model"]
@@ -363,11 +341,11 @@ class _Pieces:
         return found
 
     def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """What the tokenizer's own decoder writes for a token between two others.
+        """Decodes each token between two others, with the tokenizer's own decoder.
 
-        The decoder may treat the first and the last token in its own way, and a token may begin with a space or end
-        with one. So a token `a` is looked for between two of which most others can be found, and a token's piece is
-        what stands between them then.
+        The decoder may treat the first and the last token differently, and a token may begin or end with a space. So
+        each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
+        token with which this succeeds for most others.
         """
         is_byte = self._parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self._parsed.get("decoder"))
         sample = ids[:: max(1, len(ids) // 64)]
@@ -394,7 +372,7 @@ class _Pieces:
 
 
 def _values(step: Any, name: str) -> list[Any]:
-    """All values of a setting in the steps of the tokenizer."""
+    """Returns all values of a setting in the steps of the tokenizer."""
     if isinstance(step, list):
         return [value for part in step for value in _values(part, name)]
     if not isinstance(step, dict):
@@ -403,7 +381,7 @@ def _values(step: Any, name: str) -> list[Any]:
 
 
 def _types(step: Any) -> set[str]:
-    """Types of a step of the tokenizer and of the steps that it is a sequence of."""
+    """Returns the types of a step of the tokenizer and of the steps in it."""
     if not isinstance(step, dict):
         return set()
     parts = (part for value in step.values() if isinstance(value, list) for part in value)

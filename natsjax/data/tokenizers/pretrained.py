@@ -1,16 +1,16 @@
-"""What tokenizers share that were made elsewhere.
+"""Base class of tokenizers of other projects.
 
-*Special ids.* BOS and EOS are the tokenizer's own where it declares them, else ids of ours behind its vocabulary. No
-text gives BOS, EOS or another special id, not even one that spells them out: they are read as ordinary text.
+*Special ids.* BOS and EOS are the tokenizer's own if it declares them, else new ids after its vocabulary. No text is
+encoded to BOS, EOS or another special id, not even one that spells them out, which is encoded as ordinary text.
 
-*Bits per byte.* Many of these tokenizers do not give back every text: they put a space before it, normalise, lowercase,
-join spaces, or have one id for all that they do not know. `token_bytes` counts the bytes of the text that comes back,
-with U+FFFD for what is unknown, so that always `token_bytes[ids].sum() == len(decode(ids).encode())` but for cut
-characters; bits per byte are then per byte of *that* text, and those of two tokenizers cannot be compared.
+*Bits per byte.* Many of these tokenizers are not lossless: they put a space before a text, normalize, lowercase, join
+spaces, or have one id for everything unknown. ``token_bytes`` counts the bytes of the decoded text, with U+FFFD for
+unknown text, so that ``token_bytes[ids].sum() == len(decode(ids).encode())`` if no character is split. Bits per byte
+are then per byte of the decoded text, and those of two tokenizers cannot be compared.
 
-*What files do not say.* The same text always gives the same ids: what is random in a tokenizer (dropout of merges,
-sampling) is off. `caveat` says what is lost and what had to be assumed; opening such a tokenizer warns, and `save`
-stores it. Where BOS and EOS come from is logged.
+*Assumptions.* The same text always has the same ids: randomness of a tokenizer (merge dropout, sampling) is off.
+``caveat`` has the losses and the assumptions; it is logged as a warning when the tokenizer is opened, and stored by
+``save``. The sources of BOS and EOS are logged.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.data.tokenizers.base import PieceTokenizer
 from natsjax.errors import UserError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
-"""What decoding writes for text that a tokenizer has no token for."""
+"""Decoded text for an id that stands for unknown text."""
 
-# What a tokenizer may not give back, the common before the exotic: the first that fails is the example.
+# Texts that a tokenizer may lose, common ones first: the first that fails is the example in the message.
 _PROBES = (
     "The cat sat.",
     "two  spaces",
@@ -47,7 +49,7 @@ _PROBES = (
     "a▁b",
     "x" * 1000,
 )
-# Around one of its own tokens: some swallow the white space beside them, or stand for another spelling as well.
+# Texts around one of its own tokens: some remove the white space beside them, or match other spellings.
 _OWN_PROBES = ("a {} b", "a{}b", "a  {}\n\t{} ")
 _MAX_OWN = 64
 
@@ -56,30 +58,46 @@ _log = logging.getLogger(__name__)
 
 
 class PretrainedTokenizer(PieceTokenizer):
-    """A tokenizer that was made elsewhere.
+    """A tokenizer of another project.
 
     Attributes:
-      assumed: what its files do not say and was assumed, for a sentence.
-      notes: how its files were read, for a log.
+      file_names: pattern for the names of its files.
+      assumed: assumptions about what its files do not define, as a part of a sentence.
+      notes: notes on how its files were read, for the log.
     """
 
+    file_names: ClassVar[re.Pattern[str]]
     assumed: str = ""
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def reads(cls, path: Path) -> bool:
+        """Returns True if a file has this format, by its name."""
+        return cls.file_names.fullmatch(path.name) is not None
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> PretrainedTokenizer:
+        """Reads a file of another project.
+
+        Raises:
+          UserError: the file cannot be read, is damaged, or has another format.
+        """
+
     @functools.cached_property
     def caveat(self) -> str:
-        """What is lost and what was assumed, for a sentence; empty if all that was tried came back as it was."""
+        """Losses and assumptions, as a part of a sentence; empty if there are none."""
         return ", and ".join([*self._losses, *([self.assumed] if self.assumed else [])])
 
     def warn_once(self, source: Path) -> None:
-        """Log notes and caveat, if there are any, the first time in this process that this tokenizer is opened."""
+        """Logs notes and caveat, the first time that this tokenizer is opened in this process."""
         if self.fingerprint in _warned:
             return
         _warned.add(self.fingerprint)
         if self.notes:
             _log.info("The tokenizer %s: %s.", source, "; ".join(self.notes))
         if self.caveat:
-            measure = "; bits per byte will be per byte of the text as it comes back" if self._losses else ""
+            measure = "; bits per byte will be per byte of the decoded text" if self._losses else ""
             _log.warning("The tokenizer %s: %s%s.", source, self.caveat, measure)
 
     @functools.cached_property
@@ -87,35 +105,37 @@ class PretrainedTokenizer(PieceTokenizer):
         found = ["it puts a space before each document, which counts as a byte of it"] if self._adds_space else []
         lost = [(text, back) for text in _PROBES if (back := self._back(text)) != text]
         if lost:
-            found.append("it does not give back every text ({!r} comes back as {!r})".format(*map(_short, lost[0])))
+            found.append(
+                "it does not decode every text to what it was ({!r} is decoded as {!r})".format(*map(_short, lost[0]))
+            )
         unknown = [text for text, back in lost[1:] if UNKNOWN.decode() in back]
         if unknown:
-            found.append(f"it knows no token for parts of {_short(unknown[0])!r}")
+            found.append(f"it has no token for parts of {_short(unknown[0])!r}")
         own = self._own_tokens()
-        if lost:  # of the others, which are read as ordinary text, nothing new is to be found
+        if lost:  # the others are encoded as ordinary text and lose nothing more
             own = [token for token in own if token.encode() in {self._piece(at) for at in self.encode(token).tolist()}]
         for token in own[:: -(-len(own) // _MAX_OWN) or 1]:
             if changed := self._loss_around(token):
                 found.append(changed)
                 break
         if any(self.encode(text).tolist() != self.encode(text).tolist() for text in _PROBES):
-            found.append("it does not always encode the same text alike")
+            found.append("it does not always encode a text in the same way")
         return found
 
     def _back(self, text: str) -> str:
         return self.decode([self.bos_id, *self.encode(text).tolist()])
 
     def _loss_around(self, token: str) -> str:
-        """What happens to a text with one of the tokenizer's own tokens where one with a plain word comes back."""
+        """Describes how a text with one of the tokenizer's own tokens changes, if one with a plain word does not."""
         for spelling in dict.fromkeys((token, token.upper(), token.lower())):
             for probe in _OWN_PROBES:
                 text, plain = probe.format(spelling, spelling), probe.format("cat", "cat")
                 if (back := self._back(text)) != text and self._back(plain) == plain:
-                    return f"its token {token!r} changes the text around it ({text!r} comes back as {back!r})"
+                    return f"its token {token!r} changes the text around it ({text!r} is decoded as {back!r})"
         return ""
 
     def _own_tokens(self) -> Sequence[str]:
-        """Spellings of tokens that stand beside the vocabulary that text is matched against."""
+        """Returns the spellings of tokens that are added to the vocabulary."""
         return ()
 
     def _options(self) -> dict[str, Any]:
@@ -123,16 +143,16 @@ class PretrainedTokenizer(PieceTokenizer):
 
 
 def note_on(name: str, token: str | None, where: str, token_id: int) -> str:
-    """A note on BOS or EOS.
+    """Formats a note on BOS or EOS.
 
     Args:
       name: "BOS" or "EOS".
-      token: its spelling; None: an id was appended.
-      where: what says so.
+      token: its spelling; None if an id was appended.
+      where: its source.
       token_id: its id.
     """
     if token is None:
-        return f"it has no {name}, for which the id {token_id} was appended"
+        return f"it has no {name}; the id {token_id} was appended for it"
     return f"{name} is {token!r} (id {token_id}), {where}"
 
 
@@ -141,15 +161,15 @@ def _short(text: str) -> str:
 
 
 def with_specials(pieces: list[bytes], bos_id: int | None, eos_id: int | None) -> tuple[list[bytes], int, int]:
-    """Pieces with BOS and EOS, which are appended where the tokenizer has none.
+    """Appends ids for BOS and EOS if the tokenizer has none.
 
     Args:
-      pieces: what each id stands for.
+      pieces: bytes of each id.
       bos_id: the tokenizer's own BOS, or None.
       eos_id: the tokenizer's own EOS, or None.
 
     Returns:
-      The pieces, the id of BOS, the id of EOS.
+      ``(pieces, bos_id, eos_id)``.
     """
     pieces = list(pieces)
     found = []
@@ -164,20 +184,20 @@ def with_specials(pieces: list[bytes], bos_id: int | None, eos_id: int | None) -
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Turn whatever a tokenizer library throws into one sentence that begins with `what`."""
+    """Converts any error of a tokenizer library to one sentence that begins with ``what``."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # Rust's panics are no `Exception`, and its errors are nothing else
+    except BaseException as error:  # a panic of Rust is no ``Exception``, and its errors are bare ones
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} ({reason[:200].rstrip('.')}).") from error
 
 
 def num_threads() -> int:
-    """Threads to encode a batch with; the variables that Hugging Face's library obeys hold for all of them.
+    """Returns the threads to encode a batch with, by the environment variables of Hugging Face's library.
 
-    A process that is one of several should set `TOKENIZERS_PARALLELISM=false` or `RAYON_NUM_THREADS`.
+    One of several processes should set ``TOKENIZERS_PARALLELISM=false`` or ``RAYON_NUM_THREADS``.
     """
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "off", "no", "n", "f", "0"):
         return 1
@@ -186,7 +206,7 @@ def num_threads() -> int:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A tokenizer's file.
+    """Reads a tokenizer's file.
 
     Raises:
       UserError: it cannot be read.

@@ -1,23 +1,23 @@
-"""Tokenizers in tiktoken's file format: byte-level BPE, lossless, run by `tiktoken` (https://github.com/openai/tiktoken).
+"""Tokenizers in tiktoken's file format: byte-level BPE, lossless, run by ``tiktoken`` (github.com/openai/tiktoken).
 
-Each line of a `.tiktoken` file is a token, its bytes in base64, and its rank, which is its id. What the file does not
-say can stand in a JSON file beside it, `NAME.tiktoken.json`, all of it optional:
+Each line of a ``.tiktoken`` file has a token, in base64, and its rank, which is its id. A JSON file beside it,
+``NAME.tiktoken.json``, may have what the file does not define, all of it optional:
 
-    {"pattern": "…",                              what text is cut up with before BPE: a regular expression, or a name
-                                                  of `natsjax.data.tokenizers.tiktoken_patterns`
+    {"pattern": "…",                              splits text before BPE: a regular expression, or a name of
+                                                  ``natsjax.data.tokenizers.tiktoken_patterns``
      "special_tokens": {"<|endoftext|>": 100257}, ids that stand for no text
      "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
-Of the files of OpenAI and of Llama 3, which are recognised by their hash, the publisher's settings are known. Of others
-the pattern is assumed to be that of cl100k (GPT-4), with a warning, and BOS and EOS are appended.
+The files of OpenAI and of Llama 3 are recognized by their hash, and have their publisher's settings. For others the
+pattern is assumed to be cl100k's (GPT-4), with a warning, and BOS and EOS are appended.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import itertools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json, utf8
+from natsjax.data.optional import import_optional
+from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
 from natsjax.data.tokenizers.pretrained import (
     PretrainedTokenizer,
     as_user_error,
@@ -34,6 +35,7 @@ from natsjax.data.tokenizers.pretrained import (
     read_bytes,
     with_specials,
 )
+from natsjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from natsjax.data.tokenizers.tiktoken_patterns import (
     FIRST_CL100K_PATTERN,
     assumption,
@@ -45,8 +47,8 @@ from natsjax.errors import UserError
 
 _RANKS_FILE = "tokenizer.tiktoken"
 _SETTINGS = {"pattern": str, "special_tokens": dict, "bos_token": str, "eos_token": str}
-_MAX_ID = 2**24  # far above any vocabulary; an id beyond is a damaged file
-# In a longer run of white space the library's regular expressions run out of stack; the run is cut up before.
+_MAX_ID = 2**24  # far above any vocabulary; a file with a larger id is damaged
+# The library's regular expressions overflow the stack in a longer run of white space, which is split before.
 _LONGEST_SPACE = 10_000
 _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{_LONGEST_SPACE},}}")
 _FIRST_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")
@@ -56,18 +58,19 @@ class TiktokenTokenizer(PretrainedTokenizer):
     """Byte-level BPE by ranks.
 
     Args:
-      ranks: id of every token; each single byte must be one.
-      pattern: cuts text up before BPE; what it does not match is lost.
-      special_tokens: ids of names that stand for no text.
-      bos_token: which of them is BOS; None: an id of its own is appended.
-      eos_token: which of them is EOS; None: an id of its own is appended.
+      ranks: id of every token; each single byte must be a token.
+      pattern: regular expression that splits text before BPE; text that it does not match is lost.
+      special_tokens: ids of special tokens by name.
+      bos_token: name of BOS among them; None: an id is appended.
+      eos_token: name of EOS among them; None: an id is appended.
       source: the file, for messages.
 
     Raises:
-      UserError: `tiktoken` is not installed, or these make no tokenizer.
+      UserError: ``tiktoken`` is not installed, or an argument is wrong.
     """
 
     kind = "tiktoken"
+    file_names = re.compile(r".*\.tiktoken", re.IGNORECASE | re.DOTALL)
 
     def __init__(
         self,
@@ -99,25 +102,27 @@ class TiktokenTokenizer(PretrainedTokenizer):
             "bos_token": bos_token,
             "eos_token": eos_token,
         }
-        tiktoken = _import_tiktoken(source)
-        # The library is not told of special tokens: it then reads them as ordinary text.
+        tiktoken = import_optional("tiktoken", f"the tokenizer {source}")
+        # The library does not get the special tokens, and encodes their names as ordinary text.
         check_pattern(pattern, source)
-        with as_user_error(f"the pattern {pattern!r} of the tokenizer {source} is no regular expression for tiktoken"):
+        with as_user_error(
+            f"the pattern {pattern!r} of the tokenizer {source} is no regular expression that tiktoken accepts"
+        ):
             self._encoding = tiktoken.Encoding(
                 "natsjax", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
             )
 
     @classmethod
     def open(cls, path: Path, *, pattern: str = "", as_before: bool = False) -> TiktokenTokenizer:
-        """Read a `.tiktoken` file, and the settings beside it if there are any.
+        """Reads a ``.tiktoken`` file, and the settings beside it if there are any.
 
         Args:
           path: the file.
-          pattern: a name of `tiktoken_patterns` or a regular expression; goes before the settings.
-          as_before: read it as was done before files were recognised, when all were cut with cl100k's pattern.
+          pattern: a name of ``tiktoken_patterns`` or a regular expression; overrides the settings.
+          as_before: True to read it as before files were recognized, with cl100k's pattern for all.
 
         Raises:
-          UserError: a file cannot be read, is damaged or holds something else.
+          UserError: a file cannot be read, is damaged or has another format.
         """
         settings_file = path.with_name(path.name + ".json")
         settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -131,16 +136,16 @@ class TiktokenTokenizer(PretrainedTokenizer):
         notes = []
         if known is not None:
             name, found = known
-            if "special_tokens" in settings:  # BOS and EOS are names of these
+            if "special_tokens" in settings:  # which BOS and EOS are names of
                 found = {"pattern": found["pattern"]}
             settings = found | settings
-            notes.append(f"its ranks are {name}, whose settings are known")
+            notes.append(f"its ranks are those of {name}, whose settings are known")
         given = {name: value for name, value in settings.items() if value is not None}
         tokenizer = cls(ranks, **given, source=path)
         tokenizer.notes = (
             *notes,
-            note_on("BOS", given.get("bos_token"), "as its settings say", tokenizer.bos_id),
-            note_on("EOS", given.get("eos_token"), "as its settings say", tokenizer.eos_id),
+            note_on("BOS", given.get("bos_token"), "from its settings", tokenizer.bos_id),
+            note_on("EOS", given.get("eos_token"), "from its settings", tokenizer.eos_id),
         )
         if "pattern" not in given:
             tokenizer.assumed = assumption(ranks)
@@ -148,7 +153,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
 
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> TiktokenTokenizer:
-        """Read what `save` wrote; `description` is the folder's description file."""
+        """Loads what ``save`` wrote."""
         settings = {name: description.get(name) for name in _SETTINGS}
         _check_types(settings, folder)
         path = folder / _RANKS_FILE
@@ -157,49 +162,36 @@ class TiktokenTokenizer(PretrainedTokenizer):
         tokenizer.assumed = str(description.get("assumed", ""))
         return tokenizer
 
+    @classmethod
+    def reads(cls, path: Path) -> bool:
+        """Returns True for a file of ranks, also one with a SentencePiece name, as Llama 3's ``tokenizer.model``."""
+        if super().reads(path):
+            return True
+        return SentencePieceTokenizer.reads(path) and _FIRST_LINE.match(read_bytes(path)) is not None
+
     @property
     def pattern(self) -> str:
-        """The regular expression that cuts text up before BPE."""
+        """Regular expression that splits text before BPE."""
         return self._settings["pattern"]
 
-    def encode(self, text: str) -> Int32Array:
-        """Token ids of a text, int32 `[num_tokens]`, without BOS and EOS.
+    def _encode(self, text: str) -> Int32Array:
+        return np.concatenate([as_ids(self._encode_part(part)) for part in _parts(text)])
 
-        Raises:
-          UserError: the text is no valid Unicode (it holds a lone surrogate).
-        """
-        utf8(text)
-        return np.concatenate([as_ids(self._encode(part)) for part in _parts(text)])
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
+        if all(len(_parts(text)) == 1 for text in texts):
+            try:
+                batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads())
+                return [as_ids(ids) for ids in batch]
+            except BaseException as error:
+                if not _is_panic(error):
+                    raise
+        return [self._encode(text) for text in texts]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Token ids of many texts, each int32 `[num_tokens]`, on all cores.
-
-        Raises:
-          UserError: a text is no valid Unicode (it holds a lone surrogate).
-        """
-        for text in texts:
-            utf8(text)
-        if any(len(_parts(text)) > 1 for text in texts):
-            return [self.encode(text) for text in texts]
-        try:
-            batch = self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads())
-        except BaseException as error:
-            if not _is_panic(error):
-                raise
-            batch = [self._encode(text) for text in texts]
-        return [as_ids(ids) for ids in batch]
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a folder (made if missing), with a `.tiktoken` file for other programs.
-
-        Raises:
-          OSError: the folder cannot be written.
-        """
-        super().save(folder)
+    def _write(self, folder: Path) -> None:
         lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in self._ranks.items())
-        (Path(folder) / _RANKS_FILE).write_bytes(b"".join(lines))
+        (folder / _RANKS_FILE).write_bytes(b"".join(lines))
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_part(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
@@ -207,11 +199,11 @@ class TiktokenTokenizer(PretrainedTokenizer):
                 raise
             if len(text) < 2:
                 raise UserError(f"tiktoken cannot encode {text!r} with the pattern {self.pattern!r}.") from error
-        middle = len(text) // 2  # some other pattern ran out of stack: halves need less, and stand for the same bytes
-        return self._encode(text[:middle]) + self._encode(text[middle:])
+        middle = len(text) // 2  # another pattern overflowed the stack: halves need less of it, and have the same bytes
+        return self._encode_part(text[:middle]) + self._encode_part(text[middle:])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._ranks, self._settings)
+        return functools.partial(type(self), **self._settings), (self._ranks,)
 
     def _own_tokens(self) -> Sequence[str]:
         return [*self._settings["special_tokens"]]
@@ -224,14 +216,9 @@ class TiktokenTokenizer(PretrainedTokenizer):
         return [settings, [(piece.hex(), rank) for piece, rank in self._ranks.items()]]
 
 
-def is_tiktoken(path: Path) -> bool:
-    """Whether a file begins as tiktoken's do; Llama 3's is called `tokenizer.model`, like one of SentencePiece."""
-    return _FIRST_LINE.match(read_bytes(path)) is not None
-
-
 def _parts(text: str) -> list[str]:
-    """The text, cut where a run of white space is too long for the library."""
-    # A long run covers one of these places; the regular expression takes a second for a long text, and holds Python up.
+    """Splits the text where a run of white space is too long for the library."""
+    # A long run covers one of these places. The regular expression takes a second for a long text.
     if not any(text[at].isspace() for at in range(0, len(text), _LONGEST_SPACE // 2)):
         return [text]
     if not (runs := list(_LONG_SPACE.finditer(text))):
@@ -245,12 +232,8 @@ def _parts(text: str) -> list[str]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code gave up; such errors are no `Exception`, and their class cannot be imported."""
+    """Returns True for a panic of Rust, which is no ``Exception`` and has no class that can be imported."""
     return type(error).__name__ == "PanicException"
-
-
-def _rebuild(ranks: Mapping[bytes, int], settings: Mapping[str, Any]) -> TiktokenTokenizer:
-    return TiktokenTokenizer(ranks, **settings)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -263,10 +246,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             piece, token_id = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
             raise UserError(
-                f"{path}:{number} is no line of a tiktoken file, which is a token in base64, a space and its rank."
+                f"{path}:{number} is not a line of a tiktoken file: a token in base64, a space and its rank."
             ) from error
         if piece in ranks:
-            raise UserError(f"{path}:{number} holds the token {piece!r} for the second time.")
+            raise UserError(f"{path}:{number} has the token {piece!r} for the second time.")
         ranks[piece] = token_id
     return ranks
 
@@ -274,11 +257,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _check_types(settings: Mapping[str, Any], settings_file: Path) -> None:
     for name, value in settings.items():
         if name not in _SETTINGS:
-            raise UserError(
-                f"{settings_file} has a setting {name!r}; a tokenizer's settings are {', '.join(_SETTINGS)}."
-            )
+            raise UserError(f"{settings_file}: unknown setting {name!r}; known are {', '.join(_SETTINGS)}.")
         if value is not None and not isinstance(value, _SETTINGS[name]):
-            raise UserError(f"{name} in {settings_file} is {value!r}; it must be a {_SETTINGS[name].__name__}.")
+            raise UserError(f"{settings_file}: {name} = {value!r}: a {_SETTINGS[name].__name__} was expected.")
 
 
 def _check(
@@ -288,12 +269,12 @@ def _check(
     eos_token: str | None,
     source: Path,
 ) -> None:
-    """What the library would not notice, or die of."""
+    """Checks what the library does not check, or crashes on."""
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise UserError(
             f"the tokenizer {source} lacks {len(missing)} of the 256 single bytes (the first is 0x{missing[0]:02x}), "
-            "so that it could not encode every text; it may be cut off or damaged."
+            "without which some texts cannot be encoded; it may be cut off or damaged."
         )
     seen: set[int] = set()
     for name, token_id in (*ranks.items(), *special_tokens.items()):
@@ -308,16 +289,5 @@ def _check(
         if token is not None and token not in special_tokens:
             known = ", ".join(special_tokens) or "none"
             raise UserError(
-                f"{setting} of the tokenizer {source} is {token!r}, which is none of its special_tokens ({known})."
+                f"{setting} = {token!r}: not one of the special_tokens of the tokenizer {source} ({known})."
             )
-
-
-def _import_tiktoken(source: Path) -> Any:
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise UserError(
-            f"the tokenizer {source} needs tiktoken, which is not installed; install it with "
-            "`pip install 'natsjax[formats]'`."
-        ) from error
-    return tiktoken

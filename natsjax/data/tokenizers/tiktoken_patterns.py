@@ -1,8 +1,8 @@
-"""What a `.tiktoken` file does not say: how text is cut up before BPE, and which ids stand for no text.
+"""Patterns and special ids for ``.tiktoken`` files, which have neither.
 
-The patterns and the hashes of files are those of tiktoken (https://github.com/openai/tiktoken,
-`tiktoken_ext/openai_public.py`); that of Llama 3's `tokenizer.model` is the one that Hugging Face's hub shows for
-`meta-llama/Meta-Llama-3-8B`, and its special ids are in Meta's `llama3/tokenizer.py`.
+The patterns and the hashes of files are from tiktoken (https://github.com/openai/tiktoken,
+``tiktoken_ext/openai_public.py``). The hash of Llama 3's ``tokenizer.model`` is from Hugging Face's hub
+(``meta-llama/Meta-Llama-3-8B``), its special ids are from Meta's ``llama3/tokenizer.py``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
 )
-"""Of cl100k (GPT-3.5 and GPT-4)."""
+"""Pattern of cl100k (GPT-3.5 and GPT-4)."""
 
 FIRST_CL100K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""Of cl100k as first published, and of Llama 3 today: it cuts line ends from white space at the end of a text.
+"""Pattern of cl100k as first published, and of Llama 3: it splits line ends from white space at the end of a text.
 
-It is the one that is assumed where nothing says which, as it was before there were names: corpora stay what they are.
+It is assumed for an unknown file, as it was before patterns had names, so that stored corpora stay valid.
 """
 
 O200K_PATTERN = (
@@ -37,7 +37,7 @@ O200K_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Of o200k (GPT-4o)."""
+"""Pattern of o200k (GPT-4o)."""
 
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
@@ -46,10 +46,10 @@ PATTERNS = {
     "cl100k": CL100K_PATTERN,
     "o200k": O200K_PATTERN,
 }
-"""By the names that they can be asked for with."""
+"""Patterns by name."""
 
 ASSUMED = "cl100k"
-"""The pattern where nothing says which."""
+"""Name of the pattern that is assumed for an unknown file."""
 
 _PATTERNS_OF_FILES = PATTERNS | {"llama3": FIRST_CL100K_PATTERN}
 _FILES = {
@@ -79,56 +79,56 @@ _FILES = {
         {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001},
     ),
 }
-_TRIED = "A cat's 12 €?\n\n "  # by a pattern
+_TRIED = "A cat's 12 €?\n\n "  # to test a pattern
 _MOST_TRIED = 20_000  # tokens
-_WORTH_SAYING = 0.005  # of the tokens
+_WORTH_SAYING = 0.005  # fraction of the tokens
 
 
 def find_pattern(asked: str) -> str:
-    """The regular expression that a name or a regular expression asks for.
+    """Returns the regular expression for a name; a regular expression is returned as it is.
 
     Raises:
-      UserError: it is spelled like a name, but is none of the known.
+      UserError: it is spelled like a name, but unknown.
     """
     name = asked.lower().removesuffix("_base")
     if name in PATTERNS:
         return PATTERNS[name]
-    if re.fullmatch(r"[\w. -]*", asked):  # as a regular expression, it would match this word alone
+    if re.fullmatch(r"[\w. -]*", asked):  # as a regular expression it would match only this word
         raise UserError(
-            f"tiktoken_pattern is {asked!r}; it must be one of {', '.join(PATTERNS)}, or a regular expression that "
-            "cuts up every text."
+            f"tiktoken_pattern = {asked!r}: {', '.join(PATTERNS)} or a regular expression that matches all of every "
+            "text was expected."
         )
     return asked
 
 
 def check_pattern(pattern: str, source: Path) -> None:
-    """Raise UserError for a pattern that matches between two characters, of which the library dies.
+    """Raises UserError for a pattern that matches empty text, which crashes the library.
 
     Args:
       pattern: a regular expression.
-      source: the tokenizer's file, for the sentence.
+      source: the tokenizer's file, for the message.
     """
     import regex  # which tiktoken depends on
 
     try:
         is_empty = any(match.end() == match.start() for match in regex.finditer(pattern, _TRIED))
     except regex.error:
-        return  # the library says it better
+        return  # the library has a better message
     if is_empty:
         raise UserError(
-            f"the pattern {pattern!r} of the tokenizer {source} matches where it takes no character; it must take "
-            "at least one each time."
+            f"the pattern {pattern!r} of the tokenizer {source} matches empty text; a match must have at least one "
+            "character."
         )
 
 
 def recognise(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
-    """Name and settings of a file that its publisher has said more about, or None.
+    """Recognizes a published file by its content.
 
     Args:
-      ranks: what it holds; the order of its lines and how they end do not matter.
+      ranks: content of the file; the order of its lines and their ends do not matter.
 
     Returns:
-      The name, and the arguments of `TiktokenTokenizer` beside `ranks`.
+      ``(name, settings)``, the settings as arguments of ``TiktokenTokenizer``; None for an unknown file.
     """
     digest = hashlib.sha256()
     for piece, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
@@ -145,21 +145,21 @@ def recognise(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
 
 
 def assumption(ranks: Mapping[bytes, int]) -> str:
-    """What is assumed of an unknown file, for a sentence, with what speaks against it."""
-    found = f"its file does not say how text is cut up before BPE, and the pattern of {ASSUMED} (GPT-4) is assumed"
-    advice = "give --tiktoken_pattern to say which"
+    """Describes the assumption about an unknown file, with a better one if there is one."""
+    found = f"its file does not define how text is split before BPE, and the pattern of {ASSUMED} (GPT-4) is assumed"
+    advice = "give --tiktoken_pattern to choose another"
     lost = {name: _unreachable(ranks, PATTERNS[name]) for name in ("gpt2", "cl100k", "o200k")}
     best = min(lost, key=lambda name: (lost[name], name != ASSUMED))
     if lost[ASSUMED] - lost[best] > _WORTH_SAYING:
         advice = (
-            f"no text gives {lost[ASSUMED]:.1%} of its tokens then, and {lost[best]:.1%} with {best}'s: give "
+            f"with it no text is encoded to {lost[ASSUMED]:.1%} of the tokens, with {best}'s to {lost[best]:.1%}: give "
             f"--tiktoken_pattern={best} if that is right"
         )
     return f"{found} ({advice})"
 
 
 def _unreachable(ranks: Mapping[bytes, int], pattern: str) -> float:
-    """Share of the tokens, of those that are text, that the pattern cuts in two."""
+    """Returns the fraction of the tokens that are text and are split by the pattern."""
     import regex  # which tiktoken depends on
 
     cut = regex.compile(pattern)

@@ -1,4 +1,4 @@
-"""What is computed: one softmax carried over the blocks of each head.
+"""The kernel: one softmax, accumulated over the blocks of each head.
 
 Key and value of a slot share a row. With head dim 64 the row is one register wide and never taken apart: ``[q | 0]``
 times the row is the logit, and the second half of the weighted sum of rows is that of the values. The products have few
@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.decode_attention.pallas_tpu.tiers import Tiers
-from pallas_kernels.nats_attention.pallas_tpu import tile
 
-LANES = 128
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -36,7 +35,7 @@ def kernel(
     *,
     scale: float,
 ) -> None:
-    """A grid step: one sequence.
+    """Computes one sequence, which is a grid step.
 
     ``query`` and ``out`` are ``[k, rows, columns]``, ``lse`` and ``total`` ``[k, rows, 128]``. Until the end ``out``
     holds weighted sums, ``lse`` maxima, the same in every lane, and ``total`` sums of weights, a part in every lane.
@@ -73,14 +72,14 @@ def kernel(
         highest = jnp.max(logits, axis=2, keepdims=True)
         top = load(lse_ref)
         new_top = jnp.maximum(top, jnp.max(highest, axis=0))
-        weights = jnp.exp(logits - tile.spread(new_top, logits.shape[2])[None])
+        weights = jnp.exp(logits - lanes.spread(new_top, logits.shape[2])[None])
         decay = jnp.exp(top - new_top)
         update = by_block(_dot(weights.reshape(depth * heads, rows, -1).astype(values.dtype), values, 1))
-        # Where there is no block, what lies there may never have been written: 0 times NaN.
+        # The memory of a missing block may never have been written: 0 times NaN.
         update = jnp.sum(jnp.where(highest > -jnp.inf, update, 0), axis=0)
         store(lse_ref, new_top)
-        store(total_ref, load(total_ref) * decay + tile.fold_lanes(jnp.sum(weights, axis=0)))
-        store(out_ref, load(out_ref) * tile.spread(decay, columns) + update)
+        store(total_ref, load(total_ref) * decay + lanes.fold_lanes(jnp.sum(weights, axis=0)))
+        store(out_ref, load(out_ref) * lanes.spread(decay, columns) + update)
 
     tiers.for_each(b, visit)
 
@@ -90,7 +89,7 @@ def kernel(
 
 
 def _halves(pairs, columns: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """What to multiply with for keys and values ``[blocks, u, columns]``: slices, or twice the whole row."""
+    """Returns the operands for keys and values ``[blocks, u, columns]``: slices of the rows, or twice the rows."""
     both = pairs[...].reshape(-1, *pairs.shape[2:]).astype(dtype)
     if both.shape[-1] == columns:
         return both, both
@@ -98,7 +97,7 @@ def _halves(pairs, columns: int, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
-    """``x [blocks, m, s]`` times ``y``, whose axis ``y_axis`` is s, float32."""
+    """Multiplies ``x [blocks, m, s]`` by ``y``, whose axis ``y_axis`` is s, in float32."""
     # One pass of bfloat16 is not what a caller with float32 arrays asks for.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dimensions = (((2,), (y_axis,)), ((0,), (0,)))

@@ -1,4 +1,4 @@
-"""How the kernel is started, and what it serves."""
+"""Checks of what the kernel supports, and its launch."""
 
 import functools
 from collections.abc import Sequence
@@ -9,18 +9,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.pallas_tpu.kernel import LANES, kernel
+from pallas_kernels.decode_attention.pallas_tpu.kernel import kernel
 from pallas_kernels.decode_attention.pallas_tpu.tiers import STATE_SIZE, bytes_of_tier, depth_of, tiers_in_flight
 from pallas_kernels.decode_attention.storage import Format, Storage
-from pallas_kernels.nats_attention.manual_axes import vary_alike, varying_axes
+from pallas_kernels.manual_axes import vary_alike, varying_axes
+from pallas_kernels.tpu_lanes import LANES, VMEM_LIMIT
 
 PLATFORMS: Sequence[str] = ("tpu",)
 READS: Sequence[Format] = ("packed",)
 
 _ROWS = {"bfloat16": 16, "float32": 8}
 """Of a tile in memory, by dtype: the query heads of a KV head are padded to as many."""
-_VMEM_LIMIT = 48 << 20
-"""Bytes of vector memory that the kernel may take: three quarters of what the smallest chip served has (64 MiB)."""
 
 
 def check(storage: Storage) -> None:
@@ -32,7 +31,7 @@ def check(storage: Storage) -> None:
         raise NotImplementedError(f"head dim {h} is neither {LANES // 2} nor a multiple of {LANES}")
     if u % LANES:
         raise NotImplementedError(f"blocks of {u} slots are no multiple of {LANES}")
-    if 3 * bytes_of_tier(storage) > _VMEM_LIMIT:
+    if 3 * bytes_of_tier(storage) > VMEM_LIMIT:
         raise NotImplementedError(f"blocks of {u} slots of {storage.shape[2]} heads do not fit into vector memory")
 
 
@@ -47,7 +46,7 @@ def attend(
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See ``backend.Backend``.
+    """Computes attention over the slots: see ``backend.Backend``.
 
     ``interpret`` True runs the kernel in Pallas' interpreter on any platform, slowly: for tests. A
     ``pltpu.InterpretParams`` also emulates the copies and semaphores of a TPU.
@@ -95,7 +94,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(
             # A sequence finds its first tiers on their way, sent for by the one before.
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_LIMIT,
+            vmem_limit_bytes=VMEM_LIMIT,
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(

@@ -1,8 +1,8 @@
-"""The blocks of a buffer in the order in which they are read, on their way before they are.
+"""Copies of the blocks of a buffer, in the order in which they are read, ahead of the computation.
 
 *Tier* t of a sequence is the t-th block of every head that has so many, or, where a device has few heads, the t-th few
 blocks: what is computed side by side is to be there together. Each block of a head is one copy, and ``key_end`` of all
-heads is another, for so that array lies in memory. Several tiers are on their way at once, those of the next sequences
+heads is another, as that array is stored. Several tiers are copied at once, those of the next sequences
 too: a block of 128 slots with head dim 64 is 32 KiB, and a copy takes about a microsecond, in which the memory of these
 chips moves a megabyte or two.
 """
@@ -30,23 +30,23 @@ _NEVER = -(2**31)  # key_end of slots that no position reads
 
 
 def heads_at_a_time(num_heads: int) -> int:
-    """A divisor, so that all groups of heads are alike."""
+    """Returns the number of heads that are computed together, a divisor, so that all groups of heads are alike."""
     return max(n for n in range(1, SIDE_BY_SIDE + 1) if num_heads % n == 0)
 
 
 def depth_of(num_heads: int) -> int:
-    """Blocks of a head in a tier: of many heads, one after the other for they have no divisor, one is enough memory."""
+    """Returns the blocks of a head in a tier; of many heads one is enough memory."""
     return SIDE_BY_SIDE // heads_at_a_time(num_heads) if num_heads < 2 * SIDE_BY_SIDE else 1
 
 
 def bytes_of_tier(storage: Storage) -> int:
-    """Of a tier to which every head belongs."""
+    """Returns the bytes of a tier with a block of every head."""
     _, _, _, k, u, width = storage.arrays[0].shape
     return depth_of(k) * k * u * (width * storage.dtype.itemsize + 4)
 
 
 def tiers_in_flight(storage: Storage) -> int:
-    """A power of two, so that a tier's place in the ring of buffers is the last bits of its number."""
+    """Returns the tiers in the ring, a power of two, so that a tier's place is the last bits of its number."""
     tiers = 2
     while tiers < _MOST_TIERS and tiers * bytes_of_tier(storage) < _IN_FLIGHT:
         tiers *= 2
@@ -58,7 +58,7 @@ class Tiers:
     """The tiers of some sequences, one sequence after the other, in a ring of buffers.
 
     Attributes:
-      layer: which.
+      layer: number of the layer.
       end: the first sequence that is no longer one of these.
       num_blocks, longest: refs: blocks of every head ``[b · k]``, and of the head that has most ``[b]``.
       sources: refs in HBM: keys and values ``[l, j, b, k, u, 2h]``, ``key_end [l, b, k, c]``.
@@ -77,19 +77,21 @@ class Tiers:
     state: Any
 
     def begin(self, b: jax.Array) -> None:
-        """The ring starts to fill with the tiers of sequence ``b``."""
+        """Starts to fill the ring with the tiers of sequence ``b``."""
         self.state[0], self.state[1], self.state[2] = b, 0, 0
         _for(self._ring - 1, self._copy_next)
 
     def for_each(self, b: jax.Array, visit: Callable[..., None]) -> None:
-        """Calls ``visit`` for ``SIDE_BY_SIDE`` blocks at a time, or some fewer, all of the same tier, with
+        """Calls ``visit`` for up to ``SIDE_BY_SIDE`` blocks of the same tier at a time.
+
+        Its arguments are
 
         * the first of ``heads_at_a_time`` heads,
         * a ref to their keys and values ``[depth, heads, u, 2h]``,
-        * ``key_end`` as rows ``[1, u]``, one a block, in the same order.
+        * ``key_end`` as rows ``[1, u]``, one per block, in the same order.
 
-        At least one of these blocks is occupied. Of another no slot is read by its ``key_end``, and keys and values are
-        whatever lay there before.
+        At least one of these blocks is occupied. The ``key_end`` of another lets no query read its slots, and its keys
+        and values are undefined.
         """
         heads = heads_at_a_time(self._heads)
 

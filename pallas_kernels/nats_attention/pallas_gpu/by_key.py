@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import LiveBlocks
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 _STREAMED = 64  # rows at once: two tiles of float32 and two sums have to fit into the registers
@@ -34,7 +34,7 @@ def key_gradients(
     window: int,
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The gradients of key and value and the role sums by key.
+    """Computes the gradients of key and value and the role sums by key.
 
     Args:
       rows: of the query heads, ``[n, t, …]``, as ``lists.kernel_rows`` gives them.
@@ -87,7 +87,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         return cls(
             keys=own,
@@ -164,6 +164,6 @@ def _kernel(inputs: _Inputs, dkey, dvalue, sums=None, *, shared: _Shared, tiling
 def _sums_in_reach(
     e: jax.Array, at: jax.Array, begin: jax.Array, next_global: jax.Array, window: int
 ) -> list[jax.Array]:
-    """``own``, ``local`` and ``sliding`` of a tile; ``e`` is 0 where nothing is seen."""
+    """Computes ``own``, ``local`` and ``sliding`` of a tile; ``e`` is 0 for hidden pairs."""
     wheres = (at == begin, (begin < at) & (at <= next_global), at <= begin + window)
     return [jnp.sum(jnp.where(where, e, 0.0), axis=1) for where in wheres]

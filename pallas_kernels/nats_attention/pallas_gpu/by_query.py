@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import LiveBlocks
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 _COLUMNS = 64  # two tiles of float32 and the sum have to fit into the registers
@@ -31,13 +31,13 @@ def query_gradient(
     scale: float,
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The gradient of the query and the sums by row.
+    """Computes the gradient of the query and the sums by row.
 
     Args:
       rows: of the query heads, ``[n, t, …]``, as ``lists.kernel_rows`` gives them.
       key, value: of the KV heads, ``[m, s, h]``.
       intervals: ``query_position [b, t]``, the others ``[m, s]``.
-      is_local: int32 ``[m, s]``, or None: no sums by row are asked for.
+      is_local: int32 ``[m, s]``, or None for no sums by row.
       lists: by query block.
       scale: of the logits.
       tiling: of the backend.
@@ -88,7 +88,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         slots = tiling.slots(_COLUMNS)
         streamed = wg_lib.tiles_in_shared_memory(slots, _COLUMNS, head_dim, dtype=dtype)

@@ -19,8 +19,8 @@ from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import LiveBlocks, pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E, one_head_axis, pad
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
@@ -30,7 +30,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: GpuTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, g, t, h = query.shape
     intervals = pad_intervals(intervals, BLOCK, BLOCK)
     lists = lists_lib.lists_by_query(visible_tiles(intervals, BLOCK, BLOCK))
@@ -75,7 +75,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         slots = tiling.slots(tiling.columns)
         streamed = wg_lib.tiles_in_shared_memory(slots, tiling.columns, head_dim, dtype=dtype)
         return cls(

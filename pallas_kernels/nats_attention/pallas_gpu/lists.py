@@ -1,4 +1,4 @@
-"""What the kernels are given of tiles: padded intervals and lists of blocks, by query block and by key block.
+"""Arguments of the kernels: padded intervals and lists of blocks, by query block and by key block.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``q`` query block, ``j`` key block, ``n`` head (batch and heads in one axis).
 """
@@ -15,7 +15,7 @@ from pallas_kernels.nats_attention.blocks import (
     live_blocks,
     most,
 )
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK
 from pallas_kernels.nats_attention.roles import RoleColumns
 
 LOG2E = 1.4426950408889634
@@ -23,19 +23,19 @@ LOG2E = 1.4426950408889634
 
 
 def pad(x: jax.Array, axis: int, value=0) -> jax.Array:
-    """``x`` lengthened along ``axis`` to whole blocks."""
+    """Pads ``x`` along ``axis`` to whole blocks."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % BLOCK)
     return jnp.pad(x, widths, constant_values=value)
 
 
 def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:
-    """``[b, k, …]`` → ``[n, …]``, or more leading axes in one."""
+    """Converts ``[b, k, …]`` to ``[n, …]``, or more leading axes to one."""
     return x.reshape(-1, *x.shape[axes:])
 
 
 def kernel_rows(rows: Rows) -> Rows:
-    """``[b, k, g, t, …]`` → ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows give nothing."""
+    """Converts ``[b, k, g, t, …]`` to ``[n, t, …]`` in whole blocks, ``lse`` in base 2; padded rows add nothing."""
     fill = (0, 0, jnp.inf, 0)
     rows = clear_empty_rows(rows)
     padded = Rows(*(one_head_axis(pad(x, 3, value), 3) for x, value in zip(rows, fill, strict=True)))
@@ -43,16 +43,16 @@ def kernel_rows(rows: Rows) -> Rows:
 
 
 def lists_by_query(tiles: Tiles) -> LiveBlocks:
-    """The key blocks of each query block: int32 ``[n, q, j]`` and ``[n, q]``."""
+    """Returns the key blocks of each query block: int32 ``[n, q, j]`` and ``[n, q]``."""
     return LiveBlocks(*(one_head_axis(x) for x in live_blocks(tiles)))
 
 
 def lists_by_key(tiles: Tiles) -> LiveBlocks:
-    """The query blocks of each key block: int32 ``[n, j, q]`` and ``[n, j]``."""
+    """Returns the query blocks of each key block: int32 ``[n, j, q]`` and ``[n, j]``."""
     return lists_by_query(Tiles(*(jnp.swapaxes(x, 2, 3) for x in tiles)))
 
 
 def beyond_reach(intervals: Intervals, columns: RoleColumns, window: int) -> jax.Array:
-    """Tiles whose rows lie behind the lifetimes of LOCAL and SLIDING, so that only the full sum is left there."""
+    """Finds tiles whose rows are after the lifetimes of LOCAL and SLIDING, where only the full sum remains."""
     settled = jnp.maximum(intervals.key_position + window, columns.next_global)
     return most(settled, BLOCK) < first_query(intervals.query_position, BLOCK)

@@ -1,6 +1,6 @@
 """The role sums over pairs that the mask hides: for each key block a sum over the query blocks in its reach.
 
-Nearly all of these tiles are plain: only the sum of e over all their rows is asked for, and that needs no
+Nearly all of these tiles are plain: they need only the sum of e over all their rows, which needs no
 ``dout · value`` of the single pairs, because e is linear in the value (``ratio`` as in ``warpgroups.clipped_ratio``):
 
     sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
@@ -21,9 +21,9 @@ from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import LiveBlocks, masked_out_tiles, pad_intervals
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import one_head_axis, pad
 from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 
@@ -51,7 +51,7 @@ def masked_out_pass(
     window: int,
     tiling: GpuTiling,
 ) -> RoleSums:
-    """The role sums over pairs that the mask hides: see ``Backend``."""
+    """Computes the role sums over masked-out pairs: see ``Backend``."""
     b, k, length, _ = key.shape
     intervals = pad_intervals(intervals, BLOCK, BLOCK)
     is_global = columns.is_global
@@ -95,7 +95,7 @@ def _sums(
     scale: float,
     tiling: GpuTiling,
 ) -> jax.Array:
-    """``all``, ``local``, ``sliding`` and ``past`` of ``RoleSums``, float32 ``[4, m, s]``; ``all`` not for GLOBAL."""
+    """Computes ``all`` (not for GLOBAL), ``local``, ``sliding``, ``past`` of ``RoleSums``, float32 ``[4, m, s]``."""
     (sums,) = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale),
         _Inputs(rows, key, value, query_position, ranges, lists),
@@ -131,7 +131,7 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         return cls(
             keys=own,
@@ -195,7 +195,7 @@ def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale:
 
 
 def _hidden_sums(e: jax.Array, at: jax.Array, known: _Ranges) -> list[jax.Array]:
-    """``all``, ``local``, ``sliding`` and ``past`` of a tile."""
+    """Computes ``all``, ``local``, ``sliding`` and ``past`` of a tile."""
     stop, reach, *lasts = (to_rows(x, e.shape[1]) for x in known)
     e = jnp.where((stop <= at) & (at < reach), e, 0.0)
     return [jnp.sum(e, axis=1), *(jnp.sum(jnp.where(at <= last, e, 0.0), axis=1) for last in lasts)]

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.nats_attention.pallas_gpu import warpgroups as wg_lib
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE
 
 
@@ -39,21 +39,21 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, rows, key, lists, size: int, batch: int) -> "Walk":
-        """The walk of this block of threads; refs of ``rows [n, t, …]``, ``key [m, s, h]`` and of lists by key."""
+        """Returns the walk of this block of threads; refs of ``rows [n, t, …]``, ``key [m, s, h]``, lists by key."""
         block, kv_head = lax.axis_index("block"), lax.axis_index("head")
         group = rows.query.shape[0] // key.shape[0]
         num_plain, num_items = (x[kv_head, block] * (group * BLOCK // size) for x in (lists.num_plain, lists.num_alive))
         return cls(block, kv_head, num_plain, num_items, lists.order, size, group, key.shape[0] // batch)
 
     def rows_of(self, item: jax.Array) -> tuple[jax.Array, Any]:
-        """``(n, slice of t)``."""
+        """Returns ``(n, slice of t)``."""
         parts = jnp.int32(BLOCK // self.size)
         entry, rest = lax.div(item, parts * self.group), lax.rem(item, parts * self.group)
         start = self.order[self.kv_head, self.block, entry] * BLOCK + lax.rem(rest, parts) * self.size
         return self.kv_head * self.group + lax.div(rest, parts), pl.ds(start, self.size)
 
     def positions_of(self, item: jax.Array) -> tuple[jax.Array, Any]:
-        """Where in ``query_position [b, t]`` the positions of the item's rows are."""
+        """Returns the index of the positions of the item's rows in ``query_position [b, t]``."""
         return lax.div(self.kv_head, jnp.int32(self.heads)), self.rows_of(item)[1]
 
 
@@ -70,7 +70,7 @@ class RowsRing(NamedTuple):
 
     @classmethod
     def of(cls, slots: int, size: int, head_dim: int, dtype) -> "RowsRing":
-        """The types to allocate."""
+        """Returns the types to allocate."""
         tiles = wg_lib.tiles_in_shared_memory(slots, size, head_dim, dtype=dtype)
         vectors = plgpu.SMEM((slots, size), jnp.float32)
         loaded = plgpu.Barrier(num_arrivals=2, num_barriers=slots)
@@ -78,7 +78,7 @@ class RowsRing(NamedTuple):
         return cls(tiles, tiles, vectors, vectors, loaded, loaded, consumed)
 
     def feed(self, rows, walk: Walk, slots: int) -> None:
-        """The memory warpgroup's work; refs of ``rows`` in global memory."""
+        """Runs the memory warpgroup; refs of ``rows`` in global memory."""
 
         def load(source, slot):
             plgpu.copy_gmem_to_smem(rows.query.at[source], self.query.at[slot], self.query_loaded.at[slot])

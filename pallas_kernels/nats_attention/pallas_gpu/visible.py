@@ -12,8 +12,8 @@ from pallas_kernels.nats_attention.blocks import Tiles, pad_intervals, visible_t
 from pallas_kernels.nats_attention.pallas_gpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_gpu.by_key import key_gradients
 from pallas_kernels.nats_attention.pallas_gpu.by_query import query_gradient
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import one_head_axis, pad
-from pallas_kernels.nats_attention.pallas_gpu.tilings import BLOCK, GpuTiling
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
 
 
@@ -27,7 +27,7 @@ def visible_pass(
     window: int,
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``.
+    """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``.
 
     The gradients come in the dtype of the operands, to which they are rounded anyway.
     """

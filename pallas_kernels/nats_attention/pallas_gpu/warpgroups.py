@@ -1,4 +1,4 @@
-"""How a kernel's warpgroups share the work: two compute, one copies tiles ahead of them; layouts, buffers, launch.
+"""Warpgroups of the kernels: two compute, one copies tiles ahead of them; layouts, buffers, launch.
 
 Streamed tiles go round a ring of slots in shared memory. The memory warpgroup fills a slot once both compute
 warpgroups have consumed what was in it; these wait until it is loaded. Every barrier's completion is observed, also
@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.manual_axes import vary_like
+from pallas_kernels.nats_attention.pallas_gpu.heuristics import GpuTiling
 from pallas_kernels.nats_attention.pallas_gpu.lists import LOG2E
-from pallas_kernels.nats_attention.pallas_gpu.tilings import GpuTiling
 
 ROWS = 64
 """Rows of a warpgroup's tile: those of one matrix product."""
@@ -32,32 +32,32 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def vector(ref, layout) -> jax.Array:
-    """A vector from shared or global memory, in ``PER_ROW`` or ``PER_COLUMN``."""
+    """Loads a vector from shared or global memory, in ``PER_ROW`` or ``PER_COLUMN``."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def zeros(shape: Sequence[int], layout, value: float = 0.0) -> jax.Array:
-    """float32 in registers, all of it ``value``."""
+    """Returns float32 in registers, all of it ``value``."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def to_rows(x: jax.Array, columns: int) -> jax.Array:
-    """A vector ``PER_ROW`` as a tile whose columns are equal."""
+    """Broadcasts a vector ``PER_ROW`` to a tile whose columns are equal."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def to_columns(x: jax.Array, rows: int) -> jax.Array:
-    """A vector ``PER_COLUMN`` as a tile whose rows are equal."""
+    """Broadcasts a vector ``PER_COLUMN`` to a tile whose rows are equal."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def tiles_in_shared_memory(*shape: int, dtype) -> Any:
-    """A buffer of 16-bit tiles ``[…, rows, columns]`` in the arrangement that copies and matrix products share."""
+    """Returns the type of a buffer of 16-bit tiles ``[…, rows, columns]``, in the layout of copies and products."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def left_operand(tiling: GpuTiling, columns: int, dtype) -> Any:
-    """The buffer through which left operands go where they cannot stay in registers (None: they can)."""
+    """Returns the type of the buffer for left operands that cannot stay in registers (None: they can)."""
     return tiles_in_shared_memory(COMPUTE, ROWS, columns, dtype=dtype) if tiling.interpret else None
 
 
@@ -77,7 +77,7 @@ def copy_out(pairs: Sequence[tuple[Any, Any]]) -> None:
 
 
 def product(left, right, shape: tuple[int, int]) -> jax.Array:
-    """``left @ right`` of two tiles in shared memory, float32 ``shape``."""
+    """Computes ``left @ right`` of two tiles in shared memory, float32 ``shape``."""
 
     def multiply(acc):
         plgpu.wgmma(acc, left, right)
@@ -87,7 +87,7 @@ def product(left, right, shape: tuple[int, int]) -> jax.Array:
 
 
 def add_product(acc, left: jax.Array, right, buffer, warpgroup) -> None:
-    """``acc += left @ right``, ``left`` computed in registers; done when ``wgmma_wait(0)`` is."""
+    """Starts ``acc += left @ right``, with ``left`` computed in registers; done after ``wgmma_wait(0)``."""
     if buffer is None:
         plgpu.wgmma(acc, left, right)
         return
@@ -99,21 +99,21 @@ def add_product(acc, left: jax.Array, right, buffer, warpgroup) -> None:
 
 
 def clipped_ratio(logits: jax.Array, lse: jax.Array, scale: float) -> jax.Array:
-    """``min(exp(x - lse), 1)``, ``lse`` in base 2. Visible pairs have x <= lse, masked-out ones may exceed it."""
+    """Computes ``min(exp(x - lse), 1)``, ``lse`` in base 2; only masked-out pairs can have x > lse."""
     return jnp.exp2(lax.min(logits * (scale * LOG2E) - lse, jnp.zeros_like(lse)))
 
 
 def slot_of(item: jax.Array, slots: int) -> jax.Array:
-    """Where in the ring an item's tiles are."""
+    """Returns the place of an item's tiles in the ring."""
     return lax.rem(item, jnp.int32(slots))
 
 
 def feed(
     num_items: jax.Array, slots: int, consumed, find: Callable[[jax.Array], Any], load: Callable[[Any, jax.Array], None]
 ) -> None:
-    """The memory warpgroup's loop: ``load(find(item), slot)`` for every item, each when its slot is free.
+    """Runs the memory warpgroup's loop: ``load(find(item), slot)`` for every item, when its slot is free.
 
-    What an item is stands in a list in global memory: ``find`` reads it while the slot is still in use.
+    Items are in a list in global memory: ``find`` reads one while the slot is still in use.
     """
 
     @pl.loop(0, num_items)
@@ -147,7 +147,7 @@ def by_role(compute: Callable[[jax.Array], None], memory: Callable[[], None]) ->
 
 
 def plain_then_masked(step: Callable, num_plain: jax.Array, num_items: jax.Array, carry):
-    """``carry = step(masked, item, carry)`` for every item; the first ``num_plain`` need no mask."""
+    """Runs ``carry = step(masked, item, carry)`` for every item; the first ``num_plain`` need no mask."""
     carry = lax.fori_loop(0, num_plain, functools.partial(step, False), carry)
     return lax.fori_loop(num_plain, num_items, functools.partial(step, True), carry)
 

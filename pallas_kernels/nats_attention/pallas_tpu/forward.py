@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
+from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
-from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
 _LOWEST = float(np.finfo(np.float32).min)
@@ -21,7 +22,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: TpuTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, g, t, h = query.shape
     bq = tiling.query_block
     geometry = Geometry.of(g, h, tiling)
@@ -63,7 +64,7 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
     total_ref[...] = jnp.zeros_like(total_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
     query = tile.rows_of(query_ref)
-    at = tile.spread(tile.column(at_ref[...]), geometry.key_block)
+    at = lanes.spread(lanes.column(at_ref[...]), geometry.key_block)
 
     def visit(masked, pair_ref, numbers_ref):
         keys, values = tile.halves(pair_ref, geometry)
@@ -74,17 +75,17 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
             logits = tile.keep_by_head(logits, (begin <= at) & (at < end))
         top = top_ref[...]
         new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
-        weights = jnp.exp(logits - tile.spread(new_top, geometry.key_block))
+        weights = jnp.exp(logits - lanes.spread(new_top, geometry.key_block))
         decay = jnp.exp(top - new_top)
         top_ref[...] = new_top
-        total_ref[...] = total_ref[...] * decay + tile.fold_lanes(weights)
+        total_ref[...] = total_ref[...] * decay + lanes.fold_lanes(weights)
         update = tile.dot(weights.astype(values.dtype), values)
-        acc_ref[...] = acc_ref[...] * tile.spread(decay, geometry.columns) + update
+        acc_ref[...] = acc_ref[...] * lanes.spread(decay, geometry.columns) + update
 
     stream.walk(lists_lib.PLAIN, functools.partial(visit, False))
     stream.walk(lists_lib.MASKED, functools.partial(visit, True))
 
     total = jnp.broadcast_to(jnp.sum(total_ref[...], axis=1, keepdims=True), total_ref.shape)
-    out = acc_ref[...] / tile.spread(jnp.where(total == 0, 1, total), geometry.columns)
+    out = acc_ref[...] / lanes.spread(jnp.where(total == 0, 1, total), geometry.columns)
     out_ref[...] = out.astype(out_ref.dtype).reshape(out_ref.shape)
-    lse_ref[...] = tile.as_row(jnp.where(total == 0, -jnp.inf, top_ref[...] + jnp.log(total)))
+    lse_ref[...] = lanes.as_row(jnp.where(total == 0, -jnp.inf, top_ref[...] + jnp.log(total)))

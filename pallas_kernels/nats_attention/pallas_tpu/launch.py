@@ -1,8 +1,8 @@
 """One way to start every kernel: a grid over blocks, and for each a stream of other blocks from a list.
 
-What a grid step owns comes as ordinary blocks. What it walks through stays in HBM and is copied block by block into two
-buffers in turn: the next one is on its way while a tile is computed. The number of steps is read from the list at run
-time, so that a dead tile costs nothing, not even an empty grid step.
+The blocks that a grid step owns are ordinary ones. Those that it walks through stay in HBM and are copied one by one
+into two buffers in turn: the next one is on its way while a tile is computed. The number of steps is read from the list
+at run time, so that a dead tile costs nothing, not even an empty grid step.
 """
 
 import math
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.nats_attention.manual_axes import vary_alike, varying_axes
+from pallas_kernels.manual_axes import vary_alike, varying_axes
 from pallas_kernels.nats_attention.pallas_tpu.lists import NUM_SEGMENTS
-from pallas_kernels.nats_attention.pallas_tpu.tilings import VMEM_LIMIT
+from pallas_kernels.tpu_lanes import VMEM_LIMIT
 
 
 class Blocks(NamedTuple):
@@ -26,20 +26,20 @@ class Blocks(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one block."""
+        """Shape of one block."""
         return self.array.shape[3:]
 
     @property
     def number(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return self.array.shape[2]
 
     def spec(self, memory_space=pltpu.VMEM) -> pl.BlockSpec:
-        """A grid step sees its own block."""
+        """Returns the spec with which a grid step sees its own block."""
         return pl.BlockSpec((None, None, None, *self.shape), lambda b, k, i: (b, k, i, 0, 0), memory_space=memory_space)
 
     def at(self, ref, b, k, block):
-        """One block of a ref to the whole."""
+        """Returns one block of a ref to the whole."""
         return ref.at[b, k, block]
 
 
@@ -51,27 +51,27 @@ class Tokens(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one block."""
+        """Shape of one block."""
         return self.array.shape[2], self.block, self.array.shape[4]
 
     @property
     def number(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return self.array.shape[3] // self.block
 
     def spec(self) -> pl.BlockSpec:
-        """A grid step sees its own block."""
+        """Returns the spec with which a grid step sees its own block."""
         return pl.BlockSpec((None, None, *self.shape), lambda b, k, i: (b, k, 0, i, 0))
 
     def at(self, ref, b, k, block):
-        """One block of a ref to the whole."""
+        """Returns one block of a ref to the whole."""
         return ref.at[b, k, :, pl.ds(pl.multiple_of(block * self.block, self.block), self.block)]
 
 
 class Stream:
-    """The blocks of a list, in order, each copied while the one before is worked on.
+    """The blocks of a list, in order, each copied during the computation on the one before.
 
-    ``cuts`` say how the ``sources``, refs in HBM, are cut; ``buffers`` are refs ``[2, …]`` in vector memory.
+    ``cuts`` define the blocks of the ``sources``, refs in HBM; ``buffers`` are refs ``[2, …]`` in vector memory.
     """
 
     def __init__(self, blocks, cuts: Sequence[Blocks | Tokens], sources, buffers, semaphores):
@@ -132,7 +132,7 @@ def launch(
       streamed: of these it sees one listed block after the other.
       outs: shapes and dtypes of what is written, block by block.
       scratch: shapes of float32 accumulators.
-      flops_a_tile, exps_a_tile: for the compiler's schedule, which is told that half of all tiles are computed: how
+      flops_a_tile, exps_a_tile: for the compiler's schedule, which assumes that half of all tiles are computed: how
         many really are is known at run time alone.
       name: of the kernel in traces and profiles.
       interpret: as in ``TpuTiling``.

@@ -20,7 +20,7 @@ NUM_SEGMENTS = 3
 
 
 def block_lists(tiles: Tiles, summed: jax.Array | None) -> jax.Array:
-    """Lists along the last axis.
+    """Builds lists along the last axis.
 
     Args:
       tiles: bool ``[b, k, q, j]`` (or with the last two axes swapped).
@@ -40,12 +40,12 @@ def block_lists(tiles: Tiles, summed: jax.Array | None) -> jax.Array:
 
 
 def transposed(tiles: Tiles) -> Tiles:
-    """``[b, k, q, j]`` → ``[b, k, j, q]``."""
+    """Transposes ``[b, k, q, j]`` to ``[b, k, j, q]``."""
     return Tiles(*(jnp.swapaxes(x, 2, 3) for x in tiles))
 
 
 def with_local_keys(intervals: Intervals, is_local: jax.Array, geometry: Geometry) -> jax.Array:
-    """Whether a LOCAL key may be visible in a tile, bool ``[b, k, q, j]``: there the sums by row are asked for."""
+    """Finds tiles that may have a visible LOCAL key, bool ``[b, k, q, j]``: the sums by row need them."""
     begin = jnp.where(is_local, intervals.key_position, NO_END)
     end = jnp.where(is_local, intervals.key_end, NEVER)
     first, last = (f(intervals.query_position, geometry.query_block) for f in (first_query, last_query))
@@ -53,6 +53,6 @@ def with_local_keys(intervals: Intervals, is_local: jax.Array, geometry: Geometr
 
 
 def within_reach(intervals: Intervals, columns: RoleColumns, window: int, geometry: Geometry) -> jax.Array:
-    """Whether the sums for LOCAL or SLIDING reach into a tile, bool ``[b, k, q, j]``."""
+    """Finds tiles that the sums for LOCAL or SLIDING reach, bool ``[b, k, q, j]``."""
     settled = jnp.maximum(intervals.key_position + window, columns.next_global)
     return most(settled, geometry.key_block) >= first_query(intervals.query_position, geometry.query_block)

@@ -12,13 +12,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import masked_out_tiles, pad_intervals
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
+from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
-from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 
 
@@ -33,7 +34,7 @@ def masked_out_pass(
     window: int,
     tiling: TpuTiling,
 ) -> RoleSums:
-    """The role sums over pairs that the mask hides: see ``Backend``."""
+    """Computes the role sums over masked-out pairs: see ``Backend``."""
     b, k, length, h = key.shape
     geometry = Geometry.of(rows.query.shape[2], h, tiling)
     intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
@@ -76,7 +77,7 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
         ref[...] = jnp.zeros_like(ref)
     keys, values = tile.operands(pair_ref, geometry)
     begin, end, reach, next_global, second_global = (
-        tile.spread(tile.column(ends_ref[i : i + 1]), geometry.query_block) for i in range(5)
+        lanes.spread(lanes.column(ends_ref[i : i + 1]), geometry.query_block) for i in range(5)
     )
 
     def visit(masked, rows_ref, numbers_ref):
@@ -86,23 +87,23 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
         logits = jnp.minimum(scale * tile.dot_transposed(keys, queries) - lse, 0)  # a ratio of at most 1
         if masked:
             hidden = tile.bias((begin <= at) & (at < reach) & (at >= end))
-            logits += tile.repeat_lanes(hidden, geometry.group)
+            logits += lanes.repeat_lanes(hidden, geometry.group)
         ratio = jnp.exp(logits)
         narrow = ratio.astype(douts.dtype)
         weighted_ref[...] += tile.dot(narrow, douts)
         # The rounded ratio here too: what cancels in dp - delta has to cancel in the difference of the sums.
-        delta_ref[...] += tile.fold_lanes(narrow.astype(jnp.float32) * delta)
+        delta_ref[...] += lanes.fold_lanes(narrow.astype(jnp.float32) * delta)
         if masked:
             e = ratio * (tile.dot_transposed(values, douts) - delta)
-            by_query = tile.fold_lanes(e, geometry.query_block)
+            by_query = lanes.fold_lanes(e, geometry.query_block)
             ranges = (at <= next_global, at - begin <= window, at <= second_global)
             for ref, where in zip(sum_refs, ranges, strict=True):
-                ref[...] += tile.fold_lanes(jnp.where(where, by_query, 0))
+                ref[...] += lanes.fold_lanes(jnp.where(where, by_query, 0))
 
     stream.walk(lists_lib.PLAIN, functools.partial(visit, False))
     stream.walk(lists_lib.MASKED, functools.partial(visit, True))
 
     # The zeros beside a value drop the half of the product that is not of dout.
-    every = tile.fold_lanes(values.astype(jnp.float32) * weighted_ref[...]) - delta_ref[...]
+    every = lanes.fold_lanes(values.astype(jnp.float32) * weighted_ref[...]) - delta_ref[...]
     for i, sums in enumerate((every, *(ref[...] for ref in sum_refs))):
-        outs[0][i : i + 1] = tile.sum_lanes_as_row(sums)
+        outs[0][i : i + 1] = lanes.sum_lanes_as_row(sums)

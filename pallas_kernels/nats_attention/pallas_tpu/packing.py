@@ -1,9 +1,9 @@
-"""How arrays lie in memory: whole blocks, two operands side by side, and small numbers in rows.
+"""Layouts in memory: whole blocks, two operands side by side, and numbers in rows.
 
 Query, its gradient and the output stay ``[b, k, g, t, h]``, of which a block is a slice of t: putting the heads of a
 block side by side in memory would be a copy of its own. Everything else is ``[b, k, block, row, column]``.
 
-*Pairs.* Key and value lie side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
+*Pairs.* Key and value are side by side in one array of ``2 · half`` columns, query and gradient of the output likewise.
 With head dim 128 each is a whole register wide and taken apart for nothing. With head dim 64 the pair is *one* register
 wide and never taken apart: ``[q | 0] · [k | v]ᵀ`` is ``q · kᵀ``, and ``p · [k | v]`` has ``p · v`` in its second half.
 A matrix unit is 128 wide, so neither costs more than the product of 64 columns would; an array of 64 columns of its own
@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from pallas_kernels.nats_attention.backend import Rows
 from pallas_kernels.nats_attention.blocks import clear_empty_rows
 from pallas_kernels.nats_attention.tiling import Tiling
-
-_LANES = 128
+from pallas_kernels.tpu_lanes import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Geometry:
 
     @classmethod
     def of(cls, group: int, head_dim: int, tiling: Tiling) -> "Geometry":
-        """Head dims up to 64 take 64 columns, larger ones a multiple of 128."""
-        half = 64 if head_dim <= 64 else -(-head_dim // _LANES) * _LANES
+        """Chooses the geometry: head dims up to 64 take 64 columns, larger ones a multiple of 128."""
+        half = 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
         return cls(group, tiling.query_block, tiling.key_block, half)
 
     @property
@@ -60,70 +59,70 @@ class Geometry:
 
     @property
     def shared(self) -> bool:
-        """Whether a pair shares one register, so that what meets it has zeros in the other half."""
-        return self.half < _LANES
+        """True if a pair shares one register, so that its other operand has zeros in the other half."""
+        return self.half < LANES
 
     @property
     def columns(self) -> int:
         """Columns of what meets one array of a pair, and of a product with it."""
-        return max(self.half, _LANES)
+        return max(self.half, LANES)
 
 
 def pad(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:
-    """``x`` lengthened along ``axis`` to a multiple of ``block``."""
+    """Pads ``x`` along ``axis`` to a multiple of ``block``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths, constant_values=value)
 
 
 def row_blocks(x: jax.Array, geometry: Geometry, value=0) -> jax.Array:
-    """Numbers ``[b, k, g, t]`` → ``[b, k, i, m]``."""
+    """Converts numbers ``[b, k, g, t]`` to ``[b, k, i, m]``."""
     x = pad(x, 3, geometry.query_block, value)
     b, k, g, _ = x.shape
     return jnp.swapaxes(x.reshape(b, k, g, -1, geometry.query_block), 2, 3).reshape(b, k, -1, geometry.rows)
 
 
 def rows_from_blocks(x: jax.Array, geometry: Geometry, length: int) -> jax.Array:
-    """Numbers ``[b, k, i, m]`` → ``[b, k, g, t]``."""
+    """Converts numbers ``[b, k, i, m]`` to ``[b, k, g, t]``."""
     b, k, i, _ = x.shape
     x = jnp.swapaxes(x.reshape(b, k, i, geometry.group, geometry.query_block), 2, 3)
     return x.reshape(b, k, geometry.group, -1)[:, :, :, :length]
 
 
 def key_blocks(x: jax.Array, geometry: Geometry) -> jax.Array:
-    """``[b, k, s, …]`` → ``[b, k, i, key_block, …]``."""
+    """Converts ``[b, k, s, …]`` to ``[b, k, i, key_block, …]``."""
     x = pad(x, 2, geometry.key_block)
     return x.reshape(*x.shape[:2], -1, geometry.key_block, *x.shape[3:])
 
 
 def keys_from_blocks(x: jax.Array, length: int) -> jax.Array:
-    """``[b, k, i, key_block, …]`` → ``[b, k, s, …]``."""
+    """Converts ``[b, k, i, key_block, …]`` to ``[b, k, s, …]``."""
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
 
 def columns_to(x: jax.Array, columns: int) -> jax.Array:
-    """``x [..., h]`` with zeros behind it."""
+    """Appends zeros to ``x [..., h]``."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
 
 
 def pair(first: jax.Array, second: jax.Array, geometry: Geometry) -> jax.Array:
-    """Two arrays ``[…, h]`` side by side, ``[…, 2 · half]``."""
+    """Puts two arrays ``[…, h]`` side by side, ``[…, 2 · half]``."""
     return jnp.concatenate([columns_to(x, geometry.half) for x in (first, second)], axis=-1)
 
 
 def first_of(x: jax.Array, head_dim: int) -> jax.Array:
-    """The first array of a pair, or what a product with the first array is: ``[…, h]``."""
+    """Returns the first array of a pair, or the product with it: ``[…, h]``."""
     return x[..., :head_dim]
 
 
 def second_of(x: jax.Array, geometry: Geometry, head_dim: int) -> jax.Array:
-    """The second array of a pair, or what a product with the second array is: ``[…, h]``."""
+    """Returns the second array of a pair, or the product with it: ``[…, h]``."""
     begin = geometry.half if x.shape[-1] > geometry.half else 0
     return x[..., begin : begin + head_dim]
 
 
 def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """What a backward kernel reads of the queries; padded rows give nothing.
+    """Packs the queries for a backward kernel; padded rows contribute nothing.
 
     Args:
       rows: of every query.
@@ -146,5 +145,5 @@ def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geom
 
 
 def key_numbers(geometry: Geometry, *by_key: jax.Array) -> jax.Array:
-    """int32 ``[b, k, i, len(by_key), key_block]`` of arrays ``[b, k, s]``, padded already."""
+    """Packs arrays ``[b, k, s]``, already padded, to int32 ``[b, k, i, len(by_key), key_block]``."""
     return jnp.stack([key_blocks(x.astype(jnp.int32), geometry) for x in by_key], axis=3)

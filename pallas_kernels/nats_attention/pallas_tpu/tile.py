@@ -1,6 +1,6 @@
-"""Arithmetic on one tile, in registers: products, numbers as columns, masks, sums over the lanes.
+"""Arithmetic on one tile, in registers: products, masks and sums.
 
-What a grid step owns lies in the rows of a tile, what it walks through in the columns. So the streamed numbers are used
+The rows of a tile are what a grid step owns, the columns what it walks through. So the streamed numbers are used
 as they come, one a lane, and the owned ones are turned into columns once a grid step.
 """
 
@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
-
-_LANES = 128
 
 
 def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
@@ -21,23 +19,23 @@ def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x [m, s] · y [s, h]``, float32."""
+    """Computes ``x [m, s] · y [s, h]``, float32."""
     return _dot(x, y, 0)
 
 
 def dot_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x [m, h] · y [s, h]ᵀ``, float32."""
+    """Computes ``x [m, h] · y [s, h]ᵀ``, float32."""
     return _dot(x, y, 1)
 
 
 def rows_of(ref, columns: slice = slice(None)) -> jax.Array:
-    """Columns of a block ``[…, h]`` with all axes before the last folded into rows (as they lie: no copy)."""
+    """Folds all axes of a block ``[…, h]`` before the last into rows, without a copy, and slices its columns."""
     x = ref[..., columns]
     return x.reshape(-1, x.shape[-1])
 
 
 def halves(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """What to multiply with for either array of a pair: slices, or twice the whole where they share a register."""
+    """Returns the operands for the arrays of a pair: slices, or twice the whole if they share a register."""
     if geometry.shared:
         both = rows_of(pair_ref)
         return both, both
@@ -45,7 +43,7 @@ def halves(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
 
 
 def operands(pair_ref, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Both arrays of a pair, with zeros for the other array where they share a register."""
+    """Returns both arrays of a pair, with zeros for the other array if they share a register."""
     if not geometry.shared:
         return halves(pair_ref, geometry)
     both = rows_of(pair_ref).astype(jnp.float32)
@@ -65,57 +63,27 @@ def write_pair(pair_ref, first: jax.Array, second: jax.Array, geometry: Geometry
 
 
 def as_float(bits: jax.Array) -> jax.Array:
-    """float32 from its bits."""
+    """Converts the bits of float32."""
     return pltpu.bitcast(bits, jnp.float32)
 
 
-def column(row: jax.Array) -> jax.Array:
-    """``[1, n]`` → ``[n, 128]``, the same in every lane. (A reshape of a row to a column is refused.)"""
-    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T
-
-
-def as_row(column: jax.Array) -> jax.Array:
-    """``[n, 128]``, the same in every lane → ``[1, n]``."""
-    return column.T[:1]
-
-
-def spread(column: jax.Array, columns: int) -> jax.Array:
-    """``[n, 128]``, the same in every lane → ``[n, columns]``."""
-    return repeat_lanes(column, columns // _LANES)
-
-
-def repeat_lanes(x: jax.Array, times: int) -> jax.Array:
-    """``x`` beside itself."""
-    return x if times == 1 else jnp.concatenate([x] * times, axis=1)
-
-
-def fold_lanes(x: jax.Array, columns: int = _LANES) -> jax.Array:
-    """``[n, i · columns]`` → ``[n, columns]``, summed over i: whole registers added, no lane crosses over."""
-    return sum(x[:, i : i + columns] for i in range(columns, x.shape[1], columns)) + x[:, :columns]
-
-
-def sum_lanes_as_row(x: jax.Array) -> jax.Array:
-    """``[n, 128]`` → its sums over the lanes as a row ``[1, n]``."""
-    return jnp.sum(x.T, axis=0, keepdims=True)
-
-
 def bias(where: jax.Array) -> jax.Array:
-    """0 where pairs count and −∞ where they do not: what is added to a logit."""
+    """Returns what is added to a logit: 0 for pairs that count and −∞ for others."""
     return jnp.where(where, 0.0, -jnp.inf)
 
 
 def add_by_head(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """``x [m, s]`` plus ``mask [query_block, s]`` in every head of the group."""
+    """Adds ``mask [query_block, s]`` to ``x [m, s]`` in every head of the group."""
     by_head = x.reshape(-1, *mask.shape)
     return (by_head + mask[None]).reshape(x.shape)
 
 
 def keep_by_head(x: jax.Array, where: jax.Array) -> jax.Array:
-    """``x [m, s]`` where bool ``where [query_block, s]`` holds in every head of the group, else −∞, NaN or not."""
+    """Keeps ``x [m, s]`` where bool ``where [query_block, s]`` holds, in every head; else −∞, also for NaN."""
     by_head = x.reshape(-1, *where.shape)
     return jnp.where(where[None], by_head, -jnp.inf).reshape(x.shape)
 
 
 def sum_heads(x: jax.Array, query_block: int) -> jax.Array:
-    """``[m, s]`` → ``[query_block, s]``."""
+    """Sums ``[m, s]`` over the heads to ``[query_block, s]``."""
     return jnp.sum(x.reshape(-1, query_block, x.shape[1]), axis=0)

@@ -1,8 +1,7 @@
-"""Backward through the visible pairs: one kernel walks keys for the gradient of the query, one walks queries for those
-of key and value.
+"""Backward pass through the visible pairs: a kernel over keys for the query, one over queries for key and value.
 
-``e[t, s] = exp(x - lse) * (dp - delta)`` with ``dp = dout · value`` is the gradient of the logit and what the role sums
-are sums of. Two kernels compute it twice, and neither has to add to what another grid step wrote.
+``e[t, s] = exp(x - lse) * (dp - delta)`` with ``dp = dout · value`` is the gradient of the logit, and the role sums
+are sums of it. Two kernels compute it twice, so that no grid step adds to the result of another.
 """
 
 import functools
@@ -10,13 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
+from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
 from pallas_kernels.nats_attention.pallas_tpu.launch import Blocks, Tokens, launch
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
-from pallas_kernels.nats_attention.pallas_tpu.tilings import TpuTiling
 from pallas_kernels.nats_attention.roles import NO_END, RoleColumns, RoleSums
 
 
@@ -30,7 +30,7 @@ def visible_pass(
     window: int,
     tiling: TpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
+    """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
     _, _, g, t, h = rows.query.shape
     length = key.shape[2]
     geometry = Geometry.of(g, h, tiling)
@@ -57,7 +57,7 @@ def visible_pass(
 
 
 def _query_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, interpret):
-    """``dquery [b, k, g, t, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
+    """Returns ``dquery [b, k, g, t, columns]`` and, with ``columns``, the sums by row ``[b, k, i, 1, query_block]``."""
     begin, end = intervals.key_position, intervals.key_end
     summed, numbers = None, [begin, end]
     if columns is not None:
@@ -88,35 +88,36 @@ def _query_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale:
     for ref in scratch:
         ref[...] = jnp.zeros_like(ref)
     query, dout = tile.operands(pair_ref, geometry)
-    lse = tile.column(tile.as_float(numbers_ref[1:2]))
-    delta = tile.column(tile.as_float(numbers_ref[2:3]))
-    at = tile.spread(tile.column(numbers_ref[0:1, : geometry.query_block]), geometry.key_block)
+    lse = lanes.column(tile.as_float(numbers_ref[1:2]))
+    delta = lanes.column(tile.as_float(numbers_ref[2:3]))
+    at = lanes.spread(lanes.column(numbers_ref[0:1, : geometry.query_block]), geometry.key_block)
 
     def visit(masked, summed, keys_ref, ends_ref):
         keys, values = tile.halves(keys_ref, geometry)
-        logits = scale * tile.dot_transposed(query, keys) - tile.spread(lse, geometry.key_block)
+        logits = scale * tile.dot_transposed(query, keys) - lanes.spread(lse, geometry.key_block)
         if masked:
             begin, end = ends_ref[0:1], ends_ref[1:2]
             logits = tile.add_by_head(logits, tile.bias((begin <= at) & (at < end)))
         dp = tile.dot_transposed(dout, values)
-        e = jnp.exp(logits) * (dp - tile.spread(delta, geometry.key_block))
+        e = jnp.exp(logits) * (dp - lanes.spread(delta, geometry.key_block))
         acc_ref[...] += tile.dot(e.astype(keys.dtype), keys)
         if summed:
             local_begin = ends_ref[2:3]
             by_query = tile.sum_heads(e, geometry.query_block)
-            scratch[1][...] += tile.fold_lanes(jnp.where(local_begin < at, by_query, 0))
+            scratch[1][...] += lanes.fold_lanes(jnp.where(local_begin < at, by_query, 0))
 
     stream.walk(lists_lib.PLAIN, functools.partial(visit, False, False))
     stream.walk(lists_lib.MASKED, functools.partial(visit, True, False))
     if len(outs) > 1:
         stream.walk(lists_lib.SUMMED, functools.partial(visit, True, True))
-        outs[1][...] = tile.sum_lanes_as_row(scratch[1][...])
+        outs[1][...] = lanes.sum_lanes_as_row(scratch[1][...])
     dquery_ref[...] = (scale * acc_ref[...]).astype(dquery_ref.dtype).reshape(dquery_ref.shape)
 
 
 def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, window, interpret):
-    """``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key
-    ``[b, k, j, 4, key_block]``: all, own, local, sliding.
+    """Returns ``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key.
+
+    The sums are ``[b, k, j, 4, key_block]``: all, own, local, sliding.
     """
     summed, numbers = None, list(intervals[1:])
     num_sums = 0 if columns is None else 4
@@ -149,7 +150,7 @@ def _key_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: f
         ref[...] = jnp.zeros_like(ref)
     keys, values = tile.operands(pair_ref, geometry)
     begin, end, *following = (
-        tile.spread(tile.column(ends_ref[i : i + 1]), geometry.query_block) for i in range(ends_ref.shape[0])
+        lanes.spread(lanes.column(ends_ref[i : i + 1]), geometry.query_block) for i in range(ends_ref.shape[0])
     )
 
     def visit(masked, summed, rows_ref, numbers_ref):
@@ -159,24 +160,24 @@ def _key_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: f
         logits = scale * tile.dot_transposed(keys, queries) - lse
         if masked:
             visible = tile.bias((begin <= at) & (at < end))
-            logits += tile.repeat_lanes(visible, geometry.group)
+            logits += lanes.repeat_lanes(visible, geometry.group)
         ratio = jnp.exp(logits)
         e = ratio * (tile.dot_transposed(values, douts) - delta)
         dvalue_ref[...] += tile.dot(ratio.astype(douts.dtype), douts)
         dkey_ref[...] += tile.dot(e.astype(queries.dtype), queries)
         if not sum_refs:
             return
-        by_query = tile.fold_lanes(e, geometry.query_block)
-        sum_refs[0][...] += tile.fold_lanes(by_query)
+        by_query = lanes.fold_lanes(e, geometry.query_block)
+        sum_refs[0][...] += lanes.fold_lanes(by_query)
         if summed:
             ranges = (at == begin, (begin < at) & (at <= following[0]), at - begin <= window)
             for ref, where in zip(sum_refs[1:], ranges, strict=True):
-                ref[...] += tile.fold_lanes(jnp.where(where, by_query, 0))
+                ref[...] += lanes.fold_lanes(jnp.where(where, by_query, 0))
 
     stream.walk(lists_lib.PLAIN, functools.partial(visit, False, False))
     stream.walk(lists_lib.MASKED, functools.partial(visit, True, False))
     if sum_refs:
         stream.walk(lists_lib.SUMMED, functools.partial(visit, True, True))
         for i, ref in enumerate(sum_refs):
-            outs[1][i : i + 1] = tile.sum_lanes_as_row(ref[...])
+            outs[1][i : i + 1] = lanes.sum_lanes_as_row(ref[...])
     tile.write_pair(outs[0], scale * dkey_ref[...], dvalue_ref[...], geometry)

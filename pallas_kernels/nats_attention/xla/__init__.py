@@ -2,7 +2,7 @@
 
 from pallas_kernels.nats_attention.xla.backward import masked_out_pass, visible_pass
 from pallas_kernels.nats_attention.xla.forward import forward
-from pallas_kernels.nats_attention.xla.tilings import (
+from pallas_kernels.nats_attention.xla.heuristics import (
     PLATFORMS,
     XlaTiling,
     candidate_tilings,

@@ -1,8 +1,8 @@
 """Backward: the gradients through the visible pairs, and the role sums over visible and over masked-out ones.
 
 Everything is made of ``e[t, s] = ratio * (dp - delta)`` with ``ratio = min(exp(x - lse), 1)`` and ``dp = dout · value``
-(docs/method.md 3): for visible pairs it is the gradient of the logit, for the others what seeing the key would have been
-worth. A sum of e over *all* rows of a key needs no dp of its own, for dp is linear in the value:
+(docs/method.md 3): for visible pairs it is the gradient of the logit, for the others what seeing the key would have
+been worth. A sum of e over *all* rows of a key needs no dp of its own, for dp is linear in the value:
 
     sum_t e[t, s] = value[s] · (sum_t ratio dout[t]) - sum_t ratio delta[t]
 
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention.backend import Intervals, Rows
 from pallas_kernels.nats_attention.blocks import (
     Tiles,
@@ -30,10 +31,9 @@ from pallas_kernels.nats_attention.blocks import (
     most,
     visible_tiles,
 )
-from pallas_kernels.nats_attention.manual_axes import vary_like
 from pallas_kernels.nats_attention.roles import RoleColumns, RoleSums
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 from pallas_kernels.nats_attention.xla.lanes import Lanes, add, dot, take
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 
 class _Block(NamedTuple):
@@ -52,7 +52,7 @@ class _Block(NamedTuple):
 
 
 def _rows_in_groups(rows: Rows, lanes: Lanes) -> Rows:
-    """``[b, k, g, t, …]`` → ``[n, t, a, g, …]``; padded rows give nothing."""
+    """Converts ``[b, k, g, t, …]`` to ``[n, t, a, g, …]``; padded rows contribute nothing."""
     fill = (0, 0, jnp.inf, 0)
     return Rows(*(lanes.rows_in_groups(x, value) for x, value in zip(rows, fill, strict=True)))
 
@@ -71,21 +71,21 @@ class _Weighted(NamedTuple):
 
     @classmethod
     def zeros(cls, value: jax.Array) -> "_Weighted":
-        """Of keys of which nothing has been seen; ``value [a · j, s, h]``."""
+        """Returns the sums of keys before any tile; ``value [a · j, s, h]``."""
         return cls(jnp.zeros(value.shape, jnp.float32), jnp.zeros(value.shape[:2], jnp.float32))
 
     def add(self, j: jax.Array, own: _Block, ratio: jax.Array) -> "_Weighted":
-        """With a tile of each lane added. As a column of ``dout``, ``delta`` would cost a CPU's product a quarter."""
+        """Adds a tile of each lane. As a column of ``dout``, ``delta`` would cost a CPU's product a quarter."""
         update = dot("psm,pmh->psh", ratio.astype(own.dout.dtype), own.dout)
         return _Weighted(add(self.dout, j, update), add(self.delta, j, dot("psm,pm->ps", ratio, own.delta)))
 
     def sum_of_e(self, value: jax.Array) -> jax.Array:
-        """``sum_t e`` of each key, ``[a · j, s]``."""
+        """Returns ``sum_t e`` of each key, ``[a · j, s]``."""
         return jnp.sum(value.astype(jnp.float32) * self.dout, -1) - self.delta
 
 
 def _ratio(own: _Block, keys: jax.Array, scale: float, counts: jax.Array | None = None) -> jax.Array:
-    """``min(exp(x - lse), 1)``, float32 ``[p, s, m]``, 0 where a pair does not count (None: all do).
+    """Computes ``min(exp(x - lse), 1)``, float32 ``[p, s, m]``, 0 for pairs that do not count (None: all do).
 
     Visible pairs have x <= lse, masked-out ones may exceed it.
     """
@@ -98,7 +98,7 @@ def _e(own: _Block, ratio: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _sum_group(e: jax.Array, query_block: int) -> jax.Array:
-    """``[p, s, m]`` → ``[p, s, query_block]``; behind a barrier, or it would be summed anew for every use.
+    """Sums ``[p, s, m]`` to ``[p, s, query_block]``, behind a barrier: else XLA sums again for every use.
 
     Head by head: XLA would pull a product in front of a ``sum`` into it, which takes twice as long on a CPU.
     """
@@ -116,7 +116,7 @@ def visible_pass(
     window: int,
     tiling: XlaTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
-    """Gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
+    """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
     b, k, _, t, h = rows.query.shape
     length = key.shape[2]
     lanes = Lanes.of(tiling, b * k, t)
@@ -124,7 +124,7 @@ def visible_pass(
     tiles = visible_tiles(intervals, lanes.query_block, lanes.key_block)
     if columns is not None:
         columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
-        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # behind it, only the full sum
+        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # after it, only the full sum
         far = most(settled, lanes.key_block) < first_query(intervals.query_position, lanes.query_block)
         tiles = Tiles(tiles.alive, tiles.plain & far)
         columns = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
@@ -193,7 +193,7 @@ class _Tile(NamedTuple):
 
     @classmethod
     def of(cls, at: jax.Array, intervals: Intervals, j: jax.Array) -> "_Tile":
-        """The tile of each lane: queries at ``at [p, t]``, key blocks ``j [p]``."""
+        """Returns the tile of each lane: queries at ``at [p, t]``, key blocks ``j [p]``."""
         begin, end = (take(x, j)[:, :, None] for x in intervals[1:])
         return cls(at[:, None], begin, end)
 
@@ -204,17 +204,17 @@ class _Tile(NamedTuple):
 
 
 def _columns_of_blocks(columns: RoleColumns, j: jax.Array) -> RoleColumns:
-    """What is known of the keys of each lane: ``[p, s, 1]``."""
+    """Returns the properties of the keys of each lane: ``[p, s, 1]``."""
     return RoleColumns(*(take(x, j)[:, :, None] for x in columns))
 
 
 def _total(e: jax.Array, where: jax.Array) -> jax.Array:
-    """``[p, s]``: e summed where a condition holds, as a product with ones: XLA's own sums are slow on a CPU."""
+    """Sums e where a condition holds, to ``[p, s]``, as a product with ones: XLA's own sums are slow on a CPU."""
     return dot("pst,t->ps", jnp.where(where, e, 0), jnp.ones(e.shape[2], e.dtype))
 
 
 def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -> tuple[list[jax.Array], jax.Array]:
-    """``([own, local, sliding] of [p, s], row [p, t])`` of a tile; ``e [p, s, t]``, 0 where nothing is seen."""
+    """Computes ``([own, local, sliding] of [p, s], row [p, t])`` of a tile; ``e [p, s, t]``, 0 for hidden pairs."""
     at, begin = tile.at, tile.begin
     by_key = [
         _total(e, at == begin),
@@ -236,7 +236,7 @@ def masked_out_pass(
     window: int,
     tiling: XlaTiling,
 ) -> RoleSums:
-    """The role sums over pairs that the mask hides: see ``Backend``."""
+    """Computes the role sums over masked-out pairs: see ``Backend``."""
     b, k, length, _ = key.shape
     lanes = Lanes.of(tiling, b * k, rows.query.shape[3])
     intervals = lanes.pad_intervals(intervals)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import visible_tiles
-from pallas_kernels.nats_attention.manual_axes import vary_like
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 from pallas_kernels.nats_attention.xla.lanes import Lanes, dot, take
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
 
 # No logit is lower, and it is finite: exp(-inf - _LOWEST) is 0 where -inf - -inf would be NaN.
 _LOWEST = float(np.finfo(np.float32).min)
@@ -17,7 +17,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, intervals: Intervals, scale: float, tiling: XlaTiling
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the visible pairs: see ``Backend``."""
+    """Computes attention over the visible pairs: see ``Backend``."""
     b, k, _, t, _ = query.shape
     lanes = Lanes.of(tiling, b * k, t)
     intervals = lanes.pad_intervals(intervals)

@@ -1,7 +1,7 @@
-"""Padding to whole tiles, and tiles put side by side into lanes: what the passes of this backend share.
+"""Padding to whole tiles, and tiles side by side in lanes, for the passes of this backend.
 
 A CPU's products and XLA's loops want more work at a time than one tile. So several KV heads, and where these are few
-several neighbouring query blocks of each, go through a loop together: one *lane* for each pair of head and query block,
+several neighboring query blocks of each, go through a loop together: one *lane* for each pair of head and query block,
 each with a list of key blocks of its own.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``g`` query heads per KV head, ``t`` query, ``s`` key, ``h`` head dim, ``j``
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Intervals
 from pallas_kernels.nats_attention.blocks import Tiles, live_blocks, pad_intervals, pad_to_blocks
-from pallas_kernels.nats_attention.xla.tilings import XlaTiling
+from pallas_kernels.nats_attention.xla.heuristics import XlaTiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Lanes:
 
     Attributes:
       heads: KV heads of a group.
-      blocks: neighbouring query blocks of each.
+      blocks: neighboring query blocks of each.
       query_block, key_block: rows of each query head, and columns, of a tile.
     """
 
@@ -36,7 +36,7 @@ class Lanes:
 
     @classmethod
     def of(cls, tiling: XlaTiling, num_heads: int, num_queries: int) -> "Lanes":
-        """The lanes for ``num_heads = b · k``: heads first, then query blocks."""
+        """Chooses the lanes for ``num_heads = b · k``: heads first, then query blocks."""
         heads = max(n for n in range(1, min(tiling.lanes, num_heads) + 1) if num_heads % n == 0)
         blocks = min(tiling.lanes // heads, -(-num_queries // tiling.query_block))
         return cls(heads, blocks, tiling.query_block, tiling.key_block)
@@ -47,15 +47,15 @@ class Lanes:
         return self.blocks * self.query_block
 
     def pad_rows(self, x: jax.Array, axis: int, value) -> jax.Array:
-        """``x`` lengthened to whole steps along an axis of queries."""
+        """Pads ``x`` to whole steps along an axis of queries."""
         return pad_to_blocks(x, axis, self.rows, value)
 
     def pad_keys(self, x: jax.Array, value) -> jax.Array:
-        """``x [b, k, s, …]`` lengthened to whole blocks of keys."""
+        """Pads ``x [b, k, s, …]`` to whole blocks of keys."""
         return pad_to_blocks(x, 2, self.key_block, value)
 
     def rows_in_groups(self, x: jax.Array, value) -> jax.Array:
-        """``[b, k, g, t, …]``, padded with ``value`` → ``[n, t, a, g, …]``.
+        """Converts ``[b, k, g, t, …]``, padded with ``value``, to ``[n, t, a, g, …]``.
 
         With the sequence in front of the heads again, as the caller's arrays have it: the transpositions cancel, and
         a step brings its own rows into order instead of a copy of all of them.
@@ -63,12 +63,12 @@ class Lanes:
         return jnp.moveaxis(self._in_groups(self.pad_rows(x, 3, value)), 3, 1)
 
     def keys_in_groups(self, x: jax.Array) -> jax.Array:
-        """``[b, k, s, …]``, padded → ``[n, a · j, key_block, …]``: the blocks that ``Lists.order`` numbers."""
+        """Converts ``[b, k, s, …]``, padded, to ``[n, a · j, key_block, …]``, the blocks of ``Lists.order``."""
         x = self._in_groups(self.pad_keys(x, 0))
         return x.reshape(x.shape[0], -1, self.key_block, *x.shape[3:])
 
     def keys_by_head(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Back from ``keys_in_groups``: ``[n, a · j, key_block, …]`` → ``[b, k, s, …]``; ``shape = (b, k, s)``."""
+        """Inverts ``keys_in_groups``: ``[n, a · j, key_block, …]`` → ``[b, k, s, …]``; ``shape = (b, k, s)``."""
         return x.reshape(*shape[:2], -1, *x.shape[3:])[:, :, : shape[2]]
 
     def _in_groups(self, x: jax.Array) -> jax.Array:
@@ -79,13 +79,13 @@ class Lanes:
         return pad_intervals(intervals, self.rows, self.key_block)
 
     def intervals_in_groups(self, intervals: Intervals) -> Intervals:
-        """Padded intervals by head and by block: int32 ``[n, a, t]`` and ``[n, a · j, key_block]`` twice."""
+        """Converts padded intervals by head and by block: int32 ``[n, a, t]`` and ``[n, a · j, key_block]`` twice."""
         at, begin, end = intervals
         at = jnp.broadcast_to(at[:, None], (*end.shape[:2], at.shape[-1]))
         return Intervals(self._in_groups(at), self.keys_in_groups(begin), self.keys_in_groups(end))
 
     def lists(self, tiles: Tiles) -> "Lists":
-        """The list of each lane; ``tiles [b, k, q, j]``, ``q`` a multiple of ``blocks``."""
+        """Returns the list of each lane; ``tiles [b, k, q, j]``, ``q`` a multiple of ``blocks``."""
         order, num_plain, num_alive = live_blocks(tiles)
         head = jnp.arange(order.shape[0] * order.shape[1], dtype=jnp.int32).reshape(order.shape[:2]) % self.heads
         order += (head * order.shape[3])[:, :, None, None]
@@ -100,25 +100,25 @@ class Lanes:
         return Lists(order, jnp.min(by_step(num_plain), -1), jnp.max(by_step(num_alive), -1))
 
     def rows_of(self, x: jax.Array, step) -> jax.Array:
-        """The rows of each lane, the group of query heads folded in: ``[t, a, g, …]`` → ``[p, m, …]``."""
+        """Returns the rows of each lane, with the group of query heads folded in: ``[t, a, g, …]`` → ``[p, m, …]``."""
         part = jax.lax.dynamic_slice_in_dim(x, step * self.rows, self.rows, 0)
         part = part.reshape(self.blocks, self.query_block, *part.shape[1:])
         part = jnp.moveaxis(part, (2, 0, 3, 1), (0, 1, 2, 3))
         return part.reshape(self.heads * self.blocks, -1, *part.shape[4:])
 
     def positions_of(self, query_position: jax.Array, step) -> jax.Array:
-        """The indices of each lane's queries: ``[a, t]`` → ``[p, query_block]``."""
+        """Returns the positions of each lane's queries: ``[a, t]`` → ``[p, query_block]``."""
         part = jax.lax.dynamic_slice_in_dim(query_position, step * self.rows, self.rows, 1)
         return part.reshape(-1, self.query_block)
 
     def by_query(self, x: jax.Array) -> jax.Array:
-        """The opposite of ``rows_of``: ``[p, r · query_block, …]`` → ``[rows, a, r, …]``."""
+        """Inverts ``rows_of``: ``[p, r · query_block, …]`` → ``[rows, a, r, …]``."""
         x = x.reshape(self.heads, self.blocks, -1, self.query_block, *x.shape[2:])
         x = jnp.moveaxis(x, (1, 3, 0, 2), (0, 1, 2, 3))
         return x.reshape(self.rows, *x.shape[2:])
 
     def by_head(self, x: jax.Array, shape: tuple[int, int], num_queries: int) -> jax.Array:
-        """What the steps gave by query: ``[n, i, rows, a, r, …]`` → ``[b, k, r, t, …]``; ``shape = (b, k)``."""
+        """Converts the results of the steps: ``[n, i, rows, a, r, …]`` → ``[b, k, r, t, …]``; ``shape = (b, k)``."""
         x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
         x = jnp.moveaxis(x, 1, 3)
         return x.reshape(*shape, *x.shape[2:])
@@ -143,17 +143,17 @@ jax.tree_util.register_dataclass(Lists)
 
 
 def take(blocks: jax.Array, which: jax.Array) -> jax.Array:
-    """The block of each lane: ``blocks [a · j, …]``, ``which`` int32 ``[p]`` → ``[p, …]``."""
+    """Returns the block of each lane: ``blocks [a · j, …]``, ``which`` int32 ``[p]`` → ``[p, …]``."""
     return blocks.at[which].get(mode="promise_in_bounds")
 
 
 def add(blocks: jax.Array, which: jax.Array, update: jax.Array) -> jax.Array:
-    """``blocks [a · j, …]`` with ``update [p, …]`` added to the block of each lane; lanes may share one."""
+    """Adds ``update [p, …]`` to the block of each lane in ``blocks [a · j, …]``; lanes may share a block."""
     return blocks.at[which].add(update, mode="promise_in_bounds")
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """``einsum`` with a float32 result."""
+    """Computes ``einsum`` with a float32 result."""
 
     def product(x, y):
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Tilings of this backend, and what it serves: bfloat16 and float16 on Hopper."""
+"""Tilings of this backend, and the problems that it supports: bfloat16 and float16 on Hopper."""
 
 import dataclasses
 import itertools
@@ -44,17 +44,17 @@ class GpuTiling(Tiling):
     interpret: bool = False
 
     def slots(self, width: int) -> int:
-        """Tiles of ``width`` tokens in shared memory."""
+        """Returns the number of tiles of ``width`` tokens in shared memory."""
         return self.stages * BLOCK // width
 
 
 def default_tiling(problem: Problem) -> GpuTiling:
-    """Wide tiles, as many as fit. Keys are only gathered where there are blocks to skip."""
+    """Chooses wide tiles, as many as fit. Keys are gathered only if there are blocks to skip."""
     return _tiling(problem, columns=128, rows=128, stages=2 if problem.head_dim > 64 else 4)
 
 
 def candidate_tilings(problem: Problem) -> Sequence[GpuTiling]:
-    """Narrow and wide tiles, and as many of them in shared memory as may be of use."""
+    """Returns narrow and wide tiles, with as many in shared memory as may help."""
     wanted = [_tiling(problem, *numbers) for numbers in itertools.product(_WIDTHS, _WIDTHS, (2, 3, 4))]
     return [x for x in wanted if shared_memory(problem.head_dim, x) <= _SHARED_MEMORY]
 
@@ -67,7 +67,7 @@ def _tiling(problem: Problem, columns: int, rows: int, stages: int) -> GpuTiling
 
 
 def shared_memory(head_dim: int, tiling: GpuTiling) -> int:
-    """Bytes that the widest kernel takes: two resident tiles of 16 bits and two streamed ones in every stage."""
+    """Returns the bytes of the widest kernel: two resident tiles of 16 bits and two streamed ones in every stage."""
     return 2 * 2 * (BLOCK + tiling.stages * BLOCK) * head_dim + _SMALL_BUFFERS
 
 

@@ -1,4 +1,4 @@
-"""How many pairs a tiling computes and how many count: sparse in fact, or on paper?"""
+"""Pairs that a tiling computes, compared with those that count."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class PairCount(NamedTuple):
 
 
 def count_pairs(key_end: jax.Array, tiling: Tiling) -> PairCount:
-    """Pairs of one pass over visible tiles, for queries 0 … L-1 at the same indices as the keys.
+    """Counts the pairs of one pass over visible tiles, for queries 0 … L-1 at the same indices as the keys.
 
     Args:
       key_end: int32 ``[b, k, s]``, as ``key_end_from_roles`` gives it.

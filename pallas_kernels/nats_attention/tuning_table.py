@@ -1,8 +1,9 @@
-"""The tiling of a call that gives none: from the table of what was timed, else from the backend's own rule.
+"""The tiling of a call that gives none: from the table of timed problems, else from the backend's heuristics.
 
-``tilings.json`` holds what ``python -m pallas_kernels.nats_attention.autotune`` wrote: for a backend, a kind of device
-and a problem, the blocks that were fastest. An entry serves problems of the same dtype, head dim and group, the same
-number of batch · KV heads to a factor of 2, and the same length to a factor of √2; thresholds follow from the problem.
+``tuning_table.json`` holds what ``python -m pallas_kernels.nats_attention.autotune`` wrote: for a backend, a kind of
+device and a problem, the blocks that were fastest. An entry serves problems of the same dtype, head dim and group, the
+same number of batch · KV heads to a factor of 2, and the same length to a factor of √2; thresholds follow from the
+problem.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.tiling import Problem, Tiling, lifetime_thresholds, one_core_each
 
-TABLE = pathlib.Path(__file__).with_name("tilings.json")
+TABLE = pathlib.Path(__file__).with_name("tuning_table.json")
 _FACTORS = {"keys": math.sqrt(2), "queries": math.sqrt(2), "heads": 2.0}
 
 
@@ -38,7 +39,7 @@ class Entry:
     tiling: dict[str, Any]
 
     def distance(self, problem: Problem) -> float | None:
-        """How far a problem is from the timed one; None where this entry says nothing about it."""
+        """Returns the distance of a problem from the timed one; None if this entry does not apply to it."""
         mine, other = self.problem, problem
         if (mine.dtype, mine.head_dim, mine.group) != (other.dtype, other.head_dim, other.group):
             return None
@@ -57,7 +58,7 @@ def _size(problem: Problem, name: str) -> int:
 
 @functools.cache
 def read_table(path: pathlib.Path = TABLE) -> tuple[Entry, ...]:
-    """The entries of a table; none where there is no file."""
+    """Reads the entries of a table; none if there is no file."""
     if not path.exists():
         return ()
     rows = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def write_table(entries: list[Entry], path: pathlib.Path = TABLE) -> None:
 
 
 def device_kind() -> str:
-    """Of the mesh in use, which compilation ahead of time sets, or else of jax's default device.
+    """Returns the kind of device of the mesh in use (set by AOT compilation), or else of JAX's default device.
 
     "cpu core" where each CPU device has a core to itself: other tiles are fast there than on one device of many cores.
     """
@@ -81,13 +82,13 @@ def device_kind() -> str:
 
 
 def choose(name: str, backend: Backend, problem: Problem, table: tuple[Entry, ...] | None = None) -> Tiling:
-    """The tiling for a problem on the device in use.
+    """Chooses the tiling for a problem on the device in use.
 
     Args:
       name: of the backend in ``api.BACKENDS``.
       backend: the backend.
       problem: its sizes.
-      table: what was timed; None: ``tilings.json``.
+      table: what was timed; None: ``tuning_table.json``.
     """
     default = backend.default_tiling(problem)
     near = []

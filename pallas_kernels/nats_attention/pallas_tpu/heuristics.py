@@ -1,4 +1,4 @@
-"""Tilings of this backend, and what it serves."""
+"""Tilings of this backend, and the problems that it supports."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,10 @@ from typing import Any
 
 from pallas_kernels.nats_attention.pallas_tpu.packing import Geometry
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
+from pallas_kernels.tpu_lanes import LANES, VMEM_LIMIT
 
 PLATFORMS: Sequence[str] = ("tpu",)
-VMEM_LIMIT = 48 << 20
-"""Bytes of vector memory that a kernel may take: three quarters of what the smallest chip served has (64 MiB)."""
 
-_LANES = 128  # blocks are whole registers wide, whichever way a tile lies
 _DTYPES = {"bfloat16": 2, "float32": 4}
 _LARGEST_HEAD_DIM = 256
 _ROWS = 1024  # of a tile, all heads of a group together: the float32 logits beside 256 keys are a megabyte
@@ -31,7 +29,7 @@ class TpuTiling(Tiling):
 
 
 def default_tiling(problem: Problem) -> TpuTiling:
-    """Up to 1024 rows by 256 keys a tile. Keys are only gathered where there are blocks to skip."""
+    """Chooses up to 1024 rows by 256 keys a tile. Keys are gathered only if there are blocks to skip."""
     rows = _ROWS // problem.group
     query_block = 256 if rows >= 256 else 128
     key_block = 256 if problem.group * query_block <= _ROWS else 128
@@ -39,7 +37,7 @@ def default_tiling(problem: Problem) -> TpuTiling:
 
 
 def candidate_tilings(problem: Problem) -> Sequence[TpuTiling]:
-    """Tiles of 128 to 512 each way, as far as they fit into vector memory."""
+    """Returns tiles of 128 to 512 each way that fit into vector memory."""
     blocks = (128, 256, 512)
     wanted = [_tiling(problem, q, s) for q in blocks for s in blocks]
     return [x for x in dict.fromkeys(wanted) if vmem_bytes(problem, x) <= VMEM_LIMIT]
@@ -57,11 +55,11 @@ def _tiling(problem: Problem, query_block: int, key_block: int) -> TpuTiling:
 
 
 def _whole_lanes(length: int) -> int:
-    return -(-length // _LANES) * _LANES
+    return -(-length // LANES) * LANES
 
 
 def vmem_bytes(problem: Problem, tiling: Tiling) -> int:
-    """What the widest kernel takes: six tiles of float32, four blocks of either side, two float32 accumulators."""
+    """Returns the bytes of the widest kernel: six tiles of float32, four blocks of either side, two accumulators."""
     geometry = Geometry.of(problem.group, problem.head_dim, tiling)
     pairs = geometry.rows * tiling.key_block
     tokens = geometry.rows + tiling.key_block
@@ -75,14 +73,14 @@ def check(problem: Problem, tiling: Any) -> None:
         raise NotImplementedError(f"{problem.dtype} is not a dtype of its kernels; bfloat16 and float32 are")
     if problem.head_dim > _LARGEST_HEAD_DIM:
         raise NotImplementedError(f"head dim {problem.head_dim} is above {_LARGEST_HEAD_DIM}")
-    least = TpuTiling(query_block=_LANES, key_block=_LANES)
+    least = TpuTiling(query_block=LANES, key_block=LANES)
     if vmem_bytes(problem, least) > VMEM_LIMIT:
         raise NotImplementedError(f"{problem.group} query heads per KV head do not fit into vector memory")
     if not isinstance(tiling, TpuTiling):
         raise ValueError(f"tiling={tiling}: implementation 'pallas_tpu' takes a TpuTiling.")
     for name in ("query_block", "key_block"):
-        if getattr(tiling, name) % _LANES:
-            raise ValueError(f"TpuTiling({name}={getattr(tiling, name)}): a multiple of {_LANES} was expected.")
+        if getattr(tiling, name) % LANES:
+            raise ValueError(f"TpuTiling({name}={getattr(tiling, name)}): a multiple of {LANES} was expected.")
     if vmem_bytes(problem, tiling) > VMEM_LIMIT:
         raise ValueError(
             f"TpuTiling(query_block={tiling.query_block}, key_block={tiling.key_block}): with {problem.group} query "

@@ -1,4 +1,4 @@
-"""Tilings of this backend, and what it serves: everything."""
+"""Tilings of this backend, which supports every problem."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from pallas_kernels.nats_attention.tiling import (
 PLATFORMS: Sequence[str] = ("cpu", "gpu", "tpu")
 
 # Chosen from what was timed on two cores: docs/attention.md.
-_TILE_PAIRS = 1 << 18  # pairs of a tile over all its lanes: float32 logits of a megabyte, two cores' share of the cache
+_TILE_PAIRS = (
+    1 << 18
+)  # pairs of a tile over all its lanes: float32 logits of a megabyte, as much as fits into two cores' caches
 _TILE_PAIRS_OF_ONE_CORE = 1 << 16
 _SHORT = 1024  # tokens
 
@@ -25,14 +27,14 @@ class XlaTiling(Tiling):
 
     Attributes:
       lanes: pairs of a head (of batch · KV heads) and a query block that take a step together, each with a list of its
-        own; heads first, lowered to the next divisor of their number, then neighbouring query blocks.
+        own; heads first, lowered to the next divisor of their number, then neighboring query blocks.
     """
 
     lanes: int = 1
 
 
 def default_tiling(problem: Problem) -> XlaTiling:
-    """Blocks that divide the sequences with the least padding, as many side by side as fill the cache.
+    """Chooses blocks that divide the sequences with the least padding, as many side by side as fill the cache.
 
     Where several cores share a device, long sequences want large products (64 rows at a time cost half as much again at
     8k tokens) and short ones small tiles: there the window and the diagonal decide how many pairs a tile wastes. A core
@@ -44,7 +46,7 @@ def default_tiling(problem: Problem) -> XlaTiling:
 
 
 def candidate_tilings(problem: Problem) -> Sequence[XlaTiling]:
-    """Tiles of 64 to 512, square and twice as wide as high or as high as wide."""
+    """Returns tiles of 64 to 512, square or with one side twice the other."""
     blocks = (64, 128, 256, 512)
     pairs = [(q, s) for q in blocks for s in blocks if q <= 2 * s and s <= 2 * q]
     wanted = [_tiling(problem, *pair) for pair in pairs]
@@ -64,7 +66,7 @@ def _tiling(problem: Problem, largest_query_block: int, largest_key_block: int) 
 
 
 def check(problem: Problem, tiling: Tiling) -> None:
-    """Every problem is served; the tiling must be this backend's."""
+    """Accepts every problem; raises ValueError for a tiling of another backend."""
     del problem
     if not isinstance(tiling, XlaTiling):
         raise ValueError(f"tiling={tiling}: implementation 'xla' takes an XlaTiling.")

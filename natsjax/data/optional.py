@@ -1,0 +1,28 @@
+"""Libraries that only some formats need (``natsjax[formats]``)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from natsjax.errors import UserError
+
+
+def import_optional(module: str, needed_by: str) -> Any:
+    """Imports a module and returns its package.
+
+    Args:
+      module: name of the module, as "pyarrow.parquet".
+      needed_by: the file, for the message.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(module)
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"{needed_by} needs {package}, which is not installed; install it with `pip install 'natsjax[formats]'`."
+        ) from error
