@@ -74,11 +74,10 @@ def test_several_processes_make_the_same(texts, tmp_path, whole, monkeypatch, ca
 # forked before there is any thread.
 _KILLED = f"""
 import os, signal, sys
-from natsjax.data import preparation, prepare as command
-from natsjax.data.prepare import prepare
+from natsjax.data.prepare import build, passes, prepare
 folder, step, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
-command.CHUNK_BYTES = preparation.CHUNK_BYTES = {CHUNK_BYTES}
-preparation.PARALLEL_BYTES = 1
+build.CHUNK_BYTES = passes.CHUNK_BYTES = {CHUNK_BYTES}
+passes.PARALLEL_BYTES = 1
 runs = 0
 while True:
     runs += 1
@@ -113,16 +112,17 @@ def test_killed_anywhere_and_run_again(texts, tmp_path, whole, step):
 
 _SLOW = f"""
 import sys, time
-from natsjax.data import encode, preparation, prepare as command
-command.CHUNK_BYTES = preparation.CHUNK_BYTES = {CHUNK_BYTES}
-preparation.PARALLEL_BYTES = 1
+from natsjax.data.prepare import build, encode, passes
+from natsjax.data.prepare.__main__ import main
+build.CHUNK_BYTES = passes.CHUNK_BYTES = {CHUNK_BYTES}
+passes.PARALLEL_BYTES = 1
 write_part = encode.write_part
 def slow(path, arrays):
     write_part(path, arrays)
     print("part", flush=True)
     time.sleep(60)
 encode.write_part = slow
-sys.exit(command.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -147,16 +147,17 @@ def test_an_interrupted_command_says_that_it_can_go_on(texts, tmp_path, whole, n
 
 _SLOW_TRAINING = """
 import sys, time
-from natsjax.data import preparation, prepare as command
-preparation.PARALLEL_BYTES = 1  # so that the scan is kept
-documents_from = preparation.documents_from
+from natsjax.data.prepare import passes
+from natsjax.data.prepare.__main__ import main
+passes.PARALLEL_BYTES = 1  # so that the scan is kept
+documents_from = passes.documents_from
 def slow(*arguments):
     for document in documents_from(*arguments):
         print("document", flush=True)
         time.sleep(1)
         yield document
-preparation.documents_from = slow
-sys.exit(command.main(sys.argv[1:]))
+passes.documents_from = slow
+sys.exit(main(sys.argv[1:]))
 """
 
 

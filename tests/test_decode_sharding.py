@@ -10,7 +10,7 @@ DECODE = """
 import dataclasses, json, sys
 import jax, numpy as np
 import decoding
-from natsjax.decode import generate
+from natsjax.decode.generation import generate
 from natsjax.policies import H2O
 from natsjax.decode.sampling import Sampling
 

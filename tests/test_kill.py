@@ -37,10 +37,11 @@ from natsjax import evaluate, train
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
 from natsjax.config import Config
+from natsjax.train import loop
 from natsjax.train.step import Trainer
 
 PHASES = {
-    "preparing": (train, "_open_data"), "compiling": (Trainer, "compile"), "saving": (Checkpoints, "save"),
+    "preparing": (loop, "_open_data"), "compiling": (Trainer, "compile"), "saving": (Checkpoints, "save"),
     "evaluating": (evaluate, "run"),
 }
 
