@@ -1,6 +1,8 @@
-"""What compiles takes most of the suite's time, so a test run keeps compiled programs, and its processes share them."""
+"""Compiling takes most of the suite's time: a test run compiles quickly, and its processes share compiled programs."""
 
+import fnmatch
 import gc
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -14,14 +16,45 @@ settings.register_profile("natsjax", suppress_health_check=[HealthCheck.too_slow
 settings.load_profile("natsjax")
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
+# Files of tests that compute nothing with JAX, or nothing that depends on its version.
+_ONE_PYTHON = (
+    "test_command_flags.py",
+    "test_compare.py",
+    "test_data_*.py",
+    "test_display.py",
+    "test_docs.py",
+    "test_fuzz_commands.py",
+    "test_fuzz_corpus.py",
+    "test_launch.py",
+    "test_layout.py",
+    "test_outputs.py",
+    "test_paths.py",
+    "test_report*.py",
+    "test_standard_streams.py",
+    "test_stored_runs.py",
+    "test_text_stream.py",
+    "test_watchdog.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too, and compile as users do")
 
 
 def pytest_configure(config):
-    """Before jax is imported, here and in the workers, which inherit the environment."""
-    # What is compiled for chips that are not here cannot be read back.
-    if _FOLDER not in os.environ and config.option.markexpr != "aot":
+    """Sets the environment before jax is imported; workers and processes that tests start inherit it."""
+    os.environ["NATSJAX_SLOW_TESTS"] = "1" if config.option.slow else ""
+    if config.option.markexpr == "aot":
+        return  # a program that was compiled for a chip that is not here cannot be loaded from a cache
+    if _FOLDER not in os.environ:
         config.compiled = os.environ[_FOLDER] = tempfile.mkdtemp(prefix="natsjax-tests-compiled-")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    if not config.option.slow:
+        # Compiling takes a third of the time; tiny programs run no slower.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        flag = "--xla_cpu_use_fusion_emitters=false"  # later versions have no such flag, and abort
+        if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def pytest_unconfigure(config):
@@ -29,9 +62,17 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.compiled, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if any(fnmatch.fnmatch(item.path.name, pattern) for pattern in _ONE_PYTHON):
+            item.add_marker("one_python")
+        if item.get_closest_marker("slow") and not config.option.slow:
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --slow runs it"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_given_up():
-    """Behind each file of tests: a process may map no more than 65530 pieces of memory, and each program takes many."""
+    """Frees compiled programs behind each file: each maps many pieces of memory, of which a process may have 65530."""
     yield
     import jax
 
@@ -41,7 +82,7 @@ def programs_are_given_up():
 
 @pytest.fixture
 def nothing_compiled_before(monkeypatch):
-    """For tests of the cache itself and of compiling: no folder of compiled programs is in use."""
+    """Switches the cache of compiled programs off, for tests of the cache itself and of compiling."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 

@@ -1,18 +1,13 @@
 """Decoding on one device and on eight gives the same logits and tokens: batch over data and fsdp, heads over tensor."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from test_partition import environment
+from processes import SLOW, json_lines
 
-MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1})
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}] + [{"data": 8, "fsdp": 1}] * SLOW
 
 DECODE = """
 import dataclasses, json, sys
-sys.path.insert(0, "tests")
 import jax, numpy as np
 import decoding
 from natsjax.decode.generation import generate
@@ -46,16 +41,7 @@ for mesh in [None, *meshes]:
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-c", DECODE],
-        input=json.dumps(MESHES),
-        env=environment(8),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return json_lines(DECODE, MESHES, devices=8)
 
 
 def test_logits_do_not_depend_on_the_mesh(found):

@@ -28,7 +28,7 @@ from natsjax.train.step import Trainer
 
 
 def test_there_are_at_least_500_cases_of_configs_and_corpora():
-    assert sum(fuzzing.CASES.values()) - fuzzing.CASES["commands"] >= 500
+    assert sum(usual for name, (usual, _) in fuzzing.CASES.items() if name != "commands") >= 500
 
 
 def test_every_field_is_fuzzed():

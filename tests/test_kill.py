@@ -6,7 +6,6 @@ everything and touched no device, and share compiled programs, so that a start t
 
 import json
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -18,14 +17,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from processes import ROOT, SLOW
 
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.train.optimizer import learning_rate
 from natsjax.train.step import Trainer
 
-ROOT = pathlib.Path(__file__).parents[1]
-NUM_KILLS = 20
+NUM_KILLS = 20 if SLOW else 5
 SEED = int(os.environ.get("KILL_SEED", "0"))
 SAVE_EVERY = 12
 NUM_STEPS = 240
@@ -194,7 +193,7 @@ def same(workdir, other, config):
     return True
 
 
-def test_killed_at_20_random_points_a_run_is_the_one_that_was_left_alone(folder, config, run, whole):
+def test_killed_at_random_points_a_run_is_the_one_that_was_left_alone(folder, config, run, whole):
     """Killed runs go on until they are done, and then others begin, so that every phase is met."""
     whole, seconds = whole
     chance = random.Random(SEED)

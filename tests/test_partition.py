@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -14,14 +12,16 @@ import time
 import numpy as np
 import pytest
 import tiny
+from processes import ROOT, SLOW, environment, json_lines
 
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.runs.workdir import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
-MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "context=2,fsdp=4")
+MESHES = ("fsdp=4,tensor=2", "context=2,fsdp=4")
+if SLOW:
+    MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2", *MESHES)
 TOLERANCE = {"dense": 1e-5, "nats": 1e-4}  # a rounding can flip a role
 NUM_STEPS = 50
 
@@ -60,31 +60,14 @@ for config in configs:
 """
 
 
-def environment(devices):
-    launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
-    kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of conftest.py
-    clean = {name: x for name, x in os.environ.items() if not name.startswith(launcher) or name in kept}
-    return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.parametrize("attention", ["dense", "nats"])
+@pytest.mark.parametrize("attention", [pytest.param("dense", marks=pytest.mark.slow), "nats"])
 def test_every_mesh_gives_the_losses_of_one_device(attention):
     configs = [config_of(attention)] + [config_of(attention, mesh) for mesh in MESHES]
     # One of them with activations recomputed.
     configs[-1] = Config.from_dict(
         configs[-1].to_dict() | {"model": configs[-1].to_dict()["model"] | {"remat": "full"}}
     )
-    done = subprocess.run(
-        [sys.executable, "-c", CURVES],
-        input=json.dumps([config.to_dict() for config in configs]),
-        env=environment(8),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (_, expected), *others = [json.loads(line) for line in done.stdout.splitlines()]
+    (_, expected), *others = json_lines(CURVES, [config.to_dict() for config in configs], devices=8)
     assert expected[-1] < 0.8 * expected[0]  # something was learned, so that a wrong gradient would show
     assert len(others) == len(MESHES)
     for mesh, losses in others:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from planned import plan_and_program
+from processes import ROOT, environment, json_lines
 
 from natsjax.errors import UserError
 from natsjax.plan import __main__ as plan_command
@@ -19,7 +18,6 @@ from natsjax.plan import decoding, hlo, hlo_flow, summary, topologies, train_ste
 from natsjax.plan.decoding import DecodeRequest
 from natsjax.runtime import chips
 
-ROOT = pathlib.Path(__file__).parents[1]
 CHIP = dataclasses.replace(chips.CHIPS["v5e"], name="test")
 
 
@@ -147,9 +145,7 @@ def test_the_command_on_eight_devices(tmp_path):
     """Batch and heads are divided; the buffer is updated where it lies, and no part of it goes to another device."""
     words = [sys.executable, "-m", "natsjax.plan", "--config=configs/smoke.py", "--topology=local", "--decode"]
     words += ["--config.model.num_heads=4", "--config.model.num_kv_heads=2", f"--json={tmp_path / 'plan.json'}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-
-    found = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run(words, cwd=ROOT, env=environment(8), capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert "data=4, tensor=2 (chosen" in found.stdout
     numbers = json.loads((tmp_path / "plan.json").read_text())
@@ -184,7 +180,7 @@ text = jax.jit(loop, donate_argnums=0).lower(whole, number).compile().as_text()
 program = hlo.parse(text)
 for name in ("buffer", "steps"):
     found = hlo_flow.moves(program, hlo_flow.parameters_named(program, name))
-    print(name, sorted({hlo_flow.kind_of(i) for i in found} & hlo_flow.COLLECTIVES))
+    print(json.dumps(sorted({hlo_flow.kind_of(i) for i in found} & hlo_flow.COLLECTIVES)))
 
 for values, request in json.load(sys.stdin):
     try:
@@ -192,25 +188,16 @@ for values, request in json.load(sys.stdin):
             Config.from_dict(values), topologies.topology("local"), decoding.DecodeRequest(**request)
         )
     except UserError as error:
-        print(error)
+        print(json.dumps(str(error)))
 """
 
 
 def test_on_eight_devices_a_part_that_is_sent_is_found_and_mistakes_are_sentences():
     ring = tiny.config(mesh={"context": 2, "fsdp": 4}).to_dict()
     asked = [(ring, {"as_trained": True}), (tiny.config().to_dict(), {"batch": 6})]
-    run = subprocess.run(
-        [sys.executable, "-c", EIGHT],
-        input=json.dumps(asked),
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    buffer, steps, divides_sequences, odd = run.stdout.splitlines()
+    buffer, steps, divides_sequences, odd = json_lines(EIGHT, asked, devices=8)
     assert "all-gather" in buffer
-    assert steps == "steps []"
+    assert steps == []
     assert divides_sequences == "mesh.context = 2: decoding divides batch and heads, not sequences; make it 1."
     assert odd == (
         "--decode_batch=6: it cannot be divided among mesh.data * mesh.fsdp = 4 devices; give a multiple of 4."

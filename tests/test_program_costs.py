@@ -1,20 +1,14 @@
 """What is read off a compiled program: every notation, and programs whose collectives and traffic are known."""
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import json_lines
 
 from natsjax.plan import hlo, hlo_costs
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 class FakeMesh:
@@ -232,12 +226,8 @@ print(json.dumps([[c.kind, c.axes, c.times, c.bytes_inside] for c in costs.colle
 
 
 def test_collectives_of_a_program_that_xla_compiled():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", COLLECTIVES], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = {kind: (axes, count, sent) for kind, axes, count, sent in json.loads(run.stdout)}
+    (collectives,) = json_lines(COLLECTIVES, devices=8)
+    found = {kind: (axes, count, sent) for kind, axes, count, sent in collectives}
     part = 4096 // 8 * 32 * 4  # bytes of a device's share
     assert found == {
         "all-gather": (["fsdp"], 5, 5 * part),

