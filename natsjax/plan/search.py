@@ -1,4 +1,4 @@
-"""The step under every rematerialisation policy, each with the fewest microbatches that fit."""
+"""Search over rematerialization policies, each with the fewest microbatches that fit."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ from natsjax.runtime.tables import text_table
 
 
 def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
-    """Plans with every rematerialisation policy, each with the fewest microbatches that fit, or the most there are.
+    """Plans the step with every rematerialization policy and the fewest microbatches that fit, or the most possible.
 
     Args:
-      config: of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are what is tried.
-      name: of the topology, for ``hardware.topology``.
-      num_slices: for the same.
+      config: of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are varied.
+      name: of the topology (``natsjax.plan.topologies``).
+      num_slices: slices of the topology.
 
     Raises:
-      UserError: see ``planning.plan_apart``.
+      UserError: see ``plan_apart``.
     """
     for remat in ("none", "dots", "full"):
         model = dataclasses.replace(config.model, remat=remat)
