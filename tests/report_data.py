@@ -95,7 +95,7 @@ def make_rows():
 
 
 def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222"), ("012012", "010101")), **changes):
-    """The same roles under each role bias, but that the first keeps what it must alone and the last everything."""
+    """Makes a sample; the first role bias keeps only what it must, the last everything."""
     layers = [list(heads) for heads in roles]
     least = [["0" + "2" * (len(head) - 1) for head in heads] for heads in layers]
     most = [["0" * len(head) for head in heads] for heads in layers]
@@ -110,7 +110,7 @@ def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222
 
 
 def write(directory, *, rows=None, budget_check=BUDGET_CHECK, samples=(), run=RUN, metrics=(), starts=()):
-    """The report of a workdir; its paths."""
+    """Writes the report of a workdir; returns its paths."""
     workdir = Workdir(directory)
     workdir.path.mkdir(parents=True, exist_ok=True)
     for path, lines in ((workdir.metrics_file, metrics), (workdir.starts_file, starts)):
@@ -142,7 +142,7 @@ START = {
 
 
 def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, evaluated=True, attention="nats"):
-    """A workdir as training and evaluation leave it, less the checkpoint."""
+    """Makes a workdir as training and evaluation leave it, without the checkpoint."""
     config = tiny.config(model={"layer_types": attention}, nats={"kv_budget": budget})
     workdir = Workdir(path)
     workdir.path.mkdir(parents=True)

@@ -60,7 +60,7 @@ def rendered(line, config, step=20, width=80, height=24, **options):
 
 
 def on_a_terminal(script, columns=80, lines=24, **environment):
-    """What the script writes to a terminal, with its control characters."""
+    """Returns the output of the script on a terminal, with its control characters."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}

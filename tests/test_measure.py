@@ -310,7 +310,7 @@ def test_the_bootstrap_interval_of_several_sums_is_that_of_each():
 
 @pytest.mark.parametrize(("count", "least"), [(10, 0.9), (40, 0.9)])
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says(count, least):
-    """Of 400 draws 95 % give or take 2.2 %; plain percentiles cover 88 % of those of ten documents of any length."""
+    """95 % of 400 intervals, give or take 2.2 %; plain percentiles of ten documents cover in 88 %."""
     rng, covered = np.random.default_rng(0), 0
     for seed in range(400):
         tokens = np.exp(rng.normal(0, 0.5, count))

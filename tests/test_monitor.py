@@ -30,7 +30,7 @@ from natsjax.train.logs.wandb import importlib
 
 
 def make(tmp_path, config, start=0):
-    """A monitor without a trainer behind it."""
+    """Makes a monitor without a trainer."""
     devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=sharding.make_mesh(config.mesh))
     wall_time = WallTime()
     wall_time.close()
@@ -129,9 +129,9 @@ def test_warnings_are_written_and_logged(tmp_path, capfd):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     endless = ["endless-local" in line["warnings"] for line in lines]
     assert endless == [False, False, True, True, True, True, False, False]
-    said = [line for line in capfd.readouterr().err.splitlines() if "endless-local" in line]
-    assert [line.split(":")[0] for line in said] == ["warning", "endless-local"]
-    assert "in all layers and heads." in said[0]
+    logged = [line for line in capfd.readouterr().err.splitlines() if "endless-local" in line]
+    assert [line.split(":")[0] for line in logged] == ["warning", "endless-local"]
+    assert "in all layers and heads." in logged[0]
 
 
 def test_only_what_is_needed_is_fetched_between_logged_steps(tmp_path):
@@ -199,7 +199,7 @@ def profiler(monkeypatch):
 
 
 def profiled(tmp_path, profiler, first, last, steps, start=0):
-    """What the profiler was told, and the numbers of the steps."""
+    """Lists the calls of the profiler and the numbers of the steps."""
     config = tiny.config(train={"profile": (first, last)})
     watch = make(tmp_path, config, start)
     for step in steps:
@@ -267,7 +267,7 @@ def wandb(monkeypatch):
     return fake
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):
+def test_a_resumed_run_continues_the_same_wandb_run(tmp_path, wandb):
     config = tiny.config(train={"wandb": "mine"})
     for start, end in ((0, 7), (5, 9)):
         watch = make(tmp_path, config, start)
@@ -285,7 +285,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):
 
 
 @pytest.mark.parametrize("broken_from", [0, 3])
-def test_what_wandb_cannot_do_is_said_once(tmp_path, wandb, capfd, broken_from):
+def test_an_error_of_wandb_is_logged_once(tmp_path, wandb, capfd, broken_from):
     config = tiny.config(train={"wandb": "mine"})
     wandb.broken = broken_from == 0
     watch = make(tmp_path, config)
@@ -297,7 +297,7 @@ def test_what_wandb_cannot_do_is_said_once(tmp_path, wandb, capfd, broken_from):
     assert capfd.readouterr().err.count("gets no more metrics of this start (no network); training continues\n") == 1
 
 
-def test_a_missing_package_is_said_before_anything_begins(tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_before_anything_begins(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^train.wandb = 'mine' needs .* pip install 'natsjax\[wandb\]'"):

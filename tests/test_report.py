@@ -1,4 +1,4 @@
-"""The report says what it was given: rows, strict JSON, one self-contained page; it is drawn again from a file."""
+"""The report contains what it was given: rows, strict JSON, one self-contained page; it can be drawn again."""
 
 import copy
 import html.parser
@@ -321,7 +321,7 @@ def test_an_older_evaluation_of_few_documents_loses_its_intervals(tmp_path):
         ({}, 1000, "no interval of the perplexity: all 12 held-out documents came out alike."),
     ],
 )
-def test_why_there_is_no_interval_is_said(changes, resamplings, words):
+def test_the_reason_for_no_interval_is_given(changes, resamplings, words):
     none = {} if words is None else {"perplexity_low": None, "perplexity_high": None}
     rows = [row | changes | none for row in make_rows()]
     what, note = about_intervals(rows, tiny.config(eval={"bootstrap_samples": resamplings}))
