@@ -10,11 +10,11 @@ import pty
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from natsjax import UserError, evaluate
+from natsjax.config import Config
 from natsjax.data import ByteTokenizer
 from natsjax.data.corpus import Corpus
 from natsjax.data.inspect import __main__ as inspect_command
@@ -25,7 +25,7 @@ from natsjax.runs.workdir import Workdir
 from natsjax.runtime import standard_streams
 from natsjax.runtime.flags import run_command
 from natsjax.runtime.log import logger
-from natsjax.train.logs.display import Shown, panel
+from natsjax.train.logs.display import panel
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = "±10 % köln là 日本語 🙂 \udcff\n"
@@ -82,11 +82,12 @@ def test_json_stays_json(encoding, tmp_path, monkeypatch):
 
 def test_the_panel_of_a_run_keeps_its_shape_in_ascii(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream_to(tmp_path / "err", "ascii"))
-    roles = np.array([[0.5, 0.25, 0.25]])
-    shown = Shown(20, 2.5, 12.18, 0.31, 12345.6, 0.3, 0.125, 0.42, roles, (0,), ("no-global",))
+    groups = {"data": {"source": "recall"}, "model": {"num_layers": 1}, "train": {"num_steps": 40}}
+    config = Config.from_dict(groups | {"optimizer": {"warmup_steps": 0}})
+    line = {"loss": 2.5, "perplexity": 12.18, "role_fractions": [[[0.5, 0.25, 0.25]]], "warnings": ["no-global"]}
 
     def show():
-        Console(stderr=True, width=80).print(panel(shown, 20, 40, 75.0, "läuf", 80, 24))
+        Console(stderr=True, width=80).print(panel(config, line, 20, 75.0, "läuf", 80, 24))
 
     assert status_of(show) == 0
     sys.stderr.flush()
