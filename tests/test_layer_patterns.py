@@ -13,11 +13,11 @@ from natsjax.data import piece_lengths
 from natsjax.decode.generation import generate
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
-from natsjax.evaluate.settings import Nats
 from natsjax.model.attention import RoleSampling
 from natsjax.model.inputs import model_inputs
 from natsjax.model.transformer import init_parameters
 from natsjax.policies.interval import FullAttention, SlidingWindow
+from natsjax.policies.nats import Nats
 from natsjax.train.step import Trainer
 
 WINDOW = 5
