@@ -302,7 +302,7 @@ def test_a_baseline_must_be_dense_and_on_the_same_data(tmp_path, monkeypatch):
         monkeypatch.setattr(dense_baseline, "load", lambda workdir, prepared_dir, other=other: other)
         with pytest.raises(UserError, match=message):
             evaluate.run(tmp_path, loaded=run, baseline_workdir="runs/x", progress=False)
-    with pytest.raises(UserError, match="is itself a dense one"):
+    with pytest.raises(UserError, match="is itself a dense run; leave the flag out"):
         evaluate.run(tmp_path, loaded=dense, baseline_workdir="runs/x", progress=False)
 
 
