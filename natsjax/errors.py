@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, for a sentence of ours: its first line, without reprs of objects, and without a stop.
+    """Returns the first line of an exception for a sentence of ours, without reprs of objects or a stop.
 
     Args:
       error: of a library or the system; where it says nothing, its type is what is known.
@@ -45,5 +45,5 @@ def _printable(character: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line of a terminal: what cannot be printed is escaped."""
+    """Returns the text as one line of a terminal: what cannot be printed is escaped."""
     return "".join(map(_printable, text))

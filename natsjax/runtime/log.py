@@ -93,7 +93,7 @@ def also_to(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _ending(error: BaseException) -> str:
-    """What ended a run, in a line, or in the lines of a traceback where it is no mistake of a person."""
+    """Formats what ended a run: a line, or a traceback where it is no mistake of a person."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
