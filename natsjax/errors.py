@@ -7,14 +7,14 @@ _REPR = re.compile(r"<(?:bound method|built-in|function|class|module|coroutine|[
 
 
 class UserError(Exception):
-    """A mistake in what a person asked for: a config field, an input file, a workdir.
+    r"""A mistake in what a person asked for: a config field, an input file, a workdir.
 
     Its message is one clear sentence that names the field or file, the value found and what would be right.
     The commands print it without a traceback and exit with status 2; from Python it is an ordinary exception.
 
     Args:
       message: the sentence. Names of files and fields in it may hold anything: what cannot be printed on one line is
-        escaped, as in ``new\\nline.txt``.
+        escaped, as in ``new\nline.txt``.
     """
 
     def __init__(self, message: str):
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception for a sentence of ours, without reprs of objects or a stop.
+    r"""Returns the first line of an exception for a sentence of ours, without reprs of objects or a stop.
 
     Args:
       error: of a library or the system; where it says nothing, its type is what is known.

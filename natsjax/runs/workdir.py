@@ -311,7 +311,7 @@ def _version(package: str) -> str:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the lines of ``metrics.jsonl``, under today's names, without an unfinished last line of a killed process."""
+    """Reads the lines of ``metrics.jsonl``, under today's names, but an unfinished last one of a killed process."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
