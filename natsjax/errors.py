@@ -45,5 +45,5 @@ def _printable(character: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line of a terminal: what cannot be printed is escaped."""
+    """Returns the text as one line of a terminal: what cannot be printed is escaped."""
     return "".join(map(_printable, text))

@@ -8,7 +8,7 @@ from natsjax.runtime.log import logger
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
+    """Runs the command.
 
     Raises:
       UserError: see ``export``.

@@ -107,7 +107,7 @@ def export(
 
 @contextlib.contextmanager
 def _errors_of(target: Workdir) -> Iterator[None]:
-    """Whatever the system refuses, as a sentence about the output."""
+    """Raises what the system refuses as a sentence about the output."""
     try:
         yield
     except OSError as error:
@@ -115,12 +115,12 @@ def _errors_of(target: Workdir) -> Iterator[None]:
 
 
 def _replaced(folder: Path) -> Path:
-    """Where an export is set aside while another takes its place, if the folder itself is replaced."""
+    """Returns the place of an export while another one replaces the folder itself."""
     return folder.parent / hidden_name(folder.name, "replaced")
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Whether a folder can be replaced as a whole: not a mount point, nor somebody's current folder.
+    """Returns whether a folder can be replaced as a whole: no mount point, nor somebody's current folder.
 
     Tried, by its rename and back; killed between the two, it is put back by the next call.
     """
@@ -181,7 +181,7 @@ def _write(run: LoadedRun, target: Workdir, dtype: DType, prepared_dir: str | os
 
 
 def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Config:
-    """The run's, with the corpus where it lies whatever folder one is in."""
+    """Returns the config of the run, with the absolute path of its corpus."""
     data = run.config.data
     if data.source != "corpus":
         return run.config
@@ -198,5 +198,5 @@ def _config(run: LoadedRun, prepared_dir: str | os.PathLike[str] | None) -> Conf
 
 
 def num_parameters(run: LoadedRun) -> int:
-    """How many numbers the parameters are."""
+    """Counts the numbers in the parameters."""
     return sum(x.size for x in jax.tree.leaves(run.parameters))

@@ -81,7 +81,7 @@ class Checkpoints:
             )
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Returns the step of the newest complete checkpoint."""
         return max((step for step in self._manager.all_steps() if step != self._saving), default=None)
 
     def save(self, step: int, state) -> None:
@@ -144,7 +144,7 @@ class Checkpoints:
         )
 
     def restore(self, abstract: State) -> State:
-        """The newest state that can be read.
+        """Restores the newest state that can be read.
 
         Args:
           abstract: shapes and dtypes of the state, ``jax.ShapeDtypeStruct``, with shardings where it is to be divided
@@ -235,7 +235,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _remove_unfinished(self) -> list[str]:
-        """Their steps, from the first to the last, in process 0, which speaks for all."""
+        """Removes unfinished checkpoints and returns their steps in order, in process 0."""
         paths = list(self.folder.glob("*orbax-checkpoint-tmp*")) if jax.process_index() == 0 else []
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
@@ -264,7 +264,7 @@ def _is_renamed(node: Any) -> bool:
 
 
 def _with_old_names(state: Any) -> Any:
-    """A state that also asks for what its renamed arrays were called."""
+    """Returns a state that also asks for renamed arrays by their old names."""
 
     def ask(node: Any) -> Any:
         if not _is_renamed(node):
@@ -276,7 +276,7 @@ def _with_old_names(state: Any) -> Any:
 
 
 def _without_old_names(state: Any, found: Any) -> Any:
-    """What ``_with_old_names`` of a state found, in the form of the state."""
+    """Returns what ``_with_old_names`` of a state found, in the form of the state."""
 
     def take(node: Any, values: Any) -> Any:
         if not _is_renamed(node):
@@ -290,7 +290,7 @@ def _without_old_names(state: Any, found: Any) -> Any:
 
 
 def _why_unreadable(folder: pathlib.Path, error: Exception) -> str:
-    """What is wrong with a checkpoint, without a stop: pointers in the place of its files, or what a library says."""
+    """Returns what is wrong with a checkpoint: pointers in the place of its files, or the words of a library."""
     try:
         check_folder_no_pointers(folder)
     except UserError as found:
@@ -299,7 +299,7 @@ def _why_unreadable(folder: pathlib.Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why something could not be written, without the inner life of TensorStore where the system has a word for it."""
+    """Returns why something could not be written, in the words of the system where TensorStore quotes them."""
     text = str(error)
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
     return next((word for word in known if word in text), first_line(error))
@@ -314,7 +314,7 @@ def _kept(last: int, every: int) -> PreservationPolicy:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns of a folder that is only read that it is only read."""
+    """Silences the warning of Orbax that a folder is read-only."""
     log = logging.getLogger("absl")
     before = log.level
     log.setLevel(logging.ERROR)

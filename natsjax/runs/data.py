@@ -42,7 +42,7 @@ from natsjax.runs.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """What a run learns from and is measured on.
+    """Data that a run learns from and is measured on.
 
     An export may be far from its corpus: then ``vocabulary``, ``description`` and ``fingerprint`` are those of the run
     that it came from, ``piece_lengths`` is empty, and asking for rows or contexts raises a ``UserError``.
@@ -116,7 +116,7 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
 
 
 def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:
-    """The tokens of a run or an export, without the text.
+    """Returns the vocabulary of a run or an export, without its text.
 
     Raises:
       UserError: the tokenizer is not there.
@@ -131,7 +131,7 @@ def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:
 
 
 def token_meaning(vocabulary: Vocabulary) -> str:
-    """For people; the same for two vocabularies if and only if each id stands for the same in both."""
+    """Describes a vocabulary; two have the same text if and only if each id means the same in both."""
     if isinstance(vocabulary, RecallTask):
         task = vocabulary
         return f"recall of {task.num_keys} keys, {task.num_values} values and {task.num_fillers} fillers"
@@ -157,7 +157,7 @@ def _open_recall(config: Config) -> RunData:
 
 
 def _without_corpus(workdir: Workdir, error: UserError) -> RunData:
-    """Of an export that is far from its corpus: the tokenizer alone."""
+    """Returns the data of an export that is far from its corpus: the tokenizer alone."""
 
     def refuse(*_) -> NoReturn:
         raise error
@@ -205,7 +205,7 @@ def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
 
 
 def _of_prepared(config: Config, where: str) -> RunData:
-    """A prepared corpus, or a mixture of some."""
+    """Opens a prepared corpus, or a mixture of some."""
     folder = os.path.expanduser(where)
     if not _is_corpus(folder) and "=" in where:
         return _of_mixture(config, load_mixture(where))
@@ -236,7 +236,7 @@ def _of_mixture(config: Config, parts: list[Part]) -> RunData:
 
 
 def resolve_length(config: Config, data: RunData) -> Config:
-    """The config with ``train.num_steps`` as ``train.num_tokens`` or ``train.num_epochs`` say, if one of them does.
+    """Returns the config with ``train.num_steps`` from ``train.num_tokens`` or ``train.num_epochs``, where one is set.
 
     Raises:
       UserError: the data has no epochs, or the run is shorter than its warm-up.
@@ -267,7 +267,7 @@ def resolve_length(config: Config, data: RunData) -> Config:
 
 
 def length_of_run(config: Config, data: RunData) -> str:
-    """For people: the tokens of a run, and how often it goes through its data; ``train.num_steps`` is resolved."""
+    """Describes the tokens and epochs of a run; ``train.num_steps`` is resolved."""
     tokens = config.train.num_steps * config.train.batch_size * config.data.context_length
     text = f"{config.train.num_steps:,} steps, {tokens:,} tokens"
     if data.epoch_tokens is None:

@@ -23,7 +23,7 @@ _MAX_NAMED = 6  # parameters in a message
 
 
 class InitialParameters:
-    """What ``train.init_from`` names, found to fit; nothing is read before ``put_into``.
+    """The run of ``train.init_from``, found to fit; nothing is read before ``put_into``.
 
     Args:
       config: of the new run.
@@ -52,7 +52,7 @@ class InitialParameters:
         self._check_parameters(config, model, vocabulary.vocab_size)
 
     def put_into(self, parameters: Any) -> Any:
-        """The parameters of a new run with the values from there, each process reading its shards of them.
+        """Returns the parameters of a new run with the stored values; each process reads its shards of them.
 
         Args:
           parameters: nested dict of initialised arrays; the scorer's stay where it is to be fresh.
@@ -111,7 +111,7 @@ def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:
 
 
 def _differing_fields(theirs: Config, ours: Config) -> list[str]:
-    """``model.FIELD = X there and Y here``, of all that belongs to the model itself."""
+    """Lists ``model.FIELD = X there and Y here`` for the fields of the model itself."""
     free = ("remat", "dtype")
     return [
         f"model.{field.name} = {x!r} there and {y!r} here"
@@ -138,7 +138,7 @@ def _without_scorer(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with the leaves that ``values`` has."""
+    """Returns ``tree`` with the leaves of ``values``."""
     return {
         name: value if name not in values else _merged(value, values[name]) if isinstance(value, dict) else values[name]
         for name, value in tree.items()

@@ -19,7 +19,7 @@ from natsjax.runs.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What a workdir or an export holds.
+    """Contents of a workdir or an export.
 
     Attributes:
       workdir: its folder.
@@ -59,7 +59,7 @@ def load(
     prepared_dir: str | os.PathLike[str] | None = None,
     mesh_config: MeshConfig | None = None,
 ) -> LoadedRun:
-    """The newest checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
+    """Loads the newest checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
 
     Args:
       path: the workdir, or the export.
@@ -102,7 +102,7 @@ def load(
 
 
 def _mesh(config: Config, asked: MeshConfig | None) -> Mesh:
-    """The mesh asked for, or the run's own where it has as many devices as are here, or one that divides parameters."""
+    """Makes the mesh asked for, or the run's own where the devices are as many, or one that divides parameters."""
     if asked is not None:
         return sharding.make_mesh(asked)
     try:

@@ -1,4 +1,4 @@
-"""Where the data of a run is: paths are absolute when they are stored, and followed where things were moved.
+"""Paths of a run's data: absolute when they are stored, and followed where things were moved.
 
 Runs and corpora are moved, renamed, copied, and read from other folders. A run's config has the path of its corpus, and
 ``data.json`` of the run its fingerprint. So a corpus is looked for by its name: in the run's folder, beside it, and
@@ -60,7 +60,7 @@ def settle_paths(config: Config, workdir: Workdir) -> Config:
 
 
 def _kept(group: Any, earlier: Any) -> Any:
-    """A group of fields, with the paths of the earlier one where what they name may be moved, and is not there."""
+    """Returns a group of fields with the earlier paths, where a new one may be a moved file that is not there."""
     changes = {}
     for field in dataclasses.fields(group):
         syntax, then, now = field.metadata.get("path"), getattr(earlier, field.name), getattr(group, field.name)
@@ -149,7 +149,7 @@ def _fingerprint(data: DataConfig, chosen: Sequence[_Found], shares: Sequence[fl
 
 
 def _all_found(folder: str, run: Path) -> list[_Found]:
-    """The places that hold a corpus, each once, the run's own first."""
+    """Lists the places that hold a corpus, each once, the run's own first."""
     places = {real_path(place): place for place in reversed(list(_places(Path(folder), run)))}
     return [
         _Found(place, _content_hash(place))
@@ -159,7 +159,7 @@ def _all_found(folder: str, run: Path) -> list[_Found]:
 
 
 def _places(folder: Path, run: Path) -> Iterator[Path]:
-    """Where a corpus may be, the nearest to the run first, and of these the one with most of its path."""
+    """Yields the places of a corpus, the nearest to the run first, and of these the one with most of its path."""
     if folder == run / CORPUS_FOLDER:
         yield folder
         return

@@ -75,7 +75,7 @@ class Workdir:
 
     @property
     def is_export(self) -> bool:
-        """Whether the folder holds parameters alone, to be read and not trained on."""
+        """Whether the folder is an export: parameters to be read and not trained on."""
         return os.path.exists(self.export_file)
 
     @contextlib.contextmanager
@@ -124,7 +124,7 @@ class Workdir:
         return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {better}.")
 
     def read_config(self) -> Config:
-        """The config that the run was started with.
+        """Reads the config that the run was started with.
 
         Raises:
           UserError: there is no run here, or its config cannot be read.
@@ -142,7 +142,7 @@ class Workdir:
             raise UserError(f"{self.config_file}: {error}") from error
 
     def with_own_order(self, config: Config) -> Config:
-        """A config with ``data.shuffle`` of the run that is here, if it has come as far as a checkpoint.
+        """Returns a config with ``data.shuffle`` of the run that is here, if that has a checkpoint.
 
         The order is no part of what a user asks of a resumed run: its default may have changed since the run began.
 
@@ -179,7 +179,7 @@ class Workdir:
         return changed
 
     def earlier_config(self) -> Config | None:
-        """The config of the run that is here, if it has come as far as a checkpoint.
+        """Reads the config of the run that is here, if that has a checkpoint.
 
         Raises:
           UserError: it cannot be read.
@@ -187,7 +187,7 @@ class Workdir:
         return self.read_config() if os.path.exists(self.config_file) and self.has_checkpoint() else None
 
     def has_checkpoint(self) -> bool:
-        """Whether there is something that a run could go on from; not where the folder cannot even be read."""
+        """Returns whether a run could be resumed; not where the folder cannot be read."""
         try:
             return any(name.isdigit() for name in os.listdir(self.checkpoints))
         except OSError:
@@ -218,7 +218,7 @@ class Workdir:
             )
 
     def known_fingerprint(self) -> str | None:
-        """What the data was; None where nobody wrote it down.
+        """Reads the fingerprint of the data; returns None where it is not stored.
 
         Raises:
           UserError: it cannot be read.
@@ -226,7 +226,7 @@ class Workdir:
         return self.read_data_fingerprint() if os.path.exists(self.data_file) else None
 
     def read_data_fingerprint(self) -> str:
-        """What the data was.
+        """Reads the fingerprint of the data.
 
         Raises:
           UserError: it is not written here.
@@ -238,7 +238,7 @@ class Workdir:
             raise UserError(f"{self.data_file} cannot be read: {first_line(error)}.") from error
 
     def read_export(self) -> dict[str, Any]:
-        """What ``export.json`` says (``natsjax.export`` has the fields).
+        """Reads ``export.json`` (``natsjax.export`` has the fields).
 
         Raises:
           UserError: it cannot be read, another natsjax wrote it, or a file is not what was exported.
@@ -262,7 +262,7 @@ class Workdir:
         return values
 
     def refuse_export(self) -> None:
-        """For training.
+        """Refuses to train in an export.
 
         Raises:
           UserError: the folder is an export.
@@ -279,7 +279,7 @@ class Workdir:
         write_text_file(self.data_file, json.dumps({"fingerprint": fingerprint}) + "\n")
 
     def record_start(self) -> None:
-        """Writes down the command that this process was started with, for the report.
+        """Appends the command that this process was started with, for the report.
 
         Raises:
           UserError: the file cannot be written.
@@ -294,12 +294,12 @@ class Workdir:
 
 
 def natsjax_version() -> str:
-    """Of the installed package, for the record."""
+    """Returns the version of the installed package."""
     return _version("natsjax")
 
 
 def versions() -> str:
-    """Of what numbers depend on, for the record."""
+    """Returns the versions that numbers depend on."""
     return f"natsjax {natsjax_version()}, jax {_version('jax')}, Python {platform.python_version()}"
 
 

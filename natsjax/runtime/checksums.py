@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, hex.
+    """Computes the SHA-256 of a file, hex.
 
     Raises:
       OSError: it cannot be read.
@@ -21,7 +21,7 @@ def digest(path: pathlib.Path) -> str:
 
 
 def digests(folder: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of files, by their names below a folder.
+    """Computes the SHA-256 of files, by their names below a folder.
 
     Raises:
       OSError: one cannot be read.
@@ -31,17 +31,17 @@ def digests(folder: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def names_below(folder: pathlib.Path, part: str) -> list[str]:
-    """The files below ``folder/part``, by their names below ``folder``, in order."""
+    """Lists the files below ``folder/part``, by their names below ``folder``, in order."""
     return sorted(path.relative_to(folder).as_posix() for path in (folder / part).rglob("*") if path.is_file())
 
 
 def as_text(sums: Mapping[str, str]) -> str:
-    """A line for each file, as ``sha256sum`` writes and reads them."""
+    """Formats a line for each file, as ``sha256sum`` writes and reads them."""
     return "".join(f"{value}  {name}\n" for name, value in sums.items())
 
 
 def from_text(text: str) -> dict[str, str]:
-    """What ``as_text`` wrote.
+    """Reads what ``as_text`` wrote.
 
     Raises:
       ValueError: it is something else.
@@ -54,7 +54,7 @@ def from_text(text: str) -> dict[str, str]:
 
 
 def first_damaged(folder: pathlib.Path, sums: Mapping[str, str], names: Iterable[str]) -> str | None:
-    """The first of the names whose file is not there, cannot be read or is not what it was; None: all are as they were.
+    """Finds the first file that is missing, unreadable or changed; returns None where all are as they were.
 
     Args:
       folder: that the names are below.

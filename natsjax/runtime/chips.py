@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device can do at most; a TPU7x chip is two devices.
+    """Peak figures of one JAX device; a TPU7x chip is two devices.
 
     Attributes:
       name: as in a topology's name.
@@ -63,6 +63,6 @@ _KINDS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """What a device that is here can do; None where that is not known (a CPU, say)."""
+    """Returns the chip of a device; None where it is not known (a CPU, say)."""
     name = _KINDS.get(device.device_kind)
     return None if name is None else CHIPS[name]

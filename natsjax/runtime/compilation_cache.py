@@ -58,7 +58,7 @@ def _folder(setting: str, folder_of_run: Path) -> Path | None:
 
 
 def _check(setting: str, folder: Path) -> None:
-    """Where JAX would warn and compile without it."""
+    """Raises where JAX would warn and compile without the cache."""
     try:
         make_folder(folder)
         with tempfile.TemporaryFile(dir=real_path(folder)):

@@ -43,7 +43,7 @@ class Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that come next, perhaps none; None when the line is broken or somebody else's."""
+        """Returns the messages that come next, perhaps none; None when the line is broken or somebody else's."""
         try:
             data = self.socket.recv(65536)
             *lines, self._begun = (self._begun + data).split(b"\n")
@@ -53,7 +53,7 @@ class Line:
         return messages if data and all(isinstance(message, dict) for message in messages) else None
 
     def first(self, timeout: float) -> dict[str, Any] | None:
-        """The first message, if it comes in time."""
+        """Returns the first message, or None where it does not come in time."""
         self.socket.settimeout(timeout)
         messages: list[dict[str, Any]] | None = []
         while messages == []:
@@ -62,7 +62,7 @@ class Line:
         return messages[0] if messages else None
 
     def is_broken(self) -> bool:
-        """Whether the other end is gone."""
+        """Returns whether the other end is gone."""
         try:
             return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -78,7 +78,7 @@ class Line:
 
 
 class Failure(NamedTuple):
-    """Why all end.
+    """The reason why all processes end.
 
     Attributes:
       rank: the process that it began with.
@@ -99,7 +99,7 @@ def _lost(rank: int, count: int) -> Failure:
 
 
 def _failure(rank: int, error: BaseException) -> Failure:
-    """What an exception is to the others."""
+    """Describes an exception to the other processes."""
     if isinstance(error, UserError):
         return Failure(rank, str(error), 2)
     if isinstance(error, KeyboardInterrupt):
@@ -131,7 +131,7 @@ class Hub(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Until all lines are broken."""
+        """Serves all lines until they are broken."""
         with selectors.DefaultSelector() as selector:
             for rank, line in self._lines.items():
                 selector.register(line.socket, selectors.EVENT_READ, rank)
@@ -216,7 +216,7 @@ class Member:
         self._reader.start()
 
     def any_process(self, flag: bool) -> bool:
-        """``distributed.any_process``."""
+        """Implements ``distributed.any_process``."""
         with self._changed:
             # Between saying how many calls it has made and hearing the common one, a process makes no further call.
             self._changed.wait_for(lambda: not self._counted or self._stop_at is not None)
@@ -227,7 +227,7 @@ class Member:
             return self._stop_at is not None and self._calls >= self._stop_at
 
     def barrier(self, what: str) -> None:
-        """``distributed.barrier``."""
+        """Implements ``distributed.barrier``."""
         self._met.clear()
         self._line.send(here=what)
         self._met.wait()
@@ -255,7 +255,7 @@ class Member:
             self._leave(verdict.status)
 
     def _read(self) -> None:
-        """The thread that listens."""
+        """Listens, in a thread of its own."""
         while not self._finished:
             messages = self._line.receive()
             if messages is None:
@@ -306,7 +306,7 @@ class Member:
 
 
 def _show_own(error: BaseException) -> None:
-    """What a command shows that ends with such an exception."""
+    """Prints an exception as a command that ends with it does."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):

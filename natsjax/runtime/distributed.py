@@ -88,7 +88,7 @@ def initialize(
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which speaks for all; touches no device unless others set up ``jax.distributed``."""
+    """Returns whether this is process 0, which logs and writes for all; touches no device."""
     if _member is not None:
         return _member.rank == 0
     jax = sys.modules.get("jax")
@@ -97,7 +97,7 @@ def is_main() -> bool:
 
 
 def label() -> str:
-    """``"process 1 of 4: "`` where there are several, for what each of them says for itself; else nothing."""
+    """Returns ``"process 1 of 4: "`` where there are several, for lines that each of them logs; else nothing."""
     return "" if _member is None else f"process {_member.rank} of {_member.count}: "
 
 
@@ -117,7 +117,7 @@ def end(error: BaseException, status: int) -> NoReturn:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process has raised its flag: an answer that is the same in all processes at the same call.
+    """Returns whether any process has raised its flag: the same in all processes at the same call.
 
     All processes call it equally often, say once a step. When one of them raises its flag, all are told, and agree on
     the first call that none has made yet, from which on the answer is yes: a call or two later, where devices keep the
@@ -143,7 +143,7 @@ def barrier(what: str) -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """Around all that the processes do: whatever ends one process before its time ends them all.
+    """Ends all processes when one of them ends before its time; goes around all that they do.
 
     The end waits until every process is there. An exception in one is told to the others, and each process ends at once
     (``os._exit``, for the others may sit in a collective) with one line on standard error and the same exit status:
@@ -175,7 +175,7 @@ def fail_together() -> Iterator[None]:
 
 
 def _place(address: str | None, count: int | None, rank: int | None, timeout: int) -> tuple[str, int, int] | None:
-    """``(coordinator_address, num_processes, process_id)``, or None for a process alone."""
+    """Returns ``(coordinator_address, num_processes, process_id)``, or None for a process alone."""
     flags = {"--coordinator_address": address, "--num_processes": count, "--process_id": rank}
     if timeout <= 0:
         raise UserError(f"--initialization_timeout = {timeout}; a positive number of seconds was expected.")
@@ -198,7 +198,7 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
 
 
 def _detect(timeout: int) -> tuple[str, int, int] | None:
-    """What JAX's detection says, which ``jax.distributed.initialize()`` would use."""
+    """Detects the cluster as ``jax.distributed.initialize()`` would."""
     import jax
     from jax._src.clusters import ClusterEnv  # private: nothing public detects a cluster without joining it
 
@@ -237,7 +237,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _gather(address: str, count: int, timeout: int) -> dict[int, Line]:
-    """Process 0: the lines of all others, when they are there.
+    """Waits, in process 0, for the lines of all others and returns them.
 
     The port is that of JAX's coordination service, so that a cluster needs no second one; it is free again on return.
     """
@@ -273,7 +273,7 @@ def _gather(address: str, count: int, timeout: int) -> dict[int, Line]:
 
 
 def _listen(address: str, timeout: float) -> socket.socket:
-    """A socket on the port of process 0, on all interfaces as JAX's own."""
+    """Opens a socket on the port of process 0, on all interfaces as JAX's own."""
     port = _host_and_port(address)[1]
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -292,7 +292,7 @@ def _listen(address: str, timeout: float) -> socket.socket:
 
 
 def _missing(ranks: Collection[int], address: str, count: int, timeout: int) -> str:
-    """The sentence about processes that did not come."""
+    """Returns the sentence about processes that did not join."""
     names = [str(rank) for rank in sorted(ranks)]
     if len(names) > 8:
         names = [*names[:8], f"{len(names) - 8} more"]
@@ -307,7 +307,7 @@ def _missing(ranks: Collection[int], address: str, count: int, timeout: int) -> 
 
 
 def _enter(address: str, count: int, rank: int, timeout: int) -> Line:
-    """Another process: its line to process 0, when all are there."""
+    """Connects another process than the first to process 0; returns its line when all are there."""
     host_and_port = _host_and_port(address)
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:

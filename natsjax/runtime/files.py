@@ -169,7 +169,8 @@ def append(file: FileIO, data: bytes) -> None:
         while rest:
             rest = rest[file.write(rest) or 0 :]
     except OSError:
-        file.truncate(size)
+        with contextlib.suppress(OSError):  # what is no ordinary file
+            file.truncate(size)
         raise
 
 

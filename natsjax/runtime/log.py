@@ -11,11 +11,11 @@ every process.
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 from natsjax.errors import UserError, printable
 from natsjax.runtime import distributed
@@ -44,7 +44,7 @@ class _File(logging.Handler):
       OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | os.PathLike[str]):
         super().__init__()
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
         formatter.converter = time.gmtime
@@ -60,7 +60,9 @@ class _File(logging.Handler):
             append(self._file, f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
         except OSError as error:
             self._has_failed = True
-            print(f"{printable(str(self._path))} gets no more lines: {reason(error)}", file=sys.stderr, flush=True)
+            print(
+                f"{printable(os.fspath(self._path))} gets no more lines: {reason(error)}", file=sys.stderr, flush=True
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -68,7 +70,7 @@ class _File(logging.Handler):
 
 
 @contextlib.contextmanager
-def also_to(path: Path) -> Iterator[None]:
+def also_to(path: str | os.PathLike[str]) -> Iterator[None]:
     """Appends what is logged in the block to a file as well, and the exception that ends it.
 
     Raises:
@@ -91,7 +93,7 @@ def also_to(path: Path) -> Iterator[None]:
 
 
 def _ending(error: BaseException) -> str:
-    """What ended a run, in a line, or in the lines of a traceback where it is no mistake of a person."""
+    """Formats what ended a run: a line, or a traceback where it is no mistake of a person."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):

@@ -54,7 +54,7 @@ _current: "StopRequests | None" = None
 
 
 class StopRequests:
-    """What has been asked for; made by ``stop_requests``.
+    """Requests to stop; made by ``stop_requests``.
 
     Attributes:
       requested: name of the first signal, None before it.
@@ -71,7 +71,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def at_once(self, sentence: str) -> Iterator[None]:
-        """A block that is left at the first signal, or not begun when that has come already.
+        """Leaves the block at the first signal, or does not begin it when that has come already.
 
         Args:
           sentence: what to do then, said after the signal's name.
@@ -97,7 +97,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def later(self, waits_for: str) -> Iterator[None]:
-        """A block that is not left at a signal.
+        """Keeps the block from being left at a signal.
 
         Args:
           waits_for: what has to happen before the run stops, as ``"the step is compiled"``.
@@ -116,7 +116,7 @@ class StopRequests:
         return self._left
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Of Python, in the main thread."""
+        """Handles a signal in the main thread, where Python calls this."""
         if self.requested is not None and not self._put_off:
             return  # the second one is the other thread's
         if self.requested is None:
@@ -129,7 +129,7 @@ class StopRequests:
             raise self._interruption()
 
     def _listen(self, end: socket.socket) -> None:
-        """The thread that hears of signals though the main one is busy, until the other end is closed."""
+        """Waits for signals in a thread of its own, though the main one is busy, until the other end is closed."""
         first: float | None = None
         said = False
         num_echoes = 0
@@ -214,7 +214,7 @@ def end_if_abandoned(status: int) -> None:
 
 
 def _is_in_gc_callback(frame: FrameType | None) -> bool:
-    """Whether Python would print and forget what is raised there; JAX has such a callback, and it is called often."""
+    """Returns whether Python would print and forget an exception there; JAX has such a callback, called often."""
     codes = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in codes:
@@ -258,7 +258,7 @@ def stop_requests() -> Iterator[StopRequests]:
 
 
 def _in_child() -> None:
-    """A forked process is none of the run's: signals end it, and are not heard as if the run had got them."""
+    """Restores the signals of a forked process, which is none of the run's: they end it."""
     if _current is not None and threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:

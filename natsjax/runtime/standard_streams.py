@@ -85,7 +85,7 @@ class _Descriptor(io.FileIO):
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """For a command: what is printed from here on, to the end of the process, cannot fail.
+    """Keeps a command from failing as it prints, from here to the end of the process.
 
     Raises:
       SystemExit: standard output is incomplete, and not because its reader had seen enough: status 1, unless the block
@@ -107,7 +107,7 @@ def guarded() -> Iterator[None]:
 
 
 def check(stream: Any) -> None:
-    """To be called between parts of work that is for standard output alone.
+    """Ends work that is for standard output alone once nothing more can be written to it.
 
     Raises:
       OutputLost: nothing more can be written to it.
@@ -130,7 +130,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _open_closed_descriptors() -> None:
-    """Else the next file that is opened, a checkpoint say, would take the place that C libraries log to."""
+    """Opens closed descriptors: else C libraries would log into the next open file, a checkpoint say."""
     for number in (_INPUT, _OUTPUT, _ERROR):
         try:
             os.fstat(number)
@@ -142,7 +142,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _safe(stream: Any) -> Any:
-    """The stream with replacements; where it is one of the system, on a descriptor that takes everything."""
+    """Returns the stream with replacements; one of the system is put on a descriptor that takes everything."""
     if stream is None:  # closed from the beginning
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper) or _descriptor_of(stream) is not None:
@@ -172,7 +172,7 @@ def _descriptor_of(stream: Any) -> _Descriptor | None:
 
 
 def _lost(stream: Any) -> OSError | None:
-    """What is to be reported of a stream, at its end."""
+    """Returns the failure of a stream that is to be reported at its end."""
     stream.flush()
     descriptor = _descriptor_of(stream)
     return None if descriptor is None or descriptor.reader_gone else descriptor.lost

@@ -52,7 +52,7 @@ class Watchdog:
 
     @property
     def phase(self) -> str:
-        """What the run is doing."""
+        """The name of what the run is doing."""
         return self._phase
 
     def progress(self, phase: str | None = None) -> None:

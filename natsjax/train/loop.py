@@ -108,7 +108,7 @@ def _locked(workdir: Workdir) -> Iterator[None]:
 
 
 def _with_own_order(config: Config, workdir: Workdir) -> Config:
-    """A resumed run reads its data in the order that it began with."""
+    """Keeps the order of the data that a resumed run began with."""
     kept = workdir.with_own_order(config)
     if kept != config:
         logger.info(
@@ -119,7 +119,7 @@ def _with_own_order(config: Config, workdir: Workdir) -> Config:
 
 
 def _open_data(config: Config, workdir: Workdir) -> RunData:
-    """The data; where it has to be prepared, one process does it, and the others wait."""
+    """Opens the data; where it has to be prepared, one process does it, and the others wait."""
     if distributed.is_main():
         data = open_data(config, workdir, progress=config.train.progress)
     distributed.barrier("the data")
@@ -145,7 +145,7 @@ def _check_budget(config: Config, data: RunData) -> None:
 
 
 def _initial_parameters(config: Config, workdir: Workdir, data: RunData, trainer: Trainer) -> InitialParameters | None:
-    """What a run that begins takes from another one."""
+    """Opens the parameters that a run that begins takes from another one."""
     if not config.train.init_from or workdir.has_checkpoint():
         return None
     return InitialParameters(config, trainer.model, data.vocabulary)
@@ -206,7 +206,7 @@ def _on_devices(trainer: Trainer) -> str:
 
 
 def _say_new_schedule(config: Config, earlier: Config | None, step: int) -> None:
-    """What another length of the run does to all that follows a schedule over it, and so may jump."""
+    """Logs what another length of the run does to its schedules, whose values may jump."""
     if earlier is None or earlier.train.num_steps == config.train.num_steps:
         return
     now, ends = schedules_at(config, step), (config.train.num_steps, earlier.train.num_steps)
@@ -273,7 +273,7 @@ class _Loop:
         return state
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]], running: Future[float] | None) -> Batch:
-        """The next batch, on its way to the devices, which may still be running a step."""
+        """Returns the next batch, on its way to the devices, which may still be running a step."""
         with watchdog.phase("waiting for a batch"), self._wall_time.waiting_for_input(running):
             rows = next(batches)
         return self._trainer.put_batch(rows)

@@ -1,4 +1,4 @@
-"""Show what a model is trained on: contexts of a corpus, token by token.
+"""Shows what a model is trained on: contexts of a corpus, token by token.
 
     python -m natsjax.data.inspect --prepared_dir=data/sotu --context_length=256
     python -m natsjax.data.inspect --workdir=runs/sotu --step=100 --row=3
@@ -27,7 +27,7 @@ from natsjax.runtime.flags import Parser, read_config_file, run_command
 
 
 def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
-    """The config, with what flags change of it, and the prepared corpus or mixture; an empty one for recall."""
+    """Returns the config as flags change it, and the prepared corpus or mixture (empty for recall)."""
     prepared = os.path.expanduser(options.prepared_dir)
     if options.workdir:
         from natsjax.runs.paths import locate
@@ -66,7 +66,7 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
 
 
 def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str, Any]]:
-    """Which context is asked for, and where it stands."""
+    """Returns the number of the context that is asked for, and its place."""
     for name in ("step", "row", "context", "context_length", "seed", "batch_size"):
         value = getattr(options, name)
         least = 1 if name in ("context_length", "batch_size") else 0
@@ -92,7 +92,7 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: `python -m natsjax.data.inspect --help`. Returns the exit status (2: a mistake)."""
+    """Runs the command and returns its exit status (2: a mistake)."""
     try:
         options = _parser().parse_args(arguments)
         # Here: the parser is built before anything slow is imported.

@@ -28,7 +28,7 @@ class Data:
     """Contexts of a split, and how to read them.
 
     Attributes:
-      row: gives context `index`, arrays `[t]`.
+      row: gives context ``index``, arrays ``[t]``.
       vocabulary: the tokens.
       corpora: that the documents come from, in the order in which their documents are counted; none for recall.
       is_stream: whether these are the contexts that steps take their batches from.
@@ -40,7 +40,7 @@ class Data:
     is_stream: bool = False
 
     def documents_in_batch(self, step: int, batch_size: int) -> int | None:
-        """How many documents the batch of a training step has rows of; None where nothing is a document.
+        """Counts the documents of the batch of a training step; returns None where nothing is a document.
 
         Args:
           step: from 0.
@@ -53,11 +53,11 @@ class Data:
 
 
 def open_data(config: Config, split: str, prepared: str) -> Data:
-    """The contexts that a run with this config sees.
+    """Opens the contexts that a run with this config sees.
 
     Args:
       config: of the run.
-      split: `"train"` or `"validation"`.
+      split: ``"train"`` or ``"validation"``.
       prepared: folder of the corpus, or DIR=WEIGHT,DIR=WEIGHT; empty for the recall task.
 
     Raises:
@@ -85,7 +85,7 @@ def open_data(config: Config, split: str, prepared: str) -> Data:
 
 
 def example_at(data: Data, split: str, index: int, place: dict[str, Any]) -> Example:
-    """Context `index` of a split, with the ids of its documents.
+    """Returns context ``index`` of a split, with the ids of its documents.
 
     Args:
       data: of the split.

@@ -25,10 +25,10 @@ class Example:
     """A context with what is needed to read it.
 
     Attributes:
-      row: arrays `[t]` (see `natsjax.data.packing`).
+      row: arrays ``[t]`` (see ``natsjax.data.packing``).
       vocabulary: the tokens.
       document_name: gives the id of a document by its index; None where documents have none.
-      place: where the context stands, by name, for example `{"context": 7}`.
+      place: where the context stands, by name, for example ``{"context": 7}``.
     """
 
     row: Row
@@ -37,7 +37,7 @@ class Example:
     place: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything about the context, as plain JSON; `end` is exclusive."""
+        """Returns everything about the context, as plain JSON; ``end`` is exclusive."""
         return {**self.place, **self.statistics(), "pieces": [self._piece(begin, end) for begin, end in self.spans()]}
 
     def spans(self) -> list[tuple[int, int]]:
@@ -46,7 +46,7 @@ class Example:
         return [(int(start), int(self.row["document_end"][start])) for start in starts]
 
     def statistics(self) -> dict[str, int]:
-        """Counts: `tokens` but padding, `padding`, `learned` targets, `pieces`; `text_bytes` where there is text."""
+        """Counts ``tokens`` but padding, ``padding``, ``learned`` targets, ``pieces``; ``text_bytes`` of text."""
         row = self.row
         real = row["document_end"] > 0
         counts = {
@@ -59,10 +59,10 @@ class Example:
         return counts if token_bytes is None else counts | {"text_bytes": int(token_bytes[row["inputs"][real]].sum())}
 
     def lines(self, *, colour: bool) -> Iterator[str]:
-        """The context for people.
+        """Yields the lines of the context for people.
 
         Args:
-          colour: mark tokens by ANSI colours; otherwise by `|`.
+          colour: mark tokens by ANSI colours; otherwise by ``|``.
         """
         statistics = self.statistics()
         where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.place.items())
@@ -133,7 +133,7 @@ def _shown_tokens(tokens: list[dict[str, Any]], colour: bool) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """Text with line ends marked (`↵` before each) and other control characters spelled out."""
+    """Returns text with line ends marked (``↵`` before each) and other control characters spelled out."""
     return "".join(
         "↵\n" if letter == "\n" else letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text

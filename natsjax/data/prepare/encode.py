@@ -1,6 +1,6 @@
-"""The last pass of `prepare` over the text: documents to token ids, in chunks that are kept as they are done.
+"""The last pass of ``prepare`` over the text: documents to token ids, in chunks that are kept as they are done.
 
-A chunk is a run of consecutive documents of an input with about `CHUNK_BYTES` of text. Where chunks begin depends on
+A chunk is a run of consecutive documents of an input with about ``CHUNK_BYTES`` of text. Where chunks begin depends on
 the text alone, so that whoever goes on with the work, with however many processes, finds the same ones.
 """
 
@@ -31,14 +31,14 @@ _BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class Chunk:
-    """Documents `begin … end-1` of an input.
+    """Documents ``begin … end-1`` of an input.
 
     Attributes:
       name: unique; its part is called so.
       input: name of the input.
       begin: number of the first document, over all sources.
       end: number after the last document.
-      kept: bool `[end - begin]`, which of them go into the corpus.
+      kept: bool ``[end - begin]``, which of them go into the corpus.
       num_bytes: size of the text of these.
     """
 
@@ -51,7 +51,7 @@ class Chunk:
 
 
 def chunks_of(input: str, scan: Scan, splits: npt.NDArray[np.int8], chunk_bytes: int) -> list[Chunk]:
-    """The chunks of an input, in order; all its documents are in them but for dropped ones at its end."""
+    """Divides an input into chunks, in order; they hold all documents but for dropped ones at its end."""
     kept = splits != DROPPED
     sizes = np.where(kept, scan.sizes, 0)
     costs = np.where(kept, sizes + _DOCUMENT_BYTES, 0)
@@ -98,8 +98,8 @@ class Encoder:
     """Encodes chunks and writes each to a part.
 
     Args:
-      readers: of the inputs; files that were skipped must hold no document in `counts`.
-      counts: by input, int64 `[num_sources]`, documents in each source.
+      readers: of the inputs; files that were skipped must hold no document in ``counts``.
+      counts: by input, int64 ``[num_sources]``, documents in each source.
       tokenizer: what with.
       folder: where the parts go.
     """
@@ -117,7 +117,7 @@ class Encoder:
         self._folder = folder
 
     def encode(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-        """Encode chunks of one input, in order; yields each when its part is written.
+        """Encodes chunks of one input, in order; yields each when its part is written.
 
         Raises:
           UserError: the text cannot be read, or is another one than was scanned.
@@ -159,7 +159,7 @@ class Encoder:
 
 
 def read_encoded(path: Path) -> Iterator[tuple[str, npt.NDArray[np.int32], int]]:
-    """Id, tokens (int32 `[num_tokens]`) and bytes of each document of a part.
+    """Yields id, tokens (int32 ``[num_tokens]``) and bytes of each document of a part.
 
     Raises:
       OSError: it cannot be read.

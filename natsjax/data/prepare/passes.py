@@ -1,4 +1,4 @@
-"""The passes of `prepare` over the text, by one process or several, each going on from the parts that are done."""
+"""The passes of ``prepare`` over the text, by one process or several, each going on from the parts that are done."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ Splits = dict[str, npt.NDArray[np.int8]]
 
 
 class Totals(TypedDict):
-    """What a pass will have seen at its end."""
+    """Numbers that a pass will have reached at its end."""
 
     documents: int
     num_bytes: int
 
 
 class Preparation:
-    """What `prepare` does before it writes the corpus; a context manager, which ends the processes that it started.
+    """The work of ``prepare`` before it writes the corpus; a context manager, which ends its processes.
 
     Args:
       request: what is asked for.
@@ -55,7 +55,7 @@ class Preparation:
       partial: where parts lie.
 
     Attributes:
-      reports: by input, what became of everything in it (`readers.input_report`); there once it is scanned.
+      reports: by input, what became of everything in it (``readers.input_report``); there once it is scanned.
     """
 
     def __init__(self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder):
@@ -77,7 +77,7 @@ class Preparation:
         self._exit.__exit__(kind, error, trace)
 
     def scan(self) -> dict[str, Scan]:
-        """Read everything once, so that bad input is found before any long work.
+        """Reads everything once, so that bad input is found before any long work.
 
         Raises:
           UserError: the text cannot be read, or there is none.
@@ -101,7 +101,7 @@ class Preparation:
         return scans
 
     def divide(self, scans: dict[str, Scan]) -> tuple[Splits, int]:
-        """Which split each document goes to, and the number of duplicates: as `scan.divide` says.
+        """Divides documents among the splits and counts duplicates, as ``scan.divide`` does.
 
         Raises:
           UserError: a split would have no document.
@@ -114,7 +114,7 @@ class Preparation:
         return divide(scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate)
 
     def tokenizer(self, scans: dict[str, Scan], splits: Splits) -> Tokenizer:
-        """The tokenizer: the one asked for, or one that is trained on the training documents.
+        """Returns the tokenizer: the one asked for, or one that is trained on the training documents.
 
         It is also written to the partial folder, where a later process finds it.
         """
@@ -129,7 +129,7 @@ class Preparation:
         return tokenizer
 
     def encode(self, scans: dict[str, Scan], splits: Splits, tokenizer: Tokenizer) -> list[Chunk]:
-        """Encode all documents; returns the chunks, whose parts are there then.
+        """Encodes all documents; returns the chunks, whose parts are there then.
 
         Raises:
           UserError: the text cannot be read, or changed.
@@ -178,7 +178,7 @@ class Preparation:
             yield scan
 
     def _hold_out_end(self, scan: Scan) -> Scan:
-        """The scan of an input with one document, for want of others to hold out, as if it were two."""
+        """Returns the scan of an input with one document as if it were two: its end is held out."""
         request, reader = self._request, self._readers["input"]
         document = next(documents_from(self._plain_readers["input"], scan.counts, 0)).id
         self._plain_readers["input"] = cut = reader.plain(held_out_end=request.held_out_fraction)
@@ -224,7 +224,7 @@ class Preparation:
                 yield waiting.pop(name)
 
     def _workers(self) -> WorkerPool:
-        """The processes: started when there is work for them, and kept for all passes."""
+        """Returns the processes, started when there is work for them, and kept for all passes."""
         if self._pool is None:
             self._pool = self._exit.enter_context(WorkerPool(self._request.num_workers, _start, (self._readers,)))
         return self._pool

@@ -1,4 +1,4 @@
-"""What `prepare` was asked for: checked, recorded in corpus.json, compared with a corpus that is there."""
+"""The arguments of ``prepare``: checked, recorded in corpus.json, compared with a corpus that is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from natsjax.errors import UserError
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """The arguments of `prepare`, where they are explained; `input` and `validation_input` are absolute."""
+    """The arguments of ``prepare``, where they are explained; ``input`` and ``validation_input`` are absolute."""
 
     input: str
     output: Path
@@ -34,7 +34,7 @@ class PrepareRequest:
     progress: bool
 
     def check(self) -> None:
-        """Raise UserError for a value out of range."""
+        """Raises UserError for a value out of range."""
         if self.tokenizer == "bpe" and self.vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
                 f"vocab_size is {self.vocab_size}; a BPE needs at least {MIN_VOCAB_SIZE} (bytes, BOS, EOS)."
@@ -59,12 +59,12 @@ class PrepareRequest:
             )
 
     def inputs(self) -> dict[str, str]:
-        """The inputs that are read, by argument name."""
+        """Returns the inputs that are read, by argument name."""
         named = {"input": self.input, "validation_input": self.validation_input}
         return {name: value for name, value in named.items() if value}
 
     def check_apart(self, readers: dict[str, CorpusReader]) -> None:
-        """Raise UserError if a file would be trained on and validated on.
+        """Raises UserError if a file would be trained on and validated on.
 
         Args:
           readers: of the inputs.
@@ -88,7 +88,7 @@ class PrepareRequest:
         return self.workers or len(os.sched_getaffinity(0))
 
     def reader(self, input: str) -> CorpusReader:
-        """Reads one of the inputs as asked for."""
+        """Returns a reader of one of the inputs as asked for."""
         return CorpusReader(input, text_field=self.text_field, skip_bad_files=self.skip_bad_files)
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class PrepareRequest:
         return load_tokenizer(self.tokenizer, tiktoken_pattern=self.tiktoken_pattern)
 
     def arguments(self) -> dict[str, str | int | float | bool | None]:
-        """What decides the corpus, for corpus.json; None for what plays no part beside the rest."""
+        """Returns what decides the corpus, for corpus.json; None for what plays no part beside the rest."""
         existing = self.existing_tokenizer
         is_named = self.tokenizer in ("byte", "bpe")
         return {
@@ -119,7 +119,7 @@ class PrepareRequest:
         }
 
     def check_same(self, corpus: Corpus) -> None:
-        """Raise UserError if a corpus was made with other arguments or from other files."""
+        """Raises UserError if a corpus was made with other arguments or from other files."""
         # Corpora that were made before there was `deduplicate` do not name it.
         there, asked = {"deduplicate": False} | corpus.arguments, self.arguments()
         names = [name for name in asked if name not in self.inputs()]
@@ -146,7 +146,7 @@ class PrepareRequest:
 
 
 def absolute_input(input: str | os.PathLike[str]) -> str:
-    """The input by its absolute path, so that it means the same from every working directory."""
+    """Returns the absolute path of the input, so that it means the same from every working directory."""
     name = os.fspath(input)
     if not name or name.startswith(PACKAGE_PREFIX):
         return name

@@ -1,4 +1,4 @@
-"""The first pass of `prepare` over the text: what is there, and which split each document goes to."""
+"""The first pass of ``prepare`` over the text: what is there, and which split each document goes to."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _MAX_GROUPS = 1024
 
 @dataclass(frozen=True)
 class Scan:
-    """What a run of sources holds; `D` documents that are not empty in `S` sources.
+    """Contents of a run of sources; ``D`` documents that are not empty in ``S`` sources.
 
     Attributes:
-      counts: int64 `[S]`, documents in each source.
-      hashes: uint64 `[D]`, `hash_id` of each document.
-      sizes: int64 `[D]`, bytes of each in UTF-8.
-      digests: uint64 `[D, 2]`, a hash of each text; `[0, 2]` where nobody asked for it.
+      counts: int64 ``[S]``, documents in each source.
+      hashes: uint64 ``[D]``, ``hash_id`` of each document.
+      sizes: int64 ``[D]``, bytes of each in UTF-8.
+      digests: uint64 ``[D, 2]``, a hash of each text; ``[0, 2]`` where nobody asked for it.
       left_out: what these sources hold beside documents with text in them.
       skipped: bad files by name, with what is wrong with them.
     """
@@ -46,7 +46,7 @@ class Scan:
 
     @classmethod
     def of(cls, reader: CorpusReader, sources: range, *, seed: int, with_digests: bool) -> Scan:
-        """Read some sources to their end.
+        """Reads some sources to their end.
 
         Raises:
           UserError: as the reader does.
@@ -76,7 +76,7 @@ class Scan:
 
     @classmethod
     def joined(cls, scans: Sequence[Scan]) -> Scan:
-        """Those of consecutive runs of sources as one."""
+        """Joins the scans of consecutive runs of sources."""
         return cls(
             counts=np.concatenate([scan.counts for scan in scans]),
             hashes=np.concatenate([scan.hashes for scan in scans]),
@@ -87,14 +87,14 @@ class Scan:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """For a file; `from_arrays` reads them."""
+        """Returns arrays for a file; ``from_arrays`` reads them."""
         rest = json.dumps([self.left_out.to_json(), self.skipped]).encode()
         arrays = {"counts": self.counts, "hashes": self.hashes, "sizes": self.sizes, "digests": self.digests}
         return arrays | {"rest": np.frombuffer(rest, np.uint8)}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Scan:
-        """What `to_arrays` gave."""
+        """Makes a scan from the arrays of ``to_arrays``."""
         left_out, skipped = json.loads(arrays["rest"].tobytes())
         named = {name: arrays[name] for name in ("counts", "hashes", "sizes", "digests")}
         return cls(**named, left_out=Tallies.from_json(left_out), skipped=skipped)
@@ -105,7 +105,7 @@ class Scan:
         return self.left_out["empty"].count
 
     def report(self, reader: CorpusReader) -> dict[str, Any]:
-        """What became of everything in the input (`readers.input_report`), which all of it was scanned for.
+        """Reports what became of everything in the input (``readers.input_report``), all of which was scanned.
 
         Raises:
           UserError: none of it is text.
@@ -123,7 +123,7 @@ class Scan:
         return len(self.hashes) == 1 or same
 
     def with_end_held_out(self, reader: CorpusReader) -> Scan:
-        """This scan, of an input with one text, as of a reader that gives every document as two (`held_out_end`).
+        """This scan, of an input with one text, as of a reader that gives every document as two (``held_out_end``).
 
         Raises:
           UserError: the document is too short, or changed.
@@ -146,11 +146,11 @@ def source_groups(num_sources: int) -> list[range]:
 
 
 def documents_from(reader: CorpusReader, counts: npt.NDArray[np.int64], begin: int) -> Iterator[Document]:
-    """The documents of an input from number `begin` on; sources in which a scan found none are not opened.
+    """Yields the documents of an input from number ``begin`` on; sources without any are not opened.
 
     Args:
       reader: reads the input.
-      counts: int64 `[num_sources]`, documents in each source when they were scanned.
+      counts: int64 ``[num_sources]``, documents in each source when they were scanned.
       begin: number of the first document, counted over all sources.
 
     Raises:
@@ -174,7 +174,7 @@ def documents_from(reader: CorpusReader, counts: npt.NDArray[np.int64], begin: i
 
 
 def changed_error(reader: CorpusReader, how: str) -> UserError:
-    """The error for an input that was written to meanwhile."""
+    """Returns the error for an input that was written to meanwhile."""
     return UserError(
         f"the input {reader.input} changed while it was read ({how}); run it again when nothing writes there."
     )
@@ -183,16 +183,16 @@ def changed_error(reader: CorpusReader, how: str) -> UserError:
 def divide(
     scans: dict[str, Scan], *, fraction: float, seed: int, deduplicate: bool
 ) -> tuple[dict[str, npt.NDArray[np.int8]], int]:
-    """Which split each document goes to.
+    """Divides documents among the splits.
 
     Args:
-      scans: of `input`, and of `validation_input` where there is one, with digests if `deduplicate`.
-      fraction: share to hold out of `input` where there is no `validation_input`.
+      scans: of ``input``, and of ``validation_input`` where there is one, with digests if ``deduplicate``.
+      fraction: share to hold out of ``input`` where there is no ``validation_input``.
       seed: which documents are held out.
-      deduplicate: whether to leave out texts that came before, in `input` or in the same input.
+      deduplicate: whether to leave out texts that came before, in ``input`` or in the same input.
 
     Returns:
-      By input, int8 `[num_documents]`: TRAIN, VALIDATION or DROPPED; and the number of duplicates.
+      By input, int8 ``[num_documents]``: TRAIN, VALIDATION or DROPPED; and the number of duplicates.
 
     Raises:
       UserError: a split would have no document.
@@ -220,7 +220,7 @@ def divide(
 
 
 def _first_copies(scans: dict[str, Scan]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Of every text the first document, in the order of the inputs."""
+    """Finds the first document of every text, in the order of the inputs."""
     digests = np.concatenate([scan.digests for scan in scans.values()])
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal ones the first comes first
     repeats = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)

@@ -1,4 +1,4 @@
-"""Write the documents of one split: ArrayRecord shards, their lengths and their ids."""
+"""Writes the documents of one split: ArrayRecord shards, their lengths and their ids."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class SplitWriter:
         self._ids.close()
 
     def add(self, document_id: str, tokens: npt.NDArray[np.int32], num_bytes: int) -> None:
-        """Append one document.
+        """Appends one document.
 
         Args:
           document_id: its id.
-          tokens: int32 `[num_tokens]`, without BOS and EOS.
+          tokens: int32 ``[num_tokens]``, without BOS and EOS.
           num_bytes: size of its text in UTF-8.
         """
         shard = self._shard

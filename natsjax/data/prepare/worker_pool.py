@@ -1,4 +1,4 @@
-"""Processes that work on tasks for `prepare`, and end with it whatever ends it.
+"""Processes that work on tasks for ``prepare``, and end with it whatever ends it.
 
 They hold the reading end of a pipe whose writing end is the parent's alone: when the parent closes it, or dies of
 whatever cause, they see the end of the pipe and leave at once.
@@ -42,7 +42,7 @@ class WorkerPool:
         self._executor = ProcessPoolExecutor(workers, context, _start_worker, (stop, start, arguments))
 
     def submit(self, work: Callable[..., Any], tasks: Sequence[Any]) -> list[Future]:
-        """Let the workers call `work(task)` for each task, the first ones first."""
+        """Lets the workers call ``work(task)`` for each task, the first ones first."""
         with _signals_blocked():  # processes are made here and inherit it
             return [self._executor.submit(work, task) for task in tasks]
 
@@ -61,7 +61,7 @@ class WorkerPool:
 
 
 def finished(futures: Sequence[Future], every: float) -> Iterator[None]:
-    """Wait for all of them, and yield every so many seconds meanwhile, and once at the end.
+    """Waits for all of them, and yields every so many seconds meanwhile, and once at the end.
 
     Raises:
       Exception: the first one that a task raised, in the order of the tasks.
@@ -77,7 +77,7 @@ def finished(futures: Sequence[Future], every: float) -> Iterator[None]:
 
 
 def result(future: Future) -> Any:
-    """What a task returned.
+    """Returns the result of a task.
 
     Raises:
       KeptPartsError: its process died.
