@@ -17,7 +17,7 @@ from natsjax.data import ByteTokenizer
 from natsjax.errors import UserError
 from natsjax.model import attention as attention_layer
 from natsjax.plan import __main__ as plan_command
-from natsjax.plan import summary, topologies, train_step
+from natsjax.plan import search, summary, topologies, train_step
 from natsjax.runtime import chips
 from natsjax.train.step import Trainer
 
@@ -127,11 +127,11 @@ def test_every_class_of_memory_has_a_way_to_shrink_it():
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(summary, "plan_apart", lambda config, name, num_slices: planned[0])
+    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: planned[0])
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
     small = dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(summary, "plan_apart", lambda config, name, num_slices: small)
+    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: small)
     assert plan_command.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):
@@ -155,7 +155,7 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_names_the_fastest(pla
         seconds = train_step.Roofline(2.0 if remat == "full" else 1.0, 0.0, 0.0, 0.0)
         return dataclasses.replace(planned[0], config=config, memory=memory, roofline=seconds, mesh={"fsdp": 2})
 
-    monkeypatch.setattr(summary, "plan_apart", plan_apart)
+    monkeypatch.setattr(search, "plan_apart", plan_apart)
     monkeypatch.chdir(ROOT)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--config.train.batch_size=24"]
     assert plan_command.main([*arguments, "--search"]) == 0
@@ -206,7 +206,7 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
 
 
 def crash(config, name, num_slices, log):
-    """What libtpu does where one of its checks fails."""
+    """Ends as libtpu does where one of its checks fails."""
     log.write_text("W1 a.cc:1] a warning\nF2 b.cc:2] Check failed: 1 vs. 8\n*** stack\n")
     os.abort()
 
@@ -214,7 +214,7 @@ def crash(config, name, num_slices, log):
 def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
     monkeypatch.setattr(train_step, "_plan_here", crash)
     expected = (
-        r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.num_micro"
+        r"--topology=v5e-16: the compiler crashed on this step \(Check failed: 1 vs. 8\); another train.gradient_acc"
     )
     with pytest.raises(train_step.CompilerCrashed, match=expected):
         train_step.plan_apart(tiny.config(), "v5e-16")
