@@ -1,4 +1,4 @@
-"""Comparison of an attention backend with the dense oracle: inputs, values, every gradient, one number for the error."""
+"""Comparison of an attention backend with the dense oracle: inputs, values, gradients, the error as a number."""
 
 import functools
 from typing import NamedTuple

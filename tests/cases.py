@@ -46,7 +46,7 @@ def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray
 
 
 def document_ends(kind: str, shape: Shape, rng: np.random.Generator) -> np.ndarray | None:
-    """Returns int32 ``[b, s]`` or None: ``one`` document, ``packed`` ones, or packed ones with ``padding`` at the end."""
+    """Returns int32 ``[b, s]`` or None: ``one`` document, ``packed`` ones, or those with ``padding`` at the end."""
     if kind == "one":
         return None
     rows = []
@@ -94,7 +94,7 @@ def any_ends(key_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class Placed(NamedTuple):
-    """Positions of queries and keys, and ends of keys, int32: ``query_position [b, t]``, ``key_position`` and ``key_end [b, k, s]``."""
+    """Positions and ends of keys, int32: ``query_position [b, t]``, ``key_position`` and ``key_end [b, k, s]``."""
 
     query_position: np.ndarray
     key_position: np.ndarray

@@ -25,8 +25,10 @@ from cases import Shape, role_ids
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.decode_attention import observed_attention
+from pallas_kernels.nats_attention import pallas_gpu, pallas_tpu
 from pallas_kernels.nats_attention.pallas_gpu import GpuTiling
 from pallas_kernels.nats_attention.pallas_tpu import TpuTiling
+from pallas_kernels.nats_attention.tiling import Problem
 from pallas_kernels.nats_attention.xla import XlaTiling
 
 SMALL = XlaTiling(query_block=3, key_block=4, thresholds=(2,), lanes=3)
@@ -260,3 +262,53 @@ def test_what_is_known_only_when_the_program_runs_is_refused_where_it_must_be_kn
         jax.jit(lambda scale: na.interval_attention(q, q, q, jnp.zeros((1, 1, 3), int), scale=scale))(1.0)
     with pytest.raises(ValueError, match="window="):
         jax.jit(lambda window: na.nats_attention(q, q, q, jnp.zeros((1, 1, 3, 3)), window=window))(1)
+
+
+PROBLEM = Problem(batch=1, queries=4096, keys=4096, num_kv_heads=2, group=4, head_dim=64, window=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "reason"),
+    [
+        (pallas_tpu, {"dtype": "float16"}, "float16"),
+        (pallas_tpu, {"head_dim": 320}, "head dim 320"),
+        (pallas_tpu, {"group": 128}, "128 query heads"),
+        pytest.param(pallas_gpu, {"dtype": "float32"}, "float32 is not", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, {"head_dim": 96}, "head dim 96", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, {}, "Hopper", marks=gpu_interpreter),
+    ],
+)
+def test_what_a_backend_cannot_serve_is_refused_with_the_reason(backend, change, reason):
+    problem = PROBLEM._replace(**change)
+    with pytest.raises(NotImplementedError, match=reason):
+        backend.check(problem, backend.default_tiling(problem))
+
+
+WHOLE = XlaTiling(query_block=128, key_block=128)
+
+
+@pytest.mark.parametrize(
+    ("backend", "tiling", "message"),
+    [
+        (pallas_tpu, WHOLE, "takes a TpuTiling"),
+        (pallas_tpu, TpuTiling(query_block=64, key_block=128), "query_block=64"),
+        (pallas_tpu, TpuTiling(query_block=128, key_block=200), "key_block=200"),
+        (pallas_tpu, TpuTiling(query_block=4096, key_block=512), "vector memory"),
+        pytest.param(pallas_gpu, WHOLE, "takes a GpuTiling", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(query_block=64), "query_block=64", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(key_block=256), "key_block=256", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(columns=96), "columns=96", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(rows=32), "rows=32", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(stages=9), "stages=9", marks=gpu_interpreter),
+    ],
+)
+def test_a_wrong_tiling_is_named(backend, tiling, message):
+    with pytest.raises(ValueError, match=message):
+        backend.check(PROBLEM, tiling)
+
+
+@pytest.mark.parametrize("tiling", [TPU, GPU])
+def test_without_a_name_a_cpu_takes_no_backend_of_another_device(tiling):
+    q, k, v, _ = inputs(Shape(1, 4, 1, 1, 4, 1))
+    with pytest.raises(ValueError, match="XlaTiling"):
+        na.nats_attention(q, k, v, jnp.zeros((1, 1, 4, 3)), window=1, tiling=tiling)

@@ -14,7 +14,6 @@ from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import pallas_tpu
 from pallas_kernels.nats_attention.pallas_tpu import TpuTiling
 from pallas_kernels.nats_attention.tiling import Problem
-from pallas_kernels.nats_attention.xla import XlaTiling
 
 IN_PLACE = TpuTiling(query_block=128, key_block=128, interpret=True)
 GATHERED = TpuTiling(query_block=128, key_block=128, thresholds=(128,), interpret=True)
@@ -97,40 +96,9 @@ def test_copies_and_semaphores_as_a_tpu_has_them():
 PROBLEM = Problem(batch=1, queries=4096, keys=4096, num_kv_heads=2, group=4, head_dim=64, window=64, dtype="bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"dtype": "float16"}, "float16"), ({"head_dim": 320}, "head dim 320"), ({"group": 128}, "128 query heads")],
-)
-def test_what_it_cannot_serve_is_refused_with_the_reason(change, reason):
-    problem = PROBLEM._replace(**change)
-    with pytest.raises(NotImplementedError, match=reason):
-        pallas_tpu.check(problem, pallas_tpu.default_tiling(problem))
-
-
-@pytest.mark.parametrize(
-    ("tiling", "message"),
-    [
-        (XlaTiling(query_block=128, key_block=128), "takes a TpuTiling"),
-        (TpuTiling(query_block=64, key_block=128), "query_block=64"),
-        (TpuTiling(query_block=128, key_block=200), "key_block=200"),
-        (TpuTiling(query_block=4096, key_block=512), "vector memory"),
-    ],
-)
-def test_a_wrong_tiling_is_named(tiling, message):
-    with pytest.raises(ValueError, match=message):
-        pallas_tpu.check(PROBLEM, tiling)
-
-
 @pytest.mark.parametrize("change", [{}, {"group": 1}, {"group": 32}, {"head_dim": 256}, {"queries": 1}, {"keys": 7}])
 def test_every_tiling_that_it_proposes_is_served(change):
     problem = PROBLEM._replace(**change)
     tilings = [pallas_tpu.default_tiling(problem), *pallas_tpu.candidate_tilings(problem)]
     for tiling in tilings:
         pallas_tpu.check(problem, tiling)
-
-
-def test_without_a_name_a_cpu_never_takes_it():
-    shape = Shape(1, 4, 1, 1, 4, 1)
-    q, k, v, _ = inputs(shape)
-    with pytest.raises(ValueError, match="XlaTiling"):
-        na.nats_attention(q, k, v, jnp.zeros((1, 1, 4, 3)), window=1, tiling=IN_PLACE)

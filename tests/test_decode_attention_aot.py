@@ -155,7 +155,7 @@ def test_the_tpu_kernel_compiles_inside_shard_map():
 @has_cuda
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_cudnn_reads_a_buffer_of_one_layer_where_it_lies(head_dim, monkeypatch):
-    """Compiles for an H100; XLA asks cuDNN for a plan later, on the machine itself: a call that it refuses would not show."""
+    """Compiles for an H100; XLA asks cuDNN for a plan later, on the machine itself: a refusal would not show."""
     monkeypatch.setattr(cudnn._library, "check_cudnn_version", lambda: 91200)
     mesh = Mesh(np.array(devices("h100")[:1]), ("device",))
     arguments = arguments_of("gpu", 8192, head_dim, "bfloat16", mesh, num_layers=1)

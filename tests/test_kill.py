@@ -260,7 +260,7 @@ def test_sigterm_in_every_phase_is_one_sentence_and_loses_nothing_and_a_finished
 
 
 def extend(workdir, config, run):
-    """Extends a finished run: metrics continue, the report is the last step's, and the jump of the learning rate is logged."""
+    """Extends a finished run: metrics continue, the report is of the last step, the new learning rate is logged."""
     longer = NUM_STEPS + SAVE_EVERY + 3
     before, measured = numbers(workdir), perplexities(workdir)
     status, _, errors = run(workdir, num_steps=longer)
