@@ -1,4 +1,4 @@
-"""How a backend is compared with the dense oracle: inputs, values and every gradient, one number for the error."""
+"""Comparison of an attention backend with the dense oracle: inputs, values, gradients, the error as a number."""
 
 import functools
 from typing import NamedTuple
@@ -22,7 +22,7 @@ def inputs(shape: Shape, seed=0, dtype=jnp.float32, spread=1.0):
 
 
 def value_and_gradients(attention, *arguments):
-    """``(out, dq, dk, dv, droles)`` in float64; ``attention(q, k, v, roles, document_end)``, then the loss weights."""
+    """Returns ``(out, dq, dk, dv, droles)``; ``attention(q, k, v, roles, document_end)``, then the loss weights."""
 
     def loss(q, k, v, roles, document_end, weight):
         out = attention(q, k, v, roles, document_end)
@@ -41,8 +41,46 @@ def nats(window, **options):
     return lambda q, k, v, roles, end: na.nats_attention(q, k, v, roles, window=window, document_end=end, **options)
 
 
+@functools.cache
+def sampled(window, fraction, seed, **options):
+    """``nats`` with a sampled gradient; the key is made in the call, for keys have no hash under every jax."""
+
+    def attention(q, k, v, roles, end):
+        gradient = {"mask_gradient": na.Sampled(fraction), "sample_key": jax.random.key(seed)}
+        return na.nats_attention(q, k, v, roles, window=window, document_end=end, **gradient, **options)
+
+    return attention
+
+
+def oracle(window, arguments, mask_gradient="exact"):
+    """Returns ``value_and_gradients`` of the dense reference in float64."""
+    with jax.enable_x64(True):
+        wide = [x if x is None or x.dtype == np.int32 else np.asarray(x, np.float64) for x in arguments]
+        return compiled(nats(window, mask_gradient=mask_gradient, implementation="reference"), *wide)
+
+
+def interval(implementation, tiling=None, **options):
+    """Returns ``attention(query, key, value, places)``, which gives values and log-sum-exp."""
+
+    def attention(query, key, value, places):
+        return na.interval_attention(
+            query,
+            key,
+            value,
+            places.key_end,
+            query_position=places.query_position,
+            key_position=places.key_position,
+            return_lse=True,
+            implementation=implementation,
+            tiling=tiling,
+            **options,
+        )
+
+    return attention
+
+
 def relative_error(got, expected):
-    """Largest error over the largest expected value, or over 0.05 where that is larger.
+    """Returns the largest error over the largest expected value, or over 0.05 where that is larger.
 
     A gradient can be exactly 0 (every query reads its own key alone). What float32 leaves there is the rounding of
     ``dp - delta``, a difference of two numbers of order 1: some 1e-7, and 0 on one CPU but not on another.
@@ -52,7 +90,7 @@ def relative_error(got, expected):
 
 
 class Call(NamedTuple):
-    """What ``interval_attention`` takes and what comes back for its results; NumPy arrays."""
+    """Arguments of ``interval_attention`` and gradients of its results; NumPy arrays."""
 
     query: np.ndarray
     key: np.ndarray
@@ -63,7 +101,7 @@ class Call(NamedTuple):
 
 
 def any_call(b, t, s, k, g, h, seed, broken=np.nan) -> Call:
-    """A random call in which everything that is not read, and what comes back for it, is ``broken``."""
+    """Draws a call in which all that is not read, and its gradients, are ``broken``."""
     rng = np.random.default_rng(seed)
     places = any_places(b, t, s, k, rng)
     query, dout = rng.normal(size=(2, b, t, k * g, h))
@@ -78,15 +116,34 @@ def any_call(b, t, s, k, g, h, seed, broken=np.nan) -> Call:
     return Call(*(x.astype(np.float32) for x in (query, key, value)), places, *map(np.float32, (dout, dlse)))
 
 
+def ragged_call(b, t, s, k, g, h, seed) -> Call:
+    """Draws a call with gaps between ordered keys, and queries among or before them; number 5 reads nothing."""
+    rng = np.random.default_rng(seed)
+    query, dout = rng.normal(size=(2, b, t, k * g, h))
+    key, value = rng.normal(size=(2, b, s, k, h))
+    position = np.sort([[rng.permutation(2 * s)[:s] for _ in range(k)] for _ in range(b)], axis=-1)
+    at = rng.integers(-1, 2 * s, (b, t))
+    at[:, 5] = -1
+    places = Placed(*(x.astype(np.int32) for x in (at, position, position + rng.integers(0, 40, (b, k, s)))))
+    return Call(*map(np.float32, (query, key, value)), places, *map(np.float32, (dout, rng.normal(size=(b, t, k * g)))))
+
+
+def narrowed(call: Call, dtype) -> tuple[Call, Call]:
+    """Returns the call with floats in ``dtype``, and the same rounded numbers in float32."""
+    names = ("query", "key", "value", "dout")
+    narrow = {name: jnp.asarray(getattr(call, name), dtype) for name in names}
+    return call._replace(**narrow), call._replace(**{name: np.asarray(x, np.float32) for name, x in narrow.items()})
+
+
 def results(attention, call: Call):
-    """``(out, lse, dquery, dkey, dvalue)`` of ``attention(query, key, value, places)``."""
+    """Returns ``(out, lse, dquery, dkey, dvalue)`` of ``attention(query, key, value, places)``."""
     attend = functools.partial(attention, places=call.places)
     (out, lse), pullback = jax.vjp(attend, call.query, call.key, call.value)
     return out, lse, *pullback((call.dout.astype(out.dtype), call.dlse.astype(lse.dtype)))
 
 
 def expected_results(call: Call, scale: float):
-    """The same by the definition, in NumPy and float64, with gradients written out."""
+    """Returns ``results`` by the definition, in NumPy and float64, with gradients written out."""
     visible = call.places.visible[:, :, None]
     b, k, _, t, _ = visible.shape
     reads, is_read = visible.any(-1), np.moveaxis(visible.any((2, 3)), 1, 2)[..., None]
@@ -115,7 +172,7 @@ def expected_results(call: Call, scale: float):
 
 
 def worst_error(got, expected) -> float:
-    """The largest ``relative_error`` of ``results``; −∞ has to be where it is expected."""
+    """Returns the largest ``relative_error`` of ``results``; −∞ has to be where it is expected."""
     errors = []
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_array_equal(np.isneginf(np.asarray(x, np.float32)), np.isneginf(y))

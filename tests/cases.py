@@ -31,7 +31,7 @@ ROLE_PATTERNS = ("random", "all_global", "no_global", "all_sliding", "all_local"
 
 
 def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    """int32 ``[b, k, s]`` of the named pattern."""
+    """Draws roles of the named pattern, int32 ``[b, k, s]``."""
     size = (shape.b, shape.k, shape.length)
     if pattern == "random":
         return rng.integers(0, 3, size).astype(np.int32)
@@ -46,7 +46,7 @@ def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray
 
 
 def document_ends(kind: str, shape: Shape, rng: np.random.Generator) -> np.ndarray | None:
-    """int32 ``[b, s]`` or None: ``one`` document, ``packed`` ones, or packed ones with ``padding`` at the end."""
+    """Returns int32 ``[b, s]`` or None: ``one`` document, ``packed`` ones, or those with ``padding`` at the end."""
     if kind == "one":
         return None
     rows = []
@@ -63,7 +63,7 @@ _EDGES = (-(2**31), 1 - 2**31, -2, -1, 0, 1, 2, 2**31 - 2, 2**31 - 1)
 
 
 def any_positions(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """int64 within int32: one way of many to place the tokens of a sequence, in order or not, far out, negative."""
+    """Draws positions of a sequence, int64 within int32: in order or not, far out, negative."""
     index, span = np.arange(size[-1]), int(rng.choice([3, size[-1], 4 * size[-1]]))
     ways = (
         lambda: np.broadcast_to(index, size),
@@ -79,7 +79,7 @@ def any_positions(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray
 
 
 def any_ends(key_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same of the ends of keys: short lives, none, no end, ends that have nothing to do with the positions."""
+    """Draws int64 ends of keys: short lives, none, no end, ends that have nothing to do with the positions."""
     size = key_position.shape
     lives = np.minimum(key_position + rng.integers(0, int(rng.choice([3, 2 * size[-1]])), size), _EDGES[-1])
     ways = (
@@ -94,7 +94,7 @@ def any_ends(key_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class Placed(NamedTuple):
-    """Who stands where, int32: ``query_position [b, t]``, ``key_position`` and ``key_end [b, k, s]``."""
+    """Positions and ends of keys, int32: ``query_position [b, t]``, ``key_position`` and ``key_end [b, k, s]``."""
 
     query_position: np.ndarray
     key_position: np.ndarray
@@ -102,13 +102,13 @@ class Placed(NamedTuple):
 
     @property
     def visible(self) -> np.ndarray:
-        """The definition: bool ``[b, k, t, s]``."""
+        """Returns which query reads which key by the definition, bool ``[b, k, t, s]``."""
         at = self.query_position[:, None, :, None]
         return (self.key_position[:, :, None] <= at) & (at < self.key_end[:, :, None])
 
 
 def any_places(b: int, t: int, s: int, k: int, rng: np.random.Generator) -> Placed:
-    """Every sequence in another way; the queries often where the keys are, some of them at -1 among the others."""
+    """Draws places, another way for each sequence; queries are often where keys are, some at -1 among the others."""
     rows = []
     for _ in range(b):
         key_position = any_positions((k, s), rng)

@@ -1,4 +1,4 @@
-"""Strategies for fuzzed configs, and what a mistake's message must look like.
+"""Strategies for fuzzed configs, and the form of a mistake's message.
 
 Everything follows from the fields of ``natsjax.config.Config``, their types and their limits: a new field is fuzzed as
 soon as it is there. Runs are deterministic: the same code draws the same cases; ``pytest --slow`` draws more of those
@@ -73,7 +73,7 @@ def assert_one_sentence(error: UserError | str, *, names: str | None = None, of_
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field that holds a value, with where it is: ``path`` is ``("optimizer", "beta1")``, say."""
+    """A field that holds a value, and its place: ``path`` is ``("optimizer", "beta1")``, say."""
 
     path: tuple[str, ...]
     kind: Any
@@ -87,12 +87,12 @@ class Field:
 
     @property
     def element(self) -> Any:
-        """The type of an element, of a tuple; else of the value."""
+        """Returns the type of a tuple's elements, else of the value."""
         return typing.get_args(self.kind)[0] if typing.get_origin(self.kind) is tuple else self.kind
 
 
 def fields(cls: type = Config, path: tuple[str, ...] = ()) -> list[Field]:
-    """Every field of the config that holds a value."""
+    """Returns every field of the config that holds a value."""
     found = []
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -106,7 +106,7 @@ def fields(cls: type = Config, path: tuple[str, ...] = ()) -> list[Field]:
 
 FIELDS = fields()
 A_FIELD = rf"\b({'|'.join(sorted({name for field in FIELDS for name in field.path}))})\b"
-"""A regular expression: what names a field, or a group of fields."""
+"""A regular expression for the name of a field or of a group of fields."""
 GROUPS = sorted({field.path[:-1] for field in FIELDS})
 
 # Fields of text, whose type does not say what they may be.
@@ -128,7 +128,7 @@ _TUPLES = {
 
 
 def _numbers(field: Field, *, small: bool) -> st.SearchStrategy:
-    """Values in range: the limits, what lies close to them, and others."""
+    """Draws values in range: the limits, their neighbors, and others."""
     low = 0.0 if field.minimum is None else field.minimum
     if field.element is int:
         high = low + (6 if small else 2000) if field.maximum is None else field.maximum
@@ -141,9 +141,10 @@ def _numbers(field: Field, *, small: bool) -> st.SearchStrategy:
 
 
 def valid(field: Field, *, small: bool = True) -> st.SearchStrategy:
-    """Values that the field takes by itself; it need not fit to the others. ``small``: sizes a little above the least.
+    """Draws values that the field takes by itself; they need not fit to other fields.
 
-    ``small`` is for what is built and run.
+    Args:
+      small: sizes a little above the smallest, for what is built and run.
     """
     if field.name in _TEXTS:
         return _TEXTS[field.name]
@@ -162,7 +163,7 @@ def valid(field: Field, *, small: bool = True) -> st.SearchStrategy:
 
 
 def _outside(field: Field) -> list[Any]:
-    """Numbers just beyond the limits, and far beyond."""
+    """Returns numbers just beyond the limits, and far beyond."""
     numbers = [-1, 0, 1, 2**31 - 1, 2**31, 2**63, 2**64, 10**400, -(10**400), 10**5000]
     numbers += [-1.0, -0.0, 1e-320, 1e39, 1e308, -1e308, math.nan, math.inf, -math.inf]
     if field.element in (int, float):
@@ -198,7 +199,7 @@ ODD_KEYS = [
 
 
 def odd(field: Field) -> st.SearchStrategy:
-    """Values that the field may refuse: beyond its limits, of other types, strange, too long, or nested."""
+    """Draws values that the field may refuse: beyond its limits, of other types, strange, too long, or nested."""
     choices = [
         st.sampled_from(_outside(field)),
         st.sampled_from(_ODD_TEXT),
@@ -222,7 +223,7 @@ def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def changes(*, small: bool, most: int = 6) -> st.SearchStrategy:
-    """Values of some fields by path, each of which is right by itself."""
+    """Draws values of some fields by path, each of which is right by itself."""
 
     @st.composite
     def draw_changes(draw):
@@ -233,7 +234,7 @@ def changes(*, small: bool, most: int = 6) -> st.SearchStrategy:
 
 
 def nested(base: Mapping[str, Any], changed: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A copy of nested dicts with fields changed."""
+    """Returns a copy of nested dicts with fields changed."""
 
     def copied(value: Any) -> Any:
         return {key: copied(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value

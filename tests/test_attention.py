@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import DOCUMENTS, compiled, inputs, nats, relative_error
+from attention_oracle import DOCUMENTS, compiled, inputs, nats, oracle, relative_error
 from cases import ROLE_PATTERNS, SHAPES, Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,9 +65,7 @@ def test_xla_equals_the_oracle(name, mask_gradient):
         ids, end = role_ids(pattern, shape, rng), document_ends(documents, shape, rng)
         arguments = (q, k, v, jax.nn.one_hot(ids, 3), end, weight)
         got = compiled(nats(shape.window, mask_gradient=mask_gradient, implementation="xla"), *arguments)
-        with jax.enable_x64(True):
-            wide = [x if x is end else np.asarray(x, np.float64) for x in arguments]
-            expected = compiled(nats(shape.window, mask_gradient=mask_gradient, implementation="reference"), *wide)
+        expected = oracle(shape.window, arguments, mask_gradient)
         for x, y in zip(got, expected, strict=True):
             assert relative_error(x, y) < 2e-5, f"{pattern} {documents}"
 
@@ -82,9 +80,7 @@ def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones():
     assert (jnp.argmax(jnp.abs(logits_last), -1) == 0).all()
     arguments = (q, k, v, roles, None, weight)
     got = compiled(nats(shape.window, implementation="xla"), *arguments)
-    with jax.enable_x64(True):
-        wide = [None if x is None else np.asarray(x, np.float64) for x in arguments]
-        expected = compiled(nats(shape.window, implementation="reference"), *wide)
+    expected = oracle(shape.window, arguments)
     for x, y in zip(got, expected, strict=True):
         assert relative_error(x, y) < 1e-4  # early queries do read key 0: float32 rounds logits near 1000 to 5e-5
     np.testing.assert_allclose(got[0][:, -1], expected[0][:, -1], rtol=1e-5, atol=1e-6)
@@ -104,7 +100,7 @@ def test_bfloat16_is_close_and_keeps_dtypes():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 40),
+    st.sampled_from([1, 2, 3, 17, 40]),  # few shapes: each is compiled anew
     st.integers(0, 9),
     st.integers(0, 2**31),
     st.sampled_from(["one", "packed", "padding"]),
@@ -141,73 +137,29 @@ def test_key_end_of_the_example_in_the_definition():
     assert na.key_end_from_roles(ids, window=1).tolist() == [[[3, 3, na.NO_END, na.NO_END, 6, 7]]]
 
 
-@pytest.mark.parametrize("documents", ["one", "packed", "padding"])
-def test_gradients_reach_exactly_the_keys_that_live(documents):
+def test_gradients_reach_exactly_the_keys_that_live():
     """Causality and lifetimes: the output of query t depends on the value at s iff s <= t < key_end[s]."""
     shape, rng = SHAPES["grouped"], np.random.default_rng(4)
     q, k, v, _ = inputs(shape)
     ids = jnp.asarray(role_ids("random", shape, rng))
-    end = document_ends(documents, shape, rng)
-    end = None if end is None else jnp.asarray(end)
 
-    def per_query(v):
+    def per_query(v, end):
         out = na.nats_attention(q, k, v, jax.nn.one_hot(ids, 3), window=shape.window, document_end=end)
         out = out.reshape(shape.b, shape.length, shape.k, shape.g, shape.h)
         return jnp.abs(out).sum((0, 3, 4))  # [t, k]
 
-    jacobian = np.abs(jax.jacrev(per_query)(v)).sum(-1)  # [t, k, b, s, k']
-    key_end = np.asarray(na.key_end_from_roles(ids, window=shape.window, document_end=end))
+    jacobian_of = jax.jit(jax.jacrev(per_query))
     t, s = np.arange(shape.length)[:, None], np.arange(shape.length)[None, :]
-    for b in range(shape.b):
-        for head in range(shape.k):
+    for documents in DOCUMENTS:
+        end = document_ends(documents, shape, rng)
+        if end is None:  # spelled out, so that it is not another compilation
+            end = np.full((shape.b, shape.length), shape.length, np.int32)
+        jacobian = np.abs(jacobian_of(v, end)).sum(-1)  # [t, k, b, s, k']
+        key_end = np.asarray(na.key_end_from_roles(ids, window=shape.window, document_end=end))
+        for b, head in np.ndindex(shape.b, shape.k):
             visible = (s <= t) & (t < key_end[b, head][None, :])
             np.testing.assert_array_equal(jacobian[:, head, b, :, head] > 0, visible)
             np.testing.assert_array_equal(jacobian[:, head, b, :, 1 - head], 0)
-
-
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_interval_attention_with_positions_and_lse(implementation):
-    """Gathered keys and ragged queries give what the full problem gives; the log-sum-exp has a gradient too."""
-    rng = np.random.default_rng(5)
-    b, t, s, k, g, h = 2, 7, 33, 2, 2, 8
-    q = jnp.asarray(rng.normal(size=(b, t, k * g, h)), jnp.float32)
-    key, value = jnp.asarray(rng.normal(size=(2, b, s, k, h)), jnp.float32)
-    position = jnp.asarray(np.sort(rng.choice(60, (b, k, s)), axis=-1), jnp.int32)
-    end = position + jnp.asarray(rng.integers(0, 40, (b, k, s)), jnp.int32)
-    at = jnp.asarray(rng.integers(-1, 60, (b, t)), jnp.int32)
-
-    def run(implementation, *a):
-        return na.interval_attention(
-            *a, end, query_position=at, key_position=position, return_lse=True, implementation=implementation
-        )
-
-    def dense(q, key, value):
-        visible = (position[:, :, None] <= at[:, None, :, None]) & (at[:, None, :, None] < end[:, :, None])
-        visible = jnp.repeat(visible, g, axis=1)
-        logits = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(key, g, axis=2)) * h**-0.5
-        seen = visible.any(-1, keepdims=True)
-        p = jax.nn.softmax(jnp.where(visible, logits, -1e30), -1) * seen
-        lse = jax.nn.logsumexp(jnp.where(visible, logits, -1e30), -1)
-        return jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(value, g, axis=2)), jnp.moveaxis(
-            jnp.where(seen[..., 0], lse, -jnp.inf), 1, 2
-        )
-
-    out, lse = run(implementation, q, key, value)
-    expected, expected_lse = dense(q, key, value)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
-    assert np.isneginf(np.asarray(lse)).any()
-
-    def loss(f):
-        def of(*a):
-            out, lse = f(*a)
-            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(expected_lse), jnp.cos(lse), 0))
-
-        return jax.grad(of, argnums=(0, 1, 2))(q, key, value)
-
-    if implementation == "xla":
-        for got, want in zip(loss(lambda *a: run("xla", *a)), loss(dense), strict=True):
-            np.testing.assert_allclose(got, want, atol=5e-6)
 
 
 def test_no_array_of_size_length_squared():

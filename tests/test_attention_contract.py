@@ -6,34 +6,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_oracle import any_call, compiled, expected_results, inputs, nats, relative_error, results, worst_error
+from attention_oracle import (
+    any_call,
+    compiled,
+    expected_results,
+    inputs,
+    interval,
+    narrowed,
+    nats,
+    oracle,
+    ragged_call,
+    relative_error,
+    results,
+    sampled,
+    worst_error,
+)
 from cases import Shape, role_ids
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.decode_attention import observed_attention
+from pallas_kernels.nats_attention import pallas_gpu, pallas_tpu
+from pallas_kernels.nats_attention.pallas_gpu import GpuTiling
 from pallas_kernels.nats_attention.pallas_tpu import TpuTiling
+from pallas_kernels.nats_attention.tiling import Problem
 from pallas_kernels.nats_attention.xla import XlaTiling
 
 SMALL = XlaTiling(query_block=3, key_block=4, thresholds=(2,), lanes=3)
+TPU_IN_PLACE = TpuTiling(query_block=128, key_block=128, interpret=True)
+GPU = GpuTiling(columns=64, rows=64, thresholds=(128,), interpret=True)
 TPU = TpuTiling(query_block=128, key_block=128, thresholds=(2,), interpret=True)
 
+gpu_interpreter = pytest.mark.skipif(
+    jax.__version_info__[:2] < (0, 11), reason=f"the GPU interpreter needs jax >= 0.11; this is {jax.__version__}"
+)
 
-def interval(implementation, tiling=None, **options):
-    def attention(query, key, value, places):
-        return na.interval_attention(
-            query,
-            key,
-            value,
-            places.key_end,
-            query_position=places.query_position,
-            key_position=places.key_position,
-            return_lse=True,
-            implementation=implementation,
-            tiling=tiling,
-            **options,
-        )
+BACKENDS = [
+    ("xla", None, (2, 7, 33, 2, 2, 8)),
+    ("reference", None, (2, 7, 33, 2, 2, 8)),
+    ("pallas_tpu", TPU_IN_PLACE, (2, 133, 260, 2, 2, 64)),
+    pytest.param("pallas_gpu", GpuTiling(interpret=True), (2, 7, 100, 2, 2, 64), marks=gpu_interpreter),
+]
 
-    return attention
+
+@pytest.mark.parametrize(("implementation", "tiling", "sizes"), BACKENDS)
+def test_positions_and_log_sum_exp(implementation, tiling, sizes):
+    """Gathered keys and ragged queries, rows that read nothing, gradients through the log-sum-exp too."""
+    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 1e-5)
+    call, wide = narrowed(ragged_call(*sizes, 5), dtype)
+    got = jax.jit(functools.partial(results, interval(implementation, tiling)))(call)
+    expected = expected_results(wide, sizes[-1] ** -0.5)
+    assert np.isneginf(got[1][:, 5]).all()
+    assert not np.asarray(got[0][:, 5], np.float32).any()
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert worst_error(got, expected) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -44,13 +69,15 @@ def interval(implementation, tiling=None, **options):
         ("xla", None, (8, 13, 21, 2, 2, 4), 8),
         ("reference", None, (8, 13, 21, 2, 2, 4), 8),
         ("pallas_tpu", TPU, (4, 5, 133, 1, 2, 64), 4),
+        pytest.param("pallas_gpu", GPU, (6, 5, 100, 1, 2, 64), 1, marks=gpu_interpreter),
     ],
 )
 def test_any_positions_and_ends_and_nan_where_nothing_is_read(implementation, tiling, sizes, draws):
+    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 2e-5)
     run = jax.jit(functools.partial(results, interval(implementation, tiling)))
     for seed in range(draws):
-        call = any_call(*sizes, seed, broken=(np.nan, np.inf, 0)[seed % 3])
-        assert worst_error(run(call), expected_results(call, sizes[-1] ** -0.5)) < 2e-5, seed
+        call, wide = narrowed(any_call(*sizes, seed, broken=(np.nan, np.inf, 0)[seed % 3]), dtype)
+        assert worst_error(run(call), expected_results(wide, sizes[-1] ** -0.5)) < tolerance, seed
 
 
 def test_under_vmap_it_is_the_same():
@@ -154,16 +181,8 @@ def test_ends_of_documents_that_contradict_each_other(implementation, tiling):
         padding = jnp.asarray(end <= np.arange(shape.length))[..., None, None]
         broken = [jnp.where(padding, jnp.nan, x) for x in (k, v)]
         got = compiled(nats(shape.window, implementation=implementation, tiling=tiling), q, *broken, roles, end, weight)
-        with jax.enable_x64(True):
-            wide = [np.asarray(jnp.where(padding, 0, x), np.float64) for x in (k, v)]
-            wide = [
-                np.asarray(q, np.float64),
-                *wide,
-                np.asarray(roles, np.float64),
-                end,
-                np.asarray(weight, np.float64),
-            ]
-            expected = compiled(nats(shape.window, implementation="reference"), *wide)
+        clean = [jnp.where(padding, 0, x) for x in (k, v)]
+        expected = oracle(shape.window, (q, *clean, roles, end, weight))
         for x, y in zip(got, expected, strict=True):
             assert relative_error(x, y) < 2e-5
 
@@ -196,13 +215,9 @@ def test_all_rows_sampled_are_all_rows():
     shape = Shape(1, 9, 1, 1, 4, 2)
     q, k, v, weight = inputs(shape)
     roles = jax.nn.one_hot(role_ids("random", shape, np.random.default_rng(0)), 3)
-
-    def sampled(*arguments):  # no `nats`, which keeps its options: keys have no hash under every jax
-        options = {"mask_gradient": na.Sampled(1), "sample_key": jax.random.key(0)}
-        return na.nats_attention(*arguments[:4], window=shape.window, document_end=arguments[4], **options)
-
     arguments = (q, k, v, roles, None, weight)
-    for x, y in zip(compiled(sampled, *arguments), compiled(nats(shape.window), *arguments), strict=True):
+    got = compiled(sampled(shape.window, 1, 0), *arguments)
+    for x, y in zip(got, compiled(nats(shape.window), *arguments), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -247,3 +262,53 @@ def test_what_is_known_only_when_the_program_runs_is_refused_where_it_must_be_kn
         jax.jit(lambda scale: na.interval_attention(q, q, q, jnp.zeros((1, 1, 3), int), scale=scale))(1.0)
     with pytest.raises(ValueError, match="window="):
         jax.jit(lambda window: na.nats_attention(q, q, q, jnp.zeros((1, 1, 3, 3)), window=window))(1)
+
+
+PROBLEM = Problem(batch=1, queries=4096, keys=4096, num_kv_heads=2, group=4, head_dim=64, window=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "reason"),
+    [
+        (pallas_tpu, {"dtype": "float16"}, "float16"),
+        (pallas_tpu, {"head_dim": 320}, "head dim 320"),
+        (pallas_tpu, {"group": 128}, "128 query heads"),
+        pytest.param(pallas_gpu, {"dtype": "float32"}, "float32 is not", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, {"head_dim": 96}, "head dim 96", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, {}, "Hopper", marks=gpu_interpreter),
+    ],
+)
+def test_what_a_backend_cannot_serve_is_refused_with_the_reason(backend, change, reason):
+    problem = PROBLEM._replace(**change)
+    with pytest.raises(NotImplementedError, match=reason):
+        backend.check(problem, backend.default_tiling(problem))
+
+
+WHOLE = XlaTiling(query_block=128, key_block=128)
+
+
+@pytest.mark.parametrize(
+    ("backend", "tiling", "message"),
+    [
+        (pallas_tpu, WHOLE, "takes a TpuTiling"),
+        (pallas_tpu, TpuTiling(query_block=64, key_block=128), "query_block=64"),
+        (pallas_tpu, TpuTiling(query_block=128, key_block=200), "key_block=200"),
+        (pallas_tpu, TpuTiling(query_block=4096, key_block=512), "vector memory"),
+        pytest.param(pallas_gpu, WHOLE, "takes a GpuTiling", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(query_block=64), "query_block=64", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(key_block=256), "key_block=256", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(columns=96), "columns=96", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(rows=32), "rows=32", marks=gpu_interpreter),
+        pytest.param(pallas_gpu, GpuTiling(stages=9), "stages=9", marks=gpu_interpreter),
+    ],
+)
+def test_a_wrong_tiling_is_named(backend, tiling, message):
+    with pytest.raises(ValueError, match=message):
+        backend.check(PROBLEM, tiling)
+
+
+@pytest.mark.parametrize("tiling", [TPU, GPU])
+def test_without_a_name_a_cpu_takes_no_backend_of_another_device(tiling):
+    q, k, v, _ = inputs(Shape(1, 4, 1, 1, 4, 1))
+    with pytest.raises(ValueError, match="XlaTiling"):
+        na.nats_attention(q, k, v, jnp.zeros((1, 1, 4, 3)), window=1, tiling=tiling)

@@ -52,7 +52,7 @@ def mesh():
 
 
 def temporary_bytes(mesh, length, head_dim, mask_gradient, tiling=None, dtype=jnp.bfloat16, wrap=lambda f: f):
-    """Of 8 query heads over 2 KV heads; ``mask_gradient=None`` compiles the forward pass alone."""
+    """Compiles attention of 8 query heads over 2 KV heads; ``mask_gradient=None`` compiles the forward pass alone."""
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def array(*shape, dtype=dtype):

@@ -1,5 +1,7 @@
 """Gathering long-lived keys, lists of live blocks, sampled rows: each against its definition, pair by pair."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from cases import ROLE_PATTERNS, Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import SLOW
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import blocks, layout, sampling
@@ -23,22 +26,23 @@ def intervals(pattern, length, window, seed, documents="one"):
     return Intervals(position[:, 0], position, key_end)
 
 
+# Length, thresholds and capacity, which are compiled anew each time: few, or all of them.
+SIZES = [(1, (3,), 1), (2, (2, 9), 6), (13, (1, 4, 16), 6), (40, (2, 9), 1), (40, (3,), 40)]
+if SLOW:
+    SIZES = list(itertools.product([1, 2, 13, 40], [(3,), (2, 9), (1, 4, 16)], [1, 6, 40]))
 cases = given(
     st.sampled_from(ROLE_PATTERNS),
-    st.sampled_from([1, 2, 13, 40]),  # few shapes: each is compiled anew
+    st.sampled_from(SIZES),
     st.sampled_from([0, 3]),
     st.integers(0, 2**31),
     st.sampled_from(["one", "packed", "padding"]),
-    st.sampled_from([(3,), (2, 9), (1, 4, 16)]),
-    st.sampled_from([1, 6, 40]),
 )
 
 
 @settings(max_examples=60, deadline=None)
 @cases
-def test_every_key_has_one_living_slot_and_long_lives_come_first(
-    pattern, length, window, seed, documents, thresholds, capacity
-):
+def test_every_key_has_one_living_slot_and_long_lives_come_first(pattern, sizes, window, seed, documents):
+    length, thresholds, capacity = sizes
     _, position, end = intervals(pattern, length, window, seed, documents)
     arranged = layout.arrange(position, end, thresholds=thresholds, capacity=capacity)
     where, until = (np.asarray(x) for x in layout.gather_intervals(arranged, position, end))
@@ -57,7 +61,8 @@ def test_every_key_has_one_living_slot_and_long_lives_come_first(
 
 @settings(max_examples=30, deadline=None)
 @cases
-def test_scatter_back_is_the_transpose_of_gather(pattern, length, window, seed, documents, thresholds, capacity):
+def test_scatter_back_is_the_transpose_of_gather(pattern, sizes, window, seed, documents):
+    length, thresholds, capacity = sizes
     _, position, end = intervals(pattern, length, window, seed, documents)
     arranged = layout.arrange(position, end, thresholds=thresholds, capacity=capacity)
     rng = np.random.default_rng(seed)
@@ -73,7 +78,8 @@ def test_scatter_back_is_the_transpose_of_gather(pattern, length, window, seed, 
 
 @settings(max_examples=60, deadline=None)
 @cases
-def test_lists_hold_every_visible_pair_once(pattern, length, window, seed, documents, thresholds, capacity):
+def test_lists_hold_every_visible_pair_once(pattern, sizes, window, seed, documents):
+    length, thresholds, capacity = sizes
     query_block, key_block = (1, 3, 8)[seed % 3], (1, 4)[seed % 2]
     given = intervals(pattern, length, window, seed, documents)
     capacity += -capacity % key_block  # keys in place begin at a block

@@ -27,7 +27,7 @@ def arguments_of(shape):
 
 
 def error_of_sharding(mesh, shape, kv_heads=("tensor",), **options):
-    """The largest error of values and gradients over a mesh, against the same call without one.
+    """Returns the largest error of values and gradients over a mesh, against the same call without one.
 
     Without ``kv_heads`` the shards of the query heads share keys, values and roles.
     """
@@ -51,7 +51,7 @@ def mesh_of(*sizes, axis_type=jax.sharding.AxisType.Auto):
 
 
 def error_of_intervals(mesh, shape):
-    """The error of the gradient through values and log-sum-exp, against the call without a mesh."""
+    """Returns the error of the gradient through values and log-sum-exp, against the call without a mesh."""
     q, k, v, _, end, _ = arguments_of(shape)
     key_end = jnp.broadcast_to(end[:, None], (shape.b, shape.k, shape.length))
 
@@ -71,7 +71,7 @@ def error_of_intervals(mesh, shape):
 
 
 def error_of_divided_sequence(mask_gradient, length):
-    """The largest error of values and gradients where the sequence is divided among four devices."""
+    """Returns the largest error of values and gradients where the sequence is divided among four devices."""
     mesh = jax.make_mesh((1, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     shape = Shape(2, length, 4, 2, 8, 5)
     rows, roles = jax.P("data", "context"), jax.P("data", None, "context")
@@ -94,7 +94,7 @@ def error_of_divided_sequence(mask_gradient, length):
 
 
 def error_of_divided_intervals():
-    """The same of interval_attention, its gradients through values and log-sum-exp."""
+    """Returns the same error of ``interval_attention``, with gradients through values and log-sum-exp."""
     mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
     shape = Shape(2, 48, 4, 2, 8, 5)
     q, k, v, _, end, _ = arguments_of(shape)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from processes import environment
 
 from natsjax.errors import UserError, first_line
 from natsjax.model import sharding
@@ -286,15 +287,12 @@ def hand_on(folder, *, processes, devices, **mesh):
     with socket.socket() as one:
         one.bind(("", 0))
         port = one.getsockname()[1]
-    launcher = ("SLURM", "OMPI", "PMI", "JAX", "TPU", "KUBERNETES", "XLA_FLAGS")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    environment = clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     flags = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", HAND_ON, json.dumps(config.to_dict()), str(folder)]
             + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
-            env=environment,
+            env=environment(devices),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -56,7 +56,7 @@ def test_chunks_and_tokens_give_the_logits_of_the_masked_forward(lengths, chunk,
     [Nats(0.3), FullAttention(), SlidingWindow(3), SlidingWindow(0), StreamingLLM(2, 4), RandomKeys(0.3, 2, 5)],
     ids=lambda policy: policy.method,
 )
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_every_static_policy_is_its_mask(policy, chunk):
     rows = decoding.prompts([29, 12])
     expected, _ = decoding.masked_logits(CONFIG, PARAMETERS, rows, policy)
@@ -351,7 +351,7 @@ def attention_received(config, parameters, row):
 @pytest.mark.parametrize(
     "policy", [None, FullAttention(), StreamingLLM(2, 4), H2O(6, 3), SnapKV(9, 4)], ids=lambda x: str(x and x.method)
 )
-@pytest.mark.parametrize("length", [5, 41])
+@pytest.mark.parametrize("length", [5, pytest.param(41, marks=pytest.mark.slow)])
 def test_a_short_context_takes_no_more_than_full_attention_would_hold(policy, length):
     """With the blocks that are the default; one prompt, for rows of a batch have the slots of the longest."""
     decoder = decoding.decoder(CONFIG, PARAMETERS, policy, DecodeSettings())

@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What ``decode_attention`` takes, keys and values as ``[l, b, k, c, h]``."""
+    """Arguments of ``decode_attention``, keys and values as ``[l, b, k, c, h]``."""
 
     query: np.ndarray
     key: np.ndarray
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def case_of(shape: Shape, seed=0) -> Case:
-    """Ragged lengths, one of 0 and one full, dead slots among the live, a head of dead slots alone."""
+    """Draws ragged lengths, one of 0 and one full, dead slots among the live, a head of dead slots alone."""
     layers, b, k, g, c, h, _ = shape
     rng = np.random.default_rng(seed)
     query = 3 * rng.normal(size=(b, k * g, h))
@@ -192,7 +192,7 @@ def test_any_end_length_and_position(implementation, monkeypatch):
 
 
 def by_definition(case: Case, layer: int):
-    """In NumPy and float64; a negative position counts as 0."""
+    """Computes attention in NumPy and float64; a negative position counts as 0."""
     b, k, h = case.key.shape
     query, *arrays = (np.asarray(x, np.float64) for x in case[:3])
     keys, values = (

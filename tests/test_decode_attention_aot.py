@@ -41,7 +41,7 @@ has_cuda = pytest.mark.skipif(
 NUM_LAYERS, BATCH, NUM_KV_HEADS, GROUP = 2, 2, 4, 4
 BLOCK = {"tpu": 256, "gpu": None}
 MOST_TEMPORARIES = 0.1
-"""Of the bytes of keys and values; a copy would be 1, one layer 0.5."""
+"""Fraction of the bytes of keys and values; a copy would be 1, one layer 0.5."""
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def test_the_tpu_kernel_compiles_inside_shard_map():
 @has_cuda
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_cudnn_reads_a_buffer_of_one_layer_where_it_lies(head_dim, monkeypatch):
-    """For an H100. XLA asks cuDNN for a plan later, on the machine itself: a call that it refuses would not show."""
+    """Compiles for an H100; XLA asks cuDNN for a plan later, on the machine itself: a refusal would not show."""
     monkeypatch.setattr(cudnn._library, "check_cudnn_version", lambda: 91200)
     mesh = Mesh(np.array(devices("h100")[:1]), ("device",))
     arguments = arguments_of("gpu", 8192, head_dim, "bfloat16", mesh, num_layers=1)

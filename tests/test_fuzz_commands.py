@@ -115,7 +115,7 @@ DAMAGES = {
 }
 HARMLESS = {"broken metrics", "broken results", "no data", "broken data", "other data"}
 CONFIG_DAMAGES = {name for name in DAMAGES if "config" in name} | {"unknown field", "wrong value"}
-"""What a command refuses that reads the config and the text alone."""
+"""Damages that a command refuses which reads the config and the text alone."""
 _PLACES = ["nowhere", "file", "empty", "", "\0", "a\nb", "x" * 5000, "-", "../..", "/dev/null", "/proc/nowhere"]
 _WORDS = [
     "",

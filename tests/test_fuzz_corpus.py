@@ -263,7 +263,7 @@ _QUIET = {name: value for name, value in _QUIET.items() if name in inspect.signa
 
 @st.composite
 def arguments(draw):
-    """Of ``prepare``: most are typical, some are strange."""
+    """Draws arguments of ``prepare``: most are typical, some are strange."""
     changed = {name: draw(values) for name, values in _KNOWN.items() if draw(st.integers(0, 19)) == 0}
     return _TYPICAL | changed
 

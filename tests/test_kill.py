@@ -110,7 +110,7 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def run(config, folder):
-    """``run(workdir)``: status, seconds, and what was said."""
+    """Yields ``run(workdir)``, which returns status, seconds and standard error."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     driver = subprocess.Popen(
@@ -138,7 +138,7 @@ def run(config, folder):
 
 @pytest.fixture(scope="module")
 def whole(folder, run):
-    """A run that was left alone, and the seconds that it took, with all that it needs compiled before."""
+    """Returns a run that was left alone, and its seconds; all that it needs was compiled before."""
     for name in ("warm", "whole"):
         status, seconds, errors = run(Workdir(folder / name))
         assert status == 0, errors
@@ -147,7 +147,7 @@ def whole(folder, run):
 
 
 def complete(workdir):
-    """Steps whose checkpoints are complete."""
+    """Returns steps whose checkpoints are complete."""
     return sorted(int(path.name) for path in workdir.checkpoints.glob("*") if path.name.isdigit())
 
 
@@ -156,7 +156,7 @@ def reached(workdir):
 
 
 def where(workdir, said):
-    """The phase that a run was killed in, from what it said and what is in its folder."""
+    """Returns the phase that a run was killed in, from its standard error and its folder."""
     if "going on from step" not in said and "training 0." not in said:
         return "preparing"
     if list(workdir.checkpoints.glob("*tmp*")):
@@ -167,7 +167,7 @@ def where(workdir, said):
 
 
 def numbers(workdir):
-    """What must not depend on interruptions, of every line."""
+    """Returns the fields of every line that must not depend on interruptions."""
     fields = ("step", "loss", "cross_entropy", "kv_fraction", "kv_penalty", "gradient_norm", "learning_rate")
     return [[line[field] for field in fields] for line in read_metrics(workdir.metrics_file)]
 
@@ -186,7 +186,7 @@ def perplexities(workdir):
 
 
 def same(workdir, other, config):
-    """Whether two finished runs are the same bit for bit."""
+    """Asserts that two finished runs are the same bit for bit."""
     assert numbers(workdir) == numbers(other)
     assert final_state(workdir, config) == final_state(other, config)
     assert perplexities(workdir) == perplexities(other)
@@ -260,7 +260,7 @@ def test_sigterm_in_every_phase_is_one_sentence_and_loses_nothing_and_a_finished
 
 
 def extend(workdir, config, run):
-    """A finished run: metrics go on, the report is that of the last step, the learning rate's jump is said."""
+    """Extends a finished run: metrics continue, the report is of the last step, the new learning rate is logged."""
     longer = NUM_STEPS + SAVE_EVERY + 3
     before, measured = numbers(workdir), perplexities(workdir)
     status, _, errors = run(workdir, num_steps=longer)

@@ -79,7 +79,7 @@ def test_tokens_live_as_long_as_their_role_says(roles, format):
     """Token by token with another role pattern in every head, compacted now and then."""
     window, (group,) = 2, empty(slots=16, format=format)
     expected = {place: {} for place in np.ndindex(LAYERS, BATCH, HEADS)}
-    expire, write = jax.jit(kv_buffer.expire), jax.jit(kv_buffer.write_token)
+    expire, write, compact = jax.jit(kv_buffer.expire), jax.jit(kv_buffer.write_token), jax.jit(kv_buffer.compact)
     for t in range(len(roles)):
         ends, local_end = np.zeros((LAYERS, BATCH, HEADS, 1)), np.full((LAYERS, BATCH, HEADS), UNTIL_GLOBAL)
         for number, place in enumerate(expected):
@@ -97,7 +97,7 @@ def test_tokens_live_as_long_as_their_role_says(roles, format):
         group = write(expire(group, new.local_end), new, slot)
         assert live_of((group,), t + 1) == {place: keys for place, keys in expected.items() if keys}
         if t % 4 == 3:
-            group, evicted = kv_buffer.compact(group, at + 1)
+            group, evicted = compact(group, at + 1)
             assert live_of((group,), t + 1) == {place: keys for place, keys in expected.items() if keys}
             assert not evicted.any()
             lengths = np.array([len(keys) for keys in expected.values()]).reshape(group.length.shape)

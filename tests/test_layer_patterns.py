@@ -32,7 +32,7 @@ def build(config):
     return structure, parameters
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_the_scan_over_the_pattern_is_the_layers_one_after_another(remat):
     config = tiny.config(model=MIXED | {"remat": remat})
     structure, parameters = build(config)
@@ -194,7 +194,9 @@ def test_qk_norm_leaves_the_scale_of_queries_and_keys_without_effect():
     assert "query_norm" not in build(plain)[1]["blocks"]["attention"]
 
 
-@pytest.mark.parametrize("layers", [{"layer_types": "nats,dense", "num_layers": 4}, MIXED])
+@pytest.mark.parametrize(
+    "layers", [pytest.param({"layer_types": "nats,dense", "num_layers": 4}, marks=pytest.mark.slow), MIXED]
+)
 def test_a_mixed_model_learns(layers):
     config = tiny.config(
         model=layers, optimizer={"peak_learning_rate": 3e-2}, loss={"z_loss": 1e-3}, train={"num_steps": 40}

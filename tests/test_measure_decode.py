@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     [Nats(), Nats(-1.0), FullAttention(), SlidingWindow(3), StreamingLLM(1, 2), RandomKeys(0.3)],
     ids=lambda policy: f"{policy.method}-{policy.setting}",
 )
-@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_the_buffer_gives_what_the_mask_gives(run, policy, chunk):
     """Packed documents, padding, one token at a time and several."""
     masked, decoded = measure(run, CONTEXTS, policy), measure_decoding(run, CONTEXTS, policy, chunk=chunk)

@@ -206,7 +206,7 @@ def test_what_a_refusing_compiler_asked_for_is_read(said, asked, monkeypatch):
 
 
 def crash(config, name, num_slices, log):
-    """What libtpu does where one of its checks fails."""
+    """Ends as libtpu does where one of its checks fails."""
     log.write_text("W1 a.cc:1] a warning\nF2 b.cc:2] Check failed: 1 vs. 8\n*** stack\n")
     os.abort()
 

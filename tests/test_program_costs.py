@@ -1,4 +1,4 @@
-"""What is read off a compiled program: every notation, and programs whose collectives and traffic are known."""
+"""Costs that are read off a compiled program: every notation, and programs of known collectives and traffic."""
 
 import math
 

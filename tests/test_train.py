@@ -83,8 +83,7 @@ def test_loss_is_cross_entropy_plus_price_times_fraction():
 
 
 def test_the_price_lowers_the_fraction_and_nothing_else_can():
-    """With a high fixed KV penalty and nothing to predict, roles become cheap: the KV penalty's gradient points the
-    right way."""
+    """The gradient of a fixed KV penalty points the right way: with nothing to predict, roles become cheap."""
     task = RecallTask(24, 2, 5, 5, 5)
     batch = task.rows(0, 4)
     batch["loss_weight"] = np.zeros_like(batch["loss_weight"])
