@@ -180,5 +180,5 @@ def test_a_window_without_end_costs_what_the_sequence_is_long():
 
 def test_a_scorer_rate_without_a_schedule_is_one_sentence():
     rates = {"peak_learning_rate": 0.0, "final_learning_rate": 0.0, "scorer_learning_rate": 1e-3}
-    with pytest.raises(UserError, match=r"scorer_learning_rate = 0.001 follows the schedule"):
+    with pytest.raises(UserError, match=r"scorer_learning_rate = 0.001: its schedule is that of"):
         tiny.config(optimizer=rates)

@@ -412,8 +412,8 @@ def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
         ({}, {"kv_budgets": [0.4, 0.4]}, r"--kv_budgets names 0\.4 more than once"),
         ({}, {"kv_budgets": [0.4], "seeds": [1, 2, 1]}, "--seeds names 1 more than once"),
         ({}, {"kv_budgets": [0.4], "seeds": [-1]}, "--seeds: -1 is no seed"),
-        ({}, {"kv_budgets": [0.4, 1.5]}, r"--kv_budgets: 1\.5 is not a fraction"),
-        ({}, {"kv_budgets": [math.nan]}, "--kv_budgets: nan is not a fraction"),
+        ({}, {"kv_budgets": [0.4, 1.5]}, r"--kv_budgets: 1\.5 is not a KV fraction"),
+        ({}, {"kv_budgets": [math.nan]}, "--kv_budgets: nan is not a KV fraction"),
         ({}, {"kv_penalties": [-0.1]}, r"--kv_penalties: -0\.1 is no KV penalty"),
         ({}, {"kv_budgets": [0.4, 0.05]}, r"= 0\.05: .* no KV fraction is below 0\.\d+"),
         (
