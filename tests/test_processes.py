@@ -27,6 +27,7 @@ import numpy as np
 from jax._src import xla_bridge
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import join_processes, parse_train_flags, run_command
+from natsjax.runtime.log import logger
 from natsjax.errors import UserError
 
 def main():

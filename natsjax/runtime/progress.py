@@ -17,7 +17,6 @@ from rich.progress import (
     MofNCompleteColumn,
     ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -117,12 +116,9 @@ def on_terminal() -> bool:
 def _new_bar(*columns: ProgressColumn) -> rich.progress.Progress:
     return rich.progress.Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(20),
         *columns,
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # it may be a file
