@@ -1,6 +1,6 @@
 """The rival of ``benchmarks.train_step``: the dense model as a PyTorch ``nn.Module``, and its whole optimizer step.
 
-The same mathematics as ``natsjax.model`` with ``model.layer_types = "dense"``: pre-norm RMSNorm, rotary positions,
+The same mathematics as ``natsjax.model`` with ``model.layer_types = ("dense",)``: pre-norm RMSNorm, rotary positions,
 grouped-query attention, SwiGLU, tied embeddings. Parameters are taken over from ours, so that both start, and stay,
 at the same loss. Importing this module needs PyTorch.
 """

@@ -93,7 +93,7 @@ def test_contestants_differ_in_attention_and_mask_gradient_alone():
         "dots": "dots",
         "full": "full",
     }
-    assert [config.model.layer_types for config in configs.values()] == ["dense"] + 4 * ["nats"]
+    assert [config.model.layer_pattern for config in configs.values()] == ["dense"] + 4 * ["nats"]
     assert [configs[name].nats.mask_gradient for name in ("nats", "sampled", "dots")] == ["exact", "sampled", "exact"]
     for config in configs.values():
         assert (config.data.context_length, config.train.batch_size, config.data.vocab_size) == (1024, 8, 2048)
@@ -102,7 +102,7 @@ def test_contestants_differ_in_attention_and_mask_gradient_alone():
 
 def test_it_prints_a_table_and_writes_what_it_measured(dense, monkeypatch, capsys, tmp_path):
     steps = {"dense": dense, "nats": start("nats")}
-    monkeypatch.setattr(benchmark, "Ours", lambda config, vocab_size, batch: steps[config.model.layer_types])
+    monkeypatch.setattr(benchmark, "Ours", lambda config, vocab_size, batch: steps[config.model.layer_pattern])
     monkeypatch.setattr(benchmark, "torch_rival", lambda dense: None)
     monkeypatch.setattr(benchmark, "ask_for_devices", lambda wanted: None)
     monkeypatch.setattr(benchmark, "NATS_MOST", {24: 1e9})
