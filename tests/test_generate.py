@@ -22,8 +22,16 @@ from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
 from natsjax.export import export
 from natsjax.generate import __main__ as generate_command
-from natsjax.generate.flags import parse_generate_flags, parse_mesh, parse_policy, policy_forms
+from natsjax.generate.flags import (
+    DEFAULTS,
+    EVICTION_NAMES,
+    parse_generate_flags,
+    parse_mesh,
+    parse_policy,
+    policy_forms,
+)
 from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 
@@ -64,6 +72,12 @@ class Terminal(io.StringIO):
 
 
 # --- prompts ---
+
+
+def test_help_shows_the_defaults_that_hold():
+    settings = DecodeSettings()
+    assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
+    assert tuple(EVICTIONS) == EVICTION_NAMES
 
 
 def test_a_prompt_comes_from_a_flag_a_file_or_a_pipe(text_run, capsys, monkeypatch, tmp_path):

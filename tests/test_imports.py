@@ -24,10 +24,7 @@ CODE = {
 CODE |= {name: HELP.format(name=name, run=f"runpy.run_module({name!r}, run_name='__main__')") for name in COMMANDS}
 
 
-HEAVY = pytest.mark.xfail(reason="generate/flags.py is made light with the registry of policies", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[HEAVY] * (n == "natsjax.generate")) for n in CODE])
+@pytest.mark.parametrize("name", CODE)
 def test_nothing_slow_is_imported_before_it_is_needed(name):
     code = f"{CODE[name]}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from natsjax.generate.flags import parse_generate_flags
-from natsjax.generate.texts import run
 from natsjax.runtime.flags import run_command
 from natsjax.runtime.log import logger
 
@@ -21,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "standard output at once, one after another; the closing line (tokens, seconds, and the KV cache beside that "
         "of full attention) goes to standard error.",
     )
+    from natsjax.generate.texts import run  # here: the parser is built before anything slow is imported
+
     found = run(**arguments, stream=sys.stdout, warn=lambda note: logger.warning(f"warning: {note}"))
     logger.info(found.summary())
     return 0

@@ -5,24 +5,26 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from natsjax.config import MeshConfig
 from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.readers.file_marks import check_no_pointer
-from natsjax.decode.decoder import DecodeSettings
-from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
-from natsjax.model.sharding import AXES
-from natsjax.policies.base import DecodingPolicy
-from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.registry import POLICIES
 from natsjax.runtime.flags import Parser, typed_text
 
+if TYPE_CHECKING:
+    from natsjax.policies.base import DecodingPolicy
+
 _MAX_ROLE_BIAS = 1e6  # logits are of order 1 to 10
 
-READING = Sampling(temperature=0.8)
+READING_TEMPERATURE = 0.8
 """The command's default: text to read. Greedy text soon repeats itself."""
+
+# For --help, which imports no JAX; a test compares them with ``DecodeSettings`` and ``EVICTIONS``.
+DEFAULTS = {"chunk": 512, "block": 128, "eviction": "soonest_end"}
+EVICTION_NAMES = ("soonest_end", "oldest")
 
 _TOO_LARGE = 2**30  # numbers become int32, and are added to others
 
@@ -38,6 +40,9 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
       UserError: a flag or its value does not fit, or there is no prompt; the message names it.
     """
     flags = _parser(description).parse_args(argv)
+    from natsjax.decode.decoder import DecodeSettings  # here: the parser is built before anything slow is imported
+    from natsjax.decode.sampling import Sampling
+
     for name in ("max_new_tokens", "batch_size", "top_k", "max_kv", "chunk", "block"):
         if (value := getattr(flags, name)) is not None and value >= _TOO_LARGE:
             raise UserError(f"--{name}={value}: it is too large; choose a number below {_TOO_LARGE}.")
@@ -91,9 +96,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add(
         "--temperature",
         type=float,
-        default=READING.temperature,
+        default=READING_TEMPERATURE,
         metavar="F",
-        help=f"of sampling; 0: always the likeliest token, greedy (default: {READING.temperature:g})",
+        help=f"of sampling; 0: always the likeliest token, greedy (default: {READING_TEMPERATURE:g})",
     )
     add(
         "--top_k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0: from all (default: 0)"
@@ -126,7 +131,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add(
         "--eviction",
         metavar="NAME",
-        help=f"what goes first at --max_kv: {', '.join(EVICTIONS)} (default: {DecodeSettings().eviction})",
+        help=f"what goes first at --max_kv: {', '.join(EVICTION_NAMES)} (default: {DEFAULTS['eviction']})",
     )
     add(
         "--mesh",
@@ -138,13 +143,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--chunk",
         type=int,
         metavar="N",
-        help=f"prompt tokens read at once; --max_kv evicts behind them (default: {DecodeSettings().chunk})",
+        help=f"prompt tokens read at once; --max_kv evicts behind them (default: {DEFAULTS['chunk']})",
     )
     add(
         "--block",
         type=int,
         metavar="N",
-        help=f"keys are allocated in multiples of it (default: {DecodeSettings().block}), or of a part of it for short "
+        help=f"keys are allocated in multiples of it (default: {DEFAULTS['block']}), or of a part of it for short "
         "sequences on a CPU",
     )
     add("--output", metavar="FILE", help="also write prompts, texts, ids and log-probabilities: JSON, a line a prompt")
@@ -220,7 +225,7 @@ def policy_forms() -> list[str]:
     return [entry.form for entry in POLICIES.values()]
 
 
-def parse_policy(text: str | None, role_bias: float | None = None) -> DecodingPolicy | None:
+def parse_policy(text: str | None, role_bias: float | None = None) -> "DecodingPolicy | None":
     """Returns a policy by name; None where nothing is asked for.
 
     Args:
@@ -276,6 +281,7 @@ def parse_mesh(text: str) -> MeshConfig:
       >>> parse_mesh("data=2,tensor=4")
       MeshConfig(data=2, fsdp=-1, tensor=4, context=1)
     """
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, word = part.partition("=")
@@ -283,8 +289,8 @@ def parse_mesh(text: str) -> MeshConfig:
             size = int(word)
         except ValueError as error:
             raise UserError(f"--mesh={text}: it is not AXIS=N,…; give it as in data=2,tensor=4.") from error
-        if name not in AXES:
-            raise UserError(f"--mesh={text}: unknown axis {name!r}{nearest(name, AXES)}.")
+        if name not in axes:
+            raise UserError(f"--mesh={text}: unknown axis {name!r}{nearest(name, axes)}.")
         if name in sizes:
             raise UserError(f"--mesh={text}: {name} is there twice; name each axis once.")
         if size < 1 and size != -1:

@@ -24,7 +24,7 @@ from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.decode.generation import Generation
 from natsjax.decode.sampling import Sampling
 from natsjax.errors import UserError
-from natsjax.generate.flags import READING
+from natsjax.generate.flags import READING_TEMPERATURE
 from natsjax.generate.text_stream import Printer
 from natsjax.policies.base import DecodingPolicy, Policy
 from natsjax.runs.load import LoadedRun, load
@@ -127,7 +127,7 @@ def run(
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    sampling: Sampling = READING,
+    sampling: Sampling = Sampling(temperature=READING_TEMPERATURE),  # noqa: B008 (frozen)
     stop_tokens: Sequence[int] = (),
     ignore_eos: bool = False,
     policy: DecodingPolicy | None = None,
