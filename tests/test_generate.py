@@ -282,7 +282,7 @@ def test_a_mesh_is_completed():
         (["--prompt=a", "--max_kv=0"], "max_kv = 0: it must be 1 or more"),
         (["--prompt=a", "--max_kv=4", "--policy=h2o:4"], "are two limits; choose one"),
         (["--prompt=a", "--eviction=oldest"], "--eviction=oldest says what goes first where --max_kv is reached"),
-        (["--prompt=a", "--eviction=newest", "--max_kv=4"], "eviction='newest': one of 'soonest_end', 'oldest' was"),
+        (["--prompt=a", "--eviction=newest", "--max_kv=4"], "eviction = 'newest': one of 'soonest_end', 'oldest' was"),
         (
             ["--prompt=a", "--role_bias=1", "--policy=full"],
             "--role_bias=1 is for the model's roles, and --policy=full does not",
