@@ -68,7 +68,7 @@ def test_training_text_is_not_validated_on(tmp_path):
     with pytest.raises(UserError, match="validation_input has no document left: each of its 2 documents is also in"):
         _prepare(path, tmp_path / "none", validation_input=other, deduplicate=True)
     _lines(path, ["a", "a"])
-    with pytest.raises(UserError, match="fewer than two documents"):
+    with pytest.raises(UserError, match="is the only document of the input and too short"):
         _prepare(path, tmp_path / "none", deduplicate=True)
 
 

@@ -52,3 +52,8 @@ def test_a_file_that_is_full_costs_one_line_and_one_that_is_a_folder_is_a_mistak
     ]
     with pytest.raises(UserError, match="cannot be written: Is a directory"), also_to(tmp_path):
         pass
+
+
+def test_file_names_that_are_not_utf8_reach_every_handler_as_text(caplog):
+    logger.info("read %s", "caf\udce9")
+    assert caplog.messages == [r"read caf\udce9"]

@@ -105,7 +105,15 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return distributed.is_main() or getattr(record, "every_process", False)
 
 
+def _as_text(record: logging.LogRecord) -> bool:
+    """Escapes bytes of file names that are not UTF-8: every handler, also one of a library, can then encode the line."""
+    record.msg = record.getMessage().encode("utf-8", "backslashreplace").decode("utf-8")
+    record.args = None
+    return True
+
+
 def _set_up() -> None:
+    logger.addFilter(_as_text)
     handler = _StandardError()
     handler.addFilter(_is_wanted)
     logger.addHandler(handler)
