@@ -106,7 +106,7 @@ def _is_wanted(record: logging.LogRecord) -> bool:
 
 
 def _as_text(record: logging.LogRecord) -> bool:
-    """Escapes bytes of file names that are not UTF-8: every handler, also one of a library, can then encode the line."""
+    """Escapes bytes of file names that are not UTF-8, so that every handler can encode the line."""
     record.msg = record.getMessage().encode("utf-8", "backslashreplace").decode("utf-8")
     record.args = None
     return True
