@@ -224,7 +224,7 @@ def test_a_corpus_from_text_to_report_and_on_without_the_text(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     data = {"source": "corpus", "input": "texts", "tokenizer": "byte", "held_out_fraction": 0.2}
     evaluation = train.run(tiny.config(data=data), "run")
-    assert evaluation.contract is not None
+    assert evaluation.budget_check is not None
     assert all(0 < row["bits_per_byte"] < 9 for row in evaluation.rows)
     assert all(path.exists() for path in evaluation.paths)
 
