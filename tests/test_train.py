@@ -172,7 +172,7 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "the checkpoint of step 10 cannot be written" in done.stdout
-    assert done.stdout.rstrip().endswith("the run can go on from step 5.")
+    assert done.stdout.rstrip().endswith("the run can resume from step 5.")
     assert done.stdout.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["5"]
     checkpoints = Checkpoints(tmp_path, read_only=True)
@@ -291,7 +291,7 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {reached}" in done.stderr
+    assert f"resuming from step {reached}" in done.stderr
     assert (workdir / "report/report.html").exists()
     assert "perplexity" in done.stdout
     with pytest.MonkeyPatch.context() as patch:

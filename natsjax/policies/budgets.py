@@ -21,7 +21,7 @@ from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
 
 NUM_BUDGETS = 6
-"""How many budgets are measured at least, unless somebody asks for others."""
+"""Fewest budgets that are measured, unless others are asked for."""
 
 _NATS_FACTORS = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)  # of kv_budget
 _SPARE_FACTORS = (0.7, 0.9, 1.4, 0.5, 2.5, 0.4, 3.2)  # where the window, or 1, rules some of them out
@@ -33,7 +33,7 @@ _CLOSE_ENOUGH = 0.01  # of the budget
 _MAX_EVALUATIONS = 20  # for one budget
 
 _FEWEST_KEYS = 2
-"""Of a head, for a policy that keeps some for being recent and some for being read."""
+"""Fewest keys of a head, for a policy that keeps some for being recent and some for being read."""
 
 _MOST_CONTINUED = 0.5
 """Tokens behind a prompt of SnapKV, as a fraction of the keys that a query reads: all of them are kept, and more of

@@ -166,7 +166,7 @@ class Hub(threading.Thread):
                     self._tell(stop_at=1 + max(self._calls.values()))
 
     def _meet(self, rank: int, what: str) -> None:
-        """Lets all go on when all are here."""
+        """Releases all when all are here."""
         self._here[rank] = what
         if len(self._here) < len(self._lines) or self._failures:
             return

@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM while a run lasts: the first one is honoured where nothing is lost, a second one at once.
 
     with signals.stop_requests() as stop:
-        with stop.at_once("run the same command again to go on"):
+        with stop.at_once("run the same command again to resume"):
             ...                                 # may be left anywhere
         with stop.later("the step is compiled"):
             ...                                 # not left; whoever works here looks at ``stop.requested`` in time
@@ -36,14 +36,14 @@ from natsjax.runtime.log import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = 130
-"""Of an interrupted run, whatever the signal."""
+"""Exit status of an interrupted run, whatever the signal."""
 
 _SAME_SIGNAL = 0.5
 """Seconds: ``timeout`` and some launchers send a signal to a process and then to its group, where it comes again."""
 _PUT_OFF = 0.05
 """Seconds until a signal is looked at again that came where nothing can be raised."""
 _SAY_AFTER = 1.0
-"""Seconds that a request waits before it is said what it waits for."""
+"""Seconds that a request waits before the reason is printed."""
 _GRACE = 0.5
 """Seconds that interrupted work gets to put things in order."""
 _T = TypeVar("_T")
@@ -154,7 +154,7 @@ class StopRequests:
                 name = signal.Signals(heard[0]).name
                 with contextlib.suppress(OSError, ValueError):
                     print(
-                        f"a second {name}: ended at once; run the same command again to go on from the newest save",
+                        f"a second {name}: ended at once; run the same command again to resume from the newest save",
                         file=sys.stderr,
                     )
                 distributed.end(KeyboardInterrupt(name), EXIT_STATUS)

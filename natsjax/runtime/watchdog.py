@@ -62,19 +62,19 @@ class Watchdog:
         self._heard = self._clock()
 
     def look(self) -> None:
-        """Reports once that a run is stuck, and once that it goes on."""
+        """Reports once that a run is stuck, and once that it continues."""
         heard, phase = self._heard, self._phase
         who = distributed.label()
         if self._stuck is not None and self._stuck[1] != heard:
             stuck_phase, since = self._stuck
             self._stuck = None
-            self._tell(f"{who}went on after {heard - since:.0f} s ({stuck_phase})")
+            self._tell(f"{who}continued after {heard - since:.0f} s ({stuck_phase})")
         silent = self._clock() - heard
         if silent >= self._seconds and self._stuck is None:
             self._stuck = (phase, heard)
             self._tell(
                 f"{who}no progress for {silent:.0f} s while {phase} (train.hang_timeout_seconds = "
-                f"{self._seconds:g}); the run goes on, and this is where its threads are:\n{_stacks()}"
+                f"{self._seconds:g}); the run continues, and this is where its threads are:\n{_stacks()}"
             )
 
 
@@ -148,5 +148,5 @@ def _stacks() -> str:
 
 def _tell(text: str) -> None:
     """Logs for this process: it may be the only one that is stuck."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the run goes on
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the run continues
         logger.warning(text, extra=EVERY_PROCESS)

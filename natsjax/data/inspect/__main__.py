@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         # Here: the parser is built before anything slow is imported.
         from natsjax.data.inspect.contexts import example_at, open_data
-        from natsjax.data.inspect.examples import COLOUR_LEGEND, LEGEND
+        from natsjax.data.inspect.examples import COLOR_LEGEND, LEGEND
 
         config, prepared = _config_of(options)
         index, place = _index(options, config.train.batch_size)
@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             standard_streams.print_json(example.to_json())
         else:
-            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            print(COLOUR_LEGEND if colour else LEGEND)
-            for line in example.lines(colour=colour):
+            color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            print(COLOR_LEGEND if color else LEGEND)
+            for line in example.lines(color=color):
                 print(line)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The last pass of ``prepare`` over the text: documents to token ids, in chunks that are kept as they are done.
 
 A chunk is a run of consecutive documents of an input with about ``CHUNK_BYTES`` of text. Where chunks begin depends on
-the text alone, so that whoever goes on with the work, with however many processes, finds the same ones.
+the text alone, so that whoever resumes the work, with however many processes, finds the same ones.
 """
 
 from __future__ import annotations

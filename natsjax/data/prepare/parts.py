@@ -1,4 +1,4 @@
-"""Parts of the work of ``prepare``, which survive an interruption: a later call goes on from them."""
+"""Parts of the work of ``prepare``, which survive an interruption: a later call resumes from them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PartialFolder:
 
     @property
     def has_parts(self) -> bool:
-        """Whether any part is done."""
+        """True if any part is done."""
         return any(self.path.glob(f"*{PART_SUFFIX}"))
 
     def part(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The passes of ``prepare`` over the text, by one process or several, each going on from the parts that are done."""
+"""The passes of ``prepare`` over the text, by one process or several, each resuming from the parts that are done."""
 
 from __future__ import annotations
 
