@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from natsjax.data.packing import Row
+from natsjax.data.packing import Row, piece_spans
 from natsjax.data.tokenizers import Tokenizer, Vocabulary
 
 _UNLEARNED = "°"
@@ -42,8 +40,8 @@ class Example:
 
     def spans(self) -> list[tuple[int, int]]:
         """Returns first token and end of each document piece: positions restart there."""
-        starts = np.flatnonzero((self.row["positions"] == 0) & (self.row["document_end"] > 0))
-        return [(int(start), int(self.row["document_end"][start])) for start in starts]
+        _, starts, stops = piece_spans(self.row)
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
     def statistics(self) -> dict[str, int]:
         """Counts ``tokens`` but padding, ``padding``, ``learned`` targets, ``pieces``; ``text_bytes`` of text."""
