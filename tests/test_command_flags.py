@@ -93,7 +93,7 @@ def test_the_nearest_flag_is_named(command, flag, monkeypatch, capsys):
         ("train", [CONFIG, "--workdir=x", "--config.kv_budget=0.1"], "kv_budget; did you mean nats.kv_budget"),
         ("train", [CONFIG, "--workdir=x", "--config.train.kv_budget=0.1"], "did you mean nats.kv_budget"),
         ("train", [CONFIG, "--workdir=x", "--config.train.learning_rate=1"], "did you mean optimizer.*learning_rate"),
-        ("train", [CONFIG, "--workdir=x", "--config.optimizer.beta1=1"], "did you mean optimizer.beta1"),
+        ("train", [CONFIG, "--workdir=x", "--config.optimiser.beta1=1"], "did you mean optimizer.beta1"),
         ("train", [CONFIG, "--workdir=x", "-config.model.embd_dim=1"], "did you mean model.embed_dim"),
         ("train", [CONFIG, "--workdir=x", "--config.modle=1"], "did you mean model"),
         ("train", [CONFIG, "--workdir=x", "--config.model.remat=ful"], "'none', 'full', 'dots' .*; did you mean full"),

