@@ -175,7 +175,7 @@ def test_training_a_tokenizer_hears_of_signals(texts, tmp_path, whole):
     again = [sys.executable, "-m", "natsjax.data.prepare", *code[3:]]
     run = subprocess.run(again, capture_output=True, text=True)
     assert run.returncode == 0
-    assert f"Going on with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()
+    assert f"Resuming with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()
     assert _files(tmp_path / "out") == whole
 
 

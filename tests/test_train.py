@@ -72,7 +72,7 @@ def test_microbatches_add_up_to_the_batch():
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_is_cross_entropy_plus_price_times_fraction():
+def test_loss_is_cross_entropy_plus_penalty_times_fraction():
     task = RecallTask(24, 2, 5, 5, 5)
     trainer = Trainer(tiny.config(nats={"kv_penalty": 3.0}), task.vocab_size)
     _, metrics = trainer.step(trainer.init(), task.rows(0, 4))
@@ -82,7 +82,7 @@ def test_loss_is_cross_entropy_plus_price_times_fraction():
     assert 0 < float(metrics["kv_fraction"]) < 1
 
 
-def test_the_price_lowers_the_fraction_and_nothing_else_can():
+def test_the_penalty_lowers_the_fraction_and_nothing_else_can():
     """The gradient of a fixed KV penalty points the right way: with nothing to predict, roles become cheap."""
     task = RecallTask(24, 2, 5, 5, 5)
     batch = task.rows(0, 4)

@@ -114,7 +114,7 @@ def test_a_step_pays_next_to_nothing():
 def test_whoever_takes_items_comes_along(monkeypatch):
     looks = Looks()
     monkeypatch.setattr(watchdog, "_watchdog", looks.watchdog)
-    for _ in watchdog.noting(range(5)):
+    for _ in watchdog.each_is_progress(range(5)):
         assert looks.after(60) == []
     assert looks.after(99) == []
     assert len(looks.after(1)) == 1

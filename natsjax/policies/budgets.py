@@ -53,7 +53,7 @@ def layer_windows(model: ModelConfig) -> Layers:
 
 
 def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
-    """Returns budgets around ``kv_budget``, ascending: 0.6 to 2 times it, where they lie between ``smallest`` and 1.
+    """Returns budgets around ``kv_budget``, ascending: 0.6 to 2 times it, where they are between ``smallest`` and 1.
 
     ``kv_budget`` itself is always among them.
 
@@ -431,7 +431,7 @@ def role_bias_for_budget(
     """Searches the role bias whose KV fraction is closest to a budget.
 
     The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role
-    biases whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
+    biases whose fractions are on both sides of the budget are worth looking between. At most 20 evaluations.
 
     Args:
       kv_fraction_at: KV fraction under a role bias.

@@ -246,7 +246,7 @@ class Checkpoints:
         """Lets go of the folder, when what is being saved is there.
 
         Raises:
-          UserError: it cannot be written, and no other call has said so.
+          UserError: it cannot be written, and no other call has reported it.
         """
         try:
             self.wait()

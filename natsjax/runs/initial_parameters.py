@@ -1,6 +1,6 @@
 """Parameters that a new run starts from: those of another run or of an export (``train.init_from``).
 
-A NAtS run may so begin where a dense one ended: ``train.reinit_scorer`` says that the scorer, which a dense run lacks,
+A NAtS run may so begin where a dense one ended: with ``train.reinit_scorer`` the scorer, which a dense run lacks,
 is initialized as in any new run. Everything else must fit. The optimizer and the KV penalty start afresh, at step 0.
 """
 

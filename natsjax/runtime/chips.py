@@ -17,7 +17,7 @@ class Chip:
 
     Attributes:
       name: as in a topology's name.
-      memory: bytes that a program can have, as the TPUs' compiler says; of a GPU all that it has.
+      memory: bytes that a program can have, as the TPUs' compiler reports; of a GPU all that it has.
       flops: of bfloat16 products a second.
       memory_bandwidth: bytes a second.
       interconnect: bytes a second that a device can send over all its links to others of its slice or node.

@@ -49,7 +49,7 @@ def initialize(
 ) -> None:
     """Joins the other processes, if this is one of several; to be called before anything touches a device.
 
-    Without arguments, JAX's own detection says which process this is (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes); a
+    Without arguments, JAX's own detection finds which process this is (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes); a
     process that is alone stays alone. ``num_processes=1`` turns detection off.
 
     Args:
@@ -105,7 +105,7 @@ def end(error: BaseException, status: int) -> NoReturn:
     """Ends this process at once, without cleaning up, and all others with it; from any thread.
 
     Args:
-      error: what the others say that it was.
+      error: the reason that the others report.
       status: the exit status.
     """
     if _member is not None:
@@ -135,7 +135,7 @@ def barrier(what: str) -> None:
     Touches no device; a failure of any process ends the wait, and the process. Inside ``fail_together``.
 
     Args:
-      what: what they wait for, as ``"the data"``; said when they wait for different things.
+      what: what they wait for, as ``"the data"``; reported when they wait for different things.
     """
     if _member is not None:
         _member.barrier(what)
@@ -148,7 +148,7 @@ def fail_together() -> Iterator[None]:
     The end waits until every process is there. An exception in one is told to the others, and each process ends at once
     (``os._exit``, for the others may sit in a collective) with one line on standard error and the same exit status:
     2 for a ``UserError``, 130 for an interruption, else 1. A process that dies without a word is named. Where all make
-    the same mistake, process 0 alone says so. ``Interrupted`` is no failure: all raise it, and it comes out.
+    the same mistake, process 0 alone reports it. ``Interrupted`` is no failure: all raise it, and it comes out.
 
     With one process alone this does nothing.
     """

@@ -7,7 +7,7 @@
             ...                                 # not left; whoever works here looks at ``stop.requested`` in time
 
 Python runs a handler in the main thread, and only when that returns to Python, which may take minutes while XLA
-compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it says what will follow, and for a
+compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it prints what will follow, and for a
 second signal it ends the process, whatever the main thread is doing.
 
 Work that may be left anywhere but spends minutes inside libraries goes through ``interruptible``: it runs in a thread,
@@ -74,7 +74,7 @@ class StopRequests:
         """Leaves the block at the first signal, or does not begin it when that has come already.
 
         Args:
-          sentence: what to do then, said after the signal's name.
+          sentence: what to do then, printed after the signal's name.
 
         Raises:
           Interrupted: a signal came; where there are several processes, ``KeyboardInterrupt`` with the signal's name,

@@ -2,7 +2,7 @@
 
     with watchdog.watching(900):
         with watchdog.phase("evaluating"):
-            for setting in watchdog.noting(settings):
+            for setting in watchdog.each_is_progress(settings):
                 ...
 
 Whoever works in between need not know whether anybody watches: ``phase`` and ``progress`` set two fields then, and do
@@ -121,7 +121,7 @@ def phase(name: str) -> Iterator[None]:
         progress(before)
 
 
-def noting(items: Iterable[Item]) -> Iterator[Item]:
+def each_is_progress(items: Iterable[Item]) -> Iterator[Item]:
     """Yields the items; every one that is asked for is progress."""
     for item in items:
         progress()

@@ -46,7 +46,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       path: the workdir; made when it is not there.
 
     Returns:
-      What evaluation measured; its files lie in ``report/``.
+      Result of the evaluation; its files are in ``report/``.
 
     Raises:
       UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.

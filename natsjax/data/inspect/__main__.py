@@ -76,7 +76,7 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
         raise UserError(f"--step={options.step} is about training; of the split {options.split!r} give --context.")
     if options.context is not None:
         if options.step is not None or options.row is not None:
-            raise UserError(f"--context={options.context} says which context already; leave --step and --row out.")
+            raise UserError(f"--context={options.context} names the context already; leave --step and --row out.")
         index = options.context
     elif options.split != "train":
         index = options.row or 0

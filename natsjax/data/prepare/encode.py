@@ -78,7 +78,7 @@ def chunks_of(input: str, scan: Scan, splits: npt.NDArray[np.int8], chunk_bytes:
 def stretches(chunks: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> list[list[Chunk]]:
     """Chunks to be encoded one after the other by one process.
 
-    A process that begins in the middle of a source has to read what lies before. So a source is begun by at most
+    A process that begins in the middle of a source has to read what comes before. So a source is begun by at most
     as many processes as there are.
     """
     ends = {name: np.cumsum(scan.counts) for name, scan in scans.items()}

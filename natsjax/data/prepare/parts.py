@@ -45,7 +45,7 @@ class PartialFolder:
         mark = self.path / _IDENTITY_FILE
         if self.path.exists():
             if mark.is_file() and mark.read_bytes() == self._identity.encode():
-                logger.info("Going on with what an interrupted run left in %s", self.path)
+                logger.info("Resuming with what an interrupted run left in %s", self.path)
             else:
                 logger.info("Throwing away %s, which an interrupted run left for another request or text", self.path)
                 shutil.rmtree(self.path)

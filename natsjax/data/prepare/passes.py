@@ -52,7 +52,7 @@ class Preparation:
     Args:
       request: what is asked for.
       readers: of the inputs.
-      partial: where parts lie.
+      partial: folder of the parts.
 
     Attributes:
       reports: by input, what became of everything in it (``readers.input_report``); there once it is scanned.

@@ -87,7 +87,7 @@ class SplitWriter:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the ids and tokens so far, in order, free of how they lie in shards."""
+        """SHA-256 (hex) of the ids and tokens so far, in order, whatever their shards."""
         return self._hash.hexdigest()
 
     def _open_shard(self) -> ArrayRecordWriter:
