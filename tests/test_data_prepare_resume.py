@@ -270,7 +270,7 @@ def test_text_that_changes_meanwhile_is_noticed(texts, tmp_path, monkeypatch):
 
 
 def test_workers_below_zero_are_refused(texts, tmp_path):
-    with pytest.raises(UserError, match="workers is -1; it must be"):
+    with pytest.raises(UserError, match="workers = -1: it must be"):
         prepare(texts, tmp_path / "out", **_options(workers=-1))
 
 

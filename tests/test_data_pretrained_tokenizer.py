@@ -770,7 +770,7 @@ def test_a_pattern_for_a_tokenizer_without_one(tmp_path, opened):
     opened("tiktoken").save(tmp_path / "saved")
     with pytest.raises(UserError, match=r"was stored with all that it needs; leave tiktoken_pattern out"):
         load_tokenizer(tmp_path / "saved", tiktoken_pattern="o200k")
-    with pytest.raises(UserError, match=r"tiktoken_pattern is 'gpt2', but tokenizer is 'bpe'"):
+    with pytest.raises(UserError, match=r"tiktoken_pattern = 'gpt2': tokenizer is 'bpe'"):
         prepare(tmp_path, tmp_path / "out", tiktoken_pattern="gpt2")
 
 

@@ -178,9 +178,9 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
     """Returns ``(coordinator_address, num_processes, process_id)``, or None for a process alone."""
     flags = {"--coordinator_address": address, "--num_processes": count, "--process_id": rank}
     if timeout <= 0:
-        raise UserError(f"--initialization_timeout = {timeout}; a positive number of seconds was expected.")
+        raise UserError(f"--initialization_timeout={timeout}: a positive number of seconds was expected.")
     if count is not None and count < 1:
-        raise UserError(f"--num_processes = {count}; at least one process was expected.")
+        raise UserError(f"--num_processes={count}: at least one process was expected.")
     if count == 1 and address is None and rank in (None, 0):
         return None
     if all(value is None for value in flags.values()):
@@ -193,7 +193,7 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
         )
     _host_and_port(address)
     if not 0 <= rank < count:
-        raise UserError(f"--process_id = {rank}; with --num_processes={count} it must be from 0 to {count - 1}.")
+        raise UserError(f"--process_id={rank}: with --num_processes={count} it must be from 0 to {count - 1}.")
     return None if count == 1 else (address, count, rank)
 
 
@@ -229,7 +229,7 @@ def _detect(timeout: int) -> tuple[str, int, int] | None:
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator_address = {address!r}; HOST:PORT was expected, as in 10.0.0.1:8476.")
+        raise UserError(f"--coordinator_address={address!r}: HOST:PORT was expected, as in 10.0.0.1:8476.")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

@@ -71,7 +71,7 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
         value = getattr(options, name)
         least = 1 if name in ("context_length", "batch_size") else 0
         if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+            raise UserError(f"--{name}={value}: it must be at least {least}.")
     if options.split != "train" and options.step is not None:
         raise UserError(f"--step={options.step} is about training; of the split {options.split!r} give --context.")
     if options.context is not None:
@@ -83,7 +83,7 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
     else:
         row = options.row or 0
         if row >= batch_size:
-            raise UserError(f"--row is {row}, but a step has {batch_size} rows, 0 to {batch_size - 1}.")
+            raise UserError(f"--row={row}: a step has {batch_size} rows, 0 to {batch_size - 1}.")
         index = (options.step or 0) * batch_size + row
     if options.split != "train":
         return index, {}
