@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run lasts: the first one is honoured where nothing is lost, a second one at once.
+"""SIGINT and SIGTERM while a run lasts: the first one is honored where nothing is lost, a second one at once.
 
     with signals.stop_requests() as stop:
         with stop.at_once("run the same command again to resume"):

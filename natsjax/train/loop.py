@@ -262,7 +262,7 @@ class _Loop:
                 step, pending = step + 1, metrics
                 stop = distributed.any_process(self._stop.requested is not None)
                 if step % self._config.checkpoint.save_every == 0 or step == last or stop:
-                    self._handle(step, pending)  # never save what a non-finite loss has spoilt
+                    self._handle(step, pending)  # never save what a non-finite loss has spoiled
                     watchdog.progress(f"in step {step + 1}")
                     pending = None
                     if stop:

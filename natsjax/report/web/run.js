@@ -102,7 +102,7 @@ function showCurve() {
   const notes = [], left = rows.length - drawable.length;
   if (drawable.some(hasInterval)) notes.push("Bars and bands are 95 % bootstrap intervals by document. ");
   if (anchors.length) notes.push("The thin line across is full attention on weights trained without NAtS. ");
-  if (budget_check) notes.push(`The grey stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
+  if (budget_check) notes.push(`The gray stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
   if (left) notes.push(`${left} of ${rows.length} settings have no finite ${METRIC} and are not drawn. `);
   byId("curve-description").append(...notes, "The table below lists every setting.");
   if (PERCENT) byId("better").textContent = "higher";
