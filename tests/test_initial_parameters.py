@@ -173,7 +173,7 @@ def test_where_there_is_nothing_to_begin_with(tmp_path, nats):
     (tmp_path / "begun/config.json").write_text(json.dumps(tiny.config().to_dict()))
     with pytest.raises(UserError, match="begun holds no checkpoint"):
         check(config_from(tmp_path / "begun"))
-    with pytest.raises(UserError, match=r"train.reinit_scorer = True goes with train.init_from"):
+    with pytest.raises(UserError, match=r"train.reinit_scorer = True: train.init_from is empty"):
         tiny.config(train={"reinit_scorer": True})
     with pytest.raises(UserError, match="dense has no scorer"):
         config_from(nats, model={"layer_types": "dense"}, reinit_scorer=True)
