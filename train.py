@@ -2,7 +2,7 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.GROUP.FIELD=VALUE …]
 
-Run the same command again after an interruption: it goes on where it was. On several machines run it on all of them,
+Run the same command again after an interruption: it resumes where it was. On several machines run it on all of them,
 with the same workdir (docs/clusters.md).
 """
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.checksums [--megabytes=13,500] [--repeats=3] [--folder=DIR]
 
-A save goes on in the background and so do its checksums; a restore waits for both. Medians; the file cache is warm.
+A save continues in the background and so do its checksums; a restore waits for both. Medians; the file cache is warm.
 """
 
 import argparse

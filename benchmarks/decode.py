@@ -66,13 +66,13 @@ from pallas_kernels.nats_attention.tiling import num_cores
 VOCAB_SIZE = 49152
 
 SIZES = {"layers": 30, "batch": 8, "context": 8192, "live": 0.1}
-"""What the project's bars are of."""
+"""Sizes that ``BARS`` hold for."""
 
 BARS = {"transformers / full": 1.0, "full / nats": 2.5, "transformers / nats": 2.5}
 """The least ratios of seconds that the project allows itself at ``SIZES``."""
 
 MAX_DIFFERENCE = 1e-4
-"""Of the log-probabilities of the tokens that ``full`` and its rivals draw."""
+"""Largest difference of the log-probabilities of the tokens that ``full`` and its rivals draw."""
 
 
 def config(num_layers: int) -> Config:

@@ -10,6 +10,7 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from natsjax.policies.registry import POLICIES
 from natsjax.report import fields
 from natsjax.runs.metrics import METRICS
 from natsjax.train.logs.warnings import WARNINGS
@@ -30,6 +31,13 @@ def warnings_table() -> str:
     return _table(("warning", "condition", "advice"), rows)
 
 
+def policies_table() -> str:
+    """Formats the policies of ``generate --policy``."""
+    modes = {True: "with masks and by decoding", False: "by decoding"}
+    rows = [(f"`{one.form}`", one.label, one.summary, modes["masked" in one.modes]) for one in POLICIES.values()]
+    return _table(("`--policy`", "policy", "what lives", "`evaluate` measures it"), rows)
+
+
 def fields_table(declared: Mapping[str, fields.Field]) -> str:
     """Formats fields of ``results.jsonl`` or ``evaluation.json``."""
     ends = {f"{name}_{end}" for name, field in declared.items() if field.interval for end in ("low", "high")}
@@ -44,6 +52,7 @@ def fields_table(declared: Mapping[str, fields.Field]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics_table,
     "warnings": warnings_table,
+    "policies": policies_table,
     "rows": lambda: fields_table(fields.ROW_FIELDS),
     "by_position": lambda: fields_table(fields.POSITION_FIELDS),
     "budget_check": lambda: fields_table(fields.BUDGET_CHECK_FIELDS),
@@ -55,7 +64,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def pages() -> dict[pathlib.Path, str]:
     """Renders every page with tables from the present declarations."""
     found = {}
-    for name in ("metrics.md", "report.md"):
+    for name in ("generate.md", "metrics.md", "report.md"):
         text = (DOCS / name).read_text(encoding="utf-8")
         pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)"
         found[DOCS / name] = re.sub(pattern, lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)

@@ -48,7 +48,7 @@ from natsjax.train.step import StepMetrics, Trainer
 from pallas_kernels.nats_attention.tiling import num_cores
 
 MAX_DIFFERENCE = 1e-4
-"""Of the losses and the gradients' norms of ``dense`` and ``torch``, relative."""
+"""Largest relative difference of the losses and the gradients' norms of ``dense`` and ``torch``."""
 
 NATS_MOST = {1024: 1.25, 8192: 1.0}
 """Tokens of a context to the largest seconds of ``nats`` over those of ``dense`` that the project allows itself."""

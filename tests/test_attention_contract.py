@@ -170,7 +170,7 @@ def test_float64_is_taken_and_computed_in_float32():
 
 @pytest.mark.parametrize(("implementation", "tiling"), [("xla", SMALL), ("pallas_tpu", TPU)])
 def test_ends_of_documents_that_contradict_each_other(implementation, tiling):
-    """``document_end`` is each key's own bound, whatever its neighbours say; padding holds NaN."""
+    """``document_end`` is each key's own bound, whatever its neighbors say; padding holds NaN."""
     shape = Shape(4, 21, 2, 1, 4, 3)
     rng = np.random.default_rng(0)
     q, k, v, weight = inputs(shape)

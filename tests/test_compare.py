@@ -86,7 +86,7 @@ def test_names_are_as_short_as_they_are_unique(tmp_path):
     assert names == ["x/run", "y/run", "z/other"]
 
 
-def test_many_runs_have_colours_and_dashes(tmp_path):
+def test_many_runs_have_colors_and_dashes(tmp_path):
     paths = [tmp_path / f"seed{seed}" for seed in range(9)]
     for path in paths:
         make_workdir(path)

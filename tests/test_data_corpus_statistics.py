@@ -1,4 +1,4 @@
-"""Copies are left out once, and what is said of a corpus is what is in it."""
+"""Copies are left out once, and the statistics of a corpus are those of its content."""
 
 import json
 

@@ -175,9 +175,9 @@ def test_mistakes_are_one_sentence(folder, shown):
         ([], "nothing to inspect"),
         ([f"--workdir={folder / 'gone'}"], "holds no run"),
         ([f"--prepared_dir={folder / 'gone'}"], "is no prepared corpus"),
-        ([corpus, "--row=32"], "--row is 32, but a step has 32 rows"),
-        ([corpus, "--row=-1"], "--row is -1; it must be at least 0"),
-        ([corpus, "--context_length=0"], "--context_length is 0; it must be at least 1"),
+        ([corpus, "--row=32"], "--row=32: a step has 32 rows"),
+        ([corpus, "--row=-1"], "--row=-1: it must be at least 0"),
+        ([corpus, "--context_length=0"], "--context_length=0: it must be at least 1"),
         ([corpus, "--context=3", "--row=1"], "leave --step and --row out"),
         (["--config=configs/none.py"], "there is no such file"),
     ):

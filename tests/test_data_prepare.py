@@ -184,10 +184,10 @@ def test_other_things_at_the_output_are_left_alone(texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size is 100; a BPE needs at least 258"),
-        ({"held_out_fraction": 0.0}, r"held_out_fraction is 0\.0; it must lie between 0 and 1"),
-        ({"held_out_fraction": 1.0}, r"held_out_fraction is 1\.0"),
-        ({"documents_per_shard": 0}, "documents_per_shard is 0; it must be at least 1"),
+        ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size = 100: a BPE needs at least 258"),
+        ({"held_out_fraction": 0.0}, r"held_out_fraction = 0\.0: it must be between 0 and 1"),
+        ({"held_out_fraction": 1.0}, r"held_out_fraction = 1\.0"),
+        ({"documents_per_shard": 0}, "documents_per_shard = 0: it must be at least 1"),
         ({"tokenizer": "sentencepiece"}, "there is no tokenizer in sentencepiece"),
         ({"tokenizer": ""}, "tokenizer is empty"),
     ],

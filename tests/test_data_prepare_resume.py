@@ -136,7 +136,7 @@ def test_an_interrupted_command_says_that_it_can_go_on(texts, tmp_path, whole, n
         run.send_signal(number)
         _, errors = run.communicate(timeout=30)
     assert run.returncode == 130
-    said = "what is done is kept; run the same command again to go on"
+    said = "what is done is kept; run the same command again to resume"
     assert errors.splitlines()[-1] == f"{signal.Signals(number).name}: {said}"
     assert "Traceback" not in errors
     with caplog.at_level(logging.INFO):
@@ -170,12 +170,12 @@ def test_training_a_tokenizer_hears_of_signals(texts, tmp_path, whole):
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=20)  # all documents would take more than a minute
     assert run.returncode == 130
-    assert errors.splitlines()[-1] == "SIGINT: what is done is kept; run the same command again to go on"
+    assert errors.splitlines()[-1] == "SIGINT: what is done is kept; run the same command again to resume"
     assert "Traceback" not in errors
     again = [sys.executable, "-m", "natsjax.data.prepare", *code[3:]]
     run = subprocess.run(again, capture_output=True, text=True)
     assert run.returncode == 0
-    assert f"Going on with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()
+    assert f"Resuming with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()
     assert _files(tmp_path / "out") == whole
 
 
@@ -216,7 +216,7 @@ def test_a_worker_that_dies_is_named_and_parts_are_kept(tmp_path):
             write_part(partial.part("first"), {"a": np.arange(3)})
             list(finished(pool.submit(os._exit, [1]), 0.1))
 
-    with pytest.raises(UserError, match=r"a worker process of prepare ended .* goes on from what is done"):
+    with pytest.raises(UserError, match=r"a worker process of prepare ended .* resumes from what is done"):
         work()
     assert read_part(partial.part("first"))["a"].tolist() == [0, 1, 2]
 
@@ -270,7 +270,7 @@ def test_text_that_changes_meanwhile_is_noticed(texts, tmp_path, monkeypatch):
 
 
 def test_workers_below_zero_are_refused(texts, tmp_path):
-    with pytest.raises(UserError, match="workers is -1; it must be"):
+    with pytest.raises(UserError, match="workers = -1: it must be"):
         prepare(texts, tmp_path / "out", **_options(workers=-1))
 
 

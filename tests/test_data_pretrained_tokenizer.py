@@ -677,7 +677,7 @@ def test_files_that_contradict_tokenizer_json_are_named(tmp_path):
         (["tekken.json"], r"Mistral's format, which natsjax does not read; give the tokenizer\.json"),
     ],
 )
-def test_formats_that_are_not_read_are_recognised(tmp_path, files, sentence):
+def test_formats_that_are_not_read_are_recognized(tmp_path, files, sentence):
     for file in files:
         (tmp_path / file).write_text("{}")
     for path in (tmp_path, *(tmp_path / file for file in files)):
@@ -770,11 +770,11 @@ def test_a_pattern_for_a_tokenizer_without_one(tmp_path, opened):
     opened("tiktoken").save(tmp_path / "saved")
     with pytest.raises(UserError, match=r"was stored with all that it needs; leave tiktoken_pattern out"):
         load_tokenizer(tmp_path / "saved", tiktoken_pattern="o200k")
-    with pytest.raises(UserError, match=r"tiktoken_pattern is 'gpt2', but tokenizer is 'bpe'"):
+    with pytest.raises(UserError, match=r"tiktoken_pattern = 'gpt2': tokenizer is 'bpe'"):
         prepare(tmp_path, tmp_path / "out", tiktoken_pattern="gpt2")
 
 
-def test_a_known_file_is_recognised_and_earlier_corpora_of_it_stay_what_they_are(tmp_path, monkeypatch, opened):
+def test_a_known_file_is_recognized_and_earlier_corpora_of_it_stay_what_they_are(tmp_path, monkeypatch, opened):
     before = opened("tiktoken")
     mark = hashlib.sha256(content("tiktoken")).hexdigest()
     monkeypatch.setitem(tiktoken_patterns._FILES, mark, ("toy", "gpt2", {"<bos>": 400, "<eos>": 401}))

@@ -109,7 +109,7 @@ def test_every_file_that_cannot_be_written_is_a_sentence_and_the_run_goes_on_fro
         "from the newest checkpoint."
     )
     assert found["checkpoint"]["said"].startswith(f"the checkpoint of step 9 cannot be written to {run}/checkpoints: ")
-    assert found["checkpoint"]["said"].endswith("; the run can go on from step 6.")
+    assert found["checkpoint"]["said"].endswith("; the run can resume from step 6.")
     assert found["tensorboard"]["said"] == found["metrics"]["said"].replace("metrics.jsonl", "tensorboard")
     for name in ("config", "metrics", "tensorboard", "checkpoint"):
         assert found[name]["latest"] == 6

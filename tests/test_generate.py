@@ -232,12 +232,12 @@ def test_every_policy_has_a_name():
         ("sliding_window:-1", "window=-1: it must be 0 or more"),
         ("sliding_window:99999999999", "a number is too large; choose numbers below 1073741824"),
         ("streaming_llm:4", "its numbers do not fit; give it as streaming_llm:S,W"),
-        ("h2o:4,5", "num_recent=5: it must lie between 0 and num_keys=4"),
+        ("h2o:4,5", "num_recent=5: it must be between 0 and num_keys=4"),
         ("h2o:", r"its numbers do not fit; give it as h2o:N\[,R\]"),
         ("snapkv:8", "num_keys=8: it must be 33 or more"),
         ("snapkv:8,2,1", r"its numbers do not fit; give it as snapkv:N\[,W\]"),
-        ("random:1.5", "fraction=1.5: it must lie between 0 and 1"),
-        ("random:nan", "fraction=nan: it must lie between 0 and 1"),
+        ("random:1.5", "fraction=1.5: it must be between 0 and 1"),
+        ("random:nan", "fraction=nan: it must be between 0 and 1"),
     ],
 )
 def test_a_wrong_policy_is_explained(text, sentence):

@@ -108,7 +108,7 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
     with pytest.raises(
         UserError,
         match=r"holds a dense model, which lacks blocks.attention.scorer.bias and blocks.attention.scorer.weight; "
-        "train.reinit_scorer = True initialises them",
+        "train.reinit_scorer = True initializes them",
     ):
         check(config_from(dense))
 

@@ -157,7 +157,7 @@ def reached(workdir):
 
 def where(workdir, said):
     """Returns the phase that a run was killed in, from its standard error and its folder."""
-    if "going on from step" not in said and "training 0." not in said:
+    if "resuming from step" not in said and "training 0." not in said:
         return "preparing"
     if list(workdir.checkpoints.glob("*tmp*")):
         return "saving"
@@ -207,7 +207,7 @@ def test_killed_at_random_points_a_run_is_the_one_that_was_left_alone(folder, co
         story.append(f"{workdir.path.name}: status {status} {where(workdir, errors)}, step {reached(workdir)}")
         said = "\n".join([*story, errors])
         assert "Traceback" not in errors, said
-        if going_on := re.search(r"going on from step (\d+)", errors):
+        if going_on := re.search(r"resuming from step (\d+)", errors):
             assert int(going_on[1]) == resumed_at, said  # the newest complete one of when it was killed
         elif "training 0." in errors:
             assert resumed_at == 0, said
@@ -237,9 +237,9 @@ def test_sigterm_in_every_phase_is_one_sentence_and_loses_nothing_and_a_finished
     workdir = Workdir(folder / "signalled")
     again = "run the same command again"
     expected = {
-        "preparing": (f"SIGTERM: the data was being prepared; {again} to go on", None),
-        "compiling": (f"SIGTERM: saved step 0; {again} to go on", 0),
-        "saving": (f"SIGTERM: saved step {SAVE_EVERY + 1}; {again} to go on", SAVE_EVERY + 1),
+        "preparing": (f"SIGTERM: the data was being prepared; {again} to resume", None),
+        "compiling": (f"SIGTERM: saved step 0; {again} to resume", 0),
+        "saving": (f"SIGTERM: saved step {SAVE_EVERY + 1}; {again} to resume", SAVE_EVERY + 1),
         "evaluating": (
             f"SIGTERM: all {NUM_STEPS} steps are trained and saved; {again} to evaluate the run",
             NUM_STEPS,
@@ -266,7 +266,7 @@ def extend(workdir, config, run):
     status, _, errors = run(workdir, num_steps=longer)
     assert status == 0, errors
     assert f"resuming with train.num_steps: {NUM_STEPS} -> {longer}\n" in errors
-    assert f"going on from step {NUM_STEPS}\n" in errors
+    assert f"resuming from step {NUM_STEPS}\n" in errors
     end = config.optimizer.final_learning_rate
     rate = float(learning_rate(config.optimizer, longer)(NUM_STEPS))
     assert (

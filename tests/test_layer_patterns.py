@@ -209,7 +209,7 @@ def test_a_mixed_model_learns(layers):
     assert seen[-1] < 0.7 * seen[0]
 
 
-def test_a_dense_layer_leaves_its_neighbours_their_small_capacities():
+def test_a_dense_layer_leaves_its_neighbors_their_small_capacities():
     config = decoding.config(model={"layer_types": "nats,dense", "num_layers": 8}, nats={"window": 1})
     parameters = decoding.parameters_of(config, scorer_scale=0.0)
     scorer = parameters["blocks"]["attention"]["scorer"]

@@ -331,7 +331,7 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
     loop.close()
     wall_time.close()
     assert log[-3:] == ["read 3", "save 3", "saved"]
-    assert capfd.readouterr().err.endswith(f"{number.name}: saved step 3; run the same command again to go on\n")
+    assert capfd.readouterr().err.endswith(f"{number.name}: saved step 3; run the same command again to resume\n")
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
@@ -355,4 +355,4 @@ def test_a_signal_during_compilation_leads_to_a_save_before_the_first_step(tmp_p
     loop.close()
     wall_time.close()
     assert log == ["save 7", "saved"]
-    assert capfd.readouterr().err.endswith("SIGTERM: saved step 7; run the same command again to go on\n")
+    assert capfd.readouterr().err.endswith("SIGTERM: saved step 7; run the same command again to resume\n")

@@ -59,7 +59,7 @@ def test_it_fits_soon_and_the_memory_is_the_compilers(name, topology):
 
 
 @by_case
-def test_roles_take_no_more_memory_than_the_dense_twin(name, topology):
+def test_roles_take_no_more_memory_than_the_dense_baseline(name, topology):
     nats, dense = (planned(name, topology, attention)[0] for attention in ("nats", "dense"))
     print(f"{name} on {topology}: {nats.memory.total / dense.memory.total:.4f} of the dense baseline's memory")
     assert nats.memory.total <= 1.05 * dense.memory.total

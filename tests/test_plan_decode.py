@@ -77,7 +77,7 @@ def test_slots_are_those_that_the_decoder_would_allocate():
     assert decoding.slots_of(nats, 100, None, 128) == (128, 128)
 
 
-def test_the_mesh_for_serving_divides_what_it_must():
+def test_the_mesh_for_decoding_divides_what_it_must():
     def mesh(devices, domains=1, **model):
         topology = topologies.Topology(
             "x", [None] * devices, None, tuple(n * domains // devices for n in range(devices))

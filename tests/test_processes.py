@@ -282,10 +282,10 @@ def test_a_port_in_use_is_named():
         (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "must be from 0 to 1"),
         (["--coordinator_address=h:1", "--num_processes=2", "--process_id=-1"], "must be from 0 to 1"),
         (["--coordinator_address=h:1", "--num_processes=0", "--process_id=0"], "at least one process"),
-        (["--coordinator_address=host", "--num_processes=2", "--process_id=0"], "'host'; HOST:PORT was expected"),
+        (["--coordinator_address=host", "--num_processes=2", "--process_id=0"], "'host': HOST:PORT was expected"),
         (["--coordinator_address=h:99999", "--num_processes=2", "--process_id=0"], "HOST:PORT was expected"),
         (["--num_processes=two"], "--num_processes=two"),
-        (["--num_processes=1", "--initialization_timeout=0"], "--initialization_timeout = 0"),
+        (["--num_processes=1", "--initialization_timeout=0"], "--initialization_timeout=0: "),
     ],
 )
 def test_flags_that_do_not_fit_are_one_sentence(flags, message):

@@ -178,7 +178,7 @@ def test_page_is_self_contained_and_says_its_size(tmp_path):
     check_self_contained(write(tmp_path, samples=[make_sample()], metrics=make_metrics(), starts=[START])[2])
 
 
-def test_page_knows_dark_and_light_and_shares_the_pictures_colours(tmp_path):
+def test_page_knows_dark_and_light_and_shares_the_pictures_colors(tmp_path):
     text = write(tmp_path)[2].read_text(encoding="utf-8")
     assert "@media screen and (prefers-color-scheme: dark)" in text
     assert "@media print" in text

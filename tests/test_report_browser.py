@@ -439,7 +439,7 @@ def test_every_control_is_reached_by_tab_with_a_visible_focus(which, request, op
 
 
 @pytest.mark.parametrize("which", ["run_page", "comparison_page"])
-def test_it_prints_in_light_colours_without_what_only_a_screen_can_do(which, request, open_page):
+def test_it_prints_in_light_colors_without_what_only_a_screen_can_do(which, request, open_page):
     page = open_page(request.getfixturevalue(which), color_scheme="dark")
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--page')").strip() == "#ffffff"

@@ -116,7 +116,7 @@ def test_snapkv_drops_the_window_and_pools_the_rest(keys, observed, scores, kept
     assert kept_of_prompt(SnapKV(keys, observed), scores) == kept
 
 
-def test_snapkv_knows_neighbours_by_their_age():
+def test_snapkv_knows_neighbors_by_their_age():
     """Slots in any order, free ones with anything in them: the choice is the same."""
     rng = np.random.default_rng(0)
     policy, at = SnapKV(9, 3), jnp.full((1, 1, 1), 16)

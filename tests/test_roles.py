@@ -121,7 +121,7 @@ def test_role_bias(roles, expected):
     np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
 
 
-def steer_for(steps, fraction_of_penalty, config):
+def controlled_for(steps, fraction_of_penalty, config):
     state = budget_controller.start_controller(config)
     history = []
     step = jax.jit(lambda state, f, n: budget_controller.update_controller(state, f, n, config))
@@ -134,7 +134,7 @@ def steer_for(steps, fraction_of_penalty, config):
 
 def test_a_controlled_penalty_settles_where_the_budget_is_met():
     config = NatsConfig(kv_budget=0.2, kv_penalty=0.01, budget_ramp_steps=50)
-    state, history = steer_for(1000, lambda penalty: 1 / (1 + penalty), config)
+    state, history = controlled_for(1000, lambda penalty: 1 / (1 + penalty), config)
     assert abs(float(state.average) - 0.2) < 0.01
     changes = np.abs(np.diff(np.log(history)))
     assert changes.max() <= config.kv_penalty_lr * (1 + 1e-5)
@@ -142,15 +142,15 @@ def test_a_controlled_penalty_settles_where_the_budget_is_met():
 
 def test_a_controlled_penalty_stays_within_its_bounds():
     config = NatsConfig(kv_budget=0.1, max_kv_penalty=0.5)
-    assert max(steer_for(300, lambda penalty: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
+    assert max(controlled_for(300, lambda penalty: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
     config = NatsConfig(kv_budget=0.5, min_kv_penalty=0.05)
-    assert min(steer_for(300, lambda penalty: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
+    assert min(controlled_for(300, lambda penalty: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
 
 
 def test_a_fixed_penalty_stays_fixed_also_at_zero():
     for penalty in (0.0, 0.7):
         config = NatsConfig(kv_penalty_mode="fixed", kv_penalty=penalty)
-        np.testing.assert_allclose(steer_for(20, lambda penalty: 1.0, config)[1], penalty, rtol=1e-6)
+        np.testing.assert_allclose(controlled_for(20, lambda penalty: 1.0, config)[1], penalty, rtol=1e-6)
 
 
 def test_the_budget_ramp_begins_below_one_and_ends_at_the_budget():

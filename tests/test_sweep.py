@@ -137,10 +137,10 @@ def test_a_run_is_a_workdir_and_a_line(swept):
 def test_a_stopped_sweep_says_how_to_go_on_and_goes_on(swept):
     path, found, stopped, gone_on = swept
     assert stopped.status == 130, stopped.errors
-    assert "stops with 0 of 1 runs finished; run the same command again to go on" in stopped.errors
+    assert "stops with 0 of 1 runs finished; run the same command again to resume" in stopped.errors
     assert not stopped.has_lines
     assert gone_on.status == 0
-    assert "going on from step" in gone_on.errors
+    assert "resuming from step" in gone_on.errors
     steps = [line["step"] for line in read_metrics(path / found.runs[0].name / "metrics.jsonl")]
     assert steps == list(range(1, 301))
     assert (found.runs[0].step, found.runs[0].seconds) == (300, None)

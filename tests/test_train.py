@@ -72,7 +72,7 @@ def test_microbatches_add_up_to_the_batch():
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_is_cross_entropy_plus_price_times_fraction():
+def test_loss_is_cross_entropy_plus_penalty_times_fraction():
     task = RecallTask(24, 2, 5, 5, 5)
     trainer = Trainer(tiny.config(nats={"kv_penalty": 3.0}), task.vocab_size)
     _, metrics = trainer.step(trainer.init(), task.rows(0, 4))
@@ -82,7 +82,7 @@ def test_loss_is_cross_entropy_plus_price_times_fraction():
     assert 0 < float(metrics["kv_fraction"]) < 1
 
 
-def test_the_price_lowers_the_fraction_and_nothing_else_can():
+def test_the_penalty_lowers_the_fraction_and_nothing_else_can():
     """The gradient of a fixed KV penalty points the right way: with nothing to predict, roles become cheap."""
     task = RecallTask(24, 2, 5, 5, 5)
     batch = task.rows(0, 4)
@@ -172,7 +172,7 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "the checkpoint of step 10 cannot be written" in done.stdout
-    assert done.stdout.rstrip().endswith("the run can go on from step 5.")
+    assert done.stdout.rstrip().endswith("the run can resume from step 5.")
     assert done.stdout.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["5"]
     checkpoints = Checkpoints(tmp_path, read_only=True)
@@ -224,7 +224,7 @@ def test_a_corpus_from_text_to_report_and_on_without_the_text(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     data = {"source": "corpus", "input": "texts", "tokenizer": "byte", "held_out_fraction": 0.2}
     evaluation = train.run(tiny.config(data=data), "run")
-    assert evaluation.contract is not None
+    assert evaluation.budget_check is not None
     assert all(0 < row["bits_per_byte"] < 9 for row in evaluation.rows)
     assert all(path.exists() for path in evaluation.paths)
 
@@ -291,7 +291,7 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {reached}" in done.stderr
+    assert f"resuming from step {reached}" in done.stderr
     assert (workdir / "report/report.html").exists()
     assert "perplexity" in done.stdout
     with pytest.MonkeyPatch.context() as patch:

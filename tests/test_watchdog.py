@@ -27,12 +27,12 @@ def test_it_speaks_once_a_stall_and_once_when_it_is_over():
     looks.watchdog.progress("in step 3")
     assert looks.after(99) == []
     (text,) = looks.after(1)
-    assert text.startswith("no progress for 100 s while in step 3 (train.hang_timeout_seconds = 100); the run goes on")
+    assert text.startswith("no progress for 100 s while in step 3 (train.hang_timeout_seconds = 100)")
     assert looks.after(100) == []
     assert looks.after(1000) == []
     looks.now += 5
     looks.watchdog.progress("in step 4")
-    assert looks.after(10) == ["went on after 1205 s (in step 3)"]
+    assert looks.after(10) == ["continued after 1205 s (in step 3)"]
     assert looks.after(50) == []
     (again,) = looks.after(50)
     assert again.startswith("no progress for 110 s while in step 4")
@@ -63,7 +63,7 @@ def test_each_of_several_processes_says_which_one_it_is(monkeypatch):
     looks = Looks()
     assert looks.after(100)[0].startswith("process 1 of 4: no progress for 100 s while starting")
     looks.watchdog.progress()
-    assert looks.after(0) == ["process 1 of 4: went on after 100 s (starting)"]
+    assert looks.after(0) == ["process 1 of 4: continued after 100 s (starting)"]
 
 
 def test_a_real_stall_is_said_while_it_lasts(capfd):
@@ -79,7 +79,7 @@ def test_a_real_stall_is_said_while_it_lasts(capfd):
                 said += capfd.readouterr().err
             assert "while compiling the step (train.hang_timeout_seconds = 0.3)" in said
             assert "test_a_real_stall_is_said_while_it_lasts" in said
-        while "went on after" not in said:
+        while "continued after" not in said:
             assert time.monotonic() < deadline
             watchdog.progress()
             time.sleep(0.01)
@@ -114,7 +114,7 @@ def test_a_step_pays_next_to_nothing():
 def test_whoever_takes_items_comes_along(monkeypatch):
     looks = Looks()
     monkeypatch.setattr(watchdog, "_watchdog", looks.watchdog)
-    for _ in watchdog.noting(range(5)):
+    for _ in watchdog.each_is_progress(range(5)):
         assert looks.after(60) == []
     assert looks.after(99) == []
     assert len(looks.after(1)) == 1

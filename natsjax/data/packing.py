@@ -150,6 +150,19 @@ def piece_lengths(contexts: Row) -> npt.NDArray[np.int64]:
       >>> piece_lengths({"positions": np.array([0, 1, 0, 0]), "document_end": np.array([2, 2, 3, 0])})
       array([2, 1])
     """
+    _, starts, stops = piece_spans(contexts)
+    return stops - starts
+
+
+def piece_spans(contexts: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the place of every document piece, row by row: positions restart at each.
+
+    Args:
+      contexts: arrays with ``positions`` and ``document_end``, ``[t]`` or ``[b, t]``.
+
+    Returns:
+      ``(row, start, stop)``, int64 ``[num_pieces]`` each: the context, the first token, and the end, exclusive.
+    """
     positions, document_end = np.atleast_2d(contexts["positions"], contexts["document_end"])
-    starts = (positions == 0) & (document_end > 0)
-    return document_end[starts].astype(np.int64) - np.nonzero(starts)[1]
+    rows, starts = np.nonzero((positions == 0) & (document_end > 0))
+    return rows, starts, document_end[rows, starts].astype(np.int64)

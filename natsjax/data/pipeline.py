@@ -29,7 +29,7 @@ _CACHED_BYTES = 1 << 28  # of documents: with shuffled contexts, a document is r
 _CACHED_EPOCHS = 3  # a context may be in two, and prefetching threads run ahead
 
 
-class TokenisedDocuments(Protocol):
+class TokenizedDocuments(Protocol):
     """Documents by index, as ``natsjax.data.corpus.Documents``."""
 
     lengths: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class RowSource(Protocol):
 class _FramedDocuments:
     """Documents with BOS and EOS, uint16 or int32, in a cache."""
 
-    def __init__(self, documents: TokenisedDocuments, bos_id: int, eos_id: int):
+    def __init__(self, documents: TokenizedDocuments, bos_id: int, eos_id: int):
         self._documents = documents
         self._bos = np.array([bos_id], np.int32)
         self._eos = np.array([eos_id], np.int32)
@@ -90,7 +90,7 @@ class PackedSource:
 
     def __init__(
         self,
-        documents: TokenisedDocuments,
+        documents: TokenizedDocuments,
         *,
         context_length: int,
         bos_id: int,

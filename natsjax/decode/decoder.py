@@ -327,7 +327,7 @@ class Decoder:
         slots = self._size(allocation.with_headroom(need), most)
         if not self.evicts_in_loop:
             return slots
-        # Where evicting goes on, no head needs more than the limit, but while a prompt is read that is evicted by.
+        # Where evicting continues, no head needs more than the limit, but while a prompt is read that is evicted by.
         return min(slots, self._size(max(self.limit, need), most))
 
     def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:

@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
       num_tokens: int32 ``[b]``, of each sequence.
       begin: int32 ``[b]``, index of the first of them in its sequence.
       observed_from: int32 ``[b]``: the attention of queries from this index on counts, where the policy observes it.
-      role_ids: int8 ``[num_layers, b, k, t]``, or None: as the policy says.
+      role_ids: int8 ``[num_layers, b, k, t]``, or None: as the policy chooses.
     """
 
     tokens: jax.Array

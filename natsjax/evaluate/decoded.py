@@ -21,11 +21,12 @@ import numpy as np
 from flax import nnx
 
 from natsjax.data import Row
+from natsjax.data.packing import piece_spans
 from natsjax.decode import loop
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.decode.step import Chunk
 from natsjax.evaluate import DEFAULT_CHUNK
-from natsjax.evaluate.masked import Measurement, sum_by_document, sum_by_position
+from natsjax.evaluate.masked import Measurement, causal_pairs, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
 from natsjax.model.inputs import Batch
 from natsjax.policies.base import DecodingPolicy
@@ -94,7 +95,7 @@ def measure_decoding(
         positions=sum_by_position(contexts, nll, correct),
         live_pairs=pairs,
         live_max=most,
-        causal_pairs=int(np.sum(contexts["positions"] + 1, where=valid, dtype=np.int64)),
+        causal_pairs=causal_pairs(contexts),
         num_queries=int(valid.sum()),
         allocated=allocated,
     )
@@ -102,10 +103,7 @@ def measure_decoding(
 
 def _pieces(contexts: Row) -> list[tuple[int, int, int]]:
     """Lists ``(context, start, stop)`` of every document piece, the longest first."""
-    batch = Batch.from_rows(contexts)
-    rows, starts = np.nonzero(batch.is_first & batch.is_token)
-    stops = contexts["document_end"][rows, starts]
-    pieces = zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True)
+    pieces = zip(*(values.tolist() for values in piece_spans(contexts)), strict=True)
     return sorted(pieces, key=lambda piece: piece[1] - piece[2])
 
 

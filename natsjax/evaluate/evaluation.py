@@ -14,7 +14,7 @@ import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -31,6 +31,7 @@ from natsjax.evaluate.settings import TOLERANCE, Setting, settings_of
 from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
+from natsjax.policies.registry import Mode
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import versions
@@ -86,7 +87,7 @@ def run(
     prepared_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     loaded: LoadedRun | None = None,
-    mode: Literal["masked", "decode"] = "masked",
+    mode: Mode = "masked",
     chunk: int = DEFAULT_CHUNK,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.

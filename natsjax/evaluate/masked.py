@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from scipy import special
 
-from natsjax.data import Row, Tokenizer, Vocabulary
+from natsjax.data import Row, Tokenizer, Vocabulary, piece_lengths
 from natsjax.kv_fraction import perplexity
 from natsjax.model import sharding
 from natsjax.model.attention import RoleSampling
@@ -157,9 +157,15 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
         positions=sum_by_position(contexts, *found),
         live_pairs=np.sum(pairs, axis=0),
         live_max=np.max(most, axis=0),
-        causal_pairs=int(np.sum(contexts["positions"] + 1, where=valid, dtype=np.int64)),
+        causal_pairs=causal_pairs(contexts),
         num_queries=int(valid.sum()),
     )
+
+
+def causal_pairs(contexts: Row) -> int:
+    """Counts the key-query pairs of full attention, per layer and KV head."""
+    lengths = piece_lengths(contexts)
+    return int(np.sum(lengths * (lengths + 1) // 2))
 
 
 def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndarray:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prepared_dir",
         metavar="DIR",
-        help="where the prepared corpus lies by now (default: looked for beside the run, and where it was)",
+        help="where the prepared corpus is now (default: looked for beside the run, and where it was)",
     )
     flags = parser.parse_args(argv)
     from natsjax.export.folder import export, num_parameters  # here: --help needs nothing slow

@@ -64,7 +64,7 @@ def export(
       output: the folder; it appears whole or not at all. An export that is there (with its ``report/``) is replaced.
       dtype: of the numbers in the folder. ``natsjax.load`` makes float32 of bfloat16, which are rounded and take half
         the space.
-      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where it had it.
+      prepared_dir: where the prepared corpus is now; None: beside the run, or where it had it.
 
     Returns:
       The run that was exported, as ``natsjax.load`` gives it.

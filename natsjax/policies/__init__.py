@@ -1,4 +1,4 @@
-"""Which keys live, and for how long: the learned roles, fixed rules and rivals, a file a family."""
+"""Policies, which decide how long keys live: the learned roles, fixed rules and rivals, a file a family."""
 
 import lazy_loader
 

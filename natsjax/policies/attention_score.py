@@ -66,7 +66,7 @@ class H2O(AttentionScorePolicy):
         check_count("num_keys", self.num_keys, 1)
         check_count("num_recent", self.num_recent, 0)
         if self.num_recent > self.num_keys:
-            raise ValueError(f"num_recent={self.num_recent}: it must lie between 0 and num_keys={self.num_keys}.")
+            raise ValueError(f"num_recent={self.num_recent}: it must be between 0 and num_keys={self.num_keys}.")
 
     @property
     def setting(self) -> dict[str, int | float]:

@@ -21,7 +21,7 @@ from natsjax.config import Config, ModelConfig
 from natsjax.errors import UserError
 
 NUM_BUDGETS = 6
-"""How many budgets are measured at least, unless somebody asks for others."""
+"""Fewest budgets that are measured, unless others are asked for."""
 
 _NATS_FACTORS = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)  # of kv_budget
 _SPARE_FACTORS = (0.7, 0.9, 1.4, 0.5, 2.5, 0.4, 3.2)  # where the window, or 1, rules some of them out
@@ -33,7 +33,7 @@ _CLOSE_ENOUGH = 0.01  # of the budget
 _MAX_EVALUATIONS = 20  # for one budget
 
 _FEWEST_KEYS = 2
-"""Of a head, for a policy that keeps some for being recent and some for being read."""
+"""Fewest keys of a head, for a policy that keeps some for being recent and some for being read."""
 
 _MOST_CONTINUED = 0.5
 """Tokens behind a prompt of SnapKV, as a fraction of the keys that a query reads: all of them are kept, and more of
@@ -53,7 +53,7 @@ def layer_windows(model: ModelConfig) -> Layers:
 
 
 def nats_budgets(kv_budget: float, smallest: float) -> list[float]:
-    """Returns budgets around ``kv_budget``, ascending: 0.6 to 2 times it, where they lie between ``smallest`` and 1.
+    """Returns budgets around ``kv_budget``, ascending: 0.6 to 2 times it, where they are between ``smallest`` and 1.
 
     ``kv_budget`` itself is always among them.
 
@@ -431,7 +431,7 @@ def role_bias_for_budget(
     """Searches the role bias whose KV fraction is closest to a budget.
 
     The fraction is a step function of the role bias and need not rise with it, so nothing is assumed but that two role
-    biases whose fractions lie on both sides of the budget are worth looking between. At most 20 evaluations.
+    biases whose fractions are on both sides of the budget are worth looking between. At most 20 evaluations.
 
     Args:
       kv_fraction_at: KV fraction under a role bias.

@@ -151,7 +151,7 @@ class RandomKeys(IntervalPolicy):
         check_count("window", self.window, 0)
         check_seed(self.seed)
         if not 0 <= self.fraction <= 1:  # also when it is nan
-            raise ValueError(f"fraction={self.fraction}: it must lie between 0 and 1.")
+            raise ValueError(f"fraction={self.fraction}: it must be between 0 and 1.")
 
     @property
     def setting(self) -> dict[str, int | float]:

@@ -195,12 +195,3 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
     ]
 )
 """By name, in the order of reports."""
-
-
-def markdown_table() -> str:
-    """Returns the table in ``docs/generate.md``."""
-    lines = ["| `--policy` | policy | what lives | `evaluate` measures it |", "|---|---|---|---|"]
-    for entry in POLICIES.values():
-        modes = "with masks and by decoding" if "masked" in entry.modes else "by decoding"
-        lines.append(f"| `{entry.form}` | {entry.label} | {entry.summary} | {modes} |")
-    return "\n".join(lines)

@@ -29,6 +29,7 @@ from natsjax.runtime.files import make_folder, try_files, unwritable, write_file
 ROWS_FILE = "results.jsonl"
 EVALUATION_FILE = "evaluation.json"
 _FORMAT = 2
+_NO_NAMES: Mapping[str, str] = {}
 
 MIN_DOCUMENTS = 10
 """Fewest documents for an interval: resampling fewer tells too little about other documents (docs/evaluate.md)."""
@@ -160,7 +161,7 @@ def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(row: Row) -> Row:
     """Completes a row: NaN and infinities are numbers again (``to_json``), fields newer than the file are None."""
     newer = {name: None for name, field in ROW_FIELDS.items() if field.nullable and name not in row}
-    known = {name: _number(value) if name not in ("method", "weights") else value for name, value in row.items()}
+    known = {name: restored(value) if name not in ("method", "weights") else value for name, value in row.items()}
     return known | newer
 
 
@@ -179,11 +180,12 @@ def _without_small_intervals(row: Row) -> Row:
     return {**cleared(row), "by_position": by_position}
 
 
-def _number(value: Any) -> Any:
+def restored(value: Any, names: Mapping[str, str] = _NO_NAMES) -> Any:
+    """Restores the numbers that ``to_json`` wrote as strings, and the present names of fields by the stored ones."""
     if isinstance(value, list):
-        return [_number(item) for item in value]
+        return [restored(item, names) for item in value]
     if isinstance(value, dict):
-        return {name: _number(item) for name, item in value.items()}
+        return {names.get(name, name): restored(item, names) for name, item in value.items()}
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 

@@ -18,7 +18,7 @@ class MethodStyle(NamedTuple):
 _OTHER = "#7b5bd6", "#b39cff"  # on white and on black, of a method that the registry does not have
 
 RUN_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b5bd6", "#333333")
-"""Of the runs in a comparison; the ninth has the first again, with other dashes."""
+"""Colors of the runs in a comparison; the ninth has the first again, with other dashes."""
 
 _DARK_RUN_COLORS = ("#ff8b3e", "#4aa3e0", "#2cc79b", "#e59cc6", "#e0b040", "#9fd8ff", "#b39cff", "#d5dae0")
 
@@ -42,7 +42,7 @@ def css_colors(*, dark: bool = False) -> str:
 
 
 def is_drawable(row: Row, metric: str) -> bool:
-    """Returns whether a row is a point: its numbers are finite, and its KV fraction has a logarithm."""
+    """Checks if a row is a point: its numbers are finite, and its KV fraction has a logarithm."""
     return row[metric] is not None and math.isfinite(row[metric]) and 0 < row["kv_fraction"] < math.inf
 
 

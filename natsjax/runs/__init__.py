@@ -1,1 +1,1 @@
-"""A run on disk: its folder, checkpoints, data and parameters."""
+"""A run on disk: its folder, checkpoints, data, parameters and the metrics that it logs."""

@@ -1,12 +1,12 @@
 """Checkpoints of a run by step, through Orbax: whole or not there, on any mesh and any number of processes.
 
-Saving copies the state off the devices and goes on writing while training does. What a process that was killed left
-unfinished is passed over, and said.
+Saving copies the state off the devices and keeps writing while training continues. What a process that was killed left
+unfinished is passed over, and logged.
 
 When a checkpoint is complete, each process adds the checksums of the files that it wrote: ``STEP/SHA256SUMS.RANK``.
 They are compared before anything is read, and a checkpoint that is not what was saved is passed over like one that
 cannot be read. One without them (an older natsjax wrote it, or a process was killed in the moment between) is read as
-it is, and that is said.
+it is, and that is logged.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ class Checkpoints:
             raise self._unwritten(step, error) from error
 
     def wait(self) -> None:
-        """Waits for the save that is going on.
+        """Waits for the save in hand.
 
         Raises:
           UserError: it cannot be written.
@@ -138,7 +138,7 @@ class Checkpoints:
         self._manager.reload()
         self._remove_unfinished()
         last = max((saved for saved in self._manager.all_steps() if saved != step), default=None)
-        usable = "there is none yet" if last is None else f"the run can go on from step {last}"
+        usable = "there is none yet" if last is None else f"the run can resume from step {last}"
         return UserError(
             f"the checkpoint of step {step} cannot be written to {self.folder}: {_reason(error)}; {usable}."
         )
@@ -246,7 +246,7 @@ class Checkpoints:
         """Lets go of the folder, when what is being saved is there.
 
         Raises:
-          UserError: it cannot be written, and no other call has said so.
+          UserError: it cannot be written, and no other call has reported it.
         """
         try:
             self.wait()
@@ -256,7 +256,7 @@ class Checkpoints:
                 self._manager.close()
             except (OSError, ValueError, RuntimeError):
                 if not self._failed:
-                    raise  # else a part of the save that failed, which had gone on
+                    raise  # else a part of the save that failed, which continued
 
 
 def _is_renamed(node: Any) -> bool:

@@ -91,7 +91,7 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
     Args:
       config: of the run.
       workdir: of the run, or an export.
-      prepared_dir: where the prepared corpus lies by now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
+      prepared_dir: where the prepared corpus is now, or ``DIR=WEIGHT,DIR=WEIGHT`` where the corpora of a mixture
         do; None: as ``natsjax.runs.paths`` finds it.
 
     Raises:
@@ -178,7 +178,7 @@ def _without_corpus(workdir: Workdir, error: UserError) -> RunData:
 def _find_corpus(config: Config, workdir: Workdir, progress: bool) -> Corpus:
     data = config.data
     folder = data.prepared_dir or workdir.corpus
-    # A run that has begun goes on with the corpus that it has, wherever the text is by now; a prepared_dir that holds a
+    # A run that has begun keeps the corpus that it has, wherever the text is by now; a prepared_dir that holds a
     # corpus is what the user means by it.
     known = data.prepared_dir or workdir.has_checkpoint() or not data.input
     if known and (_is_corpus(folder) or not data.input):

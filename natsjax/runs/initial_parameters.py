@@ -1,7 +1,7 @@
 """Parameters that a new run starts from: those of another run or of an export (``train.init_from``).
 
-A NAtS run may so begin where a dense one ended: ``train.reinit_scorer`` says that the scorer, which a dense run lacks,
-is initialised as in any new run. Everything else must fit. The optimizer and the KV penalty start afresh, at step 0.
+A NAtS run may so begin where a dense one ended: with ``train.reinit_scorer`` the scorer, which a dense run lacks,
+is initialized as in any new run. Everything else must fit. The optimizer and the KV penalty start afresh, at step 0.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class InitialParameters:
         """Returns the parameters of a new run with the stored values; each process reads its shards of them.
 
         Args:
-          parameters: nested dict of initialised arrays; the scorer's stay where it is to be fresh.
+          parameters: nested dict of initialized arrays; the scorer's stay where it is to be fresh.
 
         Raises:
           UserError: the checkpoint cannot be read.
@@ -88,7 +88,7 @@ class InitialParameters:
         if missing and not others and all(map(_is_scorer, missing)):
             raise UserError(
                 f"{self._field} holds a dense model, which lacks {' and '.join(missing)}; train.reinit_scorer = True "
-                "initialises them."
+                "initializes them."
             )
         others += [f"{name} is here and not there" for name in missing]
         if others:

@@ -63,7 +63,7 @@ def load(
 
     Args:
       path: the workdir, or the export.
-      prepared_dir: where the prepared corpus lies by now; None: beside the run, or where the run had it
+      prepared_dir: where the prepared corpus is now; None: beside the run, or where the run had it
         (``natsjax.runs.paths``). Nothing is prepared, and nothing written.
       mesh_config: how parameters are divided among the devices here; None: as the run was trained, where the devices
         are as many, else all along ``fsdp``.

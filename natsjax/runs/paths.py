@@ -78,7 +78,7 @@ def check_moved_text(config: Config, workdir: Workdir, corpus: Corpus) -> None:
     Args:
       config: to train with.
       workdir: of the run.
-      corpus: that the run goes on with.
+      corpus: that the run keeps.
 
     Raises:
       UserError: it is another text.

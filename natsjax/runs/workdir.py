@@ -1,7 +1,7 @@
-"""The folder of a run: its config, its lock, and where everything else in it lies.
+"""The folder of a run: its config, its lock, and the place of everything else in it.
 
 config.json          the resolved config
-data.json            what the data was, so that a resumed run cannot go on with other data
+data.json            what the data was, so that a resumed run cannot continue with other data
 starts.jsonl         the command of every start, when it was, and the versions
 log.txt              the lines that training printed, with their times
 metrics.jsonl        a line of metrics every ``train.log_every`` steps
@@ -75,7 +75,7 @@ class Workdir:
 
     @property
     def is_export(self) -> bool:
-        """Whether the folder is an export: parameters to be read and not trained on."""
+        """True if the folder is an export: parameters to be read and not trained on."""
         return os.path.exists(self.export_file)
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Workdir:
     def _unusable(self, error: OSError) -> UserError:
         where = str(error.filename or self.path).removesuffix(f"/{_TRIED}")
         what = "" if where == str(self.path) else f"{where}: "
-        better = advice(error, may_move=not self.has_checkpoint())  # a run that has begun goes on where it lies
+        better = advice(error, may_move=not self.has_checkpoint())  # a run that has begun stays where it is
         return UserError(f"--workdir={self.path} cannot be used: {what}{reason(error)}; {better}.")
 
     def read_config(self) -> Config:
@@ -198,7 +198,7 @@ class Workdir:
 
         Args:
           fingerprint: of the data.
-          to_train: whether the run goes on with it; False: it is read, and the data may be named.
+          to_train: True where the run trains on it; False: it is read, and the data may be named.
 
         Raises:
           UserError: it is other data.
@@ -269,7 +269,7 @@ class Workdir:
         """
         if self.is_export:
             raise UserError(
-                f"--workdir={self.path} is an export, parameters that no training can go on from; name it as "
+                f"--workdir={self.path} is an export, parameters that no training can resume from; name it as "
                 "train.init_from, with a new --workdir."
             )
 

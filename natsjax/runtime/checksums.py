@@ -1,6 +1,6 @@
 """SHA-256 of the files of a folder, stored in the folder in the format of ``sha256sum``, which can check them too.
 
-What lies on a disk for months is not always what was written there: TensorStore checks its own index, and reads a
+What is stored on a disk for months is not always what was written there: TensorStore checks its own index, and reads a
 chunk whose bytes have changed as other numbers.
 """
 

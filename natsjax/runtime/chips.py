@@ -17,7 +17,7 @@ class Chip:
 
     Attributes:
       name: as in a topology's name.
-      memory: bytes that a program can have, as the TPUs' compiler says; of a GPU all that it has.
+      memory: bytes that a program can have, as the TPUs' compiler reports; of a GPU all that it has.
       flops: of bfloat16 products a second.
       memory_bandwidth: bytes a second.
       interconnect: bytes a second that a device can send over all its links to others of its slice or node.
@@ -38,7 +38,7 @@ _TPU = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        # The pages give the interconnect in both directions together, and the data-centre network in bits.
+        # The pages give the interconnect in both directions together, and the data-center network in bits.
         Chip("v5e", 15.75 * GIB, 197e12, 819e9, 400e9 / 2, 25e9 / 8, _TPU + "v5e"),
         Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, _TPU + "v5p"),
         Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2, 100e9 / 8, _TPU + "v6e"),

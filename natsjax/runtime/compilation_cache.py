@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that a run that goes on loads its step instead of compiling it again.
+"""Compiled programs on disk, so that a resumed run loads its step instead of compiling it again.
 
 It is JAX's persistent cache, which is global to the process: it is set for as long as a run lasts, and put back. With
 several processes all read the folder and process 0 writes it. Whoever can write the folder decides what runs: it

@@ -1,6 +1,6 @@
 """The line between processes that train as one: few words, over TCP, from every process to process 0 and back.
 
-It is there because JAX's own coordination says too little and too late; ``distributed`` has the story. Process 0 holds
+It is there because JAX's own coordination tells too little and too late; ``distributed`` has the story. Process 0 holds
 the end of every line, its own among them (``Hub``), and each process the other end of one (``Member``). A line of a
 process that dies breaks at once, whatever the process was doing, and that is how its death is noticed.
 """
@@ -82,9 +82,9 @@ class Failure(NamedTuple):
 
     Attributes:
       rank: the process that it began with.
-      message: what it said.
+      message: what it reported.
       status: the exit status of all.
-      lost: it said nothing; its line broke.
+      lost: it reported nothing; its line broke.
     """
 
     rank: int
@@ -94,7 +94,7 @@ class Failure(NamedTuple):
 
 
 def _lost(rank: int, count: int) -> Failure:
-    why = "it was killed, crashed, or its machine is gone; its own log may say more"
+    why = "it was killed, crashed, or its machine is gone; its own log may have more"
     return Failure(rank, f"process {rank} of {count} was lost: {why}.", 1, lost=True)
 
 
@@ -114,7 +114,7 @@ def _failure(rank: int, error: BaseException) -> Failure:
 
 
 class Hub(threading.Thread):
-    """Process 0's end of all lines, its own among them: gathers what each process says and tells everyone.
+    """Process 0's end of all lines, its own among them: gathers what each process reports and tells everyone.
 
     Args:
       lines: of every process.
@@ -166,7 +166,7 @@ class Hub(threading.Thread):
                     self._tell(stop_at=1 + max(self._calls.values()))
 
     def _meet(self, rank: int, what: str) -> None:
-        """Lets all go on when all are here."""
+        """Releases all when all are here."""
         self._here[rank] = what
         if len(self._here) < len(self._lines) or self._failures:
             return

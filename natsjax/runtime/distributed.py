@@ -49,7 +49,7 @@ def initialize(
 ) -> None:
     """Joins the other processes, if this is one of several; to be called before anything touches a device.
 
-    Without arguments, JAX's own detection says which process this is (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes); a
+    Without arguments, JAX's own detection finds which process this is (Cloud TPU, GKE, Slurm, Open MPI, Kubernetes); a
     process that is alone stays alone. ``num_processes=1`` turns detection off.
 
     Args:
@@ -105,7 +105,7 @@ def end(error: BaseException, status: int) -> NoReturn:
     """Ends this process at once, without cleaning up, and all others with it; from any thread.
 
     Args:
-      error: what the others say that it was.
+      error: the reason that the others report.
       status: the exit status.
     """
     if _member is not None:
@@ -135,7 +135,7 @@ def barrier(what: str) -> None:
     Touches no device; a failure of any process ends the wait, and the process. Inside ``fail_together``.
 
     Args:
-      what: what they wait for, as ``"the data"``; said when they wait for different things.
+      what: what they wait for, as ``"the data"``; reported when they wait for different things.
     """
     if _member is not None:
         _member.barrier(what)
@@ -148,7 +148,7 @@ def fail_together() -> Iterator[None]:
     The end waits until every process is there. An exception in one is told to the others, and each process ends at once
     (``os._exit``, for the others may sit in a collective) with one line on standard error and the same exit status:
     2 for a ``UserError``, 130 for an interruption, else 1. A process that dies without a word is named. Where all make
-    the same mistake, process 0 alone says so. ``Interrupted`` is no failure: all raise it, and it comes out.
+    the same mistake, process 0 alone reports it. ``Interrupted`` is no failure: all raise it, and it comes out.
 
     With one process alone this does nothing.
     """
@@ -178,9 +178,9 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
     """Returns ``(coordinator_address, num_processes, process_id)``, or None for a process alone."""
     flags = {"--coordinator_address": address, "--num_processes": count, "--process_id": rank}
     if timeout <= 0:
-        raise UserError(f"--initialization_timeout = {timeout}; a positive number of seconds was expected.")
+        raise UserError(f"--initialization_timeout={timeout}: a positive number of seconds was expected.")
     if count is not None and count < 1:
-        raise UserError(f"--num_processes = {count}; at least one process was expected.")
+        raise UserError(f"--num_processes={count}: at least one process was expected.")
     if count == 1 and address is None and rank in (None, 0):
         return None
     if all(value is None for value in flags.values()):
@@ -193,7 +193,7 @@ def _place(address: str | None, count: int | None, rank: int | None, timeout: in
         )
     _host_and_port(address)
     if not 0 <= rank < count:
-        raise UserError(f"--process_id = {rank}; with --num_processes={count} it must be from 0 to {count - 1}.")
+        raise UserError(f"--process_id={rank}: with --num_processes={count} it must be from 0 to {count - 1}.")
     return None if count == 1 else (address, count, rank)
 
 
@@ -229,7 +229,7 @@ def _detect(timeout: int) -> tuple[str, int, int] | None:
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator_address = {address!r}; HOST:PORT was expected, as in 10.0.0.1:8476.")
+        raise UserError(f"--coordinator_address={address!r}: HOST:PORT was expected, as in 10.0.0.1:8476.")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

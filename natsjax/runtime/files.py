@@ -53,7 +53,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: f"a name may have {_LONGEST_NAME} bytes: name a shorter one",
     errno.ELOOP: "links of that path lead in a circle: name the folder itself",
     errno.EBUSY: "something else uses it: name a new folder inside it, or another place",
-    errno.EXDEV: "it lies on two file systems: name a new folder inside it, or another place",
+    errno.EXDEV: "it is on two file systems: name a new folder inside it, or another place",
     errno.EINVAL: "that file system takes no such name: name another one",
     errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n)",
     errno.ENFILE: "this machine may open no more files: end other programs, or raise its limit",

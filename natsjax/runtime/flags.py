@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The flags; unknown ones are a mistake here already, before argparse misses the right ones."""
+        """Parses the flags; unknown ones are a mistake here already, before argparse misses the right ones."""
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
         names = sorted({name.lstrip("-") for name in known} - {"h"})
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed_text(argument: str) -> str:
-    """The type of a flag that is no path: where the locale is not UTF-8, Python may have kept the bytes of a character.
+    """Checks the text of a flag that is no path, and decodes the bytes that Python keeps where the locale is not UTF-8.
 
     Raises:
       argparse.ArgumentTypeError: what was typed is no UTF-8.
@@ -102,10 +102,10 @@ def _unknown_flag(name: str, known: Sequence[str], advice: str) -> UserError:
 
 
 def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
-    """``(config, workdir)`` from the command line (``argv[0]`` is the program).
+    """Reads ``(config, workdir)`` from the command line (``argv[0]`` is the program).
 
     Raises:
-      UserError: a flag, file, field or value that does not fit; the message says which.
+      UserError: a flag, file, field or value does not fit; the message names it.
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
@@ -117,7 +117,7 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
 
 
 def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> Config:
-    """The config that ``--config=FILE`` and ``--config.GROUP.FIELD=VALUE`` give.
+    """Reads the config that ``--config=FILE`` and ``--config.GROUP.FIELD=VALUE`` give.
 
     Args:
       argv: the command line (``argv[0]`` is the program).
@@ -125,7 +125,7 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
       usage: the last part of a message about flags.
 
     Raises:
-      UserError: a flag, file, field or value that does not fit; the message says which.
+      UserError: a flag, file, field or value does not fit; the message names it.
     """
     _check_flags(argv, values, usage)
     read_config_file(_config_file(argv, usage))  # ml_collections reads it again, but hides what is wrong with it
@@ -141,7 +141,7 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
 
 
 def _check_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> None:
-    """Unknown flags, before it is said that the ones they were meant for are missing."""
+    """Refuses unknown flags, before the ones that they were meant for are reported as missing."""
     words = iter(argv[1:])
     for word in words:
         if not word.startswith("-") or word == "--":  # absl reads no further
@@ -158,9 +158,9 @@ def _check_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> N
 
 
 def join_processes(argv: Sequence[str]) -> None:
-    """``distributed.initialize`` as the command line says; before the rest of it is read, and before any device is.
+    """Calls ``distributed.initialize`` with the flags, before the rest is read and before any device is touched.
 
-    A mistake in the rest is then made by processes that know each other, and said once.
+    A mistake in the rest is then made by processes that know each other, and reported once.
 
     Raises:
       UserError: the flags do not fit, or a process did not join in time.
@@ -180,7 +180,7 @@ def join_processes(argv: Sequence[str]) -> None:
 
 
 def train_help(text: str) -> str:
-    """What ``--help`` shows: a text, and every flag."""
+    """Returns the text of ``train.py --help``: ``text`` and every flag."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
     _define_process_flags(values)
@@ -188,7 +188,7 @@ def train_help(text: str) -> str:
 
 
 def flag_help(text: str, values: flags.FlagValues) -> str:
-    """What ``--help`` shows of a command with a config: a text, and every flag; ``values`` holds the command's own."""
+    """Returns the text of ``--help`` for a command with a config: ``text`` and every flag; ``values`` has its own."""
     flags.DEFINE_string("config", None, _CONFIG_HELP, flag_values=values)
     flags.DEFINE_string("config.GROUP.FIELD", None, "a field of the config, set to another value", flag_values=values)
     lines = [text.strip(), "", "Flags:"]
@@ -209,7 +209,7 @@ def _define_process_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "num_processes", None, "how many processes train together; 1 turns detection off", flag_values=values
+        "num_processes", None, "number of processes that train together; 1 turns detection off", flag_values=values
     )
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
     flags.DEFINE_integer(
@@ -224,7 +224,7 @@ def _flag_error(error: Exception, usage: str) -> UserError:
 
 
 def read_config_file(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """What ``get_config()`` of a config file returns; of ``FILE.py:WORD``, ``get_config("WORD")``.
+    """Calls ``get_config()`` of a config file, or ``get_config("WORD")`` for ``FILE.py:WORD``.
 
     Raises:
       UserError: there is no such file, or something in it is wrong; the message names the line.
@@ -309,7 +309,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _nearest_field(path: str) -> str:
-    """``"; did you mean GROUP.FIELD"``, or nothing: by the last name, in the group that was meant or in another."""
+    """Returns ``"; did you mean GROUP.FIELD"``, or "": by the last name, in the group that was meant or in another."""
     group, _, name = path.rpartition(".")
     paths = list(_field_paths(Config))
     close = closest(name, [other.rpartition(".")[2] for other in paths])
@@ -347,7 +347,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command, whose result is the exit status; a ``UserError`` becomes one sentence and exit status 2.
 
     Its printing cannot fail (``standard_streams``); where standard output is incomplete for a reason such as a full
-    disk, the exit status is 1. What goes wrong inside ``distributed.fail_together`` with others around is shown there,
+    disk, the exit status is 1. An error inside ``distributed.fail_together`` of several processes is printed there,
     once, and does not come here.
     """
     # Orbax reports every part of a save at INFO, without a cluster missing coordination at WARNING, and at ERROR, with
@@ -370,6 +370,6 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _without_echoes(unraisable: Any) -> None:
-    """``sys.unraisablehook``: TensorStore calls back, once an array, though the save that waited for it has failed."""
+    """Drops what TensorStore raises behind a failed save, once an array (a ``sys.unraisablehook``)."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

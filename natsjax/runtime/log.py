@@ -2,7 +2,7 @@
 
     from natsjax.runtime.log import logger
 
-    logger.info("going on from step 100")
+    logger.info("resuming from step 100")
 
 It is the ``logging`` logger named ``natsjax``. It prints plain lines from INFO on without any setup, and hands nothing
 to the root logger, which libraries set up as they are imported. A record with ``extra=EVERY_PROCESS`` is printed by

@@ -98,7 +98,7 @@ def bar(items: Sequence[Item], title: str, shown: bool) -> Iterator[Item]:
       title: of the bar.
       shown: False: nothing is written.
     """
-    noted = watchdog.noting(items)
+    noted = watchdog.each_is_progress(items)
     if shown and not on_terminal():
         print(f"{title}: {len(items)}", file=sys.stderr, flush=True)
     elif shown:

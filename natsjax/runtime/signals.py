@@ -1,13 +1,13 @@
-"""SIGINT and SIGTERM while a run lasts: the first one is honoured where nothing is lost, a second one at once.
+"""SIGINT and SIGTERM while a run lasts: the first one is honored where nothing is lost, a second one at once.
 
     with signals.stop_requests() as stop:
-        with stop.at_once("run the same command again to go on"):
+        with stop.at_once("run the same command again to resume"):
             ...                                 # may be left anywhere
         with stop.later("the step is compiled"):
             ...                                 # not left; whoever works here looks at ``stop.requested`` in time
 
 Python runs a handler in the main thread, and only when that returns to Python, which may take minutes while XLA
-compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it says what will follow, and for a
+compiles. So a thread of its own hears of signals too (``signal.set_wakeup_fd``): it prints what will follow, and for a
 second signal it ends the process, whatever the main thread is doing.
 
 Work that may be left anywhere but spends minutes inside libraries goes through ``interruptible``: it runs in a thread,
@@ -36,14 +36,14 @@ from natsjax.runtime.log import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = 130
-"""Of an interrupted run, whatever the signal."""
+"""Exit status of an interrupted run, whatever the signal."""
 
 _SAME_SIGNAL = 0.5
 """Seconds: ``timeout`` and some launchers send a signal to a process and then to its group, where it comes again."""
 _PUT_OFF = 0.05
 """Seconds until a signal is looked at again that came where nothing can be raised."""
 _SAY_AFTER = 1.0
-"""Seconds that a request waits before it is said what it waits for."""
+"""Seconds that a request waits before the reason is printed."""
 _GRACE = 0.5
 """Seconds that interrupted work gets to put things in order."""
 _T = TypeVar("_T")
@@ -74,7 +74,7 @@ class StopRequests:
         """Leaves the block at the first signal, or does not begin it when that has come already.
 
         Args:
-          sentence: what to do then, said after the signal's name.
+          sentence: what to do then, printed after the signal's name.
 
         Raises:
           Interrupted: a signal came; where there are several processes, ``KeyboardInterrupt`` with the signal's name,
@@ -154,7 +154,7 @@ class StopRequests:
                 name = signal.Signals(heard[0]).name
                 with contextlib.suppress(OSError, ValueError):
                     print(
-                        f"a second {name}: ended at once; run the same command again to go on from the newest save",
+                        f"a second {name}: ended at once; run the same command again to resume from the newest save",
                         file=sys.stderr,
                     )
                 distributed.end(KeyboardInterrupt(name), EXIT_STATUS)

@@ -130,7 +130,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _open_closed_descriptors() -> None:
-    """Opens closed descriptors: else C libraries would log into the next open file, a checkpoint say."""
+    """Opens closed descriptors: else C libraries would log into the next open file, such as a checkpoint."""
     for number in (_INPUT, _OUTPUT, _ERROR):
         try:
             os.fstat(number)

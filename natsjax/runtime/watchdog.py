@@ -2,7 +2,7 @@
 
     with watchdog.watching(900):
         with watchdog.phase("evaluating"):
-            for setting in watchdog.noting(settings):
+            for setting in watchdog.each_is_progress(settings):
                 ...
 
 Whoever works in between need not know whether anybody watches: ``phase`` and ``progress`` set two fields then, and do
@@ -62,19 +62,19 @@ class Watchdog:
         self._heard = self._clock()
 
     def look(self) -> None:
-        """Reports once that a run is stuck, and once that it goes on."""
+        """Reports once that a run is stuck, and once that it continues."""
         heard, phase = self._heard, self._phase
         who = distributed.label()
         if self._stuck is not None and self._stuck[1] != heard:
             stuck_phase, since = self._stuck
             self._stuck = None
-            self._tell(f"{who}went on after {heard - since:.0f} s ({stuck_phase})")
+            self._tell(f"{who}continued after {heard - since:.0f} s ({stuck_phase})")
         silent = self._clock() - heard
         if silent >= self._seconds and self._stuck is None:
             self._stuck = (phase, heard)
             self._tell(
                 f"{who}no progress for {silent:.0f} s while {phase} (train.hang_timeout_seconds = "
-                f"{self._seconds:g}); the run goes on, and this is where its threads are:\n{_stacks()}"
+                f"{self._seconds:g}); the run continues, and this is where its threads are:\n{_stacks()}"
             )
 
 
@@ -121,7 +121,7 @@ def phase(name: str) -> Iterator[None]:
         progress(before)
 
 
-def noting(items: Iterable[Item]) -> Iterator[Item]:
+def each_is_progress(items: Iterable[Item]) -> Iterator[Item]:
     """Yields the items; every one that is asked for is progress."""
     for item in items:
         progress()
@@ -148,5 +148,5 @@ def _stacks() -> str:
 
 def _tell(text: str) -> None:
     """Logs for this process: it may be the only one that is stuck."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the run goes on
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the run continues
         logger.warning(text, extra=EVERY_PROCESS)

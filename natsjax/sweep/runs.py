@@ -20,7 +20,7 @@ from natsjax.evaluate import Evaluation
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.policies.budgets import wanted_budgets
-from natsjax.report.results import to_json
+from natsjax.report.results import is_biased, restored, to_json
 from natsjax.runs.data import RunData, open_data
 from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.paths import settle_paths
@@ -318,7 +318,7 @@ def read_record(workdir: Path) -> tuple[SweepRun, Config] | None:
     try:
         values = json.loads((workdir / RECORD_FILE).read_text(encoding="utf-8"))
         config = Config.from_stored(values["config"])
-        fields = _restored(values["run"])
+        fields = restored(values["run"], _RENAMED)
         return SweepRun(**fields | {"workdir": workdir, "curve": tuple(fields["curve"])}), config
     except (OSError, ValueError, RecursionError, KeyError, TypeError, UserError):  # missing, or damaged
         return None
@@ -383,20 +383,10 @@ def _is_chosen(run: PlannedRun, row: dict[str, Any], budget_check: dict[str, Any
     """Returns True for the row that represents the run."""
     if run.is_dense:
         return row["method"] == "full"
-    role_bias = budget_check["role_bias"] if run.kv_budget is not None else 0.0
-    return row["method"] == "nats" and row["setting"]["role_bias"] == role_bias
+    return is_biased(row, budget_check if run.kv_budget is not None else {"role_bias": 0.0})
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["role_bias"]):
         same = {name: row[name] for name in ("budget", "kv_fraction", "perplexity", "accuracy")}
         yield {"role_bias": row["setting"]["role_bias"]} | same
-
-
-def _restored(value: Any) -> Any:
-    """Restores the numbers that ``to_json`` wrote as strings, and present names of fields."""
-    if isinstance(value, dict):
-        return {_RENAMED.get(key, key): _restored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

@@ -137,7 +137,7 @@ def run(
             done = sum(run.status == "finished" for run in ended.values())
             logger.info(
                 f"the sweep in {directory} stops with {done} of {len(runs)} runs finished; run the same command again "
-                "to go on"
+                "to resume"
             )
             raise distributed.Interrupted from error
         known = tuple(ended[run.name] for run in runs)

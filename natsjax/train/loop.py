@@ -37,7 +37,7 @@ Interrupted = distributed.Interrupted
 
 
 def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
-    """Trains to the last step, going on from the newest checkpoint in the workdir, and evaluates.
+    """Trains to the last step, resuming from the newest checkpoint in the workdir, and evaluates.
 
     Several processes (``natsjax.runtime.distributed``) call it alike, with the same workdir; the first writes in it.
 
@@ -46,7 +46,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       path: the workdir; made when it is not there.
 
     Returns:
-      What evaluation measured; its files lie in ``report/``.
+      Result of the evaluation; its files are in ``report/``.
 
     Raises:
       UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.
@@ -60,7 +60,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
     with (
         contextlib.closing(wall_time),
         signals.stop_requests() as stop,
-        stop.at_once("nothing was trained since it was started; run the same command again to go on"),
+        stop.at_once("nothing was trained since it was started; run the same command again to resume"),
         watchdog.watching(config.train.hang_timeout_seconds),
         _locked(workdir),
         compilation_cache(config.train.compilation_cache, workdir.compiled),
@@ -73,7 +73,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
         config = _with_own_order(config, workdir)
         earlier = workdir.earlier_config()
         with (
-            stop.at_once("the data was being prepared; run the same command again to go on"),
+            stop.at_once("the data was being prepared; run the same command again to resume"),
             watchdog.phase("preparing the data"),
         ):
             data = _open_data(config, workdir)
@@ -196,7 +196,7 @@ def _restore_or_init(
         return state
     state = checkpoints.restore(trainer.abstract_state())
     distributed.barrier(f"step {int(state.step)}")  # where one found its part damaged, they are not at the same
-    logger.info(f"going on from step {int(state.step)}{_on_devices(trainer)}")
+    logger.info(f"resuming from step {int(state.step)}{_on_devices(trainer)}")
     return state
 
 
@@ -262,7 +262,7 @@ class _Loop:
                 step, pending = step + 1, metrics
                 stop = distributed.any_process(self._stop.requested is not None)
                 if step % self._config.checkpoint.save_every == 0 or step == last or stop:
-                    self._handle(step, pending)  # never save what a non-finite loss has spoilt
+                    self._handle(step, pending)  # never save what a non-finite loss has spoiled
                     watchdog.progress(f"in step {step + 1}")
                     pending = None
                     if stop:
@@ -284,12 +284,12 @@ class _Loop:
             self._checkpoints.save(step, state)
 
     def _save_and_stop(self, step: int, state: TrainState) -> NoReturn:
-        """Ends the run where it can go on."""
+        """Ends the run where it can be resumed."""
         self._save(step, state)
         with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
             self._checkpoints.wait()
         why = self._stop.requested or "asked to stop on another host"
-        logger.info(f"{why}: saved step {step}; run the same command again to go on")
+        logger.info(f"{why}: saved step {step}; run the same command again to resume")
         raise Interrupted
 
     def _handle(self, step: int, metrics: StepMetrics) -> None:

@@ -38,7 +38,7 @@ class LiveBlocks(NamedTuple):
     num_alive: jax.Array
 
 
-def pad_to_blocks(x: jax.Array, axis: int, block: int, value) -> jax.Array:
+def pad_to_blocks(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:
     """Pads ``x`` with ``value`` along ``axis`` to a multiple of ``block``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)

@@ -71,19 +71,19 @@ def _index(options: argparse.Namespace, batch_size: int) -> tuple[int, dict[str,
         value = getattr(options, name)
         least = 1 if name in ("context_length", "batch_size") else 0
         if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+            raise UserError(f"--{name}={value}: it must be at least {least}.")
     if options.split != "train" and options.step is not None:
         raise UserError(f"--step={options.step} is about training; of the split {options.split!r} give --context.")
     if options.context is not None:
         if options.step is not None or options.row is not None:
-            raise UserError(f"--context={options.context} says which context already; leave --step and --row out.")
+            raise UserError(f"--context={options.context} names the context already; leave --step and --row out.")
         index = options.context
     elif options.split != "train":
         index = options.row or 0
     else:
         row = options.row or 0
         if row >= batch_size:
-            raise UserError(f"--row is {row}, but a step has {batch_size} rows, 0 to {batch_size - 1}.")
+            raise UserError(f"--row={row}: a step has {batch_size} rows, 0 to {batch_size - 1}.")
         index = (options.step or 0) * batch_size + row
     if options.split != "train":
         return index, {}
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         # Here: the parser is built before anything slow is imported.
         from natsjax.data.inspect.contexts import example_at, open_data
-        from natsjax.data.inspect.examples import COLOUR_LEGEND, LEGEND
+        from natsjax.data.inspect.examples import COLOR_LEGEND, LEGEND
 
         config, prepared = _config_of(options)
         index, place = _index(options, config.train.batch_size)
@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             standard_streams.print_json(example.to_json())
         else:
-            colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            print(COLOUR_LEGEND if colour else LEGEND)
-            for line in example.lines(colour=colour):
+            color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            print(COLOR_LEGEND if color else LEGEND)
+            for line in example.lines(color=color):
                 print(line)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

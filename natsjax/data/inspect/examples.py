@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from natsjax.data.packing import Row
+from natsjax.data.packing import Row, piece_spans
 from natsjax.data.tokenizers import Tokenizer, Vocabulary
 
 _UNLEARNED = "°"
-_SHADES = ("\x1b[48;5;236m", "\x1b[48;5;240m")  # neighbouring tokens have different backgrounds
-_UNLEARNED_COLOUR, _TITLE, _RESET = "\x1b[38;5;208m", "\x1b[1m", "\x1b[0m"
+_SHADES = ("\x1b[48;5;236m", "\x1b[48;5;240m")  # neighboring tokens have different backgrounds
+_UNLEARNED_COLOR, _TITLE, _RESET = "\x1b[38;5;208m", "\x1b[1m", "\x1b[0m"
 LEGEND = f"tokens stand between bars; {_UNLEARNED} behind one: what follows it is not learned (loss_weight 0)"
-COLOUR_LEGEND = (
+COLOR_LEGEND = (
     f"each token has its own background; orange and {_UNLEARNED}: what follows is not learned (loss_weight 0)"
 )
 
@@ -41,9 +39,9 @@ class Example:
         return {**self.place, **self.statistics(), "pieces": [self._piece(begin, end) for begin, end in self.spans()]}
 
     def spans(self) -> list[tuple[int, int]]:
-        """First token and end of each document piece: positions restart there."""
-        starts = np.flatnonzero((self.row["positions"] == 0) & (self.row["document_end"] > 0))
-        return [(int(start), int(self.row["document_end"][start])) for start in starts]
+        """Returns first token and end of each document piece: positions restart there."""
+        _, starts, stops = piece_spans(self.row)
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
     def statistics(self) -> dict[str, int]:
         """Counts ``tokens`` but padding, ``padding``, ``learned`` targets, ``pieces``; ``text_bytes`` of text."""
@@ -58,22 +56,22 @@ class Example:
         token_bytes = self.vocabulary.token_bytes
         return counts if token_bytes is None else counts | {"text_bytes": int(token_bytes[row["inputs"][real]].sum())}
 
-    def lines(self, *, colour: bool) -> Iterator[str]:
+    def lines(self, *, color: bool) -> Iterator[str]:
         """Yields the lines of the context for people.
 
         Args:
-          colour: mark tokens by ANSI colours; otherwise by ``|``.
+          color: mark tokens by ANSI colors; otherwise by ``|``.
         """
         statistics = self.statistics()
         where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.place.items())
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in statistics.items())
-        yield _titled(f"{where}: {counts}", colour)
+        yield _titled(f"{where}: {counts}", color)
         pieces = self.to_json()["pieces"]
         for number, piece in enumerate(pieces, 1):
-            yield _titled(f"-- piece {number} of {len(pieces)}: {_piece_title(piece)}", colour)
-            yield from _shown_tokens(piece["tokens"], colour)
+            yield _titled(f"-- piece {number} of {len(pieces)}: {_piece_title(piece)}", color)
+            yield from _shown_tokens(piece["tokens"], color)
         if statistics["padding"]:
-            yield _titled(f"-- {statistics['padding']} tokens of padding", colour)
+            yield _titled(f"-- {statistics['padding']} tokens of padding", color)
 
     def _piece(self, begin: int, end: int) -> dict[str, Any]:
         row, here = self.row, slice(begin, end)
@@ -85,7 +83,7 @@ class Example:
         if isinstance(self.vocabulary, Tokenizer):
             piece["begins_document"] = ids[0] == self.vocabulary.bos_id
             piece["text"] = self.vocabulary.decode(ids)
-        # A piece that a context's edge cuts off goes on with its own document, which is learned.
+        # A piece that a context's edge cuts off continues with its own document, which is learned.
         piece["ends_document"] = not row["loss_weight"][end - 1] > 0
         fields = zip(
             ids,
@@ -118,18 +116,18 @@ def _piece_title(piece: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _shown_tokens(tokens: list[dict[str, Any]], colour: bool) -> Iterator[str]:
+def _shown_tokens(tokens: list[dict[str, Any]], color: bool) -> Iterator[str]:
     text = ""
     for number, token in enumerate(tokens):
         unlearned = not token["loss_weight"] > 0
         shown = visible(token["text"]) + (_UNLEARNED if unlearned else "")
-        if colour:
-            style = _SHADES[number % 2] + (_UNLEARNED_COLOUR if unlearned else "")
+        if color:
+            style = _SHADES[number % 2] + (_UNLEARNED_COLOR if unlearned else "")
             # Each line by itself: a terminal would draw the background to the end of the line.
             text += "\n".join(f"{style}{line}{_RESET}" for line in shown.split("\n"))
         else:
             text += f"|{shown}"
-    yield from (text if colour else f"{text}|").split("\n")
+    yield from (text if color else f"{text}|").split("\n")
 
 
 def visible(text: str) -> str:
@@ -140,5 +138,5 @@ def visible(text: str) -> str:
     )
 
 
-def _titled(line: str, colour: bool) -> str:
-    return f"{_TITLE}{line}{_RESET}" if colour else line
+def _titled(line: str, color: bool) -> str:
+    return f"{_TITLE}{line}{_RESET}" if color else line

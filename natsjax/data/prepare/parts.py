@@ -1,4 +1,4 @@
-"""Parts of the work of ``prepare``, which survive an interruption: a later call goes on from them."""
+"""Parts of the work of ``prepare``, which survive an interruption: a later call resumes from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PartialFolder:
         mark = self.path / _IDENTITY_FILE
         if self.path.exists():
             if mark.is_file() and mark.read_bytes() == self._identity.encode():
-                logger.info("Going on with what an interrupted run left in %s", self.path)
+                logger.info("Resuming with what an interrupted run left in %s", self.path)
             else:
                 logger.info("Throwing away %s, which an interrupted run left for another request or text", self.path)
                 shutil.rmtree(self.path)
@@ -67,7 +67,7 @@ class PartialFolder:
 
     @property
     def has_parts(self) -> bool:
-        """Whether any part is done."""
+        """True if any part is done."""
         return any(self.path.glob(f"*{PART_SUFFIX}"))
 
     def part(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The passes of ``prepare`` over the text, by one process or several, each going on from the parts that are done."""
+"""The passes of ``prepare`` over the text, by one process or several, each resuming from the parts that are done."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Preparation:
     Args:
       request: what is asked for.
       readers: of the inputs.
-      partial: where parts lie.
+      partial: folder of the parts.
 
     Attributes:
       reports: by input, what became of everything in it (``readers.input_report``); there once it is scanned.

@@ -36,25 +36,23 @@ class PrepareRequest:
     def check(self) -> None:
         """Raises UserError for a value out of range."""
         if self.tokenizer == "bpe" and self.vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(
-                f"vocab_size is {self.vocab_size}; a BPE needs at least {MIN_VOCAB_SIZE} (bytes, BOS, EOS)."
-            )
+            raise UserError(f"vocab_size = {self.vocab_size}: a BPE needs at least {MIN_VOCAB_SIZE} (bytes, BOS, EOS).")
         if not self.validation_input and not 0 < self.held_out_fraction < 1:
-            raise UserError(f"held_out_fraction is {self.held_out_fraction}; it must lie between 0 and 1.")
+            raise UserError(f"held_out_fraction = {self.held_out_fraction}: it must be between 0 and 1.")
         if self.validation_input and self.validation_input == self.input:
             raise UserError(
                 f"validation_input is the same as input, {self.input}: a model would be judged on what it "
                 "was trained on; leave validation_input empty to hold documents out."
             )
         if self.documents_per_shard < 1:
-            raise UserError(f"documents_per_shard is {self.documents_per_shard}; it must be at least 1.")
+            raise UserError(f"documents_per_shard = {self.documents_per_shard}: it must be at least 1.")
         if self.workers < 0:
-            raise UserError(f"workers is {self.workers}; it must be a number of processes, or 0 for one a core.")
+            raise UserError(f"workers = {self.workers}: it must be a number of processes, or 0 for one a core.")
         if not self.tokenizer:
-            raise UserError('tokenizer is empty; it must be "byte", "bpe" or the folder or file of a tokenizer.')
+            raise UserError('tokenizer is empty: it must be "byte", "bpe" or the folder or file of a tokenizer.')
         if self.tiktoken_pattern and self.tokenizer in ("byte", "bpe"):
             raise UserError(
-                f"tiktoken_pattern is {self.tiktoken_pattern!r}, but tokenizer is {self.tokenizer!r} and no .tiktoken "
+                f"tiktoken_pattern = {self.tiktoken_pattern!r}: tokenizer is {self.tokenizer!r} and no .tiktoken "
                 "file; leave tiktoken_pattern out."
             )
 

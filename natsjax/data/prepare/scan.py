@@ -118,7 +118,7 @@ class Scan:
 
     @property
     def is_one_text(self) -> bool:
-        """Whether there is one document only, or copies of one where digests were asked for."""
+        """True if there is one document only, or copies of one where digests were asked for."""
         same = len(self.digests) > 0 and bool((self.digests == self.digests[0]).all())
         return len(self.hashes) == 1 or same
 
@@ -187,7 +187,7 @@ def divide(
 
     Args:
       scans: of ``input``, and of ``validation_input`` where there is one, with digests if ``deduplicate``.
-      fraction: share to hold out of ``input`` where there is no ``validation_input``.
+      fraction: of the documents to hold out of ``input`` where there is no ``validation_input``.
       seed: which documents are held out.
       deduplicate: whether to leave out texts that came before, in ``input`` or in the same input.
 

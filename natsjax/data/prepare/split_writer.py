@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 from natsjax.data.corpus import IDS_FILE, LENGTHS_FILE, SplitSummary, record_dtype, shard_name
 
-# Grain reads single records: a group of one keeps a random read from decompressing its neighbours.
+# Grain reads single records: a group of one keeps a random read from decompressing its neighbors.
 _WRITER_OPTIONS = "group_size:1"
 
 
 class SplitWriter:
-    """Writes documents as they are added; a context manager that completes the files on leaving.
+    """Writer of the documents of a split; a context manager that completes the files on leaving.
 
     Args:
       folder: the split's folder, made here.
@@ -87,7 +87,7 @@ class SplitWriter:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the ids and tokens so far, in order, free of how they lie in shards."""
+        """SHA-256 (hex) of the ids and tokens so far, in order, whatever their shards."""
         return self._hash.hexdigest()
 
     def _open_shard(self) -> ArrayRecordWriter:

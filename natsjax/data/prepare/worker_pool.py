@@ -88,7 +88,7 @@ def result(future: Future) -> Any:
         raise KeptPartsError(
             "a worker process of prepare ended before its work was done, for lack of memory perhaps, or because the "
             'script that calls prepare() lacks `if __name__ == "__main__":`; run it again, with fewer workers or with '
-            "workers = 1, and it goes on from what is done."
+            "workers = 1, and it resumes from what is done."
         ) from error
 
 

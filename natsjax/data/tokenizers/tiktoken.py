@@ -41,7 +41,7 @@ from natsjax.data.tokenizers.tiktoken_patterns import (
     assumption,
     check_pattern,
     find_pattern,
-    recognise,
+    recognize,
 )
 from natsjax.errors import UserError
 
@@ -132,7 +132,7 @@ class TiktokenTokenizer(PretrainedTokenizer):
         if settings.get("pattern") is not None:
             settings = settings | {"pattern": find_pattern(settings["pattern"])}
         ranks = _read_ranks(path)
-        known = None if as_before else recognise(ranks)
+        known = None if as_before else recognize(ranks)
         notes = []
         if known is not None:
             name, found = known

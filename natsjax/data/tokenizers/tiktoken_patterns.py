@@ -121,7 +121,7 @@ def check_pattern(pattern: str, source: Path) -> None:
         )
 
 
-def recognise(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
+def recognize(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
     """Recognizes a published file by its content.
 
     Args:

@@ -5,18 +5,18 @@ const RUN_COLORS = 8;  // --run-0 … of style.css, as in styles.py
 const runColor = (i) => `var(--run-${i % RUN_COLORS})`;
 const runDash = (i) => DASHES[Math.floor(i / RUN_COLORS) % DASHES.length];
 const line = (i) => ({ color: runColor(i), dash: runDash(i) });
-const servedRow = ({ budget_check, rows }) => budget_check && rows.find((row) =>
+const biasedRow = ({ budget_check, rows }) => budget_check && rows.find((row) =>
   row.method === "nats" && Math.abs(row.setting.role_bias - budget_check.role_bias) < 1e-9);
 const fullRow = ({ rows }) => rows.find((row) => row.method === "full");
-/** What a run is served as: set to its budget, or with full attention. */
-const ownRow = (one) => servedRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
+/** The row that a run is compared by: set to its budget, or with full attention. */
+const ownRow = (one) => biasedRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
 
 // --- The curve -----------------------------------------------------------------------------------
 
 const natsOf = ({ rows }) => rows.filter((row) => row.method === "nats");
 const CHOICES = {
   "what each run was trained for": (one) => (natsOf(one).length ? natsOf(one) : one.rows),
-  "the setting that each run is served with": (one) => [ownRow(one)].filter(Boolean),
+  "the setting that each run is compared by": (one) => [ownRow(one)].filter(Boolean),
   "every method on every run's weights": (one) => one.rows,
 };
 
@@ -34,10 +34,10 @@ function curveSeries() {
   return series;
 }
 
-/** With many runs, intervals are drawn of the settings that they are served with alone. */
+/** With many runs, intervals are drawn of the settings that they are compared by alone. */
 function curvePoint(row, one) {
   const bare = CROWDED && row !== ownRow(one) ? { low: NaN, high: NaN } : {};
-  return { ...pointOf(row, pointText(row, one.name)), ring: row === servedRow(one), ...bare };
+  return { ...pointOf(row, pointText(row, one.name)), ring: row === biasedRow(one), ...bare };
 }
 
 function drawCurve() {
@@ -58,7 +58,7 @@ function showCurve() {
   drawn(drawCurve);
   show();
   byId("curve-description").textContent = (CROWDED ? "Bars are 95 % bootstrap intervals by document of the setting that each " +
-    "run is served with. " : "Bars and bands are 95 % bootstrap intervals by document. ") +
+    "run is compared by. " : "Bars and bands are 95 % bootstrap intervals by document. ") +
     "Each run's own report has the numbers of all settings.";
   if (PERCENT) byId("better").textContent = "higher";
 }
@@ -81,7 +81,7 @@ function showRuns() {
   const rows = runs.flatMap(({ rows }) => rows), heads = COLUMNS.map((column) => columnHead(column, rows));
   const columns = ["Run", "Attention", "Step", "Parameters", "KV budget", ...heads, "With full attention"];
   byId("runs").append(tableHead(columns, ["Run", "Attention"]), el("tbody", {}, ...runs.map(runRow)));
-  byId("runs-note").textContent = `KV, ${METRIC} and the like are those of the setting that a run is served with: set to its budget, ` +
+  byId("runs-note").textContent = `KV, ${METRIC} and the like are those of the setting that a run is compared by: set to its budget, ` +
     "or full attention where there are no roles. ✓ and ✗: the budget was met or missed.";
   byId("notes").append(...notes.map((note) => el("li", {}, note)));
 }
@@ -109,7 +109,7 @@ showSettings();
 const series = (choose) => runs.map((one, i) =>
   ({ ...line(i), name: one.name, row: choose(one), full: fullRow(one), marker: choose(one)?.method }))
   .filter(({ row }) => row);
-showPositions([{ name: "the setting that each run is served with", series: series(ownRow) },
+showPositions([{ name: "the setting that each run is compared by", series: series(ownRow) },
   { name: "full attention on each run's weights", series: series(fullRow) }]);
 showTraining(runs.map((one, i) => ({ ...line(i), name: one.name, training: one.training })));
 if (byId("training")) {

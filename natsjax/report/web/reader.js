@@ -1,4 +1,4 @@
-/* The role reader: text coloured by role, the role bias, and how long each key stays. */
+/* The role reader: text colored by role, the role bias, and how long each key stays. */
 
 const ROLES = ["GLOBAL", "LOCAL", "SLIDING"];
 const TOKEN_WIDTH = 12, SLOT_HEIGHT = 20, RULER_HEIGHT = 20;  // pixels of the spans

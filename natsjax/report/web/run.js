@@ -102,7 +102,7 @@ function showCurve() {
   const notes = [], left = rows.length - drawable.length;
   if (drawable.some(hasInterval)) notes.push("Bars and bands are 95 % bootstrap intervals by document. ");
   if (anchors.length) notes.push("The thin line across is full attention on weights trained without NAtS. ");
-  if (budget_check) notes.push(`The grey stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
+  if (budget_check) notes.push(`The gray stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
   if (left) notes.push(`${left} of ${rows.length} settings have no finite ${METRIC} and are not drawn. `);
   byId("curve-description").append(...notes, "The table below lists every setting.");
   if (PERCENT) byId("better").textContent = "higher";
@@ -134,12 +134,12 @@ function showTable() {
 
 function showBudgetCheck() {
   if (!budget_check) return byId("budget-check").remove();
-  const { kv_budget: budget, sampled, argmax, biased: served, met } = budget_check;
+  const { kv_budget: budget, sampled, argmax, biased: withBias, met } = budget_check;
   byId("budget-check-text").append("The budget is ", el("strong", {}, percent(budget)),
     " of full attention's keys. With the role bias the fraction is ",
-    el("strong", {}, percent(served)), ": ", el("span", { class: met ? "met" : "missed" }, met ? "✓ met" : "✗ missed"),
+    el("strong", {}, percent(withBias)), ": ", el("span", { class: met ? "met" : "missed" }, met ? "✓ met" : "✗ missed"),
     ` (tolerance ± ${significant(100 * budget_check.tolerance, 2)} %).`);
-  const largest = Math.max(sampled, argmax, served, budget) * 1.05;
+  const largest = Math.max(sampled, argmax, withBias, budget) * 1.05;
   const line = (name, meaning, value) => {
     const bar = el("div", { class: "bar" }, el("i"), el("b"));
     bar.children[0].style.width = `${(100 * value) / largest}%`;
@@ -152,7 +152,7 @@ function showBudgetCheck() {
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
       line("argmax", "most likely roles, without a role bias", argmax),
-      line("argmax with role bias", `role bias ${shown(budget_check.role_bias)}`, served)));
+      line("argmax with role bias", `role bias ${shown(budget_check.role_bias)}`, withBias)));
   byId("budget-check-note").textContent = "With every token SLIDING but the first of each document, the " +
     `KV fraction is ${percent(budget_check.smallest_possible)}. Below it the model must learn GLOBAL tokens, which end LOCAL keys.`;
 }

@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from natsjax.config import Config
 from natsjax.runs.metrics import METRICS, format_number, panel_metrics
+from natsjax.runtime.progress import on_terminal
 
 _SECONDS_BETWEEN_LINES = 10.0  # if standard error is no terminal
 _SECONDS_BETWEEN_FRAMES = 0.2
@@ -53,7 +53,7 @@ class Display:
         self._total = config.train.num_steps
         self._began, self._last = clock(), -math.inf
         self._logged: Mapping[str, Any] | None = None
-        terminal = shown and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        terminal = shown and on_terminal()
         self._lines = shown and not terminal
         self._live: Live | None = None
         if terminal:  # a thread that refreshes it is not needed: steps do

@@ -19,7 +19,7 @@ PLATFORMS: Sequence[str] = ("tpu",)
 READS: Sequence[Format] = ("packed",)
 
 _ROWS = {"bfloat16": 16, "float32": 8}
-"""Of a tile in memory, by dtype: the query heads of a KV head are padded to as many."""
+"""Rows of a tile in memory, by dtype: the query heads of a KV head are padded to as many."""
 
 
 def check(storage: Storage) -> None:

@@ -14,6 +14,7 @@ from pallas_kernels.nats_attention.blocks import (
     first_query,
     live_blocks,
     most,
+    pad_to_blocks,
 )
 from pallas_kernels.nats_attention.pallas_gpu.heuristics import BLOCK
 from pallas_kernels.nats_attention.roles import RoleColumns
@@ -24,9 +25,7 @@ LOG2E = 1.4426950408889634
 
 def pad(x: jax.Array, axis: int, value=0) -> jax.Array:
     """Pads ``x`` along ``axis`` to whole blocks."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % BLOCK)
-    return jnp.pad(x, widths, constant_values=value)
+    return pad_to_blocks(x, axis, BLOCK, value)
 
 
 def one_head_axis(x: jax.Array, axes: int = 2) -> jax.Array:

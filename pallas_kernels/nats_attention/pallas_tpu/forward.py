@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals
-from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
+from pallas_kernels.nats_attention.blocks import pad_intervals, pad_to_blocks, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
@@ -35,7 +35,7 @@ def forward(
         functools.partial(_kernel, geometry=geometry, scale=scale),
         lists_lib.block_lists(tiles, None),
         resident=[
-            Tokens(packing.pad(packing.columns_to(query.astype(dtype), geometry.columns), 3, bq), bq),
+            Tokens(pad_to_blocks(packing.columns_to(query.astype(dtype), geometry.columns), 3, bq), bq),
             Blocks(at.reshape(*at.shape[:2], -1, 1, bq)),
         ],
         streamed=[

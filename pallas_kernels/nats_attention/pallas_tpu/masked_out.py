@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import masked_out_tiles, pad_intervals
+from pallas_kernels.nats_attention.blocks import masked_out_tiles, pad_intervals, pad_to_blocks
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
@@ -39,7 +39,7 @@ def masked_out_pass(
     geometry = Geometry.of(rows.query.shape[2], h, tiling)
     intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
     is_global = columns.is_global
-    columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
+    columns = RoleColumns(*(pad_to_blocks(x, 2, tiling.key_block) for x in columns))
     tiles = masked_out_tiles(intervals, columns, window, geometry.query_block, geometry.key_block)
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)

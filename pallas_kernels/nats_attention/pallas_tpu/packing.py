@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention.backend import Rows
-from pallas_kernels.nats_attention.blocks import clear_empty_rows
+from pallas_kernels.nats_attention.blocks import clear_empty_rows, pad_to_blocks
 from pallas_kernels.nats_attention.tiling import Tiling
 from pallas_kernels.tpu_lanes import LANES
 
@@ -68,16 +68,9 @@ class Geometry:
         return max(self.half, LANES)
 
 
-def pad(x: jax.Array, axis: int, block: int, value=0) -> jax.Array:
-    """Pads ``x`` along ``axis`` to a multiple of ``block``."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths, constant_values=value)
-
-
 def row_blocks(x: jax.Array, geometry: Geometry, value=0) -> jax.Array:
     """Converts numbers ``[b, k, g, t]`` to ``[b, k, i, m]``."""
-    x = pad(x, 3, geometry.query_block, value)
+    x = pad_to_blocks(x, 3, geometry.query_block, value)
     b, k, g, _ = x.shape
     return jnp.swapaxes(x.reshape(b, k, g, -1, geometry.query_block), 2, 3).reshape(b, k, -1, geometry.rows)
 
@@ -91,7 +84,7 @@ def rows_from_blocks(x: jax.Array, geometry: Geometry, length: int) -> jax.Array
 
 def key_blocks(x: jax.Array, geometry: Geometry) -> jax.Array:
     """Converts ``[b, k, s, …]`` to ``[b, k, i, key_block, …]``."""
-    x = pad(x, 2, geometry.key_block)
+    x = pad_to_blocks(x, 2, geometry.key_block)
     return x.reshape(*x.shape[:2], -1, geometry.key_block, *x.shape[3:])
 
 
@@ -136,7 +129,7 @@ def packed_rows(rows: Rows, query_position: jax.Array, key_dtype, geometry: Geom
     """
     rows = clear_empty_rows(rows)
     dtype = jnp.result_type(rows.query, rows.dout, key_dtype)
-    pairs = pad(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), 3, geometry.query_block)
+    pairs = pad_to_blocks(pair(rows.query.astype(dtype), rows.dout.astype(dtype), geometry), 3, geometry.query_block)
     b, k, g, _ = rows.lse.shape
     at = jnp.broadcast_to(query_position[:, None, None], (b, k, g, query_position.shape[-1]))
     lse, delta = row_blocks(rows.lse, geometry, jnp.inf), row_blocks(rows.delta, geometry)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tpu_lanes as lanes
 from pallas_kernels.nats_attention.backend import Intervals, Rows
-from pallas_kernels.nats_attention.blocks import pad_intervals, visible_tiles
+from pallas_kernels.nats_attention.blocks import pad_intervals, pad_to_blocks, visible_tiles
 from pallas_kernels.nats_attention.pallas_tpu import lists as lists_lib
 from pallas_kernels.nats_attention.pallas_tpu import packing, tile
 from pallas_kernels.nats_attention.pallas_tpu.heuristics import TpuTiling
@@ -36,7 +36,7 @@ def visible_pass(
     geometry = Geometry.of(g, h, tiling)
     intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
     if columns is not None:
-        columns = RoleColumns(*(packing.pad(x, 2, tiling.key_block) for x in columns))
+        columns = RoleColumns(*(pad_to_blocks(x, 2, tiling.key_block) for x in columns))
     row_pairs, row_numbers = packing.packed_rows(rows, intervals.query_position, key.dtype, geometry)
     key_pairs = packing.key_blocks(packing.pair(key, value, geometry), geometry).astype(row_pairs.dtype)
     tiles = visible_tiles(intervals, tiling.query_block, tiling.key_block)

@@ -143,12 +143,12 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     shutil.copytree(cut, alone)
 
     errors = finish(start(cut, config, processes=2, devices=4))
-    assert "going on from step" in errors[0]
+    assert "resuming from step" in errors[0]
     assert losses_of(cut) == expected  # bit for bit
 
     one_device = config_of("nats")
     errors = finish(start(alone, one_device, processes=1, devices=1))
-    assert "going on from step" in errors[0]
+    assert "resuming from step" in errors[0]
     np.testing.assert_allclose(losses_of(alone), expected, rtol=TOLERANCE["nats"])
 
 
@@ -163,7 +163,7 @@ def test_sigterm_at_one_of_two_processes_leads_to_a_save_in_both(tmp_path):
     errors = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [130, 130], errors
     last = losses_of(tmp_path)[-1][0]
-    assert f"asked to stop on another host: saved step {last}; run the same command again to go on" in errors[0]
+    assert f"asked to stop on another host: saved step {last}; run the same command again to resume" in errors[0]
     assert (tmp_path / f"checkpoints/{last}").exists()
 
 
