@@ -16,23 +16,40 @@ settings.register_profile("natsjax", suppress_health_check=[HealthCheck.too_slow
 settings.load_profile("natsjax")
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
-# Files of tests that compute nothing with JAX, or nothing that depends on its version.
+# Files of tests that compute nothing with JAX, or nothing that depends on its version beyond what other files check.
 _ONE_PYTHON = (
+    "test_attention_tilings.py",
+    "test_benchmark_*.py",
+    "test_budgets.py",
     "test_command_flags.py",
     "test_compare.py",
     "test_data_*.py",
     "test_display.py",
     "test_docs.py",
-    "test_fuzz_commands.py",
-    "test_fuzz_corpus.py",
+    "test_evaluate_decoded.py",
+    "test_export.py",
+    "test_full_disk.py",
+    "test_fuzz_*.py",
+    "test_generate.py",
+    "test_imports.py",
+    "test_initial_parameters.py",
+    "test_kill.py",
     "test_launch.py",
     "test_layout.py",
+    "test_log.py",
+    "test_nonfinite.py",
     "test_outputs.py",
     "test_paths.py",
+    "test_policy_registry.py",
     "test_report*.py",
+    "test_rivals.py",
+    "test_signals.py",
     "test_standard_streams.py",
     "test_stored_runs.py",
+    "test_sweep.py",
     "test_text_stream.py",
+    "test_tour.py",
+    "test_warnings.py",
     "test_watchdog.py",
 )
 

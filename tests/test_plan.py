@@ -127,11 +127,11 @@ def test_every_class_of_memory_has_a_way_to_shrink_it():
 def test_exit_status_and_file(planned, monkeypatch, tmp_path, capsys):
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: planned[0])
+    monkeypatch.setattr(train_step, "plan_apart", lambda config, name, num_slices: planned[0])
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["num_parameters"] == planned[0].num_parameters
     small = dataclasses.replace(planned[0], chip=dataclasses.replace(CHIP, memory=1.0))
-    monkeypatch.setattr(plan_command, "plan_apart", lambda config, name, num_slices: small)
+    monkeypatch.setattr(train_step, "plan_apart", lambda config, name, num_slices: small)
     assert plan_command.main(arguments) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     for missing, message in ((1, "--config=FILE is missing"), (2, "--topology is missing: v5e-N")):

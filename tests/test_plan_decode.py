@@ -116,7 +116,7 @@ def test_exit_status_and_what_is_asked_for(planned, monkeypatch, tmp_path, capsy
         return planned[0]
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(plan_command, "plan_decode_apart", plan_decode_apart)
+    monkeypatch.setattr(decoding, "plan_decode_apart", plan_decode_apart)
     arguments = ["plan", "--config=configs/smoke.py", "--topology=local", "--decode"]
     assert plan_command.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["batch"] == 4

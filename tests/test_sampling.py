@@ -101,5 +101,5 @@ def test_draws_are_those_of_the_sequence_and_the_seed():
 )
 def test_mistakes_are_sentences(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=f"{name}="):
+    with pytest.raises(UserError, match=f"{name} = "):
         Sampling(**wrong)
