@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import train
+from natsjax import evaluate, train
 from natsjax.config import Config
 from natsjax.data import RecallTask
 from natsjax.errors import UserError
-from natsjax.evaluate import evaluation
 from natsjax.export import export
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.initial_parameters import InitialParameters
@@ -55,7 +54,7 @@ def by_name(parameters):
 
 
 def test_a_nats_run_begins_with_all_of_a_dense_one_but_the_scorer(dense, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
     export(dense.workdir.path, tmp_path / "exported")
     seen = []
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from natsjax import train
+from natsjax import evaluate, train
 from natsjax.errors import UserError
-from natsjax.evaluate import evaluation
 from natsjax.model import sharding
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import distributed, signals, watchdog
@@ -219,7 +218,7 @@ def test_what_counts_as_what():
 def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
     tmp_path, monkeypatch, capfd, nothing_compiled_before
 ):
-    monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
     hits, used = [], []
     jax.monitoring.register_event_listener(listener := lambda name, **_: hits.append(name.endswith("/cache_hits")))
     real = _Loop._handle

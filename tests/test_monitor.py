@@ -14,9 +14,8 @@ import tiny
 from rich.console import Console
 
 from benchmarks import docs_tables
-from natsjax import train
+from natsjax import evaluate, train
 from natsjax.errors import UserError
-from natsjax.evaluate import evaluation
 from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
 from natsjax.runs.metrics import METRICS, Metric, metric_of, parts_of
@@ -59,7 +58,7 @@ def test_the_tables_of_the_docs_are_the_declarations():
 
 
 def test_a_run_writes_what_is_declared(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "run", lambda *a, **k: None)
+    monkeypatch.setattr(evaluate, "run", lambda *a, **k: None)
     config = tiny.config(train={"num_steps": 3})
     train.run(config, tmp_path)
     first, second, _ = read_metrics(tmp_path / "metrics.jsonl")
