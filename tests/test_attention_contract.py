@@ -51,13 +51,13 @@ BACKENDS = [
 @pytest.mark.parametrize(("implementation", "tiling", "sizes"), BACKENDS)
 def test_positions_and_log_sum_exp(implementation, tiling, sizes):
     """Gathered keys and ragged queries, rows that read nothing, gradients through the log-sum-exp too."""
-    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 1e-5)
+    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 5e-6)
     call, wide = narrowed(ragged_call(*sizes, 5), dtype)
     got = jax.jit(functools.partial(results, interval(implementation, tiling)))(call)
     expected = expected_results(wide, sizes[-1] ** -0.5)
     assert np.isneginf(got[1][:, 5]).all()
     assert not np.asarray(got[0][:, 5], np.float32).any()
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
     assert worst_error(got, expected) < tolerance
 
 

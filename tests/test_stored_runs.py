@@ -50,9 +50,7 @@ def test_an_earlier_run_resumes_as_the_version_that_began_it(folder):
 def test_an_earlier_folder_loads_and_evaluates(folder, name):
     loaded = natsjax.load(folder / name)
     assert loaded.step == 6
-    before = json.loads((STORED / "run/report/evaluation.json").read_text(encoding="utf-8"))
     stored = [json.loads(line) for line in (STORED / "run/report/results.jsonl").read_text().splitlines()]
-    assert before["run"]["step"] == 6
     evaluation = evaluate.run(folder / name, loaded=loaded, progress=False)
     for row, expected in zip(evaluation.rows, stored, strict=True):
         np.testing.assert_allclose(row["kv_fraction"], expected["kv_fraction"], rtol=1e-5)

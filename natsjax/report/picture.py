@@ -161,7 +161,7 @@ def _draw_budget_check(axes: Axes, rows: Sequence[Row], metric: str, budget_chec
 def _draw_ring(axes: Axes, row: Row, metric: str) -> Artist:
     x, y = row["kv_fraction"], height(row, metric)
     ring = axes.scatter(x, y, s=220, facecolors="none", edgecolors="#111111", linewidths=1.6, zorder=4)
-    ring.set_label("the setting set to the budget")
+    ring.set_label("the setting for the budget")
     return ring
 
 

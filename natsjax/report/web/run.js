@@ -96,7 +96,7 @@ function showCurve() {
     ({ color: methodColor({ method }), name: methodLabel({ method }), shape: method }));
   for (const weights of new Set(drawable.map((row) => row.weights)))
     entries.push({ name: weights, shape: "line", dash: dashes(weights) });
-  if (drawable.includes(biased)) entries.push({ name: "the setting set to the budget", shape: "ring" });
+  if (drawable.includes(biased)) entries.push({ name: "the setting for the budget", shape: "ring" });
   else if (budget_check) entries.push({ color: "var(--nats)", name: `set to ${percent(budget_check.biased)}`, shape: "line", dash: "6 4" });
   showLegend(byId("curve-legend"), entries);
   const notes = [], left = rows.length - drawable.length;
