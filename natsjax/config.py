@@ -213,31 +213,64 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, a decay, and clipping by global norm."""
+    """The optimizer: clipping by global norm, an update rule, weight decay, a linear warm-up and a schedule."""
 
-    schedule: Literal["cosine", "wsd"] = config_field(
+    name: Literal["adamw", "muon", "lion", "adafactor", "schedule_free"] = config_field(
+        "adamw",
+        "update rule: AdamW; Muon for the matrices of attention and MLP, with AdamW for the rest; Lion; Adafactor "
+        "without scaling by the parameters' size; or schedule-free AdamW, evaluated at its average",
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = config_field(
         "cosine",
-        "decay after the warm-up: a cosine to the last step, or wsd (warm-up-stable-decay): constant, then linear",
+        "learning rate after the warm-up: a cosine or a line down to the last step; wsd (warm-up-stable-decay): "
+        "constant, then a line; constant; or inverse_sqrt: falling as sqrt(warmup_steps / step)",
     )
     decay_fraction: float = config_field(0.2, 'fraction of the steps in which "wsd" decays', minimum=0, maximum=1)
     peak_learning_rate: float = config_field(2e-3, "learning rate after the warm-up", minimum=0)
+    adamw_learning_rate: float = config_field(
+        0.0,
+        'peak learning rate of what AdamW updates under "muon", the scorer excepted, on the same schedule; 0: '
+        "peak_learning_rate",
+        minimum=0,
+    )
     scorer_learning_rate: float = config_field(
         0.0, "peak learning rate of the scorer, on the same schedule; 0: peak_learning_rate", minimum=0
     )
-    final_learning_rate: float = config_field(2e-4, "learning rate at the last step", minimum=0)
+    final_learning_rate: float = config_field(
+        2e-4, 'learning rate at the last step of "cosine", "linear" and "wsd"', minimum=0
+    )
     warmup_steps: int = config_field(50, "steps in which the learning rate rises from 0 to its peak", minimum=0)
     weight_decay: float = config_field(
         0.1, "decoupled weight decay of matrices (not of norms, biases and embeddings)", minimum=0
     )
-    beta1: float = config_field(0.9, "decay of the gradient's running average", minimum=0, maximum=0.999999)
+    embedding_weight_decay: float = config_field(
+        0.0, "decoupled weight decay of the embedding and the output layer", minimum=0
+    )
+    beta1: float = config_field(0.9, "decay of the gradient's running average (momentum)", minimum=0, maximum=0.999999)
     beta2: float = config_field(0.95, "decay of the squared gradient's running average", minimum=0, maximum=0.999999)
+    muon_beta: float = config_field(0.95, "decay of Muon's momentum", minimum=0, maximum=0.999999)
     epsilon: float = config_field(1e-8, "constant added to the root of the squared gradient's average", minimum=0)
+    momentum_dtype: Literal["float32", "bfloat16"] = config_field(
+        "float32", "dtype in which the gradient's running average is stored; that of its square is float32"
+    )
+    ema_decay: float = config_field(
+        0.0,
+        "decay per step of a running average of the parameters, which is then evaluated and served in their place; "
+        "0: none",
+        minimum=0,
+        maximum=0.999999,
+    )
     clip_by_global_norm: float = config_field(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
     spike_threshold: float = config_field(
         0.0,
         "skip the update when the cross-entropy is this many standard deviations above its running average; 0: never",
         minimum=0,
     )
+
+    @property
+    def serves_average(self) -> bool:
+        """True if an average of the parameters is evaluated and served, which checkpoints then hold too."""
+        return self.ema_decay > 0 or self.name == "schedule_free"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +303,18 @@ class TrainConfig:
     )
     seed: int = config_field(0, "seed of initialization, role noise and data order", minimum=0, maximum=2**31 - 1)
     log_every: int = config_field(10, "steps between lines of metrics", minimum=1, resume=True)
+    eval_every: int = config_field(
+        0,
+        "steps between evaluations on held-out text while training, with the roles as they are served; 0: none",
+        minimum=0,
+        resume=True,
+    )
+    early_stopping_evals: int = config_field(
+        0,
+        "evaluations in a row without a lower held-out loss after which training ends; 0: never",
+        minimum=0,
+        resume=True,
+    )
     progress: bool = config_field(True, "show a progress bar", resume=True)
     hang_timeout_seconds: int = config_field(
         900,
@@ -313,7 +358,13 @@ class CheckpointConfig:
     save_every: int = config_field(
         200, "steps between checkpoints; the last step is always saved", minimum=1, resume=True
     )
+    save_every_minutes: float = config_field(
+        0.0, "minutes after which a checkpoint is saved in any case; 0: save_every alone", minimum=0, resume=True
+    )
     max_to_keep: int = config_field(2, "checkpoints to keep", minimum=1, resume=True)
+    keep_best: bool = config_field(
+        True, "with train.eval_every, also save and keep the checkpoint of the lowest held-out loss", resume=True
+    )
     keep_every: int = config_field(
         0, "also keep checkpoints whose step is a multiple of this; 0: none", minimum=0, resume=True
     )
@@ -423,6 +474,34 @@ def _check_layer_types(model: ModelConfig) -> None:
         )
 
 
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    name = f'optimizer.name = "{optimizer.name}"'
+    if optimizer.adamw_learning_rate and optimizer.name != "muon":
+        raise UserError(
+            f"optimizer.adamw_learning_rate = {optimizer.adamw_learning_rate}: {name} has one learning rate for all; "
+            "set optimizer.peak_learning_rate."
+        )
+    if optimizer.adamw_learning_rate and not optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.adamw_learning_rate = {optimizer.adamw_learning_rate}: its schedule is that of "
+            "optimizer.peak_learning_rate, which is 0; set that to a small positive value."
+        )
+    if optimizer.name == "schedule_free":
+        if optimizer.schedule != "constant":
+            raise UserError(
+                f'optimizer.schedule = "{optimizer.schedule}": {name} averages in the place of a decay; set it to '
+                '"constant".'
+            )
+        if not optimizer.beta1:
+            raise UserError(f"optimizer.beta1 = 0: {name} interpolates with it; set it above 0, as 0.9.")
+        if optimizer.ema_decay:
+            raise UserError(f"optimizer.ema_decay = {optimizer.ema_decay}: {name} has its own average; set it to 0.")
+        if optimizer.momentum_dtype != "float32":
+            raise UserError(
+                f'optimizer.momentum_dtype = "{optimizer.momentum_dtype}": {name} has no momentum; set it to "float32".'
+            )
+
+
 def validate(config: Config) -> None:
     """Checks that the fields of a config fit together.
 
@@ -459,6 +538,16 @@ def validate(config: Config) -> None:
             f"train.batch_size = {train.batch_size}: not a multiple of train.gradient_accumulation_steps = "
             f"{train.gradient_accumulation_steps}."
         )
+    if train.early_stopping_evals and not train.eval_every:
+        raise UserError(
+            f"train.early_stopping_evals = {train.early_stopping_evals}: train.eval_every is 0, and nothing is "
+            "evaluated while training; set it to a number of steps."
+        )
+    if train.early_stopping_evals and not config.checkpoint.keep_best:
+        raise UserError(
+            f"train.early_stopping_evals = {train.early_stopping_evals}: it needs checkpoint.keep_best = True, for the "
+            "checkpoint of the lowest held-out loss is what such a run is trained for."
+        )
     if train.reinit_scorer and not train.init_from:
         raise UserError("train.reinit_scorer = True: train.init_from is empty; name a workdir or an export there.")
     if train.num_tokens and train.num_epochs:
@@ -474,7 +563,9 @@ def validate(config: Config) -> None:
         raise UserError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: more than train.num_steps = {train.num_steps}."
         )
-    if config.optimizer.final_learning_rate > config.optimizer.peak_learning_rate:
+    _check_optimizer(config.optimizer)
+    decays = config.optimizer.schedule in ("cosine", "linear", "wsd")
+    if decays and config.optimizer.final_learning_rate > config.optimizer.peak_learning_rate:
         raise UserError(
             f"optimizer.final_learning_rate = {config.optimizer.final_learning_rate}: above "
             f"optimizer.peak_learning_rate = {config.optimizer.peak_learning_rate}."

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run to evaluate, as given to train.py, or an export"
     )
+    parser.add_checkpoint()
     parser.add_argument(
         "--budgets",
         metavar="F,F,…",
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         budgets=budgets,
         baseline_workdir=flags.baseline_workdir,
         prepared_dir=flags.prepared_dir,
+        checkpoint=flags.checkpoint,
         progress=flags.progress,
         mode=flags.mode,
         chunk=flags.chunk,

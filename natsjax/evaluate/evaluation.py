@@ -87,10 +87,11 @@ def run(
     prepared_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     loaded: LoadedRun | None = None,
+    checkpoint: str | int = "newest",
     mode: Mode = "masked",
     chunk: int = DEFAULT_CHUNK,
 ) -> Evaluation:
-    """Evaluates the newest checkpoint of a run and writes ``report/`` in its workdir.
+    """Evaluates a checkpoint of a run and writes ``report/`` in its workdir.
 
     A NAtS run is read under its role bias at every budget and at role bias 0. The other policies of
     ``natsjax.policies.registry`` run at the same budgets on its weights, and on those of its dense baseline when one is
@@ -104,6 +105,7 @@ def run(
         it.
       progress: show progress bars.
       loaded: the run, when it is in memory already.
+      checkpoint: "newest", "best" or a step, as in ``natsjax.load``; of the dense baseline it is the newest.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer, with policies that have no mask too;
         rows then have the slots that were allocated.
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
@@ -119,7 +121,7 @@ def run(
     if chunk < 1:
         raise UserError(f"--chunk={chunk}: a chunk has no such number of tokens; choose 1 or more.")
     progress = progress and distributed.is_main()
-    this = load(workdir, prepared_dir=prepared_dir) if loaded is None else loaded
+    this = load(workdir, prepared_dir=prepared_dir, checkpoint=checkpoint) if loaded is None else loaded
     if distributed.is_main():
         report.try_report(this.workdir)
     baseline = None if baseline_workdir is None else load_baseline(this, baseline_workdir, prepared_dir=prepared_dir)
@@ -142,7 +144,7 @@ def run(
         budget_check = _budget_check(this, held_out, rows)
         role_biases = [row["setting"]["role_bias"] for row in rows if row["method"] == Nats.method]
         samples = samples_of(this, held_out, role_biases, progress)
-    command = _command(workdir, budgets, baseline_workdir, prepared_dir, decoded)
+    command = _command(workdir, checkpoint, budgets, baseline_workdir, prepared_dir, decoded)
     run_info = _run_info(this, command, measured[0], held_out, calibration_contexts, intervals, notes, decoded)
     paths = []
     if distributed.is_main():  # all of several processes measure, one writes
@@ -237,6 +239,7 @@ def _device(this: LoadedRun) -> str:
 
 def _command(
     workdir: str | os.PathLike[str],
+    checkpoint: str | int,
     budgets: Sequence[float] | None,
     baseline_workdir: str | os.PathLike[str] | None,
     prepared_dir: str | os.PathLike[str] | None,
@@ -244,6 +247,8 @@ def _command(
 ) -> str:
     """Returns the command that does the same."""
     words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
+    if checkpoint != "newest":
+        words.append(f"--checkpoint={checkpoint}")
     if budgets is not None:
         words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
     if baseline_workdir is not None:

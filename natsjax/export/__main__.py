@@ -15,10 +15,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = Parser(
         prog="python -m natsjax.export",
-        description="Writes the parameters of a run's newest checkpoint, with its config and tokenizer, to one folder "
+        description="Writes the parameters of a run's checkpoint, with its config and tokenizer, to one folder "
         "that can be moved, and that natsjax.load, natsjax.evaluate and train.init_from read.",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run, as given to train.py; or an export")
+    parser.add_checkpoint()
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="the folder to write; an export that is there is replaced"
     )
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     from natsjax.export.folder import export, num_parameters  # here: --help needs nothing slow
 
-    run = export(flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir)
+    run = export(
+        flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir, checkpoint=flags.checkpoint
+    )
     logger.info(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
     print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
 

@@ -56,8 +56,9 @@ def export(
     *,
     dtype: DType = "float32",
     prepared_dir: str | os.PathLike[str] | None = None,
+    checkpoint: str | int = "newest",
 ) -> LoadedRun:
-    """Writes the parameters of a run's newest checkpoint to a folder of their own.
+    """Writes the parameters of a run's checkpoint to a folder of their own.
 
     Args:
       workdir: of the run; or an export, to write it in another dtype.
@@ -65,6 +66,7 @@ def export(
       dtype: of the numbers in the folder. ``natsjax.load`` makes float32 of bfloat16, which are rounded and take half
         the space.
       prepared_dir: where the prepared corpus is now; None: beside the run, or where it had it.
+      checkpoint: "newest", "best" or a step, as in ``natsjax.load``.
 
     Returns:
       The run that was exported, as ``natsjax.load`` gives it.
@@ -90,7 +92,7 @@ def export(
         in_place = folder.is_dir() and not (target.is_export and _can_be_renamed(folder))
         if in_place or not folder.is_dir():
             try_folder(folder)
-    run = load(workdir, prepared_dir=prepared_dir)
+    run = load(workdir, prepared_dir=prepared_dir, checkpoint=checkpoint)
     with _errors_of(target), folder_lock(folder):
         try:
             with new_folder(folder, _MARKER, inside=in_place) as temporary:

@@ -61,6 +61,7 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
         "batch_size": flags.batch_size,
         "mesh_config": None if flags.mesh is None else parse_mesh(flags.mesh),
         "prepared_dir": flags.prepared_dir,
+        "checkpoint": flags.checkpoint,
         "output": flags.output,
         "echo": flags.echo,
         "prompts": _prompts(flags),
@@ -71,6 +72,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(prog="python -m natsjax.generate", description=description)
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="the run, as given to train.py, or an export")
+    parser.add_checkpoint()
     add(
         "--prompt",
         action="append",

@@ -140,8 +140,9 @@ def run(
     echo: bool = True,
     warn: Callable[[str], None] | None = None,
     loaded: LoadedRun | None = None,
+    checkpoint: str | int = "newest",
 ) -> Generated:
-    """Continues prompts with the newest checkpoint of a run.
+    """Continues prompts with a checkpoint of a run.
 
     Args:
       workdir: of the run, or an export.
@@ -160,6 +161,7 @@ def run(
       echo: whether a prompt is written before its continuation.
       warn: called with each of ``Generated.notes``, before anything is sampled.
       loaded: the run, when it is in memory already.
+      checkpoint: "newest", "best" or a step, as in ``natsjax.load``.
 
     Raises:
       UserError: there is no run, a prompt or a number does not fit, or there are several processes.
@@ -180,7 +182,7 @@ def run(
     this = loaded
     if this is None:
         mesh_config = _default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
-        this = load(workdir, prepared_dir=prepared_dir, mesh_config=mesh_config)
+        this = load(workdir, prepared_dir=prepared_dir, mesh_config=mesh_config, checkpoint=checkpoint)
     tokenizer = this.tokenizer if isinstance(this.tokenizer, Tokenizer) else None
     ids = [_token_ids(this, number, prompt) for number, prompt in enumerate(prompts, 1)]
     if not ids:

@@ -3,6 +3,8 @@
 Axis letters as in ``natsjax.model.transformer``.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,12 +35,14 @@ def matrix_param(
       weight_decay: True where the optimizer decays it.
     """
     value = gain * fan_in**-0.5 * jax.random.normal(key, shape, jnp.float32)
-    return nnx.Param(value, axes=axes, part=part, weight_decay=weight_decay)
+    # The axes of the inputs come first: d of [d, k, g, h], (k, g, h) of [k, g, h, d]; none of a bias or an embedding.
+    inputs = next((count for count in range(len(shape)) if math.prod(shape[:count]) == fan_in), 0)
+    return nnx.Param(value, axes=axes, part=part, weight_decay=weight_decay, num_input_axes=inputs)
 
 
 def vector_param(value: jax.Array, axes: sharding.Axes, part: str) -> nnx.Param:
     """Makes a scale or a bias, without weight decay; arguments as in ``matrix_param``."""
-    return nnx.Param(value, axes=axes, part=part, weight_decay=False)
+    return nnx.Param(value, axes=axes, part=part, weight_decay=False, num_input_axes=0)
 
 
 def gathered(parameter: nnx.Param, dtype: str | jnp.dtype) -> jax.Array:

@@ -170,6 +170,19 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if _mesh() is None else jax.sharding.reshard(x, compute_spec(axes))
 
 
+def whole_layers(x: jax.Array) -> jax.Array:
+    """Moves a parameter ``[l, …]`` so that no layer is divided, but the layers among devices, where ``fsdp`` can."""
+    mesh = _mesh()
+    if mesh is None or x.ndim < 2:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec("fsdp" if len(x) % mesh.shape["fsdp"] == 0 else None))
+
+
+def reshard_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Moves ``x`` to the layout of ``like``, of the same shape."""
+    return x if _mesh() is None else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
+
+
 def sharding_of(shape: jax.ShapeDtypeStruct) -> PartitionSpec | None:
     """Returns the ``out_sharding`` for a result of ``jax.eval_shape``; None without a mesh."""
     sharding = shape.sharding

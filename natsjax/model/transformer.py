@@ -174,6 +174,7 @@ class ModelStructure(NamedTuple):
       axes: the names of each parameter's axes (``natsjax.model.sharding``).
       parts: the part of each parameter, one of ``parameters.PARTS``.
       decayed: True where weight decay applies.
+      num_input_axes: axes of each matrix, behind that of the layers, which its inputs are summed over; 0 elsewhere.
     """
 
     structure: nnx.GraphDef
@@ -181,6 +182,7 @@ class ModelStructure(NamedTuple):
     axes: Any
     parts: Any
     decayed: Any
+    num_input_axes: Any
 
 
 def model_structure(config: Config, vocab_size: int) -> ModelStructure:
@@ -196,5 +198,7 @@ def model_structure(config: Config, vocab_size: int) -> ModelStructure:
         named = parameter.get_metadata("axes")
         return (None,) * (len(parameter.get_value().shape) - len(named)) + named  # the layers' axis comes first
 
-    parts, decayed = (read(operator.methodcaller("get_metadata", name)) for name in ("part", "weight_decay"))
-    return ModelStructure(structure, nnx.to_pure_dict(state), read(axes), parts, decayed)
+    metadata = (
+        read(operator.methodcaller("get_metadata", name)) for name in ("part", "weight_decay", "num_input_axes")
+    )
+    return ModelStructure(structure, nnx.to_pure_dict(state), read(axes), *metadata)

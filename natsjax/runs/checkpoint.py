@@ -10,6 +10,7 @@ it is, and that is logged.
 """
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -47,12 +48,23 @@ class Checkpoints:
       keep_every: those whose step is a multiple of it are never deleted; 0: none.
       read_only: never write or delete anything.
 
+    Attributes:
+      best: step of a checkpoint that is kept too, until it is another; to be set before that one is saved.
+
     Raises:
       UserError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: pathlib.Path, *, max_to_keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        max_to_keep: int = 1,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
         self.folder = folder
+        self.best: int | None = None
         self._read_only = read_only
         self._saving: int | None = None
         self._failed = False
@@ -61,7 +73,7 @@ class Checkpoints:
         # Of a killed process: the workdir is locked, so nobody is writing them.
         unfinished = [] if read_only else self._remove_unfinished()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _kept(max_to_keep, keep_every),
+            preservation_policy=None if read_only else self._kept(max_to_keep, keep_every),
             enable_async_checkpointing=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -82,7 +94,11 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint."""
-        return max((step for step in self._manager.all_steps() if step != self._saving), default=None)
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, in order."""
+        return sorted(step for step in self._manager.all_steps() if step != self._saving)
 
     def save(self, step: int, state) -> None:
         """Begins to save the state, a pytree of arrays, as that of ``step``; once more is nothing.
@@ -143,19 +159,26 @@ class Checkpoints:
             f"the checkpoint of step {step} cannot be written to {self.folder}: {_reason(error)}; {usable}."
         )
 
-    def restore(self, abstract: State) -> State:
-        """Restores the newest state that can be read.
+    def restore(self, abstract: State, step: int | None = None) -> State:
+        """Restores the state of a step, or the newest that can be read.
 
         Args:
           abstract: shapes and dtypes of the state, ``jax.ShapeDtypeStruct``, with shardings where it is to be divided
             among devices (it may have been saved on others); nested dicts may leave out what is not wanted.
+          step: of the checkpoint, and no other is read; None: the newest.
 
         Raises:
-          UserError: there is no checkpoint, or the newest is not one of such a state and there is no older one.
+          UserError: there is no such checkpoint, or it is not one of such a state and there is no older one.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise UserError(f"{self.folder} holds no complete checkpoint.")
+        if step is not None:
+            if step not in steps:
+                raise UserError(
+                    f"{self.folder} holds no checkpoint of step {step}; there are {', '.join(map(str, steps[::-1]))}."
+                )
+            steps = [step]
         # Without a sharding: onto this process's device, whatever kind of device it was saved from.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), abstract)
@@ -234,6 +257,12 @@ class Checkpoints:
                 (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
         self._manager.reload()
 
+    def _kept(self, last: int, every: int) -> PreservationPolicy:
+        policies: list[PreservationPolicy] = [LatestN(last), _KeepBest(self)]
+        if every:
+            policies.append(EveryNSteps(every))
+        return AnyPreservationPolicy(policies)
+
     def _remove_unfinished(self) -> list[str]:
         """Removes unfinished checkpoints and returns their steps in order, in process 0."""
         paths = list(self.folder.glob("*orbax-checkpoint-tmp*")) if jax.process_index() == 0 else []
@@ -305,11 +334,14 @@ def _reason(error: Exception) -> str:
     return next((word for word in known if word in text), first_line(error))
 
 
-def _kept(last: int, every: int) -> PreservationPolicy:
-    policies: list[PreservationPolicy] = [LatestN(last)]
-    if every:
-        policies.append(EveryNSteps(every))
-    return AnyPreservationPolicy(policies)
+@dataclasses.dataclass
+class _KeepBest(PreservationPolicy):
+    """Keeps the checkpoint that is the best of ``checkpoints`` at the moment."""
+
+    checkpoints: Checkpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        return [info.step == self.checkpoints.best for info in checkpoints]
 
 
 @contextlib.contextmanager

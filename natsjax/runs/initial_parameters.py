@@ -13,8 +13,8 @@ from natsjax.config import Config
 from natsjax.data import Vocabulary
 from natsjax.errors import UserError
 from natsjax.model.transformer import ModelStructure, model_structure
-from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import open_vocabulary, token_meaning
+from natsjax.runs.load import read_parameters
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime.log import logger
 
@@ -62,15 +62,11 @@ class InitialParameters:
         """
         wanted = _without_scorer(parameters) if self._reinit_scorer else parameters
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
-        checkpoints = Checkpoints(self._workdir.checkpoints, read_only=True)
-        try:
-            read = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), "parameters": abstract})
-        finally:
-            checkpoints.close()
+        step, read = read_parameters(self._workdir, self._config, abstract)
         scorer = ", the scorer fresh" if self._reinit_scorer else ""
         attention = self._config.model.layer_pattern
-        logger.info(f"parameters of {self._workdir.path} ({attention}, step {int(read['step'])}){scorer}")
-        return _merged(parameters, read["parameters"])
+        logger.info(f"parameters of {self._workdir.path} ({attention}, step {step}){scorer}")
+        return _merged(parameters, read)
 
     def _check_parameters(self, config: Config, model: ModelStructure, vocab_size: int) -> None:
         ours = _by_name(model.parameters)

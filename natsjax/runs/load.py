@@ -58,8 +58,9 @@ def load(
     *,
     prepared_dir: str | os.PathLike[str] | None = None,
     mesh_config: MeshConfig | None = None,
+    checkpoint: str | int = "newest",
 ) -> LoadedRun:
-    """Loads the newest checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
+    """Loads a checkpoint of a run, or an export (``natsjax.export``), which does not need the corpus.
 
     Args:
       path: the workdir, or the export.
@@ -67,9 +68,10 @@ def load(
         (``natsjax.runs.paths``). Nothing is prepared, and nothing written.
       mesh_config: how parameters are divided among the devices here; None: as the run was trained, where the devices
         are as many, else all along ``fsdp``.
+      checkpoint: "newest"; "best", that of the lowest held-out loss (``train.eval_every``); or its step.
 
     Raises:
-      UserError: there is no run, no checkpoint, or the data is gone.
+      UserError: there is no run, no such checkpoint, or the data is gone.
 
     Example:
       >>> run = natsjax.load("runs/quickstart")
@@ -93,12 +95,53 @@ def load(
         model.parameters,
         model.axes,
     )
+    step, loaded = read_parameters(workdir, config, parameters, checkpoint)
+    return LoadedRun(workdir, config, model.structure, loaded, step, data, mesh)
+
+
+def read_parameters(
+    workdir: Workdir, config: Config, abstract: Any, checkpoint: str | int = "newest"
+) -> tuple[int, Any]:
+    """Reads the parameters that a run serves: the average where it has one (``optimizer.ema_decay``).
+
+    Args:
+      workdir: of the run, or an export.
+      config: of it.
+      abstract: nested dict of ``jax.ShapeDtypeStruct``, of all parameters or some.
+      checkpoint: as in ``load``.
+
+    Returns:
+      ``(step, parameters)``.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    step = _step_of(workdir, checkpoint)
+    name = "average" if config.optimizer.serves_average and not workdir.is_export else "parameters"
     checkpoints = Checkpoints(workdir.checkpoints, read_only=True)
     try:
-        state = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), "parameters": parameters})
+        state = checkpoints.restore({"step": jax.ShapeDtypeStruct((), "int32"), name: abstract}, step)
     finally:
         checkpoints.close()
-    return LoadedRun(workdir, config, model.structure, state["parameters"], int(state["step"]), data, mesh)
+    return int(state["step"]), state[name]
+
+
+def _step_of(workdir: Workdir, checkpoint: str | int) -> int | None:
+    """Returns the step that ``checkpoint`` of ``load`` names; None for the newest."""
+    if checkpoint == "newest":
+        return None
+    if checkpoint == "best":
+        step = workdir.best_step()
+        if step is None:
+            raise UserError(
+                f"--checkpoint=best: {workdir.path} has no held-out loss by step; train with train.eval_every, or name "
+                "a step."
+            )
+        return step
+    try:
+        return int(checkpoint)
+    except ValueError as error:
+        raise UserError(f"--checkpoint={checkpoint}: newest, best or a step was expected.") from error
 
 
 def _mesh(config: Config, asked: MeshConfig | None) -> Mesh:

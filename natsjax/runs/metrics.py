@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from natsjax.config import Config
+from natsjax.runs.workdir import HELD_OUT_LOSS
 
 _PART = "/PART"
 
@@ -25,6 +26,10 @@ def _has_roles(config: Config) -> bool:
 
 def _is_controlled(config: Config) -> bool:
     return config.model.has_roles and config.nats.kv_penalty_mode == "controlled"
+
+
+def _is_evaluated(config: Config) -> bool:
+    return config.train.eval_every > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Metric:
 
 
 _FIRST_LINE = "first line of a start"
+_EVALUATED = "every `train.eval_every` steps"
 _OF_PARTS = "of the parts that there are"
 
 METRICS: dict[str, Metric] = {
@@ -111,6 +117,29 @@ METRICS: dict[str, Metric] = {
             panel=("KV penalty", "{:.4g}"),
             panel_if=_has_roles,
             curve="KV penalty",
+        ),
+        Metric(
+            HELD_OUT_LOSS,
+            "mean over the predicted tokens of `eval.num_contexts` held-out contexts, with the roles and the "
+            "parameters that are served",
+            "nats per token",
+            when=_EVALUATED,
+        ),
+        Metric(
+            "held_out_perplexity",
+            "`exp(held_out_cross_entropy)`",
+            when=_EVALUATED,
+            panel=("held-out perplexity", "{:.4g}"),
+            panel_if=_is_evaluated,
+            line="held-out perplexity {:.4g}",
+            curve="held-out perplexity",
+        ),
+        Metric(
+            "held_out_kv_fraction",
+            "live key-query pairs of the causal ones on that text, with the roles that are served",
+            "fraction",
+            when=_EVALUATED,
+            curve="held-out KV fraction",
         ),
         Metric("gradient_norm", "Euclidean norm of the gradient, before clipping"),
         Metric("gradient_norm/PART", "the same for a part of the model", when=_OF_PARTS),

@@ -41,6 +41,9 @@ from natsjax.runtime import checksums
 from natsjax.runtime.files import InUseError, advice, lock, make_folder, reason, try_files, write_text_file
 
 EXPORT_FORMAT = 1
+HELD_OUT_LOSS = "held_out_cross_entropy"
+"""Metric of the steps after which the run was evaluated (``train.eval_every``)."""
+
 _OLD_METRICS = {"kv_price": "kv_penalty"}  # of natsjax 0.1
 _TRIED = "tried"
 
@@ -192,6 +195,27 @@ class Workdir:
             return any(name.isdigit() for name in os.listdir(self.checkpoints))
         except OSError:
             return False
+
+    def held_out_losses(self) -> dict[int, float]:
+        """Reads the held-out loss of each step that was evaluated while the run trained, nats per token.
+
+        Raises:
+          UserError: the metrics cannot be read.
+        """
+        try:
+            lines = read_metrics(self.metrics_file)
+            return {int(line["step"]): float(line[HELD_OUT_LOSS]) for line in lines if HELD_OUT_LOSS in line}
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(f"{self.metrics_file} cannot be read: {first_line(error)}.") from error
+
+    def best_step(self) -> int | None:
+        """Returns the step of the lowest held-out loss; None if none was evaluated.
+
+        Raises:
+          UserError: the metrics cannot be read.
+        """
+        losses = self.held_out_losses()
+        return min(losses, key=losses.__getitem__, default=None)
 
     def compare_data(self, fingerprint: str, *, to_train: bool = True) -> None:
         """Compares the data with what the run that is here was started with.

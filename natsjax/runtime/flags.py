@@ -47,6 +47,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
+    def add_checkpoint(self) -> None:
+        """Adds ``--checkpoint``, which ``natsjax.load`` reads."""
+        self.add_argument(
+            "--checkpoint",
+            default="newest",
+            metavar="newest|best|STEP",
+            help="the run's checkpoint: the newest, that of the lowest held-out loss (train.eval_every), or that of a "
+            "step (default: newest)",
+        )
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses the flags; unknown ones are a mistake here already, before argparse misses the right ones."""
         words = sys.argv[1:] if args is None else list(args)

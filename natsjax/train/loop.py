@@ -3,9 +3,10 @@
 import contextlib
 import math
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from natsjax.runtime import distributed, log, signals, watchdog
 from natsjax.runtime.compilation_cache import compilation_cache
 from natsjax.runtime.log import logger
 from natsjax.runtime.signals import StopRequests
+from natsjax.train.held_out import HeldOut
 from natsjax.train.logs import wandb
 from natsjax.train.logs.monitor import Monitor, fetch_every_step
 from natsjax.train.logs.nonfinite import FiniteCheck
@@ -90,7 +92,15 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             workdir.record(config, data.fingerprint)
             workdir.record_start()
         state = _train(config, workdir, data, trainer, initial, wall_time, stop, earlier)
-        loaded = LoadedRun(workdir, config, trainer.structure, state.parameters, int(state.step), data, trainer.mesh)
+        loaded = LoadedRun(
+            workdir,
+            config,
+            trainer.structure,
+            trainer.served_parameters(state),
+            int(state.step),
+            data,
+            trainer.mesh,
+        )
         saved = f"all {int(state.step)} steps are trained and saved; run the same command again to evaluate the run"
         with stop.at_once(saved), watchdog.phase("evaluating"):
             return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
@@ -163,12 +173,19 @@ def _train(
 ) -> TrainState:
     """Steps from the newest checkpoint to the end."""
     keep = config.checkpoint
-    checkpoints = Checkpoints(workdir.checkpoints, max_to_keep=keep.max_to_keep, keep_every=keep.keep_every)
+    checkpoints = Checkpoints(
+        workdir.checkpoints,
+        max_to_keep=keep.max_to_keep,
+        keep_every=keep.keep_every,
+    )
     with contextlib.closing(checkpoints):
         with watchdog.phase("reading or making the state that the run begins with"):
             state = _restore_or_init(trainer, checkpoints, config, initial)
         start = int(state.step)
-        if start >= config.train.num_steps:
+        held_out = HeldOut(config, workdir, data, trainer, start)
+        if keep.keep_best:
+            checkpoints.best = held_out.best
+        if start >= config.train.num_steps or held_out.should_stop():
             return state
         _say_new_schedule(config, earlier, start)
         with stop.later("the step is compiled"):
@@ -176,7 +193,7 @@ def _train(
                 trainer.compile()
             # A collective gives up on a process that still compiles (Gloo: after 30 s).
             distributed.barrier("the compiled step")
-            loop = _Loop(config, workdir, trainer, checkpoints, start, wall_time, stop)
+            loop = _Loop(config, workdir, trainer, checkpoints, held_out, start, wall_time, stop)
             rows = sharding.batch_rows(trainer.mesh, config.train.batch_size)
             dataset = train_dataset(data.source, batch_size=config.train.batch_size, rows=rows)
             with contextlib.closing(loop), contextlib.closing(iterate(dataset, start)) as batches:
@@ -231,13 +248,16 @@ class _Loop:
         workdir: Workdir,
         trainer: Trainer,
         checkpoints: Checkpoints,
+        held_out: HeldOut,
         start: int,
         wall_time: WallTime,
         stop: StopRequests,
     ):
         self._stop, self._finite = stop, FiniteCheck(config)
         self._config, self._trainer, self._checkpoints, self._wall_time = config, trainer, checkpoints, wall_time
+        self._held_out = held_out
         self._monitor = Monitor(config, workdir, trainer, start, wall_time)
+        self._saved = time.monotonic()
 
     def close(self) -> None:
         self._monitor.close()
@@ -261,16 +281,33 @@ class _Loop:
                     watchdog.progress(f"in step {step + 1}")
                 step, pending = step + 1, metrics
                 stop = distributed.any_process(self._stop.requested is not None)
-                if step % self._config.checkpoint.save_every == 0 or step == last or stop:
-                    self._handle(step, pending)  # never save what a non-finite loss has spoiled
+                is_saved = step % self._config.checkpoint.save_every == 0 or step == last or stop or self._is_time()
+                if self._held_out.is_due(step) or is_saved:
+                    self._handle(step, pending, state)  # never save what a non-finite loss has spoiled
                     watchdog.progress(f"in step {step + 1}")
                     pending = None
                     if stop:
                         self._save_and_stop(step, state)
-                    self._save(step, state)
+                    if is_saved or self._is_new_best(step):
+                        self._save(step, state)
+                    if self._held_out.should_stop():
+                        self._save(step, state)
+                        evals = self._config.train.early_stopping_evals
+                        logger.info(f"stopping at step {step}: {evals} evaluations did not lower the held-out loss")
+                        break
             with watchdog.phase(f"saving step {step}"):
                 self._checkpoints.wait()
+        if (summary := self._held_out.summary()) is not None:
+            logger.info(summary)
         return state
+
+    def _is_new_best(self, step: int) -> bool:
+        return self._config.checkpoint.keep_best and self._held_out.best == step
+
+    def _is_time(self) -> bool:
+        """Returns True if the last save is ``checkpoint.save_every_minutes`` ago, by the clock of any process."""
+        minutes = self._config.checkpoint.save_every_minutes
+        return minutes > 0 and distributed.any_process(time.monotonic() - self._saved >= 60 * minutes)
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]], running: Future[float] | None) -> Batch:
         """Returns the next batch, on its way to the devices, which may still be running a step."""
@@ -281,7 +318,10 @@ class _Loop:
     def _save(self, step: int, state: TrainState) -> None:
         with watchdog.phase(f"saving step {step}"), self._wall_time.spent_on("saving"):
             self._monitor.flush()
-            self._checkpoints.save(step, state)
+            if self._is_new_best(step):
+                self._checkpoints.best = step
+            self._checkpoints.save(step, self._trainer.to_save(state))
+            self._saved = time.monotonic()
 
     def _save_and_stop(self, step: int, state: TrainState) -> NoReturn:
         """Ends the run where it can be resumed."""
@@ -292,11 +332,14 @@ class _Loop:
         logger.info(f"{why}: saved step {step}; run the same command again to resume")
         raise Interrupted
 
-    def _handle(self, step: int, metrics: StepMetrics) -> None:
-        """Checks and shows the metrics of a step."""
-        values = fetch_every_step(metrics)
+    def _handle(self, step: int, metrics: StepMetrics, state: TrainState | None = None) -> None:
+        """Checks and shows the metrics of a step; with the state after it, evaluates it where that is due."""
+        values: dict[str, Any] = fetch_every_step(metrics)
         found = self._finite.look(step, values)
         if found is not None:
             self._checkpoints.wait()
             raise UserError(found.sentence(self._checkpoints.latest_step()))
+        if state is not None and self._held_out.is_due(step):
+            with watchdog.phase(f"evaluating step {step}"), self._wall_time.spent_on("evaluating"):
+                values = values | self._held_out.measure(step, state)
         self._monitor.finished(step, values)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from natsjax.config import Config
 from natsjax.model.inputs import Batch
@@ -28,7 +28,7 @@ from natsjax.model.transformer import init_parameters, model_structure
 from natsjax.train import budget_controller, losses, role_statistics
 from natsjax.train.loss_spikes import SpikeDetector, detect, start_detector
 from natsjax.train.losses import BatchTotals, LossSums
-from natsjax.train.optimizer import learning_rate, optimizer
+from natsjax.train.optimizer import learning_rate, optimizer, schedule_free_average
 from pallas_kernels.nats_attention import LOCAL
 
 
@@ -41,6 +41,8 @@ class TrainState(NamedTuple):
       optimizer: optax state.
       controller: of the KV penalty.
       spikes: running statistics of the loss.
+      average: the parameters that are evaluated and served, nested as ``parameters``, under ``optimizer.ema_decay``;
+        else None. In a checkpoint that ``Trainer.to_save`` made, also the average of a schedule-free run.
     """
 
     step: jax.Array
@@ -48,6 +50,7 @@ class TrainState(NamedTuple):
     optimizer: Any
     controller: budget_controller.Controller
     spikes: SpikeDetector
+    average: Any = None
 
 
 StepMetrics = dict[str, jax.Array]
@@ -92,9 +95,10 @@ class Trainer:
         self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         check(config, vocab_size, self.mesh)
         self.model = model_structure(config, vocab_size)
-        is_scorer = jax.tree.map(lambda part: part == "scorer", self.model.parts)
-        self.optimizer = optimizer(config.optimizer, config.train.num_steps, self.model.decayed, is_scorer)
+        self.optimizer = optimizer(config.optimizer, config.train.num_steps, self.model)
         self.schedule = learning_rate(config.optimizer, config.train.num_steps)
+        self._derives_average = config.optimizer.name == "schedule_free"
+        self._average = jax.jit(schedule_free_average)
         self.shardings = self._shardings()
         self.compiled_step = jax.jit(self._step, donate_argnums=0)
         self._executable: jax.stages.Compiled | None = None
@@ -115,6 +119,17 @@ class Trainer:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return jax.tree.map(sharded, jax.eval_shape(self._init), self.shardings)
+
+    def served_parameters(self, state: TrainState) -> Any:
+        """Returns the parameters that are evaluated and served: an average where the config asks for one."""
+        if self._derives_average:
+            with jax.set_mesh(self.mesh):
+                return self._average(state.optimizer, state.parameters)
+        return state.parameters if state.average is None else state.average
+
+    def to_save(self, state: TrainState) -> TrainState:
+        """Returns what a checkpoint holds: the state, with the average that is served also where it is derived."""
+        return state._replace(average=self.served_parameters(state)) if self._derives_average else state
 
     def put_batch(self, rows: dict[str, np.ndarray]) -> Batch:
         """Sends this process's rows (``sharding.batch_rows``) to the devices; returns the global batch."""
@@ -160,22 +175,19 @@ class Trainer:
             self.model.parameters,
             self.model.axes,
         )
-        optimizer = optax.tree.map_params(
-            self.optimizer,
-            lambda _, sharding: sharding,
-            abstract.optimizer,
-            parameters,
-            transform_non_params=lambda _: replicated,
-        )
+        optimizer = shardings_like(abstract.optimizer, abstract.parameters, parameters, replicated)
         scalars = jax.tree.map(lambda _: replicated, (abstract.step, abstract.controller, abstract.spikes))
         step, controller, spikes = scalars
-        return TrainState(step, parameters, optimizer, controller, spikes)
+        average = None if abstract.average is None else parameters
+        return TrainState(step, parameters, optimizer, controller, spikes, average)
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         _, parameters = init_parameters(self.config, self.vocab_size, key)
         controller = budget_controller.start_controller(self.config.nats)
-        return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters), controller, start_detector())
+        average = jax.tree.map(jnp.copy, parameters) if self.config.optimizer.ema_decay else None
+        state = self.optimizer.init(_wide(parameters))
+        return TrainState(jnp.int32(0), parameters, state, controller, start_detector(), average)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Returns ``(state, metrics)`` after a global batch; pure, the noise follows from the step."""
@@ -183,7 +195,8 @@ class Trainer:
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature)
-        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        gradients = _wide(gradients)
+        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
         if self.config.model.has_roles:
@@ -196,6 +209,9 @@ class Trainer:
             old = state.parameters, state.optimizer, state.controller
             new = jax.tree.map(functools.partial(_kept, is_spike), old, new, is_leaf=_is_schedule)
             updates = jax.tree.map(lambda update: jnp.where(is_spike, 0, update), updates)
+        average = state.average
+        if average is not None:
+            average = running_average(average, new[0], state.step, self.config.optimizer.ema_decay)
         metrics = {
             "loss": loss,
             "cross_entropy": cross_entropy,
@@ -214,7 +230,7 @@ class Trainer:
             **{f"update_norm/{part}": norm for part, norm in norms_by_part(updates, self.model.parts).items()},
             **self._role_metrics(sums, totals),
         }
-        return TrainState(state.step + 1, *new, detector), replicate(metrics)
+        return TrainState(state.step + 1, *new, detector, average), replicate(metrics)
 
     def _role_metrics(self, sums: LossSums, totals: BatchTotals) -> dict[str, jax.Array]:
         """Computes the metrics of the roles."""
@@ -258,6 +274,42 @@ class Trainer:
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=sharding_of(x)), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
+
+
+def shardings_like(tree: Any, parameters: Any, shardings: Any, otherwise: NamedSharding) -> Any:
+    """Chooses the shardings of an optimizer's state.
+
+    Args:
+      tree: the state, arrays or ``jax.ShapeDtypeStruct``; what belongs to a parameter has its path as the end of its
+        own.
+      parameters: nested dict, of the same kinds.
+      shardings: of the parameters.
+      otherwise: sharding of what has no parameter's path and shape (counters, factors of a second moment).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    known = {path: (x.shape, sharding) for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)}
+
+    def choose(path, x):
+        ends = (known.get(path[start:]) for start in range(len(path)))
+        shape, sharding = next((found for found in ends if found is not None), (None, otherwise))
+        return sharding if x.shape == shape else otherwise
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def running_average(average: Any, parameters: Any, step: jax.Array, decay: float) -> Any:
+    """Updates the running average of the parameters after a step.
+
+    The decay grows with the step, ``min(decay, (1 + step) / (10 + step))``, so that the initial values, which are
+    random, are soon forgotten (as in TensorFlow's ``ExponentialMovingAverage``).
+    """
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(parameters, average, rate)
+
+
+def _wide(tree: Any) -> Any:
+    """Casts to float32, in which updates are computed whatever the parameters are stored in."""
+    return optax.tree.cast(tree, jnp.float32)
 
 
 def _is_schedule(node: Any) -> bool:

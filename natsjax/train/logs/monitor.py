@@ -14,7 +14,7 @@ from natsjax.config import Config
 from natsjax.errors import first_line
 from natsjax.kv_fraction import perplexity
 from natsjax.runs.metrics import in_order
-from natsjax.runs.workdir import Workdir
+from natsjax.runs.workdir import HELD_OUT_LOSS, Workdir
 from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
 from natsjax.runtime.log import logger
@@ -94,18 +94,19 @@ class Monitor:
         self._profile.before(step, state)
 
     def finished(self, step: int, metrics: StepMetrics) -> None:
-        """Writes and shows a step that is done, if it is one that is logged.
+        """Writes and shows a step that is done, if it is one that is logged, or was evaluated.
 
         Args:
           step: its number, from 1.
-          metrics: of ``fetch_every_step``.
+          metrics: of ``fetch_every_step``, with those of ``HeldOut.measure`` where it was evaluated.
 
         Raises:
           UserError: they cannot be written.
         """
         if step == self._first_step:
             self._log_first_step()
-        if step % self._config.train.log_every and step != self._config.train.num_steps:
+        is_logged = step % self._config.train.log_every == 0 or step == self._config.train.num_steps
+        if not is_logged and HELD_OUT_LOSS not in metrics:
             self._display.advance(step)
             return
         if not distributed.is_main():
@@ -124,8 +125,8 @@ class Monitor:
         self._display.update(step, line)
 
     def _speed(self, step: int, kv_fraction: float) -> dict[str, float]:
-        """Computes rates since the logged step before."""
-        now = time.monotonic()
+        """Computes rates since the logged step before, without the time of evaluations."""
+        now = time.monotonic() - self._wall_time.evaluating
         steps, seconds = step - self._logged_step, max(now - self._logged_time, 1e-9)
         self._logged_step, self._logged_time = step, now
         tokens = self._config.train.batch_size * self._config.data.context_length

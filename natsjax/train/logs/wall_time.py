@@ -15,7 +15,7 @@ class WallTime:
     """Clock of a run by activity, as the host sees it: nothing waits for the devices.
 
     It starts when the object is made. Before ``begin_steps`` come data, the state (initialized or restored) and
-    compiling. After it, each moment counts as input, as saving or, if it is neither, as steps.
+    compiling. After it, each moment counts as input, as saving, as evaluating or, if it is none of them, as steps.
 
     Args:
       clock: seconds, never going back.
@@ -38,8 +38,13 @@ class WallTime:
         """Seconds for compiling the step, or for loading a compiled one."""
         return self._spent["compiling"]
 
+    @property
+    def evaluating(self) -> float:
+        """Seconds for evaluations on held-out text between steps."""
+        return self._spent["evaluating"]
+
     @contextlib.contextmanager
-    def spent_on(self, what: Literal["compiling", "saving"]) -> Iterator[None]:
+    def spent_on(self, what: Literal["compiling", "saving", "evaluating"]) -> Iterator[None]:
         """Counts the time that the block takes."""
         began = self._clock()
         try:
@@ -78,8 +83,9 @@ class WallTime:
     def fractions(self) -> dict[str, float]:
         """Computes fractions of the wall time since this process began the run, in [0, 1].
 
-        ``goodput`` is steps: all time since ``begin_steps``, without ``input_wait`` and without the time for which
-        saving held up the loop (copying the state off the devices, waiting for the previous save). Metrics are read,
+        ``goodput`` is steps: all time since ``begin_steps``, without ``input_wait``, evaluations (``train.eval_every``)
+        and the time for which saving held up the loop (copying the state off the devices, waiting for the previous
+        save). Metrics are read,
         written and shown while the next step runs, so this counts as steps. Each start of a run counts for itself:
         steps that a killed process lost, and that are done again, do not lower it.
 
@@ -88,7 +94,8 @@ class WallTime:
         total = self.since_start
         if self._steps_began is None or total <= 0:
             return {"goodput": 0.0, "input_wait": 0.0}
-        steps = self._clock() - self._steps_began - self._spent["input"] - self._spent["saving"]
+        others = sum(self._spent[what] for what in ("input", "saving", "evaluating"))
+        steps = self._clock() - self._steps_began - others
         return {"goodput": max(0.0, steps) / total, "input_wait": self._spent["input"] / total}
 
     def close(self) -> None:
