@@ -7,12 +7,13 @@ operation: if it is divided among more threads, the time of the others is not se
 """
 
 import collections
-import glob
 import re
 import tempfile
 from typing import Any
 
 import jax
+
+from natsjax.train.logs.step_breakdown import seconds_by_operation
 
 PARTS = (  # (part, what its innermost function of ours matches: "folder/file.py:function")
     ("attention", r"pallas_kernels/|nats_attention/|xla/"),
@@ -74,24 +75,6 @@ def _table(text: str, name: str) -> dict[int, str]:
 
 def _fields(line: str) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", line)}
-
-
-def seconds_by_operation(folder: str) -> dict[str, float]:
-    """Returns the seconds of each operation in a profile, without those of operations inside it."""
-    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    nanoseconds: dict[str, float] = collections.Counter()
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-        for line in plane.lines:
-            events = [(event.start_ns, event.end_ns, dict(event.stats).get("hlo_op")) for event in line.events]
-            open_events: list[tuple[float, str]] = []  # (end, operation)
-            for start, end, operation in sorted((e for e in events if e[2]), key=lambda e: (e[0], -e[1])):
-                while open_events and open_events[-1][0] <= start:
-                    open_events.pop()
-                if open_events:
-                    nanoseconds[open_events[-1][1]] -= min(end, open_events[-1][0]) - start
-                nanoseconds[operation] += end - start
-                open_events.append((end, operation))
-    return {operation: time / 1e9 for operation, time in nanoseconds.items()}
 
 
 def breakdown(step: Any, steps: int = 3) -> dict[str, float]:

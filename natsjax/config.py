@@ -325,6 +325,11 @@ class TrainConfig:
     profile: tuple[int, ...] = config_field(
         (), "first and last step to record with the JAX profiler, into profile/ in the workdir", minimum=1, resume=True
     )
+    step_breakdown: bool = config_field(
+        True,
+        "profile three steps of a start, for the time of forward pass, backward pass and optimizer in the summary",
+        resume=True,
+    )
     wandb: str = config_field(
         "", "Weights & Biases project that metrics are also logged to (natsjax[wandb])", resume=True
     )

@@ -199,6 +199,13 @@ METRICS: dict[str, Metric] = {
             "fraction",
         ),
         Metric("input_wait", "wall time of this start in which devices waited for a batch", "fraction"),
+        Metric(
+            "step_fraction/PART",
+            "time of a step's operations in its forward pass, backward pass, optimizer and the rest, from a profile of "
+            "three steps (`train.step_breakdown`)",
+            "fraction",
+            when="one line of a start of 50 steps or more",
+        ),
         Metric("time_to_first_step", "time from the start of the run to its first metrics", "s", when=_FIRST_LINE),
         Metric(
             "compile_time",

@@ -297,8 +297,9 @@ class _Loop:
                         break
             with watchdog.phase(f"saving step {step}"):
                 self._checkpoints.wait()
-        if (summary := self._held_out.summary()) is not None:
-            logger.info(summary)
+        logger.info(self._monitor.summary())
+        if (about_best := self._held_out.summary()) is not None:
+            logger.info(about_best)
         return state
 
     def _is_new_best(self, step: int) -> bool:

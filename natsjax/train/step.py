@@ -53,6 +53,9 @@ class TrainState(NamedTuple):
     average: Any = None
 
 
+OPTIMIZER_SCOPE = "optimizer"
+"""The ``jax.named_scope`` of the update, by which profiles know its operations."""
+
 StepMetrics = dict[str, jax.Array]
 """Float32 arrays by name that a step returns beside the state; ``natsjax.runs.metrics`` declares and documents each."""
 
@@ -154,6 +157,10 @@ class Trainer:
         """Compiles the step now, so that processes can wait for each other before they meet in its collectives."""
         self._executable = self.lower().compile()
 
+    def program(self) -> str:
+        """Returns the text of the compiled step."""
+        return (self._executable or self.lower().compile()).as_text() or ""
+
     def abstract_batch(self) -> Batch:
         """Returns shapes, dtypes and shardings of a global batch, ``jax.ShapeDtypeStruct``."""
         shape = (self.config.train.batch_size, self.config.data.context_length)
@@ -195,8 +202,10 @@ class Trainer:
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature)
-        gradients = _wide(gradients)
-        updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            gradients = _wide(gradients)
+            updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
+            parameters = optax.apply_updates(state.parameters, updates)
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
         if self.config.model.has_roles:
@@ -204,7 +213,7 @@ class Trainer:
         cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
         threshold = self.config.optimizer.spike_threshold
         is_spike, detector = detect(state.spikes, cross_entropy, threshold)
-        new = optax.apply_updates(state.parameters, updates), optimizer_state, controller
+        new = parameters, optimizer_state, controller
         if threshold:
             old = state.parameters, state.optimizer, state.controller
             new = jax.tree.map(functools.partial(_kept, is_spike), old, new, is_leaf=_is_schedule)

@@ -19,7 +19,8 @@ from natsjax.runtime import distributed, watchdog
 from natsjax.runtime.chips import chip_of
 from natsjax.runtime.log import logger
 from natsjax.train.flops import step_flops
-from natsjax.train.logs.display import Display
+from natsjax.train.logs.display import Display, duration
+from natsjax.train.logs.step_breakdown import StepBreakdown
 from natsjax.train.logs.wall_time import WallTime
 from natsjax.train.logs.wandb import WandbWriter
 from natsjax.train.logs.warnings import ActiveWarnings
@@ -64,6 +65,9 @@ class Monitor:
                 self._wandb = WandbWriter(config, workdir)
         self._warnings = ActiveWarnings(config)
         self._profile = Profile(config, workdir, start)
+        is_recorded = config.train.step_breakdown and not config.train.profile and distributed.is_main()
+        self._breakdown = StepBreakdown(is_recorded, start, config.train.num_steps, trainer.program)
+        self._start, self._done = start, start
         shown = config.train.progress and distributed.is_main()
         self._display = Display(config, start, shown, str(workdir.path))
         self._logged_step, self._logged_time = start, time.monotonic()
@@ -74,6 +78,7 @@ class Monitor:
         """Leaves the terminal and the files in order."""
         self._display.close()
         self._profile.close()
+        self._breakdown.close()
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
@@ -92,6 +97,10 @@ class Monitor:
     def before(self, step: int, state: Any) -> None:
         """Prepares for a step, from ``state``, an array tree that the steps before compute; starts the profiler."""
         self._profile.before(step, state)
+        had = self._breakdown.fractions
+        self._breakdown.before(step, state)
+        if self._breakdown.fractions and not had:
+            self._once |= {f"step_fraction/{phase}": part for phase, part in self._breakdown.fractions.items()}
 
     def finished(self, step: int, metrics: StepMetrics) -> None:
         """Writes and shows a step that is done, if it is one that is logged, or was evaluated.
@@ -103,6 +112,7 @@ class Monitor:
         Raises:
           UserError: they cannot be written.
         """
+        self._done = step
         if step == self._first_step:
             self._log_first_step()
         is_logged = step % self._config.train.log_every == 0 or step == self._config.train.num_steps
@@ -134,11 +144,22 @@ class Monitor:
         rates = {"tokens_per_second": steps * tokens / seconds, "flops_per_second": steps * flops / seconds}
         return rates if self._peak is None else rates | {"mfu": rates["flops_per_second"] / self._peak}
 
+    def summary(self) -> str:
+        """Returns a sentence about speed, time and memory of this start's steps."""
+        steps, seconds = self._done - self._start, self._wall_time.stepping
+        tokens = self._config.train.batch_size * self._config.data.context_length
+        parts = [f"{part:.0%} {phase}" for phase, part in self._breakdown.fractions.items()]
+        parts.append(f"{self._wall_time.fractions()['input_wait']:.0%} of all time waiting for input")
+        return (
+            f"{steps:,} steps of {tokens:,} tokens in {duration(seconds)}, {steps * tokens / max(seconds, 1e-9):,.0f} "
+            f"tokens/s: {', '.join(parts)}; peak memory {peak_memory() / 1e9:.2f} GB"
+        ).replace("%", " %")
+
     def _log_first_step(self) -> None:
         """Logs the time until the first step of this start was done."""
         seconds, compiling = self._wall_time.since_start, self._wall_time.compiling
         self._first_step = None
-        self._once = {"time_to_first_step": seconds, "compile_time": compiling}
+        self._once |= {"time_to_first_step": seconds, "compile_time": compiling}
         percent = 100 * compiling / seconds
         logger.info(f"first step after {seconds:.1f} s, {compiling:.1f} s ({percent:.0f} %) to compile or load it")
 
@@ -192,9 +213,18 @@ def memory() -> dict[str, float]:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return {"host_memory": float(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))}
-    except OSError:  # not Linux: the maximum so far, in bytes on macOS and in KiB elsewhere
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"host_memory": float(most if sys.platform == "darwin" else 1024 * most)}
+    except OSError:  # not Linux
+        return {"host_memory": _most_host_memory()}
+
+
+def _most_host_memory() -> float:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)  # bytes on macOS, elsewhere KiB
+
+
+def peak_memory() -> float:
+    """Measures the most bytes that the fullest device of this process had in use, or this process in host memory."""
+    return memory().get("peak_memory") or _most_host_memory()
 
 
 def numbers(metrics: StepMetrics) -> dict[str, Any]:

@@ -39,6 +39,14 @@ class WallTime:
         return self._spent["compiling"]
 
     @property
+    def stepping(self) -> float:
+        """Seconds in steps, as ``goodput`` counts them."""
+        if self._steps_began is None:
+            return 0.0
+        others = sum(self._spent[what] for what in ("input", "saving", "evaluating"))
+        return max(0.0, self._clock() - self._steps_began - others)
+
+    @property
     def evaluating(self) -> float:
         """Seconds for evaluations on held-out text between steps."""
         return self._spent["evaluating"]
@@ -94,9 +102,7 @@ class WallTime:
         total = self.since_start
         if self._steps_began is None or total <= 0:
             return {"goodput": 0.0, "input_wait": 0.0}
-        others = sum(self._spent[what] for what in ("input", "saving", "evaluating"))
-        steps = self._clock() - self._steps_began - others
-        return {"goodput": max(0.0, steps) / total, "input_wait": self._spent["input"] / total}
+        return {"goodput": self.stepping / total, "input_wait": self._spent["input"] / total}
 
     def close(self) -> None:
         """Ends the thread."""
