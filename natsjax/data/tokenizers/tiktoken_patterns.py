@@ -85,11 +85,7 @@ _WORTH_SAYING = 0.005  # fraction of the tokens
 
 
 def find_pattern(asked: str) -> str:
-    """Returns the regular expression for a name; a regular expression is returned as it is.
-
-    Raises:
-      UserError: it is spelled like a name, but unknown.
-    """
+    """Returns the regular expression for a name; a regular expression as it is. Unknown names raise UserError."""
     name = asked.lower().removesuffix("_base")
     if name in PATTERNS:
         return PATTERNS[name]
@@ -102,12 +98,7 @@ def find_pattern(asked: str) -> str:
 
 
 def check_pattern(pattern: str, source: Path) -> None:
-    """Raises UserError for a pattern that matches empty text, which crashes the library.
-
-    Args:
-      pattern: a regular expression.
-      source: the tokenizer's file, for the message.
-    """
+    """Raises UserError for a pattern that matches empty text, which crashes the library."""
     import regex  # which tiktoken depends on
 
     try:
@@ -122,10 +113,7 @@ def check_pattern(pattern: str, source: Path) -> None:
 
 
 def recognize(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
-    """Recognizes a published file by its content.
-
-    Args:
-      ranks: content of the file; the order of its lines and their ends do not matter.
+    """Recognizes a published file by its content; the order of its lines and their ends do not matter.
 
     Returns:
       ``(name, settings)``, the settings as arguments of ``TiktokenTokenizer``; None for an unknown file.
