@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from natsjax.data import Corpus, evaluation_contexts
-from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.data.hold_out import hash_id, hold_out_threshold
 from natsjax.data.prepare import __main__ as prepare_command
 from natsjax.data.prepare import build as command
 from natsjax.data.prepare import encode, prepare
@@ -90,22 +90,18 @@ def test_many_ids_are_stored_in_four_bytes():
 
 def test_held_out_documents_do_not_depend_on_order_or_company():
     names = [f"document-{number}" for number in range(2000)]
-    hashes = np.array([hash_id(name, 5) for name in names], np.uint64)
-    held_out = HoldOut.choose(hashes, fraction=0.1, seed=5)
-    chosen = {name for name in names if name in held_out}
-    assert 0.07 < len(chosen) / len(names) < 0.13
-    fewer = HoldOut.choose(hashes[::-2], fraction=0.1, seed=5)
-    assert {name for name in names if name in fewer} == chosen
-    other = np.array([hash_id(name, 6) for name in names], np.uint64)
-    assert {name for name in names if name in HoldOut.choose(other, fraction=0.1, seed=6)} != chosen
+    hashes, other = (np.array([hash_id(name, seed) for name in names], np.uint64) for seed in (5, 6))
+    chosen = hashes < hold_out_threshold(hashes, 0.1)
+    assert 0.07 < chosen.mean() < 0.13
+    assert ((hashes < hold_out_threshold(hashes[::-2], 0.1)) == chosen).all()
+    assert ((other < hold_out_threshold(other, 0.1)) != chosen).any()
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_small_corpora_have_both_sides(count, fraction):
-    names = [str(number) for number in range(count)]
-    held_out = HoldOut.choose(np.array([hash_id(name, 0) for name in names], np.uint64), fraction=fraction, seed=0)
-    assert 0 < sum(name in held_out for name in names) < count
+    hashes = np.array([hash_id(str(number), 0) for number in range(count)], np.uint64)
+    assert 0 < (hashes < hold_out_threshold(hashes, fraction)).sum() < count
 
 
 def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path):

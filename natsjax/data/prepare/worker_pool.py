@@ -30,8 +30,8 @@ class WorkerPool:
 
     Args:
       workers: number of processes.
-      start: called in each process first.
-      arguments: what with.
+      start: called in each process first, with ``arguments``.
+      arguments: of ``start``.
     """
 
     def __init__(self, workers: int, start: Callable[..., None], arguments: tuple[Any, ...]):
@@ -64,32 +64,23 @@ def finished(futures: Sequence[Future], every: float) -> Iterator[None]:
     """Waits for all of them, and yields every so many seconds meanwhile, and once at the end.
 
     Raises:
+      KeptPartsError: a process died.
       Exception: the first one that a task raised, in the order of the tasks.
     """
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=every)
         if any(future.exception() for future in done):
-            for future in futures:
-                if future.done():
-                    result(future)
+            first = next(future for future in futures if future.done() and future.exception())
+            try:
+                first.result()
+            except BrokenProcessPool as error:
+                raise KeptPartsError(
+                    "a worker process of prepare ended before its work was done, for lack of memory perhaps, or "
+                    'because the script that calls prepare() lacks `if __name__ == "__main__":`; run it again, with '
+                    "fewer workers or with workers = 1, and it resumes from what is done."
+                ) from error
         yield
-
-
-def result(future: Future) -> Any:
-    """Returns the result of a task.
-
-    Raises:
-      KeptPartsError: its process died.
-    """
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise KeptPartsError(
-            "a worker process of prepare ended before its work was done, for lack of memory perhaps, or because the "
-            'script that calls prepare() lacks `if __name__ == "__main__":`; run it again, with fewer workers or with '
-            "workers = 1, and it resumes from what is done."
-        ) from error
 
 
 def _start_worker(stop: connection.Connection, start: Callable[..., None], arguments: tuple[Any, ...]) -> None:

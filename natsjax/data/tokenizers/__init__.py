@@ -30,7 +30,8 @@ from natsjax.errors import UserError
 
 _FORMATS: tuple[type[PretrainedTokenizer], ...] = (HuggingFaceTokenizer, TiktokenTokenizer, SentencePieceTokenizer)
 """Formats of other projects; the first one that reads a file opens it."""
-_KINDS: dict[str, type[Tokenizer]] = {x.kind: x for x in (ByteTokenizer, BPETokenizer, *_FORMATS)}
+_OWN: tuple[type[Tokenizer], ...] = (ByteTokenizer, BPETokenizer)
+_KINDS = {x.kind: x for x in (*_OWN, *_FORMATS)}
 
 _CONVERT = (
     "which do not define how text is split; if they are byte-level like GPT-2's, convert them to one file: "
