@@ -146,10 +146,6 @@ class MixtureSource:
             index, left = before, rest
         raise AssertionError("the last part takes what is left")
 
-    def corpus_of(self, index: int) -> Corpus:
-        """Returns the corpus of context ``index``."""
-        return self.parts[self.place(index)[0]].corpus
-
     def __getitem__(self, index: int) -> Row:
         """Returns context ``index`` of the stream, arrays ``[t]`` (see ``natsjax.data.packing``)."""
         part, own = self.place(index)

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.corpus import Corpus
+from natsjax.data.corpus import Corpus, Documents
 from natsjax.data.packing import NUM_FRAME_TOKENS, Layout, Piece, Row, context_order, epoch_order, pack, stack
 from natsjax.errors import UserError
 
@@ -27,16 +27,6 @@ Shuffle = Literal["contexts", "documents"]
 
 _CACHED_BYTES = 1 << 28  # of documents: with shuffled contexts, a document is read once for each of its contexts
 _CACHED_EPOCHS = 3  # a context may be in two, and prefetching threads run ahead
-
-
-class TokenizedDocuments(Protocol):
-    """Documents by index, as ``natsjax.data.corpus.Documents``."""
-
-    lengths: npt.NDArray[np.int64]
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        """Returns the token ids of one document, int32 ``[lengths[index]]``, without BOS and EOS."""
-        ...
 
 
 class RowSource(Protocol):
@@ -50,7 +40,7 @@ class RowSource(Protocol):
 class _FramedDocuments:
     """Documents with BOS and EOS, uint16 or int32, in a cache."""
 
-    def __init__(self, documents: TokenizedDocuments, bos_id: int, eos_id: int):
+    def __init__(self, documents: Documents, bos_id: int, eos_id: int):
         self._documents = documents
         self._bos = np.array([bos_id], np.int32)
         self._eos = np.array([eos_id], np.int32)
@@ -90,7 +80,7 @@ class PackedSource:
 
     def __init__(
         self,
-        documents: TokenizedDocuments,
+        documents: Documents,
         *,
         context_length: int,
         bos_id: int,

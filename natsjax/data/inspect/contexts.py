@@ -79,13 +79,7 @@ def open_data(config: Config, split: str, prepared: str) -> Data:
 
 
 def example_at(data: Data, split: str, index: int, place: dict[str, Any]) -> Example:
-    """Returns context ``index`` of a split, with the ids of its documents.
-
-    Args:
-      data: of the split.
-      split: its name.
-      index: which context.
-      place: more about where it stands, to be shown.
+    """Returns context ``index`` of a split, with the ids of its documents; ``place`` has more to show about its place.
 
     Raises:
       UserError: there is no such context, or files of a corpus are missing or damaged.

@@ -161,6 +161,7 @@ def _build(request: PrepareRequest) -> Corpus:
             splits, num_duplicates = work.divide(scans)
             tokenizer = work.tokenizer(scans, splits)
             chunks = work.encode(scans, splits, tokenizer)
+        num_empty = sum(scan.left_out["empty"].count for scan in scans.values())
         folder = partial.path / "corpus"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -178,7 +179,7 @@ def _build(request: PrepareRequest) -> Corpus:
                     for name, scan in scans.items()
                     for file, reason in scan.skipped.items()
                 },
-                dropped={"empty": sum(scan.num_empty for scan in scans.values()), "duplicate": num_duplicates},
+                dropped={"empty": num_empty, "duplicate": num_duplicates},
                 input_report=work.reports,
             )
             corpus.save()

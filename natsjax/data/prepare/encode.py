@@ -111,12 +111,7 @@ class Encoder:
     folder: Path
 
     def encode(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-        """Encodes chunks of one input, in order; yields each when its part is written.
-
-        Raises:
-          UserError: the text cannot be read, or is another one than was scanned.
-          OSError: a part cannot be written.
-        """
+        """Encodes chunks of one input, in order; yields each when its part is written."""
         reader = self.readers[chunks[0].input]
         place = chunks[0].begin
         documents = documents_from(reader, self.counts[chunks[0].input], place)

@@ -39,13 +39,7 @@ Splits = dict[str, npt.NDArray[np.int8]]
 
 
 class Preparation:
-    """The work of ``prepare`` before it writes the corpus.
-
-    Args:
-      request: what is asked for.
-      readers: of the inputs.
-      partial: folder of the parts.
-      processes: ends the processes that are started.
+    """The work of ``prepare`` before it writes the corpus; processes that it starts end with ``processes``.
 
     Attributes:
       reports: by input, what became of everything in it (``readers.input_report``); there once it is scanned.
@@ -64,11 +58,7 @@ class Preparation:
         self._plain_readers = {name: reader.plain() for name, reader in readers.items()}
 
     def scan(self) -> dict[str, Scan]:
-        """Reads everything once, so that bad input is found before any long work.
-
-        Raises:
-          UserError: the text cannot be read, or there is none.
-        """
+        """Reads everything once, so that bad input is found before any long work."""
         is_much = sum(reader.size_on_disk for reader in self._readers.values()) >= PARALLEL_BYTES
         scans = {}
         for name, reader in self._readers.items():
@@ -111,11 +101,7 @@ class Preparation:
         return tokenizer
 
     def encode(self, scans: dict[str, Scan], splits: Splits, tokenizer: Tokenizer) -> list[Chunk]:
-        """Encodes all documents; returns the chunks, whose parts are there then.
-
-        Raises:
-          UserError: the text cannot be read, or changed.
-        """
+        """Encodes all documents; returns the chunks, whose parts are there then."""
         chunks = [chunk for name, scan in scans.items() for chunk in chunks_of(name, scan, splits[name], CHUNK_BYTES)]
         missing = [chunk for chunk in chunks if not self._partial.part(chunk.name).exists()]
         if len(missing) < len(chunks):

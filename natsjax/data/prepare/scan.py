@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from natsjax.data.hold_out import hash_id, hold_out_threshold
 from natsjax.data.readers.corpus_reader import CorpusReader, Document
-from natsjax.data.readers.input_report import Tallies, report
+from natsjax.data.readers.input_report import Tallies
 from natsjax.errors import UserError
 
 TRAIN, VALIDATION, DROPPED = 0, 1, 2
@@ -90,22 +90,13 @@ class Scan:
         named = {name: arrays[name] for name in _ARRAYS}
         return cls(**named, left_out=Tallies.from_json(left_out), skipped=skipped)
 
-    @property
-    def num_empty(self) -> int:
-        """Documents without text."""
-        return self.left_out["empty"].count
-
     def report(self, reader: CorpusReader) -> dict[str, Any]:
-        """Reports what became of everything in the input (``readers.input_report``), all of which was scanned.
-
-        Raises:
-          UserError: none of it is text.
-        """
+        """Reports what became of everything in the input (``readers.input_report``); UserError if there is no text."""
         if not len(self.hashes):
             raise reader.empty_error(self.left_out)
         tallies = Tallies.joined([reader.found, self.left_out])
         not_read = len(self.skipped) + self.left_out["no_text"].count
-        return report(files=reader.num_sources - not_read, documents=len(self.hashes), tallies=tallies)
+        return {"files": reader.num_sources - not_read, "documents": len(self.hashes)} | tallies.to_json()
 
     @property
     def is_one_text(self) -> bool:
@@ -178,9 +169,6 @@ def divide(
 
     Returns:
       By input, int8 ``[num_documents]``: TRAIN, VALIDATION or DROPPED; and the number of duplicates.
-
-    Raises:
-      UserError: a split would have no document.
     """
     if deduplicate:
         kept = _first_copies(scans)

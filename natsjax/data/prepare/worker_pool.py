@@ -14,9 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import connection
-from types import TracebackType
 from typing import Any
 
 from natsjax.data.prepare.parts import KeptPartsError
@@ -28,10 +26,7 @@ _BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class WorkerPool:
     """A pool of fresh processes; a context manager that ends them at once if its block is left by an exception.
 
-    Args:
-      workers: number of processes.
-      start: called in each process first, with ``arguments``.
-      arguments: of ``start``.
+    Each process calls ``start(*arguments)`` first.
     """
 
     def __init__(self, workers: int, start: Callable[..., None], arguments: tuple[Any, ...]):
@@ -43,15 +38,16 @@ class WorkerPool:
 
     def submit(self, work: Callable[..., Any], tasks: Sequence[Any]) -> list[Future]:
         """Lets the workers call ``work(task)`` for each task, the first ones first."""
-        with _signals_blocked():  # processes are made here and inherit it
-            return [self._executor.submit(work, task) for task in tasks]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
+        try:
+            return [self._executor.submit(work, task) for task in tasks]  # makes processes, which inherit the mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._stop.close()
@@ -95,12 +91,3 @@ def _start_worker(stop: connection.Connection, start: Callable[..., None], argum
 def _leave_with_parent(stop: connection.Connection) -> None:
     connection.wait([stop])
     os._exit(1)
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

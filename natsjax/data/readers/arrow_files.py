@@ -24,6 +24,7 @@ from natsjax.data.readers.sources import (
     FileSource,
     bad_file,
     cannot_read,
+    first_bytes,
     reason,
     refuse_pointer,
 )
@@ -78,7 +79,7 @@ class _Table(FileSource):
         """Converts an error of the library or the system."""
         if isinstance(error, OSError) and error.strerror:
             return cannot_read(self.path, error)
-        head = self.head()
+        head = first_bytes(self.path)
         refuse_pointer(self.path, head)
         known = format_or_text(head)
         message = reason(error)

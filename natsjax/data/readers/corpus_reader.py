@@ -47,6 +47,7 @@ from natsjax.data.readers.sources import (
     NoTextError,
     Source,
     cannot_read,
+    first_bytes,
     is_installed,
 )
 from natsjax.errors import UserError
@@ -283,11 +284,7 @@ def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
 def _one_file(path: Path, text_field: str) -> Source:
     if is_readable_name(path.name):
         return file_source(path, path.name, text_field, optional=False)
-    try:
-        with path.open("rb") as file:
-            known = format_of(file.read(64))
-    except OSError as error:
-        raise cannot_read(path, error) from error
+    known = format_of(first_bytes(path))
     raise UserError(
         f"nothing to read in {str(path)!r}: its name ends with none of {SUFFIXES_IN_WORDS}"
         f"{f' (and it begins like {known})' if known else ''}; if it has one of these formats, "

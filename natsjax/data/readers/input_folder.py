@@ -66,9 +66,6 @@ def dataset(folder: Path, split: str | None, *, name: str, text_field: str, tall
       name: the folder's path below the input, or empty.
       text_field: column of the text.
       tallies: tallies of the input.
-
-    Raises:
-      UserError: there is no such split, or an indices mapping.
     """
     shown = utf8_name(name or folder.name)
     try:

@@ -95,17 +95,6 @@ class Tallies(dict[str, Tally]):
         return cls({name: Tally.from_json(found[name]) for name in CLASSES if name in found})
 
 
-def report(*, files: int, documents: int, tallies: Tallies) -> dict[str, Any]:
-    """Returns the report on an input, as plain JSON: what was read, and every class that is not empty.
-
-    Args:
-      files: number of files (shards, packages) that were read to their end.
-      documents: number of documents with text.
-      tallies: tallies of the rest.
-    """
-    return {"files": files, "documents": documents} | tallies.to_json()
-
-
 def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
     """Formats a report: a line for what was read, and an indented one for each class."""
     lines = [f"Read {report['documents']:,} documents in {report['files']:,} files of {input}"]

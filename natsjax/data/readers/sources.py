@@ -96,14 +96,6 @@ class FileSource(Source):
         """Builds the error for this file where it may be sound, but cannot be read here."""
         return bad_file(self.path, what, kind=UNREADABLE, advice=advice)
 
-    def head(self) -> bytes:
-        """Returns the first bytes of the file; raises BadFileError if it cannot be opened."""
-        try:
-            with self.path.open("rb") as file:
-                return file.read(HEAD_BYTES)
-        except OSError as error:
-            raise cannot_read(self.path, error) from error
-
 
 class BrokenSource(Source):
     """A source that is known to be bad before it is opened, so that it can be skipped like a file."""
@@ -157,14 +149,7 @@ def utf8_name(name: str) -> str:
 
 
 def bad_file(path: Path, what: str, *, kind: str = DAMAGED, advice: str = "correct the file") -> BadFileError:
-    """Builds the error for a file that cannot be read, in one sentence.
-
-    Args:
-      path: path of the file.
-      what: what is wrong, as the predicate of the sentence.
-      kind: see ``BadFileError``.
-      advice: what to do, besides skipping the file.
-    """
+    """Builds the error for a file: ``what`` is its predicate, ``advice`` what to do besides skipping the file."""
     return BadFileError(f"{path} {what}; {advice}, or set skip_bad_files to leave it out.", kind)
 
 
@@ -173,6 +158,15 @@ def cannot_read(path: Path, error: OSError) -> BadFileError:
     is_denied = error.errno in (errno.EACCES, errno.EPERM)
     advice = "give this user the right to read it" if is_denied else "make it readable"
     return bad_file(path, f"cannot be read: {error.strerror or reason(error)}", kind=UNREADABLE, advice=advice)
+
+
+def first_bytes(path: Path) -> bytes:
+    """Returns the first bytes of a file; raises BadFileError if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_of, format_or_text
-from natsjax.data.readers.sources import Document, FileSource, cannot_read, reason, refuse_pointer
+from natsjax.data.readers.sources import Document, FileSource, cannot_read, first_bytes, reason, refuse_pointer
 
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
@@ -74,7 +74,7 @@ class CompressibleFile(FileSource):
 
     def not_utf8(self, value: int, offset: int) -> Exception:
         """Builds the error for a byte that is not UTF-8, at ``offset`` in the uncompressed file."""
-        known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(self.head())
+        known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(first_bytes(self.path))
         note = f" (it begins like {known})" if known else ""
         what = f"is not UTF-8: byte 0x{value:02x} at offset {offset}{note}"
         if known is None:
@@ -114,7 +114,7 @@ class CompressibleFile(FileSource):
             what = f"needs more memory to decompress than there is ({reason(error)})"
             return self.unreadable(what, f"compress it again with a smaller window or dictionary of {name}")
         what = f"is no whole {name} file ({reason(error)})"
-        known = None if is_begun else format_or_text(self.head())
+        known = None if is_begun else format_or_text(first_bytes(self.path))
         if known is None or known.startswith(name):
             return self.bad(what)
         advice = advice_on(known, f"name it by its format, without {self.path.suffix}")

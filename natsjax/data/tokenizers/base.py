@@ -146,11 +146,7 @@ class Tokenizer(ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> Tokenizer:
-        """Loads what ``save`` wrote; ``description`` is the content of the folder's description file.
-
-        Raises:
-          UserError: a file is damaged, or has another kind of tokenizer.
-        """
+        """Loads what ``save`` wrote; ``description`` is the content of the description file. Damage is a UserError."""
 
     @abstractmethod
     def _encode(self, text: str) -> Int32Array:

@@ -19,13 +19,7 @@ import tokenizers
 
 from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
 from natsjax.data.tokenizers.bpe import byte_of_character
-from natsjax.data.tokenizers.pretrained import (
-    UNKNOWN,
-    PretrainedTokenizer,
-    as_user_error,
-    note_on,
-    read_bytes,
-)
+from natsjax.data.tokenizers.pretrained import UNKNOWN, PretrainedTokenizer, as_user_error, note_on, read_bytes
 from natsjax.errors import UserError
 
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -126,6 +120,63 @@ class _Definition:
             said.append(f"files beside {HUGGING_FACE_FILE} name tokens that it lacks ({shown}), which are not used")
         return ", and ".join(said)
 
+    def pieces(self, specials: set[int]) -> list[bytes]:
+        """Returns the bytes of each id in the middle of a text; empty for specials and for ids without a token."""
+        wanted = [token_id for token_id in sorted(self.vocabulary) if token_id not in specials]
+        is_byte_level = any("ByteLevel" in _types(self.parsed.get(step)) for step in _BEFORE_MODEL)
+        found = self._from_alphabet(wanted) if is_byte_level else self._from_decoder(wanted)
+        if self.unknown is not None:
+            space = b" " if found.get(self.unknown, b"").startswith(b" ") else b""
+            found[self.unknown] = space + UNKNOWN
+        return [found.get(token_id, b"") for token_id in range(max(self.vocabulary) + 1)]
+
+    def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """Decodes tokens whose characters stand for bytes; added tokens are text."""
+        alphabet = byte_of_character()
+        added = self.library.get_added_tokens_decoder()
+        model = self.parsed["model"]
+        suffix, prefix = (model.get(name) or "" for name in ("end_of_word_suffix", "continuing_subword_prefix"))
+        found = {}
+        for token_id in ids:
+            token = self.vocabulary[token_id]
+            if token_id in added:
+                found[token_id] = token.encode()
+                continue
+            ends_word = bool(suffix) and token.endswith(suffix)
+            token = token.removesuffix(suffix).removeprefix(prefix)
+            characters = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+            found[token_id] = b"".join(characters) + (b" " if ends_word else b"")
+        return found
+
+    def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """Decodes each token between two others, with the tokenizer's own decoder.
+
+        The decoder may treat the first and the last token differently, and a token may begin or end with a space. So
+        each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
+        token with which this succeeds for most others.
+        """
+        is_byte = self.parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self.parsed.get("decoder"))
+        sample = ids[:: max(1, len(ids) // 64)]
+        best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
+        found = {}
+        for token_id, piece in zip(ids, self._between(best, ids), strict=True):
+            token = self.vocabulary[token_id]
+            byte = _BYTE_TOKEN.fullmatch(token) if is_byte else None
+            found[token_id] = bytes([int(byte[1], 16)]) if byte else (token if piece is None else piece).encode()
+        return found
+
+    def _between(self, a: int, ids: Sequence[int]) -> list[str | None]:
+        alone, two = (self.library.decode([a] * count, skip_special_tokens=False) for count in (1, 2))
+        if not two.startswith(alone) or "\ufffd" in alone:
+            return [None] * len(ids)
+        rest = two[len(alone) :]
+        texts = self.library.decode_batch([[a, token_id, a] for token_id in ids], skip_special_tokens=False)
+        found: list[str | None] = []
+        for text in texts:
+            is_between = text.startswith(alone) and text.endswith(rest) and len(text) >= len(two)
+            found.append(text[len(alone) : len(text) - len(rest)] if is_between else None)
+        return found
+
 
 class HuggingFaceTokenizer(PretrainedTokenizer):
     """A tokenizer of the library ``tokenizers``.
@@ -159,7 +210,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
             if bad := [special for special in own if special not in read.vocabulary or special == read.unknown]:
                 raise ValueError(f"id {bad[0]} cannot be BOS or EOS")
             self._tokenizer = _for_text(read.runnable, {token_id: read.vocabulary[token_id] for token_id in specials})
-            pieces = _Pieces(read, specials).all()
+            pieces = read.pieces(specials)
             first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
         names = {token_id: f"⟨unused {token_id}⟩" for token_id in range(len(pieces)) if token_id not in read.vocabulary}
         names |= {token_id: read.vocabulary[token_id] for token_id in specials}
@@ -278,71 +329,6 @@ def _made_from(merge: str | Sequence[str]) -> Iterator[str]:
     """Yields the tokens of a merge: two parts and their concatenation."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     yield from (left, right, left + right)
-
-
-class _Pieces:
-    """Bytes of each id of a tokenizer in the middle of a text."""
-
-    def __init__(self, definition: _Definition, specials: set[int]):
-        self._library, self._parsed = definition.library, definition.parsed
-        self._vocabulary, self._unknown, self._specials = definition.vocabulary, definition.unknown, specials
-
-    def all(self) -> list[bytes]:
-        """Returns the pieces in id order, empty for specials and for ids without a token."""
-        wanted = [token_id for token_id in sorted(self._vocabulary) if token_id not in self._specials]
-        is_byte_level = any("ByteLevel" in _types(self._parsed.get(step)) for step in _BEFORE_MODEL)
-        found = self._from_alphabet(wanted) if is_byte_level else self._from_decoder(wanted)
-        if self._unknown is not None:
-            space = b" " if found.get(self._unknown, b"").startswith(b" ") else b""
-            found[self._unknown] = space + UNKNOWN
-        return [found.get(token_id, b"") for token_id in range(max(self._vocabulary) + 1)]
-
-    def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Decodes tokens whose characters stand for bytes; added tokens are text."""
-        alphabet = byte_of_character()
-        added = self._library.get_added_tokens_decoder()
-        model = self._parsed["model"]
-        suffix, prefix = (model.get(name) or "" for name in ("end_of_word_suffix", "continuing_subword_prefix"))
-        found = {}
-        for token_id in ids:
-            token = self._vocabulary[token_id]
-            if token_id in added:
-                found[token_id] = token.encode()
-                continue
-            ends_word = bool(suffix) and token.endswith(suffix)
-            token = token.removesuffix(suffix).removeprefix(prefix)
-            characters = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
-            found[token_id] = b"".join(characters) + (b" " if ends_word else b"")
-        return found
-
-    def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Decodes each token between two others, with the tokenizer's own decoder.
-
-        The decoder may treat the first and the last token differently, and a token may begin or end with a space. So
-        each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
-        token with which this succeeds for most others.
-        """
-        is_byte = self._parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self._parsed.get("decoder"))
-        sample = ids[:: max(1, len(ids) // 64)]
-        best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
-        found = {}
-        for token_id, piece in zip(ids, self._between(best, ids), strict=True):
-            token = self._vocabulary[token_id]
-            byte = _BYTE_TOKEN.fullmatch(token) if is_byte else None
-            found[token_id] = bytes([int(byte[1], 16)]) if byte else (token if piece is None else piece).encode()
-        return found
-
-    def _between(self, a: int, ids: Sequence[int]) -> list[str | None]:
-        alone, two = (self._library.decode([a] * count, skip_special_tokens=False) for count in (1, 2))
-        if not two.startswith(alone) or "\ufffd" in alone:
-            return [None] * len(ids)
-        rest = two[len(alone) :]
-        texts = self._library.decode_batch([[a, token_id, a] for token_id in ids], skip_special_tokens=False)
-        found: list[str | None] = []
-        for text in texts:
-            is_between = text.startswith(alone) and text.endswith(rest) and len(text) >= len(two)
-            found.append(text[len(alone) : len(text) - len(rest)] if is_between else None)
-        return found
 
 
 def _values(step: Any, name: str) -> list[Any]:

@@ -58,14 +58,7 @@ _log = logging.getLogger(__name__)
 
 
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer of another project.
-
-    Args:
-      pieces: bytes of each id, in id order.
-      bos_id: the tokenizer's own BOS; None: an id is appended.
-      eos_id: the tokenizer's own EOS; None: an id is appended.
-      names: see ``Tokenizer``.
-      adds_space: see ``Tokenizer``.
+    """A tokenizer of another project; an id is appended for BOS or EOS where it has none.
 
     Attributes:
       file_names: pattern for the names of its files.

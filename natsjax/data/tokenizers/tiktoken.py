@@ -27,13 +27,7 @@ import numpy as np
 
 from natsjax.data.optional import import_optional
 from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
-from natsjax.data.tokenizers.pretrained import (
-    PretrainedTokenizer,
-    as_user_error,
-    note_on,
-    num_threads,
-    read_bytes,
-)
+from natsjax.data.tokenizers.pretrained import PretrainedTokenizer, as_user_error, note_on, num_threads, read_bytes
 from natsjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from natsjax.data.tokenizers.tiktoken_patterns import (
     FIRST_CL100K_PATTERN,

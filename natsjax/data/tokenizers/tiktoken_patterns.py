@@ -58,11 +58,7 @@ _FILES = {
         "r50k",
         {"<|endoftext|>": 50256},
     ),
-    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": (
-        "p50k_base",
-        "p50k",
-        {"<|endoftext|>": 50256},
-    ),
+    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": ("p50k_base", "p50k", {"<|endoftext|>": 50256}),
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": (
         "cl100k_base",
         "cl100k",
