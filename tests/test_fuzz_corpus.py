@@ -28,33 +28,9 @@ from natsjax.errors import UserError
 
 # --- texts ---
 
-_STRANGE = [
-    "",
-    " ",
-    "\n",
-    "\r\n",
-    "\t \n",
-    "\0",
-    "a\0b",
-    "\ufeff",
-    "a\r\nb\r",
-    "\u2028",
-    "\x85",
-    "e\u0301",
-    "🦆" * 9,
-    "x",
-]
-_STRANGE += [
-    "one line\nand no end",
-    "word " * 40,
-    "\x1b[0m",
-    "\ufffd",
-    "\U0010ffff",
-    "<bos>",
-    "⟨eos⟩",
-    "Ġ",
-    "x" * 70_000,
-]
+_STRANGE = ["", " ", "\n", "\r\n", "\t \n", "\0", "a\0b", "\ufeff", "a\r\nb\r", "\u2028", "\x85", "e\u0301", "🦆" * 9]
+_STRANGE += ["x", "one line\nand no end", "word " * 40, "\x1b[0m", "\ufffd", "\U0010ffff", "<bos>", "⟨eos⟩", "Ġ"]
+_STRANGE += ["x" * 70_000]
 TEXTS = st.one_of(
     st.sampled_from(_STRANGE),
     st.text(max_size=30),
@@ -85,16 +61,8 @@ def _text_content(draw) -> Content:
 
 
 # What is no JSON, or no Unicode; what is JSON and no text; what is a document without text if others have some.
-_BAD_LINES = [
-    "{",
-    '{"text": "\\ud800"}',
-    '{"id": "\\udfff", "text": "a"}',
-    "[" * 99_999,
-    "{'text': 'a'}",
-    "\0",
-    "x" * 9000,
-]
-_BAD_LINES += ['{"text": "a"} {"text": "b"}', '{"text": "a",}']
+_BAD_LINES = ["{", '{"text": "\\ud800"}', '{"id": "\\udfff", "text": "a"}', "[" * 99_999, "{'text': 'a'}", "\0"]
+_BAD_LINES += ["x" * 9000, '{"text": "a"} {"text": "b"}', '{"text": "a",}']
 _WRONG_LINES = ["[1]", "3", "null", '"text"', '{"text": 3}', '{"text": ["a"]}', '{"text": NaN}']
 _LINES_WITHOUT = ["{}", '{"a b": "c"}', json.dumps({f"field {n}": n for n in range(300)})]
 _LINES_WITHOUT += [json.dumps({"k" * 9000: 1, "\n\x1b[31m": 2})]
@@ -187,20 +155,8 @@ KINDS = {
     ".parquet": _parquet_content,
     ".md": _text_content,
 }
-_STEMS = [
-    b"a",
-    b"b",
-    b"two words",
-    "ü".encode(),
-    b"\xff\xfe",
-    b".hidden",
-    b"-x",
-    b"new\nline",
-    b"a.txt",
-    b"x" * 200,
-    b"'",
-    b"%",
-]
+_STEMS = [b"a", b"b", b"two words", "ü".encode(), b"\xff\xfe", b".hidden", b"-x", b"new\nline", b"a.txt", b"x" * 200]
+_STEMS += [b"'", b"%"]
 _FOLDERS = [b"", b"", b"", b"sub/", b"sub/deeper/", b"\xc3/", b"folder.txt/"]
 
 
