@@ -440,7 +440,9 @@ def test_other_files_get_one_sentence(tmp_path, file, text, sentence):
         load_tokenizer(tmp_path / file)
 
 
-def test_a_folder_with_several_tokenizers(tmp_path):
+def test_a_folder_with_none_or_several_tokenizers(tmp_path):
+    with pytest.raises(UserError, match=r"there is no tokenizer in .*: it holds no natsjax_tokenizer\.json, "):
+        load_tokenizer(tmp_path)
     write("sp_bpe", tmp_path)
     write("tiktoken", tmp_path)
     with pytest.raises(UserError, match=r"holds several tokenizers \(x\.model, x\.tiktoken\); name one file"):
