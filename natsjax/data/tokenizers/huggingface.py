@@ -123,7 +123,7 @@ class _Definition:
     def pieces(self, specials: set[int]) -> list[bytes]:
         """Returns the bytes of each id in the middle of a text; empty for specials and for ids without a token."""
         wanted = [token_id for token_id in sorted(self.vocabulary) if token_id not in specials]
-        is_byte_level = any("ByteLevel" in _types(self.parsed.get(step)) for step in _BEFORE_MODEL)
+        is_byte_level = any("ByteLevel" in _values(self.parsed.get(step), "type") for step in _BEFORE_MODEL)
         found = self._from_alphabet(wanted) if is_byte_level else self._from_decoder(wanted)
         if self.unknown is not None:
             space = b" " if found.get(self.unknown, b"").startswith(b" ") else b""
@@ -155,7 +155,8 @@ class _Definition:
         each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
         token with which this succeeds for most others.
         """
-        is_byte = self.parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self.parsed.get("decoder"))
+        decoders = _values(self.parsed.get("decoder"), "type")
+        is_byte = self.parsed["model"].get("byte_fallback") or "ByteFallback" in decoders
         sample = ids[:: max(1, len(ids) // 64)]
         best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
         found = {}
@@ -338,11 +339,3 @@ def _values(step: Any, name: str) -> list[Any]:
     if not isinstance(step, dict):
         return []
     return [*([step[name]] if name in step else []), *(v for part in step.values() for v in _values(part, name))]
-
-
-def _types(step: Any) -> set[str]:
-    """Returns the types of a step of the tokenizer and of the steps in it."""
-    if not isinstance(step, dict):
-        return set()
-    parts = (part for value in step.values() if isinstance(value, list) for part in value)
-    return {str(step.get("type"))}.union(*(_types(part) for part in parts))
