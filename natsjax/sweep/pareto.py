@@ -16,13 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report import picture
 from natsjax.report.styles import style_of
 from natsjax.runtime.tables import percent, significant, text_table, with_interval
 from natsjax.sweep.runs import SweepRun
 
-_PARETO = style_of("nats")
-_DENSE = style_of("full")
+_PARETO = style_of(NATS.name)
+_DENSE = style_of(FULL.name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from natsjax.evaluate import Evaluation
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.policies.budgets import wanted_budgets
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report.results import is_biased, restored, to_json
 from natsjax.runs.data import RunData, open_data
 from natsjax.runs.initial_parameters import InitialParameters
@@ -382,11 +383,11 @@ def _identity(run: PlannedRun) -> dict[str, Any]:
 def _is_chosen(run: PlannedRun, row: dict[str, Any], budget_check: dict[str, Any]) -> bool:
     """Returns True for the row that represents the run."""
     if run.is_dense:
-        return row["method"] == "full"
+        return row["method"] == FULL.name
     return is_biased(row, budget_check if run.kv_budget is not None else {"role_bias": 0.0})
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["role_bias"]):
+    for row in sorted((row for row in rows if row["method"] == NATS.name), key=lambda row: row["setting"]["role_bias"]):
         same = {name: row[name] for name in ("budget", "kv_fraction", "perplexity", "accuracy")}
         yield {"role_bias": row["setting"]["role_bias"]} | same
