@@ -14,7 +14,7 @@ from typing import Any
 from natsjax.policies.registry import FULL, NATS, POLICIES
 from natsjax.report.fields import ROW_FIELDS, page_columns
 from natsjax.report.results import Results, to_json
-from natsjax.report.styles import css_colors
+from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors
 
 _SCRIPTS = {
     "run": ("charts.js", "curves.js", "reader.js", "run.js"),
@@ -61,6 +61,9 @@ def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
         "methods": {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()},
         "own_roles": NATS.name,
         "full_attention": FULL.name,
+        "num_run_colors": len(RUN_COLORS),
+        "many_runs": MANY_RUNS,
+        "log_ratio": LOG_RATIO,
         "axes": {field.name: field.axis for field in ROW_FIELDS.values() if field.axis},
     }
     position = _filled("figure.html", part="position", chart="position-chart")

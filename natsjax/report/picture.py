@@ -16,12 +16,10 @@ from matplotlib.ticker import NullLocator
 from natsjax.policies.registry import FULL, NATS
 from natsjax.report.fields import ROW_FIELDS, Row
 from natsjax.report.results import Results, is_biased
-from natsjax.report.styles import LINE_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.report.styles import LINE_STYLES, LOG_RATIO, MANY_RUNS, RUN_COLORS, bounds, height, is_drawable, style_of
 from natsjax.runtime.tables import percent, significant
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
-_MANY_RUNS = 4  # with more, only the settings that were set to their budgets get intervals
-_LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
 
 
 class _Series(NamedTuple):
@@ -75,7 +73,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
     figure, axes = new_figure(title)
     drawn: list[Row] = []
     right: list[Artist] = []
-    crowded = sum(results is not None for _, results in runs) > _MANY_RUNS
+    crowded = sum(results is not None for _, results in runs) > MANY_RUNS
     for number, (name, results) in enumerate(runs):
         if results is None:
             continue
@@ -195,7 +193,7 @@ def scale_axes(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     heights = [value for row in rows for value in (height(row, metric), *bounds(row, metric))]
     heights = [value for value in heights if math.isfinite(value)]
     name = ROW_FIELDS[metric].axis
-    if metric == "perplexity" and heights and max(heights) > _LOG_PERPLEXITY_RATIO * min(heights) > 0:
+    if metric == "perplexity" and heights and max(heights) > LOG_RATIO * min(heights) > 0:
         name += " (log scale)"
         axes.set_yscale("log")
         ticks, limits = _log_ticks(min(heights) / 1.1, max(heights) * 1.1)

@@ -295,13 +295,18 @@ class Member:
 
     def _leave(self, status: int) -> NoReturn:
         """Ends this process, process 0 when the others have heard why."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
         self._line.close()
         if self._hub is not None:
             self._hub.join(timeout=10)
-        os._exit(status)  # the main thread may sit in a collective, and JAX would wait for the others
+        end_process(status)  # the main thread may sit in a collective, and JAX would wait for the others
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process without cleaning up, but for what it has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _show_own(error: BaseException) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Collection, Iterator
 from typing import NoReturn
 
 from natsjax.errors import UserError
-from natsjax.runtime.control_channel import Hub, Line, Member
+from natsjax.runtime.control_channel import Hub, Line, Member, end_process
 
 # Variables of launchers that JAX may not detect: then every process would train for itself.
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -110,10 +110,7 @@ def end(error: BaseException, status: int) -> NoReturn:
     """
     if _member is not None:
         _member.fail(error)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
+    end_process(status)
 
 
 def any_process(flag: bool) -> bool:

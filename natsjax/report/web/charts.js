@@ -129,7 +129,7 @@ function axis(low, high, from, to, log) {
 /** A y axis with room around the values; logarithmic where they are far apart, unless it is to be linear. */
 function yAxis(values, from, to, linear) {
   const low = Math.min(...values), high = Math.max(...values);
-  if (!linear && low > 0 && high / low > 8) return axis(low / 1.1, high * 1.1, from, to, true);
+  if (!linear && low > 0 && high / low > data.log_ratio) return axis(low / 1.1, high * 1.1, from, to, true);
   const room = (high - low) * 0.06 || Math.abs(high) * 0.05 || 1;
   return axis(low - room, high + room, from, to, false);
 }

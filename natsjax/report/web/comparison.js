@@ -1,7 +1,7 @@
 /* The page of several runs. */
 const { runs, settings, notes } = data;
-const CROWDED = runs.filter(({ rows }) => rows.length).length > 4;  // as in picture.py
-const RUN_COLORS = 8;  // --run-0 … of style.css, as in styles.py
+const CROWDED = runs.filter(({ rows }) => rows.length).length > data.many_runs;
+const RUN_COLORS = data.num_run_colors;  // --run-0 … of style.css
 const runColor = (i) => `var(--run-${i % RUN_COLORS})`;
 const runDash = (i) => DASHES[Math.floor(i / RUN_COLORS) % DASHES.length];
 const line = (i) => ({ color: runColor(i), dash: runDash(i) });

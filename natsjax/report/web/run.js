@@ -171,7 +171,7 @@ function positionGroups() {
   if (own > 0) groups.unshift(...groups.splice(own, 1));
   if (natsRows.length > 1) groups.push({ name: "every role bias", series: natsRows.map((row, i) =>
     ({ ...line(row), dash: "", marker: markers[i % markers.length],
-      color: `color-mix(in srgb, ${methodColor({ method: NATS })} ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--sliding_window))`,
+      color: `color-mix(in srgb, ${methodColor({ method: NATS })} ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--contrast))`,
       name: `${settingText(row)}: ${percent(row.kv_fraction)} KV` })) });
   return groups.length ? groups : [{ name: "all", series: rows.map(line) }];
 }
@@ -274,7 +274,7 @@ showTable();
 showBudgetCheck();
 showCurve();
 showPositions(positionGroups());
-showTraining([{ name: "this run", color: "var(--sliding_window)", dash: "", training }]);
+showTraining([{ name: "this run", color: "var(--contrast)", dash: "", training }]);
 showMarks();
 if (!natsRows.length) byId("heat").remove();
 if (samples.length) {
