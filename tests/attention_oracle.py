@@ -1,4 +1,4 @@
-"""Comparison of an attention backend with the dense oracle: inputs, values, gradients, the error as a number."""
+"""The attention backends, and their comparison with the dense oracle: inputs, values, gradients, errors as numbers."""
 
 import functools
 from typing import NamedTuple
@@ -6,10 +6,45 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Placed, Shape, any_places
+import pytest
+from cases import Placed, Shape, any_places, document_ends, role_ids
 
 from pallas_kernels import nats_attention as na
+from pallas_kernels.nats_attention.pallas_gpu import GpuTiling
+from pallas_kernels.nats_attention.pallas_tpu import TpuTiling
+from pallas_kernels.nats_attention.tiling import Problem
 
+gpu_interpreter = pytest.mark.skipif(
+    jax.__version_info__[:2] < (0, 11), reason=f"the GPU interpreter needs jax >= 0.11; this is {jax.__version__}"
+)
+
+
+class Backend(NamedTuple):
+    """What a backend computes in, and how far it may be from the oracle of the same rounded numbers."""
+
+    dtype: jnp.dtype = jnp.dtype("float32")
+    spread: float = 3.0
+    """Of the queries."""
+    tolerance: float = 2e-5
+    loud: float = 400.0
+    """What a key is multiplied by for it to be louder than all others."""
+    loud_tolerance: float = 1e-4
+    """Queries that do read such a key have logits near 1000, which float32 rounds to 5e-5."""
+
+
+BACKENDS = {
+    "xla": Backend(),
+    "reference": Backend(),
+    "pallas_tpu": Backend(loud=100.0),
+    # The weights, the gradients of the logits and the results are rounded.
+    "pallas_gpu": Backend(jnp.dtype("bfloat16"), spread=2.0, tolerance=1e-2, loud_tolerance=1e-2),
+}
+# In Pallas' interpreters.
+TPU_IN_PLACE = TpuTiling(query_block=128, key_block=128, interpret=True)
+TPU_GATHERED = TpuTiling(query_block=128, key_block=128, thresholds=(128,), interpret=True)
+GPU_IN_PLACE = GpuTiling(interpret=True)
+GPU_GATHERED = GpuTiling(columns=64, rows=64, thresholds=(128,), interpret=True)
+PROBLEM = Problem(batch=1, queries=4096, keys=4096, num_kv_heads=2, group=4, head_dim=64, window=64, dtype="bfloat16")
 DOCUMENTS = ("one", "packed", "padding")
 
 
@@ -19,6 +54,18 @@ def inputs(shape: Shape, seed=0, dtype=jnp.float32, spread=1.0):
     k, v = rng.normal(size=(2, shape.b, shape.length, shape.k, shape.h))
     weight = rng.normal(size=q.shape)
     return [jnp.asarray(x, dtype) for x in (q, k, v, weight)]
+
+
+def arguments_of(shape, patterns, rng, **options):
+    """Returns ``(q, k, v, roles, document_end, weight)``, ``shape.b`` sequences for each (roles, documents).
+
+    Several patterns share a call, because what takes time in an interpreter is each kernel anew.
+    """
+    q, k, v, weight = inputs(shape._replace(b=shape.b * len(patterns)), **options)
+    drawn = [(role_ids(roles, shape, rng), document_ends(documents, shape, rng)) for roles, documents in patterns]
+    ids, ends = zip(*drawn, strict=True)
+    end = None if ends[0] is None else np.concatenate(ends)
+    return q, k, v, jax.nn.one_hot(np.concatenate(ids), 3), end, weight
 
 
 def value_and_gradients(attention, *arguments):

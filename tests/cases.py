@@ -46,9 +46,14 @@ def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray
 
 
 def document_ends(kind: str, shape: Shape, rng: np.random.Generator) -> np.ndarray | None:
-    """Returns int32 ``[b, s]`` or None: ``one`` document, ``packed`` ones, or those with ``padding`` at the end."""
+    """Returns int32 ``[b, s]``, of ``packed`` documents, those with ``padding`` at the end, or a ``whole`` sequence.
+
+    Of ``one`` document it is None, which is another program.
+    """
     if kind == "one":
         return None
+    if kind == "whole":
+        return np.full((shape.b, shape.length), shape.length, np.int32)
     rows = []
     for _ in range(shape.b):
         used = shape.length if kind == "packed" else max(1, shape.length - 1 - int(rng.integers(shape.length // 2 + 1)))

@@ -1,9 +1,9 @@
 """The commands of the package, as the tests find them: a new one is tested as soon as it is there."""
 
 import importlib
-import pathlib
 
-ROOT = pathlib.Path(__file__).parents[1]
+from processes import ROOT
+
 COMMANDS = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "natsjax").rglob("__main__.py"))
 
 

@@ -1,10 +1,10 @@
 """Compiling takes most of the suite's time: a test run compiles quickly, and its processes share compiled programs."""
 
-import fnmatch
 import gc
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import tempfile
 
@@ -17,40 +17,11 @@ settings.load_profile("natsjax")
 
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 # Files of tests that compute nothing with JAX, or nothing that depends on its version beyond what other files check.
-_ONE_PYTHON = (
-    "test_attention_tilings.py",
-    "test_benchmark_*.py",
-    "test_budgets.py",
-    "test_command_flags.py",
-    "test_compare.py",
-    "test_data_*.py",
-    "test_display.py",
-    "test_docs.py",
-    "test_evaluate_decoded.py",
-    "test_export.py",
-    "test_full_disk.py",
-    "test_fuzz_*.py",
-    "test_generate.py",
-    "test_imports.py",
-    "test_initial_parameters.py",
-    "test_kill.py",
-    "test_launch.py",
-    "test_layout.py",
-    "test_log.py",
-    "test_nonfinite.py",
-    "test_outputs.py",
-    "test_paths.py",
-    "test_policy_registry.py",
-    "test_report*.py",
-    "test_rivals.py",
-    "test_signals.py",
-    "test_standard_streams.py",
-    "test_stored_runs.py",
-    "test_sweep.py",
-    "test_text_stream.py",
-    "test_tour.py",
-    "test_warnings.py",
-    "test_watchdog.py",
+_ONE_PYTHON = re.compile(
+    r"""test_(attention_tilings|benchmark_.*|budgets|command_flags|compare|data_.*|display|docs|evaluate_decoded|export
+    |full_disk|fuzz_.*|generate|initial_parameters|kill|launch|layout|log|nonfinite|outputs|paths|policy_registry|report.*
+    |rivals|signals|standard_streams|stored_runs|sweep|text_stream|tour|warnings|watchdog)[.]py""",
+    re.VERBOSE,
 )
 
 
@@ -81,7 +52,7 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if any(fnmatch.fnmatch(item.path.name, pattern) for pattern in _ONE_PYTHON):
+        if _ONE_PYTHON.fullmatch(item.path.name):
             item.add_marker("one_python")
         if item.get_closest_marker("slow") and not config.option.slow:
             item.add_marker(pytest.mark.skip(reason="slow: pytest --slow runs it"))

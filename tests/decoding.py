@@ -1,5 +1,7 @@
 """Random models that decode, and the masked forward pass that they must agree with; tests share them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +40,40 @@ def parameters_of(config: Config, seed=0, scorer_scale=1.0):
     _, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
     parameters["unembedding"] *= 4.0  # likely tokens and unlikely ones
     if config.model.has_roles:
-        scorer = parameters["blocks"]["attention"]["scorer"]
-        scorer["weight"] = scorer_scale * jax.random.normal(jax.random.key(seed + 1), scorer["weight"].shape)
+        tiny.spread_scorer(parameters, seed + 1, scorer_scale)
     return parameters
+
+
+def make_run(path, config: Config, parameters=None):
+    """``tiny.make_run`` with such parameters."""
+    made = tiny.make_run(path, config)
+    placed = jax.tree.map(lambda x: x.sharding, made.parameters)
+    parameters = parameters_of(config) if parameters is None else parameters
+    return dataclasses.replace(made, parameters=jax.device_put(parameters, placed))
+
+
+def packed_contexts(length=24):
+    """Contexts to measure: packed documents, each row's as one document of the corpus."""
+    return tiny.packed_batch(length=length) | {"document_id": np.repeat([[0], [1], [2]], length, axis=1)}
+
+
+def always(config: Config, role):
+    """Parameters whose scorers choose one role for every token: 0 GLOBAL, 1 LOCAL, 2 SLIDING."""
+    parameters = parameters_of(config, scorer_scale=0.0)
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["bias"] = scorer["bias"].at[..., role].add(9.0)
+    return parameters
+
+
+def check_generated(config: Config, parameters, rows, found, policy=None):
+    """Every token is the likeliest one of the masked forward, whose logits are returned, with its log-probability."""
+    logits, _ = masked_logits(config, parameters, [a + b for a, b in zip(rows, found.tokens, strict=True)], policy)
+    for row, new, logprobs, x in zip(rows, found.tokens, found.logprobs, logits.astype(np.float64), strict=True):
+        x = x[len(row) - 1 : len(row) - 1 + len(new)]
+        x -= np.log(np.exp(x).sum(-1, keepdims=True))
+        assert np.abs(x[np.arange(len(new)), new] - logprobs).max() <= 2e-5 * np.abs(logits).max()
+        assert np.all(x.max(-1) - x[np.arange(len(new)), new] <= 1e-4)
+    return logits
 
 
 def decoder(config: Config, parameters, policy=None, settings=SMALL, mesh=None) -> Decoder:

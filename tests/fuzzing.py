@@ -181,21 +181,8 @@ class Odd:
 
 _ODD_TEXT = ["", " ", "\0", "a\0b", "\n", "a\nb", "\ud800", "\x1b[31m", "ü", "🦆", "None", "x" * 5000, "%s{}", "../.."]
 _ODD_OBJECTS = [None, (), [], {}, {"a": 1}, b"bytes", 1j, {1}, object(), Odd(), Odd, len, (1,), [[]], range(3)]
-ODD_KEYS = [
-    "",
-    "widht",
-    "\n",
-    "x" * 3000,
-    "model.embed_dim",
-    "__class__",
-    "\ud800",
-    None,
-    3,
-    2.5,
-    (1,),
-    b"embed_dim",
-    "Model",
-]
+ODD_KEYS = ["", "widht", "\n", "x" * 3000, "model.embed_dim", "__class__", "\ud800", None, 3, 2.5, (1,), b"embed_dim"]
+ODD_KEYS += ["Model"]
 
 
 def odd(field: Field) -> st.SearchStrategy:

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import (
+    BACKENDS,
+    GPU_GATHERED,
+    GPU_IN_PLACE,
+    PROBLEM,
+    TPU_IN_PLACE,
     any_call,
+    arguments_of,
     compiled,
     expected_results,
+    gpu_interpreter,
     inputs,
     interval,
     narrowed,
@@ -28,37 +35,31 @@ from pallas_kernels.decode_attention import observed_attention
 from pallas_kernels.nats_attention import pallas_gpu, pallas_tpu
 from pallas_kernels.nats_attention.pallas_gpu import GpuTiling
 from pallas_kernels.nats_attention.pallas_tpu import TpuTiling
-from pallas_kernels.nats_attention.tiling import Problem
 from pallas_kernels.nats_attention.xla import XlaTiling
 
 SMALL = XlaTiling(query_block=3, key_block=4, thresholds=(2,), lanes=3)
-TPU_IN_PLACE = TpuTiling(query_block=128, key_block=128, interpret=True)
-GPU = GpuTiling(columns=64, rows=64, thresholds=(128,), interpret=True)
 TPU = TpuTiling(query_block=128, key_block=128, thresholds=(2,), interpret=True)
 
-gpu_interpreter = pytest.mark.skipif(
-    jax.__version_info__[:2] < (0, 11), reason=f"the GPU interpreter needs jax >= 0.11; this is {jax.__version__}"
+
+@pytest.mark.parametrize(
+    ("implementation", "tiling", "sizes"),
+    [
+        ("xla", None, (2, 7, 33, 2, 2, 8)),
+        ("reference", None, (2, 7, 33, 2, 2, 8)),
+        ("pallas_tpu", TPU_IN_PLACE, (2, 133, 260, 2, 2, 64)),
+        pytest.param("pallas_gpu", GPU_IN_PLACE, (2, 7, 100, 2, 2, 64), marks=gpu_interpreter),
+    ],
 )
-
-BACKENDS = [
-    ("xla", None, (2, 7, 33, 2, 2, 8)),
-    ("reference", None, (2, 7, 33, 2, 2, 8)),
-    ("pallas_tpu", TPU_IN_PLACE, (2, 133, 260, 2, 2, 64)),
-    pytest.param("pallas_gpu", GpuTiling(interpret=True), (2, 7, 100, 2, 2, 64), marks=gpu_interpreter),
-]
-
-
-@pytest.mark.parametrize(("implementation", "tiling", "sizes"), BACKENDS)
 def test_positions_and_log_sum_exp(implementation, tiling, sizes):
     """Gathered keys and ragged queries, rows that read nothing, gradients through the log-sum-exp too."""
-    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 5e-6)
-    call, wide = narrowed(ragged_call(*sizes, 5), dtype)
+    backend = BACKENDS[implementation]
+    call, wide = narrowed(ragged_call(*sizes, 5), backend.dtype)
     got = jax.jit(functools.partial(results, interval(implementation, tiling)))(call)
     expected = expected_results(wide, sizes[-1] ** -0.5)
     assert np.isneginf(got[1][:, 5]).all()
     assert not np.asarray(got[0][:, 5], np.float32).any()
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
-    assert worst_error(got, expected) < tolerance
+    assert worst_error(got, expected) < (5e-6 if backend.dtype == jnp.float32 else backend.tolerance)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +70,15 @@ def test_positions_and_log_sum_exp(implementation, tiling, sizes):
         ("xla", None, (8, 13, 21, 2, 2, 4), 8),
         ("reference", None, (8, 13, 21, 2, 2, 4), 8),
         ("pallas_tpu", TPU, (4, 5, 133, 1, 2, 64), 4),
-        pytest.param("pallas_gpu", GPU, (6, 5, 100, 1, 2, 64), 1, marks=gpu_interpreter),
+        pytest.param("pallas_gpu", GPU_GATHERED, (6, 5, 100, 1, 2, 64), 1, marks=gpu_interpreter),
     ],
 )
 def test_any_positions_and_ends_and_nan_where_nothing_is_read(implementation, tiling, sizes, draws):
-    dtype, tolerance = (jnp.bfloat16, 1e-2) if implementation == "pallas_gpu" else (jnp.float32, 2e-5)
+    backend = BACKENDS[implementation]
     run = jax.jit(functools.partial(results, interval(implementation, tiling)))
     for seed in range(draws):
-        call, wide = narrowed(any_call(*sizes, seed, broken=(np.nan, np.inf, 0)[seed % 3]), dtype)
-        assert worst_error(run(call), expected_results(wide, sizes[-1] ** -0.5)) < tolerance, seed
+        call, wide = narrowed(any_call(*sizes, seed, broken=(np.nan, np.inf, 0)[seed % 3]), backend.dtype)
+        assert worst_error(run(call), expected_results(wide, sizes[-1] ** -0.5)) < backend.tolerance, seed
 
 
 def test_under_vmap_it_is_the_same():
@@ -213,11 +214,8 @@ def test_a_fraction_that_is_none_is_refused(fraction):
 
 def test_all_rows_sampled_are_all_rows():
     shape = Shape(1, 9, 1, 1, 4, 2)
-    q, k, v, weight = inputs(shape)
-    roles = jax.nn.one_hot(role_ids("random", shape, np.random.default_rng(0)), 3)
-    arguments = (q, k, v, roles, None, weight)
-    got = compiled(sampled(shape.window, 1, 0), *arguments)
-    for x, y in zip(got, compiled(nats(shape.window), *arguments), strict=True):
+    arguments = arguments_of(shape, [("random", "one")], np.random.default_rng(0))
+    for x, y in zip(*(compiled(f, *arguments) for f in (sampled(2, 1, 0), nats(2))), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -264,9 +262,6 @@ def test_what_is_known_only_when_the_program_runs_is_refused_where_it_must_be_kn
         jax.jit(lambda window: na.nats_attention(q, q, q, jnp.zeros((1, 1, 3, 3)), window=window))(1)
 
 
-PROBLEM = Problem(batch=1, queries=4096, keys=4096, num_kv_heads=2, group=4, head_dim=64, window=64, dtype="bfloat16")
-
-
 @pytest.mark.parametrize(
     ("backend", "change", "reason"),
     [
@@ -307,7 +302,7 @@ def test_a_wrong_tiling_is_named(backend, tiling, message):
         backend.check(PROBLEM, tiling)
 
 
-@pytest.mark.parametrize("tiling", [TPU, GPU])
+@pytest.mark.parametrize("tiling", [TPU, GPU_GATHERED])
 def test_without_a_name_a_cpu_takes_no_backend_of_another_device(tiling):
     q, k, v, _ = inputs(Shape(1, 4, 1, 1, 4, 1))
     with pytest.raises(ValueError, match="XlaTiling"):

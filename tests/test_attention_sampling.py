@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Shape, document_ends, role_ids
+from attention_oracle import arguments_of
+from cases import Shape
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import reference, sampling
@@ -17,28 +18,14 @@ TILING = XlaTiling(query_block=8, key_block=8, lanes=3, thresholds=(8,), sampled
 
 
 def problem(documents="packed"):
-    rng = np.random.default_rng(0)
-    query = jnp.asarray(2 * rng.normal(size=(SHAPE.b, SHAPE.length, SHAPE.k * SHAPE.g, SHAPE.h)), jnp.float32)
-    key, value = jnp.asarray(rng.normal(size=(2, SHAPE.b, SHAPE.length, SHAPE.k, SHAPE.h)), jnp.float32)
-    dout = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
-    roles = jax.nn.one_hot(role_ids("random", SHAPE, rng), 3)
-    end = document_ends(documents, SHAPE, rng)
-    return (query, key, value, roles), None if end is None else jnp.asarray(end), dout
+    *primals, end, dout = arguments_of(SHAPE, [("random", documents)], np.random.default_rng(0), spread=2.0)
+    return tuple(primals), end, dout
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(mask_gradient, primals, document_end, dout, sample_key):
-    def attend(*primals):
-        return na.nats_attention(
-            *primals,
-            window=SHAPE.window,
-            document_end=document_end,
-            mask_gradient=mask_gradient,
-            sample_key=sample_key,
-            tiling=TILING,
-        )
-
-    return jax.vjp(attend, *primals)[1](dout)
+    options = {"mask_gradient": mask_gradient, "sample_key": sample_key, "tiling": TILING, "window": SHAPE.window}
+    return jax.vjp(lambda *x: na.nats_attention(*x, document_end=document_end, **options), *primals)[1](dout)
 
 
 def test_the_mean_over_draws_is_the_exact_gradient():

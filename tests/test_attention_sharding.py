@@ -1,151 +1,91 @@
 """Attention inside ``jax.shard_map``: batch and heads divided among devices give what one device gives."""
 
-import os
-import pathlib
-import subprocess
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_oracle import inputs, relative_error, value_and_gradients
-from cases import Shape, any_ends, document_ends, role_ids
+from attention_oracle import arguments_of, compiled, relative_error
+from cases import Shape, any_ends
+from processes import run
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import tuning_table, xla
 from pallas_kernels.nats_attention.tiling import Problem
 
-TESTS = pathlib.Path(__file__).parent
-BY_HEAD, ROLES, BY_BATCH = jax.P("data", None, "tensor"), jax.P("data", "tensor"), jax.P("data")
+BY_BATCH, BY_HEAD, BY_KV_HEAD = jax.P("data"), jax.P("data", None, "tensor"), jax.P("data", "tensor")
+ROWS, KEYS = jax.P("data", "context"), jax.P("data", None, "context")
 
 
-def arguments_of(shape):
-    rng = np.random.default_rng(0)
-    q, k, v, weight = inputs(shape, spread=3.0)
-    roles = jax.nn.one_hot(role_ids("random", shape, rng), 3)
-    return q, k, v, roles, jnp.asarray(document_ends("packed", shape, rng)), weight
-
-
-def error_of_sharding(mesh, shape, kv_heads=("tensor",), **options):
+def error_of(mesh, shape, specs, axis_name=None, **options):
     """Returns the largest error of values and gradients over a mesh, against the same call without one.
 
-    Without ``kv_heads`` the shards of the query heads share keys, values and roles.
+    ``specs`` are those of query, key, roles and ends of documents.
     """
-    by_kv_head, roles = jax.P("data", None, *kv_heads), jax.P("data", *kv_heads)
-
-    def attention(q, k, v, roles, end):
-        draw = jax.random.key(3)  # one draw a call, the same on every device
-        return na.nats_attention(q, k, v, roles, window=shape.window, document_end=end, sample_key=draw, **options)
-
-    specs = (BY_HEAD, by_kv_head, by_kv_head, roles, BY_BATCH)
-    sharded = jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=BY_HEAD)
-    arguments = arguments_of(shape)
-    expected = jax.jit(value_and_gradients, static_argnums=0)(attention, *arguments)
-    placed = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in (*specs, BY_HEAD)))
-    got = jax.jit(value_and_gradients, static_argnums=0)(sharded, *placed)
-    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
-
-
-def mesh_of(*sizes, axis_type=jax.sharding.AxisType.Auto):
-    return jax.make_mesh(sizes, ("data", "tensor"), axis_types=(axis_type,) * 2)
-
-
-def error_of_intervals(mesh, shape):
-    """Returns the error of the gradient through values and log-sum-exp, against the call without a mesh."""
-    q, k, v, _, end, _ = arguments_of(shape)
-    key_end = jnp.broadcast_to(end[:, None], (shape.b, shape.k, shape.length))
-
-    def attend(*arrays):
-        return na.interval_attention(*arrays, return_lse=True, implementation="xla")
-
-    def gradient(attend):
-        def loss(*arrays):
-            out, lse = attend(*arrays, key_end)
-            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-
-    specs = (BY_HEAD, BY_HEAD, BY_HEAD, ROLES)
-    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(BY_HEAD, BY_HEAD))
-    return max(relative_error(x, y) for x, y in zip(gradient(sharded), gradient(attend), strict=True))
-
-
-def error_of_divided_sequence(mask_gradient, length):
-    """Returns the largest error of values and gradients where the sequence is divided among four devices."""
-    mesh = jax.make_mesh((1, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    shape = Shape(2, length, 4, 2, 8, 5)
-    rows, roles = jax.P("data", "context"), jax.P("data", None, "context")
 
     def attention(q, k, v, roles, end, axis_name=None):
-        draw = jax.random.key(3)
-        options = {"mask_gradient": mask_gradient, "sample_key": draw, "axis_name": axis_name}
-        return na.nats_attention(q, k, v, roles, window=shape.window, document_end=end, implementation="xla", **options)
+        draw = jax.random.key(3)  # one draw a call, the same on every device
+        given = {"document_end": end, "sample_key": draw, "axis_name": axis_name, "implementation": "xla"}
+        return na.nats_attention(q, k, v, roles, window=shape.window, **given, **options)
 
-    def divided(*arrays):
-        return attention(*arrays, axis_name="context")
-
-    specs = (rows, rows, rows, roles, rows)
-    sharded = jax.shard_map(divided, mesh=mesh, in_specs=specs, out_specs=rows)
-    arguments = arguments_of(shape)
-    expected = jax.jit(value_and_gradients, static_argnums=0)(attention, *arguments)
-    placed = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in (*specs, rows)))
-    got = jax.jit(value_and_gradients, static_argnums=0)(sharded, *placed)
-    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
+    rows, keys, *others = specs
+    divided = functools.partial(attention, axis_name=axis_name)
+    sharded = jax.shard_map(divided, mesh=mesh, in_specs=(rows, keys, keys, *others), out_specs=rows)
+    arguments = arguments_of(shape, [("random", "packed")], np.random.default_rng(0), spread=3.0)
+    specs = (rows, keys, keys, *others, rows)
+    placed = jax.device_put(arguments, tuple(jax.NamedSharding(mesh, spec) for spec in specs))
+    pairs = zip(compiled(sharded, *placed), compiled(attention, *arguments), strict=True)
+    return max(relative_error(x, y) for x, y in pairs)
 
 
-def error_of_divided_intervals():
-    """Returns the same error of ``interval_attention``, with gradients through values and log-sum-exp."""
-    mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
-    shape = Shape(2, 48, 4, 2, 8, 5)
-    q, k, v, _, end, _ = arguments_of(shape)
-    index = np.arange(shape.length)
-    sliding = np.minimum(np.asarray(end)[:, None], index + 9)
-    rng = np.random.default_rng(1)
-    size = (shape.b, shape.k, shape.length)
-    key_end = np.where(rng.random(size) < 0.3, any_ends(np.broadcast_to(index, size), rng), sliding).astype(np.int32)
-    unread = jnp.moveaxis(jnp.asarray(key_end <= index), 1, 2)[..., None]
-    k, v = (jnp.where(unread, jnp.nan, x) for x in (k, v))
-    rows = jax.P(None, "context")
+def mesh_of(other="tensor", *sizes, axis_type=jax.sharding.AxisType.Auto):
+    return jax.make_mesh(sizes, ("data", other), axis_types=(axis_type,) * 2)
 
-    def gradient(axis_name):
+
+def error_of_intervals(mesh, shape, rows, ends, axis_name=None):
+    """Returns the error of values and gradients through values and log-sum-exp, against the call without a mesh.
+
+    Where the sequence is divided, keys that nothing reads are NaN.
+    """
+    q, k, v, _, end, _ = arguments_of(shape, [("random", "packed")], np.random.default_rng(0), spread=3.0)
+    index, size, rng = np.arange(shape.length), (shape.b, shape.k, shape.length), np.random.default_rng(1)
+    key_end = np.broadcast_to(np.asarray(end)[:, None], size)
+    if axis_name:
+        drawn = any_ends(np.broadcast_to(index, size), rng)
+        key_end = np.where(rng.random(size) < 0.3, drawn, np.minimum(key_end, index + 9)).astype(np.int32)
+        unread = jnp.moveaxis(jnp.asarray(key_end <= index), 1, 2)[..., None]
+        k, v = (jnp.where(unread, jnp.nan, x) for x in (k, v))
+
+    def gradient(mesh, axis_name):
         def attend(*arrays):
             return na.interval_attention(*arrays, return_lse=True, implementation="xla", axis_name=axis_name)
 
-        if axis_name is not None:
-            specs = (rows, rows, rows, jax.P(None, None, "context"))
-            attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(rows, rows))
+        if mesh:
+            attend = jax.shard_map(attend, mesh=mesh, in_specs=(rows, rows, rows, ends), out_specs=(rows, rows))
 
         def loss(*arrays):
             out, lse = attend(*arrays, key_end)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0))
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v))
 
-    got, expected = (jax.tree.leaves(gradient(name)) for name in ("context", None))
-    return max(relative_error(x, y) for x, y in zip(got, expected, strict=True))
-
-
-def run_with_devices(*command):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
-    )
+    pairs = zip(gradient(mesh, axis_name), gradient(None, None), strict=True)
+    return max(relative_error(x, y) for x, y in pairs)
 
 
 def test_four_devices_give_what_one_gives():
-    run = run_with_devices(__file__)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "4 devices\n"
+    done = run(__file__, devices=4)
+    assert (done.returncode, done.stdout) == (0, "4 devices\n"), done.stderr
 
 
 def test_the_benchmark_divides_heads_among_devices():
     few = ["--lengths=40", "--passes=forward", "--windows=4", "--repeats=1", "--heads=4,2,8"]
-    run = run_with_devices("-m", "benchmarks.attention", *few, "--devices=2")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("xla, 2 cpu devices")
-    run = run_with_devices("-m", "benchmarks.attention", *few, "--devices=3")
-    assert run.returncode == 2
-    assert "2 KV heads do not divide evenly among them" in run.stderr
+    done = run("-m", "benchmarks.attention", *few, "--devices=2", devices=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("xla, 2 cpu devices")
+    done = run("-m", "benchmarks.attention", *few, "--devices=3", devices=3)
+    assert done.returncode == 2
+    assert "2 KV heads do not divide evenly among them" in done.stderr
 
 
 def test_a_core_that_has_a_device_to_itself_gets_smaller_tiles(monkeypatch):
@@ -162,23 +102,22 @@ def test_a_core_that_has_a_device_to_itself_gets_smaller_tiles(monkeypatch):
 
 
 def main():
-    jax.config.update("jax_num_cpu_devices", 4)
-    shape = Shape(2, 70, 4, 2, 8, 5)
-    explicit = mesh_of(1, 4, axis_type=jax.sharding.AxisType.Explicit)
-    one_kv_head = shape._replace(k=1, g=4)
-    for mesh, shape_, kv_heads, mask_gradient in (
-        (mesh_of(2, 2), one_kv_head, (), "exact"),
-        (explicit, shape, ("tensor",), "sampled"),
+    shape, explicit = Shape(2, 70, 4, 2, 8, 5), jax.sharding.AxisType.Explicit
+    heads, rows = (BY_HEAD, BY_HEAD, BY_KV_HEAD, BY_BATCH), (ROWS, ROWS, KEYS, ROWS)
+    shared = (BY_HEAD, BY_BATCH, BY_BATCH, BY_BATCH)  # by the shards of the query heads
+    by_head, by_row = mesh_of("tensor", 1, 4, axis_type=explicit), mesh_of("context", 1, 4, axis_type=explicit)
+    for mesh, sizes, specs, options in (
+        (mesh_of("tensor", 2, 2), {"k": 1, "g": 4}, shared, {}),
+        (by_head, {}, heads, {"mask_gradient": "sampled"}),
+        # A draw whose strata the pieces do not cut is the draw of one device.
+        (by_row, {"length": 72}, rows, {"axis_name": "context"}),
+        (by_row, {"length": 256}, rows, {"axis_name": "context", "mask_gradient": na.Sampled(0.5)}),
     ):
-        error = error_of_sharding(mesh, shape_, kv_heads, mask_gradient=mask_gradient, implementation="xla")
-        assert error < 1e-5, f"{mesh} {mask_gradient}: {error}"
-    error = error_of_intervals(mesh_of(2, 2), shape)
+        error = error_of(mesh, shape._replace(**sizes), specs, **options)
+        assert error < 1e-5, f"{mesh} {options}: {error}"
+    error = error_of_intervals(mesh_of("tensor", 2, 2), shape, BY_HEAD, BY_KV_HEAD)
     assert error < 1e-5, f"interval_attention: {error}"
-    # A draw whose strata the pieces do not cut is the draw of one device.
-    for mask_gradient, length in (("exact", 72), (na.Sampled(0.5), 256)):
-        error = error_of_divided_sequence(mask_gradient, length)
-        assert error < 1e-5, f"sequence {mask_gradient}: {error}"
-    error = error_of_divided_intervals()
+    error = error_of_intervals(mesh_of("context", 1, 4), shape._replace(length=48), ROWS, KEYS, "context")
     assert error < 1e-5, f"interval_attention, sequence: {error}"
     print(f"{jax.device_count()} devices")
 

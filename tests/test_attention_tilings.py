@@ -3,11 +3,11 @@
 import itertools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Shape, role_ids
+from attention_oracle import arguments_of, compiled, nats
+from cases import Shape
 
 from benchmarks import counting
 from pallas_kernels import nats_attention as na
@@ -30,25 +30,10 @@ PROBLEM = Problem(1, 256, 256, 2, 2, 16, 8, "float32")
 @pytest.mark.parametrize("pattern", ["random", "bursts"])
 def test_no_tiling_changes_a_result(tiling, pattern):
     shape = Shape(2, 53, 2, 2, 8, 4)
-    rng = np.random.default_rng(0)
-    query = jnp.asarray(rng.normal(size=(shape.b, shape.length, shape.k * shape.g, shape.h)), jnp.float32)
-    key, value = jnp.asarray(rng.normal(size=(2, shape.b, shape.length, shape.k, shape.h)), jnp.float32)
-    dout = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
-    roles = jax.nn.one_hot(role_ids(pattern, shape, rng), 3)
-
-    @jax.jit
-    def run(*primals):
-        def attend(*primals, tiling):
-            return na.nats_attention(*primals, window=shape.window, tiling=tiling)
-
-        whole = XlaTiling(query_block=shape.length, key_block=shape.length)
-        results = []
-        for one in (tiling, whole):
-            out, pullback = jax.vjp(lambda *p, one=one: attend(*p, tiling=one), *primals)
-            results.append((out, *pullback(dout)))
-        return results
-
-    for got, expected in zip(*run(query, key, value, roles), strict=True):
+    arguments = arguments_of(shape, [(pattern, "one")], np.random.default_rng(0))
+    whole = XlaTiling(query_block=shape.length, key_block=shape.length)
+    results = (compiled(nats(shape.window, tiling=one), *arguments) for one in (tiling, whole))
+    for got, expected in zip(*results, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -77,22 +62,10 @@ def test_the_nearest_entry_of_the_table_is_chosen():
     assert tuning_table.choose("xla", xla, near, table).thresholds == (21,)  # they follow from the problem asked for
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"keys": 512, "queries": 512},
-        {"head_dim": 32},
-        {"dtype": "bfloat16"},
-        {"group": 1},
-        {"batch": 3},
-    ],
-)
-def test_an_entry_says_nothing_about_other_problems(other):
-    problem = PROBLEM._replace(**other)
-    assert tuning_table.choose("xla", xla, problem, (entry(),)) == xla.default_tiling(problem)
-
-
-def test_an_entry_says_nothing_about_other_devices():
+def test_an_entry_says_nothing_about_other_problems_or_devices():
+    for other in ({"keys": 512, "queries": 512}, {"head_dim": 32}, {"dtype": "bfloat16"}, {"group": 1}, {"batch": 3}):
+        problem = PROBLEM._replace(**other)
+        assert tuning_table.choose("xla", xla, problem, (entry(),)) == xla.default_tiling(problem), other
     assert tuning_table.choose("xla", xla, PROBLEM, (entry(device="TPU v5e"),)) == xla.default_tiling(PROBLEM)
 
 

@@ -2,10 +2,7 @@
 
 import json
 import os
-import pathlib
-import socket
 import subprocess
-import sys
 import threading
 
 import jax
@@ -13,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from processes import environment
+from processes import run, together
 
 from natsjax.errors import UserError, first_line
 from natsjax.model import sharding
 from natsjax.runs.checkpoint import Checkpoints
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 KILLED_WHILE_SAVING = """
 import os, pathlib, sys
@@ -37,8 +32,7 @@ checkpoints.wait()
 
 
 def killed_while_saving(folder, *earlier):
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(folder), *earlier], cwd=ROOT, check=False)
-    assert done.returncode == 9
+    assert run("-c", KILLED_WHILE_SAVING, folder, *earlier).returncode == 9
     assert [path.name for path in folder.glob("10*")] == ["10.orbax-checkpoint-tmp"]
 
 
@@ -76,24 +70,6 @@ def test_unfinished_ones_are_said_in_their_order(tmp_path, capfd):
     Checkpoints(tmp_path).close()
     assert f"the checkpoint of step 5, 10, 100 in {tmp_path} is unfinished" in capfd.readouterr().err
     assert not list(tmp_path.glob("*orbax*"))
-
-
-def test_a_damaged_one_is_passed_over_and_set_aside(tmp_path, capfd):
-    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
-    for step in (5, 10):
-        checkpoints.save(step, {"w": jnp.full(3, float(step))})
-    checkpoints.wait()
-    for file in tmp_path.glob("10/default/**/*"):
-        if file.is_file() and file.parent.name != "default":
-            file.unlink()  # the numbers are gone
-    state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
-    np.testing.assert_array_equal(state["w"], np.full(3, 5.0))
-    said = capfd.readouterr().err.splitlines()
-    assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: ")
-    assert said[-1] == "going back to step 5"
-    assert checkpoints.latest_step() == 5
-    assert (tmp_path / "10.unreadable").exists()
-    checkpoints.close()
 
 
 def flip(path, at, mask=1):
@@ -138,16 +114,20 @@ def test_a_flipped_bit_of_any_file_is_noticed_or_does_nothing(tmp_path, capfd):
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing", "sums", "pointer"])
+@pytest.mark.parametrize("damage", ["flipped", "missing", "all missing", "sums", "pointer"])
 def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd, damage):
-    (tmp_path / "10.unreadable/of_an_earlier_start").mkdir(parents=True)
+    if damage != "all missing":
+        (tmp_path / "10.unreadable/of_an_earlier_start").mkdir(parents=True)
     checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for step in (5, 10):
         checkpoints.save(step, {"w": jnp.full(3000, float(step))})
     checkpoints.wait()
     path = tmp_path / "10/SHA256SUMS.0" if damage == "sums" else largest(tmp_path / "10/default")
-    if damage == "missing":
+    if "missing" in damage:
         path.unlink()
+        numbers = [file for file in tmp_path.glob("10/default/*/**/*") if file.is_file() and damage != "missing"]
+        for file in numbers:
+            file.unlink()
     elif damage == "pointer":
         path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
     else:
@@ -158,7 +138,8 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_passed_over(tmp_path, capfd,
     assert said[0].startswith(f"the checkpoint of step 10 in {tmp_path} cannot be read: {tmp_path / '10'}")
     assert said[0].endswith("fetch the file itself with `git lfs pull`.") == (damage == "pointer")
     assert said[1:] == ["going back to step 5"]
-    assert (tmp_path / "10.unreadable2/default").exists()
+    assert checkpoints.latest_step() == 5
+    assert (tmp_path / f"10.unreadable{'' if damage == 'all missing' else 2}/default").exists()
     checkpoints.close()
 
 
@@ -166,19 +147,13 @@ def test_one_without_checksums_is_read_and_that_is_said(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(5, {"w": jnp.ones(3)})
     checkpoints.wait()
+    sums = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS.0"]  # which the tool of that name reads
+    subprocess.run(sums, cwd=tmp_path / "5", check=True)
     (tmp_path / "5/SHA256SUMS.0").unlink()
     np.testing.assert_array_equal(checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})["w"], np.ones(3))
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert f"step 5 in {tmp_path} is read without a check: it has no checksums" in said[0]
+    (said,) = capfd.readouterr().err.splitlines()
+    assert f"step 5 in {tmp_path} is read without a check: it has no checksums" in said
     checkpoints.close()
-
-
-def test_sha256sum_reads_the_checksums(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(5, {"w": jnp.ones(3)})
-    checkpoints.close()
-    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS.0"], cwd=tmp_path / "5", check=True)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +188,11 @@ def test_the_last_ones_are_kept_and_multiples_for_ever(tmp_path):
     reader = Checkpoints(tmp_path, read_only=True)
     assert reader.latest_step() == 56
     reader.close()
-
-
-def test_without_keep_every_only_the_last_ones_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, max_to_keep=3)
+    few = Checkpoints(tmp_path / "few", max_to_keep=3)
     for step in range(5, 60, 5):
-        checkpoints.save(step, {"w": jnp.ones(3)})
-    checkpoints.close()
-    assert steps_in(tmp_path) == [45, 50, 55]
+        few.save(step, {"w": jnp.ones(3)})
+    few.close()
+    assert steps_in(tmp_path / "few") == [45, 50, 55]
 
 
 def test_a_save_goes_on_in_the_background_and_the_next_one_waits_for_it(tmp_path, monkeypatch):
@@ -284,23 +256,8 @@ run_command(main)
 def hand_on(folder, *, processes, devices, **mesh):
     """``step devices processes`` of what was restored, in each process."""
     config = tiny.config(mesh=dict.fromkeys(sharding.AXES, 1) | mesh, train={"batch_size": 8})
-    with socket.socket() as one:
-        one.bind(("", 0))
-        port = one.getsockname()[1]
-    flags = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", HAND_ON, json.dumps(config.to_dict()), str(folder)]
-            + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
-            env=environment(devices),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate(timeout=200) for process in running]
+    running = together(processes, "-c", HAND_ON, json.dumps(config.to_dict()), folder, devices=devices)
+    outputs = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0] * processes, outputs
     return [out.split()[-3:] for out, _ in outputs]
 

@@ -1,16 +1,15 @@
 """Every command names the nearest flag, choice or field of one that does not exist, and takes no abbreviation."""
 
-import pathlib
 import sys
 
 import commands
 import pytest
+from processes import ROOT
 
 from natsjax import UserError
 from natsjax.config_fields import closest
-from natsjax.runtime.flags import Parser, parse_train_flags, read_config_file, typed_text
+from natsjax.runtime.flags import Parser, parse_train_flags, typed_text
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs/smoke.py'}"
 OF_ABSL = ("natsjax.plan", "natsjax.sweep", "train")
 
@@ -108,16 +107,6 @@ def test_the_nearest_value_is_named(command, arguments, sentence, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=sentence):
         raise UserError(sentence_of(command, arguments, monkeypatch, capsys))
-
-
-def test_a_field_that_a_config_file_misplaces(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from natsjax.config import default_config\n"
-        "def get_config():\n    config = default_config()\n    config.model.kv_budget = 0.1\n    return config\n"
-    )
-    with pytest.raises(UserError, match=r"line 4: unknown config field kv_budget; did you mean nats\.kv_budget"):
-        read_config_file(file)
 
 
 def test_words_that_only_look_like_flags():

@@ -29,6 +29,7 @@ def test_the_page_and_the_picture_are_written_and_self_contained(runs, tmp_path)
 
 
 def test_every_run_is_there_with_what_it_has(runs, tmp_path):
+    """What is missing is named with the command, and of the settings only those are listed that differ."""
     data = embedded(compare(runs, tmp_path / "out")[0])
     by_name = {run["name"]: run for run in data["runs"]}
     assert list(by_name) == ["a", "b", "dense", "young"]
@@ -37,30 +38,17 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
     assert by_name["dense"]["budget_check"] is None
     assert by_name["young"]["rows"] == []
     assert all(run["training"]["steps"][-1] == 40 for run in data["runs"])
-    assert {run: by_name[run]["layers"] for run in by_name} == {
-        "a": ["nats", "nats"],
-        "b": ["nats", "nats"],
-        "dense": ["dense", "dense"],
-        "young": ["nats", "nats"],
-    }
+    nats, dense = ["nats", "nats"], ["dense", "dense"]
+    assert {run: by_name[run]["layers"] for run in by_name} == {"a": nats, "b": nats, "dense": dense, "young": nats}
     commands = {command["title"]: command["command"] for command in data["commands"]}
     assert commands["b: trained with"].endswith("# b")
     assert commands["Drawn again with"].endswith(",".join(map(str, runs)))
-
-
-def test_only_settings_that_differ_are_listed(runs, tmp_path):
-    settings = embedded(compare(runs, tmp_path / "out")[0])["settings"]
-    assert {line["field"]: line["values"] for line in settings} == {
+    assert {line["field"]: line["values"] for line in data["settings"]} == {
         "model.layer_types": [["nats"], ["nats"], ["dense"], ["nats"]],
         "nats.kv_budget": [0.15, 0.3, 0.15, 0.15],
     }
-
-
-def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
-    data = embedded(compare(runs, tmp_path / "out")[0])
-    assert data["notes"] == [
-        f"young has not been evaluated yet: python -m natsjax.evaluate --workdir={tmp_path}/young evaluates it."
-    ]
+    command = f"python -m natsjax.evaluate --workdir={tmp_path}/young"
+    assert data["notes"] == [f"young has not been evaluated yet: {command} evaluates it."]
     assert "1 of them was not evaluated" in data["evaluation"]
 
 

@@ -1,24 +1,18 @@
 """Copies are left out once, and the statistics of a corpus are those of its content."""
 
-import json
-
 import numpy as np
 import pytest
+from corpora import change_description, contents, lines, prepared
 
 from natsjax.data import Corpus, PackedSource
 from natsjax.data.prepare import __main__ as command
-from natsjax.data.prepare import prepare
 from natsjax.data.prepare.statistics import all_sliding_kv_fractions, describe, length_quantiles
 from natsjax.errors import UserError
 
 
-def _lines(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+def _written(path, texts):
+    path.write_bytes(lines(*texts))
     return path
-
-
-def _prepare(texts, output, **options):
-    return prepare(texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.3} | options))
 
 
 def _ids(corpus, split):
@@ -28,8 +22,8 @@ def _ids(corpus, split):
 def test_only_the_first_copy_stays(tmp_path):
     texts = [f"text {number % 13}" for number in range(40)] + ["text 3 ", "text"]
     texts[5] = "  "
-    path = _lines(tmp_path / "a.jsonl", texts)
-    corpus = _prepare(path, tmp_path / "out", deduplicate=True)
+    path = _written(tmp_path / "a.jsonl", texts)
+    corpus = prepared(path, tmp_path / "out", deduplicate=True)
     firsts = {text: f"a.jsonl:{number}" for number, text in reversed(list(enumerate(texts, 1))) if text.strip()}
     train, validation = _ids(corpus, "train"), _ids(corpus, "validation")
     assert sorted(train + validation) == sorted(firsts.values())
@@ -39,37 +33,45 @@ def test_only_the_first_copy_stays(tmp_path):
     assert f"left out: {corpus.dropped['duplicate']} exact copies, 1 documents without text" in "\n".join(
         describe(corpus)
     )
-    with_copies = _prepare(path, tmp_path / "copies")
+    with_copies = prepared(path, tmp_path / "copies")
     assert with_copies.dropped == {"empty": 1, "duplicate": 0}
     assert sum(summary.documents for summary in with_copies.summaries.values()) == len(texts) - 1
     with pytest.raises(UserError, match="deduplicate is False there and True here"):
-        _prepare(path, tmp_path / "copies", deduplicate=True)
+        prepared(path, tmp_path / "copies", deduplicate=True)
 
 
-def test_corpora_without_the_field_are_those_with_copies(tmp_path):
-    path = _lines(tmp_path / "a.jsonl", ["a", "b", "b"])
-    _prepare(path, tmp_path / "out")
-    description = json.loads((tmp_path / "out" / "corpus.json").read_text("utf-8"))
-    del description["arguments"]["deduplicate"], description["dropped"]
-    (tmp_path / "out" / "corpus.json").write_text(json.dumps(description), "utf-8")
-    assert _prepare(path, tmp_path / "out").dropped == {}
+def test_corpora_of_an_older_natsjax_are_what_they_were(tmp_path):
+    """Before there were copies to leave out, reports on the input, and checksums."""
+    path = _written(tmp_path / "a.jsonl", ["a", "b", "b", *(f"text {number}" for number in range(9))])
+    corpus = prepared(path, tmp_path / "out")
+
+    def change(description):
+        del description["arguments"]["deduplicate"]
+        for field in ("dropped", "input_report", "sha256"):
+            del description[field]
+
+    change_description(corpus, change)
+    again = prepared(path, tmp_path / "out")
+    assert (again.content_hash, again.dropped, again.input_report, again.sums) == (corpus.content_hash, {}, {}, {})
+    for split in ("train", "validation"):
+        assert contents(again, split) == contents(corpus, split)
     with pytest.raises(UserError, match="deduplicate is False there"):
-        _prepare(path, tmp_path / "out", deduplicate=True)
+        prepared(path, tmp_path / "out", deduplicate=True)
 
 
 def test_training_text_is_not_validated_on(tmp_path):
-    path = _lines(tmp_path / "a.jsonl", ["a", "b", "b", "c"])
-    other = _lines(tmp_path / "b.jsonl", ["d", "b", "e", "d"])
-    corpus = _prepare(path, tmp_path / "out", validation_input=other, deduplicate=True)
+    path = _written(tmp_path / "a.jsonl", ["a", "b", "b", "c"])
+    other = _written(tmp_path / "b.jsonl", ["d", "b", "e", "d"])
+    corpus = prepared(path, tmp_path / "out", validation_input=other, deduplicate=True)
     assert _ids(corpus, "train") == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
     assert _ids(corpus, "validation") == ["b.jsonl:1", "b.jsonl:3"]
     assert corpus.dropped["duplicate"] == 3
-    _lines(other, ["c", "b"])
+    _written(other, ["c", "b"])
     with pytest.raises(UserError, match="validation_input has no document left: each of its 2 documents is also in"):
-        _prepare(path, tmp_path / "none", validation_input=other, deduplicate=True)
-    _lines(path, ["a", "a"])
+        prepared(path, tmp_path / "none", validation_input=other, deduplicate=True)
+    _written(path, ["a", "a"])
     with pytest.raises(UserError, match="is the only document of the input and too short"):
-        _prepare(path, tmp_path / "none", deduplicate=True)
+        prepared(path, tmp_path / "none", deduplicate=True)
 
 
 def test_quantiles_are_lengths_that_so_many_documents_do_not_exceed():
@@ -111,7 +113,7 @@ def _smallest(rows, window):
 def test_the_smallest_kv_fraction_is_that_of_its_definition(tmp_path, context_length, window):
     random = np.random.default_rng(0)
     texts = [f"{number} " + "x" * int(random.integers(1, 150)) for number in range(60)]
-    corpus = _prepare(_lines(tmp_path / "a.jsonl", texts), tmp_path / "out")
+    corpus = prepared(_written(tmp_path / "a.jsonl", texts), tmp_path / "out")
     source = PackedSource.from_corpus(corpus, context_length=context_length, seed=0)
     rows = source.rows(0, source.epoch_tokens // context_length)
     table = all_sliding_kv_fractions(corpus, context_lengths=(32, 64, 1 << 20), windows=(4, 16, 64))
@@ -121,7 +123,7 @@ def test_the_smallest_kv_fraction_is_that_of_its_definition(tmp_path, context_le
 
 
 def test_the_command_prints_the_table_where_it_makes_sense(tmp_path, capsys):
-    path = _lines(tmp_path / "a.jsonl", [f"{number} " + "words " * 30 for number in range(10)])
+    path = _written(tmp_path / "a.jsonl", [f"{number} " + "words " * 30 for number in range(10)])
     arguments = [f"--input={path}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
     assert command.main([*arguments, "--deduplicate"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -131,6 +133,6 @@ def test_the_command_prints_the_table_where_it_makes_sense(tmp_path, capsys):
     assert list(shown) == list(fractions) == [256, 1024]
     assert shown[256] == [*(f"{fractions[256][window]:.4f}" for window in (4, 16, 64)), "-"]
     assert any("tokens in a document: p10 " in line for line in lines)
-    short = _lines(tmp_path / "b.jsonl", ["a", "b"])
+    short = _written(tmp_path / "b.jsonl", ["a", "b"])
     assert command.main([f"--input={short}", f"--output={tmp_path / 'short'}", "--tokenizer=byte"]) == 0
     assert "no table of KV fractions" in capsys.readouterr().out

@@ -6,17 +6,16 @@ import json
 import lzma
 import os
 
-import numpy as np
 import pytest
 import zstandard
+from corpora import contents, lengths, lines, prepared, save_dataset, save_splits, save_table, texts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_arrow_files import _save, save_dataset, save_splits
 
 from natsjax.data import Corpus, CorpusReader, load_tokenizer
 from natsjax.data.hold_out import end_held_out
 from natsjax.data.prepare import __main__ as prepare_command
-from natsjax.data.prepare import build, prepare
+from natsjax.data.prepare import build, passes, prepare
 from natsjax.data.readers import arrow_files, input_folder, text_files
 from natsjax.data.readers.sources import BadFileError
 from natsjax.errors import UserError
@@ -29,26 +28,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def _lines(*records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-def _texts(path, **options):
-    return [document.text for document in CorpusReader(path, **options)]
-
-
 def _tallies(reader):
     found = {name: tally for name, tally in (reader.found | reader.left_out).items() if tally.count}
     return {name: (tally.count, tally.names) for name, tally in found.items()}
-
-
-def _prepare(texts, output, **options):
-    return prepare(texts, output, **({"tokenizer": "byte", "progress": False, "held_out_fraction": 0.3} | options))
-
-
-def _content(corpus, split):
-    documents = corpus.documents(split)
-    return {name: corpus.tokenizer.decode(documents[index]) for index, name in enumerate(documents.ids)}
 
 
 # --- links ---
@@ -78,7 +60,7 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
 def test_text_that_is_named_as_held_out_is_not_trained_on_in_silence(tmp_path):
     """The habit of nanoGPT's users and of datasets; where nothing is called training text, names mean nothing."""
     for name in ("train.jsonl", "val.jsonl", "test-00000-of-00001.jsonl", "valley.jsonl"):
-        (tmp_path / name).write_bytes(_lines({"text": name}))
+        (tmp_path / name).write_bytes(lines({"text": name}))
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "x.txt").write_text("x")
     expected = ["test-00000-of-00001.jsonl", "val.jsonl", "validation/"]
@@ -90,12 +72,16 @@ def test_text_that_is_named_as_held_out_is_not_trained_on_in_silence(tmp_path):
 def test_a_linked_file_goes_by_the_name_of_the_link(tmp_path):
     """As in the hub's cache, whose files lie under hashes."""
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "d2a8").write_bytes(_lines({"text": "a"}))
+    (tmp_path / "blobs" / "d2a8").write_bytes(lines({"text": "a"}))
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "x.jsonl").symlink_to("../blobs/d2a8")
-    assert _texts(tmp_path) == ["a"]
+    assert texts_of(tmp_path) == ["a"]
     (tmp_path / "snapshot" / "y.jsonl").symlink_to("../blobs/d2a8")
-    assert _texts(tmp_path) == ["a"]
+    (tmp_path / "blobs" / "e5").write_text("read by no link")
+    reader = CorpusReader(tmp_path)
+    assert [document.text for document in reader] == ["a"]
+    links = {"linked": (1, ["snapshot/x.jsonl"]), "linked_again": (1, ["snapshot/y.jsonl"])}
+    assert _tallies(reader) == links | {"other_suffix": (1, ["blobs/e5"])}
 
 
 @pytest.mark.parametrize("name", ["gone.txt", "gone", "gone.jsonl.zst"])
@@ -104,7 +90,7 @@ def test_a_link_that_leads_nowhere_is_no_silence(tmp_path, name, target):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / name).symlink_to(name if target == "SELF" else target)
     with pytest.raises(UserError, match=rf"{name} is a link to .*, which cannot be reached: .*; put back what it"):
-        _texts(tmp_path)
+        texts_of(tmp_path)
     reader = CorpusReader(tmp_path, skip_bad_files=True)
     assert [document.text for document in reader] == ["a"]
     assert _tallies(reader) == {"unreadable": (1, [name])}
@@ -122,8 +108,8 @@ def test_a_folder_that_cannot_be_opened_is_no_silence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(input_folder.os, "scandir", denied)
     with pytest.raises(UserError, match="closed cannot be read: Permission denied; give this user the right"):
-        _texts(tmp_path)
-    assert _texts(tmp_path, skip_bad_files=True) == ["a"]
+        texts_of(tmp_path)
+    assert texts_of(tmp_path, skip_bad_files=True) == ["a"]
 
 
 # --- what is read, and what is named ---
@@ -133,14 +119,14 @@ def test_a_folder_that_cannot_be_opened_is_no_silence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("x.jsonl", _lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
-        ("X.NDJSON", _lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
-        ("x.json", _lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
+        ("x.jsonl", lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
+        ("X.NDJSON", lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
+        ("x.json", lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"})),
         ("x.json", json.dumps([{"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"}]).encode()),
         ("x.json", json.dumps([{"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"}], indent=2).encode("utf-8-sig")),
         ("x.json", b'\n{\n"text":\n"eins"}\n{"text": "zwei \xc3\xbc"} {"text": "drei"}'),
         ("x.Json", json.dumps([{"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"}], indent=1).encode("utf-16")),
-        ("x.jsonl", _lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"}).decode().encode("utf-32")),
+        ("x.jsonl", lines({"text": "eins"}, {"text": "zwei ü"}, {"text": "drei"}).decode().encode("utf-32")),
     ],
 )
 def test_every_form_of_json_in_every_compression(tmp_path, monkeypatch, suffix, name, content):
@@ -148,8 +134,8 @@ def test_every_form_of_json_in_every_compression(tmp_path, monkeypatch, suffix, 
     half = len(content) // 2
     pack = PACKED[suffix]
     (tmp_path / (name + suffix.upper())).write_bytes(pack(content[:half]) + pack(content[half:]))
-    assert _texts(tmp_path) == ["eins", "zwei ü", "drei"]
-    assert _texts(tmp_path / (name + suffix.upper())) == ["eins", "zwei ü", "drei"]
+    assert texts_of(tmp_path) == ["eins", "zwei ü", "drei"]
+    assert texts_of(tmp_path / (name + suffix.upper())) == ["eins", "zwei ü", "drei"]
 
 
 _JSON = st.recursive(
@@ -184,14 +170,15 @@ def test_a_null_is_a_document_without_text_in_every_format(tmp_path, name):
     if "json" in name:
         records = [{"text": value, "n": 1} for value in values]
         del records[4]["text"]  # missing in a record is null in a table
-        content = json.dumps(records, indent=1).encode() if name.endswith("json") else _lines(*records)
+        content = json.dumps(records, indent=1).encode() if name.endswith("json") else lines(*records)
         (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith("xz") else content)
     else:
-        _save(tmp_path / name, pa.table({"text": values}))
+        save_table(tmp_path / name, pa.table({"text": values}))
     for skip in (False, True):
         reader = CorpusReader(tmp_path, skip_bad_files=skip)
-        assert [document.text for document in reader] == ["a", "b", "c"]
-        assert _tallies(reader)["empty"][0] == reader.num_empty == 3
+        for _ in range(2):  # counted anew in each pass
+            assert [document.text for document in reader] == ["a", "b", "c"]
+            assert _tallies(reader)["empty"][0] == reader.num_empty == 3
         assert not reader.skipped
 
 
@@ -214,7 +201,7 @@ def test_the_report_names_all_that_an_input_holds(tmp_path, capsys):
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "more.txt").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").write_text("elsewhere")
-    _prepare(folder / "0.txt", folder / "prepared")
+    prepared(folder / "0.txt", folder / "prepared")
     capsys.readouterr()
     arguments = [f"--input={folder}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--no-progress"]
     arguments += ["--held_out_fraction=0.3", "--skip_bad_files"]
@@ -240,9 +227,7 @@ def test_the_report_names_all_that_an_input_holds(tmp_path, capsys):
         "damaged": (1, ["latin.txt"]),
     }
     for text in (printed.err, printed.out):  # after the scan, and with what was made; the second time too
-        assert (
-            "files of other kinds, not read: 5 (2 .md, 2 .tar.gz, 1 without a suffix): LICENSE, README.md, a." in text
-        )
+        assert "of other kinds, not read: 5 (2 .md, 2 .tar.gz, 1 without a suffix): LICENSE, README.md, a." in text
         assert "pointers to files that are kept elsewhere, skipped: 1: lfs.txt" in text
         assert "new\nline" not in text
     assert prepare_command.main(arguments) == 0
@@ -252,11 +237,11 @@ def test_the_report_names_all_that_an_input_holds(tmp_path, capsys):
 def test_json_with_other_fields_alone_is_an_error_that_names_them(tmp_path):
     (tmp_path / "a.json").write_text('[{"body": "a"}, {"body": "b"}]')
     with pytest.raises(UserError, match=r"a\.json:1 has no field 'text' \(fields found: body\), nor has any other"):
-        _texts(tmp_path)
-    assert _texts(tmp_path, text_field="body") == ["a", "b"]
+        texts_of(tmp_path)
+    assert texts_of(tmp_path, text_field="body") == ["a", "b"]
     (tmp_path / "b.json").write_text('[{"text": "a"}, {"text": 3}]')  # no settings: it has texts
     with pytest.raises(UserError, match=r"b\.json:2 has no text in field 'text' but a JSON int"):
-        _texts(tmp_path)
+        texts_of(tmp_path)
 
 
 def test_other_splits_and_what_lies_in_a_datasets_folder_are_named(tmp_path):
@@ -271,7 +256,7 @@ def test_other_splits_and_what_lies_in_a_datasets_folder_are_named(tmp_path):
 
 def test_an_input_that_is_prepared_or_no_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("some text to train on")
-    _prepare(tmp_path / "a.txt", tmp_path / "out")
+    prepared(tmp_path / "a.txt", tmp_path / "out")
     with pytest.raises(UserError, match=r"is a prepared corpus already; give it to a run as data\.prepared_dir"):
         CorpusReader(tmp_path / "out")
     with pytest.raises(UserError, match="is neither a file nor a folder"):
@@ -286,22 +271,11 @@ def test_a_file_is_not_trained_on_and_validated_on(tmp_path):
     (tmp_path / "in" / "a.txt").write_text("a")
     (tmp_path / "in" / "val" / "b.txt").write_text("b")
     with pytest.raises(UserError, match=r"1 of the 1 files of validation_input .*val are in input .* \(b\.txt\)"):
-        _prepare(tmp_path / "in", tmp_path / "out", validation_input=tmp_path / "in" / "val")
+        prepared(tmp_path / "in", tmp_path / "out", validation_input=tmp_path / "in" / "val")
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "c.txt").symlink_to("../in/a.txt")
     with pytest.raises(UserError, match=r"\(c\.txt\): a model would be judged on what it was trained on"):
-        _prepare(tmp_path / "in", tmp_path / "out", validation_input=tmp_path / "val")
-
-
-def test_corpora_from_before_there_was_a_report(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(_lines(*({"text": f"text {number}"} for number in range(9))))
-    corpus = _prepare(tmp_path / "a.jsonl", tmp_path / "out")
-    file = tmp_path / "out" / "corpus.json"
-    description = json.loads(file.read_text("utf-8"))
-    del description["input_report"]
-    file.write_text(json.dumps(description), "utf-8")
-    again = _prepare(tmp_path / "a.jsonl", tmp_path / "out")
-    assert (again.content_hash, again.input_report) == (corpus.content_hash, {})
+        prepared(tmp_path / "in", tmp_path / "out", validation_input=tmp_path / "val")
 
 
 # --- pointers and limits ---
@@ -313,6 +287,8 @@ def test_corpora_from_before_there_was_a_report(tmp_path):
     [
         (LFS, "Git LFS to .*`git lfs pull`"),
         (LFS.replace(b"\n", b"\r\n"), "Git LFS"),
+        (b"\xef\xbb\xbf" + LFS, "Git LFS"),
+        (b"\n" + LFS, "Git LFS"),
         (b"version https://hawser.github.com/spec/v1\next-0-a sha256:b\noid sha256:a\nsize 1", "Git LFS"),
         (b"/annex/objects/SHA256E-s12--ab.txt\n", "git-annex to .*`git annex get`"),
     ],
@@ -321,7 +297,7 @@ def test_a_pointer_is_no_text_and_no_damage(tmp_path, name, content, tool):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "y.txt").write_text("LFS pointers begin so: " + LFS.decode())
     with pytest.raises(UserError, match=rf"{name} is a pointer of {tool}"):
-        _texts(tmp_path)
+        texts_of(tmp_path)
     reader = CorpusReader(tmp_path, skip_bad_files=True)
     assert len(list(reader)) == 1
     assert _tallies(reader) == {"pointer": (1, [name])}
@@ -330,35 +306,35 @@ def test_a_pointer_is_no_text_and_no_damage(tmp_path, name, content, tool):
 def test_links_of_git_annex_and_files_of_dvc_are_pointers(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.txt.dvc").write_text("outs: [path: a.txt]")  # beside its file: nothing is missing
-    assert _texts(tmp_path) == ["a"]
+    assert texts_of(tmp_path) == ["a"]
     (tmp_path / "b.txt.dvc").write_text("outs: [path: b.txt]")
     with pytest.raises(UserError, match=r"b\.txt\.dvc is a pointer of DVC .*`dvc pull`"):
-        _texts(tmp_path)
+        texts_of(tmp_path)
     (tmp_path / "b.txt.dvc").unlink()
     (tmp_path / "c.txt").symlink_to(".git/annex/objects/w/SHA256E-s1--a.txt/SHA256E-s1--a.txt")
     with pytest.raises(UserError, match=r"c\.txt is a pointer of git-annex"):
-        _texts(tmp_path)
+        texts_of(tmp_path)
 
 
 def test_a_file_that_is_given_goes_by_the_name_of_its_link(tmp_path):
     """The suffix says what is in it; files of the hub's cache lie under hashes, those of git-annex may be elsewhere."""
-    (tmp_path / "d2a8").write_bytes(_lines({"text": "a"}, {"text": "b"}, {"text": "c"}))
+    (tmp_path / "d2a8").write_bytes(lines({"text": "a"}, {"text": "b"}, {"text": "c"}))
     (tmp_path / "x.jsonl").symlink_to("d2a8")
-    assert _prepare(tmp_path / "x.jsonl", tmp_path / "out").input_report["input"]["documents"] == 3
+    assert prepared(tmp_path / "x.jsonl", tmp_path / "out").input_report["input"]["documents"] == 3
     (tmp_path / "y.jsonl").symlink_to("gone")
     with pytest.raises(UserError, match=r"y\.jsonl is a link to gone, which cannot be reached: No such file"):
-        _prepare(tmp_path / "y.jsonl", tmp_path / "none")
+        prepared(tmp_path / "y.jsonl", tmp_path / "none")
     (tmp_path / "z.jsonl").symlink_to(".git/annex/objects/a/b")
     with pytest.raises(UserError, match=r"z\.jsonl is a pointer of git-annex"):
-        _prepare(tmp_path / "z.jsonl", tmp_path / "none")
+        prepared(tmp_path / "z.jsonl", tmp_path / "none")
 
 
 @pytest.mark.parametrize(
     "name", ["corpus.json", "tokenizer/natsjax_tokenizer.json", "train/lengths.npy", "train/00000.arrayrecord"]
 )
 def test_a_corpus_of_pointers_says_so(tmp_path, name):
-    (tmp_path / "a.jsonl").write_bytes(_lines(*({"text": f"text {number}"} for number in range(9))))
-    _prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": f"text {number}"} for number in range(9))))
+    prepared(tmp_path / "a.jsonl", tmp_path / "out")
     (tmp_path / "out" / name).write_bytes(LFS)
     with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS to .*`git lfs pull`\.$"):
         Corpus.load(tmp_path / "out").documents("train")
@@ -390,7 +366,7 @@ def test_a_saved_dataset_of_pointers_says_so(tmp_path):
         save_dataset(tmp_path / "d", pa.table({"text": ["a"]}))
         (tmp_path / "d" / name).write_bytes(LFS)
         with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS"):
-            _texts(tmp_path / "d")
+            texts_of(tmp_path / "d")
 
 
 def _wide_zstd(path):
@@ -419,18 +395,19 @@ def _text_in_runs(path):
         ("digits.jsonl", lambda path: path.write_text('{"id": %s, "text": "a"}' % ("9" * 5000))),
         ("digits.json", lambda path: path.write_text('[{"n": %s, "text": "a"}]' % ("9" * 5000))),
         ("padded.txt.xz", lambda path: path.write_bytes(lzma.compress(b"") + b"\0" * 8 + lzma.compress(b"a"))),
+        ("older.txt.xz", lambda path: path.write_bytes(lzma.compress(b"a", format=lzma.FORMAT_ALONE))),
         ("padded.txt.gz", lambda path: path.write_bytes(gzip.compress(b"") + b"\0" * 512 + gzip.compress(b"a"))),
     ],
 )
 def test_what_a_library_refuses_or_drops_by_default_is_read(tmp_path, name, write):
     write(tmp_path / name)
-    assert _texts(tmp_path) == ["a"]
+    assert texts_of(tmp_path) == ["a"]
 
 
 def test_the_limits_of_parquet_footers_are_lifted(tmp_path, monkeypatch):
     """By default 100 MB a string, a million a list. Files beyond that take seconds to write: here they are lowered."""
-    _save(tmp_path / "x.parquet", pa.table({"text": ["a"]}))
-    assert _texts(tmp_path) == ["a"]
+    save_table(tmp_path / "x.parquet", pa.table({"text": ["a"]}))
+    assert texts_of(tmp_path) == ["a"]
     names = {"thrift_string_size_limit", "thrift_container_size_limit"}
     limits = arrow_files._limits(pq.ParquetFile)
     assert names <= set(limits)
@@ -438,7 +415,7 @@ def test_the_limits_of_parquet_footers_are_lifted(tmp_path, monkeypatch):
     for name in names:
         monkeypatch.setattr(arrow_files, "_limits", lambda opener, name=name: limits | {name: 1})
         with pytest.raises(UserError, match=r"x\.parquet is a Parquet file that pyarrow .* cannot read .*size limit"):
-            _texts(tmp_path)
+            texts_of(tmp_path)
 
 
 def _lzo(path):
@@ -458,8 +435,6 @@ def _bytes(content):
 
 
 _DEEP = b"[" * 100_000 + b"]" * 100_000
-
-
 _PAGE = b"<!DOCTYPE html><html>404</html>"
 
 
@@ -500,7 +475,7 @@ def test_unreadable_files_are_named_by_their_kind(tmp_path, name, write, sentenc
     write(tmp_path / name)
     (tmp_path / "y.txt").write_text("good")
     with pytest.raises(UserError, match=sentence):
-        _texts(tmp_path)
+        texts_of(tmp_path)
     reader = CorpusReader(tmp_path, skip_bad_files=True)
     assert [document.text for document in reader] == ["good"]
     assert _tallies(reader) == {kind: (1, [name])}
@@ -549,7 +524,7 @@ def test_one_text_holds_its_end_out_and_says_so(tmp_path, name, tokenizer, capsy
     assert prepare_command.main([*arguments, "--vocab_size=270", "--deduplicate"]) == 0
     printed = capsys.readouterr()
     corpus = Corpus.load(tmp_path / "out")
-    (beginning,), (end,) = (_content(corpus, split).values() for split in ("train", "validation"))
+    (beginning,), (end,) = (contents(corpus, split).values() for split in ("train", "validation"))
     assert beginning + end == text
     assert end.startswith("Line ")
     assert len(end) == pytest.approx(0.05 * len(text), rel=0.25)
@@ -561,59 +536,35 @@ def test_one_text_holds_its_end_out_and_says_so(tmp_path, name, tokenizer, capsy
 
 
 def test_one_text_in_parts_is_the_same(tmp_path, monkeypatch):
-    from natsjax.data.prepare import passes
-
     (tmp_path / "input.txt").write_text("To be, or not to be.\n" * 2000)
-    first = _prepare(tmp_path / "input.txt", tmp_path / "one", workers=1)
+    first = prepared(tmp_path / "input.txt", tmp_path / "one", workers=1)
     monkeypatch.setattr(passes, "PARALLEL_BYTES", 1)
     monkeypatch.setattr(build, "CHUNK_BYTES", 500)
     monkeypatch.setattr(passes, "CHUNK_BYTES", 500)
-    second = _prepare(tmp_path / "input.txt", tmp_path / "two", workers=1)
+    second = prepared(tmp_path / "input.txt", tmp_path / "two", workers=1)
     assert first.content_hash == second.content_hash
     assert first.input_report == second.input_report
-    lengths = [second.documents(split).lengths for split in ("train", "validation")]
-    assert np.concatenate(lengths).sum() == 42_000
+    assert sum(map(sum, lengths(second))) == 42_000
 
 
 def test_a_text_too_short_to_divide_and_ids_that_are_all_the_same(tmp_path):
     (tmp_path / "one.txt").write_text(" a\n")
     with pytest.raises(UserError, match=r"one\.txt is the only document of the input and too short to hold out"):
-        _prepare(tmp_path / "one.txt", tmp_path / "out")
-    (tmp_path / "one.jsonl").write_bytes(_lines({"id": 0, "text": "a"}, {"id": 0, "text": "b"}))
+        prepared(tmp_path / "one.txt", tmp_path / "out")
+    (tmp_path / "one.jsonl").write_bytes(lines({"id": 0, "text": "a"}, {"id": 0, "text": "b"}))
     with pytest.raises(UserError, match="has 2 documents and fewer than two with different ids"):
-        _prepare(tmp_path / "one.jsonl", tmp_path / "out")
+        prepared(tmp_path / "one.jsonl", tmp_path / "out")
 
 
 def test_copies_of_one_text_are_one_text(tmp_path):
     text = "".join(f"Line {number} of the text.\n" for number in range(40))
-    (tmp_path / "a.jsonl").write_bytes(_lines(*[{"text": text}] * 3))
+    (tmp_path / "a.jsonl").write_bytes(lines(*[{"text": text}] * 3))
     (tmp_path / "b.txt").write_text(text)
-    corpus = _prepare(tmp_path, tmp_path / "out", deduplicate=True)
+    corpus = prepared(tmp_path, tmp_path / "out", deduplicate=True)
     assert corpus.dropped["duplicate"] == 3
     report = corpus.input_report["input"]["held_out_end"]
     assert (report["document"], report["bytes"]) == ("a.jsonl:1", len(text))
-    lengths = [corpus.documents(split).lengths.tolist() for split in ("train", "validation")]
-    assert lengths == [[len(text) - report["held_out_bytes"]], [report["held_out_bytes"]]]
-
-
-def test_what_a_link_reads_is_not_called_unread(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    for name in ("d2a8", "e5"):
-        (tmp_path / "blobs" / name).write_text("text")
-    (tmp_path / "a.txt").symlink_to("blobs/d2a8")
-    assert _tallies(CorpusReader(tmp_path)) == {"linked": (1, ["a.txt"]), "other_suffix": (1, ["blobs/e5"])}
-
-
-@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n"])
-def test_a_pointer_behind_a_byte_order_mark_is_one(tmp_path, before):
-    (tmp_path / "a.txt").write_bytes(before + LFS)
-    with pytest.raises(UserError, match=r"a\.txt is a pointer of Git LFS"):
-        _texts(tmp_path)
-
-
-def test_the_older_format_in_an_xz_file_is_read(tmp_path):
-    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"old", format=lzma.FORMAT_ALONE))
-    assert _texts(tmp_path) == ["old"]
+    assert lengths(corpus) == [[len(text) - report["held_out_bytes"]], [report["held_out_bytes"]]]
 
 
 def test_an_input_without_text_names_what_it_holds(tmp_path):

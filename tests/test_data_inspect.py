@@ -55,20 +55,15 @@ def _pieces_hold(example, row, corpus, split):
     tokens = [token for piece in example["pieces"] for token in piece["tokens"]]
     length = example["tokens"]
     assert length + example["padding"] == len(row["inputs"])
-    for name, field in (
-        ("id", "inputs"),
-        ("target", "targets"),
-        ("loss_weight", "loss_weight"),
-        ("position", "positions"),
-    ):
+    fields = {"id": "inputs", "target": "targets", "loss_weight": "loss_weight", "position": "positions"}
+    for name, field in fields.items():
         assert [token[name] for token in tokens] == row[field][:length].tolist()
     assert example["learned"] == row["loss_weight"].sum()
     for piece in example["pieces"]:
         framed = [corpus.tokenizer.bos_id, *documents[piece["document"]].tolist(), corpus.tokenizer.eos_id]
         ids = [token["id"] for token in piece["tokens"]]
-        begin = (
-            0 if piece["begins_document"] else next(i for i in range(len(framed)) if framed[i : i + len(ids)] == ids)
-        )
+        places = [0] if piece["begins_document"] else range(len(framed))
+        begin = next(place for place in places if framed[place : place + len(ids)] == ids)
         assert framed[begin : begin + len(ids)] == ids
         assert piece["ends_document"] == (begin + len(ids) == len(framed))
         assert piece["id"] == documents.ids[piece["document"]]
@@ -153,9 +148,7 @@ def test_the_text_shows_tokens_pieces_and_what_is_not_learned(folder, shown):
     for number, piece in enumerate(example["pieces"], 1):
         title = f"-- piece {number} of {len(example['pieces'])}: tokens {piece['begin']} to {piece['end'] - 1}, "
         assert title in body
-        expected = "".join(
-            f"|{visible(token['text'])}{'' if token['loss_weight'] else '°'}" for token in piece["tokens"]
-        )
+        expected = "".join(f"|{visible(token['text'])}{'°' * (not token['loss_weight'])}" for token in piece["tokens"])
         assert f"\n{expected}|\n" in body
     assert "|⟨eos⟩°|" in body
     assert "|⟨bos⟩|" in body

@@ -126,19 +126,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_says_that_it_can_go_on(texts, tmp_path, whole, number, caplog):
+def _interrupt(code, folder, line, number):
+    """Runs the command in slow code, interrupts it when it prints a line, and returns its flags."""
     flags = [f"--{name}={value}" for name, value in _options().items() if not isinstance(value, bool)]
     flags += ["--workers=1", "--skip_bad_files", "--deduplicate", "--no-progress"]
-    code = [sys.executable, "-c", _SLOW, f"--input={texts}", f"--output={tmp_path / 'out'}", *flags]
-    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout.readline() == "part\n"
+    flags += [f"--input={folder / 'texts'}", f"--output={folder / 'out'}"]
+    command = [sys.executable, "-c", code, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == f"{line}\n"
         run.send_signal(number)
-        _, errors = run.communicate(timeout=30)
+        _, errors = run.communicate(timeout=20)  # left alone it would take more than a minute
     assert run.returncode == 130
     said = "what is done is kept; run the same command again to resume"
     assert errors.splitlines()[-1] == f"{signal.Signals(number).name}: {said}"
     assert "Traceback" not in errors
+    return flags
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_that_it_can_go_on(texts, tmp_path, whole, number, caplog):
+    _interrupt(_SLOW, tmp_path, "part", number)
     with caplog.at_level(logging.INFO):
         prepare(texts, tmp_path / "out", **_options())
     assert "1 of " in caplog.text
@@ -162,17 +169,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_training_a_tokenizer_hears_of_signals(texts, tmp_path, whole):
-    flags = [f"--{name}={value}" for name, value in _options().items() if not isinstance(value, bool)]
-    flags += ["--workers=1", "--skip_bad_files", "--deduplicate", "--no-progress"]
-    code = [sys.executable, "-c", _SLOW_TRAINING, f"--input={texts}", f"--output={tmp_path / 'out'}", *flags]
-    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout.readline() == "document\n"
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=20)  # all documents would take more than a minute
-    assert run.returncode == 130
-    assert errors.splitlines()[-1] == "SIGINT: what is done is kept; run the same command again to resume"
-    assert "Traceback" not in errors
-    again = [sys.executable, "-m", "natsjax.data.prepare", *code[3:]]
+    flags = _interrupt(_SLOW_TRAINING, tmp_path, "document", signal.SIGINT)
+    again = [sys.executable, "-m", "natsjax.data.prepare", *flags]
     run = subprocess.run(again, capture_output=True, text=True)
     assert run.returncode == 0
     assert f"Resuming with what an interrupted run left in {tmp_path / '.out.partial'}" in run.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Tokenizers made elsewhere: the library's ids, no special id from any text, honest bytes, mistakes in one sentence."""
+"""All tokenizers: no special id from any text, honest bytes. Others' files: their library's ids, mistakes in a line."""
 
 import base64
 import functools
@@ -22,7 +22,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from natsjax.data import BPETokenizer, Corpus, HuggingFaceTokenizer, Tokenizer, is_tokenizer_of, load_tokenizer
+from natsjax.data import (
+    BPETokenizer,
+    ByteTokenizer,
+    Corpus,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    Vocabulary,
+    is_tokenizer_of,
+    load_tokenizer,
+)
 from natsjax.data.prepare import prepare
 from natsjax.data.tokenizers import pretrained, tiktoken_patterns
 from natsjax.errors import UserError
@@ -38,36 +47,19 @@ TEXTS = [
     "naïve café — 東京 🙂\r\n\ttabs and\u00a0spaces   \n",
     "0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ <>|/[]_",
 ] * 5
-SPELLED = [
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "[CLS]",
-    "[SEP]",
-    "[UNK]",
-    "<|endoftext|>",
-    "<0x41>",
-    "##a",
-    "a</w>",
-    "▁",
-    "  ",
-]
+SPELLED = ["<s>", "</s>", "<pad>", "<unk>", "[CLS]", "[SEP]", "[UNK]", "<|endoftext|>", "<0x41>", "##a", "a</w>"]
+SPELLED += ["▁", "  ", "<|bos|>", "⟨bos⟩"]
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 
 
 def _bpe(pre_tokenizer, decoder, special, normalizer=None, alphabet=(), suffix=None, **model):
-    tokenizer = tokenizers.Tokenizer(models.BPE(**model, **({"end_of_word_suffix": suffix} if suffix else {})))
+    end = {"end_of_word_suffix": suffix} if suffix else {}
+    tokenizer = tokenizers.Tokenizer(models.BPE(**model, **end))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=450,
-        special_tokens=special,
-        initial_alphabet=list(alphabet),
-        show_progress=False,
-        **({"end_of_word_suffix": suffix} if suffix else {}),
-    )
+    common = {"vocab_size": 450, "initial_alphabet": list(alphabet), "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=special, **common, **end)
     tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer
 
@@ -109,6 +101,11 @@ def _unigram():
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer
+
+
+def _suffix():
+    decoder, special = decoders.BPEDecoder("</w>"), ["<unk>", "</s>"]
+    return _bpe(pre_tokenizers.Whitespace(), decoder, special, suffix="</w>", unk_token="<unk>")
 
 
 def _word_piece():
@@ -163,17 +160,7 @@ MADE = {
     "unigram": ("tokenizer.json", _unigram, (1, 2)),
     "word_piece": ("tokenizer.json", _word_piece, (2, 3)),
     "word_level": ("tokenizer.json", _word_level, (1, 2)),
-    "suffix": (
-        "tokenizer.json",
-        lambda: _bpe(
-            pre_tokenizers.Whitespace(),
-            decoders.BPEDecoder("</w>"),
-            ["<unk>", "</s>"],
-            suffix="</w>",
-            unk_token="<unk>",
-        ),
-        (-1, 1),
-    ),
+    "suffix": ("tokenizer.json", _suffix, (-1, 1)),
     "sp_unigram": ("x.model", lambda: _sentence_piece("unigram", 90), (1, 2)),
     "sp_bpe": ("x.model", lambda: _sentence_piece("bpe", 90, bos_id=-1, user_defined_symbols=["<pad>"]), (-1, 2)),
     "sp_unigram_bytes": ("x.model", lambda: _sentence_piece("unigram", byte_fallback=True, **IDENTITY), (1, 2)),
@@ -186,8 +173,11 @@ MADE = {
     "tiktoken": ("x.tiktoken", lambda: ranks_file(_ranks()), (-2, -1)),
     "llama3": ("tokenizer.model", lambda: ranks_file(_ranks()), (-2, -1)),
 }
+OWN = {"byte": ByteTokenizer(), "bpe": BPETokenizer.train(TEXTS, vocab_size=300)}  # with BOS and EOS at the end
 # All text comes back; a space is put before it by some; what spells a space or a byte as the vocabulary does, does not.
 LOSSLESS = {
+    "byte": (False, ()),
+    "bpe": (False, ()),
     "byte_level": (False, ()),
     "byte_level_no_specials": (False, ()),
     "tiktoken": (False, ()),
@@ -217,10 +207,11 @@ def write(name, folder):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    return functools.cache(lambda name: load_tokenizer(write(name, tmp_path_factory.mktemp(name))))
+    return functools.cache(lambda name: OWN.get(name) or load_tokenizer(write(name, tmp_path_factory.mktemp(name))))
 
 
-every = pytest.mark.parametrize("name", MADE)
+every = pytest.mark.parametrize("name", [*MADE, *OWN])
+every_file = pytest.mark.parametrize("name", MADE)
 
 
 def _specials(tokenizer):
@@ -236,16 +227,21 @@ def _specials(tokenizer):
 def test_protocol_and_special_ids(opened, name):
     tokenizer = opened(name)
     assert isinstance(tokenizer, Tokenizer)
-    bos, eos = ((place + tokenizer.vocab_size) % tokenizer.vocab_size for place in MADE[name][2])
+    assert isinstance(tokenizer, Vocabulary)
+    places = (-2, -1) if name in OWN else MADE[name][2]
+    bos, eos = ((place + tokenizer.vocab_size) % tokenizer.vocab_size for place in places)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
     assert tokenizer.token_bytes.dtype == np.int32
     assert not tokenizer.token_bytes[list(_specials(tokenizer))].any()
+    assert name not in OWN or (tokenizer.token_bytes[:-2] > 0).all()
+    assert [tokenizer.token_text(id) for id in (bos, eos)] == (["⟨bos/eos⟩"] * 2 if bos == eos else ["⟨bos⟩", "⟨eos⟩"])
     assert all(tokenizer.token_text(token) for token in range(tokenizer.vocab_size))
     assert tokenizer.decode([tokenizer.eos_id, tokenizer.bos_id]) == ""
     for outside in (-1, tokenizer.vocab_size):
-        with pytest.raises(IndexError, match=str(outside)):
-            tokenizer.decode([outside])
+        for call in (tokenizer.token_text, lambda token: tokenizer.decode([token])):
+            with pytest.raises(IndexError, match=str(outside)):
+                call(outside)
 
 
 @every
@@ -275,7 +271,7 @@ def test_lossless_tokenizers_give_back_every_text(opened, name, text):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + (adds_space and text != "")
 
 
-@every
+@every_file
 def test_ids_are_those_of_the_library(opened, name):
     texts = [*TEXTS[:3], "an unseen sentence, with  spaces", ""]
     if MADE[name][0].endswith(".json"):
@@ -311,17 +307,18 @@ def test_save_load_and_pickle_keep_everything(opened, name, tmp_path):
         assert (copy.vocab_size, copy.bos_id, copy.eos_id) == (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
         assert copy.token_bytes.tolist() == tokenizer.token_bytes.tolist()
         assert [copy.encode(text).tolist() for text in TEXTS] == [tokenizer.encode(text).tolist() for text in TEXTS]
-    again = load_tokenizer(write(name, tmp_path / "again").parent)  # the folder, where it is the only tokenizer
-    assert again.fingerprint == tokenizer.fingerprint
+    if name in MADE:
+        again = load_tokenizer(write(name, tmp_path / "again").parent)  # the folder, where it is the only tokenizer
+        assert again.fingerprint == tokenizer.fingerprint
 
 
 def test_fingerprints_tell_tokenizers_apart(opened):
-    prints = {name: opened(name).fingerprint for name in MADE}
+    prints = {name: opened(name).fingerprint for name in [*MADE, *OWN]}
     assert prints.pop("llama3") == prints["tiktoken"]  # the same ranks under another name
     assert len(set(prints.values())) == len(prints)
 
 
-@every
+@every_file
 def test_damaged_files_get_one_sentence(name, tmp_path):
     whole = content(name)
     file = write(name, tmp_path)
@@ -332,7 +329,7 @@ def test_damaged_files_get_one_sentence(name, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@every
+@every_file
 @quick
 @given(data=st.data())
 def test_changed_bytes_never_cause_a_traceback(name, tmp_path, data):
@@ -349,7 +346,7 @@ def test_changed_bytes_never_cause_a_traceback(name, tmp_path, data):
     tokenizer.decode(tokenizer.encode(TEXTS[0]))
 
 
-@every
+@every_file
 def test_changed_saved_files_are_noticed(opened, name, tmp_path):
     opened(name).save(tmp_path)
     description = json.loads((tmp_path / "natsjax_tokenizer.json").read_text())
@@ -370,15 +367,9 @@ def test_changed_saved_files_are_noticed(opened, name, tmp_path):
     ("name", "caveat"),
     [
         ("byte_level", ""),
-        (
-            "tiktoken",
-            "its file does not define how text is split before BPE, and the pattern of cl100k (GPT-4) is assumed",
-        ),
+        ("tiktoken", "file does not define how text is split before BPE, and the pattern of cl100k (GPT-4) is assumed"),
         ("sp_no_space", "it does not decode every text to what it was ('a▁b' is decoded as 'a b')"),
-        (
-            "sp_bpe_bytes",
-            "it puts a space before each document, which counts as a byte of it, and it does not decode",
-        ),
+        ("sp_bpe_bytes", "it puts a space before each document, which counts as a byte of it, and it does not decode"),
         ("word_piece", "('The cat sat.' is decoded as 'the cat sat "),
         ("unigram", "it puts a space before each document, which counts as a byte of it, and it does not decode"),
     ],
@@ -449,7 +440,9 @@ def test_other_files_get_one_sentence(tmp_path, file, text, sentence):
         load_tokenizer(tmp_path / file)
 
 
-def test_a_folder_with_several_tokenizers(tmp_path):
+def test_a_folder_with_none_or_several_tokenizers(tmp_path):
+    with pytest.raises(UserError, match=r"there is no tokenizer in .*: it holds no natsjax_tokenizer\.json, "):
+        load_tokenizer(tmp_path)
     write("sp_bpe", tmp_path)
     write("tiktoken", tmp_path)
     with pytest.raises(UserError, match=r"holds several tokenizers \(x\.model, x\.tiktoken\); name one file"):
@@ -497,10 +490,7 @@ def test_tiktoken_settings_beside_the_file(tmp_path):
         ({"special_tokens": {"<eot>": 2**40}}, r"gives '<eot>' the id 1099511627776; ids are 0"),
         ({"special_tokens": {"<eot>": "7"}}, r"gives '<eot>' the id '7'; ids are 0"),
         ({"special_tokens": {"<eot>": 7}}, r"has the id 7 twice, the second time for '<eot>'"),
-        (
-            {"eos_token": "<eot>"},
-            r"eos_token = '<eot>': not one of the special_tokens of the tokenizer .* \(none\)",
-        ),
+        ({"eos_token": "<eot>"}, r"eos_token = '<eot>': not one of the special_tokens of the tokenizer .* \(none\)"),
     ],
 )
 def test_wrong_tiktoken_settings_get_one_sentence(tmp_path, values, sentence):
@@ -562,10 +552,14 @@ def test_one_variable_limits_the_threads_of_all(monkeypatch, variables, threads)
     assert pretrained.num_threads() == threads
 
 
-def test_importing_brings_in_no_optional_package():
+def test_importing_brings_in_no_optional_package_and_touches_no_device():
+    """Importing the names that `natsjax.data` finds when they are used."""
     code = (
-        "import sys, natsjax.data, natsjax.data.prepare\n"
-        "assert not {'pyarrow', 'sentencepiece', 'tiktoken'} & sys.modules.keys()"
+        "import sys\n"
+        "from natsjax.data import *\n"
+        "assert not {'pyarrow', 'sentencepiece', 'tiktoken'} & sys.modules.keys()\n"
+        "bridge = sys.modules.get('jax._src.xla_bridge')\n"
+        "assert not (bridge and bridge._backends)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[1])
 
@@ -692,13 +686,9 @@ NUMBERED = "In 2024, I'VE seen 12345 things;  don't you?\n\n\n  Été naïve 東
 
 def _public_patterns(monkeypatch):
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
-    return {
-        "gpt2": openai_public.r50k_pat_str,
-        "r50k": openai_public.r50k_base()["pat_str"],
-        "p50k": openai_public.p50k_base()["pat_str"],
-        "cl100k": openai_public.cl100k_base()["pat_str"],
-        "o200k": openai_public.o200k_base()["pat_str"],
-    }
+    names = ("r50k", "p50k", "cl100k", "o200k")
+    found = {name: getattr(openai_public, f"{name}_base")()["pat_str"] for name in names}
+    return found | {"gpt2": openai_public.r50k_pat_str}
 
 
 @quick
@@ -742,9 +732,7 @@ def test_a_pattern_can_be_asked_for(tmp_path, name, monkeypatch):
 
 def test_an_assumed_pattern_is_said_and_kept(tmp_path):
     tokenizer = load_tokenizer(write("tiktoken", tmp_path))
-    assert (
-        "the pattern of cl100k (GPT-4) is assumed (with it no text is encoded to 1.1% of the tokens" in tokenizer.caveat
-    )
+    assert "cl100k (GPT-4) is assumed (with it no text is encoded to 1.1% of the tokens" in tokenizer.caveat
     assert "give --tiktoken_pattern=gpt2 if that is right" in tokenizer.caveat
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").caveat == tokenizer.caveat

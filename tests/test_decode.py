@@ -1,5 +1,4 @@
-"""Decoding: the masked forward pass, prefill in chunks, and token-by-token decoding give the same logits; nothing live
-is lost; what is dead is freed."""
+"""The masked forward, prefill in chunks and decoding by token agree; nothing live is lost, what is dead is freed."""
 
 import dataclasses
 
@@ -104,17 +103,10 @@ def test_another_norm_and_mlp_decode_as_they_train(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["nats", "dense"])
 def test_generated_tokens_are_those_of_the_masked_forward(attention):
-    """Through the loop: every token is the likeliest one, with the log-probability of the masked forward."""
     config, parameters = (CONFIG, PARAMETERS) if attention == "nats" else (DENSE, DENSE_PARAMETERS)
     rows = decoding.prompts([3, 17, 1])
     found = generate(decoding.decoder(config, parameters), rows, max_new_tokens=30)
-    whole = [row + new for row, new in zip(rows, found.tokens, strict=True)]
-    logits, _ = decoding.masked_logits(config, parameters, whole)
-    for row, new, logprobs, x in zip(rows, found.tokens, found.logprobs, logits, strict=True):
-        x = x[len(row) - 1 : len(row) + 29].astype(np.float64)
-        x -= np.log(np.exp(x).sum(-1, keepdims=True))
-        assert np.abs(x[np.arange(30), new] - logprobs).max() <= TOLERANCE * np.abs(logits).max()
-        assert np.all(x.max(-1) - x[np.arange(30), new] <= 1e-4)
+    decoding.check_generated(config, parameters, rows, found)
 
 
 def test_padding_on_either_side_is_the_same():
@@ -153,9 +145,7 @@ def test_how_the_machine_is_used_changes_no_token(settings):
 
 def test_a_buffer_that_becomes_too_small_in_the_middle_loses_nothing():
     """Every token GLOBAL: heads overflow again and again, and the text is that of full attention."""
-    parameters = decoding.parameters_of(CONFIG, scorer_scale=0.0)
-    scorer = parameters["blocks"]["attention"]["scorer"]
-    scorer["bias"] = scorer["bias"].at[..., 0].add(9.0)
+    parameters = decoding.always(CONFIG, 0)
     rows = decoding.prompts([5, 9])
     seen = []
     decoder = decoding.decoder(CONFIG, parameters)
@@ -183,19 +173,13 @@ def test_layers_get_capacities_of_their_own():
     found = generate(decoding.decoder(CONFIG, parameters), rows, max_new_tokens=40)
     assert found.capacities[1] >= 100
     assert found.capacities[0] == found.capacities[2] == 16
-    whole = rows[0] + found.tokens[0]
-    logits, _ = decoding.masked_logits(CONFIG, parameters, [whole])
-    x = logits[0, 59:99].astype(np.float64)
-    x -= np.log(np.exp(x).sum(-1, keepdims=True))
-    assert np.abs(x[np.arange(40), found.tokens[0]] - found.logprobs[0]).max() <= TOLERANCE * np.abs(logits).max()
+    decoding.check_generated(CONFIG, parameters, rows, found)
 
 
 def test_sliding_tokens_take_constant_memory():
     """100 000 tokens, each of which is read by the next two alone."""
     config = decoding.config(model={"num_layers": 1, "embed_dim": 8, "mlp_dim": 8, "num_heads": 2})
-    parameters = decoding.parameters_of(config, scorer_scale=0.0)
-    scorer = parameters["blocks"]["attention"]["scorer"]
-    scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)
+    parameters = decoding.always(config, 2)
     used = DecodeSettings(segment=4096, block=8)
     found = generate(decoding.decoder(config, parameters, settings=used), [[1]], max_new_tokens=100_000)
     assert len(found.tokens[0]) == 100_000
@@ -216,12 +200,7 @@ def test_max_kv_evicts_by_its_rule_and_counts():
     # The oldest but the first go: a window of 5 tokens and a sink, as a chunk and a token at a time.
     used = dataclasses.replace(used, eviction="oldest", chunk=1)
     found = generate(decoding.decoder(DENSE, DENSE_PARAMETERS, settings=used), rows, max_new_tokens=20)
-    whole = [row + new for row, new in zip(rows, found.tokens, strict=True)]
-    logits, _ = decoding.masked_logits(DENSE, DENSE_PARAMETERS, whole, StreamingLLM(1, 5))
-    for row, new, logprobs, x in zip(rows, found.tokens, found.logprobs, logits, strict=True):
-        x = x[len(row) - 1 : len(row) + 19].astype(np.float64)
-        x -= np.log(np.exp(x).sum(-1, keepdims=True))
-        assert np.abs(x[np.arange(20), new] - logprobs).max() <= TOLERANCE * np.abs(logits).max()
+    decoding.check_generated(DENSE, DENSE_PARAMETERS, rows, found, StreamingLLM(1, 5))
 
 
 @pytest.mark.parametrize("eviction", ["soonest_end", "oldest"])
@@ -303,51 +282,6 @@ def test_observing_policies_with_room_for_all_are_full_attention(policy):
     assert np.allclose(found.logprobs, full.logprobs, atol=1e-4)
 
 
-def test_h2o_keeps_what_is_looked_at():
-    """In the cache: the newest, and of the others those with the most attention in the masked forward pass."""
-    row, policy = decoding.prompts([12]), H2O(6, 2)
-    decoder = decoding.decoder(DENSE, DENSE_PARAMETERS, policy, dataclasses.replace(decoding.SMALL, chunk=16))
-    cache, _ = prefill(decoder, row)
-    kept = np.sort(np.asarray(cache.buffer[0].key_position)[:, 0, :, :6])
-    attention_sum = attention_received(DENSE, DENSE_PARAMETERS, row[0])
-    for layer, head in np.ndindex(3, 2):
-        old = np.sort(np.argsort(attention_sum[layer, head, :10])[-4:])
-        assert kept[layer, head].tolist() == [*old, 10, 11]
-
-
-def attention_received(config, parameters, row):
-    """float ``[l, k, s]``: the softmax weights that every key gets, summed over queries and query heads; by hand."""
-    length = len(row)
-    x = parameters["embedding"][np.array(row)] * config.model.embed_dim**0.5
-    result = []
-
-    def norm(x, scale):
-        return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + config.model.norm_eps) * scale
-
-    def rotate(x):
-        half = x.shape[-1] // 2
-        angle = np.arange(length)[:, None] * config.model.rope_theta ** (-np.arange(half) / half)
-        sin, cos = (f(angle).reshape(length, *(1,) * (x.ndim - 2), half) for f in (np.sin, np.cos))
-        left, right = x[..., :half], x[..., half:]
-        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
-
-    for layer in range(config.model.num_layers):
-        p = jax.tree.map(lambda x, layer=layer: np.asarray(x[layer], np.float64), parameters["blocks"])
-        y, a = norm(x, p["attention_norm"]["scale"]), p["attention"]
-        query, key = rotate(np.einsum("td,dkgh->tkgh", y, a["query"])), rotate(np.einsum("td,dkh->tkh", y, a["key"]))
-        logits = np.einsum("tkgh,skh->kgts", query, key) * config.model.head_dim**-0.5
-        logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        result.append(weights.sum((1, 2)))
-        value = np.einsum("td,dkh->tkh", y, a["value"])
-        x = x + np.einsum("kgts,skh,kghd->td", weights, value, a["output"])
-        y, m = norm(x, p["mlp_norm"]["scale"]), p["mlp"]
-        gate = y @ m["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ m["up"])) @ m["down"]
-    return np.stack(result)
-
-
 @pytest.mark.parametrize(
     "policy", [None, FullAttention(), StreamingLLM(2, 4), H2O(6, 3), SnapKV(9, 4)], ids=lambda x: str(x and x.method)
 )
@@ -390,17 +324,11 @@ def test_mistakes_are_sentences(arguments, message):
 
 
 def test_wrong_settings_are_sentences():
-    for wrong, message in (
-        ({"chunk": 0}, "chunk = 0"),
-        ({"max_kv": 0}, "max_kv = 0"),
-        ({"eviction": "x"}, "'soonest_end'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            DecodeSettings(**wrong)
+    """Others are in ``test_generate.py``."""
+    with pytest.raises(UserError, match="chunk = 0"):
+        DecodeSettings(chunk=0)
     with pytest.raises(UserError, match="dense attention has none"):
         decoding.decoder(DENSE, DENSE_PARAMETERS, Nats(0.5))
-    with pytest.raises(UserError, match="two limits"):
-        decoding.decoder(CONFIG, PARAMETERS, H2O(4, 2), DecodeSettings(max_kv=4))
 
 
 @settings(max_examples=30, deadline=None)

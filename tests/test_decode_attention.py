@@ -1,10 +1,6 @@
 """Attention of one token over a KV buffer: every backend against the dense oracle, and the buffer's formats."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -13,12 +9,11 @@ import numpy as np
 import pytest
 from attention_oracle import relative_error
 from jax.experimental.pallas import tpu as pltpu
+from processes import run as run_process
 
 from pallas_kernels import decode_attention as da
 from pallas_kernels.decode_attention import cudnn, pallas_tpu, reference, xla
 from pallas_kernels.decode_attention.storage import FORMATS
-
-TESTS = pathlib.Path(__file__).parent
 
 
 class Shape(NamedTuple):
@@ -83,63 +78,54 @@ def expected_of(case: Case, layer):
         return np.asarray(run(cast(case, np.float64), layer, "plain", None, "reference"))
 
 
-def error_of(shape, format, implementation, dtype=np.float32):
-    case = cast(case_of(shape), dtype)
-    errors = []
-    for layer in range(shape.layers):
-        got = run(case, layer, format, shape.u, implementation)
-        assert got.dtype == dtype
-        errors.append(relative_error(got, expected_of(case, layer)))
-    return max(errors)
-
-
 def interpreted(monkeypatch, interpret=True):
     """The TPU kernel runs here when it is named."""
     monkeypatch.setattr(pallas_tpu, "attend", functools.partial(pallas_tpu.attend, interpret=interpret))
     run.clear_cache()
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(
-    "shape",
-    [Shape(2, 2, 2, 3, 60, 8, 20), Shape(1, 3, 1, 8, 128, 64, 128), Shape(3, 1, 4, 1, 24, 16, 8)],
-    ids=["blocks", "one_block", "one_sequence"],
-)
-def test_xla_equals_the_oracle(shape, format):
-    assert error_of(shape, format, "xla") < 2e-5
+SMALL = [Shape(2, 2, 2, 3, 60, 8, 20), Shape(1, 3, 1, 8, 128, 64, 128), Shape(3, 1, 4, 1, 24, 16, 8)]
+# Heads side by side, head dim 128, one head, head dim 256.
+WHOLE_REGISTERS = [
+    Shape(2, 2, 4, 1, 512, 64, 128),
+    Shape(1, 3, 3, 8, 384, 128, 128),
+    Shape(1, 2, 1, 3, 512, 64, 256),
+    Shape(1, 1, 5, 9, 256, 256, 128),
+]
+WIDE, ROUNDED = (np.float32, 2e-5), (jnp.bfloat16, 4e-3)
+"""Dtype and tolerance; in bfloat16 the result is rounded by up to 2^-9, and so are weights, which are many."""
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("implementation", "shape", "format", "accuracy", "interpret"),
     [
-        Shape(2, 2, 4, 1, 512, 64, 128),
-        Shape(1, 3, 3, 8, 384, 128, 128),
-        Shape(1, 2, 1, 3, 512, 64, 256),
-        Shape(1, 1, 5, 9, 256, 256, 128),
+        *(("xla", shape, format, WIDE, None) for shape in SMALL for format in FORMATS),
+        *(("pallas_tpu", shape, "packed", WIDE, True) for shape in WHOLE_REGISTERS),
+        # Copies and semaphores as a TPU has them. The emulation starts with NaN in every buffer: a block that is read
+        # before its copy has come would show, and so would one that no copy brings.
+        *(
+            (
+                "pallas_tpu",
+                Shape(1, 4, heads, 2, 384, 64, 128),
+                "packed",
+                WIDE,
+                pltpu.InterpretParams(dma_execution_mode=mode),
+            )
+            for mode, heads in (("on_wait", 4), ("eager", 2), ("on_wait", 1))
+        ),
+        ("xla", Shape(1, 2, 2, 3, 256, 16, 128), "transposed", ROUNDED, None),
+        ("xla", Shape(1, 2, 2, 3, 256, 64, 128), "packed", ROUNDED, None),
+        ("pallas_tpu", Shape(1, 2, 2, 3, 256, 64, 128), "packed", ROUNDED, True),
     ],
-    ids=["heads_side_by_side", "head_dim_128", "one_head", "head_dim_256"],
 )
-def test_the_tpu_kernel_equals_the_oracle(shape, monkeypatch):
-    interpreted(monkeypatch)
-    assert error_of(shape, "packed", "pallas_tpu") < 2e-5
-
-
-@pytest.mark.parametrize(("mode", "heads"), [("on_wait", 4), ("eager", 2), ("on_wait", 1)])
-def test_copies_and_semaphores_as_a_tpu_has_them(mode, heads, monkeypatch):
-    """The emulation starts with NaN in every buffer: a block that is read before its copy has come would show, and so
-    would one that no copy brings.
-    """
-    interpreted(monkeypatch, pltpu.InterpretParams(dma_execution_mode=mode))
-    assert error_of(Shape(1, 4, heads, 2, 384, 64, 128), "packed", "pallas_tpu") < 2e-5
-
-
-@pytest.mark.parametrize(
-    ("format", "implementation", "h"), [("transposed", "xla", 16), ("packed", "xla", 64), ("packed", "pallas_tpu", 64)]
-)
-def test_bfloat16_is_close(format, implementation, h, monkeypatch):
-    interpreted(monkeypatch)
-    # The result is rounded by up to 2^-9, and so are weights, which are many.
-    assert error_of(Shape(1, 2, 2, 3, 256, h, 128), format, implementation, jnp.bfloat16) < 4e-3
+def test_it_equals_the_oracle(implementation, shape, format, accuracy, interpret, monkeypatch):
+    interpreted(monkeypatch, interpret)
+    dtype, tolerance = accuracy
+    case = cast(case_of(shape), dtype)
+    for layer in range(shape.layers):
+        got = run(case, layer, format, shape.u, implementation)
+        assert got.dtype == dtype
+        assert relative_error(got, expected_of(case, layer)) < tolerance
 
 
 def test_a_wide_query_is_not_rounded_to_a_narrow_buffer(monkeypatch):
@@ -360,10 +346,7 @@ def test_what_the_tpu_kernel_cannot_serve_is_refused_with_the_reason(u, h, dtype
 def test_the_default_is_the_first_backend_that_can_serve():
     shape = Shape(1, 1, 1, 2, 16, 8, 8)
     case = cast(case_of(shape), np.float32)
-    np.testing.assert_array_equal(
-        run(case, 0, "transposed", 8, None),
-        run(case, 0, "transposed", 8, "xla"),
-    )
+    np.testing.assert_array_equal(run(case, 0, "transposed", 8, None), run(case, 0, "transposed", 8, "xla"))
     with pytest.raises(ValueError, match="implementation='fast'"):
         run(case, 0, "transposed", 8, "fast")
     with pytest.raises(NotImplementedError, match="pallas_tpu: the buffer is plain, it reads packed"):
@@ -435,16 +418,12 @@ def test_storage_refuses_slots_that_fill_no_block():
 
 
 def test_four_devices_give_what_one_gives():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "4 devices\n"
+    done = run_process(__file__, devices=4)
+    assert (done.returncode, done.stdout) == (0, "4 devices\n"), done.stderr
 
 
 def main():
-    """Batch and heads divided, inside ``jax.shard_map``: run as a script, which may choose the number of devices."""
-    jax.config.update("jax_num_cpu_devices", 4)
+    """Batch and heads divided, inside ``jax.shard_map``."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     shape = Shape(2, 2, 4, 2, 256, 64, 128)
     case = cast(case_of(shape), np.float32)

@@ -1,23 +1,21 @@
 """A live panel on a terminal, plain lines in a file, nothing where nothing is wanted."""
 
 import os
-import pathlib
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 from fcntl import ioctl
 
 import numpy as np
 import pytest
+from processes import Process
 from rich.console import Console
 
 from natsjax.config import Config
 from natsjax.train.logs.display import Display, duration, panel
 
-ROOT = pathlib.Path(__file__).parents[1]
 LINE = {
     "loss": 2.5,
     "perplexity": 12.18,
@@ -63,11 +61,8 @@ def on_a_terminal(script, columns=80, lines=24, **environment):
     """Returns the output of the script on a terminal, with its control characters."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-        env=env | {"TERM": "xterm-256color"} | environment,
-    )  # fmt: skip
+    env = dict.fromkeys(("COLUMNS", "LINES", "NO_COLOR")) | {"TERM": "xterm-256color"} | environment
+    process = Process("-c", script, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     text = b""
     try:

@@ -4,17 +4,16 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import pathlib
 import re
 import sys
 import typing
 
 import commands
 import pytest
+from processes import ROOT
 
 from natsjax.config import Config
 
-ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]

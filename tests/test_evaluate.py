@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from natsjax import evaluate, report
 from natsjax.config import Config, NatsConfig
@@ -45,10 +46,7 @@ def trained(attention):
     task = RecallTask(CONTEXT, **dataclasses.asdict(config.data.recall))
     trainer = Trainer(config, task.vocab_size)
     parameters = trainer.init().parameters
-    if attention == "nats":
-        scorer = parameters["blocks"]["attention"]["scorer"]
-        scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
-    return config, trainer, parameters
+    return config, trainer, tiny.spread_scorer(parameters) if attention == "nats" else parameters
 
 
 def make_run(path, attention="nats", **changes):

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,11 +51,7 @@ def contexts():
     """Seven packed contexts; the last one is half padding."""
     tokenizer = ByteTokenizer()
     source = PackedSource(
-        Documents([9, 30, 14, 5, 50, 40]),
-        context_length=T,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        seed=0,
+        Documents([9, 30, 14, 5, 50, 40]), context_length=T, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, seed=0
     )
     rows = source.rows(0, 7)
     for name, padding in dict.fromkeys(rows, 0).items() | {("document_id", -1)}:
@@ -81,8 +77,7 @@ def make_run(attention="nats"):
     trainer = Trainer(config, tokenizer.vocab_size)
     parameters = trainer.init().parameters
     if attention == "nats":
-        scorer = parameters["blocks"]["attention"]["scorer"]
-        scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
+        tiny.spread_scorer(parameters)
     data = RunData(tokenizer, types.SimpleNamespace(), lambda split, count: {}, np.array([8]), "bytes", "0" * 64)
     return LoadedRun(Workdir("unused"), config, trainer.structure, parameters, 0, data, trainer.mesh)
 
@@ -248,11 +243,7 @@ def test_bits_per_byte_are_those_of_lm_evaluation_harness():
     text = "köln"  # 5 bytes
     ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
     nll = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 64.0]])
-    contexts = {
-        "targets": np.array([ids[1:]]),
-        "loss_weight": np.ones((1, 6)),
-        "document_id": np.zeros((1, 6), int),
-    }
+    contexts = {"targets": np.array([ids[1:]]), "loss_weight": np.ones((1, 6)), "document_id": np.zeros((1, 6), int)}
     found = sum_by_document(contexts, nll, nll > 0, tokenizer)
     assert (found.nll, found.text_nll, found.tokens, found.bytes) == (79.0, 15.0, 6.0, 5.0)
     measurement = Measurement(found, None, np.ones((1, 1)), np.ones((1, 1)), 1, 1)

@@ -1,17 +1,15 @@
 """Parameters in a folder of their own: whole, movable, read without the corpus, on any devices."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from processes import run as run_process
 
 import natsjax
 from natsjax import evaluate, export, train
@@ -20,21 +18,11 @@ from natsjax.export.folder import num_parameters
 from natsjax.runs.load import load
 from natsjax.runs.workdir import Workdir
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def write_texts(folder):
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(["the", "house", "köln", "was", "là"], 60)))
-    return {"source": "corpus", "input": str(folder), "tokenizer": "byte", "held_out_fraction": 0.2}
-
 
 @pytest.fixture(scope="module")
 def corpus_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    return tiny.make_run(folder / "run", tiny.config(data=write_texts(folder / "texts")))
+    return tiny.make_run(folder / "run", tiny.config(data=tiny.corpus(folder / "texts")))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +88,7 @@ def test_without_its_corpus_it_loads_and_says_what_evaluation_needs(corpus_run, 
         assert load(corpus_run.workdir.path, prepared_dir=gone).step == 7
 
         other = tiny.make_run(
-            tmp_path / "other", tiny.config(data=write_texts(tmp_path / "texts") | {"held_out_fraction": 0.5})
+            tmp_path / "other", tiny.config(data=tiny.corpus(tmp_path / "texts", held_out_fraction=0.5))
         )
         with pytest.raises(UserError, match=r"is not the one that .*out was trained on .* as --prepared_dir"):
             load(tmp_path / "out", prepared_dir=other.workdir.corpus)
@@ -205,11 +193,9 @@ def test_an_export_is_not_trained_on(recall_run, tmp_path):
 
 def test_the_commands_on_two_devices(recall_run, tmp_path):
     """Exported on two devices, evaluated on two, where the recall task needs no corpus."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
 
     def command(name, *flags):
-        words = [sys.executable, "-m", f"natsjax.{name}", *flags]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return run_process("-m", f"natsjax.{name}", *flags, devices=2)
 
     done = command("export", f"--workdir={recall_run.workdir.path}", f"--output={tmp_path / 'out'}")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr

@@ -2,14 +2,11 @@
 
 import json
 import os
-import pathlib
 import subprocess
-import sys
 
 import pytest
 import tiny
-
-ROOT = pathlib.Path(__file__).parents[1]
+from processes import ROOT, with_mounts
 
 # In a mount namespace of its own, where the disk is gone with the process. Prints what was said, by where the disk
 # became full, and what was there then.
@@ -79,22 +76,16 @@ run_command(main)
 
 @pytest.fixture
 def disk(tmp_path):
-    """The words of a command that has a disk of 4 MB at ``tmp_path / "disk"``, and the disk."""
+    """The words of a Python that has a disk of 4 MB at ``tmp_path / "disk"``, and the disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs {folder}"
-    command = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
-    try:
-        subprocess.run([*command, mount], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no filesystem can be mounted here: {error}")
-    return [*command, f'{mount} && exec "$0" "$@"'], folder
+    return with_mounts(f"mount -t tmpfs -o size=4m tmpfs {folder}"), folder
 
 
 def test_every_file_that_cannot_be_written_is_a_sentence_and_the_run_goes_on_from_its_checkpoint(disk):
     words, folder = disk
     config = tiny.config(checkpoint={"save_every": 3}).to_dict()
-    command = [*words, sys.executable, "-c", PROGRAM, json.dumps(config), str(folder)]
+    command = [*words, "-c", PROGRAM, json.dumps(config), str(folder)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # plugins that find no device say so with a traceback
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import fuzzing
 import hypothesis
 import jax
 import pytest
+import tiny
 from fuzzing import A_FIELD, FIELDS, GROUPS, ODD_KEYS, TINY, assert_one_sentence, cases, changes, nested, odd, valid
 from hypothesis import strategies as st
 
@@ -143,25 +144,9 @@ def test_files(changed, wrong, data):
         accepts(lambda: parse_train_flags(["train.py", f"--config={file}", "--workdir=w"])[0], names=f"{A_FIELD}|mine")
 
 
-_ODD_FLAGS = [
-    "--config.",
-    "--config.=",
-    "--config.model",
-    "--config.model=",
-    "--config..=1",
-    "--config.model.embed_dim",
-]
-_ODD_FLAGS += [
-    "--config.model.embed_dim.x=1",
-    "--noconfig.train.progress",
-    "--",
-    "-",
-    "",
-    "--config",
-    "-x",
-    "\0",
-    "a\nb=c",
-]
+_ODD_FLAGS = ["--config.", "--config.=", "--config.model", "--config.model=", "--config..=1", "--", "-", "", "-x", "\0"]
+_ODD_FLAGS += ["--config.model.embed_dim", "--config.model.embed_dim.x=1", "--noconfig.train.progress"]
+_ODD_FLAGS += ["--config", "a\nb=c"]
 _ODD_FLAGS += ["--config.train.progress", "--config.nats.initial_roles=(1,", "--config.eval.budgets=0.1,0.2"]
 _ODD_FLAGS += ["--config.nats.initial_roles=__import__('os')", "--config.eval.budgets=", "--config.eval.budgets=()"]
 _ODD_FLAGS += ["--num_processes=x", "--process_id=1.5", "--workdir", "--help=3", "--config.model.\n=1", "--flagfile=x"]
@@ -245,11 +230,9 @@ def test_a_config_that_passes_has_a_step(values):
 def prepared(tmp_path_factory):
     """A corpus of bytes."""
     folder = tmp_path_factory.mktemp("corpus")
-    texts = folder / "texts"
-    texts.mkdir()
-    for number in range(12):
-        (texts / f"{number}.txt").write_text("round and round " * (1 + number % 3), "utf-8")
-    prepare(texts, folder / "prepared", tokenizer="byte", held_out_fraction=0.3, progress=False)
+    prepare(
+        tiny.write_texts(folder / "texts"), folder / "prepared", tokenizer="byte", held_out_fraction=0.3, progress=False
+    )
     return folder / "prepared"
 
 

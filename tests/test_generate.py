@@ -3,15 +3,13 @@
 import dataclasses
 import io
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import jax
 import pytest
 import tiny
+from processes import run as run_process
 
 from natsjax import generate
 from natsjax.config import MeshConfig
@@ -35,18 +33,13 @@ from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHORT = ["--temperature=1", "--max_new_tokens=6"]  # fresh parameters give bytes at random, and greedily the same again
 
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    (folder / "texts").mkdir()
-    for number in range(8):
-        (folder / f"texts/{number}.txt").write_text(f"köln war là {number} " * 20)
-    data = {"source": "corpus", "input": str(folder / "texts"), "tokenizer": "byte", "held_out_fraction": 0.2}
-    return tiny.make_run(folder / "run", tiny.config(data=data))
+    return tiny.make_run(folder / "run", tiny.config(data=tiny.corpus(folder / "texts")))
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +88,13 @@ def test_a_prompt_comes_from_a_flag_a_file_or_a_pipe(text_run, capsys, monkeypat
 def test_what_is_piped_into_the_command_on_two_devices_comes_out_of_one(text_run, tmp_path):
     """From an export, too; heads divided."""
     export(text_run.workdir.path, tmp_path / "out")
-    words = [sys.executable, "-m", "natsjax.generate", f"--workdir={tmp_path / 'out'}", "--mesh=tensor=2", *SHORT]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(words, input="köln\n".encode(), cwd=ROOT, env=environment, capture_output=True, check=True)
+    words = ["-m", "natsjax.generate", f"--workdir={tmp_path / 'out'}", "--mesh=tensor=2", *SHORT]
+    done = run_process(*words, input="köln\n", devices=2)
     stream = io.StringIO()
     found = run(text_run, ["köln"], stream=stream)
-    assert done.stdout.decode() == stream.getvalue() == f"köln{found.texts[0]}\n"
-    assert done.stderr.count(b"\n") == 1
-    assert b"1 prompt, 6 prompt tokens, 6 output tokens; first token after " in done.stderr
+    assert done.stdout == stream.getvalue() == f"köln{found.texts[0]}\n"
+    assert done.stderr.count("\n") == 1
+    assert "1 prompt, 6 prompt tokens, 6 output tokens; first token after " in done.stderr
 
 
 def test_the_tokens_are_those_of_decode_generate(text_run):

@@ -1,15 +1,13 @@
 """A run that begins with the parameters of another one: a dense model gets a scorer only where somebody asks for it."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from processes import run as run_process
 
 from natsjax import evaluate, train
 from natsjax.config import Config
@@ -21,7 +19,6 @@ from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.load import load
 from natsjax.train.step import Trainer
 
-ROOT = pathlib.Path(__file__).parents[1]
 TASK = RecallTask(24, 2, 5, 5, 5)
 
 
@@ -120,10 +117,7 @@ def test_what_a_dense_run_lacks_is_said_and_the_option_that_allows_it(dense):
             r"\(model.layer_types = \('nats',\) there and \('dense',\) here\): blocks.attention.scorer.bias is "
             r"there and not here",
         ),
-        (
-            {"mlp_dim": 32},
-            r"\(model.mlp_dim = 24 there and 32 here\): blocks.mlp.\S+ is .*24.* there and .*32.* here",
-        ),
+        ({"mlp_dim": 32}, r"\(model.mlp_dim = 24 there and 32 here\): blocks.mlp.\S+ is .*24.* there and .*32.* here"),
         ({"qkv_bias": True}, r"qkv_bias = False there and True here.*key_bias is here and not there"),
         ({"num_layers": 3}, r"model.num_layers = 2 there and 3 here.*; \d+ more\.$"),
     ],
@@ -186,8 +180,7 @@ def test_an_export_of_another_natsjax_is_refused(dense, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
     (tmp_path / "exported/config.json").write_text('{"of": "that version"}')
     with pytest.raises(
-        UserError,
-        match=r"train.init_from = .*exported: .* has format_version 2, and this natsjax reads version 1\.$",
+        UserError, match=r"train.init_from = .*exported: .* has format_version 2, and this natsjax reads version 1\.$"
     ):
         check(config_from(tmp_path / "exported", reinit_scorer=True))
 
@@ -218,9 +211,8 @@ checkpoints.close()
 def test_each_device_gets_its_part(dense, tmp_path):
     config = config_from(dense, reinit_scorer=True, batch_size=8).to_dict()
     config["mesh"] |= {"fsdp": 4, "tensor": 2}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, "-c", ON_EIGHT_DEVICES, json.dumps(config), str(tmp_path)]
-    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+    done = run_process("-c", ON_EIGHT_DEVICES, json.dumps(config), tmp_path, devices=8)
+    assert done.returncode == 0, done.stderr
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dense.parameters)
     read = Checkpoints(tmp_path, read_only=True).restore({"parameters": abstract})
     for name, value in by_name(read["parameters"]).items():

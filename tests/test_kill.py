@@ -1,9 +1,6 @@
-"""kill -9 at any point costs the steps since the newest checkpoint and nothing else; SIGTERM nothing at all.
+"""kill -9 at any point costs the steps since the newest checkpoint and nothing else; SIGTERM nothing at all."""
 
-Real processes run the real thing: text to corpus to training to report. They are forked from one that has imported
-everything and touched no device, and share compiled programs, so that a start takes a second or two.
-"""
-
+import contextlib
 import json
 import os
 import random
@@ -11,13 +8,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, SLOW
+from processes import SLOW, Process
 
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.workdir import Workdir, read_metrics
@@ -29,10 +26,10 @@ SEED = int(os.environ.get("KILL_SEED", "0"))
 SAVE_EVERY = 12
 NUM_STEPS = 240
 
-# A request, a line of JSON, in; status and seconds out. ``kill_after``: seconds until kill -9, or null; ``signal_in``:
-# the phase in which the process gets SIGTERM, or null; ``num_steps``: of the run.
-DRIVER = """
-import json, os, signal, sys, time, traceback
+# Its arguments: a config, a folder, and the phase in which the process gets SIGTERM, or nothing.
+PROGRAM = """
+import json, os, signal, sys
+import jax
 from natsjax import evaluate, train
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runtime.flags import run_command
@@ -51,40 +48,12 @@ def signalled(real):
         return real(*arguments, **keywords)
     return call
 
-def child(request):
-    os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    if request["signal_in"]:
-        where, name = PHASES[request["signal_in"]]
-        setattr(where, name, signalled(getattr(where, name)))
-    values = json.loads(sys.argv[1])
-    values["train"]["num_steps"] = request["num_steps"]
-    try:
-        run_command(lambda: train.run(Config.from_dict(values), request["workdir"]) and None)
-    except SystemExit as error:
-        os._exit(error.code)
-    os._exit(0)
-
-for line in sys.stdin:
-    request = json.loads(line)
-    began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(request)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(1)
-    ended = 0
-    while not ended:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        after = time.monotonic() - began
-        if not ended and request["kill_after"] is not None and after >= request["kill_after"]:
-            os.kill(pid, signal.SIGKILL)
-            ended, status = os.waitpid(pid, 0)
-        time.sleep(0.002)
-    print(json.dumps({"status": os.waitstatus_to_exitcode(status), "seconds": after}), flush=True)
+values, workdir, phase = sys.argv[1:]
+if phase:
+    where, name = PHASES[phase]
+    setattr(where, name, signalled(getattr(where, name)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+run_command(lambda: train.run(Config.from_dict(json.loads(values)), workdir) and None)
 """
 
 
@@ -95,13 +64,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    texts = folder / "texts"
-    texts.mkdir()
-    words = random.Random(0)
-    for number in range(12):
-        (texts / f"{number}.txt").write_text(" ".join(words.choice(["the", "house", "of", "köln"]) for _ in range(60)))
     return tiny.config(
-        data={"source": "corpus", "input": str(texts), "tokenizer": "byte", "held_out_fraction": 0.2},
+        data=tiny.corpus(folder / "texts"),
         train={"num_steps": NUM_STEPS},
         checkpoint={"save_every": SAVE_EVERY, "max_to_keep": 2, "keep_every": NUM_STEPS // 2},
         eval={"budgets": (0.4,), "num_contexts": 4, "num_calibration_contexts": 4},
@@ -110,30 +74,22 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def run(config, folder):
-    """Yields ``run(workdir)``, which returns status, seconds and standard error."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps(config.to_dict())],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    """Returns ``run(workdir)``, which returns status, seconds and standard error."""
 
-    def run_it(workdir, kill_after=None, signal_in=None, num_steps=NUM_STEPS):
-        errors = folder / "errors.txt"
-        request = {"workdir": str(workdir.path), "kill_after": kill_after, "signal_in": signal_in}
-        driver.stdin.write(json.dumps(request | {"errors": str(errors), "num_steps": num_steps}) + "\n")
-        driver.stdin.flush()
-        answer = json.loads(driver.stdout.readline())
-        return answer["status"], answer["seconds"], errors.read_text()
+    def run_it(workdir, kill_after=None, signal_in="", num_steps=NUM_STEPS):
+        values = config.to_dict()
+        values["train"]["num_steps"] = num_steps
+        with open(folder / "errors.txt", "w") as errors:
+            began = time.monotonic()
+            process = Process("-c", PROGRAM, json.dumps(values), workdir.path, signal_in, stderr=errors.fileno())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(kill_after)
+            process.kill()
+            status, seconds = process.wait(), time.monotonic() - began
+            process.close()
+        return status, seconds, (folder / "errors.txt").read_text()
 
-    yield run_it
-    driver.stdin.close()
-    driver.wait(timeout=60)
-    driver.stdout.close()
+    return run_it
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +196,7 @@ def test_sigterm_in_every_phase_is_one_sentence_and_loses_nothing_and_a_finished
         "preparing": (f"SIGTERM: the data was being prepared; {again} to resume", None),
         "compiling": (f"SIGTERM: saved step 0; {again} to resume", 0),
         "saving": (f"SIGTERM: saved step {SAVE_EVERY + 1}; {again} to resume", SAVE_EVERY + 1),
-        "evaluating": (
-            f"SIGTERM: all {NUM_STEPS} steps are trained and saved; {again} to evaluate the run",
-            NUM_STEPS,
-        ),
+        "evaluating": (f"SIGTERM: all {NUM_STEPS} steps are trained and saved; {again} to evaluate the run", NUM_STEPS),
     }
     for phase, (sentence, saved) in expected.items():
         status, _, errors = run(workdir, signal_in=phase)

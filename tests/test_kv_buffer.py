@@ -23,17 +23,9 @@ LAYERS, BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 2, 4, 4
 
 
 def empty(slots=8, layers=(LAYERS,), format="transposed", observed=False):
-    return allocation.empty(
-        layers,
-        [slots] * len(layers),
-        batch=BATCH,
-        num_kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-        dtype="float32",
-        format=format,
-        block=BLOCK,
-        observed=observed,
-    )
+    slots = [slots] * len(layers) if isinstance(slots, int) else slots
+    sizes = {"batch": BATCH, "num_kv_heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "block": BLOCK}
+    return allocation.empty(layers, slots, **sizes, format=format, observed=observed)
 
 
 def key_of(layer, row, head, index):
@@ -147,17 +139,7 @@ def test_regrouping_keeps_every_slot():
     before = live_of(tuple(filled), 5)
     assert len(before) == 6 * BATCH * HEADS
     for layers, slots in (((6,), (16,)), ((2, 4), (8, 12)), ((4, 1, 1), (8, 16, 8))):
-        target = allocation.empty(
-            layers,
-            slots,
-            batch=BATCH,
-            num_kv_heads=HEADS,
-            head_dim=HEAD_DIM,
-            dtype="float32",
-            format="transposed",
-            block=BLOCK,
-        )
-        moved = jax.jit(allocation.regroup)(tuple(filled), target)
+        moved = jax.jit(allocation.regroup)(tuple(filled), empty(slots, layers))
         assert [group.capacity for group in moved] == list(slots)
         assert live_of(moved, 5) == before
 

@@ -1,12 +1,10 @@
 """The Slurm scripts, with a ``srun`` and a ``scontrol`` that only say how they were called."""
 
 import os
-import pathlib
 import subprocess
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
+from processes import ROOT
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,7 @@ MIXED = {"layer_types": "nats,dense,sliding", "sliding_window": WINDOW, "num_lay
 
 def build(config):
     structure, parameters = init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(0))
-    if config.model.has_roles:
-        scorer = parameters["blocks"]["attention"]["scorer"]
-        scorer["weight"] = jax.random.normal(jax.random.key(1), scorer["weight"].shape)
-    return structure, parameters
+    return structure, tiny.spread_scorer(parameters) if config.model.has_roles else parameters
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow), "dots"])
@@ -108,12 +105,7 @@ def test_kv_fraction_counts_all_layers_and_the_smallest_is_reached():
 
 
 PATTERN = decoding.config(
-    model={
-        "layer_types": "nats,dense,sliding",
-        "sliding_window": WINDOW,
-        "qk_norm": True,
-        "final_logit_softcap": 3.0,
-    }
+    model={"layer_types": "nats,dense,sliding", "sliding_window": WINDOW, "qk_norm": True, "final_logit_softcap": 3.0}
 )
 PARAMETERS = decoding.parameters_of(PATTERN)
 
@@ -130,12 +122,7 @@ def test_chunks_give_the_logits_of_the_masked_forward(policy, chunk):
 def test_generated_tokens_are_those_of_the_masked_forward():
     rows = decoding.prompts([3, 17, 1])
     found = generate(decoding.decoder(PATTERN, PARAMETERS), rows, max_new_tokens=30)
-    whole = [row + new for row, new in zip(rows, found.tokens, strict=True)]
-    logits, _ = decoding.masked_logits(PATTERN, PARAMETERS, whole)
-    assert np.abs(logits).max() <= 3  # the cap
-    for row, new, x in zip(rows, found.tokens, logits, strict=True):
-        x = x[len(row) - 1 : len(row) + 29]
-        assert np.all(x.max(-1) - x[np.arange(30), new] <= 1e-4)
+    assert np.abs(decoding.check_generated(PATTERN, PARAMETERS, rows, found)).max() <= 3  # the cap
 
 
 def test_a_mixed_run_is_measured_with_masks_as_through_the_buffer(tmp_path):
@@ -211,10 +198,7 @@ def test_a_mixed_model_learns(layers):
 
 def test_a_dense_layer_leaves_its_neighbors_their_small_capacities():
     config = decoding.config(model={"layer_types": "nats,dense", "num_layers": 8}, nats={"window": 1})
-    parameters = decoding.parameters_of(config, scorer_scale=0.0)
-    scorer = parameters["blocks"]["attention"]["scorer"]
-    scorer["bias"] = scorer["bias"].at[..., 2].add(9.0)  # SLIDING
-    decoder = decoding.decoder(config, parameters)
+    decoder = decoding.decoder(config, decoding.always(config, 2))
     found = generate(decoder, decoding.prompts([150]), max_new_tokens=20)
     slots = decoder._layouts[-1].by_layer
     assert np.all(slots[::2] <= 32)

@@ -142,26 +142,20 @@ def test_the_next_batch_is_on_its_way_before_the_metrics_of_any_running_step_are
     assert log == expected
 
 
-def test_input_is_hidden_behind_steps_that_take_longer(tmp_path):
-    seconds, line, _ = simulate(tmp_path, step_seconds=0.1, batch_seconds=0.06)
-    assert seconds == pytest.approx(1.26)  # the first batch and 12 steps; one after the other they would take 1.92 s
-    assert line["input_wait"] == pytest.approx(0.06 / 1.26)
-    assert line["goodput"] == pytest.approx(1.2 / 1.26)
-
-
-def test_input_that_takes_longer_is_seen(tmp_path):
-    """Of each 0.1 s the device has nothing to do for 0.06."""
-    seconds, line, _ = simulate(tmp_path, step_seconds=0.04, batch_seconds=0.1)
-    assert seconds == pytest.approx(1.24)
-    assert line["input_wait"] == pytest.approx((0.1 + 11 * 0.06) / 1.24)
-    assert line["goodput"] == pytest.approx(12 * 0.04 / 1.24)
-
-
-def test_saving_that_holds_the_loop_up_is_no_step(tmp_path):
-    seconds, line, _ = simulate(tmp_path, step_seconds=0.05, batch_seconds=0, save_seconds=0.05, save_every=1)
-    assert seconds == pytest.approx(1.2)
-    assert line["goodput"] == pytest.approx(0.6 / 1.15)  # the last line is written before the last save
-    assert line["input_wait"] == 0
+@pytest.mark.parametrize(
+    ("times", "seconds", "input_wait", "goodput"),
+    [
+        # Hidden behind steps that take longer: the first batch and 12 steps; one by one they would take 1.92 s.
+        ({"step_seconds": 0.1, "batch_seconds": 0.06}, 1.26, 0.06 / 1.26, 1.2 / 1.26),
+        # Of each 0.1 s the device has nothing to do for 0.06.
+        ({"step_seconds": 0.04, "batch_seconds": 0.1}, 1.24, (0.1 + 11 * 0.06) / 1.24, 12 * 0.04 / 1.24),
+        # Saving that holds the loop up is no step; the last line is written before the last save.
+        ({"step_seconds": 0.05, "batch_seconds": 0, "save_seconds": 0.05, "save_every": 1}, 1.2, 0, 0.6 / 1.15),
+    ],
+)
+def test_what_input_and_saving_take(tmp_path, times, seconds, input_wait, goodput):
+    found, line, _ = simulate(tmp_path, **times)
+    assert (found, line["input_wait"], line["goodput"]) == pytest.approx((seconds, input_wait, goodput))
 
 
 def test_the_loop_says_what_it_is_doing(tmp_path, monkeypatch):
@@ -303,6 +297,20 @@ def test_the_step_takes_its_state_over():
     assert trainer.lower().compile().memory_analysis().alias_size_in_bytes == size
 
 
+class Saving(Checkpoints):
+    """Of which the log is told."""
+
+    def __init__(self, clock, log):
+        super().__init__(clock)
+        self._log = log
+
+    def save(self, step, state):
+        self._log.append(f"save {step}")
+
+    def wait(self):
+        self._log.append("saved")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
     log, clock = [], Clock()
@@ -313,45 +321,28 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
                 signal.raise_signal(number)
             return super().step(state, step)
 
-    class Saving(Checkpoints):
-        def save(self, step, state):
-            log.append(f"save {step}")
-
-        def wait(self):
-            log.append("saved")
-
-    wall_time = ClockedWallTime(clock)
-    device = Signalling(clock, 0.001, log)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with signals.stop_requests() as stop:
-        loop = _Loop(tiny.config(), Workdir(tmp_path), device, Saving(clock), 0, wall_time, stop)
-        with pytest.raises(train.Interrupted):
-            loop.run(State(), iter(range(1, 100)))
-    loop.close()
-    wall_time.close()
+        interrupted(tmp_path, Signalling(clock, 0.001, log), Saving(clock, log), clock, stop)
     assert log[-3:] == ["read 3", "save 3", "saved"]
     assert capfd.readouterr().err.endswith(f"{number.name}: saved step 3; run the same command again to resume\n")
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+def interrupted(tmp_path, device, saving, clock, stop, start=0):
+    wall_time = ClockedWallTime(clock)
+    loop = _Loop(tiny.config(), Workdir(tmp_path), device, saving, start, wall_time, stop)
+    with pytest.raises(train.Interrupted):
+        loop.run(State(start), iter(range(1, 100)))
+    loop.close()
+    wall_time.close()
+
+
 def test_a_signal_during_compilation_leads_to_a_save_before_the_first_step(tmp_path, capfd):
     log, clock = [], Clock()
-
-    class Saving(Checkpoints):
-        def save(self, step, state):
-            log.append(f"save {step}")
-
-        def wait(self):
-            log.append("saved")
-
-    wall_time = ClockedWallTime(clock)
     with signals.stop_requests() as stop:
         with stop.later("the step is compiled"):
             signal.raise_signal(signal.SIGTERM)
-        loop = _Loop(tiny.config(), Workdir(tmp_path), Device(clock, 0.001, log), Saving(clock), 7, wall_time, stop)
-        with pytest.raises(train.Interrupted):
-            loop.run(State(7), iter(range(1, 100)))
-    loop.close()
-    wall_time.close()
+        interrupted(tmp_path, Device(clock, 0.001, log), Saving(clock, log), clock, stop, start=7)
     assert log == ["save 7", "saved"]
     assert capfd.readouterr().err.endswith("SIGTERM: saved step 7; run the same command again to resume\n")

@@ -18,20 +18,12 @@ from pallas_kernels.nats_attention import NO_END, key_end_from_roles
 
 
 def build(config, seed=0):
-    structure, parameters = transformer.init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
-    return structure, parameters
+    return transformer.init_parameters(config, tiny.VOCAB_SIZE, jax.random.key(seed))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(structure, parameters, inputs, choice=None):
     return nnx.merge(structure, parameters)(inputs, choice)
-
-
-def spread_scorer(parameters, seed=3):
-    """Gives the scorer weights, so that roles depend on the input as they do in a trained model."""
-    scorer = parameters["blocks"]["attention"]["scorer"]
-    scorer["weight"] = jax.random.normal(jax.random.key(seed), scorer["weight"].shape)
-    return parameters
 
 
 @pytest.mark.parametrize("attention", ["nats", "dense"])
@@ -69,7 +61,7 @@ def test_logits_depend_on_earlier_tokens_of_the_same_document_only(attention):
 def test_packed_documents_are_as_if_each_stood_alone():
     config = tiny.config()
     structure, parameters = build(config)
-    parameters = spread_scorer(parameters)
+    parameters = tiny.spread_scorer(parameters, 3)
     batch = tiny.packed_batch()
     logits, roles = forward(structure, parameters, Batch.from_rows(batch))
     starts = np.nonzero((batch["positions"][0] == 0) & (batch["document_end"][0] > 0))[0]
@@ -124,7 +116,7 @@ def test_rematerialization_changes_nothing(remat):
     for policy in ("none", remat):
         config = tiny.config(model={"remat": policy})
         structure, parameters = build(config)
-        results.append(gradient(config, spread_scorer(parameters), structure, batch, key))
+        results.append(gradient(config, tiny.spread_scorer(parameters, 3), structure, batch, key))
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -160,7 +152,7 @@ def count_mismatches(monkeypatch, config, policy=None):
         logits, roles = nnx.merge(structure, parameters)(Batch.from_rows(batch), choice)
         return jnp.sum(token_nll(logits, batch["targets"]) * batch["loss_weight"]), roles.ids
 
-    _, ids = jax.jit(jax.grad(loss, has_aux=True))(spread_scorer(parameters))
+    _, ids = jax.jit(jax.grad(loss, has_aux=True))(tiny.spread_scorer(parameters, 3))
     jax.effects_barrier()
     backward_ids = np.stack([x.argmax(-1) for x in seen])[::-1]  # the backward walks the layers from the last
     assert backward_ids.shape == ids.shape
@@ -250,12 +242,10 @@ def test_parameters_are_float32_and_logits_too(tie, dtype):
 
 def test_weight_decay_goes_by_role():
     *_, decayed = transformer.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
-    block = decayed["blocks"]
-    assert block["attention"]["query"]
-    assert block["attention"]["output"]
-    assert block["mlp"]["down"]
-    for exempt in (block["attention_norm"]["scale"], block["attention"]["scorer"]["weight"], decayed["embedding"]):
-        assert exempt is False
+    block, attention = decayed["blocks"], decayed["blocks"]["attention"]
+    assert all((attention["query"], attention["output"], block["mlp"]["down"]))
+    exempt = block["attention_norm"]["scale"], attention["scorer"]["weight"], decayed["embedding"]
+    assert exempt == (False, False, False)
 
 
 def test_rotary_logits_depend_on_distance_alone():

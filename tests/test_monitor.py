@@ -212,16 +212,13 @@ def test_the_steps_of_a_profile(tmp_path, profiler, capfd):
     assert profiled(tmp_path, profiler, 3, 4, range(1, 7)) == [1, 2, "start", 3, 4, "stop", 5, 6]
     assert profiler[2] == ("start", str(tmp_path / "profile"))
     assert f"the profile is in {tmp_path / 'profile'}" in capfd.readouterr().err
-
-
-def test_a_profile_stops_with_the_run(tmp_path, profiler):
-    assert profiled(tmp_path, profiler, 3, 9, range(1, 5)) == [1, 2, "start", 3, 4, "stop"]
-
-
-def test_a_profile_of_a_resumed_run(tmp_path, profiler):
-    assert profiled(tmp_path, profiler, 3, 6, range(5, 9), start=4) == ["start", 5, 6, "stop", 7, 8]
-    profiler.clear()
-    assert profiled(tmp_path, profiler, 3, 4, range(5, 9), start=4) == [5, 6, 7, 8]
+    for first, last, steps, start, calls in (
+        (3, 9, range(1, 5), 0, [1, 2, "start", 3, 4, "stop"]),  # it stops with the run
+        (3, 6, range(5, 9), 4, ["start", 5, 6, "stop", 7, 8]),  # of a resumed run
+        (3, 4, range(5, 9), 4, [5, 6, 7, 8]),
+    ):
+        profiler.clear()
+        assert profiled(tmp_path, profiler, first, last, steps, start) == calls
 
 
 def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capfd):

@@ -78,17 +78,9 @@ def test_what_was_first_and_where():
             "the learning rate (0.001 here) is far too high",
             "lower optimizer.peak_learning_rate",
         ),
-        (
-            {"kv_penalty": INF},
-            "the KV penalty (inf) blew up beside a cross-entropy of 3",
-            "nats.max_kv_penalty",
-        ),
+        ({"kv_penalty": INF}, "the KV penalty (inf) blew up beside a cross-entropy of 3", "nats.max_kv_penalty"),
         ({"cross_entropy": NAN, "kv_penalty": 100}, "the KV penalty (50) blew up", "nats.kv_penalty_lr"),
-        (
-            {"z_loss": INF, "groups": {"loss": {"z_loss": 1e-4}}},
-            "the z-loss (inf) blew up",
-            "lower loss.z_loss",
-        ),
+        ({"z_loss": INF, "groups": {"loss": {"z_loss": 1e-4}}}, "the z-loss (inf) blew up", "lower loss.z_loss"),
         (
             {"cross_entropy": NAN, "recent": [*CALM[:-4], *(Recent(3 + n, 1.0) for n in range(1, 5))]},
             "the cross-entropy had risen from 2.85 to 7 over the last 5 steps: the learning rate (0.001 here) is too",

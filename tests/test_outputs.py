@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from processes import ROOT, with_mounts
 
 from natsjax import report, sweep, train
 from natsjax.config_fields import real_path
@@ -35,17 +36,12 @@ from natsjax.runtime.files import (
 )
 from natsjax.train import loop
 
-ROOT = pathlib.Path(__file__).parents[1]
 command = sys.modules["natsjax.data.prepare.build"]
 
 
 @pytest.fixture
 def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for number in range(6):
-        (folder / f"{number}.txt").write_text(f"text number {number} " * 5)
-    return folder
+    return tiny.write_texts(tmp_path / "texts", 6)
 
 
 def make(texts, output):
@@ -113,12 +109,7 @@ def test_a_corpus_fills_a_mount_point(texts, tmp_path):
         "mount -t tmpfs tmpfs closed && mkdir closed/disk && mount -t tmpfs tmpfs closed/disk && "
         "mount -o remount,ro closed"
     )
-    words = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
-    try:
-        subprocess.run([*words, mounts], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no filesystem can be mounted here: {error}")
-    run = [*words, f'{mounts} && exec "$0" "$@"', sys.executable, "-c", MOUNTS, texts, "disk", "bound", "closed/disk"]
+    run = [*with_mounts(mounts), "-c", MOUNTS, texts, "disk", "bound", "closed/disk"]
     done = subprocess.run(run, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole = ["corpus.json", "tokenizer", "train", "validation"]

@@ -1,17 +1,14 @@
 """A step compiled for eight H100s, and nodes of them, on a machine without a GPU; .ci/aot has the command."""
 
 import importlib.util
-import pathlib
 
+import aot
 import pytest
 
-from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.model.sharding import make_mesh
 from natsjax.plan import topologies, train_step
-from natsjax.runtime.flags import read_config_file
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(
@@ -21,8 +18,7 @@ pytestmark = [
 
 
 def test_a_step_compiles_for_eight_h100s():
-    config = Config.from_dict(read_config_file(ROOT / "configs/nats_350m.py:h100-8"))
-    made = train_step.plan_step(config, topologies.topology("h100-8"))
+    made = train_step.plan_step(aot.config_of("nats_350m:h100-8"), topologies.topology("h100-8"))
     assert made.fits is True
     assert made.mesh == {"fsdp": 8}
     assert {c.axes for c in made.costs.collectives} == {("fsdp",)}
@@ -33,7 +29,7 @@ def test_a_step_compiles_for_eight_h100s():
 def test_nodes_are_domains_and_may_share_parameters():
     topology = topologies.topology("h100-16")
     assert topology.domains == (0,) * 8 + (1,) * 8
-    config = Config.from_dict(read_config_file(ROOT / "configs/nats_350m.py:h100-8"))
+    config = aot.config_of("nats_350m:h100-8")
     assert dict(make_mesh(config.mesh, topology.devices).shape) == {"data": 1, "fsdp": 16, "tensor": 1, "context": 1}
 
 

@@ -77,12 +77,6 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
         np.testing.assert_array_equal(seen.diagonal(axis1=1, axis2=2), np.asarray(inputs.document_end) > 0)
 
 
-def test_without_sinks_streaming_llm_is_a_sliding_window():
-    inputs = packed([[7, 5], [12]])
-    a, b = (policy.choice(inputs.positions, CONFIG) for policy in (SlidingWindow(3), StreamingLLM(0, 3)))
-    np.testing.assert_array_equal(a.key_end, b.key_end)
-
-
 @pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
 def test_the_role_bias_touches_the_roles_that_the_config_names(roles, bias):
     choice = Nats(0.5).choice(packed([[3]]).positions, Config(nats=NatsConfig(biased_roles=roles)))
@@ -127,12 +121,6 @@ def test_settings_are_what_a_report_shows():
     assert SampledNats(3).setting == {"seed": 3}
 
 
-@pytest.mark.parametrize("make", [lambda: SlidingWindow(-1), lambda: StreamingLLM(-1, 2), lambda: StreamingLLM(1, -2)])
-def test_negative_numbers_are_refused(make):
-    with pytest.raises(ValueError, match="0 or more"):
-        make()
-
-
 CHOICE = jax.jit(lambda policy, positions: policy.choice(positions, CONFIG).key_end)
 SCORES = jax.jit(lambda policy, *arrays: policy.scores(*arrays))
 HUGE = (2**30 - 1, 2**30, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**40, 2**64)
@@ -169,6 +157,9 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: SlidingWindow(-1), "0 or more"),
+        (lambda: StreamingLLM(-1, 2), "0 or more"),
+        (lambda: StreamingLLM(1, -2), "0 or more"),
         (lambda: SlidingWindow(2.5), "window=2.5: a whole number"),
         (lambda: SlidingWindow(NAN), "window=nan: a whole number"),
         (lambda: SlidingWindow(True), "window=True: a whole number"),

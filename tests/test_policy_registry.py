@@ -3,17 +3,14 @@
 import ast
 import importlib
 import json
-import pathlib
 import re
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import tiny
+from processes import ROOT
 
-from benchmarks import docs_tables
 from natsjax import evaluate, policies, report
 from natsjax.errors import UserError
 from natsjax.evaluate import __main__ as evaluate_command
@@ -22,8 +19,6 @@ from natsjax.generate.flags import parse_policy
 from natsjax.policies import budgets
 from natsjax.policies.registry import POLICIES, Number, PolicyEntry
 from natsjax.report import picture
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 FILE = '''
 from typing import ClassVar
@@ -175,20 +170,10 @@ def test_an_unknown_method_is_drawn_under_its_own_name():
 
 
 def test_the_docs_have_every_policy():
-    table = docs_tables.policies_table()
-    assert f"<!-- table: policies -->\n{table}\n<!-- end -->" in (ROOT / "docs/generate.md").read_text(encoding="utf-8")
+    generation = (ROOT / "docs/generate.md").read_text(encoding="utf-8")
+    assert "<!-- table: policies -->" in generation  # whose lines test_monitor.py compares
     evaluation = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
-    for entry in POLICIES.values():
-        assert entry.label in evaluation
-
-
-def test_the_registry_is_cheap_to_import():
-    code = """
-    import sys
-    import natsjax.policies.registry, natsjax.policies.budgets, natsjax.report.styles
-    assert not {"jax", "flax"} & set(sys.modules)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+    assert all(entry.label in evaluation for entry in POLICIES.values())
 
 
 def test_nobody_else_asks_which_policy_it_is():

@@ -2,21 +2,18 @@
 
 import concurrent.futures
 import os
-import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
+from processes import Process, free_port, together
 
 from natsjax.errors import UserError
 from natsjax.runtime import distributed
 from natsjax.runtime.flags import join_processes, train_help
 
-ROOT = pathlib.Path(__file__).parents[1]
 LAUNCHER = re.compile("SLURM|OMPI|PMI|JAX|TPU|KUBERNETES")
 
 # What each process runs: BODY, in the middle of everything that train.py puts around it.
@@ -45,45 +42,18 @@ run_command(main)
 """
 
 
-def environment():
-    clean = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
-    return clean | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return one.getsockname()[1]
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture
 def start_all():
     """Starts processes that know each other; whatever a test does, none is left over."""
     started = []
 
     def start_them(count, *arguments):
-        flags = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-        for rank in range(count):
-            started.append(start(*arguments, *flags, "--initialization_timeout=60", f"--process_id={rank}"))
+        started.extend(together(count, *arguments, "--initialization_timeout=60", devices=2))
         return started
 
     yield start_them
     for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        process.close()
 
 
 def program(body):
@@ -102,7 +72,7 @@ print(distributed.is_main(), distributed.any_process(True), distributed.any_proc
 print(jax.distributed.is_initialized())
 assert not xla_bridge._backends
 """
-    status, out, errors = ended(start(*program(body), "--process_id=0", "--num_processes=1"))
+    status, out, errors = ended(Process(*program(body), "--process_id=0", "--num_processes=1", devices=2))
     assert (status, errors) == (0, "here\n")
     assert out.split() == ["joined", "True", "True", "False", "False"]
 
@@ -217,7 +187,7 @@ def test_a_mistake_that_all_make_is_said_once(start_all):
 def test_a_process_that_never_joins_is_named():
     address = f"127.0.0.1:{free_port()}"
     flags = [f"--coordinator_address={address}", "--num_processes=2", "--initialization_timeout=1", "--process_id=0"]
-    status, out, errors = ended(start(*program("pass"), *flags))
+    status, out, errors = ended(Process(*program("pass"), *flags, devices=2))
     assert (status, out) == (2, "")
     assert errors == f"error: process 1 of 2 did not join within 1 s; is it running and can it reach {address}?\n"
 

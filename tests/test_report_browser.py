@@ -288,11 +288,7 @@ def test_perplexity_by_position_can_be_set_to_a_budget_and_beside_full_attention
     page.locator("summary", has_text="The numbers").click()
     table = page.locator("#position-table tbody tr")
     assert table.all_inner_texts()[0].split("\t")[:2] == ["1", "12"]
-    assert table.all_inner_texts()[3].split("\t")[:3] == [
-        "6\N{EN DASH}256",
-        "4,064",
-        "51.30 (46.17\N{EN DASH}56.43)",
-    ]
+    assert table.all_inner_texts()[3].split("\t")[:3] == ["6\N{EN DASH}256", "4,064", "51.30 (46.17\N{EN DASH}56.43)"]
     page.locator("#position-budget").select_option("1")
     assert legend.count() == 3
     page.locator("#position-scale").select_option("1")

@@ -5,22 +5,23 @@ a kernel of 7; github.com/FMInference/H2O, ``H2OKVCache_LayerWise``), fed with t
 """
 
 import dataclasses
+import functools
 
 import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from rival_oracles import NumpyModel, h2o, snapkv
 
 from natsjax.decode import allocation, buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
+from natsjax.evaluate.masked import measure
 from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.budgets import fraction_for_budget
-from natsjax.policies.interval import RandomKeys, StreamingLLM
+from natsjax.policies.interval import FullAttention, RandomKeys, StreamingLLM
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"layer_types": "dense"})
@@ -45,18 +46,8 @@ def keys_of(heads, positions, attention_sum, seen=None):
 
 
 def buffer_of(heads, slots):
-    (group,) = allocation.empty(
-        [1],
-        [slots],
-        batch=1,
-        num_kv_heads=heads,
-        head_dim=4,
-        dtype="float32",
-        format="transposed",
-        block=slots,
-        observed=True,
-    )
-    return group
+    sizes = {"batch": 1, "num_kv_heads": heads, "head_dim": 4, "dtype": "float32", "block": slots}
+    return allocation.empty([1], [slots], **sizes, format="transposed", observed=True)[0]
 
 
 def held(group, at):
@@ -182,9 +173,7 @@ def test_a_prompt_is_seen_whole_before_a_key_goes(policy, chunk):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    made = tiny.make_run(tmp_path_factory.mktemp("rivals") / "run", CONFIG)
-    placed = jax.tree.map(lambda x: x.sharding, made.parameters)
-    return dataclasses.replace(made, parameters=jax.device_put(PARAMETERS, placed))
+    return decoding.make_run(tmp_path_factory.mktemp("rivals") / "run", CONFIG, PARAMETERS)
 
 
 def by_document(contexts, logprobs):
@@ -199,11 +188,18 @@ def by_document(contexts, logprobs):
     return total
 
 
-CONTEXTS = tiny.packed_batch(length=30) | {"document_id": np.repeat([[0], [1], [2]], 30, axis=1)}
+CONTEXTS = decoding.packed_contexts(30)
+
+
+def policy_is_full(run, policy):
+    """With room for all keys."""
+    full = measure(run, CONTEXTS, FullAttention())
+    return abs(measure_decoding(run, CONTEXTS, policy, chunk=5).perplexity / full.perplexity - 1) < 1e-4
 
 
 def test_h2o_is_measured_token_by_token(run):
     """Packed documents of several lengths; nothing depends on how many tokens are read at once."""
+    assert policy_is_full(run, H2O(500, 2))
     found = measure_decoding(run, CONTEXTS, H2O(5, 2), chunk=7)
     expected = by_document(CONTEXTS, lambda tokens: h2o(MODEL, tokens, 5, 2)[0])
     assert np.allclose(found.documents.nll, expected, rtol=1e-4)
@@ -213,18 +209,20 @@ def test_h2o_is_measured_token_by_token(run):
 
 
 def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run):
-    chunk = 4
+    assert policy_is_full(run, SnapKV(500, 2))
 
-    def logprobs(tokens):
+    def logprobs(tokens, chunk):
         parts = [snapkv(MODEL, tokens[: b + chunk], b, 6, 3)[0] for b in range(0, len(tokens), chunk)]
         return np.concatenate(parts)
 
-    found = measure_decoding(run, CONTEXTS, SnapKV(6, 3), chunk=chunk)
-    assert np.allclose(found.documents.nll, by_document(CONTEXTS, logprobs), rtol=1e-4)
     positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
-    begin = positions // chunk * chunk
-    assert np.all(found.live_pairs == np.sum(np.minimum(6, begin) + positions - begin + 1))
-    assert np.all(found.allocated <= 6 + chunk + 15)
+    for chunk in (1, 4):
+        found = measure_decoding(run, CONTEXTS, SnapKV(6, 3), chunk=chunk)
+        expected = by_document(CONTEXTS, functools.partial(logprobs, chunk=chunk))
+        assert np.allclose(found.documents.nll, expected, rtol=1e-4)
+        begin = positions // chunk * chunk
+        assert np.all(found.live_pairs == np.sum(np.minimum(6, begin) + positions - begin + 1))
+        assert np.all(found.allocated <= 6 + chunk + 15)
 
 
 def test_streaming_llm_holds_what_its_cache_holds():

@@ -1,7 +1,5 @@
 """Roles, lifetimes, the KV penalty and its controller."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,12 +149,3 @@ def test_a_fixed_penalty_stays_fixed_also_at_zero():
     for penalty in (0.0, 0.7):
         config = NatsConfig(kv_penalty_mode="fixed", kv_penalty=penalty)
         np.testing.assert_allclose(controlled_for(20, lambda penalty: 1.0, config)[1], penalty, rtol=1e-6)
-
-
-def test_the_budget_ramp_begins_below_one_and_ends_at_the_budget():
-    config = NatsConfig(kv_budget=0.25, budget_ramp_steps=10)
-    budgets = [float(budget_controller.budget_at(jnp.int32(n), config)) for n in range(15)]
-    assert budgets[0] == pytest.approx(0.925)
-    assert budgets[9:] == [0.25] * 6
-    flat = dataclasses.replace(config, budget_ramp_steps=0)
-    assert float(budget_controller.budget_at(jnp.int32(0), flat)) == 0.25

@@ -90,12 +90,20 @@ def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
 
 @pytest.mark.parametrize(("path", "middle"), [("linear", 0.55), ("geometric", 0.1**0.5), ("cosine", 0.55)])
 def test_budgets_fall_from_one_after_the_start(path, middle):
-    config = NatsConfig(kv_budget=0.1, budget_ramp=path, budget_ramp_start=20, budget_ramp_steps=40)
-    found = np.array([budget_controller.budget_at(jnp.int32(step), config) for step in range(100)])
+    def budgets(**fields):
+        config = NatsConfig(kv_budget=0.1, budget_ramp=path, **fields)
+        return np.array([budget_controller.budget_at(jnp.int32(step), config) for step in range(100)])
+
+    found = budgets(budget_ramp_start=20, budget_ramp_steps=40)
     np.testing.assert_allclose(found[:20], 1)
     assert found[39] == pytest.approx(middle, rel=1e-5)
     np.testing.assert_allclose(found[59:], 0.1, rtol=1e-5)
     assert np.all(np.diff(found[19:60]) < 0)
+    found = budgets(budget_ramp_steps=10)  # from the first step on
+    assert found[0] < 1
+    assert found[0] == pytest.approx({"linear": 0.91, "geometric": 0.1**0.1}.get(path, found[0]), rel=1e-5)
+    np.testing.assert_allclose(found[9:], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(budgets(budget_ramp_steps=0), 0.1, rtol=1e-5)
 
 
 def test_a_spike_is_found_and_noise_is_not():

@@ -4,15 +4,11 @@ import dataclasses
 import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import tiny
-from processes import ROOT, SLOW, environment, json_lines
+from processes import SLOW, json_lines, together, wait_for
 
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
@@ -95,26 +91,12 @@ run_command(main)
 
 def start(workdir, config, *, processes, devices):
     """``train.run`` in that many processes."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        port = one.getsockname()[1]
-    flags = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, json.dumps(config.to_dict()), str(workdir)]
-            + ([*flags, f"--process_id={rank}"] if processes > 1 else []),
-            env=environment(devices),
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    return together(processes, "-c", TRAIN, json.dumps(config.to_dict()), workdir, devices=devices)
 
 
-def finish(running):
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), errors
+def finish(running, status=0):
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [status] * len(running), errors
     return errors
 
 
@@ -131,11 +113,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     assert [step for step, *_ in expected] == list(range(1, NUM_STEPS + 1))
 
     running = start(cut, config, processes=2, devices=4)
-    deadline = time.monotonic() + 200
-    while not (cut / "checkpoints/10").exists():
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in running), [p.communicate()[1] for p in running]
-        time.sleep(0.01)
+    wait_for((cut / "checkpoints/10").exists, *running)
     running[1].send_signal(signal.SIGKILL)
     for process in running:
         process.communicate(timeout=120)
@@ -154,14 +132,9 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
 
 def test_sigterm_at_one_of_two_processes_leads_to_a_save_in_both(tmp_path):
     running = start(tmp_path, config_of("dense", "fsdp=2", num_steps=100_000), processes=2, devices=1)
-    deadline = time.monotonic() + 200
-    while len(losses_of(tmp_path)) < 3:
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in running), [p.communicate()[1] for p in running]
-        time.sleep(0.01)
+    wait_for(lambda: len(losses_of(tmp_path)) >= 3, *running)
     running[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [130, 130], errors
+    errors = finish(running, 130)
     last = losses_of(tmp_path)[-1][0]
     assert f"asked to stop on another host: saved step {last}; run the same command again to resume" in errors[0]
     assert (tmp_path / f"checkpoints/{last}").exists()

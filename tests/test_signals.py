@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import threading
 import time
 
 import pytest
+from processes import ROOT
 
 from natsjax.errors import UserError
 from natsjax.runtime import distributed, signals
 from natsjax.runtime.distributed import Interrupted
 
-ROOT = pathlib.Path(__file__).parents[1]
 NUMBERS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 

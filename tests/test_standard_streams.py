@@ -5,12 +5,12 @@ import errno
 import io
 import json
 import os
-import pathlib
 import pty
 import subprocess
 import sys
 
 import pytest
+from processes import ROOT
 from rich.console import Console
 
 from natsjax import UserError, evaluate
@@ -27,7 +27,6 @@ from natsjax.runtime.flags import run_command
 from natsjax.runtime.log import logger
 from natsjax.train.logs.display import panel
 
-ROOT = pathlib.Path(__file__).parents[1]
 TEXT = "±10 % köln là 日本語 🙂 \udcff\n"
 
 

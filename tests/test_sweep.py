@@ -9,14 +9,13 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import types
 
 import pytest
 import tiny
+from processes import Process, has_checkpoint, wait_for
 
 from natsjax import train
 from natsjax.errors import UserError
@@ -28,7 +27,6 @@ from natsjax.sweep import sweep
 from natsjax.sweep.pareto import draw_pareto, format_pareto, format_runs, pareto_of
 from natsjax.sweep.runs import SweepRun, read_record, write_record
 
-ROOT = pathlib.Path(__file__).parents[1]
 BUDGETS = [0.4, 0.6]
 NAMES = ["kv_budget=0.4_seed=0", "kv_budget=0.6_seed=0", "kv_budget=0.4_seed=1", "kv_budget=0.6_seed=1"]
 
@@ -57,20 +55,12 @@ def swept(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("sweep")
     config = tiny_config(num_steps=300, log_every=1)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_every=20))
-    file, path = tmp_path / "experiment.py", tmp_path / "front"
-    file.write_text(
-        "import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
-        f"    return ConfigDict(json.loads({json.dumps(config.to_dict())!r}), type_safe=False).lock()\n"
-    )
+    file, path = tiny.write_config(tmp_path / "experiment.py", config), tmp_path / "front"
     command = ["natsjax.sweep", f"--config={file}", f"--workdir={path}", "--kv_budgets=0.6", "--seeds=1"]
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not any(file.name.isdigit() for file in path.glob("*/checkpoints/*")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = Process("-m", *command)
+    wait_for(lambda: any(map(has_checkpoint, path.glob("*"))), process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     stopped = types.SimpleNamespace(status=process.returncode, errors=errors, has_lines=(path / "sweep.jsonl").exists())
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -490,11 +480,7 @@ def test_dense_baselines_are_trained_whatever_is_swept(tmp_path, trained):
 
 def test_runs_share_a_corpus_that_is_prepared_once(tmp_path, monkeypatch, trained):
     texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(12):
-        (texts / f"{number}.txt").write_text(f"the house of number {number} was not old " * 8)
-    data = {"source": "corpus", "input": str(texts), "tokenizer": "byte", "held_out_fraction": 0.2}
-    config = dataclasses.replace(tiny_config(), data=tiny.config(data=data).data)
+    config = dataclasses.replace(tiny_config(), data=tiny.config(data=tiny.corpus(texts)).data)
     monkeypatch.chdir(tmp_path)
     found = sweep.run(config, "front", kv_budgets=[0.4], seeds=[0, 1], progress=False)
     folders = {Workdir(run.workdir).read_config().data.prepared_dir for run in found.runs}

@@ -1,18 +1,14 @@
 """The loop: resuming is exact, interruptions and killed processes lose little, mistakes are one sentence."""
 
-import json
 import os
-import pathlib
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from processes import Process, has_checkpoint, run, wait_for
 
 from natsjax import evaluate, train
 from natsjax.data import RecallTask
@@ -22,8 +18,6 @@ from natsjax.runs.load import load
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.train import loop
 from natsjax.train.step import Trainer
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -120,10 +114,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
 
 
 def test_a_workdir_in_use_is_refused(tmp_path):
-    with (
-        Workdir(tmp_path).lock(),
-        pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"),
-    ):
+    with Workdir(tmp_path).lock(), pytest.raises(UserError, match=rf"in use by another process \(pid {os.getpid()}\)"):
         train.run(tiny.config(), tmp_path)
 
 
@@ -131,15 +122,14 @@ def test_a_forked_process_that_outlives_the_run_does_not_hold_its_workdir(tmp_pa
     code = f"""
 import os, sys, time
 from natsjax.runs.workdir import Workdir
+os.setsid()
 with Workdir({str(tmp_path)!r}).lock():
     if os.fork() == 0:
         print("here", flush=True)
         time.sleep(60)
     time.sleep(60)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = Process("-c", code)
     try:
         assert process.stdout.readline() == "here\n"
         process.kill()
@@ -148,7 +138,7 @@ with Workdir({str(tmp_path)!r}).lock():
             pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
+        process.close()
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_usable(tmp_path):
@@ -170,7 +160,8 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
     assert "the checkpoint of step 10 cannot be written" in done.stdout
     assert done.stdout.rstrip().endswith("the run can resume from step 5.")
     assert done.stdout.count("\n") == 1
@@ -215,14 +206,9 @@ def test_a_mistake_leaves_no_trace_and_the_corrected_command_runs(tmp_path, no_e
 
 def test_a_corpus_from_text_to_report_and_on_without_the_text(tmp_path, monkeypatch):
     """Text in a folder, prepared, trained and evaluated; loading and extending need the prepared corpus alone."""
-    rng = np.random.default_rng(0)
     texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(12):
-        words = rng.choice(["the", "house", "of", "köln", "was", "not", "là"], 60)
-        (texts / f"{number}.txt").write_text(" ".join(words))
     monkeypatch.chdir(tmp_path)
-    data = {"source": "corpus", "input": "texts", "tokenizer": "byte", "held_out_fraction": 0.2}
+    data = tiny.corpus(texts, input="texts")
     evaluation = train.run(tiny.config(data=data), "run")
     assert evaluation.budget_check is not None
     assert all(0 < row["bits_per_byte"] < 9 for row in evaluation.rows)
@@ -256,16 +242,6 @@ def test_checkpoints_of_something_else_are_named(tmp_path):
         load(tmp_path)
 
 
-def write_config(tmp_path, config):
-    file = tmp_path / "experiment.py"
-    values = json.dumps(config.to_dict())
-    file.write_text(
-        "import json\nfrom ml_collections import ConfigDict\nfrom natsjax.config import Config\n"
-        f"def get_config():\n    return ConfigDict(Config.from_dict(json.loads({values!r})).to_dict()).lock()\n"
-    )
-    return file
-
-
 # test_kill.py kills runs by default.
 @pytest.mark.parametrize(
     "number",
@@ -274,22 +250,18 @@ def write_config(tmp_path, config):
 def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
     """The real command in a process of its own, stopped from outside, then run again: the losses of one whole run."""
     config = tiny.config(train={"num_steps": 1500, "log_every": 5}, checkpoint={"save_every": 50})
-    file, workdir = write_config(tmp_path, config), tmp_path / "run"
-    command = [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 180
-    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")):  # others are unfinished saves
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    file, workdir = tiny.write_config(tmp_path / "experiment.py", config), tmp_path / "run"
+    command = ["train.py", f"--config={file}", f"--workdir={workdir}"]
+    process = Process(*command)
+    wait_for(lambda: has_checkpoint(workdir), process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert ("SIGINT: saved step" in errors) == (number == signal.SIGINT)
     reached = load(workdir).step
     assert 50 <= reached < 1500
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     assert f"resuming from step {reached}" in done.stderr
     assert (workdir / "report/report.html").exists()
@@ -302,20 +274,14 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, number):
     assert losses_of(workdir / "metrics.jsonl") == whole
 
     if number == signal.SIGINT:  # a finished run started again evaluates again, and trains nothing
-        again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        again = run(*command)
         assert again.returncode == 0, again.stderr
         assert again.stdout == done.stdout
         assert losses_of(workdir / "metrics.jsonl") == whole
 
 
 def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train.py", "--config=configs/smoke.py", f"--workdir={tmp_path}", "--config.train.num_step=3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("train.py", "--config=configs/smoke.py", f"--workdir={tmp_path}", "--config.train.num_step=3")
     assert done.returncode == 2
     assert done.stderr == "error: unknown config field train.num_step; did you mean train.num_steps.\n"
     assert not list(tmp_path.iterdir())

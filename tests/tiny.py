@@ -1,7 +1,10 @@
 """Tiny configs, batches and runs that several tests share."""
 
 import copy
+import json
+import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,14 +18,7 @@ from natsjax.train.role_statistics import QUANTILES
 from natsjax.train.step import StepMetrics, Trainer
 
 _BASE = {
-    "model": {
-        "num_layers": 2,
-        "embed_dim": 16,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 4,
-        "mlp_dim": 24,
-    },
+    "model": {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "mlp_dim": 24},
     "nats": {"window": 2, "kv_budget": 0.4},
     "data": {
         "source": "recall",
@@ -50,6 +46,37 @@ def config(**groups) -> Config:
         for name, value in fields.items():
             values.setdefault(group, {})[name] = value
     return Config.from_dict(values)
+
+
+def write_texts(folder, count=12) -> pathlib.Path:
+    """Files of random words."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(["the", "house", "köln", "was", "là"], 60)))
+    return folder
+
+
+def corpus(folder, **data):
+    """Fields of ``data`` for a corpus of bytes from texts that are written to the folder."""
+    texts = str(write_texts(folder))
+    return {"source": "corpus", "input": texts, "tokenizer": "byte", "held_out_fraction": 0.2} | data
+
+
+def write_config(file, config) -> pathlib.Path:
+    """A config file, as commands take them."""
+    file.write_text(
+        "import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict(json.loads({json.dumps(config.to_dict())!r}), type_safe=False).lock()\n"
+    )
+    return file
+
+
+def spread_scorer(parameters, seed=1, scale=1.0):
+    """Gives the scorer weights, so that roles depend on the input as they do in a trained model."""
+    scorer = parameters["blocks"]["attention"]["scorer"]
+    scorer["weight"] = scale * jax.random.normal(jax.random.key(seed), scorer["weight"].shape)
+    return parameters
 
 
 def step_metrics(config: Config, **changes) -> StepMetrics:

@@ -63,7 +63,6 @@ class SplitSummary:
       tokens: number of tokens, BOS and EOS not counted.
       bytes: size of the text in UTF-8.
       shards: number of ArrayRecord files.
-      bytes_per_token: ``bytes / tokens``.
     """
 
     documents: int
@@ -79,6 +78,11 @@ class SplitSummary:
     def to_json(self) -> dict[str, int | float]:
         """Returns the counts with ``bytes_per_token``, for corpus.json."""
         return dataclasses.asdict(self) | {"bytes_per_token": round(self.bytes_per_token, 4)}
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, Any]) -> SplitSummary:
+        """Builds the counts from the result of ``to_json``; raises KeyError where one is missing."""
+        return cls(**{field.name: counts[field.name] for field in dataclasses.fields(cls)})
 
 
 class Documents:
@@ -107,26 +111,20 @@ class Documents:
         try:
             self.lengths: npt.NDArray[np.int64] = np.load(folder / LENGTHS_FILE)
         except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # the header is Python
-            reason = first_line(error)
-            raise UserError(f"{folder / LENGTHS_FILE} cannot be read ({reason}); prepare the corpus again.") from error
+            raise _damaged(f"{folder / LENGTHS_FILE} cannot be read ({first_line(error)})") from error
         try:
             from array_record.python.array_record_data_source import ArrayRecordDataSource  # slow to import
 
             self._records = ArrayRecordDataSource(shards)
         except (RuntimeError, ValueError) as error:  # of array_record's C++ side; no shards at all
-            reason = first_line(error)
-            raise UserError(f"a shard of {folder} cannot be read ({reason}); prepare the corpus again.") from error
+            raise _damaged(f"a shard of {folder} cannot be read ({first_line(error)})") from error
         if not len(self._records) == len(self.lengths) == summary.documents:
-            raise UserError(
+            raise _damaged(
                 f"{folder} has {len(self._records)} records and {len(self.lengths)} lengths, but {CORPUS_FILE} counts "
-                f"{summary.documents} documents; prepare the corpus again."
+                f"{summary.documents} documents"
             )
-
         if (found := int(self.lengths.sum())) != summary.tokens:
-            raise UserError(
-                f"{folder / LENGTHS_FILE} counts {found} tokens, but {CORPUS_FILE} {summary.tokens}; prepare the "
-                "corpus again."
-            )
+            raise _damaged(f"{folder / LENGTHS_FILE} counts {found} tokens, but {CORPUS_FILE} {summary.tokens}")
         _compare(folder, sums, LENGTHS_FILE)
 
     def __len__(self) -> int:
@@ -137,13 +135,11 @@ class Documents:
         try:
             record = self._records[index]
         except RuntimeError as error:
-            raise UserError(
-                f"document {index} of {self._folder} cannot be read ({first_line(error)}); prepare the corpus again."
-            ) from error
+            raise _damaged(f"document {index} of {self._folder} cannot be read ({first_line(error)})") from error
         if len(record) != self.lengths[index] * self._dtype.itemsize:
-            raise UserError(
+            raise _damaged(
                 f"document {index} of {self._folder} has {len(record) // self._dtype.itemsize} tokens, but "
-                f"{LENGTHS_FILE} counts {self.lengths[index]}; prepare the corpus again."
+                f"{LENGTHS_FILE} counts {self.lengths[index]}"
             )
         return np.frombuffer(record, self._dtype).astype(np.int32)
 
@@ -156,7 +152,7 @@ class Documents:
             with path.open(encoding="utf-8") as file:
                 return tuple(json.loads(line) for line in file)
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}); prepare the corpus again.") from error
+            raise _damaged(f"{path} cannot be read ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ class Corpus:
         description = _read_description(folder)
         sums = description.get("sha256", {})  # an older corpus has none
         if not isinstance(sums, dict):
-            raise UserError(f"{folder / CORPUS_FILE} has a wrong field sha256; prepare the corpus again.")
+            raise _damaged(f"{folder / CORPUS_FILE} has a wrong field sha256")
         for name in sums:
             if name.startswith(f"{TOKENIZER_FOLDER}/"):
                 _compare(folder, sums, name)
@@ -210,7 +206,7 @@ class Corpus:
             corpus = cls(
                 folder=folder,
                 tokenizer=tokenizer,
-                summaries={name: _summary(description["splits"][name]) for name in SPLITS},
+                summaries={name: SplitSummary.from_json(description["splits"][name]) for name in SPLITS},
                 content_hash=description["content_hash"],
                 arguments=description["arguments"],
                 input_signatures=description["input_signatures"],
@@ -220,23 +216,17 @@ class Corpus:
                 sums=sums,
             )
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / CORPUS_FILE} lacks or garbles the field {error}; prepare the corpus again."
-            ) from error
+            raise _damaged(f"{folder / CORPUS_FILE} lacks or garbles the field {error}") from error
         found = tokenizer.fingerprint
         if found != expected:
-            raise UserError(
+            raise _damaged(
                 f"the tokenizer in {folder / TOKENIZER_FOLDER} (fingerprint {found[:12]}…) is not the one "
-                f"that the corpus was prepared with ({expected[:12]}…); prepare the corpus again."
+                f"that the corpus was prepared with ({expected[:12]}…)"
             )
         return corpus
 
     def save(self) -> None:
-        """Writes corpus.json and the tokenizer into ``folder``; the documents are written by ``prepare``.
-
-        Raises:
-          OSError: the folder cannot be written.
-        """
+        """Writes corpus.json and the tokenizer into ``folder``; the documents are written by ``prepare``."""
         self.tokenizer.save(self.folder / TOKENIZER_FOLDER)
         small = [f"{split}/{name}" for split in self.summaries for name in (LENGTHS_FILE, IDS_FILE)]
         names = [*checksums.names_below(self.folder, TOKENIZER_FOLDER), *small]
@@ -273,21 +263,14 @@ class Corpus:
 
 
 def _compare(folder: Path, sums: Mapping[str, str], name: str) -> None:
-    """Compares a file with its checksum, if it has one.
-
-    Raises:
-      UserError: the file is missing, a pointer, or damaged.
-    """
+    """Raises UserError if a file that has a checksum is missing, a pointer, or damaged."""
     check_file_no_pointer(folder / name)
     if name in sums and checksums.first_damaged(folder, sums, [name]) is not None:
-        raise UserError(
-            f"{folder / name} is not what was prepared (it is missing, or has another SHA-256); prepare the corpus "
-            "again."
-        )
+        raise _damaged(f"{folder / name} is not what was prepared (it is missing, or has another SHA-256)")
 
 
-def _summary(fields: dict) -> SplitSummary:
-    return SplitSummary(**{field.name: fields[field.name] for field in dataclasses.fields(SplitSummary)})
+def _damaged(what: str) -> UserError:
+    return UserError(f"{what}; prepare the corpus again.")
 
 
 def _read_description(folder: Path) -> dict:
@@ -305,8 +288,5 @@ def _read_description(folder: Path) -> dict:
         raise UserError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {version!r}, but this natsjax reads version {FORMAT_VERSION}; "
-            "prepare the corpus again."
-        )
+        raise _damaged(f"{path} has format_version {version!r}, but this natsjax reads version {FORMAT_VERSION}")
     return description

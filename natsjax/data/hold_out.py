@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,50 +11,8 @@ import numpy.typing as npt
 from natsjax.errors import UserError
 
 _HASH_BYTES = 8
-_BOUNDARIES = (re.compile(r"\n(?:[ \t\r]*\n)+"), re.compile(r"\n"), re.compile(r"\s+"))
 _NUM_HASHES = 1 << (8 * _HASH_BYTES)
-
-
-@dataclass(frozen=True)
-class HoldOut:
-    """A seeded split by document id.
-
-    The split does not depend on the order of files. Documents with equal ids are on the same side, and a document stays
-    on its side when others are added (unless the corpus is so small that one side would be empty).
-
-    Attributes:
-      seed: seed of the hashes.
-      threshold: documents with a smaller hash are held out.
-    """
-
-    seed: int
-    threshold: int
-
-    @classmethod
-    def choose(cls, hashes: npt.NDArray[np.uint64], *, fraction: float, seed: int) -> HoldOut:
-        """Chooses the threshold that holds out about ``fraction`` of the documents, at least one and not all.
-
-        Args:
-          hashes: uint64 ``[num_documents]``, ``hash_id`` of every document.
-          fraction: fraction to hold out, in (0, 1).
-          seed: seed of the hashes.
-
-        Raises:
-          UserError: fewer than two different ids.
-        """
-        lowest, highest = (int(hashes.min()), int(hashes.max())) if len(hashes) else (0, 0)
-        if lowest == highest:
-            raise UserError(
-                f"the input has {len(hashes)} documents and fewer than two with different ids, so none can be held out "
-                "for validation (the id is the field id, else the document's place); add documents, give others as "
-                "validation_input, or rename the field if it is no id."
-            )
-        # In a small corpus the fraction may miss every document, or hit all of them.
-        threshold = min(max(round(fraction * _NUM_HASHES), lowest + 1), highest)
-        return cls(seed, threshold)
-
-    def __contains__(self, document_id: str) -> bool:
-        return hash_id(document_id, self.seed) < self.threshold
+_BOUNDARIES = (re.compile(r"\n(?:[ \t\r]*\n)+"), re.compile(r"\n"), re.compile(r"\s+"))
 
 
 def hash_id(document_id: str, seed: int) -> int:
@@ -65,19 +22,38 @@ def hash_id(document_id: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
+def hold_out_threshold(hashes: npt.NDArray[np.uint64], fraction: float) -> int:
+    """Returns the threshold below which documents are held out: about that fraction, at least one and not all.
+
+    The split does not depend on the order of files. Documents with equal ids are on the same side, and a document stays
+    on its side when others are added (unless the corpus is so small that one side would be empty).
+
+    Args:
+      hashes: uint64 ``[num_documents]``, ``hash_id`` of every document.
+      fraction: fraction to hold out, in (0, 1).
+
+    Raises:
+      UserError: fewer than two different ids.
+    """
+    lowest, highest = (int(hashes.min()), int(hashes.max())) if len(hashes) else (0, 0)
+    if lowest == highest:
+        raise UserError(
+            f"the input has {len(hashes)} documents and fewer than two with different ids, so none can be held out "
+            "for validation (the id is the field id, else the document's place); add documents, give others as "
+            "validation_input, or rename the field if it is no id."
+        )
+    # In a small corpus the fraction may miss every document, or hit all of them.
+    return min(max(round(fraction * _NUM_HASHES), lowest + 1), highest)
+
+
 def end_held_out(document_id: str, text: str, fraction: float) -> list[tuple[str, str]]:
     """Splits the only document of an input in two: its beginning, and its end, about ``fraction`` of it.
 
     The cut is at the beginning of a paragraph near that place, or else of a line or a word, or at any character: the
     first of these within a quarter of the end's length. Both parts have text, and together they are the document.
 
-    Args:
-      document_id: id of the document; ``:beginning`` and ``:end`` are appended for the parts.
-      text: text of the document, not only white space.
-      fraction: fraction of the characters, in (0, 1).
-
     Returns:
-      Id and text of the beginning and of the end.
+      Id (with ``:beginning`` and ``:end`` appended) and text of both parts.
 
     Raises:
       UserError: the text is too short.

@@ -113,22 +113,14 @@ class MixtureSource:
     """The infinite stream of contexts of a mixture; threads may share it, and it can be pickled.
 
     Each corpus has its own stream with its own epochs, in which no context is omitted or repeated. ``document_id``
-    counts the documents of one corpus after the other. The stream of a single corpus is its ``PackedSource``.
-
-    Args:
-      parts: from ``load_mixture``.
-      context_length: tokens in a context, ``t``.
-      seed: seed of the random orders, not negative.
-      shuffle: see ``PackedSource``.
+    counts the documents of one corpus after the other. The stream of a single corpus is its ``PackedSource``, whose
+    arguments and mistakes are the same.
 
     Attributes:
-      parts: the corpora.
+      parts: the corpora, from ``load_mixture``.
       sources: the stream of each.
       epoch_tokens: tokens of the training documents of all corpora, with BOS and EOS: an epoch. In it a corpus with a
         fraction larger than its part of these tokens is read more than once, others less.
-
-    Raises:
-      UserError: see ``PackedSource``.
     """
 
     def __init__(self, parts: Sequence[Part], *, context_length: int, seed: int, shuffle: Shuffle = "contexts"):
@@ -154,10 +146,6 @@ class MixtureSource:
             index, left = before, rest
         raise AssertionError("the last part takes what is left")
 
-    def corpus_of(self, index: int) -> Corpus:
-        """Returns the corpus of context ``index``."""
-        return self.parts[self.place(index)[0]].corpus
-
     def __getitem__(self, index: int) -> Row:
         """Returns context ``index`` of the stream, arrays ``[t]`` (see ``natsjax.data.packing``)."""
         part, own = self.place(index)
@@ -178,22 +166,10 @@ class MixtureSource:
 
 
 def mixture_contexts(parts: Sequence[Part], split: str, *, context_length: int, max_contexts: int) -> Row:
-    """Returns fixed contexts from a split of all corpora, one corpus after the other.
+    """Returns ``evaluation_contexts`` of all corpora, one corpus after the other.
 
     Each corpus has its fraction of ``max_contexts``, or all of its contexts if these are fewer. A corpus with a
-    fraction below one context may have none.
-
-    Args:
-      parts: from ``load_mixture``.
-      split: ``"validation"`` or ``"train"``.
-      context_length: tokens in a context, ``t``.
-      max_contexts: largest number of contexts.
-
-    Returns:
-      Arrays ``[num_contexts, t]``; ``document_id`` counts the documents of one corpus after the other.
-
-    Raises:
-      UserError: see ``natsjax.data.evaluation_contexts``.
+    fraction below one context may have none. ``document_id`` counts the documents of one corpus after the other.
     """
     if max_contexts < 1:
         raise UserError(f"max_contexts = {max_contexts}: it must be at least 1.")

@@ -9,15 +9,7 @@ from natsjax.errors import UserError
 
 
 def import_optional(module: str, needed_by: str) -> Any:
-    """Imports a module and returns its package.
-
-    Args:
-      module: name of the module, as "pyarrow.parquet".
-      needed_by: the file, for the message.
-
-    Raises:
-      UserError: the package is not installed.
-    """
+    """Imports a module (``"pyarrow.parquet"``) and returns its package; raises UserError if it is not installed."""
     package = module.partition(".")[0]
     try:
         importlib.import_module(module)

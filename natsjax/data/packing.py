@@ -82,13 +82,7 @@ def epoch_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.
 def context_order(num_contexts: int, *, seed: int, epoch: int) -> grain.MapDataset:
     """Returns a random order of the contexts of an epoch, with random access in constant memory.
 
-    Args:
-      num_contexts: number of contexts, at least 1.
-      seed: not negative.
-      epoch: not negative.
-
-    Returns:
-      Dataset whose element ``i`` is the ``i``-th context, 0 to ``num_contexts - 1``; a function of seed and epoch.
+    Element ``i`` of the dataset is the number of the ``i``-th context; a function of seed and epoch.
     """
     # Grain takes 32 bits; the third number makes them differ from those of `epoch_order`.
     bits = int(np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint32)[0])
@@ -102,9 +96,6 @@ def pack(pieces: Sequence[Piece], framed: Callable[[int], npt.NDArray[np.integer
       pieces: pieces of the context and of the one token after it; fewer tokens are padded.
       framed: function from a document's index to BOS + tokens + EOS, integers.
       context_length: ``t``.
-
-    Returns:
-      A row, arrays ``[t]`` (see the module).
     """
     length = context_length + 1
     tokens = np.zeros(length, np.int32)
@@ -138,13 +129,10 @@ def stack(rows: Sequence[Row]) -> Row:
 
 
 def piece_lengths(contexts: Row) -> npt.NDArray[np.int64]:
-    """Returns the lengths of all document pieces in a row, a batch or a set of contexts.
+    """Returns the lengths of all document pieces, int64 ``[num_pieces]``, row by row, without padding.
 
     Args:
       contexts: arrays with ``positions`` and ``document_end``, ``[t]`` or ``[b, t]``.
-
-    Returns:
-      int64 ``[num_pieces]``, row by row, without padding.
 
     Example:
       >>> piece_lengths({"positions": np.array([0, 1, 0, 0]), "document_end": np.array([2, 2, 3, 0])})
@@ -155,10 +143,7 @@ def piece_lengths(contexts: Row) -> npt.NDArray[np.int64]:
 
 
 def piece_spans(contexts: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Returns the place of every document piece, row by row: positions restart at each.
-
-    Args:
-      contexts: arrays with ``positions`` and ``document_end``, ``[t]`` or ``[b, t]``.
+    """Returns the place of every document piece, row by row, of the arrays that ``piece_lengths`` takes.
 
     Returns:
       ``(row, start, stop)``, int64 ``[num_pieces]`` each: the context, the first token, and the end, exclusive.

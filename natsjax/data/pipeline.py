@@ -18,7 +18,7 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.corpus import Corpus
+from natsjax.data.corpus import Corpus, Documents
 from natsjax.data.packing import NUM_FRAME_TOKENS, Layout, Piece, Row, context_order, epoch_order, pack, stack
 from natsjax.errors import UserError
 
@@ -27,16 +27,6 @@ Shuffle = Literal["contexts", "documents"]
 
 _CACHED_BYTES = 1 << 28  # of documents: with shuffled contexts, a document is read once for each of its contexts
 _CACHED_EPOCHS = 3  # a context may be in two, and prefetching threads run ahead
-
-
-class TokenizedDocuments(Protocol):
-    """Documents by index, as ``natsjax.data.corpus.Documents``."""
-
-    lengths: npt.NDArray[np.int64]
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
-        """Returns the token ids of one document, int32 ``[lengths[index]]``, without BOS and EOS."""
-        ...
 
 
 class RowSource(Protocol):
@@ -50,7 +40,7 @@ class RowSource(Protocol):
 class _FramedDocuments:
     """Documents with BOS and EOS, uint16 or int32, in a cache."""
 
-    def __init__(self, documents: TokenizedDocuments, bos_id: int, eos_id: int):
+    def __init__(self, documents: Documents, bos_id: int, eos_id: int):
         self._documents = documents
         self._bos = np.array([bos_id], np.int32)
         self._eos = np.array([eos_id], np.int32)
@@ -90,7 +80,7 @@ class PackedSource:
 
     def __init__(
         self,
-        documents: TokenizedDocuments,
+        documents: Documents,
         *,
         context_length: int,
         bos_id: int,
@@ -99,8 +89,10 @@ class PackedSource:
         shuffle: Shuffle = "contexts",
     ):
         _check_context_length(context_length)
-        _check_seed(seed)
-        _check_shuffle(shuffle)
+        if seed < 0:
+            raise UserError(f"seed = {seed}: it must not be negative.")
+        if shuffle not in get_args(Shuffle):
+            raise UserError(f"shuffle = {shuffle!r}: one of {', '.join(map(repr, get_args(Shuffle)))} was expected.")
         self._lengths = documents.lengths
         if len(self._lengths) == 0:
             raise UserError("the training split has no documents; prepare a corpus with at least one.")
@@ -116,11 +108,7 @@ class PackedSource:
     def from_corpus(
         cls, corpus: Corpus, *, context_length: int, seed: int, split: str = "train", shuffle: Shuffle = "contexts"
     ) -> PackedSource:
-        """Builds the stream of a split of a prepared corpus.
-
-        Raises:
-          UserError: see the class and ``Corpus.documents``.
-        """
+        """Builds the stream of a split of a prepared corpus."""
         return cls(
             corpus.documents(split),
             context_length=context_length,
@@ -207,8 +195,7 @@ def train_dataset(
       rows: rows of each global batch to read; None: all.
 
     Returns:
-      A Grain dataset of rows ``step·b … step·b+b-1`` of the source, arrays ``[b, t]`` (or ``[r, t]``, the ``rows`` of
-      them).
+      A Grain dataset of rows ``step·b … step·b+b-1`` of the source, or ``rows`` of them, arrays ``[b, t]``.
 
     Raises:
       UserError: ``batch_size`` or ``num_steps`` is below 1.
@@ -248,16 +235,10 @@ def iterate(
 def evaluation_contexts(corpus: Corpus, split: str, *, context_length: int, max_contexts: int) -> Row:
     """Returns fixed contexts of a split: each document once, in stored order, cut into contexts.
 
-    Of more than ``max_contexts``, evenly spaced ones are returned, always the same.
-
-    Args:
-      corpus: a prepared corpus.
-      split: ``"validation"`` or ``"train"``.
-      context_length: tokens in a context, ``t``.
-      max_contexts: largest number of contexts.
+    Of more than ``max_contexts``, evenly spaced ones are returned, always the same. The split's last context is padded.
 
     Returns:
-      Arrays ``[num_contexts, t]`` (see ``natsjax.data.packing``); the split's last context is padded.
+      Arrays ``[num_contexts, t]`` (see ``natsjax.data.packing``).
 
     Raises:
       UserError: the split has no token to predict, or an argument is out of range.
@@ -288,16 +269,6 @@ def _check_context_length(context_length: int) -> None:
         raise UserError(f"context_length = {context_length}: it must be at least 1.")
 
 
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise UserError(f"seed = {seed}: it must not be negative.")
-
-
-def _check_shuffle(shuffle: str) -> None:
-    if shuffle not in get_args(Shuffle):
-        raise UserError(f"shuffle = {shuffle!r}: one of {', '.join(map(repr, get_args(Shuffle)))} was expected.")
-
-
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -316,7 +287,7 @@ class LRUCache(Generic[K, V]):
     def __init__(self, make: Callable[[K], V], *, max_size: int, size: Callable[[V], int] | None = None):
         self._make = make
         self._max_size = max_size
-        self._size_of = size or _one
+        self._size_of = size
         self._clear()
 
     def _clear(self) -> None:
@@ -333,10 +304,13 @@ class LRUCache(Generic[K, V]):
         with self._lock:
             if key not in self._values:  # another thread may have been faster
                 self._values[key] = value
-                self._size += self._size_of(value)
+                self._size += self._measured(value)
                 while self._size > self._max_size and len(self._values) > 1:
-                    self._size -= self._size_of(self._values.popitem(last=False)[1])
+                    self._size -= self._measured(self._values.popitem(last=False)[1])
         return value
+
+    def _measured(self, value: V) -> int:
+        return 1 if self._size_of is None else self._size_of(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_make", "_max_size", "_size_of")}
@@ -344,7 +318,3 @@ class LRUCache(Generic[K, V]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._clear()
-
-
-def _one(_: object) -> int:  # a function, for a lambda cannot be pickled
-    return 1

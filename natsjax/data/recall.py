@@ -212,9 +212,7 @@ def _sample(words: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.int64]:
 def _pair_places(words: npt.NDArray[np.uint64], num_pairs: int) -> npt.NDArray[np.int64]:
     """Samples places of pairs that do not overlap, ascending, int64 ``[b, num_pairs]``, all equally likely.
 
-    Args:
-      words: random numbers, uint64 ``[b, length - num_pairs]``: one for each cell if a pair is one cell.
-      num_pairs: number of pairs.
+    ``words``, uint64 ``[b, length - num_pairs]``, has a random number for each cell if a pair is one cell.
     """
     cells = np.sort(_sample(words, num_pairs), axis=1)
     return cells + np.arange(num_pairs)  # each pair before it takes one more place than its cell

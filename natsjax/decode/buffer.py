@@ -9,6 +9,9 @@ A LOCAL key whose GLOBAL token has not come yet has ``key_end = UNTIL_GLOBAL``; 
 
 ``pallas_kernels.decode_attention.storage`` alone knows the layout of keys and values in memory.
 
+What functions here take: ``group``, of the buffer; ``at``, int32 ``[b]``, index of the next query; ``limit``, int32
+scalar, only slots before it count.
+
 Axis letters: ``l`` layer of a group, ``b`` batch, ``k`` KV head, ``c`` slot, ``t`` token of a chunk, ``h`` head dim.
 """
 
@@ -42,6 +45,7 @@ def by_shard(function: Callable) -> Callable:
     return sharding.by_rank(function, AXES)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
     """Slots of some neighboring layers.
@@ -82,12 +86,10 @@ class LayerGroup:
         return jax.lax.map(lambda layer: self.storage.layer(layer)[1], jnp.arange(self.num_layers))
 
 
-jax.tree_util.register_dataclass(
-    LayerGroup, data_fields=["storage", "key_position", "key_end", "length", "attention_sum"], meta_fields=[]
-)
 KVBuffer = tuple[LayerGroup, ...]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewKeys:
     """Keys and values on their way into the slots of a group.
@@ -110,21 +112,11 @@ class NewKeys:
     slot_attention: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(
-    NewKeys,
-    data_fields=["keys", "values", "key_position", "key_end", "local_end", "attention_sum", "slot_attention"],
-    meta_fields=[],
-)
-
-
 @by_shard
 def expire(group: LayerGroup, local_end: jax.Array) -> LayerGroup:
-    """Sets the end of the LOCAL keys that were waiting for it.
+    """Sets the end of the LOCAL keys that were waiting for it to ``NewKeys.local_end``.
 
-    Args:
-      group: of the buffer.
-      local_end: int32 ``[l, b, k]``: after a GLOBAL token at t it is ``t + 1``, for its own query still reads them;
-        else ``UNTIL_GLOBAL``.
+    After a GLOBAL token at t that is ``t + 1``, for its own query still reads them; else ``UNTIL_GLOBAL``.
     """
     return dataclasses.replace(group, key_end=_expired(group.key_end, local_end))
 
@@ -135,16 +127,7 @@ def _expired(key_end: jax.Array, local_end: jax.Array) -> jax.Array:
 
 @by_shard
 def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
-    """Finds the first free slot of every head, the capacity where there is none.
-
-    Args:
-      group: of the buffer.
-      at: int32 ``[b]``, index of the next query.
-      limit: int32 scalar: only slots before it count.
-
-    Returns:
-      int32 ``[l, b, k]``.
-    """
+    """Finds the first free slot of every head, the capacity where there is none: int32 ``[l, b, k]``."""
     slot = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3)
     is_free = (group.key_end <= at[:, None, None]) & (slot < limit)
     return jnp.min(jnp.where(is_free, slot, group.capacity), axis=-1)
@@ -154,12 +137,7 @@ def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
 def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.Array, limit: jax.Array) -> jax.Array:
     """Finds the slot of the key that goes first where all are live, the capacity where that is the new one.
 
-    Args:
-      group: of the buffer, after ``expire``.
-      new: with one token (t = 1).
-      eviction: the rule.
-      at: int32 ``[b]``, index of the next query.
-      limit: int32 scalar: only slots before it count.
+    It comes after ``expire``, and there is one new token (t = 1).
 
     Returns:
       int32 ``[l, b, k]``.
@@ -192,12 +170,9 @@ def _highest(dtype) -> jax.Array:
 
 @by_shard
 def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
-    """Writes one key of each head into a slot, after ``expire``.
+    """Writes one key of each head (t = 1) into a slot, after ``expire``.
 
-    Args:
-      group: of the buffer.
-      new: with one token (t = 1); its ``local_end`` is not read.
-      slot: int32 ``[l, b, k]``, from ``free_slot``; a key for the slot ``c`` is not written.
+    The slots, int32 ``[l, b, k]``, are those of ``free_slot``; a key for the slot ``c`` is not written.
     """
     here = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3) == slot[..., None]
 

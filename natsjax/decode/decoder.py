@@ -8,6 +8,7 @@ Axis letters: ``b`` batch, ``t`` token, ``l`` layer, ``k`` KV head.
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import typing
 from typing import Any, NamedTuple
@@ -22,8 +23,7 @@ from natsjax.config_fields import did_you_mean
 from natsjax.decode import allocation, loop
 from natsjax.decode.allocation import Layout
 from natsjax.decode.buffer import KVBuffer, occupancy
-from natsjax.decode.loop import ReadChunk
-from natsjax.decode.step import Chunk
+from natsjax.decode.step import Chunk, Reads
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.sharding import compute_spec
@@ -206,7 +206,7 @@ class Decoder:
         role_ids: np.ndarray | None = None,
         count_live: bool = False,
         evict: bool = True,
-    ) -> tuple[Cache, ReadChunk]:
+    ) -> tuple[Cache, Reads]:
         """Reads a chunk and keeps the keys that live on; the buffer grows where they need more slots.
 
         Args:
@@ -215,7 +215,7 @@ class Decoder:
           count: int ``[b]``, tokens of each row.
           observed_from: int ``[b]``, index of the first query whose attention counts; None: 0.
           role_ids: int8 ``[num_layers, b, k, t]``, instead of the model's own.
-          count_live: True to get ``ReadChunk.live``.
+          count_live: True to get ``Reads.live``.
           evict: False to keep all keys.
         """
         with jax.set_mesh(self.mesh):
@@ -384,21 +384,8 @@ class Decoder:
 _replicate = jax.jit(sharding.replicate)
 _need = jax.jit(lambda buffer, at: sharding.replicate(loop.fullest(occupancy(buffer, at))))
 _copied = jax.jit(lambda buffer: jax.tree.map(jnp.copy, buffer))
-_regroup = functools.partial(jax.jit, donate_argnames=("target",))(allocation.regroup)
-_empty = functools.partial(
-    jax.jit,
-    static_argnames=(
-        "num_layers",
-        "capacity",
-        "batch",
-        "num_kv_heads",
-        "head_dim",
-        "dtype",
-        "format",
-        "block",
-        "observed",
-    ),
-)(allocation.empty)
+_regroup = jax.jit(allocation.regroup, donate_argnames=("target",))
+_empty = jax.jit(allocation.empty, static_argnames=tuple(inspect.signature(allocation.empty).parameters))
 
 
 def check_mesh(mesh: Mesh) -> None:

@@ -202,15 +202,15 @@ class _Run:
             if not done.all():
                 cache = decoder.compact(cache, decoder.required_capacity(cache), int(new.max()) - 1)
             self.loop = Loop(
-                cache.buffer,
-                decoder.put_rows(token),
-                cache.num_tokens,
-                sequence,
-                decoder.put_rows(np.maximum(new - 1, 0)),
-                decoder.put_rows(done).astype(bool),
-                cache.evicted,
-                0.0 * cache.evicted,
-                0 * cache.evicted,
+                buffer=cache.buffer,
+                token=decoder.put_rows(token),
+                at=cache.num_tokens,
+                sequence=sequence,
+                remaining=decoder.put_rows(np.maximum(new - 1, 0)),
+                done=decoder.put_rows(done).astype(bool),
+                evicted=cache.evicted,
+                read=0.0 * cache.evicted,
+                most=0 * cache.evicted,
             )
         self.done = bool(done.all())
 

@@ -3,6 +3,9 @@
 Each compiles once for the shapes of the buffer. The loop stops by itself where a head has no free slot, before anything
 is written, so that the host can move the run to a larger buffer.
 
+What functions here take: ``parameters`` in the compute layout; the model's ``structure``; ``policy``, which decides how
+long keys live; ``numbers`` and ``kind`` of the ``Sampling``; ``limit``, int32 scalar, slots of a head that may be used.
+
 Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d``
 embedding dim.
 """
@@ -18,26 +21,9 @@ from flax import nnx
 from natsjax.decode import buffer as kv_buffer
 from natsjax.decode import sampling
 from natsjax.decode.buffer import KVBuffer, NewKeys
-from natsjax.decode.step import Chunk, forward_chunk
+from natsjax.decode.step import Chunk, Reads, forward_chunk
 from natsjax.model import sharding
-from natsjax.model.transformer import Transformer
 from natsjax.policies.base import DecodingPolicy, Eviction
-
-
-class ReadChunk(NamedTuple):
-    """Result of reading a chunk; nothing is written yet.
-
-    Attributes:
-      hidden: ``[b, t, d]``.
-      new: the keys to write, by group.
-      live: int32 ``[num_layers, b, k, t]``, number of keys that each query read, or None.
-      need: int32 ``[num_layers]``, slots that the fullest head of each layer needs.
-    """
-
-    hidden: jax.Array
-    new: tuple[NewKeys, ...]
-    live: jax.Array | None
-    need: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "count_live"))
@@ -49,13 +35,13 @@ def read_chunk(
     *,
     structure: nnx.GraphDef,
     count_live: bool,
-) -> ReadChunk:
-    """Runs ``step.forward_chunk``."""
+) -> Reads:
+    """Runs ``step.forward_chunk`` and counts the slots that its keys need."""
     model = nnx.merge(structure, parameters)
     reads = forward_chunk(model, buffer, chunk, policy, count_live=count_live)
     pairs = zip(buffer, reads.new, strict=True)
     need = jnp.concatenate([fullest(kv_buffer.need(group, new, chunk.next_index)) for group, new in pairs])
-    return ReadChunk(reads.hidden, reads.new, reads.live, sharding.replicate(need))
+    return reads._replace(need=sharding.replicate(need))
 
 
 @functools.partial(jax.jit, static_argnames=("structure",), donate_argnames=("buffer",))
@@ -71,14 +57,7 @@ def read_tokens(
 ) -> tuple[KVBuffer, jax.Array, jax.Array]:
     """Reads a chunk as it would be generated: token by token, evicting after each.
 
-    Args:
-      parameters: in the compute layout.
-      buffer: of the tokens before, of at least ``limit`` slots or one for each token.
-      chunk: the tokens.
-      policy: decides how long keys live.
-      eviction: rule where more than ``limit`` keys would be live.
-      limit: int32 scalar.
-      structure: of the model.
+    The buffer has at least ``limit`` slots, or one for each token.
 
     Returns:
       The buffer, ``hidden [b, t, d]``, and ``live``, int32 ``[num_layers, b, k, t]``, as in ``Reads``.
@@ -149,11 +128,7 @@ def first_token(
     kind: sampling.Kind,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the token after the prompt; returns it and its log-probability, from ``hidden [b, d]``."""
-    return _next_token(nnx.merge(structure, parameters), hidden, sequence, index, kind, numbers)
-
-
-def _next_token(model: Transformer, hidden, sequence, index, kind, numbers):
-    return sampling.sample(model.logits(hidden), sequence, index, kind, numbers)
+    return sampling.sample(nnx.merge(structure, parameters).logits(hidden), sequence, index, kind, numbers)
 
 
 class Loop(NamedTuple):
@@ -218,19 +193,10 @@ def decode_segment(
     kind: sampling.Kind,
     length: int,
 ) -> tuple[Loop, Segment]:
-    """Draws up to ``length`` tokens for each sequence.
+    """Draws up to ``length`` tokens (n) for each sequence.
 
-    Args:
-      parameters: in the compute layout.
-      loop: the state before.
-      policy: decides how long keys live.
-      numbers: of the ``Sampling``.
-      stop: int32 ``[m]``: after one of these tokens a sequence is done.
-      eviction: rule where a head has no free slot; None: the loop stops there.
-      limit: int32 scalar, slots of a head that may be used.
-      structure: of the model.
-      kind: of the ``Sampling``.
-      length: tokens, n.
+    A sequence is done after one of the tokens ``stop``, int32 ``[m]``. Where a head has no free slot, the rule
+    ``eviction`` applies, or, where that is None, the loop stops.
     """
     model = nnx.merge(structure, parameters)
     tokens = sharding.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)
@@ -254,21 +220,20 @@ def decode_segment(
                 group, lost = _write(group, new, slot, loop.done, at, eviction, limit)
             groups.append(group)
             evicted.append(lost)
-        token, logprob = _next_token(model, reads.hidden[:, 0], loop.sequence, at, kind, numbers)
+        token, logprob = sampling.sample(model.logits(reads.hidden[:, 0]), loop.sequence, at, kind, numbers)
         token = jnp.where(loop.done, loop.token, token)
         remaining = loop.remaining - chunk.num_tokens
         read = jnp.where(loop.done[:, None], 0, kv_buffer.occupancy(loop.buffer, loop.at) + 1)
         is_stop = jnp.any(token[:, None] == stop, axis=-1)
-        loop = Loop(
-            tuple(groups),
-            token,
-            at,
-            loop.sequence,
-            remaining,
-            loop.done | is_stop | (remaining <= 0),
-            loop.evicted + jnp.concatenate(evicted),
-            loop.read + read,
-            jnp.maximum(loop.most, read),
+        loop = loop._replace(
+            buffer=tuple(groups),
+            token=token,
+            at=at,
+            remaining=remaining,
+            done=loop.done | is_stop | (remaining <= 0),
+            evicted=loop.evicted + jnp.concatenate(evicted),
+            read=loop.read + read,
+            most=jnp.maximum(loop.most, read),
         )
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
         logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, logprob[:, None], step, 1)

@@ -60,17 +60,19 @@ class Chunk(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Result of reading a chunk.
+    """Result of reading a chunk; nothing is written yet.
 
     Attributes:
       hidden: ``[b, t, d]``, input of the output layer; meaningless where there is no token.
       new: the keys to write, by group.
       live: int32 ``[num_layers, b, k, t]``, number of keys that each query read, or None.
+      need: int32 ``[num_layers]``, slots that the fullest head of each layer needs (of ``loop.read_chunk`` alone).
     """
 
     hidden: jax.Array
     new: tuple[NewKeys, ...]
     live: jax.Array | None
+    need: jax.Array | None = None
 
 
 def forward_chunk(

@@ -13,7 +13,6 @@ Axis letters: ``n`` contexts, ``t`` token, ``b`` document pieces of a batch, ``l
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +78,8 @@ def measure_decoding(
             def rows(name, start, width, batch=batch, lengths=lengths):
                 return _rows(contexts[name], batch, start, np.clip(lengths - start, 0, width), width)
 
-            read = reader.read(functools.partial(rows, "inputs"), first)
-            found, live = _scored(decoder, read, rows("targets", first, chunk))
+            hidden, counts, capacities = reader.read(functools.partial(rows, "inputs"), first)
+            found, live = _scored(decoder, hidden, counts, rows("targets", first, chunk))
             for row, (context, start, _) in enumerate(batch):
                 here = slice(start + first, start + first + count[row])
                 nll[context, here] = found.nll[row, : count[row]]
@@ -88,7 +87,7 @@ def measure_decoding(
             live = np.where(np.arange(chunk) < count[:, None, None], live, 0)
             pairs += live.sum(axis=(1, 3), dtype=np.float64)
             most = np.maximum(most, live.max(axis=(1, 3)))
-            allocated = np.maximum(allocated, read.capacities)
+            allocated = np.maximum(allocated, capacities)
     valid = Batch.from_rows(contexts).is_token
     return Measurement(
         documents=sum_by_document(contexts, nll, correct, run.data.vocabulary),
@@ -115,19 +114,8 @@ def _rows(values: np.ndarray, batch: list[tuple[int, int, int]], first: int, cou
     return rows
 
 
-class _Read(NamedTuple):
-    """Result of reading a chunk.
-
-    Attributes:
-      hidden: ``[b, t, d]``.
-      live: int32 ``[num_layers, b, k, t]``, number of keys that each query reads.
-      capacities: slots of a head, by layer.
-    """
-
-    hidden: jax.Array
-    live: jax.Array | None
-    capacities: list[int]
-
+Read = tuple[jax.Array, jax.Array | None, list[int]]
+"""A chunk: ``hidden`` and ``live`` as in ``natsjax.decode.step.Reads``, and the slots of a head, by layer."""
 
 Tokens = Callable[[int, int], np.ndarray]
 """``tokens(start, width)``: int32 ``[b, width]``, those from an index on."""
@@ -144,12 +132,12 @@ class _ByChunk:
         """Makes a cache for all tokens, or for ``slots`` of them."""
         return self.decoder.start(len(self.lengths), min(self.longest, slots), self.longest)
 
-    def read(self, tokens: Tokens, first: int) -> _Read:
+    def read(self, tokens: Tokens, first: int) -> Read:
         """Reads the chunk that begins at ``first``; all before it have been read."""
         self.cache, read = self.decoder.read(
             self.cache, tokens(first, self.chunk), self.count(first, self.chunk), count_live=True
         )
-        return _Read(read.hidden, read.live, self.cache.capacities)
+        return read.hidden, read.live, self.cache.capacities
 
     def count(self, start: int, width: int) -> np.ndarray:
         """Counts the tokens of each piece among ``width`` from ``start`` on."""
@@ -163,7 +151,7 @@ class _ByToken(_ByChunk):
         """Makes a cache for the keys that may be live."""
         return super().start(min(slots, self.decoder.limit))
 
-    def read(self, tokens: Tokens, first: int) -> _Read:
+    def read(self, tokens: Tokens, first: int) -> Read:
         decoder, cache = self.decoder, self.cache
         with jax.set_mesh(decoder.mesh):
             rows = decoder.put_rows(self.count(first, self.chunk)), cache.num_tokens, 0 * cache.num_tokens
@@ -178,7 +166,7 @@ class _ByToken(_ByChunk):
                 structure=decoder.structure,
             )
             self.cache = cache._replace(buffer=buffer, num_tokens=chunk.next_index)
-        return _Read(hidden, live, self.cache.capacities)
+        return hidden, live, self.cache.capacities
 
 
 class _AsContinuation(_ByChunk):
@@ -189,7 +177,7 @@ class _AsContinuation(_ByChunk):
 
     _at = 0  # tokens in the cache
 
-    def read(self, tokens: Tokens, first: int) -> _Read:
+    def read(self, tokens: Tokens, first: int) -> Read:
         decoder, observed = self.decoder, self.decoder.policy.observed
         self._advance(tokens, max(first - observed, 0))
         prompt = decoder.copied(self.cache)
@@ -203,7 +191,7 @@ class _AsContinuation(_ByChunk):
         cache, read = decoder.read(
             prompt, tokens(first, self.chunk), self.count(first, self.chunk), count_live=True, evict=False
         )
-        return _Read(read.hidden, read.live, cache.capacities)
+        return read.hidden, read.live, cache.capacities
 
     def _advance(self, tokens: Tokens, end: int) -> None:
         """Reads up to the token ``end`` without recording attention weights."""
@@ -223,12 +211,12 @@ def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> 
     return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 
 
-def _scored(decoder: Decoder, read: _Read, targets: np.ndarray):
+def _scored(decoder: Decoder, hidden: jax.Array, live: jax.Array | None, targets: np.ndarray):
     """Computes token losses, and the number of keys that each query reads, int ``[num_layers, b, k, chunk]``."""
     with jax.set_mesh(decoder.mesh):
         placed = decoder.put(targets, "batch", "sequence")
-        found = _score(decoder.parameters, read.hidden, placed, structure=decoder.structure)
-    return decoder.fetch((found, read.live))
+        found = _score(decoder.parameters, hidden, placed, structure=decoder.structure)
+    return decoder.fetch((found, live))
 
 
 @functools.partial(jax.jit, static_argnames="structure")

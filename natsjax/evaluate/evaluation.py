@@ -10,7 +10,6 @@ role bias, the windows) is set on training-split contexts, so that the held-out 
 import dataclasses
 import datetime
 import os
-import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
 from natsjax.policies.registry import Mode
+from natsjax.report.commands import evaluate_command
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import versions
@@ -246,15 +246,13 @@ def _command(
     chunk: int | None,
 ) -> str:
     """Returns the command that does the same."""
-    words = ["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"]
-    if checkpoint != "newest":
-        words.append(f"--checkpoint={checkpoint}")
+    flags = [] if checkpoint == "newest" else [f"--checkpoint={checkpoint}"]
     if budgets is not None:
-        words.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
+        flags.append(f"--budgets={','.join(f'{budget:g}' for budget in budgets)}")
     if baseline_workdir is not None:
-        words.append(f"--baseline_workdir={os.fspath(baseline_workdir)}")
+        flags.append(f"--baseline_workdir={os.fspath(baseline_workdir)}")
     if prepared_dir is not None:
-        words.append(f"--prepared_dir={os.fspath(prepared_dir)}")
+        flags.append(f"--prepared_dir={os.fspath(prepared_dir)}")
     if chunk is not None:
-        words += ["--mode=decode", f"--chunk={chunk}"]
-    return shlex.join(words)
+        flags += ["--mode=decode", f"--chunk={chunk}"]
+    return evaluate_command(workdir, *flags)

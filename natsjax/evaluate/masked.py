@@ -169,15 +169,7 @@ def causal_pairs(contexts: Row) -> int:
 
 
 def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndarray:
-    """Computes the role of every token.
-
-    Args:
-      run: run with the model.
-      contexts: arrays ``[n, t]``.
-      policy: ``Nats`` or ``SampledNats``.
-
-    Returns:
-      int8 ``[n, l, k, t]``; arbitrary at padding.
+    """Computes the role of every token under ``Nats`` or ``SampledNats``: int8 ``[n, l, k, t]``, arbitrary at padding.
 
     Raises:
       ValueError: the policy reads roles, and the model has none.
@@ -294,7 +286,8 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Ite
     size = -(-run.config.eval.batch_size // shards) * shards
     for number, begin in enumerate(range(0, len(contexts["inputs"]), size)):
         # Zeros are padding: document_end = 0.
-        rows = {name: _pad_rows(contexts[name][begin : begin + size], size) for name in _MODEL_FIELDS}
+        parts = {name: contexts[name][begin : begin + size] for name in _MODEL_FIELDS}
+        rows = {name: np.pad(part, ((0, size - len(part)), (0, 0))) for name, part in parts.items()}
         batch = Batch.from_rows(sharding.put_batch(run.mesh, rows, size))
         with jax.set_mesh(run.mesh):
             if policy.needs_roles and not run.config.model.has_roles:
@@ -303,10 +296,6 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Ite
             if choice.noise_key is not None:
                 choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))
             yield _forward(run.parameters, batch, choice, structure=run.structure)
-
-
-def _pad_rows(values: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(values, ((0, count - len(values)), (0, 0)))
 
 
 def sum_by_document(contexts: Row, nll: np.ndarray, correct: np.ndarray, vocabulary: Vocabulary) -> DocumentSums:

@@ -1,7 +1,6 @@
 """Rows and samples of an evaluation, as ``natsjax.report.fields`` declares them."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,15 +29,14 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
     """
     sums = found.documents
 
-    def interval(numerator: np.ndarray, denominator: np.ndarray) -> list[float | None]:
-        ends = [float(end) for end in _interval(numerator, denominator, config)]
-        return [None if math.isnan(end) else end for end in ends]
+    def interval(name: str, numerator: np.ndarray, denominator: np.ndarray, of: Callable = float) -> dict[str, Any]:
+        ends = _interval(numerator, denominator, config)
+        pairs = zip(("low", "high"), ends, strict=True)
+        return {f"{name}_{end}": None if np.isnan(value) else of(float(value)) for end, value in pairs}
 
-    entropy = interval(sums.nll, sums.tokens)
-    bits: list[float | None] = [None, None]
+    bits: dict[str, Any] = {"bits_per_byte_low": None, "bits_per_byte_high": None}
     if sums.text_nll is not None and sums.bytes is not None:
-        bits = interval(sums.text_nll / np.log(2), sums.bytes)
-    accuracy = interval(sums.correct, sums.tokens)
+        bits = interval("bits_per_byte", sums.text_nll / np.log(2), sums.bytes)
     return {
         "method": setting.policy.method,
         "weights": setting.weights,
@@ -52,14 +50,11 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
         "kv_live_mean_per_head": found.live_mean.tolist(),
         "kv_live_max_per_head": found.live_max.tolist(),
         "perplexity": found.perplexity,
-        "perplexity_low": None if entropy[0] is None else perplexity(entropy[0]),
-        "perplexity_high": None if entropy[1] is None else perplexity(entropy[1]),
+        **interval("perplexity", sums.nll, sums.tokens, perplexity),
         "bits_per_byte": found.bits_per_byte,
-        "bits_per_byte_low": bits[0],
-        "bits_per_byte_high": bits[1],
+        **bits,
         "accuracy": found.accuracy,
-        "accuracy_low": accuracy[0],
-        "accuracy_high": accuracy[1],
+        **interval("accuracy", sums.correct, sums.tokens),
         "num_tokens": int(sums.tokens.sum()),
         "num_documents": len(sums.ids),
         "by_position": _by_position(found.positions, config),

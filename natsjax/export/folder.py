@@ -17,9 +17,7 @@ import dataclasses
 import datetime
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +33,11 @@ from natsjax.runs.paths import locate
 from natsjax.runs.workdir import EXPORT_FORMAT, Workdir, natsjax_version
 from natsjax.runtime import checksums
 from natsjax.runtime.files import (
+    can_be_renamed,
     folder_lock,
-    hidden_name,
     is_free,
-    new_folder,
     put_back,
-    set_aside,
+    replaced_folder,
     try_folder,
     unwritable,
     write_text_file,
@@ -86,24 +83,16 @@ def export(
     target = Workdir(output)
     folder = real_path(target.path)
     with _errors_of(target), folder_lock(folder):  # tried before the parameters are read
-        _put_back(folder)
+        put_back(folder, _MARKER)
         _check_replaceable(target)
         # An empty folder stays the folder that it is; an export that is there is replaced as a whole, if it can be.
-        in_place = folder.is_dir() and not (target.is_export and _can_be_renamed(folder))
+        in_place = folder.is_dir() and not (target.is_export and can_be_renamed(folder))
         if in_place or not folder.is_dir():
             try_folder(folder)
     run = load(workdir, prepared_dir=prepared_dir, checkpoint=checkpoint)
-    with _errors_of(target), folder_lock(folder):
-        try:
-            with new_folder(folder, _MARKER, inside=in_place) as temporary:
-                _write(run, Workdir(temporary), dtype, prepared_dir)
-                _check_replaceable(target)
-                if not in_place and folder.is_dir():
-                    folder.rename(_replaced(folder))
-                elif target.is_export:
-                    set_aside(folder, _MARKER)
-        finally:
-            _put_back(folder)
+    with _errors_of(target), folder_lock(folder), replaced_folder(folder, _MARKER, inside=in_place) as temporary:
+        _write(run, Workdir(temporary), dtype, prepared_dir)
+        _check_replaceable(target)
     return run
 
 
@@ -114,38 +103,6 @@ def _errors_of(target: Workdir) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(f"--output={target.path}", error) from error
-
-
-def _replaced(folder: Path) -> Path:
-    """Returns the place of an export while another one replaces the folder itself."""
-    return folder.parent / hidden_name(folder.name, "replaced")
-
-
-def _can_be_renamed(folder: Path) -> bool:
-    """Returns whether a folder can be replaced as a whole: no mount point, nor somebody's current folder.
-
-    Tried, by its rename and back; killed between the two, it is put back by the next call.
-    """
-    if os.path.samefile(folder, os.curdir):
-        return False
-    try:
-        folder.rename(_replaced(folder))
-    except OSError:
-        return False
-    _replaced(folder).rename(folder)
-    return True
-
-
-def _put_back(folder: Path) -> None:
-    """Gives the export that was set aside its name again, where no other has taken it; else removes it.
-
-    One without ``export.json`` was being deleted, when its successor was in place, by a process that was killed.
-    """
-    replaced = _replaced(folder)
-    if Workdir(replaced).is_export and not folder.exists():
-        replaced.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    put_back(folder, _MARKER)
 
 
 def _check_replaceable(target: Workdir) -> None:

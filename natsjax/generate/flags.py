@@ -11,7 +11,7 @@ from natsjax.config import MeshConfig
 from natsjax.config_fields import did_you_mean, nearest
 from natsjax.data.readers.file_marks import check_no_pointer
 from natsjax.errors import UserError
-from natsjax.policies.registry import POLICIES
+from natsjax.policies.registry import NATS, POLICIES
 from natsjax.runtime.flags import Parser, typed_text
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def parse_policy(text: str | None, role_bias: float | None = None) -> "DecodingP
     if text is None:
         if role_bias is None:
             return None
-        return next(entry for entry in POLICIES.values() if entry.reads_roles).make(role_bias)
+        return NATS.make(role_bias)
     name, colon, rest = text.partition(":")
     if name not in POLICIES:
         raise UserError(

@@ -10,7 +10,6 @@ Axis letters: ``b`` batch, ``l`` layer, ``k`` KV head, ``g`` query heads per KV 
 import dataclasses
 import functools
 import math
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from natsjax.decode.buffer import AXES, KVBuffer
 from natsjax.decode.decoder import DecodeSettings, check_mesh, decode_layout
 from natsjax.decode.loop import Loop, decode_segment
 from natsjax.errors import UserError
-from natsjax.model.sharding import axes_of, check_arrays, compute_spec, make_mesh, named_sharding
+from natsjax.model.sharding import check_arrays, compute_spec, make_mesh, named_sharding
 from natsjax.model.transformer import model_structure
 from natsjax.plan import hlo, hlo_costs, hlo_flow, train_step
 from natsjax.plan.hlo import Instruction, Program
@@ -124,18 +123,7 @@ class DecodePlan(CompiledPlan):
 
 
 def plan_decode_apart(config: Config, name: str, num_slices: int, request: DecodeRequest) -> DecodePlan:
-    """Calls ``plan_decode`` in a process of its own: see ``train_step.apart``.
-
-    Args:
-      config: config of the run.
-      name: name of the topology, for ``topologies.topology``.
-      num_slices: number of slices, for the same.
-      request: sizes of the decoding.
-
-    Raises:
-      UserError: an unknown topology, or a model or batch that cannot be divided along the mesh.
-      CompilerCrashed: the compiler crashed.
-    """
+    """Calls ``plan_decode`` in a process of its own, as ``train_step.plan_apart`` does with a step."""
     remedy = "another --decode_batch or mesh may pass"
     return train_step.apart(functools.partial(plan_decode, config, request=request), name, num_slices, remedy)
 
@@ -174,50 +162,35 @@ def plan_decode(
     parameters = decode_layout(model, config, mesh)
     buffer, full = (abstract_buffer(config, mesh, batch, n, settings.block) for n in (slots, full_slots))
 
-    began = time.monotonic()
-    compiled, refusal = train_step.compile_program(_lower(config, mesh, parameters, buffer, settings.segment))
-    seconds = time.monotonic() - began
+    lowered = _lower(config, mesh, parameters, buffer, settings.segment)
+    compiled, common = train_step.compile_for(lowered, config, topology, mesh, model)
     is_read = {name: x for name, x in parameters.items() if name != "embedding" or config.model.tie_embeddings}
     # Attention reads no other array of the buffer.
     reads = bytes_on_device(is_read), sum(bytes_on_device((group.storage, group.key_end)) for group in buffer)
-    donated: bool | None = None
-    copies: tuple[str, ...] | None = None
-    sent: tuple[str, ...] | None = None
-    collectives: tuple[Collective, ...] | None = None
     roofline: Roofline | None = None
-    text = ""
+    found: dict[str, Any] = dict.fromkeys(("is_donated", "copies", "sent", "collectives"))
     if compiled is not None:
-        text = compiled.as_text() or ""
-        program = hlo.parse(text)
-        donated, copies, sent = _of_buffer(program, text, buffer)
+        program = hlo.parse(common["program"])
         collectives = _of_a_token(program, mesh, topology.domains_of(mesh))
+        found = _of_buffer(program, common["program"], buffer) | {"collectives": collectives}
         if topology.chip is not None:
             flops = _flops(config, is_read, buffer, batch // shards)
             roofline = Roofline.of(topology.chip, flops, sum(reads), collectives)
+    memory = bytes_on_device(parameters), bytes_on_device(buffer)
+    rest = train_step.compiler_memory(compiled, common["refusal"], sum(memory))
     return DecodePlan(
-        config=config,
-        topology=topology.name,
-        num_devices=len(topology.devices),
-        chip=topology.chip,
-        mesh=dict(axes_of(mesh)),
+        **common,
+        **found,
         mesh_is_chosen=not request.as_trained,
-        num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(model.parameters)),
         batch=batch,
         context=context,
         segment=settings.segment,
         slots=slots,
         full_slots=full_slots,
         full_buffer=bytes_on_device(full),
-        memory=_memory(parameters, buffer, compiled, refusal),
-        refusal=refusal,
-        is_donated=donated,
-        copies=copies,
-        sent=sent,
-        collectives=collectives,
+        memory=DecodeMemory(*memory, *rest),
         reads=reads,
         roofline=roofline,
-        program=text,
-        compile_seconds=seconds,
     )
 
 
@@ -236,14 +209,7 @@ def decode_mesh(config: Config, vocab_size: int, topology: Topology) -> MeshConf
 
 
 def slots_of(config: Config, context: int, kv: float | None, block: int) -> tuple[int, int]:
-    """Returns the slots of a head that ``Decoder`` would allocate for a fraction ``kv``, and for full attention.
-
-    Args:
-      config: config of the run.
-      context: tokens of a sequence.
-      kv: see ``DecodeRequest``.
-      block: slots of a block of the storage.
-    """
+    """Returns the slots of a head that ``Decoder`` would allocate for a fraction ``kv``, and for full attention."""
     full = allocation.round_up(context, block)
     if kv is None:
         kv = config.nats.kv_budget if config.model.has_roles else 1.0
@@ -303,14 +269,7 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
 # --- costs ---
 
 
-def _memory(
-    parameters: Any, buffer: KVBuffer, compiled: jax.stages.Compiled | None, refusal: str | None
-) -> DecodeMemory:
-    known = bytes_on_device(parameters), bytes_on_device(buffer)
-    return DecodeMemory(*known, *train_step.compiler_memory(compiled, refusal, sum(known)))
-
-
-def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
+def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> dict[str, Any]:
     """Returns ``is_donated``, ``copies`` and ``sent`` of ``DecodePlan``."""
     numbers = hlo_flow.parameters_named(program, "loop.buffer")
     assert len(numbers) == len(jax.tree.leaves(buffer)), "the program's arguments have other names"
@@ -324,7 +283,7 @@ def _of_buffer(program: Program, text: str, buffer: KVBuffer) -> tuple[bool, tup
     ]
     sent = [move for move in moves if hlo_flow.kind_of(move) in hlo_flow.COLLECTIVES]
     donated = set(numbers) <= hlo_flow.aliased_parameters(text)
-    return donated, tuple(map(_written, copies)), tuple(map(_written, sent))
+    return {"is_donated": donated, "copies": tuple(map(_written, copies)), "sent": tuple(map(_written, sent))}
 
 
 def _written(instruction: Instruction) -> str:

@@ -12,11 +12,6 @@ from natsjax.runtime.tables import text_table
 def search(config: Config, name: str, num_slices: int = 1) -> Iterator[Plan]:
     """Yields a plan for every rematerialization policy, with the fewest microbatches that fit, or the most possible.
 
-    Args:
-      config: config of the run; ``model.remat`` and ``train.gradient_accumulation_steps`` are varied.
-      name: name of the topology, for ``topologies.topology``.
-      num_slices: number of slices, for the same.
-
     Raises:
       UserError: see ``train_step.plan_apart``.
     """

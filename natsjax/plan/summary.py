@@ -31,8 +31,7 @@ _SHRINK_DECODING = {
 
 def summary(plan: Plan) -> str:
     """Formats a plan of a training step as text."""
-    lines = [*_heading(plan), "", *_memory_lines(plan, _SHRINK), "", *_time_lines(plan), "", *_kv_lines(plan)]
-    return "\n".join(lines)
+    return "\n".join([*_heading(plan), "", *_memory_lines(plan, _SHRINK), "", *_time_lines(plan), "", _kv_line(plan)])
 
 
 def _heading(plan: Plan) -> list[str]:
@@ -112,13 +111,13 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
 
 
-def _kv_lines(plan: Plan) -> list[str]:
+def _kv_line(plan: Plan) -> str:
     full, live = plan.kv_bytes
     length = plan.config.data.context_length
     text = f"KV of one sequence of {length} tokens when decoding: {full / 2**20:.1f} MiB in full attention"
     if plan.config.model.has_roles:
         text += f", {live / 2**20:.1f} MiB live at nats.kv_budget = {plan.config.nats.kv_budget:g}"
-    return [text]
+    return text
 
 
 # --- decoding ---

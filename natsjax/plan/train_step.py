@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from natsjax.config import Config
 from natsjax.data import ByteTokenizer, Corpus, RecallTask, load_tokenizer
@@ -28,6 +29,7 @@ from natsjax.data.mixture import parse_mixture
 from natsjax.errors import UserError
 from natsjax.kv_fraction import live_fraction
 from natsjax.model import sharding
+from natsjax.model.transformer import ModelStructure
 from natsjax.plan import hlo, hlo_costs, topologies
 from natsjax.plan.hlo_costs import Collective, ProgramCosts
 from natsjax.plan.topologies import Topology
@@ -169,36 +171,17 @@ def plan_step(config: Config, topology: Topology, vocab_size: int | None = None)
     vocab_size = vocab_size_of(config) if vocab_size is None else vocab_size
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     trainer = Trainer(config, vocab_size, mesh)
-    began = time.monotonic()
-    compiled, refusal = compile_program(trainer.lower())
-    seconds = time.monotonic() - began
-    memory = _memory(trainer, compiled, refusal)
+    compiled, common = compile_for(trainer.lower(), config, topology, mesh, trainer.model)
     flops = step_flops(config, vocab_size)
     costs: ProgramCosts | None = None
     roofline: Roofline | None = None
-    text = ""
     if compiled is not None:
-        text = compiled.as_text() or ""
-        costs = hlo_costs.program_costs(hlo.parse(text), mesh, topology.domains_of(mesh))
+        costs = hlo_costs.program_costs(hlo.parse(common["program"]), mesh, topology.domains_of(mesh))
         if topology.chip is not None:
             per_device = flops.total / mesh.size
             roofline = Roofline.of(topology.chip, per_device, costs.memory_traffic, costs.collectives)
-    return Plan(
-        config=config,
-        topology=topology.name,
-        num_devices=len(topology.devices),
-        chip=topology.chip,
-        mesh=dict(sharding.axes_of(mesh)),
-        num_parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.parameters)),
-        memory=memory,
-        refusal=refusal,
-        flops=flops,
-        costs=costs,
-        roofline=roofline,
-        program=text,
-        kv_bytes=_kv_bytes(config),
-        compile_seconds=seconds,
-    )
+    memory = _memory(trainer, compiled, common["refusal"])
+    return Plan(**common, memory=memory, flops=flops, costs=costs, roofline=roofline, kv_bytes=_kv_bytes(config))
 
 
 def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
@@ -220,15 +203,9 @@ def plan_apart(config: Config, name: str, num_slices: int = 1) -> Plan:
 def apart(plan: Callable[[Topology], Made], name: str, num_slices: int, remedy: str) -> Made:
     """Calls ``plan(topology)`` in a process of its own, which a compiler may crash; its standard error is not shown.
 
-    Args:
-      plan: function of the topology.
-      name: name of the topology, for ``topologies.topology``.
-      num_slices: number of slices, for the same.
-      remedy: advice in case the compiler crashes.
-
     Raises:
       UserError: an unknown topology, or any error of ``plan``.
-      CompilerCrashed: the compiler crashed.
+      CompilerCrashed: the compiler crashed; the message ends with ``remedy``.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "stderr"
@@ -250,6 +227,36 @@ def _plan_here(plan: Callable[[Topology], Made], name: str, num_slices: int, log
     if name != "local":
         jax.config.update("jax_platforms", "cpu")  # leave this machine's accelerator to other processes
     return plan(topologies.topology(name, num_slices))
+
+
+def compile_for(
+    lowered: jax.stages.Lowered, config: Config, topology: Topology, mesh: Mesh, model: ModelStructure
+) -> tuple[jax.stages.Compiled | None, dict[str, Any]]:
+    """Compiles a program; returns it, None if it ran out of a device's memory, and fields of ``CompiledPlan``."""
+    began = time.monotonic()
+    compiled, refusal = compile_program(lowered)
+    seconds = time.monotonic() - began
+    return compiled, {
+        "config": config,
+        "topology": topology.name,
+        "num_devices": len(topology.devices),
+        "chip": topology.chip,
+        "mesh": dict(sharding.axes_of(mesh)),
+        "num_parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(model.parameters)),
+        "refusal": refusal,
+        "program": "" if compiled is None else compiled.as_text() or "",
+        "compile_seconds": seconds,
+    }
+
+
+def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+    """Returns the compiled program, or the compiler's message if it ran out of a device's memory."""
+    try:
+        return lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def vocab_size_of(config: Config) -> int:
@@ -276,16 +283,6 @@ def vocab_size_of(config: Config) -> int:
 
 
 # --- memory ---
-
-
-def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
-    """Returns the compiled program, or the compiler's message if it ran out of a device's memory."""
-    try:
-        return lowered.compile(), None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, str(error).split("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def _memory(trainer: Trainer, compiled: jax.stages.Compiled | None, refusal: str | None) -> Memory:

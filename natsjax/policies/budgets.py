@@ -1,8 +1,12 @@
 """Budgets that are measured, and the numbers of each policy that meet one: by counting, a role bias by search.
 
-A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causal ones, mean over all layers. A
-"sliding" layer never reads more than its own window, whatever the policy: where functions here take ``layers``, that is
-the window of each layer of the pattern (``layer_windows``), None for a layer that has none.
+A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causal ones, mean over all layers. What
+functions here take:
+
+* ``pieces``, ``piece_lengths``: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+* ``layers``: the window of each layer of the pattern (``layer_windows``), None for a layer that has none. A "sliding"
+  layer never reads more than its own window, whatever the policy.
+* ``name``: what a message calls a budget.
 
 ``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o`` and ``snapkv`` are what ``natsjax.policies.registry``
 points to. Numpy only: what needs jax is imported where it is used.
@@ -84,7 +88,7 @@ def check_budgets(budgets: Sequence[float], least: float, why: str, name: str = 
       budgets: KV fractions.
       least: no KV fraction is below it.
       why: its reason, for the message.
-      name: of a budget, for the message.
+      name: see the module.
 
     Raises:
       UserError: one is not in (0, 1], or below the least.
@@ -103,12 +107,6 @@ def check_role_budgets(
 ) -> list[float]:
     """Returns budgets of a model with roles, ascending and without repetition.
 
-    Args:
-      config: of the run.
-      budgets: KV fractions.
-      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      name: of a budget, for the message.
-
     Raises:
       UserError: one is not in (0, 1], or below what any roles can keep.
     """
@@ -122,13 +120,7 @@ def check_role_budgets(
 
 
 def about_global_tokens(config: Config, budgets: Sequence[float], pieces: np.ndarray) -> str | None:
-    """Returns a sentence about budgets that SLIDING tokens alone exceed; None where there are none.
-
-    Args:
-      config: of the run.
-      budgets: KV fractions.
-      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-    """
+    """Returns a sentence about budgets that SLIDING tokens alone exceed; None where there are none."""
     if not config.model.has_roles:
         return None
     all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, pieces)
@@ -147,7 +139,7 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
     Args:
       config: of the run; ``eval.budgets`` are asked for where ``asked`` is None, and where that is empty, a range.
       asked: KV fractions that somebody asked for.
-      pieces: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      pieces: see the module.
 
     Raises:
       UserError: somebody asked for one that cannot be.
@@ -173,12 +165,7 @@ def wanted_budgets(config: Config, asked: Sequence[float] | None, pieces: np.nda
 
 
 def interval_fractions(piece_lengths: np.ndarray, num_sinks: int, layers: Layers = UNLIMITED) -> np.ndarray:
-    """Returns the KV fraction of sinks and a sliding window, for every window.
-
-    Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      num_sinks: first tokens of each piece that live to its end.
-      layers: windows of the layers' own.
+    """Returns the KV fraction of a sliding window behind ``num_sinks`` tokens of each piece that live to its end.
 
     Returns:
       float64 ``[longest]``, by window 0, 1, …; it never falls, and the last one is full attention's: 1 without windows
@@ -194,13 +181,7 @@ def interval_fractions(piece_lengths: np.ndarray, num_sinks: int, layers: Layers
 def window_for_budget(
     piece_lengths: np.ndarray, budget: float, *, num_sinks: int = 0, layers: Layers = UNLIMITED
 ) -> int | None:
-    """Returns the window whose KV fraction is closest to a budget; exact, no model pass.
-
-    Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      budget: KV fraction.
-      num_sinks: first tokens of each document that are kept besides.
-      layers: windows of the layers' own.
+    """Returns the window whose KV fraction beside the sinks is closest to a budget; exact, no model pass.
 
     Returns:
       Tokens; the smaller one of two that are as close. None when window 0 already exceeds the budget (the sinks, and
@@ -222,10 +203,10 @@ def fraction_for_budget(
     """Returns the fraction of keys that ``RandomKeys`` keeps to meet a budget, and its window.
 
     Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      piece_lengths: see the module.
       budget: KV fraction.
       window: tokens, where the budget leaves as much; else 0.
-      layers: windows of the layers' own.
+      layers: see the module.
       draws: int ``[k, longest]``, ``RandomKeys.draws`` of the heads at each position of the longest piece: the result
         is then the fraction whose KV fraction with these draws is closest. None: the fraction that meets the budget on
         average over all draws; those of a short piece and a few heads can be some percent of the KV off.
@@ -278,10 +259,10 @@ def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers
     counts as if others had been kept, so a little less can come of it.
 
     Args:
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      piece_lengths: see the module.
       budget: KV fraction.
       chunk: tokens of which all keys are kept: 1 where a policy evicts after every token, else what follows a prompt.
-      layers: windows of the layers' own.
+      layers: see the module.
 
     Returns:
       The number whose KV fraction is closest; None where the chunks alone take more, or the layers' own windows leave
@@ -313,8 +294,7 @@ class Calibration:
 
     Attributes:
       config: of the run; ``eval.num_sinks``, ``nats.window`` and ``train.seed`` are numbers of policies too.
-      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      layers: windows of the layers' own.
+      piece_lengths, layers: see the module.
       chunk: tokens that are decoded at once; None: with masks.
     """
 

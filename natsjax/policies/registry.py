@@ -112,27 +112,33 @@ def _by_name(entries: Iterable[PolicyEntry]) -> dict[str, PolicyEntry]:
 _BUDGETS = "natsjax.policies.budgets"
 
 # Colors on white are Okabe and Ito's palette, which stays apart under the common color-vision deficiencies.
+NATS = PolicyEntry(
+    name="nats",
+    policy="natsjax.policies:Nats",
+    label="NAtS",
+    summary="keys by the model's own roles (--role_bias keeps more or less)",
+    color="#d55e00",
+    dark_color="#ff8b3e",
+    marker="o",
+    reads_roles=True,
+)
+"""The model's own roles."""
+
+FULL = PolicyEntry(
+    name="full",
+    policy="natsjax.policies:FullAttention",
+    label="full attention",
+    summary="every key",
+    color="#333333",
+    dark_color="#d5dae0",
+    marker="D",
+)
+"""Full attention, which others are compared with."""
+
 POLICIES: dict[str, PolicyEntry] = _by_name(
     [
-        PolicyEntry(
-            name="nats",
-            policy="natsjax.policies:Nats",
-            label="NAtS",
-            summary="keys by the model's own roles (--role_bias keeps more or less)",
-            color="#d55e00",
-            dark_color="#ff8b3e",
-            marker="o",
-            reads_roles=True,
-        ),
-        PolicyEntry(
-            name="full",
-            policy="natsjax.policies:FullAttention",
-            label="full attention",
-            summary="every key",
-            color="#333333",
-            dark_color="#d5dae0",
-            marker="D",
-        ),
+        NATS,
+        FULL,
         PolicyEntry(
             name="sliding_window",
             policy="natsjax.policies:SlidingWindow",

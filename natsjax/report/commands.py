@@ -8,9 +8,9 @@ from typing import Any
 from natsjax.report.results import Results
 
 
-def evaluate_command(workdir: str | os.PathLike[str]) -> str:
-    """Returns the command that evaluates a run."""
-    return shlex.join(["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}"])
+def evaluate_command(workdir: str | os.PathLike[str], *flags: str) -> str:
+    """Returns the command that evaluates a run, with further flags."""
+    return shlex.join(["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}", *flags])
 
 
 def report_command(workdirs: Sequence[str | os.PathLike[str]]) -> str:

@@ -1,7 +1,8 @@
 """Page of a report, ``report.html``: one file that loads nothing; scripts in it draw the data, which is JSON.
 
-``web/page.html`` is the frame of the pages, ``run.html`` and ``comparison.html`` are their bodies, ``position.html`` is
-a part of both bodies, ``style.css`` styles them. The scripts are joined in the order of ``_SCRIPTS``.
+``web/page.html`` is the frame of the pages, ``run.html`` and ``comparison.html`` are their bodies, with parts that both
+have in ``position.html`` and ``figure.html``; ``style.css`` styles them. The scripts are joined in the order of
+``_SCRIPTS``.
 """
 
 import html
@@ -10,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from natsjax.policies.registry import POLICIES
+from natsjax.policies.registry import FULL, NATS, POLICIES
 from natsjax.report.fields import ROW_FIELDS, page_columns
 from natsjax.report.results import Results, to_json
-from natsjax.report.styles import css_colors
+from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors
 
 _SCRIPTS = {
     "run": ("charts.js", "curves.js", "reader.js", "run.js"),
@@ -58,23 +59,33 @@ def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
     values = {
         **values,
         "methods": {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()},
+        "own_roles": NATS.name,
+        "full_attention": FULL.name,
+        "num_run_colors": len(RUN_COLORS),
+        "many_runs": MANY_RUNS,
+        "log_ratio": LOG_RATIO,
         "axes": {field.name: field.axis for field in ROW_FIELDS.values() if field.axis},
     }
-    # In ASCII JSON without these three, no HTML parser finds `</script>` or `<!--`, whatever the tokens hold.
-    data = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json(values))
+    position = _filled("figure.html", part="position", chart="position-chart")
     parts = {
         "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
-        "style": _asset("style.css")
-        .replace("{{colors}}", css_colors())
-        .replace("{{dark_colors}}", css_colors(dark=True)),
-        "body": _asset(f"{kind}.html").replace("{{position}}", _asset("position.html")),
+        "style": _filled("style.css", colors=css_colors(), dark_colors=css_colors(dark=True)),
+        "body": _filled(
+            f"{kind}.html",
+            curve=_filled("figure.html", part="curve", chart="curve"),
+            position=_filled("position.html", figure=position),
+        ),
         "script": "\n".join(_asset(name) for name in _SCRIPTS[kind]),
-        "data": data,
+        # In ASCII JSON without these three, no HTML parser finds `</script>` or `<!--`, whatever the tokens hold.
+        "data": re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", to_json(values)),
     }
-    parts["size"] = f"{max(1, round((len(_asset('page.html')) + sum(map(len, parts.values()))) / 1000)):,}"
+    size = len(_asset("page.html")) + sum(map(len, parts.values()))
+    return _filled("page.html", **parts, size=f"{max(1, round(size / 1000)):,}").encode()
 
-    # One pass, so that a placeholder inside the data stays what it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html")).encode()
+
+def _filled(name: str, **parts: str) -> str:
+    """Fills the placeholders of a template, in one pass: one inside the data stays what it is."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(name))
 
 
 def _asset(name: str) -> str:

@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report.fields import ROW_FIELDS, Row
 from natsjax.report.results import Results, is_biased
-from natsjax.report.styles import LINE_STYLES, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.report.styles import LINE_STYLES, LOG_RATIO, MANY_RUNS, RUN_COLORS, bounds, height, is_drawable, style_of
 from natsjax.runtime.tables import percent, significant
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
-_MANY_RUNS = 4  # with more, only the settings that were set to their budgets get intervals
-_LOG_PERPLEXITY_RATIO = 8.0  # a perplexity axis that spans more than this factor is logarithmic
 
 
 class _Series(NamedTuple):
@@ -41,15 +40,15 @@ def pareto(results: Results) -> bytes:
     metric = "accuracy" if results.run["show_accuracy"] else "perplexity"
     rows = [row for row in results.rows if is_drawable(row, metric)]
     lines = dict(zip(dict.fromkeys(row["weights"] for row in results.rows), itertools.cycle(LINE_STYLES)))
-    nats_weights = {row["weights"] for row in results.rows if row["method"] == "nats"}
+    nats_weights = {row["weights"] for row in results.rows if row["method"] == NATS.name}
     series = [
         _Series(members, style_of(method).color, style_of(method).marker, lines[weights])
         for (method, weights), members in _grouped(rows).items()
     ]
     figure, axes = new_figure(results.run["name"])
-    anchors = [row for row in rows if row["method"] == "full" and row["weights"] not in nats_weights]
+    anchors = [row for row in rows if row["method"] == FULL.name and row["weights"] not in nats_weights]
     for row in anchors:
-        axes.axhline(height(row, metric), color=style_of("full").color, linewidth=0.8, alpha=0.6)
+        axes.axhline(height(row, metric), color=style_of(FULL.name).color, linewidth=0.8, alpha=0.6)
     marks = [] if results.budget_check is None else _draw_budget_check(axes, rows, metric, results.budget_check)
     for one in series:
         _draw_series(axes, one, metric)
@@ -74,7 +73,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
     figure, axes = new_figure(title)
     drawn: list[Row] = []
     right: list[Artist] = []
-    crowded = sum(results is not None for _, results in runs) > _MANY_RUNS
+    crowded = sum(results is not None for _, results in runs) > MANY_RUNS
     for number, (name, results) in enumerate(runs):
         if results is None:
             continue
@@ -85,7 +84,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
         width = 60 if len(runs) < _LEGEND_ROWS else 24
         right.append(Line2D([], [], color=color, linestyle=line, label=textwrap.fill(_encodable(name), width)))
         for (method, _), members in _grouped(rows).items():
-            if method == "full":
+            if method == FULL.name:
                 axes.axhline(height(members[0], metric), color=color, linewidth=0.8, alpha=0.6)
             _draw_series(axes, _Series(members, color, style_of(method).marker, line), metric, intervals=not crowded)
         for row in rows:
@@ -105,7 +104,7 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
 
 def compared_rows(results: Results) -> list[Row]:
     """Selects the rows to compare with other runs: the role biases, or every method of a run without roles."""
-    return [row for row in results.rows if row["method"] == "nats"] or list(results.rows)
+    return [row for row in results.rows if row["method"] == NATS.name] or list(results.rows)
 
 
 def new_figure(title: str) -> tuple[Figure, Axes]:
@@ -194,7 +193,7 @@ def scale_axes(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     heights = [value for row in rows for value in (height(row, metric), *bounds(row, metric))]
     heights = [value for value in heights if math.isfinite(value)]
     name = ROW_FIELDS[metric].axis
-    if metric == "perplexity" and heights and max(heights) > _LOG_PERPLEXITY_RATIO * min(heights) > 0:
+    if metric == "perplexity" and heights and max(heights) > LOG_RATIO * min(heights) > 0:
         name += " (log scale)"
         axes.set_yscale("log")
         ticks, limits = _log_ticks(min(heights) / 1.1, max(heights) * 1.1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
+from natsjax.policies.registry import NATS
 from natsjax.report.fields import (
     BUDGET_CHECK_FIELDS,
     POSITION_FIELDS,
@@ -87,7 +88,7 @@ def is_biased(row: Row, budget_check: Mapping[str, Any]) -> bool:
     """Checks if a row is that of the role bias that was set to the budget."""
     role_bias = row["setting"].get("role_bias")
     return (
-        row["method"] == "nats"
+        row["method"] == NATS.name
         and role_bias is not None
         and math.isclose(role_bias, budget_check["role_bias"], abs_tol=1e-9)
     )

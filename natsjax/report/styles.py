@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from natsjax.policies.registry import POLICIES
+from natsjax.policies.registry import NATS, POLICIES
 from natsjax.report.results import Row
 
 
@@ -15,12 +15,19 @@ class MethodStyle(NamedTuple):
     marker: str
 
 
-_OTHER = "#7b5bd6", "#b39cff"  # on white and on black, of a method that the registry does not have
+# On white and on black: of a method that the registry does not have, and of what stands beside NAtS.
+_OTHER, _CONTRAST = ("#7b5bd6", "#b39cff"), ("#0072b2", "#56b4e9")
 
 RUN_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b5bd6", "#333333")
 """Colors of the runs in a comparison; the ninth has the first again, with other dashes."""
 
 _DARK_RUN_COLORS = ("#ff8b3e", "#4aa3e0", "#2cc79b", "#e59cc6", "#e0b040", "#9fd8ff", "#b39cff", "#d5dae0")
+
+MANY_RUNS = 4
+"""With more runs in a comparison, only the settings that were set to their budgets get intervals."""
+
+LOG_RATIO = 8.0
+"""A perplexity axis that spans more than this factor is logarithmic."""
 
 LINE_STYLES = ("solid", "dashed", "dotted", "dashdot")
 
@@ -33,9 +40,9 @@ def style_of(method: str) -> MethodStyle:
 
 
 def css_colors(*, dark: bool = False) -> str:
-    """Returns the colors of methods and runs as CSS variables: ``--nats``, …, ``--other``, ``--run-0`` and so on."""
+    """Returns colors as CSS variables: ``--NAME`` of each method, ``--other``, ``--accent``, ``--run-0`` and so on."""
     colors = {name: entry.dark_color if dark else entry.color for name, entry in POLICIES.items()}
-    colors["other"] = _OTHER[dark]
+    colors |= {"other": _OTHER[dark], "accent": f"var(--{NATS.name})", "contrast": _CONTRAST[dark]}
     runs = _DARK_RUN_COLORS if dark else RUN_COLORS
     colors |= {f"run-{number}": color for number, color in enumerate(runs)}
     return " ".join(f"--{name}: {color};" for name, color in colors.items())

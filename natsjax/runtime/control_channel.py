@@ -31,7 +31,7 @@ class Line:
         self._begun = b""
         self._lock = threading.Lock()
         if end.family != socket.AF_UNIX:
-            # A machine that lost its power says nothing; noticed after a minute, before JAX's heartbeat misses it.
+            # A machine that lost its power sends nothing; noticed after a minute, before JAX's heartbeat misses it.
             end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, seconds in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
                 if hasattr(socket, option):
@@ -105,10 +105,9 @@ def _failure(rank: int, error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return Failure(rank, f"interrupted{f' by {error}' if str(error) else ''}", 130)
     if isinstance(error, SystemExit):
-        said, status = (
-            (f"exited with status {error.code}", error.code) if isinstance(error.code, int) else (error.code, 1)
-        )
-        return Failure(rank, str(said), status)
+        if isinstance(error.code, int):
+            return Failure(rank, f"exited with status {error.code}", error.code)
+        return Failure(rank, str(error.code), 1)
     lines = str(error).strip().splitlines() or [""]
     return Failure(rank, f"{type(error).__name__}: {lines[0][:500]}", 1)
 
@@ -153,8 +152,8 @@ class Hub(threading.Thread):
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         match message:
-            case {"failed": said, "status": status}:
-                self._add(Failure(rank, said, status))
+            case {"failed": why, "status": status}:
+                self._add(Failure(rank, why, status))
             case {"here": what}:
                 self._meet(rank, what)
             case {"stop": _} if self._calls is None:
@@ -296,13 +295,18 @@ class Member:
 
     def _leave(self, status: int) -> NoReturn:
         """Ends this process, process 0 when the others have heard why."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
         self._line.close()
         if self._hub is not None:
             self._hub.join(timeout=10)
-        os._exit(status)  # the main thread may sit in a collective, and JAX would wait for the others
+        end_process(status)  # the main thread may sit in a collective, and JAX would wait for the others
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process without cleaning up, but for what it has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _show_own(error: BaseException) -> None:

@@ -29,9 +29,9 @@ from collections.abc import Collection, Iterator
 from typing import NoReturn
 
 from natsjax.errors import UserError
-from natsjax.runtime.control_channel import Hub, Line, Member
+from natsjax.runtime.control_channel import Hub, Line, Member, end_process
 
-# What launchers say that JAX may not understand: then every process would train for itself.
+# Variables of launchers that JAX may not detect: then every process would train for itself.
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 _member: Member | None = None
@@ -110,10 +110,7 @@ def end(error: BaseException, status: int) -> NoReturn:
     """
     if _member is not None:
         _member.fail(error)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
+    end_process(status)
 
 
 def any_process(flag: bool) -> bool:
@@ -254,11 +251,11 @@ def _gather(address: str, count: int, timeout: int) -> dict[int, Line]:
                 problem = _missing(set(range(1, count)) - set(lines), address, count, timeout)
                 break
             hello = line.first(timeout=2) or {}
-            rank, said = hello.get("process_id"), hello.get("num_processes")
+            rank, their_count = hello.get("process_id"), hello.get("num_processes")
             if not isinstance(rank, int):
                 line.close()  # a port scanner, or a JAX program that is not this one
-            elif said != count:
-                problem = f"process {rank} was started with --num_processes={said} and process 0 with {count}."
+            elif their_count != count:
+                problem = f"process {rank} was started with --num_processes={their_count} and process 0 with {count}."
                 odd.append(line)
             elif rank in lines and not lines[rank].is_broken():
                 problem = f"two processes were started with --process_id={rank}; each needs its own."

@@ -420,17 +420,40 @@ def set_aside(folder: Path, marker: str) -> None:
 
 
 def put_back(folder: Path, marker: str) -> None:
-    """Undoes ``set_aside``, unless another one has taken its place; then removes what was set aside.
+    """Gives what ``replaced_folder`` set aside its place again, unless another one has taken it; else removes it.
+
+    A folder beside it without ``marker`` was being removed by a process that was killed.
 
     Raises:
       OSError: it cannot be moved.
     """
-    replaced = folder / _REPLACED
-    if not replaced.is_dir():
-        return
-    if not (folder / marker).exists():
-        _move(replaced, folder, sorted(os.listdir(replaced), key=lambda name: (name == marker, name)))
-    shutil.rmtree(replaced, ignore_errors=True)
+    inside, beside = folder / _REPLACED, _beside(folder)
+    if (beside / marker).exists() and not folder.exists():
+        beside.rename(folder)
+    if inside.is_dir() and not (folder / marker).exists():
+        _move(inside, folder, sorted(os.listdir(inside), key=lambda name: (name == marker, name)))
+    for replaced in (inside, beside):
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def can_be_renamed(folder: Path) -> bool:
+    """Returns whether a folder can be replaced as a whole: no mount point, nor somebody's current folder.
+
+    Tried, by its rename and back; killed between the two, it waits for ``put_back``.
+    """
+    if os.path.samefile(folder, os.curdir):
+        return False
+    try:
+        folder.rename(_beside(folder))
+    except OSError:
+        return False
+    _beside(folder).rename(folder)
+    return True
+
+
+def _beside(folder: Path) -> Path:
+    """Returns the place of a folder while another one replaces the folder itself."""
+    return folder.parent / hidden_name(folder.name, "replaced")
 
 
 def _move(source: Path, target: Path, names: Collection[str]) -> None:
@@ -465,6 +488,29 @@ def new_folder(folder: Path, marker: str, *, inside: bool) -> Iterator[Path]:
         place(temporary, folder, marker)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where it was put into place
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path, marker: str, *, inside: bool) -> Iterator[Path]:
+    """Yields a temporary folder as ``new_folder`` does; a finished folder by that name stays where the block fails.
+
+    Args:
+      folder: the folder, finished, empty or not there; hold ``folder_lock``.
+      marker: as in ``new_folder``.
+      inside: as in ``new_folder``; False also where the folder is there and can be replaced (``can_be_renamed``).
+
+    Raises:
+      OSError: as in ``new_folder``.
+    """
+    try:
+        with new_folder(folder, marker, inside=inside) as temporary:
+            yield temporary
+            if not inside and folder.is_dir():
+                folder.rename(_beside(folder))
+            elif (folder / marker).exists():
+                set_aside(folder, marker)
+    finally:
+        put_back(folder, marker)
 
 
 def partial_path(folder: Path) -> Path:

@@ -32,7 +32,6 @@ _MOST_OF_AN_ERROR = 250  # characters
 _OF_ABSL = ("flagfile", "undefok")  # it always has them
 _USAGE = "usage: python train.py --config=configs/NAME.py --workdir=DIR [--config.GROUP.FIELD=VALUE …]"
 _CONFIG_HELP = "the experiment: a file of configs/, or one of your own; FILE.py:WORD gives its get_config a word"
-_WORKDIR_HELP = "where the run lives: the same folder for all processes"
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,9 +116,7 @@ def parse_train_flags(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     Raises:
       UserError: a flag, file, field or value does not fit; the message names it.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
-    _define_process_flags(values)
+    values = _train_flags()
     config = parse_config_flags(argv, values, _USAGE)
     if not values["workdir"].value:
         raise UserError(f"--workdir is missing; {_USAGE}.")
@@ -191,10 +188,14 @@ def join_processes(argv: Sequence[str]) -> None:
 
 def train_help(text: str) -> str:
     """Returns the text of ``train.py --help``: ``text`` and every flag."""
+    return flag_help(text, _train_flags())
+
+
+def _train_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, _WORKDIR_HELP, flag_values=values)
+    flags.DEFINE_string("workdir", None, "where the run lives: the same folder for all processes", flag_values=values)
     _define_process_flags(values)
-    return flag_help(text, values)
+    return values
 
 
 def flag_help(text: str, values: flags.FlagValues) -> str:

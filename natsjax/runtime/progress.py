@@ -45,7 +45,7 @@ class Progress:
         self._num_bytes = num_bytes
         self._of_bytes = "" if num_bytes is None else f" of {num_bytes / _MEGABYTE:,.1f}"
         self._documents = self._bytes = 0
-        self._began = self._said = time.monotonic()
+        self._began = self._told = time.monotonic()
         self._bar: rich.progress.Progress | None = None
         self._lines = shown and not on_terminal()
         if shown and not self._lines:
@@ -66,8 +66,8 @@ class Progress:
         if self._bar is not None:
             done = f"{self._documents:,}{self._of_documents} documents,"
             self._bar.update(self._bar.task_ids[0], advance=num_bytes, documents=done)
-        elif self._lines and (now := time.monotonic()) - self._said >= _SECONDS_BETWEEN_LINES:
-            self._said = now
+        elif self._lines and (now := time.monotonic()) - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
             print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:

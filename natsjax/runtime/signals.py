@@ -42,7 +42,7 @@ _SAME_SIGNAL = 0.5
 """Seconds: ``timeout`` and some launchers send a signal to a process and then to its group, where it comes again."""
 _PUT_OFF = 0.05
 """Seconds until a signal is looked at again that came where nothing can be raised."""
-_SAY_AFTER = 1.0
+_TELL_AFTER = 1.0
 """Seconds that a request waits before the reason is printed."""
 _GRACE = 0.5
 """Seconds that interrupted work gets to put things in order."""
@@ -90,7 +90,7 @@ class StopRequests:
         except KeyboardInterrupt as error:
             if error is self._left:
                 logger.info(f"{self.requested}: {sentence}")
-                self._left = None  # said; blocks around this one have nothing to add
+                self._left = None  # logged; blocks around this one have nothing to add
             raise
         finally:
             self._at_once = before
@@ -131,13 +131,13 @@ class StopRequests:
     def _listen(self, end: socket.socket) -> None:
         """Waits for signals in a thread of its own, though the main one is busy, until the other end is closed."""
         first: float | None = None
-        said = False
+        is_told = False
         num_echoes = 0
         while True:
-            waits = first is not None and not said
-            ready, _, _ = select.select([end], [], [], _SAY_AFTER if waits else None)
+            waits = first is not None and not is_told
+            ready, _, _ = select.select([end], [], [], _TELL_AFTER if waits else None)
             if not ready:
-                said = True
+                is_told = True
                 if not (self._at_once or self._is_leaving):
                     logger.info(f"stopping as soon as {self._waits_for}; a second signal ends the run at once")
                 continue

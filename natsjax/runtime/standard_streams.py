@@ -70,7 +70,7 @@ class _Descriptor(io.FileIO):
 
     def lose(self, error: OSError) -> None:
         """Drops what cannot be written; where that is for good, what follows too, of other writers as well."""
-        # A terminal that was closed says EIO; so does a broken disk.
+        # A closed terminal gives EIO; so does a broken disk.
         gone = error.errno in _READER_GONE or (error.errno == errno.EIO and not self._is_file())
         if self.lost is None:
             self.lost, self.reader_gone = error, gone

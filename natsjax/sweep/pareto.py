@@ -16,22 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report import picture
 from natsjax.report.styles import style_of
 from natsjax.runtime.tables import percent, significant, text_table, with_interval
-from natsjax.sweep.runs import SweepRun
+from natsjax.sweep.runs import SweepRun, SweptSetting
 
-_PARETO = style_of("nats")
-_DENSE = style_of("full")
+_PARETO = style_of(NATS.name)
+_DENSE = style_of(FULL.name)
 
 
 @dataclasses.dataclass(frozen=True)
-class ParetoPoint:
+class ParetoPoint(SweptSetting):
     """Setting over its seeds.
 
     Attributes:
-      kv_budget: budget of its runs; None: they had a fixed KV penalty, or are dense.
-      kv_penalty: fixed KV penalty of its runs; None: they had a budget, or are dense.
+      kv_budget, kv_penalty: the setting.
       seeds: of the runs that finished.
       kv_fraction: mean over the runs, in (0, 1].
       kv_range: the smallest and the largest of them.
@@ -53,11 +53,6 @@ class ParetoPoint:
     over_dense: float | None
     over_dense_range: tuple[float, float] | None
     num_pairs: int
-
-    @property
-    def is_dense(self) -> bool:
-        """True for the dense baseline."""
-        return self.kv_budget is None and self.kv_penalty is None
 
 
 def pareto_of(runs: Sequence[SweepRun]) -> list[ParetoPoint]:
@@ -128,7 +123,7 @@ def format_runs(runs: Sequence[SweepRun]) -> str:
         state = run.status if run.met in (None, True) else "finished, budget missed"
         lines.append(
             [
-                _setting(run),
+                run.setting_text,
                 str(run.seed),
                 *(percent(x) for x in (run.kv_fraction, run.sampled, run.argmax)),
                 value,
@@ -150,17 +145,11 @@ def format_pareto(points: Sequence[ParetoPoint], is_accuracy: bool) -> str:
         + ["to the dense baseline [range]"] * has_baseline
     ]
     for point in points:
-        cells = [_setting(point), str(len(point.seeds)), percent(point.kv_fraction)]
+        cells = [point.setting_text, str(len(point.seeds)), percent(point.kv_fraction)]
         ends = point.quality_range if len(point.seeds) > 1 else (None, None)
         cells += [shown(value) for value in (point.quality, *ends)]
         lines.append(cells + [_difference(point, is_accuracy)] * has_baseline)
     return text_table(lines, text=(0,))
-
-
-def _setting(run: SweepRun | ParetoPoint) -> str:
-    if run.is_dense:
-        return "dense baseline"
-    return f"KV budget {run.kv_budget:g}" if run.kv_budget is not None else f"KV penalty {run.kv_penalty:g}"
 
 
 def _formatter(is_accuracy: bool) -> Callable[[float | None], str]:

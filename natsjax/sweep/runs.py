@@ -20,6 +20,7 @@ from natsjax.evaluate import Evaluation
 from natsjax.model import sharding
 from natsjax.model.transformer import model_structure
 from natsjax.policies.budgets import wanted_budgets
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report.results import is_biased, restored, to_json
 from natsjax.runs.data import RunData, open_data
 from natsjax.runs.initial_parameters import InitialParameters
@@ -46,16 +47,39 @@ _FREE_FIELDS = (
 )
 
 
+class SweptSetting:
+    """A budget, a fixed KV penalty, or, with neither, the dense baseline: what a sweep varies beside the seed.
+
+    Attributes:
+      kv_budget: KV budget; None for a fixed KV penalty or a dense baseline.
+      kv_penalty: fixed KV penalty, in nats per token for a KV fraction of 1; None for a budget or a dense baseline.
+    """
+
+    kv_budget: float | None
+    kv_penalty: float | None
+
+    @property
+    def is_dense(self) -> bool:
+        """True for a dense baseline."""
+        return self.kv_budget is None and self.kv_penalty is None
+
+    @property
+    def setting_text(self) -> str:
+        """The setting, for tables."""
+        if self.is_dense:
+            return "dense baseline"
+        return f"KV budget {self.kv_budget:g}" if self.kv_budget is not None else f"KV penalty {self.kv_penalty:g}"
+
+
 @dataclasses.dataclass(frozen=True)
-class PlannedRun:
+class PlannedRun(SweptSetting):
     """A run to train.
 
     Attributes:
       name: name of its folder.
       workdir: its folder.
       config: its config.
-      kv_budget: KV budget; None for a fixed KV penalty or a dense baseline.
-      kv_penalty: fixed KV penalty, in nats per token for a KV fraction of 1; None for a budget or a dense baseline.
+      kv_budget, kv_penalty: its setting.
       seed: ``train.seed``.
     """
 
@@ -66,14 +90,9 @@ class PlannedRun:
     kv_penalty: float | None
     seed: int
 
-    @property
-    def is_dense(self) -> bool:
-        """True for a dense baseline."""
-        return self.kv_budget is None and self.kv_penalty is None
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepRun:
+class SweepRun(SweptSetting):
     """A run that has ended; a line of ``sweep.jsonl``.
 
     ``kv_fraction`` to ``accuracy_high`` are one row of the run's own evaluation on held-out text: for a budget that of
@@ -84,8 +103,7 @@ class SweepRun:
       name: name of its folder.
       workdir: its folder.
       attention: ``model.layer_pattern``.
-      kv_budget: KV budget; None for a fixed KV penalty or a dense baseline.
-      kv_penalty: fixed KV penalty, in nats per token for a KV fraction of 1; None for a budget or a dense baseline.
+      kv_budget, kv_penalty: its setting.
       seed: ``train.seed``.
       status: "finished", or "failed"; the next sweep tries a failed run again.
       error: message of the error.
@@ -130,11 +148,6 @@ class SweepRun:
     met: bool | None = None
     best: dict[str, Any] | None = None
     curve: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def is_dense(self) -> bool:
-        """True for a dense baseline."""
-        return self.kv_budget is None and self.kv_penalty is None
 
     def to_json(self) -> str:
         """Returns a line of strict JSON; non-finite numbers are the strings "NaN", "Infinity" and "-Infinity"."""
@@ -382,11 +395,11 @@ def _identity(run: PlannedRun) -> dict[str, Any]:
 def _is_chosen(run: PlannedRun, row: dict[str, Any], budget_check: dict[str, Any]) -> bool:
     """Returns True for the row that represents the run."""
     if run.is_dense:
-        return row["method"] == "full"
+        return row["method"] == FULL.name
     return is_biased(row, budget_check if run.kv_budget is not None else {"role_bias": 0.0})
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in sorted((row for row in rows if row["method"] == "nats"), key=lambda row: row["setting"]["role_bias"]):
+    for row in sorted((row for row in rows if row["method"] == NATS.name), key=lambda row: row["setting"]["role_bias"]):
         same = {name: row[name] for name in ("budget", "kv_fraction", "perplexity", "accuracy")}
         yield {"role_bias": row["setting"]["role_bias"]} | same

@@ -118,16 +118,16 @@ def run(
             f"natsjax.sweep needs a single process, and this is one of {jax.process_count()}; on a cluster, train "
             "each run with train.py and compare them with python -m natsjax.report --workdir=A,B,…."
         )
-    directory = Workdir(workdir).path
+    sweep = Workdir(workdir)
+    directory = sweep.path
     train_config = dataclasses.replace(config.train, progress=progress and config.train.progress)
     config = resolve_paths(dataclasses.replace(config, train=train_config))
     runs = plan_runs(config, directory, kv_budgets, kv_penalties, seeds, dense)
-    if Workdir(directory).config_file.exists():
+    if sweep.config_file.exists():
         raise UserError(f"--workdir={directory}: it holds a run; give the sweep a folder of its own.")
     ended: dict[str, SweepRun] = {}
-    with Workdir(directory).lock(), _terminated_as_interrupted():
+    with sweep.lock(), _terminated_as_interrupted():
         try:
-            sweep = Workdir(directory)
             try_reports([directory / LINES_FILE, directory / PICTURE_FILE, sweep.report / "report.html"])
             check_existing(runs)
             runs = with_shared_corpus(runs, directory, progress)
@@ -166,10 +166,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _train_all(runs: Sequence[PlannedRun], directory: pathlib.Path, ended: dict[str, SweepRun]) -> None:
     """Trains the runs that are not finished, and writes the files after each.
 
-    Args:
-      runs: runs of the sweep.
-      directory: folder of the sweep.
-      ended: runs that have ended, by name; filled here, so that the caller has it after an interruption.
+    ``ended``, the runs that have ended by name, is filled here, so that the caller has it after an interruption.
     """
     for planned in runs:
         if (known := finished(planned)) is not None:

@@ -58,9 +58,7 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
     )
     # Ranges are checked below and by what is made of them: here the rest of the config plays no part.
     config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **data),
-        train=dataclasses.replace(config.train, **training),
+        config, data=dataclasses.replace(config.data, **data), train=dataclasses.replace(config.train, **training)
     )
     return config, prepared
 

@@ -58,12 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     defaults = {name: value.default for name, value in inspect.signature(prepare).parameters.items()}
 
-    def add(name: str, help: str, **kwargs: Any) -> None:
-        if defaults[name] is inspect.Parameter.empty:
+    def add(name: str, help: str, **how: Any) -> None:
+        default = defaults[name]
+        if default is inspect.Parameter.empty:
             parser.add_argument(f"--{name}", required=True, help=help)
-        else:
-            shown = f"{help} (default: {defaults[name] if defaults[name] != '' else 'none'})"
-            parser.add_argument(f"--{name}", default=defaults[name], help=shown, **kwargs)
+            return
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)} | how
+        shown = f"{help} (default: {default if default != '' else 'none'})"
+        parser.add_argument(f"--{name}", default=default, help=shown, **how)
 
     add(
         "input",
@@ -81,32 +83,19 @@ def _parser() -> argparse.ArgumentParser:
         "how a .tiktoken tokenizer cuts text up before BPE: gpt2, r50k, p50k, cl100k, o200k or a regular expression; "
         "needed where its file is none that natsjax knows",
     )
-    add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258", type=int)
+    add("vocab_size", "ids of a BPE trained here, BOS and EOS included; at least 258")
     add(
         "held_out_fraction",
         "fraction of the documents held out for validation, by a hash of their ids; of a single one, its end",
-        type=float,
     )
     add("validation_input", "take the held-out documents from here instead")
     add("text_field", "JSON field or column that holds the text", type=typed_text)
-    add(
-        "skip_bad_files",
-        "leave out files that are damaged, not UTF-8, pointers, or not to be read here",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("seed", "which documents are held out", type=int)
-    add("documents_per_shard", "documents in one ArrayRecord file", type=int)
-    add(
-        "deduplicate",
-        "leave out exact copies of earlier documents",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("workers", "processes to work with at most; 0: one for each core", type=int)
-    add(
-        "progress",
-        "show progress: a bar on a terminal, elsewhere a line now and then",
-        action=argparse.BooleanOptionalAction,
-    )
+    add("skip_bad_files", "leave out files that are damaged, not UTF-8, pointers, or not to be read here")
+    add("seed", "which documents are held out")
+    add("documents_per_shard", "documents in one ArrayRecord file")
+    add("deduplicate", "leave out exact copies of earlier documents")
+    add("workers", "processes to work with at most; 0: one for each core")
+    add("progress", "show progress: a bar on a terminal, elsewhere a line now and then")
     return parser
 
 

@@ -155,11 +155,13 @@ def _build(request: PrepareRequest) -> Corpus:
     signatures = {name: reader.signature for name, reader in readers.items()}
     identity = [_PARTS_VERSION, CHUNK_BYTES, request.arguments(), signatures]
     with PartialFolder(target, identity) as partial:
-        with Preparation(request, readers, partial) as work:
+        with ExitStack() as processes:
+            work = Preparation(request, readers, partial, processes)
             scans = work.scan()
             splits, num_duplicates = work.divide(scans)
             tokenizer = work.tokenizer(scans, splits)
             chunks = work.encode(scans, splits, tokenizer)
+        num_empty = sum(scan.left_out["empty"].count for scan in scans.values())
         folder = partial.path / "corpus"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -177,10 +179,7 @@ def _build(request: PrepareRequest) -> Corpus:
                     for name, scan in scans.items()
                     for file, reason in scan.skipped.items()
                 },
-                dropped={
-                    "empty": sum(scan.num_empty for scan in scans.values()),
-                    "duplicate": num_duplicates,
-                },
+                dropped={"empty": num_empty, "duplicate": num_duplicates},
                 input_report=work.reports,
             )
             corpus.save()
@@ -201,26 +200,21 @@ def _assemble(
     """Writes the documents of all parts, in order, to the shards of their splits; returns counts and content hash."""
     content = hashlib.sha256(tokenizer.fingerprint.encode())
     with ExitStack() as stack, Progress("Writing", shown=request.progress, **totals(chunks)) as progress:
-        writers = {
-            split: stack.enter_context(
-                SplitWriter(
-                    folder / name, vocab_size=tokenizer.vocab_size, documents_per_shard=request.documents_per_shard
-                )
-            )
-            for split, name in ((TRAIN, "train"), (VALIDATION, "validation"))
-        }
+        how = {"vocab_size": tokenizer.vocab_size, "documents_per_shard": request.documents_per_shard}
+        train, validation = (stack.enter_context(SplitWriter(folder / split, **how)) for split in SPLITS)
+        writers = {TRAIN: train, VALIDATION: validation}
         for chunk in chunks:
             wanted = splits[chunk.input][chunk.begin : chunk.end][chunk.kept].tolist()
             for split, document in zip(wanted, read_encoded(partial.part(chunk.name)), strict=True):
                 writers[split].add(*document)
                 progress.add(1, document[2])
-    for writer in writers.values():
+    for writer in (train, validation):
         content.update(writer.content_hash.encode())
-    return {"train": writers[TRAIN].summary, "validation": writers[VALIDATION].summary}, content.hexdigest()
+    return {"train": train.summary, "validation": validation.summary}, content.hexdigest()
 
 
 def _is_there(output: Path) -> bool:
-    """Returns whether a corpus is at ``output``; raises UserError if something else is."""
+    """Returns True if a corpus is at ``output``; raises UserError if something else is."""
     if (output / CORPUS_FILE).exists():
         return True
     if not is_free(real_path(output), (CORPUS_FILE, TOKENIZER_FOLDER, *SPLITS)):

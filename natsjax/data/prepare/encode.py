@@ -31,12 +31,12 @@ _BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class Chunk:
-    """Documents ``begin … end-1`` of an input.
+    """Documents ``begin … end-1`` of an input, counted over all its sources.
 
     Attributes:
       name: unique; its part is called so.
       input: name of the input.
-      begin: number of the first document, over all sources.
+      begin: number of the first document.
       end: number after the last document.
       kept: bool ``[end - begin]``, which of them go into the corpus.
       num_bytes: size of the text of these.
@@ -76,7 +76,7 @@ def chunks_of(input: str, scan: Scan, splits: npt.NDArray[np.int8], chunk_bytes:
 
 
 def stretches(chunks: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> list[list[Chunk]]:
-    """Chunks to be encoded one after the other by one process.
+    """Returns runs of chunks, each to be encoded by one process, chunk by chunk.
 
     A process that begins in the middle of a source has to read what comes before. So a source is begun by at most
     as many processes as there are.
@@ -94,58 +94,46 @@ def stretches(chunks: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> 
     return found
 
 
+@dataclass(frozen=True)
 class Encoder:
     """Encodes chunks and writes each to a part.
 
-    Args:
+    Attributes:
       readers: of the inputs; files that were skipped must hold no document in ``counts``.
       counts: by input, int64 ``[num_sources]``, documents in each source.
       tokenizer: what with.
       folder: where the parts go.
     """
 
-    def __init__(
-        self,
-        readers: dict[str, CorpusReader],
-        counts: dict[str, npt.NDArray[np.int64]],
-        tokenizer: Tokenizer,
-        folder: Path,
-    ):
-        self._readers = readers
-        self._counts = counts
-        self._tokenizer = tokenizer
-        self._folder = folder
+    readers: dict[str, CorpusReader]
+    counts: dict[str, npt.NDArray[np.int64]]
+    tokenizer: Tokenizer
+    folder: Path
 
     def encode(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-        """Encodes chunks of one input, in order; yields each when its part is written.
-
-        Raises:
-          UserError: the text cannot be read, or is another one than was scanned.
-          OSError: a part cannot be written.
-        """
-        reader = self._readers[chunks[0].input]
+        """Encodes chunks of one input, in order; yields each when its part is written."""
+        reader = self.readers[chunks[0].input]
         place = chunks[0].begin
-        documents = documents_from(reader, self._counts[chunks[0].input], place)
+        documents = documents_from(reader, self.counts[chunks[0].input], place)
         for chunk in chunks:
             for _ in islice(documents, chunk.begin - place):
-                pass  # lies in a chunk that was done before
+                pass  # in a chunk that was done before
             mine = islice(documents, chunk.end - chunk.begin)
             wanted = (document for document, keep in zip(mine, chunk.kept, strict=True) if keep)
             arrays = self._encoded(wanted)
             if int(arrays["num_bytes"].sum()) != chunk.num_bytes:
-                raise changed_error(
-                    reader, f"documents {chunk.begin} to {chunk.end} held {chunk.num_bytes} bytes before"
-                )
-            write_part(self._folder / f"{chunk.name}.npz", arrays)
+                before = f"documents {chunk.begin} to {chunk.end} held {chunk.num_bytes} bytes before"
+                raise changed_error(reader, before)
+            write_part(self.folder / f"{chunk.name}.npz", arrays)
             place = chunk.end
             yield chunk
 
     def _encoded(self, documents: Iterable[Document]) -> dict[str, np.ndarray]:
-        dtype = record_dtype(self._tokenizer.vocab_size)
+        dtype = record_dtype(self.tokenizer.vocab_size)
         tokens, sizes, ids = [np.zeros(0, dtype)], [], []
         lengths: list[int] = []
         for batch in _batches(documents):
-            encoded = self._tokenizer.encode_batch([document.text for document in batch])
+            encoded = self.tokenizer.encode_batch([document.text for document in batch])
             tokens += [array.astype(dtype) for array in encoded]
             lengths += [len(array) for array in encoded]
             sizes += [len(document.text.encode("utf-8")) for document in batch]
@@ -159,11 +147,7 @@ class Encoder:
 
 
 def read_encoded(path: Path) -> Iterator[tuple[str, npt.NDArray[np.int32], int]]:
-    """Yields id, tokens (int32 ``[num_tokens]``) and bytes of each document of a part.
-
-    Raises:
-      OSError: it cannot be read.
-    """
+    """Yields id, tokens (int32 ``[num_tokens]``) and bytes of each document of a part."""
     part = read_part(path)
     ids = json.loads(part["ids"].tobytes())
     tokens = part["tokens"].astype(np.int32)

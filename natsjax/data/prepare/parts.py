@@ -7,7 +7,6 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -32,9 +31,6 @@ class PartialFolder:
 
     Attributes:
       path: the partial folder.
-
-    Raises:
-      OSError: it cannot be made or written.
     """
 
     def __init__(self, folder: Path, identity: object):
@@ -60,22 +56,15 @@ class PartialFolder:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave(keep=error is not None and (not isinstance(error, UserError) or isinstance(error, KeptPartsError)))
-
-    @property
-    def has_parts(self) -> bool:
-        """True if any part is done."""
-        return any(self.path.glob(f"*{PART_SUFFIX}"))
 
     def part(self, name: str) -> Path:
         """Returns the path of a part; it exists if and only if the part is whole."""
         return self.path / f"{name}{PART_SUFFIX}"
 
     def _leave(self, *, keep: bool) -> None:
-        if not (keep and self.has_parts):
+        if not (keep and any(self.path.glob(f"*{PART_SUFFIX}"))):
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -84,20 +73,12 @@ class KeptPartsError(UserError):
 
 
 def write_part(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to a file that appears whole or not at all, even if the machine stops.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes arrays to a file that appears whole or not at all, even if the machine stops."""
     write_file(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]  # numpy: `allow_pickle`
 
 
 def read_part(path: Path) -> dict[str, np.ndarray]:
-    """Reads what ``write_part`` wrote.
-
-    Raises:
-      OSError: it cannot be read.
-    """
+    """Reads what ``write_part`` wrote; raises OSError if it cannot."""
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial as bind
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,49 +38,27 @@ _SETUP_FILE = "encoding.pickle"
 Splits = dict[str, npt.NDArray[np.int8]]
 
 
-class Totals(TypedDict):
-    """Numbers that a pass will have reached at its end."""
-
-    documents: int
-    num_bytes: int
-
-
 class Preparation:
-    """The work of ``prepare`` before it writes the corpus; a context manager, which ends its processes.
-
-    Args:
-      request: what is asked for.
-      readers: of the inputs.
-      partial: folder of the parts.
+    """The work of ``prepare`` before it writes the corpus; processes that it starts end with ``processes``.
 
     Attributes:
       reports: by input, what became of everything in it (``readers.input_report``); there once it is scanned.
     """
 
-    def __init__(self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder):
+    def __init__(
+        self, request: PrepareRequest, readers: dict[str, CorpusReader], partial: PartialFolder, processes: ExitStack
+    ):
         self._request = request
         self._readers = readers
         self._partial = partial
+        self._processes = processes
+        self._pool: WorkerPool | None = None
         self.reports: dict[str, dict[str, Any]] = {}
         # What was found bad holds no document in the scan and is not opened again: later passes need no check of it.
         self._plain_readers = {name: reader.plain() for name, reader in readers.items()}
-        self._exit = ExitStack()
-        self._pool: WorkerPool | None = None
-
-    def __enter__(self) -> Preparation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exit.__exit__(kind, error, trace)
 
     def scan(self) -> dict[str, Scan]:
-        """Reads everything once, so that bad input is found before any long work.
-
-        Raises:
-          UserError: the text cannot be read, or there is none.
-        """
+        """Reads everything once, so that bad input is found before any long work."""
         is_much = sum(reader.size_on_disk for reader in self._readers.values()) >= PARALLEL_BYTES
         scans = {}
         for name, reader in self._readers.items():
@@ -101,17 +78,12 @@ class Preparation:
         return scans
 
     def divide(self, scans: dict[str, Scan]) -> tuple[Splits, int]:
-        """Divides documents among the splits and counts duplicates, as ``scan.divide`` does.
-
-        Raises:
-          UserError: a split would have no document.
-        """
-        request = self._request
+        """Divides documents among the splits and counts duplicates, as ``scan.divide`` does."""
         if "held_out_end" in self.reports["input"]:  # of the first document; the others are its copies
             places = np.full(len(scans["input"].sizes), DROPPED, np.int8)
             places[:2] = TRAIN, VALIDATION
             return {"input": places}, len(places) // 2 - 1
-        return divide(scans, fraction=request.held_out_fraction, seed=request.seed, deduplicate=request.deduplicate)
+        return divide(scans, fraction=self._request.held_out_fraction, deduplicate=self._request.deduplicate)
 
     def tokenizer(self, scans: dict[str, Scan], splits: Splits) -> Tokenizer:
         """Returns the tokenizer: the one asked for, or one that is trained on the training documents.
@@ -129,21 +101,18 @@ class Preparation:
         return tokenizer
 
     def encode(self, scans: dict[str, Scan], splits: Splits, tokenizer: Tokenizer) -> list[Chunk]:
-        """Encodes all documents; returns the chunks, whose parts are there then.
-
-        Raises:
-          UserError: the text cannot be read, or changed.
-        """
+        """Encodes all documents; returns the chunks, whose parts are there then."""
         chunks = [chunk for name, scan in scans.items() for chunk in chunks_of(name, scan, splits[name], CHUNK_BYTES)]
         missing = [chunk for chunk in chunks if not self._partial.part(chunk.name).exists()]
         if len(missing) < len(chunks):
             logger.info("%d of %d chunks are encoded already", len(chunks) - len(missing), len(chunks))
         workers = min(self._request.num_workers, len(missing))
-        counts = {name: scan.counts for name, scan in scans.items()}
-        with Progress("Encoding", shown=self._request.progress, **totals(missing)) as progress:
-            if workers > 1 and totals(missing)["num_bytes"] >= PARALLEL_BYTES:
+        total = totals(missing)
+        with Progress("Encoding", shown=self._request.progress, **total) as progress:
+            if workers > 1 and total["num_bytes"] >= PARALLEL_BYTES:
                 done = self._encode_in_pool(missing, scans, workers)
             else:
+                counts = {name: scan.counts for name, scan in scans.items()}
                 encoder = Encoder(self._plain_readers, counts, tokenizer, self._partial.path)
                 done = (chunk for stretch in stretches(missing, scans, 1) for chunk in encoder.encode(stretch))
             for chunk in done:
@@ -151,27 +120,29 @@ class Preparation:
         return chunks
 
     def _scans(self, name: str, groups: Sequence[range], *, is_much: bool) -> Iterator[Scan]:
-        request, reader = self._request, self._readers[name]
-        inline = bind(Scan.of, reader, seed=request.seed, with_digests=request.deduplicate)
+        request = self._request
+        how: dict[str, Any] = {"seed": request.seed, "with_digests": request.deduplicate}
+
+        def scan_here(group: range) -> Scan:
+            return Scan.of(self._readers[name], group, **how)
+
         if not is_much:
-            yield from map(inline, groups)
+            yield from map(scan_here, groups)
             return
         parts = [self._partial.part(f"scan-{name}-{number:04d}") for number in range(len(groups))]
-        missing = [number for number, part in enumerate(parts) if not part.exists()]
-        workers = min(request.num_workers, len(missing))
-        if workers <= 1:
-            for group, part in zip(groups, parts, strict=True):
-                if not part.exists():
-                    write_part(part, inline(group).to_arrays())
-                yield Scan.from_arrays(read_part(part))
-            return
-        read = bind(_scan_to_part, name=name, seed=request.seed, with_digests=request.deduplicate)
-        tasks = [(groups[number], parts[number]) for number in missing]
-        futures = dict(zip(missing, self._workers().submit(read, tasks), strict=True))
-        for number, part in enumerate(parts):
-            if number in futures:
-                for _ in finished([futures[number]], _POLL_SECONDS):
+        missing = [(group, part) for group, part in zip(groups, parts, strict=True) if not part.exists()]
+        futures = {}
+        if min(request.num_workers, len(missing)) > 1:
+            tasks = self._workers().submit(bind(_scan_to_part, name=name, **how), missing)
+            futures = {part: future for (_, part), future in zip(missing, tasks, strict=True)}
+        for group, part in zip(groups, parts, strict=True):
+            if part in futures:
+                for _ in finished([futures[part]], _POLL_SECONDS):
                     pass  # waits in steps, between which an interruption is heard
+            elif not part.exists():
+                write_part(part, scan_here(group).to_arrays())
+                yield Scan.from_arrays(read_part(part))
+                continue
             scan = Scan.from_arrays(read_part(part))
             for reason in scan.skipped.values():
                 logger.warning("Skipped: %s", reason)
@@ -191,10 +162,9 @@ class Preparation:
         return scan
 
     def _train_bpe(self, scan: Scan, split: npt.NDArray[np.int8]) -> BPETokenizer:
-        request = self._request
-        is_train = split == TRAIN
-        total = Totals(documents=int(is_train.sum()), num_bytes=int(scan.sizes[is_train].sum()))
-        with Progress("Training the tokenizer", shown=request.progress, **total) as progress:
+        wanted, is_train = self._request.vocab_size, split == TRAIN
+        total = {"documents": int(is_train.sum()), "num_bytes": int(scan.sizes[is_train].sum())}
+        with Progress("Training the tokenizer", shown=self._request.progress, **total) as progress:
 
             def texts() -> Iterator[str]:
                 documents = documents_from(self._plain_readers["input"], scan.counts, 0)
@@ -203,13 +173,9 @@ class Preparation:
                         progress.add(1, int(scan.sizes[place]))
                         yield document.text
 
-            tokenizer = BPETokenizer.train(texts(), request.vocab_size)
-        if tokenizer.vocab_size < request.vocab_size:
-            logger.warning(
-                "The text gave a vocabulary of only %d of the %d ids asked for",
-                tokenizer.vocab_size,
-                request.vocab_size,
-            )
+            tokenizer = BPETokenizer.train(texts(), wanted)
+        if (found := tokenizer.vocab_size) < wanted:
+            logger.warning("The text gave a vocabulary of only %d of the %d ids asked for", found, wanted)
         return tokenizer
 
     def _encode_in_pool(self, missing: Sequence[Chunk], scans: dict[str, Scan], workers: int) -> Iterator[Chunk]:
@@ -226,16 +192,17 @@ class Preparation:
     def _workers(self) -> WorkerPool:
         """Returns the processes, started when there is work for them, and kept for all passes."""
         if self._pool is None:
-            self._pool = self._exit.enter_context(WorkerPool(self._request.num_workers, _start, (self._readers,)))
+            self._pool = self._processes.enter_context(WorkerPool(self._request.num_workers, _start, (self._readers,)))
         return self._pool
 
 
-def totals(chunks: Iterable[Chunk]) -> Totals:
-    """Documents and bytes of chunks."""
+def totals(chunks: Iterable[Chunk]) -> dict[str, int]:
+    """Counts the documents and bytes of chunks, as ``Progress`` takes them."""
     chunks = list(chunks)
-    return Totals(
-        documents=sum(int(chunk.kept.sum()) for chunk in chunks), num_bytes=sum(chunk.num_bytes for chunk in chunks)
-    )
+    return {
+        "documents": sum(int(chunk.kept.sum()) for chunk in chunks),
+        "num_bytes": sum(chunk.num_bytes for chunk in chunks),
+    }
 
 
 # What a worker process works with: tasks name only what differs between them.

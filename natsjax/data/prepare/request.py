@@ -62,11 +62,7 @@ class PrepareRequest:
         return {name: value for name, value in named.items() if value}
 
     def check_apart(self, readers: dict[str, CorpusReader]) -> None:
-        """Raises UserError if a file would be trained on and validated on.
-
-        Args:
-          readers: of the inputs.
-        """
+        """Raises UserError if a file would be trained on and validated on."""
         if "validation_input" not in readers:
             return
         paths = {name: reader.real_paths() for name, reader in readers.items()}

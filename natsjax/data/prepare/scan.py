@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.data.hold_out import HoldOut, hash_id
+from natsjax.data.hold_out import hash_id, hold_out_threshold
 from natsjax.data.readers.corpus_reader import CorpusReader, Document
-from natsjax.data.readers.input_report import Tallies, report
+from natsjax.data.readers.input_report import Tallies
 from natsjax.errors import UserError
 
 TRAIN, VALIDATION, DROPPED = 0, 1, 2
 _DIGEST_BYTES = 16
 _MAX_GROUPS = 1024
+_ARRAYS = ("counts", "hashes", "sizes", "digests")
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,8 @@ class Scan:
 
     @classmethod
     def of(cls, reader: CorpusReader, sources: range, *, seed: int, with_digests: bool) -> Scan:
-        """Reads some sources to their end.
-
-        Raises:
-          UserError: as the reader does.
-        """
+        """Reads some sources to their end; raises UserError as the reader does."""
         counts, hashes, sizes, digests = array("q"), array("Q"), array("q"), bytearray()
-        names = reader.source_names
         reader.left_out = Tallies()
         for source in sources:
             before = len(hashes)
@@ -63,25 +59,21 @@ class Scan:
                 if with_digests:
                     digests += hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
             counts.append(len(hashes) - before)
+        names = set(reader.source_names[sources.start : sources.stop])
         return cls(
             counts=np.frombuffer(counts, np.int64),
             hashes=np.frombuffer(hashes, np.uint64),
             sizes=np.frombuffer(sizes, np.int64),
             digests=np.frombuffer(digests, np.uint64).reshape(-1, 2),
             left_out=reader.left_out,
-            skipped={
-                names[source]: reader.skipped[names[source]] for source in sources if names[source] in reader.skipped
-            },
+            skipped={name: reason for name, reason in reader.skipped.items() if name in names},
         )
 
     @classmethod
     def joined(cls, scans: Sequence[Scan]) -> Scan:
         """Joins the scans of consecutive runs of sources."""
         return cls(
-            counts=np.concatenate([scan.counts for scan in scans]),
-            hashes=np.concatenate([scan.hashes for scan in scans]),
-            sizes=np.concatenate([scan.sizes for scan in scans]),
-            digests=np.concatenate([scan.digests for scan in scans]),
+            **{name: np.concatenate([getattr(scan, name) for scan in scans]) for name in _ARRAYS},
             left_out=Tallies.joined(scan.left_out for scan in scans),
             skipped={name: reason for scan in scans for name, reason in scan.skipped.items()},
         )
@@ -89,32 +81,22 @@ class Scan:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Returns arrays for a file; ``from_arrays`` reads them."""
         rest = json.dumps([self.left_out.to_json(), self.skipped]).encode()
-        arrays = {"counts": self.counts, "hashes": self.hashes, "sizes": self.sizes, "digests": self.digests}
-        return arrays | {"rest": np.frombuffer(rest, np.uint8)}
+        return {name: getattr(self, name) for name in _ARRAYS} | {"rest": np.frombuffer(rest, np.uint8)}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Scan:
         """Makes a scan from the arrays of ``to_arrays``."""
         left_out, skipped = json.loads(arrays["rest"].tobytes())
-        named = {name: arrays[name] for name in ("counts", "hashes", "sizes", "digests")}
+        named = {name: arrays[name] for name in _ARRAYS}
         return cls(**named, left_out=Tallies.from_json(left_out), skipped=skipped)
 
-    @property
-    def num_empty(self) -> int:
-        """Documents without text."""
-        return self.left_out["empty"].count
-
     def report(self, reader: CorpusReader) -> dict[str, Any]:
-        """Reports what became of everything in the input (``readers.input_report``), all of which was scanned.
-
-        Raises:
-          UserError: none of it is text.
-        """
+        """Reports what became of everything in the input (``readers.input_report``); UserError if there is no text."""
         if not len(self.hashes):
             raise reader.empty_error(self.left_out)
         tallies = Tallies.joined([reader.found, self.left_out])
         not_read = len(self.skipped) + self.left_out["no_text"].count
-        return report(files=reader.num_sources - not_read, documents=len(self.hashes), tallies=tallies)
+        return {"files": reader.num_sources - not_read, "documents": len(self.hashes)} | tallies.to_json()
 
     @property
     def is_one_text(self) -> bool:
@@ -123,7 +105,7 @@ class Scan:
         return len(self.hashes) == 1 or same
 
     def with_end_held_out(self, reader: CorpusReader) -> Scan:
-        """This scan, of an input with one text, as of a reader that gives every document as two (``held_out_end``).
+        """Returns this scan of one text as that of ``reader``, which gives every document as two (``held_out_end``).
 
         Raises:
           UserError: the document is too short, or changed.
@@ -140,7 +122,7 @@ class Scan:
 
 
 def source_groups(num_sources: int) -> list[range]:
-    """Runs of sources to scan together: one source each, or more where there are very many."""
+    """Returns runs of sources to scan together: one source each, or more where there are very many."""
     size = -(-num_sources // _MAX_GROUPS)
     return [range(begin, min(begin + size, num_sources)) for begin in range(0, num_sources, size)]
 
@@ -148,13 +130,8 @@ def source_groups(num_sources: int) -> list[range]:
 def documents_from(reader: CorpusReader, counts: npt.NDArray[np.int64], begin: int) -> Iterator[Document]:
     """Yields the documents of an input from number ``begin`` on; sources without any are not opened.
 
-    Args:
-      reader: reads the input.
-      counts: int64 ``[num_sources]``, documents in each source when they were scanned.
-      begin: number of the first document, counted over all sources.
-
-    Raises:
-      UserError: as the reader does, or a source holds more or fewer documents than then.
+    Raises UserError as the reader does, or for a source that holds more or fewer documents than when it was scanned
+    (``counts``, int64 ``[num_sources]``).
     """
     ends = np.cumsum(counts)
     first = int(np.searchsorted(ends, begin, side="right"))
@@ -174,32 +151,29 @@ def documents_from(reader: CorpusReader, counts: npt.NDArray[np.int64], begin: i
 
 
 def changed_error(reader: CorpusReader, how: str) -> UserError:
-    """Returns the error for an input that was written to meanwhile."""
+    """Builds the error for an input that was written to meanwhile."""
     return UserError(
         f"the input {reader.input} changed while it was read ({how}); run it again when nothing writes there."
     )
 
 
 def divide(
-    scans: dict[str, Scan], *, fraction: float, seed: int, deduplicate: bool
+    scans: dict[str, Scan], *, fraction: float, deduplicate: bool
 ) -> tuple[dict[str, npt.NDArray[np.int8]], int]:
     """Divides documents among the splits.
 
     Args:
       scans: of ``input``, and of ``validation_input`` where there is one, with digests if ``deduplicate``.
       fraction: of the documents to hold out of ``input`` where there is no ``validation_input``.
-      seed: which documents are held out.
-      deduplicate: whether to leave out texts that came before, in ``input`` or in the same input.
+      deduplicate: True to leave out texts that came before, in ``input`` or in the same input.
 
     Returns:
       By input, int8 ``[num_documents]``: TRAIN, VALIDATION or DROPPED; and the number of duplicates.
-
-    Raises:
-      UserError: a split would have no document.
     """
-    kept = (
-        _first_copies(scans) if deduplicate else {name: np.ones(len(scan.hashes), bool) for name, scan in scans.items()}
-    )
+    if deduplicate:
+        kept = _first_copies(scans)
+    else:
+        kept = {name: np.ones(len(scan.hashes), bool) for name, scan in scans.items()}
     num_duplicates = sum(int((~mask).sum()) for mask in kept.values())
     if "validation_input" in scans:
         held_out = {"input": np.zeros(len(kept["input"]), bool), "validation_input": kept["validation_input"]}
@@ -210,8 +184,7 @@ def divide(
             )
     else:
         hashes = scans["input"].hashes
-        chosen = HoldOut.choose(hashes[kept["input"]], fraction=fraction, seed=seed)
-        held_out = {"input": hashes < chosen.threshold}
+        held_out = {"input": hashes < hold_out_threshold(hashes[kept["input"]], fraction)}
     splits = {
         name: np.where(mask, np.where(held_out[name], VALIDATION, TRAIN), DROPPED).astype(np.int8)
         for name, mask in kept.items()

@@ -1,4 +1,4 @@
-"""Writes the documents of one split: ArrayRecord shards, their lengths and their ids."""
+"""The files of one split: ArrayRecord shards of its documents, their lengths and their ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,28 +49,20 @@ class SplitWriter:
     def __enter__(self) -> SplitWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
-            self._close_shard()
+            with _as_os_error():
+                self._close_shard()
             np.save(self._folder / LENGTHS_FILE, np.array(self._lengths, np.int64))
         self._ids.close()
 
     def add(self, document_id: str, tokens: npt.NDArray[np.int32], num_bytes: int) -> None:
-        """Appends one document.
-
-        Args:
-          document_id: its id.
-          tokens: int32 ``[num_tokens]``, without BOS and EOS.
-          num_bytes: size of its text in UTF-8.
-        """
-        shard = self._shard
-        if shard is None or len(self._lengths) % self._documents_per_shard == 0:
-            self._close_shard()
-            shard = self._open_shard()
+        """Appends one document: its id, int32 ``[num_tokens]`` without BOS and EOS, and the bytes of its text."""
         with _as_os_error():
-            shard.write(tokens.astype(self._dtype).tobytes())
+            if self._shard is None or len(self._lengths) % self._documents_per_shard == 0:
+                self._close_shard()
+                self._shard = self._open_shard()
+            self._shard.write(tokens.astype(self._dtype).tobytes())
         self._ids.write(json.dumps(document_id) + "\n")
         self._lengths.append(len(tokens))
         self._bytes += num_bytes
@@ -93,17 +84,14 @@ class SplitWriter:
     def _open_shard(self) -> ArrayRecordWriter:
         from array_record.python.array_record_module import ArrayRecordWriter  # slow to import
 
-        path = self._folder / shard_name(self._shards)
-        with _as_os_error():
-            self._shard = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        shard = ArrayRecordWriter(str(self._folder / shard_name(self._shards)), _WRITER_OPTIONS)
         self._shards += 1
-        return self._shard
+        return shard
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            with _as_os_error():
-                self._shard.close()
-            self._shard = None
+            self._shard.close()
+        self._shard = None
 
 
 @contextmanager

@@ -25,8 +25,7 @@ def length_quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
 
     Returns:
       ``p10``, ``p50``, ``p90``, ``p99`` and ``max``, each the length of a document. A percentile with less than half a
-      document beyond it is left out, for it is the longest or the shortest: ``p99`` of fewer than 50 documents,
-      ``p10`` and ``p90`` of fewer than 5.
+      document beyond it is left out, for it is the longest or the shortest.
     """
     known = [p for p in PERCENTILES if len(lengths) * min(p, 100 - p) >= 50]
     values = np.percentile(lengths, known, method="inverted_cdf")
@@ -41,22 +40,10 @@ def all_sliding_kv_fractions(
     context_lengths: Sequence[int] = CONTEXT_LENGTHS,
     windows: Sequence[int] = WINDOWS,
 ) -> dict[int, dict[int, float]]:
-    """Returns the KV fraction of all tokens SLIDING, by context length and window.
+    """Returns the KV fraction, in (0, 1], of all tokens SLIDING, by context length and then by window.
 
     It is ``natsjax.kv_fraction.all_sliding_kv_fraction`` on the document pieces of one epoch of training contexts, with
     seed 0. Windows that reach over a whole context are left out, and contexts longer than the split.
-
-    Args:
-      corpus: a prepared corpus.
-      split: ``"train"`` or ``"validation"``.
-      context_lengths: tokens in a context.
-      windows: tokens.
-
-    Returns:
-      Fractions in (0, 1] by context length, then by window.
-
-    Raises:
-      UserError: the split's files are missing or damaged.
     """
     table: dict[int, dict[int, float]] = {}
     for context_length in context_lengths:
@@ -71,11 +58,7 @@ def all_sliding_kv_fractions(
 
 
 def describe(corpus: Corpus) -> list[str]:
-    """Describes a corpus in lines for people.
-
-    Raises:
-      UserError: files of the corpus are missing or damaged.
-    """
+    """Describes a corpus in lines for people."""
     lines = []
     for name, summary in corpus.summaries.items():
         lines.append(

@@ -14,9 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import connection
-from types import TracebackType
 from typing import Any
 
 from natsjax.data.prepare.parts import KeptPartsError
@@ -28,10 +26,7 @@ _BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class WorkerPool:
     """A pool of fresh processes; a context manager that ends them at once if its block is left by an exception.
 
-    Args:
-      workers: number of processes.
-      start: called in each process first.
-      arguments: what with.
+    Each process calls ``start(*arguments)`` first.
     """
 
     def __init__(self, workers: int, start: Callable[..., None], arguments: tuple[Any, ...]):
@@ -43,15 +38,16 @@ class WorkerPool:
 
     def submit(self, work: Callable[..., Any], tasks: Sequence[Any]) -> list[Future]:
         """Lets the workers call ``work(task)`` for each task, the first ones first."""
-        with _signals_blocked():  # processes are made here and inherit it
-            return [self._executor.submit(work, task) for task in tasks]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
+        try:
+            return [self._executor.submit(work, task) for task in tasks]  # makes processes, which inherit the mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._stop.close()
@@ -64,32 +60,23 @@ def finished(futures: Sequence[Future], every: float) -> Iterator[None]:
     """Waits for all of them, and yields every so many seconds meanwhile, and once at the end.
 
     Raises:
+      KeptPartsError: a process died.
       Exception: the first one that a task raised, in the order of the tasks.
     """
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=every)
         if any(future.exception() for future in done):
-            for future in futures:
-                if future.done():
-                    result(future)
+            first = next(future for future in futures if future.done() and future.exception())
+            try:
+                first.result()
+            except BrokenProcessPool as error:
+                raise KeptPartsError(
+                    "a worker process of prepare ended before its work was done, for lack of memory perhaps, or "
+                    'because the script that calls prepare() lacks `if __name__ == "__main__":`; run it again, with '
+                    "fewer workers or with workers = 1, and it resumes from what is done."
+                ) from error
         yield
-
-
-def result(future: Future) -> Any:
-    """Returns the result of a task.
-
-    Raises:
-      KeptPartsError: its process died.
-    """
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise KeptPartsError(
-            "a worker process of prepare ended before its work was done, for lack of memory perhaps, or because the "
-            'script that calls prepare() lacks `if __name__ == "__main__":`; run it again, with fewer workers or with '
-            "workers = 1, and it resumes from what is done."
-        ) from error
 
 
 def _start_worker(stop: connection.Connection, start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -104,12 +91,3 @@ def _start_worker(stop: connection.Connection, start: Callable[..., None], argum
 def _leave_with_parent(stop: connection.Connection) -> None:
     connection.wait([stop])
     os._exit(1)
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

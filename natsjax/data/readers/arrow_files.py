@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from natsjax.data.optional import import_optional
 from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_or_text
 from natsjax.data.readers.sources import (
-    UNREADABLE,
     BadFileError,
     Document,
     FileSource,
     bad_file,
     cannot_read,
+    first_bytes,
     reason,
     refuse_pointer,
 )
@@ -50,13 +50,9 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class _Table(FileSource):
-    """A file of columns, one with text and perhaps one with ids.
+    """A file of columns, one with text and perhaps one with ids."""
 
-    Args:
-      path: path of the file.
-      name: its path below the input.
-      text_field: column of the text.
-    """
+    format: str  # for messages
 
     def __init__(self, path: Path, name: str, text_field: str):
         super().__init__(path, name)
@@ -83,37 +79,21 @@ class _Table(FileSource):
         """Converts an error of the library or the system."""
         if isinstance(error, OSError) and error.strerror:
             return cannot_read(self.path, error)
-        head = self.head()
-        self.refuse_pointer(head)
+        head = first_bytes(self.path)
+        refuse_pointer(self.path, head)
         known = format_or_text(head)
         message = reason(error)
         if "crypt" in f"{known}{message}":
-            return self.bad(
-                f"is an encrypted {self.format} ({message})", kind=UNREADABLE, advice="write it without encryption"
-            )
+            return self.unreadable(f"is an encrypted {self.format} ({message})", "write it without encryption")
         if known is not None and not known.endswith(self.format):
-            advice = advice_on(known, "write it in that format")
-            return self.bad(f"is {known}, no {self.format}", kind=UNREADABLE, advice=advice)
+            return self.unreadable(f"is {known}, no {self.format}", advice_on(known, "write it in that format"))
         if isinstance(error, NotImplementedError) or _NOT_SUPPORTED.search(message):
-            return self.bad(
-                f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({message})",
-                kind=UNREADABLE,
-                advice="write it again with another compression or encoding",
-            )
+            what = f"is a {self.format} that pyarrow {arrow.__version__} cannot read ({message})"
+            return self.unreadable(what, "write it again with another compression or encoding")
         if isinstance(error, MemoryError):  # also for a damaged length
-            return self.bad(
-                f"needs more memory than there is, or is damaged ({message})",
-                kind=UNREADABLE,
-                advice="write it again with smaller row groups",
-            )
+            what = f"needs more memory than there is, or is damaged ({message})"
+            return self.unreadable(what, "write it again with smaller row groups")
         return self.bad(f"is no whole {self.format} ({message})")
-
-    def check(self) -> None:
-        """Reads the columns."""
-        for _ in self.documents():
-            pass
-
-    format: str
 
     @abstractmethod
     def _columns(self, arrow: Any) -> Iterator[tuple[pyarrow.Array, pyarrow.Array | None]]:
@@ -207,12 +187,7 @@ def is_dataset_dict(folder: Path) -> bool:
 
 
 def other_splits(folder: Path, split: str) -> list[str]:
-    """Returns the names of a folder's other splits.
-
-    Raises:
-      UserError: there is no split of that name.
-      BadFileError: ``dataset_dict.json`` is damaged.
-    """
+    """Returns the names of the other splits; raises UserError if there is no such split, BadFileError for damage."""
     splits = _read_json(folder / _SPLITS_FILE).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise bad_file(folder / _SPLITS_FILE, "holds no list of splits")
@@ -225,12 +200,7 @@ def other_splits(folder: Path, split: str) -> list[str]:
 
 
 def dataset_sources(folder: Path, name: str, text_field: str) -> list[ArrowShard]:
-    """Returns the shards of a saved dataset, in its order.
-
-    Args:
-      folder: folder that ``save_to_disk`` wrote.
-      name: its path below the input.
-      text_field: column of the text.
+    """Returns the shards of a saved dataset, in its order; ``name`` is its path below the input.
 
     Raises:
       BadFileError: its ``state.json`` is missing or damaged.

@@ -47,6 +47,7 @@ from natsjax.data.readers.sources import (
     NoTextError,
     Source,
     cannot_read,
+    first_bytes,
     is_installed,
 )
 from natsjax.errors import UserError
@@ -60,10 +61,9 @@ class CorpusReader:
     """The non-empty documents of an input; every iteration reads it again, with little of it in memory at a time.
 
     An input has sources (a file, a shard of a dataset, a package), which can be read independently, also by other
-    processes: ``source_names`` are their names, ``documents_of(index)`` reads one of ``range(num_sources)``, and
-    iterating reads them one after another. Names and order depend on the input alone. Another process builds its own
-    reader with the same arguments, or unpickles one; ``num_empty``, ``skipped`` and ``left_out`` belong to *this*
-    reader.
+    processes, with ``documents_of(index)``; iterating reads them one after another. Names and order depend on the input
+    alone. Another process builds its own reader with the same arguments, or unpickles one; ``num_empty``, ``skipped``
+    and ``left_out`` belong to *this* reader.
 
     Args:
       input: folder, file, ``FOLDER:SPLIT`` or ``package:NAME`` (see the module).
@@ -100,9 +100,7 @@ class CorpusReader:
     def plain(self, *, held_out_end: float = 0.0) -> CorpusReader:
         """Returns a reader of the same sources without checks; bad sources must not be read with it.
 
-        Args:
-          held_out_end: fraction of every document that is returned as a document of its own, its end
-            (``end_held_out``); 0: documents are whole.
+        With ``held_out_end``, that fraction of every document is a document of its own, its end (``end_held_out``).
         """
         reader = copy.copy(self)
         reader.left_out, reader._bad, reader._checked = Tallies(), {}, set()
@@ -148,13 +146,10 @@ class CorpusReader:
         return {name: str(error) for name, error in self._bad.items()}
 
     def documents_of(self, index: int) -> Iterator[Document]:
-        """Yields the non-empty documents of one source; none if it is bad and ``skip_bad_files`` is set.
+        """Yields the non-empty documents of source ``index``; none if it is bad and ``skip_bad_files`` is set.
 
         Skipped documents are added to ``left_out``, and a skipped source also to ``skipped``. Unlike iteration over the
         reader this raises nothing for an empty source.
-
-        Args:
-          index: index of the source, in ``range(num_sources)``.
 
         Raises:
           UserError: as iterating does.
@@ -197,11 +192,7 @@ class CorpusReader:
             raise self.empty_error(self.left_out)
 
     def empty_error(self, left_out_of_sources: Tallies) -> UserError:
-        """Builds the error for an input without any text.
-
-        Args:
-          left_out_of_sources: tallies of a pass over it.
-        """
+        """Builds the error for an input without any text, from the tallies of a pass over it."""
         others = left_out_of_sources["no_text"].names
         for source in self._sources:
             if source.name in others:  # a JSON file with other fields, one of which may be the text
@@ -293,11 +284,7 @@ def _find_sources(input: str, text_field: str) -> tuple[list[Source], Tallies]:
 def _one_file(path: Path, text_field: str) -> Source:
     if is_readable_name(path.name):
         return file_source(path, path.name, text_field, optional=False)
-    try:
-        with path.open("rb") as file:
-            known = format_of(file.read(64))
-    except OSError as error:
-        raise cannot_read(path, error) from error
+    known = format_of(first_bytes(path))
     raise UserError(
         f"nothing to read in {str(path)!r}: its name ends with none of {SUFFIXES_IN_WORDS}"
         f"{f' (and it begins like {known})' if known else ''}; if it has one of these formats, "

@@ -58,10 +58,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def pointer(head: bytes) -> tuple[str, str] | None:
-    """Recognizes a pointer to a file that is stored elsewhere.
-
-    Args:
-      head: first bytes of the file, ``HEAD_BYTES`` or all.
+    """Recognizes a pointer to a file that is stored elsewhere, by its first bytes (``HEAD_BYTES``, or all).
 
     Returns:
       ``(tool, advice)``; None for a file that is no pointer.
@@ -73,12 +70,7 @@ def pointer(head: bytes) -> tuple[str, str] | None:
 
 
 def check_no_pointer(path: Path, content: bytes) -> None:
-    """Raises UserError if a file with this content is a pointer.
-
-    Args:
-      path: path of the file, for the message.
-      content: all of it, or its first ``HEAD_BYTES``.
-    """
+    """Raises UserError if a file with this content (all, or the first ``HEAD_BYTES``) is a pointer."""
     if (found := pointer(content[:HEAD_BYTES])) is not None:
         tool, advice = found
         raise UserError(f"{path} is a pointer of {tool} to a file that is kept elsewhere; {advice}.")
@@ -125,11 +117,6 @@ def format_or_text(head: bytes) -> str | None:
 
 
 def advice_on(known: str, otherwise: str) -> str:
-    """Returns advice on a file that has not the format of its suffix.
-
-    Args:
-      known: its format.
-      otherwise: advice for a file that is no page.
-    """
+    """Returns advice on a file in a ``known`` format that is not that of its suffix; ``otherwise`` if it is no page."""
     is_page = known.endswith(" page")
     return "if a server sent it instead of the file, fetch the file again" if is_page else otherwise

@@ -46,14 +46,7 @@ def is_readable_name(name: str) -> bool:
 
 
 def file_source(path: Path, name: str, text_field: str, *, optional: bool) -> FileSource:
-    """Builds the source of a file with one of ``SUFFIXES``.
-
-    Args:
-      path: path of the file.
-      name: its path below the input.
-      text_field: field or column of the text.
-      optional: True to skip a ``.json`` file without that field, for example one of settings.
-    """
+    """Builds the source of a file with one of ``SUFFIXES``; an ``optional`` ``.json`` file may lack the text field."""
     lower = path.name.lower()
     if lower.endswith(TEXT_SUFFIXES):
         return TextFile(path, name)
@@ -65,17 +58,14 @@ def file_source(path: Path, name: str, text_field: str, *, optional: bool) -> Fi
 
 
 def dataset(folder: Path, split: str | None, *, name: str, text_field: str, tallies: Tallies) -> list[Source]:
-    """Returns the shards of a saved dataset.
+    """Returns the shards of a saved dataset; what is not read is added to ``tallies``.
 
     Args:
       folder: folder that ``save_to_disk`` wrote.
       split: split to read; None: the dataset has no splits.
       name: the folder's path below the input, or empty.
       text_field: column of the text.
-      tallies: tallies to which what is not read is added.
-
-    Raises:
-      UserError: there is no such split, or an indices mapping.
+      tallies: tallies of the input.
     """
     shown = utf8_name(name or folder.name)
     try:
@@ -112,10 +102,6 @@ def sources_below(root: Path, text_field: str) -> tuple[list[Source], Tallies]:
 
     Links are followed, as ``find -L`` does, but nothing is read twice: of several paths to a file or folder the one
     without links is taken, else the first. So no text gets into both splits by two paths.
-
-    Args:
-      root: the folder.
-      text_field: field or column of the text.
     """
     walk = _Walk(text_field)
     walk.run(root)
@@ -204,7 +190,10 @@ class _Walk:
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
-            self._lost(path, name, error)
+            if not is_readable_name(name) and _SUFFIX.search(name.lower()):
+                self._other(name)
+            else:  # it may be a link to a folder
+                self._broken(name, lost_link(Path(path), error.strerror or reason(error)))
             return
         if stat.S_ISDIR(mode):
             self._folder_links.append((path, name))
@@ -214,14 +203,6 @@ class _Walk:
             self._file_links.append((path, name))
         else:
             self._file(path, name, "")
-
-    def _lost(self, path: str, name: str, error: OSError) -> None:
-        """Handles a broken link, which may be one to a folder."""
-        lower = name.lower()
-        if not is_readable_name(lower) and _SUFFIX.search(lower):
-            self._other(name)
-            return
-        self._broken(name, lost_link(Path(path), error.strerror or reason(error)))
 
     def _file(self, path: str, name: str, real: str) -> None:
         if is_readable_name(name):

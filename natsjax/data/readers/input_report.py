@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,18 +35,12 @@ CLASSES = {
     "unreadable": "files that cannot be read here, skipped",
     "damaged": "files damaged or not in UTF-8, skipped",
 }
-READ = ("linked", "named_held_out")  # classes that are read
+_READ = ("linked", "named_held_out")  # classes that are read
 
 
 @dataclass
 class Tally:
-    """A count of one class, with the first names.
-
-    Attributes:
-      count: number of members.
-      names: names of the first ones.
-      kinds: counts by kind, if the class has kinds.
-    """
+    """A count of one class, with the names of its first members, and counts by kind if the class has kinds."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)
@@ -63,9 +56,8 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the tally as plain JSON."""
-        found = dataclasses.asdict(self)
-        found["kinds"] = dict(self.kinds.most_common())
-        return found if self.kinds else {"count": self.count, "names": self.names}
+        found = {"count": self.count, "names": self.names}
+        return found | ({"kinds": dict(self.kinds.most_common())} if self.kinds else {})
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Tally:
@@ -103,17 +95,6 @@ class Tallies(dict[str, Tally]):
         return cls({name: Tally.from_json(found[name]) for name in CLASSES if name in found})
 
 
-def report(*, files: int, documents: int, tallies: Tallies) -> dict[str, Any]:
-    """Returns the report on an input, as plain JSON: what was read, and every class that is not empty.
-
-    Args:
-      files: number of files (shards, packages) that were read to their end.
-      documents: number of documents with text.
-      tallies: tallies of the rest.
-    """
-    return {"files": files, "documents": documents} | tallies.to_json()
-
-
 def report_lines(input: str, report: Mapping[str, Any]) -> list[str]:
     """Formats a report: a line for what was read, and an indented one for each class."""
     lines = [f"Read {report['documents']:,} documents in {report['files']:,} files of {input}"]
@@ -135,7 +116,7 @@ def left_out(reports: Iterable[Mapping[str, Any]]) -> list[str]:
         f"{total[name].count:,} {CLASSES[name].removesuffix(', not read').removesuffix(', skipped')} "
         f"({_names(total[name])})"
         for name in CLASSES
-        if name in total and total[name].count and name not in READ
+        if name in total and total[name].count and name not in _READ
     ]
 
 

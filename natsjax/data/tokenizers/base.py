@@ -1,4 +1,4 @@
-"""The interface of tokenizers, and their base class, in which every token stands for a string of bytes."""
+"""The base class of tokenizers, in which every token stands for a string of bytes, and what displays need of one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ Int32Array = npt.NDArray[np.int32]
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """Token ids as displays and metrics need them, also of synthetic tasks without text.
-
-    ``token_bytes`` is int32 ``[vocab_size]``, the UTF-8 bytes of text that each token stands for (0 for BOS, EOS and
-    other specials), for bits per byte = nats / ln 2 / bytes; None if there is no text. If a tokenizer is not lossless
-    (``natsjax.data.tokenizers.pretrained``), the bytes are those of the decoded text.
-    """
+    """Token ids as displays and metrics need them, also of synthetic tasks without text."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,7 +35,10 @@ class Vocabulary(Protocol):
 
     @property
     def token_bytes(self) -> Int32Array | None:
-        """Bytes of text that each id stands for, int32 ``[vocab_size]``; None if there is no text."""
+        """Bytes of decoded text that each id stands for, int32 ``[vocab_size]``, 0 for specials; None without text.
+
+        Bits per byte = nats / ln 2 / bytes. (Not every tokenizer of another project is lossless: see ``pretrained``.)
+        """
         ...
 
     def token_text(self, token_id: int) -> str:
@@ -48,49 +46,8 @@ class Vocabulary(Protocol):
         ...
 
 
-@runtime_checkable
-class Tokenizer(Vocabulary, Protocol):
-    """A mapping from text to token ids and back."""
-
-    @property
-    def kind(self) -> str:
-        """``"byte"``, ``"bpe"``, ``"huggingface"``, ``"sentencepiece"`` or ``"tiktoken"``."""
-        ...
-
-    @property
-    def bos_id(self) -> int:
-        """Id at the beginning of every document."""
-        ...
-
-    @property
-    def eos_id(self) -> int:
-        """Id at the end of every document."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the definition; with equal fingerprints every text has the same ids."""
-        ...
-
-    def encode(self, text: str) -> Int32Array:
-        """Encodes a text as token ids, int32 ``[num_tokens]``, without BOS and EOS."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Encodes several texts, in parallel if the tokenizer can."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decodes token ids to text; specials are skipped, incomplete UTF-8 becomes U+FFFD."""
-        ...
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer to a folder that ``load_tokenizer`` reads."""
-        ...
-
-
-class PieceTokenizer(ABC):
-    """A tokenizer whose tokens stand for strings of bytes; the text of several tokens is their concatenation.
+class Tokenizer(ABC):
+    """A mapping from text to token ids and back; the text of several tokens is the concatenation of their bytes.
 
     Decoding is therefore the same for a whole text and for its parts: ``decode(a + b) == decode(a) + decode(b)`` if no
     character is split. That holds also for tokenizers that put a space before every text: the decoded text has the
@@ -102,6 +59,11 @@ class PieceTokenizer(ABC):
       eos_id: id of EOS, with an empty piece. It may be ``bos_id``, as in GPT-2.
       names: texts for display of ids without text (other specials, unknown text).
       adds_space: True if ``encode`` puts a space before every text.
+
+    Attributes:
+      kind: ``"byte"``, ``"bpe"``, ``"huggingface"``, ``"sentencepiece"`` or ``"tiktoken"``.
+      bos_id: id at the beginning of every document; no text is encoded to it.
+      eos_id: id at the end of every document; no text is encoded to it.
     """
 
     kind: ClassVar[str]
@@ -116,7 +78,7 @@ class PieceTokenizer(ABC):
         adds_space: bool = False,
     ):
         self._pieces = tuple(pieces)
-        self._bos_id, self._eos_id = bos_id, eos_id
+        self.bos_id, self.eos_id = bos_id, eos_id
         specials = {bos_id: "⟨bos⟩", eos_id: "⟨eos⟩"} if bos_id != eos_id else {bos_id: "⟨bos/eos⟩"}
         self._names = dict(names or {}) | specials
         self._adds_space = adds_space
@@ -126,16 +88,6 @@ class PieceTokenizer(ABC):
         """Number of token ids, BOS and EOS included."""
         return len(self._pieces)
 
-    @property
-    def bos_id(self) -> int:
-        """Id at the beginning of every document; no text is encoded to it."""
-        return self._bos_id
-
-    @property
-    def eos_id(self) -> int:
-        """Id at the end of every document; no text is encoded to it."""
-        return self._eos_id
-
     @functools.cached_property
     def token_bytes(self) -> Int32Array:
         """Number of UTF-8 bytes that each id stands for, int32 ``[vocab_size]``, 0 for specials."""
@@ -143,7 +95,7 @@ class PieceTokenizer(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the definition."""
+        """SHA-256 (hex) of the definition; with equal fingerprints every text has the same ids."""
         # The definition is hashed, not a file: a new version of a library may write the file differently.
         return hashlib.sha256(json.dumps([self.kind, *self._definition()]).encode()).hexdigest()
 
@@ -182,27 +134,19 @@ class PieceTokenizer(ABC):
           UserError: the text is not valid Unicode (it has a lone surrogate), or has a part that the library cannot
             encode.
         """
-        utf8(text)
+        _check_unicode(text)
         return self._encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Encodes several texts, each as int32 ``[num_tokens]``, on all cores if the library can.
-
-        Raises:
-          UserError: see ``encode``.
-        """
+        """Encodes several texts as ``encode`` does, on all cores if the library can."""
         for text in texts:
-            utf8(text)
+            _check_unicode(text)
         return self._encode_batch(texts)
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, description: Mapping[str, Any]) -> PieceTokenizer:
-        """Loads what ``save`` wrote; ``description`` is the content of the folder's description file.
-
-        Raises:
-          UserError: a file is damaged, or has another kind of tokenizer.
-        """
+    def load(cls, folder: Path, description: Mapping[str, Any]) -> Tokenizer:
+        """Loads what ``save`` wrote; ``description`` is the content of the description file. Damage is a UserError."""
 
     @abstractmethod
     def _encode(self, text: str) -> Int32Array:
@@ -258,14 +202,9 @@ def as_ids(ids: Sequence[int]) -> Int32Array:
     return found
 
 
-def utf8(text: str) -> bytes:
-    """Encodes a text in UTF-8.
-
-    Raises:
-      UserError: the text is not valid Unicode (it has a lone surrogate).
-    """
+def _check_unicode(text: str) -> None:
     try:
-        return text.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"the text is not valid Unicode: it has a lone surrogate U+{ord(text[error.start]):04X} at character "
@@ -274,11 +213,7 @@ def utf8(text: str) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-      UserError: the file cannot be read, or has something else.
-    """
+    """Reads a JSON object; raises UserError if the file cannot be read, is a pointer, or holds something else."""
     try:
         data = path.read_bytes()
         check_no_pointer(path, data)

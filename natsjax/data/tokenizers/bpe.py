@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from natsjax.data.tokenizers.base import Int32Array, PieceTokenizer, as_ids, read_json
+from natsjax.data.tokenizers.base import Int32Array, Tokenizer, as_ids, read_json
 from natsjax.errors import UserError
 
 NUM_SPECIALS = 2  # BOS and EOS
@@ -27,8 +27,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """GPT-2's pattern, by which it splits text before BPE (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
 
 LONGEST_TRAINING_WORD = 256
-"""Characters of a word in training. Longer ones (runs of letters, of digits, …) are cut: time is quadratic in a
-word."""
+"""Characters of a word in training. Longer ones (of letters, of digits, …) are cut: time is quadratic in a word."""
 
 # The library needs over a hundred bytes of memory per byte of a text that it gets in one piece.
 _LONGEST_PART = 1 << 20  # characters
@@ -37,7 +36,7 @@ _WORD_END = re.compile(r"(?<=[^\W_])(?=\s)")  # where GPT-2's pattern always spl
 _BPE_FILE = "tokenizer.json"  # in the format of Hugging Face `tokenizers`, so that others can read it too
 
 
-class _ByteStringTokenizer(PieceTokenizer):
+class _ByteStringTokenizer(Tokenizer):
     """A tokenizer with BOS and EOS after the pieces of text."""
 
     def __init__(self, pieces: Sequence[bytes]):
@@ -85,7 +84,9 @@ class BPETokenizer(_ByteStringTokenizer):
         self._vocabulary = list(vocabulary)
         self._merges = [(left, right) for left, right in merges]
         ids = {token: token_id for token_id, token in enumerate(vocabulary)}
-        self._tokenizer = _byte_level(models.BPE(vocab=ids, merges=self._merges))
+        self._tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=self._merges))
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = decoders.ByteLevel()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -135,8 +136,7 @@ class BPETokenizer(_ByteStringTokenizer):
     def _from_json(cls, definition: dict) -> BPETokenizer:
         """Builds it from the Hugging Face format; raises KeyError or TypeError for another kind of tokenizer."""
         ids = definition["model"]["vocab"]
-        merges = [(left, right) for left, right in definition["model"]["merges"]]
-        return cls(sorted(ids, key=ids.__getitem__), merges)
+        return cls(sorted(ids, key=ids.__getitem__), definition["model"]["merges"])
 
     def _encode(self, text: str) -> Int32Array:
         return np.concatenate([self._encode_parts([part])[0] for part in _parts(text)])
@@ -171,13 +171,6 @@ def _parts(text: str) -> Iterator[str]:
         yield text[begin:cut]
         begin = cut
     yield text[begin:]
-
-
-def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 @functools.cache

@@ -19,14 +19,7 @@ import tokenizers
 
 from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
 from natsjax.data.tokenizers.bpe import byte_of_character
-from natsjax.data.tokenizers.pretrained import (
-    UNKNOWN,
-    PretrainedTokenizer,
-    as_user_error,
-    note_on,
-    read_bytes,
-    with_specials,
-)
+from natsjax.data.tokenizers.pretrained import UNKNOWN, PretrainedTokenizer, as_user_error, note_on, read_bytes
 from natsjax.errors import UserError
 
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>", "[CLS]")
@@ -82,15 +75,16 @@ class _Definition:
             self.vocabulary = {token_id: token for token, token_id in ids.items()}
             if not ids or max(self.vocabulary) > len(ids) + _MAX_HOLES:
                 raise ValueError(f"it has {len(ids)} tokens")
-            self.unknown = self._unknown()
+            model = self.parsed["model"]
+            has_name = isinstance(model.get("unk_token"), str)
+            self.unknown = self.library.token_to_id(model["unk_token"]) if has_name else model.get("unk_id")
             added = self.library.get_added_tokens_decoder()
             self.specials = {token_id for token_id, token in added.items() if token.special} - {self.unknown}
 
     def errors(self) -> AbstractContextManager[None]:
         """Converts errors of the library to one sentence."""
-        return as_user_error(
-            f"the tokenizer {self._source} cannot be run by the library tokenizers {tokenizers.__version__}"
-        )
+        library = f"the library tokenizers {tokenizers.__version__}"
+        return as_user_error(f"the tokenizer {self._source} cannot be run by {library}")
 
     def find(self, declared: Mapping[str, Any], setting: str, names: Sequence[str]) -> int | None:
         """Returns the id of BOS or EOS, or None if the tokenizer has none."""
@@ -117,22 +111,72 @@ class _Definition:
             asked, here = declared.get(theirs), _values([self.parsed.get(step) for step in _BEFORE_MODEL], ours)
             if isinstance(asked, bool) and here and asked not in here:
                 found.append(f"{theirs} = {str(asked).lower()}")
-        files = " or ".join(_DECLARING_FILES)
-        said = (
-            [f"{files} has {', '.join(found)} and {HUGGING_FACE_FILE} the contrary, which takes precedence"]
-            if found
-            else []
-        )
+        said = []
+        if found:
+            files = " or ".join(_DECLARING_FILES)
+            said.append(f"{files} has {', '.join(found)} and {HUGGING_FACE_FILE} the contrary, which takes precedence")
         if lacking := [name for name in _declared_tokens(declared) if self.library.token_to_id(name) is None]:
             shown = f"{', '.join(map(repr, lacking[:3]))}{', …' if lacking[3:] else ''}"
             said.append(f"files beside {HUGGING_FACE_FILE} name tokens that it lacks ({shown}), which are not used")
         return ", and ".join(said)
 
-    def _unknown(self) -> int | None:
+    def pieces(self, specials: set[int]) -> list[bytes]:
+        """Returns the bytes of each id in the middle of a text; empty for specials and for ids without a token."""
+        wanted = [token_id for token_id in sorted(self.vocabulary) if token_id not in specials]
+        is_byte_level = any("ByteLevel" in _values(self.parsed.get(step), "type") for step in _BEFORE_MODEL)
+        found = self._from_alphabet(wanted) if is_byte_level else self._from_decoder(wanted)
+        if self.unknown is not None:
+            space = b" " if found.get(self.unknown, b"").startswith(b" ") else b""
+            found[self.unknown] = space + UNKNOWN
+        return [found.get(token_id, b"") for token_id in range(max(self.vocabulary) + 1)]
+
+    def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """Decodes tokens whose characters stand for bytes; added tokens are text."""
+        alphabet = byte_of_character()
+        added = self.library.get_added_tokens_decoder()
         model = self.parsed["model"]
-        if isinstance(model.get("unk_token"), str):
-            return self.library.token_to_id(model["unk_token"])
-        return model.get("unk_id")
+        suffix, prefix = (model.get(name) or "" for name in ("end_of_word_suffix", "continuing_subword_prefix"))
+        found = {}
+        for token_id in ids:
+            token = self.vocabulary[token_id]
+            if token_id in added:
+                found[token_id] = token.encode()
+                continue
+            ends_word = bool(suffix) and token.endswith(suffix)
+            token = token.removesuffix(suffix).removeprefix(prefix)
+            characters = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+            found[token_id] = b"".join(characters) + (b" " if ends_word else b"")
+        return found
+
+    def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
+        """Decodes each token between two others, with the tokenizer's own decoder.
+
+        The decoder may treat the first and the last token differently, and a token may begin or end with a space. So
+        each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
+        token with which this succeeds for most others.
+        """
+        decoders = _values(self.parsed.get("decoder"), "type")
+        is_byte = self.parsed["model"].get("byte_fallback") or "ByteFallback" in decoders
+        sample = ids[:: max(1, len(ids) // 64)]
+        best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
+        found = {}
+        for token_id, piece in zip(ids, self._between(best, ids), strict=True):
+            token = self.vocabulary[token_id]
+            byte = _BYTE_TOKEN.fullmatch(token) if is_byte else None
+            found[token_id] = bytes([int(byte[1], 16)]) if byte else (token if piece is None else piece).encode()
+        return found
+
+    def _between(self, a: int, ids: Sequence[int]) -> list[str | None]:
+        alone, two = (self.library.decode([a] * count, skip_special_tokens=False) for count in (1, 2))
+        if not two.startswith(alone) or "\ufffd" in alone:
+            return [None] * len(ids)
+        rest = two[len(alone) :]
+        texts = self.library.decode_batch([[a, token_id, a] for token_id in ids], skip_special_tokens=False)
+        found: list[str | None] = []
+        for text in texts:
+            is_between = text.startswith(alone) and text.endswith(rest) and len(text) >= len(two)
+            found.append(text[len(alone) : len(text) - len(rest)] if is_between else None)
+        return found
 
 
 class HuggingFaceTokenizer(PretrainedTokenizer):
@@ -167,44 +211,30 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
             if bad := [special for special in own if special not in read.vocabulary or special == read.unknown]:
                 raise ValueError(f"id {bad[0]} cannot be BOS or EOS")
             self._tokenizer = _for_text(read.runnable, {token_id: read.vocabulary[token_id] for token_id in specials})
-            pieces = _Pieces(read, specials).all()
+            pieces = read.pieces(specials)
             first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
         names = {token_id: f"⟨unused {token_id}⟩" for token_id in range(len(pieces)) if token_id not in read.vocabulary}
         names |= {token_id: read.vocabulary[token_id] for token_id in specials}
         if read.unknown is not None:
             names[read.unknown] = read.vocabulary[read.unknown]
         adds_space = any(pieces[token_id].startswith(b" ") for token_id in first)
-        pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
         super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names, adds_space=adds_space)
 
     @classmethod
     def open(cls, path: Path) -> HuggingFaceTokenizer:
-        """Reads a ``tokenizer.json``, and BOS and EOS from the files beside it.
-
-        Raises:
-          UserError: the file cannot be read, or the library cannot run it.
-        """
+        """Reads a ``tokenizer.json``, and BOS and EOS from the files beside it."""
         definition = _Definition(_decode(read_bytes(path), path), path)
         declared = _declarations(path.parent)
         bos_id = definition.find(declared, "bos_token", BOS_NAMES)
         eos_id = definition.find(declared, "eos_token", EOS_NAMES)
         tokenizer = cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
         tokenizer.assumed = definition.contradictions(declared)
-        tokenizer.notes = (
-            *definition.what_is_off(),
-            *(
-                note_on(
-                    setting[:3].upper(),
-                    None if found is None else definition.vocabulary[found],
-                    f"from {setting} beside it" if setting in declared else "by its usual name",
-                    token_id,
-                )
-                for setting, found, token_id in (
-                    ("bos_token", bos_id, tokenizer.bos_id),
-                    ("eos_token", eos_id, tokenizer.eos_id),
-                )
-            ),
-        )
+        notes = definition.what_is_off()
+        for name, own, token_id in (("BOS", bos_id, tokenizer.bos_id), ("EOS", eos_id, tokenizer.eos_id)):
+            setting = f"{name.lower()}_token"
+            where = f"from {setting} beside it" if setting in declared else "by its usual name"
+            notes.append(note_on(name, None if own is None else definition.vocabulary[own], where, token_id))
+        tokenizer.notes = tuple(notes)
         return tokenizer
 
     @classmethod
@@ -302,75 +332,6 @@ def _made_from(merge: str | Sequence[str]) -> Iterator[str]:
     yield from (left, right, left + right)
 
 
-class _Pieces:
-    """Bytes of each id of a tokenizer in the middle of a text."""
-
-    def __init__(self, definition: _Definition, specials: set[int]):
-        self._library, self._parsed = definition.library, definition.parsed
-        self._vocabulary, self._unknown, self._specials = definition.vocabulary, definition.unknown, specials
-
-    def all(self) -> list[bytes]:
-        """Returns the pieces in id order, empty for specials and for ids without a token."""
-        wanted = [token_id for token_id in sorted(self._vocabulary) if token_id not in self._specials]
-        found = self._from_alphabet(wanted) if self._is_byte_level() else self._from_decoder(wanted)
-        if self._unknown is not None:
-            space = b" " if found.get(self._unknown, b"").startswith(b" ") else b""
-            found[self._unknown] = space + UNKNOWN
-        return [found.get(token_id, b"") for token_id in range(max(self._vocabulary) + 1)]
-
-    def _is_byte_level(self) -> bool:
-        steps = (self._parsed.get(name) for name in _BEFORE_MODEL)
-        return any("ByteLevel" in _types(step) for step in steps)
-
-    def _from_alphabet(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Decodes tokens whose characters stand for bytes; added tokens are text."""
-        alphabet = byte_of_character()
-        added = self._library.get_added_tokens_decoder()
-        model = self._parsed["model"]
-        suffix, prefix = (model.get(f"{name}") or "" for name in ("end_of_word_suffix", "continuing_subword_prefix"))
-        found = {}
-        for token_id in ids:
-            token = self._vocabulary[token_id]
-            if token_id in added:
-                found[token_id] = token.encode()
-                continue
-            ends_word = bool(suffix) and token.endswith(suffix)
-            token = token.removesuffix(suffix).removeprefix(prefix)
-            characters = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
-            found[token_id] = b"".join(characters) + (b" " if ends_word else b"")
-        return found
-
-    def _from_decoder(self, ids: Sequence[int]) -> dict[int, bytes]:
-        """Decodes each token between two others, with the tokenizer's own decoder.
-
-        The decoder may treat the first and the last token differently, and a token may begin or end with a space. So
-        each token is decoded between two copies of a token ``a``, and its piece is the text between them. ``a`` is a
-        token with which this succeeds for most others.
-        """
-        is_byte = self._parsed["model"].get("byte_fallback") or "ByteFallback" in _types(self._parsed.get("decoder"))
-        sample = ids[:: max(1, len(ids) // 64)]
-        best = max(ids[:: max(1, len(ids) // 32)], key=lambda a: sum(p is not None for p in self._between(a, sample)))
-        found = {}
-        for token_id, piece in zip(ids, self._between(best, ids), strict=True):
-            token = self._vocabulary[token_id]
-            byte = _BYTE_TOKEN.fullmatch(token) if is_byte else None
-            found[token_id] = bytes([int(byte[1], 16)]) if byte else (token if piece is None else piece).encode()
-        return found
-
-    def _between(self, a: int, ids: Sequence[int]) -> list[str | None]:
-        alone, two = (self._library.decode([a] * count, skip_special_tokens=False) for count in (1, 2))
-        if not two.startswith(alone) or "\ufffd" in alone:
-            return [None] * len(ids)
-        rest = two[len(alone) :]
-        texts = self._library.decode_batch([[a, token_id, a] for token_id in ids], skip_special_tokens=False)
-        return [
-            text[len(alone) : len(text) - len(rest)]
-            if text.startswith(alone) and text.endswith(rest) and len(text) >= len(two)
-            else None
-            for text in texts
-        ]
-
-
 def _values(step: Any, name: str) -> list[Any]:
     """Returns all values of a setting in the steps of the tokenizer."""
     if isinstance(step, list):
@@ -378,11 +339,3 @@ def _values(step: Any, name: str) -> list[Any]:
     if not isinstance(step, dict):
         return []
     return [*([step[name]] if name in step else []), *(v for part in step.values() for v in _values(part, name))]
-
-
-def _types(step: Any) -> set[str]:
-    """Returns the types of a step of the tokenizer and of the steps in it."""
-    if not isinstance(step, dict):
-        return set()
-    parts = (part for value in step.values() if isinstance(value, list) for part in value)
-    return {str(step.get("type"))}.union(*(_types(part) for part in parts))

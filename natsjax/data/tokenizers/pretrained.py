@@ -20,13 +20,13 @@ import logging
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from natsjax.data.readers.file_marks import check_no_pointer
-from natsjax.data.tokenizers.base import PieceTokenizer
+from natsjax.data.tokenizers.base import Tokenizer
 from natsjax.errors import UserError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
@@ -57,8 +57,8 @@ _warned: set[str] = set()
 _log = logging.getLogger(__name__)
 
 
-class PretrainedTokenizer(PieceTokenizer):
-    """A tokenizer of another project.
+class PretrainedTokenizer(Tokenizer):
+    """A tokenizer of another project; an id is appended for BOS or EOS where it has none.
 
     Attributes:
       file_names: pattern for the names of its files.
@@ -70,6 +70,25 @@ class PretrainedTokenizer(PieceTokenizer):
     assumed: str = ""
     notes: tuple[str, ...] = ()
 
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        names: Mapping[int, str],
+        adds_space: bool = False,
+    ):
+        pieces = list(pieces)
+        specials = []
+        for special in (bos_id, eos_id):
+            if special is None:
+                special = len(pieces)
+                pieces.append(b"")
+            pieces[special] = b""
+            specials.append(special)
+        super().__init__(pieces, bos_id=specials[0], eos_id=specials[1], names=names, adds_space=adds_space)
+
     @classmethod
     def reads(cls, path: Path) -> bool:
         """Returns True if a file has this format, by its name."""
@@ -78,11 +97,7 @@ class PretrainedTokenizer(PieceTokenizer):
     @classmethod
     @abstractmethod
     def open(cls, path: Path) -> PretrainedTokenizer:
-        """Reads a file of another project.
-
-        Raises:
-          UserError: the file cannot be read, is damaged, or has another format.
-        """
+        """Reads a file of another project; raises UserError if it cannot be read or is damaged."""
 
     @functools.cached_property
     def caveat(self) -> str:
@@ -105,9 +120,8 @@ class PretrainedTokenizer(PieceTokenizer):
         found = ["it puts a space before each document, which counts as a byte of it"] if self._adds_space else []
         lost = [(text, back) for text in _PROBES if (back := self._back(text)) != text]
         if lost:
-            found.append(
-                "it does not decode every text to what it was ({!r} is decoded as {!r})".format(*map(_short, lost[0]))
-            )
+            text, back = map(_short, lost[0])
+            found.append(f"it does not decode every text to what it was ({text!r} is decoded as {back!r})")
         unknown = [text for text, back in lost[1:] if UNKNOWN.decode() in back]
         if unknown:
             found.append(f"it has no token for parts of {_short(unknown[0])!r}")
@@ -143,14 +157,7 @@ class PretrainedTokenizer(PieceTokenizer):
 
 
 def note_on(name: str, token: str | None, where: str, token_id: int) -> str:
-    """Formats a note on BOS or EOS.
-
-    Args:
-      name: "BOS" or "EOS".
-      token: its spelling; None if an id was appended.
-      where: its source.
-      token_id: its id.
-    """
+    """Formats a note on BOS or EOS: ``token`` is its spelling (None if an id was appended), ``where`` its source."""
     if token is None:
         return f"it has no {name}; the id {token_id} was appended for it"
     return f"{name} is {token!r} (id {token_id}), {where}"
@@ -158,28 +165,6 @@ def note_on(name: str, token: str | None, where: str, token_id: int) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:40]}…{text[-20:]}"
-
-
-def with_specials(pieces: list[bytes], bos_id: int | None, eos_id: int | None) -> tuple[list[bytes], int, int]:
-    """Appends ids for BOS and EOS if the tokenizer has none.
-
-    Args:
-      pieces: bytes of each id.
-      bos_id: the tokenizer's own BOS, or None.
-      eos_id: the tokenizer's own EOS, or None.
-
-    Returns:
-      ``(pieces, bos_id, eos_id)``.
-    """
-    pieces = list(pieces)
-    found = []
-    for special in (bos_id, eos_id):
-        if special is None:
-            special = len(pieces)
-            pieces.append(b"")
-        pieces[special] = b""
-        found.append(special)
-    return pieces, found[0], found[1]
 
 
 @contextmanager
@@ -206,11 +191,7 @@ def num_threads() -> int:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Reads a tokenizer's file.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Reads a tokenizer's file; raises UserError if it cannot be read or is a pointer."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -17,7 +17,6 @@ from natsjax.data.tokenizers.pretrained import (
     note_on,
     num_threads,
     read_bytes,
-    with_specials,
 )
 from natsjax.errors import UserError
 
@@ -69,20 +68,15 @@ class SentencePieceTokenizer(PretrainedTokenizer):
             ]
         spelled = [None if special is None else processor.id_to_piece(special) for special in (bos_id, eos_id)]
         adds_space = any(pieces[token_id].startswith(b" ") for token_id in first)
-        pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
         super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names, adds_space=adds_space)
         self.notes = (
-            note_on("BOS", spelled[0], "from the model", bos_id),
-            note_on("EOS", spelled[1], "from the model", eos_id),
+            note_on("BOS", spelled[0], "from the model", self.bos_id),
+            note_on("EOS", spelled[1], "from the model", self.eos_id),
         )
 
     @classmethod
     def open(cls, path: Path) -> SentencePieceTokenizer:
-        """Reads a ``.model`` file.
-
-        Raises:
-          UserError: the file cannot be read, or is not a SentencePiece model.
-        """
+        """Reads a ``.model`` file."""
         return cls(read_bytes(path), source=path)
 
     @classmethod

@@ -27,14 +27,7 @@ import numpy as np
 
 from natsjax.data.optional import import_optional
 from natsjax.data.tokenizers.base import Int32Array, as_ids, read_json
-from natsjax.data.tokenizers.pretrained import (
-    PretrainedTokenizer,
-    as_user_error,
-    note_on,
-    num_threads,
-    read_bytes,
-    with_specials,
-)
+from natsjax.data.tokenizers.pretrained import PretrainedTokenizer, as_user_error, note_on, num_threads, read_bytes
 from natsjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from natsjax.data.tokenizers.tiktoken_patterns import (
     FIRST_CL100K_PATTERN,
@@ -91,7 +84,6 @@ class TiktokenTokenizer(PretrainedTokenizer):
             pieces[rank] = piece
         bos_id = None if bos_token is None else special_tokens[bos_token]
         eos_id = None if eos_token is None else special_tokens[eos_token]
-        pieces, bos_id, eos_id = with_specials(pieces, bos_id, eos_id)
         names = {token_id: f"⟨unused {token_id}⟩" for token_id in set(range(size)) - used}
         names |= {token_id: name for name, token_id in special_tokens.items()}
         super().__init__(pieces, bos_id=bos_id, eos_id=eos_id, names=names)
@@ -105,9 +97,8 @@ class TiktokenTokenizer(PretrainedTokenizer):
         tiktoken = import_optional("tiktoken", f"the tokenizer {source}")
         # The library does not get the special tokens, and encodes their names as ordinary text.
         check_pattern(pattern, source)
-        with as_user_error(
-            f"the pattern {pattern!r} of the tokenizer {source} is no regular expression that tiktoken accepts"
-        ):
+        refused = f"the pattern {pattern!r} of the tokenizer {source} is no regular expression that tiktoken accepts"
+        with as_user_error(refused):
             self._encoding = tiktoken.Encoding(
                 "natsjax", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
             )
@@ -120,9 +111,6 @@ class TiktokenTokenizer(PretrainedTokenizer):
           path: the file.
           pattern: a name of ``tiktoken_patterns`` or a regular expression; overrides the settings.
           as_before: True to read it as before files were recognized, with cl100k's pattern for all.
-
-        Raises:
-          UserError: a file cannot be read, is damaged or has another format.
         """
         settings_file = path.with_name(path.name + ".json")
         settings = read_json(settings_file) if settings_file.is_file() else {}
@@ -133,13 +121,13 @@ class TiktokenTokenizer(PretrainedTokenizer):
             settings = settings | {"pattern": find_pattern(settings["pattern"])}
         ranks = _read_ranks(path)
         known = None if as_before else recognize(ranks)
-        notes = []
+        notes: list[str] = []
         if known is not None:
             name, found = known
             if "special_tokens" in settings:  # which BOS and EOS are names of
                 found = {"pattern": found["pattern"]}
             settings = found | settings
-            notes.append(f"its ranks are those of {name}, whose settings are known")
+            notes = [f"its ranks are those of {name}, whose settings are known"]
         given = {name: value for name, value in settings.items() if value is not None}
         tokenizer = cls(ranks, **given, source=path)
         tokenizer.notes = (
@@ -154,11 +142,10 @@ class TiktokenTokenizer(PretrainedTokenizer):
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> TiktokenTokenizer:
         """Loads what ``save`` wrote."""
-        settings = {name: description.get(name) for name in _SETTINGS}
+        settings = {name: value for name in _SETTINGS if (value := description.get(name)) is not None}
         _check_types(settings, folder)
         path = folder / _RANKS_FILE
-        given = {name: value for name, value in settings.items() if value is not None}
-        tokenizer = cls(_read_ranks(path), **given, source=path)
+        tokenizer = cls(_read_ranks(path), **settings, source=path)
         tokenizer.assumed = str(description.get("assumed", ""))
         return tokenizer
 
@@ -223,12 +210,8 @@ def _parts(text: str) -> list[str]:
         return [text]
     if not (runs := list(_LONG_SPACE.finditer(text))):
         return [text]
-    cuts = [
-        0,
-        *(at for run in runs for at in range(run.start() + _LONGEST_SPACE, run.end(), _LONGEST_SPACE)),
-        len(text),
-    ]
-    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+    cuts = [at for run in runs for at in range(run.start() + _LONGEST_SPACE, run.end(), _LONGEST_SPACE)]
+    return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -58,11 +58,7 @@ _FILES = {
         "r50k",
         {"<|endoftext|>": 50256},
     ),
-    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": (
-        "p50k_base",
-        "p50k",
-        {"<|endoftext|>": 50256},
-    ),
+    "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": ("p50k_base", "p50k", {"<|endoftext|>": 50256}),
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": (
         "cl100k_base",
         "cl100k",
@@ -85,11 +81,7 @@ _WORTH_SAYING = 0.005  # fraction of the tokens
 
 
 def find_pattern(asked: str) -> str:
-    """Returns the regular expression for a name; a regular expression is returned as it is.
-
-    Raises:
-      UserError: it is spelled like a name, but unknown.
-    """
+    """Returns the regular expression for a name; a regular expression as it is. Unknown names raise UserError."""
     name = asked.lower().removesuffix("_base")
     if name in PATTERNS:
         return PATTERNS[name]
@@ -102,12 +94,7 @@ def find_pattern(asked: str) -> str:
 
 
 def check_pattern(pattern: str, source: Path) -> None:
-    """Raises UserError for a pattern that matches empty text, which crashes the library.
-
-    Args:
-      pattern: a regular expression.
-      source: the tokenizer's file, for the message.
-    """
+    """Raises UserError for a pattern that matches empty text, which crashes the library."""
     import regex  # which tiktoken depends on
 
     try:
@@ -122,10 +109,7 @@ def check_pattern(pattern: str, source: Path) -> None:
 
 
 def recognize(ranks: Mapping[bytes, int]) -> tuple[str, dict[str, Any]] | None:
-    """Recognizes a published file by its content.
-
-    Args:
-      ranks: content of the file; the order of its lines and their ends do not matter.
+    """Recognizes a published file by its content; the order of its lines and their ends do not matter.
 
     Returns:
       ``(name, settings)``, the settings as arguments of ``TiktokenTokenizer``; None for an unknown file.

@@ -1,6 +1,6 @@
 /* Elements, numbers and charts: what both pages draw with. */
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const { methods, axes: AXES, columns: COLUMNS, metric: METRIC } = data;
+const { methods, axes: AXES, columns: COLUMNS, metric: METRIC, own_roles: NATS, full_attention: FULL } = data;
 const PERCENT = METRIC === "accuracy";  // the metric is shown in percent, and more of it is better
 const byId = (id) => document.getElementById(id);
 const SVG = byId("curve").namespaceURI;
@@ -22,7 +22,7 @@ const aside = (text) => el("span", { class: "muted" }, text && ` (${text})`);
 const tableHead = (names, texts) => el("thead", {}, el("tr", {}, ...names.map((name) =>
   el("th", { scope: "col", class: texts.includes(name) ? "" : "number" }, name))));
 
-// What JSON cannot say as a number (NaN, Infinity) arrives as a string that Number() reads.
+// What JSON has no number for (NaN, Infinity) arrives as a string that Number() reads.
 const number = (value) => (value === null || value === undefined ? null : Number(value));
 function significant(value, digits) {
   if (number(value) === null) return "–";
@@ -35,9 +35,9 @@ function significant(value, digits) {
 const percent = (value) => (number(value) === null ? "–" : significant(100 * number(value), 3) + " %");
 const count = (value) => (number(value) === null ? "–" : value.toLocaleString("en"));
 /** A number with at most four significant digits, or whatever else it is. */
-function shown(value) {
+function formatValue(value) {
   if (typeof value === "number") return String(Number(value.toPrecision(4))).replace("-", "−");
-  if (Array.isArray(value)) return value.length ? value.map(shown).join(", ") : "none";
+  if (Array.isArray(value)) return value.length ? value.map(formatValue).join(", ") : "none";
   return value === "" ? "empty" : String(value);
 }
 function between(row, name, format = (value) => significant(value, 4)) {
@@ -48,10 +48,12 @@ const capitalized = (text) => text[0].toUpperCase() + text.slice(1);
 
 // --- Rows ----------------------------------------------------------------------------------------
 
+const isNats = (row) => row.method === NATS, isFull = (row) => row.method === FULL;
+const rowOfRoleBias = (rows, roleBias) => rows.find((row) => isNats(row) && Math.abs(row.setting.role_bias - roleBias) < 1e-9);
 const methodLabel = (row) => methods[row.method]?.label ?? row.method;
 const methodColor = (row) => `var(--${row.method in methods ? row.method : "other"})`;
 const settingText = (row) =>
-  Object.entries(row.setting).map(([name, value]) => `${name.replaceAll("_", " ")} ${shown(value)}`).join(", ");
+  Object.entries(row.setting).map(([name, value]) => `${name.replaceAll("_", " ")} ${formatValue(value)}`).join(", ");
 const metricText = (row) => (PERCENT ? percent(row.accuracy) : significant(row.perplexity, 4));
 /** On the y axis: perplexity, or accuracy in percent. */
 const height = (value) => (number(value) === null ? NaN : number(value) * (PERCENT ? 100 : 1));
@@ -61,7 +63,7 @@ function pointText(row, ...more) {
   const interval = METRIC === "perplexity" && between(row, METRIC);
   return [...more, `${methodLabel(row)} ${settingText(row)}`, row.weights,
     `${METRIC} ${metricText(row)}${interval ? ` (95 %: ${interval})` : ""}`,
-    `KV ${percent(row.kv_fraction)}: ${significant(row.kv_live_mean, 3)} live keys, at most ${shown(row.kv_live_max)}`,
+    `KV ${percent(row.kv_fraction)}: ${significant(row.kv_live_mean, 3)} live keys, at most ${formatValue(row.kv_live_max)}`,
   ].join("\n");
 }
 
@@ -81,7 +83,7 @@ const WORDS = { method: (row) => methodLabel(row), setting: (row) => settingText
 const isText = ({ format }) => format === "text" || format in WORDS;
 function formatted({ format }, value) {
   if (typeof format === "number") return significant(value, format);
-  return format === "percent" ? percent(value) : number(value) === null ? "–" : shown(value);
+  return format === "percent" ? percent(value) : number(value) === null ? "–" : formatValue(value);
 }
 const columnHead = ({ name, column, interval }, rows) =>
   capitalized(column) + (interval === "shown" && rows.some((row) => between(row, name)) ? " (95 %)" : "");
@@ -92,7 +94,7 @@ function columnCell(column, row) {
   if (isText(column)) return el("td", { class: column.format }, WORDS[column.format]?.(row) ?? row[column.name]);
   const range = column.interval && between(row, column.name, (value) => formatted(column, value));
   const cell = numeric(formatted(column, row[column.name]), aside(column.interval === "shown" ? range : ""),
-    aside(column.aside && shown(row[column.aside])));
+    aside(column.aside && formatValue(row[column.aside])));
   if (range && column.interval === "stored") cell.title = `95 %: ${range}`;
   return cell;
 }
@@ -127,7 +129,7 @@ function axis(low, high, from, to, log) {
 /** A y axis with room around the values; logarithmic where they are far apart, unless it is to be linear. */
 function yAxis(values, from, to, linear) {
   const low = Math.min(...values), high = Math.max(...values);
-  if (!linear && low > 0 && high / low > 8) return axis(low / 1.1, high * 1.1, from, to, true);
+  if (!linear && low > 0 && high / low > data.log_ratio) return axis(low / 1.1, high * 1.1, from, to, true);
   const room = (high - low) * 0.06 || Math.abs(high) * 0.05 || 1;
   return axis(low - room, high + room, from, to, false);
 }

@@ -1,21 +1,19 @@
 /* The page of several runs. */
 const { runs, settings, notes } = data;
-const CROWDED = runs.filter(({ rows }) => rows.length).length > 4;  // as in picture.py
-const RUN_COLORS = 8;  // --run-0 … of style.css, as in styles.py
+const CROWDED = runs.filter(({ rows }) => rows.length).length > data.many_runs;
+const RUN_COLORS = data.num_run_colors;  // --run-0 … of style.css
 const runColor = (i) => `var(--run-${i % RUN_COLORS})`;
 const runDash = (i) => DASHES[Math.floor(i / RUN_COLORS) % DASHES.length];
 const line = (i) => ({ color: runColor(i), dash: runDash(i) });
-const biasedRow = ({ budget_check, rows }) => budget_check && rows.find((row) =>
-  row.method === "nats" && Math.abs(row.setting.role_bias - budget_check.role_bias) < 1e-9);
-const fullRow = ({ rows }) => rows.find((row) => row.method === "full");
+const biasedRow = ({ budget_check, rows }) => budget_check && rowOfRoleBias(rows, budget_check.role_bias);
+const fullRow = ({ rows }) => rows.find(isFull);
 /** The row that a run is compared by: set to its budget, or with full attention. */
-const ownRow = (one) => biasedRow(one) ?? (one.rows.some((row) => row.method === "nats") ? undefined : fullRow(one));
+const ownRow = (one) => biasedRow(one) ?? (one.rows.some(isNats) ? undefined : fullRow(one));
 
 // --- The curve -----------------------------------------------------------------------------------
 
-const natsOf = ({ rows }) => rows.filter((row) => row.method === "nats");
 const CHOICES = {
-  "what each run was trained for": (one) => (natsOf(one).length ? natsOf(one) : one.rows),
+  "what each run was trained for": (one) => (one.rows.some(isNats) ? one.rows.filter(isNats) : one.rows),
   "the setting that each run is compared by": (one) => [ownRow(one)].filter(Boolean),
   "every method on every run's weights": (one) => one.rows,
 };
@@ -96,7 +94,7 @@ function showSettings() {
     el("tbody", {}, ...settings.map(({ field, values }) => el("tr", {}, el("th", { scope: "row" }, el("code", {}, field)),
       ...values.map((value) => {
         const same = JSON.stringify(value) === JSON.stringify(values[0]);
-        return el("td", {}, same ? shown(value) : el("mark", {}, shown(value)));
+        return el("td", {}, same ? formatValue(value) : el("mark", {}, formatValue(value)));
       })))));
 }
 

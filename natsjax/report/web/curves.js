@@ -85,7 +85,7 @@ function showTraining(runs) {
       points: training.steps.map((step, i) => ({ x: step, y: scale * (number(training.curves[name][i]) ?? NaN) }))
         .filter(({ y }) => Number.isFinite(y)) })).filter(({ points }) => points.length);
     drawn(() => drawChart(chart, { series, size: [260, 240], x: { title: "step", format: (tick) => count(tick) },
-      y: { title, format: (tick) => (percent ? `${tick} %` : shown(tick)) },
+      y: { title, format: (tick) => (percent ? `${tick} %` : formatValue(tick)) },
       before: (chart, x, y, box) => drawMarks(chart, trained, x, box) }));
   }
 }
@@ -93,7 +93,7 @@ function showTraining(runs) {
 /** Describes a chart to a screen reader: its first and last values. */
 function trainingText(name, title, runs) {
   const parts = runs.filter(({ training }) => training.curves[name]).map(({ name: run, training: { steps, curves } }) =>
-    `${run}: ${shown(number(curves[name][0]))} at step ${steps[0]}, ${shown(number(curves[name].at(-1)))} at step ${steps.at(-1)}`);
+    `${run}: ${formatValue(number(curves[name][0]))} at step ${steps[0]}, ${formatValue(number(curves[name].at(-1)))} at step ${steps.at(-1)}`);
   return `${capitalized(title)} against steps. ${parts.join("; ")}.`;
 }
 

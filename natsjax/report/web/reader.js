@@ -64,10 +64,10 @@ function showReader({ sample: index, layer, head, token, role_bias }) {
 }
 
 function showRoleBias(sample, role_bias) {
-  const row = rowOfRoleBias(sample.role_biases[role_bias]), interval = between(row, "perplexity");
+  const row = rowOfRoleBias(rows, sample.role_biases[role_bias]), interval = between(row, "perplexity");
   fill(byId("role-bias"), { max: sample.role_biases.length - 1 }, []);
   byId("role-bias").value = role_bias;
-  const figures = [`role bias ${shown(sample.role_biases[role_bias])}`, `KV ${percent(row.kv_fraction)}`,
+  const figures = [`role bias ${formatValue(sample.role_biases[role_bias])}`, `KV ${percent(row.kv_fraction)}`,
     PERCENT ? `accuracy ${percent(row.accuracy)}` : `perplexity ${significant(row.perplexity, 4)}`];
   byId("role-bias").setAttribute("aria-valuetext", figures.join(", "));
   const notes = [METRIC === "perplexity" && interval ? `95 %: ${interval}` : "", row === biased ? "set to the budget" : ""];

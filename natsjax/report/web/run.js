@@ -2,12 +2,11 @@
 const { rows, budget_check, samples, run, training, changed } = data;
 const weightNames = [...new Set(rows.map((row) => row.weights))];
 const dashes = (weights) => DASHES[weightNames.indexOf(weights) % DASHES.length];
-const natsRows = rows.filter((row) => row.method === "nats");
+const natsRows = rows.filter(isNats);
 const natsWeights = new Set(natsRows.map((row) => row.weights));
 // Full attention on weights that were trained with NAtS is off their distribution, hence no anchor.
-const anchors = rows.filter((row) => row.method === "full" && !natsWeights.has(row.weights));
-const rowOfRoleBias = (role_bias) => natsRows.find((row) => Math.abs(row.setting.role_bias - role_bias) < 1e-9);
-const biased = budget_check && rowOfRoleBias(budget_check.role_bias);
+const anchors = rows.filter((row) => isFull(row) && !natsWeights.has(row.weights));
+const biased = budget_check && rowOfRoleBias(rows, budget_check.role_bias);
 
 // --- Header, key figures, run --------------------------------------------------------------------
 
@@ -26,7 +25,7 @@ function showHeader() {
   if (!changed.length) return byId("settings").remove();
   byId("settings").querySelector("table").append(tableHead(["Field", "Value", "Default"], ["Field", "Value", "Default"]),
     el("tbody", {}, ...changed.map(({ field, value, default: usual }) => el("tr", {}, el("th", { scope: "row" }, el("code", {}, field)),
-      el("td", {}, shown(value)), el("td", { class: "muted" }, usual === null ? "–" : shown(usual))))));
+      el("td", {}, formatValue(value)), el("td", { class: "muted" }, usual === null ? "–" : formatValue(usual))))));
 }
 
 function showSummary() {
@@ -41,10 +40,9 @@ function showSummary() {
   if (budget_check) tile("Budget check: KV fraction", percent(budget_check.biased),
     `budget ${percent(budget_check.kv_budget)}: ${budget_check.met ? "met" : "missed"}`);
   const name = capitalized(METRIC);
-  if (biased) measured(`${name}, NAtS`, biased);
-  for (const row of anchors) measured(`${name}, full attention`, row);
+  for (const row of [biased, ...anchors].filter(Boolean)) measured(`${name}, ${methodLabel(row)}`, row);
   for (const row of budget_check ? rows : []) {
-    const rival = row.method !== "nats" && !natsWeights.has(row.weights) && row.budget !== null;
+    const rival = !isNats(row) && !natsWeights.has(row.weights) && row.budget !== null;
     if (rival && Math.abs(row.budget - budget_check.kv_budget) < 1e-9) measured(`${name}, ${methodLabel(row)}`, row);
   }
   if (tiles.length) byId("summary").firstElementChild.append(...tiles);
@@ -86,7 +84,7 @@ function drawBudget(chart, x, { top, bottom }) {
   chart.append(svg("rect", { class: "tolerance", x: low, width: high - low, y: top, height: bottom - top }),
     line({ class: "budget" }, 100 * budget_check.kv_budget),
     svg("text", { x: at(1), y: top - 6, "text-anchor": "middle" }, `budget ${percent(budget_check.kv_budget)}`));
-  const dashed = { class: "line", style: "color: var(--nats)", "stroke-dasharray": "6 4" };
+  const dashed = { class: "line", style: `color: ${methodColor({ method: NATS })}`, "stroke-dasharray": "6 4" };
   if (!drawable.includes(biased)) chart.append(line(dashed, 100 * budget_check.biased));
 }
 
@@ -97,7 +95,7 @@ function showCurve() {
   for (const weights of new Set(drawable.map((row) => row.weights)))
     entries.push({ name: weights, shape: "line", dash: dashes(weights) });
   if (drawable.includes(biased)) entries.push({ name: "the setting for the budget", shape: "ring" });
-  else if (budget_check) entries.push({ color: "var(--nats)", name: `set to ${percent(budget_check.biased)}`, shape: "line", dash: "6 4" });
+  else if (budget_check) entries.push({ color: methodColor({ method: NATS }), name: `set to ${percent(budget_check.biased)}`, shape: "line", dash: "6 4" });
   showLegend(byId("curve-legend"), entries);
   const notes = [], left = rows.length - drawable.length;
   if (drawable.some(hasInterval)) notes.push("Bars and bands are 95 % bootstrap intervals by document. ");
@@ -127,7 +125,7 @@ function showTable() {
   if (COLUMNS.some(({ name }) => name === "kv_allocated"))
     notes.push("Slots: what the KV buffer allocated for a head, at its largest, mean over layers.");
   if (biased) notes.push("The shaded row is the one set to the budget.");
-  if (rows.some((row) => row.method !== "nats" && natsWeights.has(row.weights)))
+  if (rows.some((row) => !isNats(row) && natsWeights.has(row.weights)))
     notes.push("Other methods on weights trained with NAtS run off the distribution of those weights: no fair rivals.");
   byId("table-note").textContent = notes.join(" ");
 }
@@ -152,7 +150,7 @@ function showBudgetCheck() {
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
     el("tbody", {}, line("sampled", "as in training, with noise", sampled),
       line("argmax", "most likely roles, without a role bias", argmax),
-      line("argmax with role bias", `role bias ${shown(budget_check.role_bias)}`, withBias)));
+      line("argmax with role bias", `role bias ${formatValue(budget_check.role_bias)}`, withBias)));
   byId("budget-check-note").textContent = "With every token SLIDING but the first of each document, the " +
     `KV fraction is ${percent(budget_check.smallest_possible)}. Below it the model must learn GLOBAL tokens, which end LOCAL keys.`;
 }
@@ -162,7 +160,7 @@ function showBudgetCheck() {
 /** For each budget the methods that were set to it, beside full attention. */
 function positionGroups() {
   const budgets = [...new Set(rows.map((row) => row.budget).filter((budget) => budget !== null))].sort((a, b) => a - b);
-  const full = rows.filter((row) => row.method === "full"), single = weightNames.length === 1;
+  const full = rows.filter(isFull), single = weightNames.length === 1;
   const markers = [...Object.keys(methods), "other"];
   const line = (row) => ({ row, full: full.find(({ weights }) => weights === row.weights), color: methodColor(row),
     dash: dashes(row.weights), marker: row.method,
@@ -173,7 +171,7 @@ function positionGroups() {
   if (own > 0) groups.unshift(...groups.splice(own, 1));
   if (natsRows.length > 1) groups.push({ name: "every role bias", series: natsRows.map((row, i) =>
     ({ ...line(row), dash: "", marker: markers[i % markers.length],
-      color: `color-mix(in srgb, var(--nats) ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--sliding_window))`,
+      color: `color-mix(in srgb, ${methodColor({ method: NATS })} ${Math.round(100 * (i + 1) / natsRows.length)}%, var(--contrast))`,
       name: `${settingText(row)}: ${percent(row.kv_fraction)} KV` })) });
   return groups.length ? groups : [{ name: "all", series: rows.map(line) }];
 }
@@ -190,7 +188,7 @@ function selection() {
   };
   const sample = pick("sample", samples.length), role_biases = samples[sample]?.role_biases ?? [];
   const row = pick("row", natsRows.length, Math.max(natsRows.indexOf(biased), 0));
-  const role_bias = Math.max(role_biases.findIndex((one) => natsRows[row] === rowOfRoleBias(one)), 0);
+  const role_bias = Math.max(role_biases.findIndex((one) => natsRows[row] === rowOfRoleBias(rows, one)), 0);
   const layers = natsRows[row]?.kv_live_mean_per_head ?? [];
   const layer = pick("layer", layers.length, Math.max(run.layers.indexOf("nats"), 0));
   const token = wanted.has("token") ? pick("token", samples[sample]?.tokens.length) : null;
@@ -241,7 +239,7 @@ function buildHeat(row) {
   showOptions("heat-row", names, row);
   const cell = (mean, l, k) => {
     const fraction = most > 0 ? mean / most : 0, text = significant(mean, 3);
-    const name = `layer ${l}, head ${k}: mean ${text}, maximum ${shown(maxima[l][k])} live keys`;
+    const name = `layer ${l}, head ${k}: mean ${text}, maximum ${formatValue(maxima[l][k])} live keys`;
     const box = el(samples.length ? "button" : "span", { style: `--fraction: ${fraction.toFixed(3)}`, title: name,
       "aria-label": samples.length ? name : null }, text);
     if (samples.length) {
@@ -276,14 +274,14 @@ showTable();
 showBudgetCheck();
 showCurve();
 showPositions(positionGroups());
-showTraining([{ name: "this run", color: "var(--sliding_window)", dash: "", training }]);
+showTraining([{ name: "this run", color: "var(--contrast)", dash: "", training }]);
 showMarks();
 if (!natsRows.length) byId("heat").remove();
 if (samples.length) {
   for (const id of ["sample", "layer", "head"]) byId(id).onchange = (event) => go({ [id]: Number(event.target.value) });
   byId("sample").parentElement.hidden = samples.length === 1;
   byId("role-bias").oninput = (event) =>
-    go({ row: natsRows.indexOf(rowOfRoleBias(samples[selection().sample].role_biases[event.target.value])) });
+    go({ row: natsRows.indexOf(rowOfRoleBias(rows, samples[selection().sample].role_biases[event.target.value])) });
   for (const id of ["role-bias-control", "role-bias-note"]) byId(id).hidden = samples.every(({ role_biases }) => role_biases.length === 1);
   listenToTokens();
   listenToSpans();
