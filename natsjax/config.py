@@ -364,7 +364,10 @@ class CheckpointConfig:
         200, "steps between checkpoints; the last step is always saved", minimum=1, resume=True
     )
     save_every_minutes: float = config_field(
-        0.0, "minutes after which a checkpoint is saved in any case; 0: save_every alone", minimum=0, resume=True
+        0.0,
+        "minutes after which a checkpoint is saved in any case, at the next step that is logged; 0: never",
+        minimum=0,
+        resume=True,
     )
     max_to_keep: int = config_field(2, "checkpoints to keep", minimum=1, resume=True)
     keep_best: bool = config_field(

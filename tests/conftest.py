@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Sets the environment before jax is imported; workers and processes that tests start inherit it."""
     os.environ["NATSJAX_SLOW_TESTS"] = "1" if config.option.slow else ""
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # a command that a test calls would make one for each core
     if config.option.markexpr == "aot":
         return  # a program that was compiled for a chip that is not here cannot be loaded from a cache
     if _FOLDER not in os.environ:

@@ -154,7 +154,9 @@ def test_minutes_save_too(tmp_path, monkeypatch):
     """Every step takes a minute by this clock."""
     clock = iter(range(0, 10**6, 60))
     monkeypatch.setattr("natsjax.train.loop.time.monotonic", lambda: next(clock))
-    config = config_of(train={"eval_every": 0}, checkpoint={"save_every_minutes": 2.5, "max_to_keep": 9})
+    config = config_of(
+        train={"eval_every": 0, "log_every": 1}, checkpoint={"save_every_minutes": 2.5, "max_to_keep": 9}
+    )
     train.run(config, tmp_path)
     found = Checkpoints(tmp_path / "checkpoints", read_only=True).steps()
     assert found[-1] == 6

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from natsjax.errors import UserError
 from natsjax.evaluate import DEFAULT_CHUNK
 from natsjax.policies.registry import POLICIES
+from natsjax.runtime.cpu_devices import use_cores
 from natsjax.runtime.flags import Parser, run_command
 
 
@@ -68,8 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
-    from natsjax.evaluate.evaluation import run  # here: the parser is built before anything slow is imported
+    # Here: the parser is built before anything slow is imported.
+    from natsjax.evaluate.evaluation import run
+    from natsjax.model import sharding
+    from natsjax.runs.workdir import Workdir
 
+    config = Workdir(flags.workdir).read_config()
+    use_cores(lambda count: sharding.fits(config, count, trains=False))
     evaluation = run(
         flags.workdir,
         budgets=budgets,

@@ -11,6 +11,7 @@ parameters and optimizer state at rest, and *compute*, parameters where they are
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
+def fits(config: Config, num_devices: int, *, trains: bool) -> bool:
+    """Returns whether a config's mesh can be made of so many devices, and its arrays divided along it.
+
+    Args:
+      config: of the run; the vocabulary's size is not known yet and not looked at.
+      num_devices: number of devices.
+      trains: True if the batch has to be divided too; an evaluation fills its last one up.
+    """
+    try:
+        mesh = jax.sharding.AbstractMesh(mesh_sizes(config.mesh, num_devices), AXES)
+        (check if trains else check_arrays)(config, math.lcm(*mesh.shape.values()), mesh)
+    except UserError:
+        return False
+    return True
+
+
+def check(config: Config, vocab_size: int, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
     """Checks that a run can be trained on the mesh.
 
     Raises:
@@ -126,7 +143,7 @@ def check(config: Config, vocab_size: int, mesh: Mesh) -> None:
     check_arrays(config, vocab_size, mesh)
 
 
-def check_arrays(config: Config, vocab_size: int, mesh: Mesh) -> None:
+def check_arrays(config: Config, vocab_size: int, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
     """Checks that parameters and sequences can be divided along the mesh.
 
     Raises:

@@ -126,6 +126,16 @@ def any_process(flag: bool) -> bool:
     return flag if _member is None else _member.any_process(flag)
 
 
+def of_main(flag: bool) -> bool:
+    """Returns the flag of process 0, in all processes; they wait for each other, and for what their devices do."""
+    if _member is None:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+
+
 def barrier(what: str) -> None:
     """Waits, however long, until all processes wait for the same thing, what one of them does alone, say.
 

@@ -281,7 +281,7 @@ class _Loop:
                     watchdog.progress(f"in step {step + 1}")
                 step, pending = step + 1, metrics
                 stop = distributed.any_process(self._stop.requested is not None)
-                is_saved = step % self._config.checkpoint.save_every == 0 or step == last or stop or self._is_time()
+                is_saved = step % self._config.checkpoint.save_every == 0 or step == last or stop or self._is_time(step)
                 if self._held_out.is_due(step) or is_saved:
                     self._handle(step, pending, state)  # never save what a non-finite loss has spoiled
                     watchdog.progress(f"in step {step + 1}")
@@ -305,10 +305,15 @@ class _Loop:
     def _is_new_best(self, step: int) -> bool:
         return self._config.checkpoint.keep_best and self._held_out.best == step
 
-    def _is_time(self) -> bool:
-        """Returns True if the last save is ``checkpoint.save_every_minutes`` ago, by the clock of any process."""
+    def _is_time(self, step: int) -> bool:
+        """Returns True if the last save is ``checkpoint.save_every_minutes`` ago, by the clock of process 0.
+
+        It is looked at when metrics are logged: processes that agree wait for their devices.
+        """
         minutes = self._config.checkpoint.save_every_minutes
-        return minutes > 0 and distributed.any_process(time.monotonic() - self._saved >= 60 * minutes)
+        if not minutes or step % self._config.train.log_every:
+            return False
+        return distributed.of_main(time.monotonic() - self._saved >= 60 * minutes)
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]], running: Future[float] | None) -> Batch:
         """Returns the next batch, on its way to the devices, which may still be running a step."""
