@@ -4,6 +4,7 @@
     python -m benchmarks.train_step --devices=2               a CPU device for each of two cores
     python -m benchmarks.train_step --breakdown               also where the time of each step goes
     python -m benchmarks.train_step --remat                   also NAtS with every rematerialization policy
+    python -m benchmarks.train_step --optimizers              also the dense model with every update rule
 
 The model is that of ``configs/quickstart.py``; a step has ``--tokens`` tokens, so that a longer context means a smaller
 batch. Every row of a batch is one document of random tokens, all of them predicted. A step is the whole of it: forward,
@@ -13,7 +14,8 @@ whatever else the machine does hits all of them; a ratio is the median over roun
 Contestants: ``dense``; ``nats`` with ``nats.mask_gradient`` "exact"; ``sampled`` with "sampled"; and ``torch``, the
 dense model as an ``nn.Module`` under ``torch.compile``, where PyTorch is installed (``benchmarks.train_step_torch``).
 It takes over the parameters of ``dense`` and must give the same losses and norms of the gradient, or the program stops.
-With ``--remat`` also ``nats`` with ``model.remat`` "dots" and "full" (it is "none" otherwise), under these names.
+With ``--remat`` also ``nats`` with ``model.remat`` "dots" and "full" (it is "none" otherwise), under these names. With
+``--optimizers`` also ``dense`` with the other update rules of ``optimizer.name``, under these names.
 
 A fresh scorer would keep far more keys than a trained one. ``nats.initial_roles`` is therefore set to fractions (some
 GLOBAL, the rest half LOCAL, half SLIDING) that keep about ``nats.kv_budget`` at the context's length; the KV fraction
@@ -52,6 +54,9 @@ MAX_DIFFERENCE = 1e-4
 
 NATS_MOST = {1024: 1.25, 8192: 1.0}
 """Tokens of a context to the largest seconds of ``nats`` over those of ``dense`` that the project allows itself."""
+
+UPDATE_RULES = ("muon", "lion", "adafactor", "schedule_free")
+"""Update rules besides AdamW, which all contestants have otherwise."""
 
 TORCH_LEAST = 0.75
 """The smallest seconds of ``torch`` over those of ``dense`` at 1024 tokens; the aim is 0.9."""
@@ -135,8 +140,13 @@ def base_config() -> ml_collections.ConfigDict:
     return quickstart.get_config()
 
 
-def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
-    """Returns the configs of our contestants by name; with ``remat`` those of the rematerialization policies too.
+def configs_of(case: Case, remat: bool = False, optimizers: bool = False) -> dict[str, Config]:
+    """Returns the configs of our contestants by name.
+
+    Args:
+      case: sizes.
+      remat: also those of the rematerialization policies.
+      optimizers: also those of the update rules.
 
     Raises:
       UserError: the case cannot be run on its devices.
@@ -156,6 +166,10 @@ def configs_of(case: Case, remat: bool = False) -> dict[str, Config]:
     for policy in ("dots", "full") if remat else ():
         model = dataclasses.replace(nats.model, remat=policy)
         configs[policy] = dataclasses.replace(configs["nats"], model=model)
+    for rule in UPDATE_RULES if optimizers else ():
+        schedule = "constant" if rule == "schedule_free" else nats.optimizer.schedule
+        optimizer = dataclasses.replace(nats.optimizer, name=rule, schedule=schedule)
+        configs[rule] = dataclasses.replace(configs["dense"], optimizer=optimizer)
     return configs
 
 
@@ -252,9 +266,9 @@ class OtherLoad:
         return time.perf_counter(), busy, time.process_time()
 
 
-def measure(case: Case, repeats: int, remat: bool = False) -> tuple[Row, dict[str, Any]]:
+def measure(case: Case, repeats: int, remat: bool = False, optimizers: bool = False) -> tuple[Row, dict[str, Any]]:
     """Measures a row of the table; also returns the contestants."""
-    configs = configs_of(case, remat)
+    configs = configs_of(case, remat, optimizers)
     vocab_size = configs["dense"].data.vocab_size
     batch = batch_of(case, vocab_size)
     steps: dict[str, Any] = {name: Ours(config, vocab_size, batch) for name, config in configs.items()}
@@ -321,6 +335,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1, help="devices of a step; on a CPU one for each core is best")
     parser.add_argument("--breakdown", action="store_true", help="also print where the time of each step goes")
     parser.add_argument("--remat", action="store_true", help="also time NAtS with every rematerialization policy")
+    parser.add_argument("--optimizers", action="store_true", help="also time the dense model with every update rule")
     parser.add_argument("--output", type=pathlib.Path, default=None, help="folder for train_step.json")
     arguments = parser.parse_args(argv)
     for name in ("tokens", "repeats", "devices"):
@@ -367,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for length in arguments.lengths:
             case = Case(length, max(1, arguments.tokens // length), arguments.devices)
-            row, steps = measure(case, arguments.repeats, arguments.remat)
+            row, steps = measure(case, arguments.repeats, arguments.remat, arguments.optimizers)
             rows.append(row)
             if arguments.breakdown:
                 from benchmarks import train_step_breakdown

@@ -1,6 +1,7 @@
 """The benchmark of the train step: that it compares like with like, and prints what it says it does."""
 
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from benchmarks import train_step as benchmark
 from benchmarks import train_step_breakdown
 from configs import quickstart
 from natsjax import UserError
+from natsjax.config import OptimizerConfig
 from pallas_kernels.nats_attention import key_end_from_roles
 
 CASE = benchmark.Case(length=24, batch=4)
@@ -98,6 +100,13 @@ def test_contestants_differ_in_attention_and_mask_gradient_alone():
     for config in configs.values():
         assert (config.data.context_length, config.train.batch_size, config.data.vocab_size) == (1024, 8, 2048)
         assert (config.model.num_layers, config.model.embed_dim, config.model.dtype) == (4, 128, "float32")
+
+
+def test_every_update_rule_is_a_contestant():
+    configs = benchmark.configs_of(benchmark.Case(length=1024, batch=8), optimizers=True)
+    rules = typing.get_args(typing.get_type_hints(OptimizerConfig)["name"])
+    found = {config.optimizer.name: config.model.layer_pattern for config in configs.values()}
+    assert found == dict.fromkeys(rules, "dense") | {"adamw": "nats"}
 
 
 def test_it_prints_a_table_and_writes_what_it_measured(dense, monkeypatch, capsys, tmp_path):
