@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from planned import check_total, here, plan_and_program
 from processes import SLOW, json_lines
 
 from natsjax import train
@@ -296,6 +297,26 @@ def test_every_rule_has_the_same_losses_on_any_mesh():
         assert alone[-2] < alone[0], name
         for losses in others:
             np.testing.assert_allclose(losses, alone, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_matrix", "of_other", "changes"),
+    [
+        ("lion", 4, 4, {}),
+        ("muon", 2, 6, {"momentum_dtype": "bfloat16"}),
+        ("muon", 8, 12, {"ema_decay": 0.9}),
+        ("schedule_free", 8, 8, {"schedule": "constant"}),
+    ],
+)
+def test_a_plan_counts_what_a_rule_keeps_of_each_parameter(name, of_matrix, of_other, changes):
+    config = tiny.config(optimizer={"name": name} | changes, model={"layer_types": "dense"})
+    made, compiled = plan_and_program(config, here())
+    check_total(made.memory, compiled)
+    model = model_structure(config, tiny.VOCAB_SIZE)
+    sizes = list(zip(jax.tree.leaves(model.parts), jax.tree.leaves(model.parameters), strict=True))
+    matrices = sum(x.size for part, x in sizes if part in ("attention", "mlp"))
+    expected = of_matrix * matrices + of_other * (made.num_parameters - matrices)
+    assert expected <= made.memory.optimizer <= expected + 128
 
 
 @pytest.mark.parametrize(
