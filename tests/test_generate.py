@@ -13,7 +13,6 @@ from processes import run as run_process
 
 from natsjax import generate
 from natsjax.config import MeshConfig
-from natsjax.data import ByteTokenizer
 from natsjax.decode import generation
 from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.decode.sampling import Sampling
@@ -148,7 +147,7 @@ def test_a_stop_token_at_once_and_a_single_token(text_run, capsys):
 
 def test_eos_ends_a_text_unless_it_is_ignored(text_run, monkeypatch):
     first = run(text_run, ["köln"]).total.tokens[0][0]
-    monkeypatch.setattr(ByteTokenizer, "eos_id", first)
+    monkeypatch.setattr(text_run.tokenizer, "eos_id", first)
     assert run(text_run, ["köln"]).total.tokens == [[first]]
     assert len(run(text_run, ["köln"], ignore_eos=True).total.tokens[0]) > 1
 
