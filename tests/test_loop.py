@@ -16,6 +16,7 @@ from natsjax.model import sharding
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.signals import StopRequests
+from natsjax.train.held_out import HeldOut
 from natsjax.train.logs.wall_time import WallTime
 from natsjax.train.loop import _Loop, compilation_cache
 from natsjax.train.step import Trainer
@@ -93,6 +94,12 @@ class Device:
         self._log.append(f"put {rows}")
         return rows
 
+    def to_save(self, state):
+        return state
+
+    def program(self):
+        return ""
+
     def step(self, state, number):
         self._log.append(f"step {number}")
         self._busy_until = max(self._busy_until, self._clock()) + self._seconds
@@ -128,7 +135,8 @@ def simulate(tmp_path, *, step_seconds, batch_seconds, save_seconds=0.0, num_ste
     config = tiny.config(train={"num_steps": num_steps}, checkpoint={"save_every": save_every})
     wall_time = ClockedWallTime(clock)
     device, checkpoints = Device(clock, step_seconds, log), Checkpoints(clock, save_seconds)
-    loop = _Loop(config, Workdir(tmp_path), device, checkpoints, 0, wall_time, StopRequests())
+    held_out = HeldOut(config, Workdir(tmp_path), None, device, 0)
+    loop = _Loop(config, Workdir(tmp_path), device, checkpoints, held_out, 0, wall_time, StopRequests())
     loop.run(State(), batches())
     loop.close()
     wall_time.close()
@@ -217,8 +225,8 @@ def test_a_run_says_when_its_first_step_was_done_and_a_resumed_one_loads_it(
     jax.monitoring.register_event_listener(listener := lambda name, **_: hits.append(name.endswith("/cache_hits")))
     real = _Loop._handle
 
-    def stop_at_2(self, step, metrics):
-        real(self, step, metrics)
+    def stop_at_2(self, step, metrics, state=None):
+        real(self, step, metrics, state)
         used.append(jax.config.jax_compilation_cache_dir)
         if step == 2:
             raise RuntimeError("killed")
@@ -331,7 +339,8 @@ def test_a_signal_leads_to_a_save_within_one_step(tmp_path, capfd, number):
 
 def interrupted(tmp_path, device, saving, clock, stop, start=0):
     wall_time = ClockedWallTime(clock)
-    loop = _Loop(tiny.config(), Workdir(tmp_path), device, saving, start, wall_time, stop)
+    held_out = HeldOut(tiny.config(), Workdir(tmp_path), None, device, start)
+    loop = _Loop(tiny.config(), Workdir(tmp_path), device, saving, held_out, start, wall_time, stop)
     with pytest.raises(train.Interrupted):
         loop.run(State(start), iter(range(1, 100)))
     loop.close()

@@ -34,8 +34,8 @@ def test_resuming_gives_bit_for_bit_the_losses_of_the_uninterrupted_run(tmp_path
     train.run(config, tmp_path / "whole")
     real = loop._Loop._handle
 
-    def stop_at_8(self, step, metrics):
-        real(self, step, metrics)
+    def stop_at_8(self, step, metrics, state=None):
+        real(self, step, metrics, state)
         if step == 8:
             raise RuntimeError("killed")
 
