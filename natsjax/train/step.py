@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, optimizer steps taken.
-      parameters: nested dict of float32 arrays.
+      parameters: nested dict of arrays (``model.param_dtype``).
       optimizer: optax state.
       controller: of the KV penalty.
       spikes: running statistics of the loss.
@@ -242,10 +242,14 @@ class Trainer:
             (loss, sums), gradients = gradient(
                 state.parameters, self.model.structure, self.config, part, totals, noise_key, kv_penalty, temperature
             )
-            return gradients, loss, sums
+            # What bfloat16 parameters have is rounded once, not with every microbatch.
+            return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), loss, sums
+
+        def rounded(gradients, loss, sums):
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, state.parameters), loss, sums
 
         if count == 1:
-            return microbatch(0, batch)
+            return rounded(*microbatch(0, batch))
         # Each device's rows are dealt out to all microbatches, so that none has to move.
         dealt = compute_sharding("batch", None, "sequence")
         parts = jax.tree.map(
@@ -257,7 +261,7 @@ class Trainer:
 
         shapes = jax.eval_shape(microbatch, 0, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=sharding_of(x)), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
+        return rounded(*jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0])
 
 
 def _is_schedule(node: Any) -> bool:
