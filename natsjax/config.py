@@ -128,7 +128,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = config_field(
         "float32",
         "dtype that parameters, and the averages of AdamW, are stored and updated in; scorer, norms and attention "
-        "sinks stay float32. An update below 1/256 of a bfloat16 parameter is lost",
+        "sinks stay float32. An update below 1/512 of a bfloat16 parameter is lost",
     )
     remat: Literal["none", "full", "dots"] = config_field(
         "none", "recompute in the backward pass: nothing, each block, or each block except its matmuls", resume=True
