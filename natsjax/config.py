@@ -6,6 +6,7 @@ with the overrides of the command line, into the frozen dataclasses below, which
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -53,7 +54,7 @@ _RENAMED_VALUES = {"nats.kv_penalty_mode": {"steered": "controlled"}}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer: decoder-only, pre-norm with RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """The transformer: decoder-only, pre-norm with RMSNorm, rotary positions, grouped-query attention, a gated MLP."""
 
     layer_types: tuple[LayerType, ...] = config_field(
         ("nats",),
@@ -68,14 +69,67 @@ class ModelConfig:
     num_heads: int = config_field(4, "query heads (n)", minimum=1)
     num_kv_heads: int = config_field(4, "KV heads (k), a divisor of num_heads", minimum=1)
     head_dim: int = config_field(32, "size of queries, keys and values (h), even for the rotary embedding", minimum=2)
-    mlp_dim: int = config_field(344, "size of the SwiGLU's hidden layer (f)", minimum=1)
+    mlp_dim: int = config_field(
+        344,
+        'size of the MLP\'s hidden layer (f); its matrices are three of d f numbers, or two with "squared_relu"',
+        minimum=1,
+    )
+    activation: Literal["swiglu", "geglu", "squared_relu"] = config_field(
+        "swiglu",
+        "hidden layer of the MLP: silu(gate) up, gelu(gate) up, or relu(up)^2 without a gate (arXiv:2109.08668)",
+    )
     qkv_bias: bool = config_field(False, "add biases to queries, keys and values before the rotary embedding")
     qk_norm: bool = config_field(False, "RMSNorm of each head's queries and keys before the rotary embedding")
+    attention_gate: bool = config_field(
+        False,
+        "multiply each head's result by a sigmoid gate for each of its numbers, computed from the layer's normalized "
+        "input (arXiv:2505.06708)",
+    )
+    attention_sinks: bool = config_field(
+        False,
+        "one learned logit for each query head in the softmax's denominator, whose value is 0: a head may read "
+        "nothing. It starts at 0, the weight of one more key of an average logit",
+    )
     final_logit_softcap: float = config_field(0.0, "c in logits = c tanh(logits / c); 0: no cap", minimum=0)
     tie_embeddings: bool = config_field(True, "use the input embedding as the output layer")
+    embedding_scale: float = config_field(
+        0.0, "factor of the input embeddings; 0: the root of embed_dim, which brings them to unit size", minimum=0
+    )
+    zero_init_output: bool = config_field(
+        False, "start the output projections of attention and MLP at zero, so that each block starts as the identity"
+    )
+    dropout: float = config_field(
+        0.0,
+        "fraction of numbers that training sets to 0 in the embedded input and in the results of attention and MLP "
+        "before they are added to the residual stream",
+        minimum=0,
+        maximum=0.99,
+    )
     rope_theta: float = config_field(10000.0, "base of the rotary wavelengths", minimum=1)
+    rope_scaling: Literal["none", "linear", "yarn"] = config_field(
+        "none",
+        "rotary embedding for contexts longer than those that the model was trained with: positions divided by "
+        "rope_scaling_factor, or YaRN (arXiv:2309.00071), which divides those of long wavelengths alone and sharpens "
+        "attention",
+    )
+    rope_scaling_factor: float = config_field(
+        1.0, "how many times longer the contexts are (s), with rope_scaling", minimum=1
+    )
+    rope_original_context: int = config_field(
+        0, 'context length before the extension (tokens), with rope_scaling = "yarn"', minimum=0
+    )
+    nope: tuple[bool, ...] = config_field(
+        (),
+        "for each layer, whether it goes without the rotary embedding; a pattern that repeats over the layers, as "
+        "layer_types does, for example false,false,false,true; (): no layer does",
+    )
     norm_eps: float = config_field(1e-6, "added to the mean square in RMSNorm", minimum=0)
-    dtype: Literal["float32", "bfloat16"] = config_field("float32", "dtype of activations; parameters are float32")
+    dtype: Literal["float32", "bfloat16"] = config_field("float32", "dtype of activations")
+    param_dtype: Literal["float32", "bfloat16"] = config_field(
+        "float32",
+        "dtype that parameters, and the averages of AdamW, are stored and updated in; scorer, norms and attention "
+        "sinks stay float32. An update below 1/512 of a bfloat16 parameter is lost",
+    )
     remat: Literal["none", "full", "dots"] = config_field(
         "none", "recompute in the backward pass: nothing, each block, or each block except its matmuls", resume=True
     )
@@ -84,6 +138,18 @@ class ModelConfig:
     def all_layer_types(self) -> tuple[LayerType, ...]:
         """Type of every layer, first layer first."""
         return self.layer_types * (self.num_layers // len(self.layer_types))
+
+    @property
+    def all_rotary(self) -> tuple[bool, ...]:
+        """Whether each layer has the rotary embedding, first layer first."""
+        nope = self.nope or (False,)
+        return tuple(not without for without in nope * (self.num_layers // len(nope)))
+
+    @property
+    def layer_period(self) -> tuple[tuple[LayerType, bool], ...]:
+        """Type of each layer and whether it has the rotary embedding, up to where both begin to repeat."""
+        count = math.lcm(len(self.layer_types), len(self.nope) or 1)
+        return tuple(zip(self.all_layer_types[:count], self.all_rotary[:count], strict=True))
 
     @property
     def layer_pattern(self) -> str:
@@ -480,6 +546,30 @@ def _check_layer_types(model: ModelConfig) -> None:
             f"model.layer_types = {format_value(types)}: model.num_layers = {model.num_layers} is not a multiple of "
             f"its {count} layers."
         )
+    if model.nope and model.num_layers % len(model.nope):
+        raise UserError(
+            f"model.nope = {format_value(model.nope)}: model.num_layers = {model.num_layers} is not a multiple of its "
+            f"{len(model.nope)} layers."
+        )
+
+
+def _check_rope(model: ModelConfig) -> None:
+    scaling, factor, context = model.rope_scaling, model.rope_scaling_factor, model.rope_original_context
+    if scaling == "none" and factor != 1:
+        raise UserError(
+            f'model.rope_scaling_factor = {factor}: model.rope_scaling = "none" has no use for it; set that to linear '
+            "or yarn, or leave the factor at 1."
+        )
+    if scaling != "yarn" and context:
+        raise UserError(
+            f'model.rope_original_context = {context}: only model.rope_scaling = "yarn" reads it, and it is '
+            f'"{scaling}"; leave it at 0.'
+        )
+    if scaling == "yarn" and not context:
+        raise UserError(
+            'model.rope_original_context = 0: model.rope_scaling = "yarn" needs the context length that the model was '
+            "trained with before; set it."
+        )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -518,6 +608,7 @@ def validate(config: Config) -> None:
     """
     model, nats, data, train = config.model, config.nats, config.data, config.train
     _check_layer_types(model)
+    _check_rope(model)
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"model.num_heads = {model.num_heads}: not a multiple of model.num_kv_heads = {model.num_kv_heads}."

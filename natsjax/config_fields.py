@@ -218,12 +218,16 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
     if typing.get_origin(kind) is tuple:
         element_kind = typing.get_args(kind)[0]
         of_words = typing.get_origin(element_kind) is Literal
-        if of_words:  # "a,b" as on the command line, alone or as the element that its parser makes of it
+        if of_words or element_kind is bool:  # "a,b" as on the command line, or as the element that its parser makes
             value = value.split(",") if isinstance(value, str) else value
             if isinstance(value, tuple | list):
                 value = [word for e in value for word in (e.split(",") if isinstance(e, str) else [e])]
+        if element_kind is bool and isinstance(value, list):
+            value = [
+                {"true": True, "false": False}.get(e.strip().lower(), e) if isinstance(e, str) else e for e in value
+            ]
         if not isinstance(value, tuple | list):
-            expected = "words" if of_words else "numbers"
+            expected = "words" if of_words else "bools" if element_kind is bool else "numbers"
             raise UserError(f"{path} = {format_value(value)}: a tuple of {expected} was expected.")
         return tuple(_checked(path, element, element_kind, limits) for element in value)
     if type(value) is not kind and (kind, type(value)) != (float, int):

@@ -124,6 +124,7 @@ _TUPLES = {
         [(1 / 3, 1 / 3, 1 / 3), (0.5, 0.25, 0.25), (1e-6, 1e-6, 1 - 2e-6), (1 - 2e-6, 1e-6, 1e-6)]
     ),
     "train.profile": st.sampled_from([(), (1, 1), (2, 3), (10, 1000)]),
+    "model.nope": st.sampled_from([(), (True,), (False, True), (False, True, False)]),
 }
 
 

@@ -78,6 +78,66 @@ def expected_of(case: Case, layer):
         return np.asarray(run(cast(case, np.float64), layer, "plain", None, "reference"))
 
 
+def weights_of(query, keys, is_read, sink):
+    """Softmax weights ``[…, k, g, s]`` in float64, with a sink ``[k, g]`` in the denominator."""
+    weights = np.exp(np.einsum("...kgh,...ksh->...kgs", query, keys) * query.shape[-1] ** -0.5)
+    weights = np.where(is_read[..., None, :], weights, 0)
+    return weights / (weights.sum(-1, keepdims=True) + np.exp(sink)[..., None])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_sink_is_one_more_logit_whose_value_is_zero(format):
+    shape = Shape(1, 2, 2, 3, 60, 8, 20)
+    case, sink = case_of(shape), np.random.default_rng(1).normal(size=6) * 3
+    narrow = cast(case, np.float32)
+    got = da.decode_attention(
+        *narrow[:3],
+        da.Storage.of(*narrow[3:5], format, 20),
+        **{"key_end": case.key_end, "length": case.length, "position": case.position},
+        sink=jnp.asarray(sink, jnp.float32),
+    )
+    keys, values = (
+        np.concatenate([x[0], own[:, :, None]], 2) for x, own in ((case.keys, case.key), (case.values, case.value))
+    )
+    is_read = np.concatenate([case.position[:, None, None] < case.key_end[0], np.ones((2, 2, 1), bool)], -1)
+    weights = weights_of(case.query.reshape(2, 2, 3, 8), keys, is_read, sink.reshape(2, 3))
+    expected = np.einsum("bkgs,bksh->bkgh", weights, values).reshape(2, 6, 8)
+    assert relative_error(got, expected) < 2e-5
+    with pytest.raises(ValueError, match="sink has shape"):
+        da.decode_attention(
+            *narrow[:3],
+            da.Storage.of(*narrow[3:5], format, 20),
+            key_end=case.key_end,
+            length=case.length,
+            position=case.position,
+            sink=jnp.zeros(5),
+        )
+
+
+def test_keys_receive_less_attention_beside_a_sink():
+    rng = np.random.default_rng(0)
+    query, sink = 3 * rng.normal(size=(2, 5, 6, 8)), 3 * rng.normal(size=6)
+    key, value = rng.normal(size=(2, 2, 9, 2, 8))
+    key_position = np.broadcast_to(np.arange(9), (2, 2, 9))
+    query_position = np.broadcast_to(np.arange(3, 8), (2, 5))
+    key_end = rng.integers(0, 14, (2, 2, 9))
+    observed = rng.random((2, 5)) < 0.7
+    out, received = da.observed_attention(
+        *(jnp.asarray(x, jnp.float32) for x in (query, key, value)),
+        key_end,
+        query_position=query_position,
+        key_position=key_position,
+        observed=observed,
+        sink=jnp.asarray(sink, jnp.float32),
+    )
+    at = query_position[:, :, None, None]
+    is_read = (key_position[:, None] <= at) & (at < key_end[:, None])
+    weights = weights_of(query.reshape(2, 5, 2, 3, 8), np.moveaxis(key, 1, 2)[:, None], is_read, sink.reshape(2, 3))
+    expected = np.einsum("btkgs,bskh->btkgh", weights, value).reshape(2, 5, 6, 8)
+    assert relative_error(out, expected) < 2e-5
+    assert relative_error(received, np.einsum("btkgs,bt->bks", weights, observed)) < 2e-5
+
+
 def interpreted(monkeypatch, interpret=True):
     """The TPU kernel runs here when it is named."""
     monkeypatch.setattr(pallas_tpu, "attend", functools.partial(pallas_tpu.attend, interpret=interpret))

@@ -176,7 +176,8 @@ def test_flags(changed, wrong, data):
 _APART = {"data.vocab_size", "data.context_length", "data.source", "data.input", "data.mixture", "data.prepared_dir"}
 _APART |= {"data.tokenizer", "eval.bootstrap_samples", "train.init_from", "train.reinit_scorer", "train.wandb"}
 _APART |= {"train.compilation_cache", "train.progress", "train.num_epochs", "model.num_layers", "model.num_heads"}
-_APART |= {"model.num_kv_heads", "model.head_dim", "model.layer_types"}
+_APART |= {"model.num_kv_heads", "model.head_dim", "model.layer_types", "model.nope", "model.rope_scaling"}
+_APART |= {"model.rope_scaling_factor", "model.rope_original_context"}
 
 
 @st.composite
@@ -188,6 +189,9 @@ def tiny_configs(draw, least):
     chosen = draw(st.lists(st.sampled_from(free), min_size=least, max_size=20, unique_by=lambda field: field.name))
     heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]))
     pattern = draw(valid(next(field for field in FIELDS if field.name == "model.layer_types")))
+    num_layers = len(pattern.split(","))
+    nope = draw(st.sampled_from([(), (True,), (False,) * (num_layers - 1) + (True,)]))
+    rope = draw(st.sampled_from([("none", 1.0, 0), ("linear", 2.5, 0), ("yarn", 4.0, 8), ("yarn", 1.0, 1)]))
     num_pairs = draw(st.integers(1, 3))
     is_recall = draw(st.booleans())
     return nested(
@@ -195,7 +199,11 @@ def tiny_configs(draw, least):
         {field.path: draw(valid(field)) for field in chosen}
         | {
             ("model", "layer_types"): pattern,
-            ("model", "num_layers"): len(pattern.split(",")),
+            ("model", "num_layers"): num_layers,
+            ("model", "nope"): nope,
+            ("model", "rope_scaling"): rope[0],
+            ("model", "rope_scaling_factor"): rope[1],
+            ("model", "rope_original_context"): rope[2],
             ("model", "num_heads"): heads[0],
             ("model", "num_kv_heads"): heads[1],
             ("model", "head_dim"): draw(st.sampled_from([2, 4])),

@@ -251,19 +251,49 @@ def products(jaxpr, times=1):
     return total
 
 
+OPTIONS = {
+    "none": {},
+    "gates": {"attention_gate": True, "attention_sinks": True, "activation": "geglu", "dropout": 0.1},
+    "no_gate": {"activation": "squared_relu", "nope": (False, True), "param_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("attention", ["dense", "nats"])
-def test_products_with_weights_are_those_that_the_step_traces(attention, remat, monkeypatch):
-    def no_attention(query, key, value, *_, **__):
-        return query + key.sum() + value.sum()
+def test_products_with_weights_are_those_that_the_step_traces(attention, remat, options, monkeypatch):
+    def no_attention(query, key, value, *_, return_lse=False, **__):
+        out = query + key.sum() + value.sum()
+        return (out, out.sum(-1)) if return_lse else out
 
     monkeypatch.setattr(attention_layer, "nats_attention", no_attention)
     monkeypatch.setattr(attention_layer, "interval_attention", no_attention)
-    config = tiny.config(model={"layer_types": attention, "remat": remat}, train={"gradient_accumulation_steps": 2})
+    model = {"layer_types": attention, "remat": remat} | OPTIONS[options]
+    config = tiny.config(model=model, train={"gradient_accumulation_steps": 2})
     trainer = Trainer(config, tiny.VOCAB_SIZE)
     with jax.set_mesh(trainer.mesh):
         traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
     assert train_step.step_flops(config, tiny.VOCAB_SIZE).weights == products(traced.jaxpr)
+
+
+def test_memory_follows_the_options():
+    plain, other = (
+        Trainer(tiny.config(model=model), tiny.VOCAB_SIZE)
+        for model in ({}, {"param_dtype": "bfloat16", "activation": "squared_relu", "attention_gate": True})
+    )
+    layers, d, f, heads, head_dim = 2, 16, 24, 4, 4
+    sizes = [sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.parameters)) for trainer in (plain, other)]
+    assert sizes[1] == sizes[0] + layers * (d * heads * head_dim - d * f)
+    state = other.abstract_state()
+    wide = layers * (2 * d + (d + 1) * 2 * 3) + d  # two norms and a scorer in each layer, the last norm
+    assert train_step.bytes_on_device(state.parameters) == 2 * sizes[1] + 2 * wide
+    assert train_step.bytes_on_device(state.optimizer) == pytest.approx(2 * (2 * sizes[1] + 2 * wide), abs=64)
+    # What dropout keeps for the backward pass: a bool for each number of a block's two results, and of the input.
+    saved = [
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in train_step.saved_activations(trainer))
+        for trainer in (plain, Trainer(tiny.config(model={"dropout": 0.5}), tiny.VOCAB_SIZE))
+    ]
+    assert saved[1] - saved[0] >= (2 * layers + 1) * 4 * 24 * d
 
 
 def test_attention_counts_pairs():

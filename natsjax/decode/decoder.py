@@ -114,7 +114,7 @@ class Decoder:
     Args:
       config: of the run.
       model: its structure.
-      parameters: nested dict of float32 arrays.
+      parameters: nested dict of arrays.
       mesh: on which to decode: batch over ``data`` and ``fsdp``, KV heads over ``tensor``.
       policy: decides how long keys live; None: the model's roles, or full attention for a dense model.
       settings: of decoding.
@@ -410,14 +410,14 @@ def decode_parameters(parameters: Any, model: ModelStructure, config: Config, me
 
 
 def decode_layout(model: ModelStructure, config: Config, mesh: Mesh) -> Any:
-    """Returns layout and dtype of parameters in decoding: those of the forward pass; scorer and norms stay float32.
+    """Returns layout and dtype of parameters in decoding: those of the forward pass.
 
     Returns:
       Nested dict of ``jax.ShapeDtypeStruct`` with shardings.
     """
 
-    def place(x, axes, part):
-        dtype = "float32" if part in ("scorer", "norm") else config.model.dtype
+    def place(x, axes, is_wide):
+        dtype = "float32" if is_wide else config.model.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, compute_spec(axes)))
 
-    return jax.tree.map(place, model.parameters, model.axes, model.parts)
+    return jax.tree.map(place, model.parameters, model.axes, model.wide)

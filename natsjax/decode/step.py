@@ -11,7 +11,6 @@ Axis letters: ``b`` batch, ``t`` token of the chunk, ``k`` KV head, ``g`` query 
 ``d`` embedding dim, ``l`` layer of a group, ``c`` slot.
 """
 
-import typing
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from flax import nnx
 from natsjax.config import LAYER_TYPES, Config
 from natsjax.decode.buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewKeys
 from natsjax.model import sharding
-from natsjax.model.attention import Attention
+from natsjax.model.attention import SINK_AXES, Attention, below_sink
 from natsjax.model.inputs import Batch
 from natsjax.model.transformer import Transformer
 from natsjax.policies.base import DecodingPolicy, cut, window_end
@@ -89,7 +88,10 @@ def forward_chunk(
       count_live: True to get ``live``.
     """
     structure, layers = nnx.split(model.blocks)
-    kinds = jnp.array([LAYER_TYPES.index(kind) for kind in model.config.model.all_layer_types], jnp.int32)
+    config = model.config.model
+    kinds = jnp.array([LAYER_TYPES.index(kind) for kind in config.all_layer_types], jnp.int32)
+    rotary = jnp.array(config.all_rotary)
+    is_alike = len(set(config.all_rotary)) == 1
     x = model.embed(chunk.tokens)
     new, live, first = [], [], 0
     for group in buffer:
@@ -100,7 +102,9 @@ def forward_chunk(
 
             role_ids = None if chunk.role_ids is None else own(chunk.role_ids)
             attend = BufferAttention(group, number, chunk, policy, kinds[first + number], role_ids, count_live)
-            return nnx.merge(structure, jax.tree.map(own, layers))(x, chunk.batch.positions, attend)
+            is_rotary = config.all_rotary[0] if is_alike else rotary[first + number]
+            block = nnx.merge(structure, jax.tree.map(own, layers))
+            return block(x, chunk.batch.positions, attend, is_rotary=is_rotary)
 
         x, (written, read) = jax.lax.scan(layer, x, jnp.arange(group.num_layers, dtype=jnp.int32))
         new.append(written)
@@ -143,7 +147,7 @@ class BufferAttention(NamedTuple):
         is_observed, count_live = self.policy.observes_attention, self.count_live
         slots, structure = jax.tree.flatten(self.group)
 
-        def on_device(query, key, value, ids, end, layer, window, positions, is_token, observed_from, *slots):
+        def on_device(query, key, value, ids, end, sink, layer, window, positions, is_token, observed_from, *slots):
             new = _new_keys(key, value, ids, end, window, positions, is_token)
             group: LayerGroup = jax.tree.unflatten(structure, slots)
             if query.shape[1] == 1 and not is_observed and not count_live:
@@ -156,23 +160,24 @@ class BufferAttention(NamedTuple):
                     length=group.length,
                     position=positions[:, 0],
                     layer=layer,
+                    sink=None if sink is None else sink.reshape(-1),
                 )
                 sums, live = (), ()
             else:
                 observed = positions >= observed_from[:, None] if is_observed else None
                 at = jnp.where(is_token, positions, -1)
-                out, sums, live = _read_all(query, key, value, new, group, layer, at, observed, count_live)
+                out, sums, live = _read_all(query, key, value, new, group, layer, at, sink, observed, count_live)
             return out.reshape(query.shape), *new, *sums, *live
 
         by_head = ("batch", "kv_heads", None)
         given = ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None)
         tokens = (("batch", None), ("batch", None), ("batch",))
-        axes = (_QUERY, _KEY, _KEY, by_head, given, (), (), *tokens, *(AXES[x.ndim] for x in slots))
+        axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, (), (), *tokens, *(AXES[x.ndim] for x in slots))
         out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
         out_axes += [by_head] * (2 * is_observed + count_live)
         numbers = (self.layer, window, batch.positions, batch.is_token, self.chunk.observed_from)
         mapped = sharding.shard_map(on_device, axes, out_axes)
-        out, *rest = mapped(query, key, value, ids, end, *numbers, *slots)
+        out, *rest = mapped(query, key, value, ids, end, attention.sink_logits, *numbers, *slots)
         live = rest.pop() if count_live else None
         return out, (NewKeys(*rest), live)
 
@@ -189,7 +194,7 @@ def _new_keys(key, value, ids, end, window, positions, is_token):
     return jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), position, end, local_end
 
 
-def _read_all(query, key, value, new, group: LayerGroup, layer, at, observed, count_live):
+def _read_all(query, key, value, new, group: LayerGroup, layer, at, sink, observed, count_live):
     """Attends over slots and new keys side by side: ``(out, attention sums if observed, live keys if counted)``."""
     _, _, position, end, local_end = new
     slot_end, slot_position = (
@@ -206,10 +211,12 @@ def _read_all(query, key, value, new, group: LayerGroup, layer, at, observed, co
     sums: tuple[jax.Array, ...] = ()
     live: tuple[jax.Array, ...] = ()
     if observed is not None:
-        out, received = observed_attention(heads, keys, values, ends, observed=observed, **places)
+        sink = None if sink is None else sink.reshape(-1)
+        out, received = observed_attention(heads, keys, values, ends, observed=observed, sink=sink, **places)
         sums = (received[..., group.capacity :], received[..., : group.capacity])
     else:
-        out = typing.cast(jax.Array, interval_attention(heads, keys, values, ends, **places))
+        found = interval_attention(heads, keys, values, ends, return_lse=sink is not None, **places)
+        out = below_sink(found, sink)
     if count_live:
         at = at[:, None, :, None]
         is_read = (places["key_position"][:, :, None] <= at) & (at < ends[:, :, None])

@@ -60,8 +60,8 @@ def export(
     Args:
       workdir: of the run; or an export, to write it in another dtype.
       output: the folder; it appears whole or not at all. An export that is there (with its ``report/``) is replaced.
-      dtype: of the numbers in the folder. ``natsjax.load`` makes float32 of bfloat16, which are rounded and take half
-        the space.
+      dtype: of the numbers in the folder. ``natsjax.load`` makes ``model.param_dtype`` of them again; bfloat16 numbers
+        are rounded and take half the space.
       prepared_dir: where the prepared corpus is now; None: beside the run, or where it had it.
       checkpoint: "newest", "best" or a step, as in ``natsjax.load``.
 

@@ -10,6 +10,7 @@ weights are gathered where they are used, and attention runs on each device's he
 Axis letters as in ``natsjax.model.transformer``.
 """
 
+import functools
 import typing
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from natsjax.config import Config, ModelConfig, NatsConfig
 from natsjax.model.inputs import Batch
-from natsjax.model.layers import RMSNorm, gathered, matrix_param, residual_gain, rotate, vector_param
+from natsjax.model.layers import (
+    RMSNorm,
+    gathered,
+    matrix_param,
+    residual_gain,
+    rotary_size,
+    rotate,
+    scaled_frequencies,
+    vector_param,
+)
 from natsjax.model.roles import (
     NUM_ROLES,
     TokenRoles,
@@ -150,7 +160,7 @@ class Attention(nnx.Module):
         self.config = config
 
         def matrix(shape, axes, fan_in, **options):
-            return matrix_param(rngs.params(), shape, axes, fan_in, "attention", **options)
+            return matrix_param(rngs.params(), shape, axes, fan_in, "attention", dtype=model.param_dtype, **options)
 
         self.query = matrix((d, k, g, h), ("embed", "kv_heads", None, None), d)
         self.key = matrix((d, k, h), ("embed", "kv_heads", None), d)
@@ -160,28 +170,46 @@ class Attention(nnx.Module):
             # At zero the query's and the key's bias would be a saddle point of their product.
             self.query_bias = matrix((k, g, h), ("kv_heads", None, None), 1, weight_decay=False)
             self.key_bias = matrix((k, h), ("kv_heads", None), 1, weight_decay=False)
-            self.value_bias = vector_param(jnp.zeros((k, h), jnp.float32), ("kv_heads", None), "attention")
+            value_bias = jnp.zeros((k, h), model.param_dtype)
+            self.value_bias = vector_param(value_bias, ("kv_heads", None), "attention", is_wide=False)
+        if model.attention_gate:
+            self.gate = matrix((d, k, g, h), ("embed", "kv_heads", None, None), d)
+        if model.attention_sinks:
+            # Far below the logits a sink would have no weight, and with it no gradient. Logits start around 0.
+            self.sink = vector_param(jnp.zeros((k, g), jnp.float32), ("kv_heads", None), "attention")
         if model.qk_norm:
             self.query_norm = RMSNorm(h, model.norm_eps)
             self.key_norm = RMSNorm(h, model.norm_eps)
         if model.has_roles:  # in all layers, which are stacked; those of other kinds have no use for theirs
             self.scorer = Scorer(model, config.nats)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: AttentionFunction) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, attend: AttentionFunction, *, is_rotary: bool | jax.Array = True
+    ) -> tuple[jax.Array, Any]:
         """Maps ``[b, t, d]`` to ``[b, t, d]``.
 
         Args:
           x: normalized input of the layer.
           positions: int32 ``[b, t]``, distance to the start of the document.
           attend: reads the keys.
+          is_rotary: whether queries and keys get the rotary embedding; bool, or a bool scalar.
 
         Returns:
           ``(out, result)``, the latter from ``attend``.
         """
-        out, result = attend(self, x, *self.qkv_proj(x, positions))
+        out, result = attend(self, x, *self.qkv_proj(x, positions, is_rotary))
+        if self.config.model.attention_gate:
+            out *= jax.nn.sigmoid(jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.gate)))
         return self.out_proj(out), result
 
-    def qkv_proj(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    @property
+    def sink_logits(self) -> jax.Array | None:
+        """The attention sinks, float32 ``[k, g]``; None without any."""
+        return gathered(self.sink, jnp.float32) if self.config.model.attention_sinks else None
+
+    def qkv_proj(
+        self, x: jax.Array, positions: jax.Array, is_rotary: bool | jax.Array = True
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects ``x [b, t, d]`` to queries ``[b, t, k, g, h]``, keys and values ``[b, t, k, h]``, with positions."""
         model = self.config.model
         query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
@@ -194,7 +222,13 @@ class Attention(nnx.Module):
             )
         if model.qk_norm:  # each head's own norm: of what the scale below multiplies, nothing can grow
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, positions, model.rope_theta), rotate(key, positions, model.rope_theta), value
+        if is_rotary is False:
+            return query, key, value
+        scaled, size = functools.partial(scaled_frequencies, model=model), rotary_size(model)
+        turned = [rotate(y, positions, model.rope_theta, scaled=scaled, size=size) for y in (query, key)]
+        if is_rotary is not True:
+            turned = [jnp.where(is_rotary, y, plain) for y, plain in zip(turned, (query, key), strict=True)]
+        return turned[0], turned[1], value
 
     def out_proj(self, out: jax.Array) -> jax.Array:
         """Projects the heads' results ``[b, t, k, g, h]`` to ``[b, t, d]``."""
@@ -224,7 +258,7 @@ class MaskedAttention(NamedTuple):
         """See ``AttentionFunction``."""
         if self.kind == "nats" and self.sampling.key_end is None:
             return self._by_roles(attention, x, query, key, value)
-        return self._by_interval(attention.config.model, query, key, value)
+        return self._by_interval(attention, query, key, value)
 
     def _by_roles(self, attention, x, query, key, value):
         nats, batch, sampling = attention.config.nats, self.batch, self.sampling
@@ -240,8 +274,8 @@ class MaskedAttention(NamedTuple):
             roles = TokenRoles(ids, one_hot, key_end)
             return key_end, psum(lifetime_sum(roles, document_end, nats.window, nats.kv_penalty_gradient), "batch")
 
-        def attend(query, key, value, one_hot, document_end, sample_key):
-            return nats_attention(
+        def attend(query, key, value, one_hot, document_end, sample_key, sink):
+            found = nats_attention(
                 _merge_heads(query),
                 key,
                 value,
@@ -250,19 +284,23 @@ class MaskedAttention(NamedTuple):
                 document_end=document_end,
                 mask_gradient=_mask_gradient(nats, trained=sample_key is not None),
                 sample_key=sample_key,
+                return_lse=sink is not None,
                 axis_name=sequence_axis(),
-            ).reshape(query.shape)
+            )
+            return below_sink(found, sink).reshape(query.shape)
 
         # Lifetimes are read off the whole sequence, as O(L) integers.
         whole: Axes = ("batch", "kv_heads", None)
         mapped = shard_map(local_lifetimes, (whole, (*whole, None), ("batch", None)), [whole, ("kv_heads",)])
         key_end, lifetime = mapped(ids, one_hot, batch.document_end)
-        axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), ())
+        axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), (), SINK_AXES)
         sample_key = None if sampling.noise_key is None else jax.random.fold_in(sampling.noise_key, 1)
-        out = shard_map(attend, axes, _QUERY)(query, key, value, one_hot, batch.document_end, sample_key)
+        sink = attention.sink_logits
+        out = shard_map(attend, axes, _QUERY)(query, key, value, one_hot, batch.document_end, sample_key, sink)
         return out, Roles(ids, reshard(key_end, *_BY_HEAD), lifetime, entropy)
 
-    def _by_interval(self, model, query, key, value):
+    def _by_interval(self, attention, query, key, value):
+        model = attention.config.model
         b, s, k, _ = key.shape
         index = jnp.arange(s, dtype=jnp.int32)
         end, role = self.batch.document_end[:, None, :], GLOBAL
@@ -275,14 +313,31 @@ class MaskedAttention(NamedTuple):
             end = jnp.minimum(end, index + min(model.sliding_window, s) + 1)
         end = jnp.broadcast_to(end, (b, k, s), out_sharding=compute_sharding(*_BY_HEAD)).astype(jnp.int32)
 
-        def attend(query, key, value, end):
-            heads = _merge_heads(query)
-            out = interval_attention(heads, key, value, end, axis_name=sequence_axis())
-            return typing.cast(jax.Array, out).reshape(query.shape)
+        def attend(query, key, value, end, sink):
+            heads, with_lse = _merge_heads(query), sink is not None
+            found = interval_attention(heads, key, value, end, return_lse=with_lse, axis_name=sequence_axis())
+            return below_sink(found, sink).reshape(query.shape)
 
-        out = shard_map(attend, (_QUERY, _KEY, _KEY, _BY_HEAD), _QUERY)(query, key, value, end)
+        axes = (_QUERY, _KEY, _KEY, _BY_HEAD, SINK_AXES)
+        out = shard_map(attend, axes, _QUERY)(query, key, value, end, attention.sink_logits)
         lifetime = jnp.sum(lifetimes(end, self.batch.document_end), axis=(0, 2), dtype=jnp.float32)
         return out, Roles(jnp.full_like(end, role, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
+
+
+def below_sink(found: jax.Array | tuple[jax.Array, jax.Array], sink: jax.Array | None) -> jax.Array:
+    """Adds sinks to the denominators of softmaxes that are done, by their log-sum-exps.
+
+    Args:
+      found: ``out [b, t, n, h]``, or with sinks ``(out, lse float32 [b, t, n])``.
+      sink: float32 ``[k, g]``, or None.
+
+    Returns:
+      ``[b, t, n, h]`` in the dtype of ``out``.
+    """
+    if sink is None:
+        return typing.cast(jax.Array, found)
+    out, lse = found
+    return (out * jax.nn.sigmoid(lse - sink.reshape(-1))[..., None]).astype(out.dtype)
 
 
 def _mask_gradient(nats: NatsConfig, trained: bool) -> MaskGradient | str:
@@ -302,6 +357,7 @@ def _entropy(logits: jax.Array, is_token: jax.Array) -> jax.Array:
 _QUERY: Axes = ("batch", "sequence", "kv_heads", None, None)
 _KEY: Axes = ("batch", "sequence", "kv_heads", None)
 _BY_HEAD: Axes = ("batch", "kv_heads", "sequence")
+SINK_AXES: Axes = ("kv_heads", None)
 
 
 def _merge_heads(query: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ def norms_by_part(tree: Any, parts: Any) -> dict[str, jax.Array]:
     labels = jax.tree.leaves(parts)
     leaves = list(zip(labels, jax.tree.leaves(tree), strict=True))
     return {
-        part: jnp.asarray(optax.tree.norm([leaf for label, leaf in leaves if label == part]), jnp.float32)
+        part: optax.tree.norm([leaf.astype(jnp.float32) for label, leaf in leaves if label == part])
         for part in PARTS
         if part in labels
     }

@@ -49,7 +49,7 @@ class Memory(NamedTuple):
     """Bytes on the fullest device.
 
     Attributes:
-      parameters: stored parameters, float32.
+      parameters: stored parameters (``model.param_dtype``).
       optimizer: state of the optimizer, with the step and the state of the budget controller.
       batch: arrays of a batch.
       activations: arrays that the forward pass of a microbatch saves for the backward pass; as traced, without padding.

@@ -108,7 +108,7 @@ def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:
 
 def _differing_fields(theirs: Config, ours: Config) -> list[str]:
     """Lists ``model.FIELD = X there and Y here`` for the fields of the model itself."""
-    free = ("remat", "dtype")
+    free = ("remat", "dtype", "param_dtype", "dropout", "zero_init_output")
     return [
         f"model.{field.name} = {x!r} there and {y!r} here"
         for field in dataclasses.fields(ours.model)

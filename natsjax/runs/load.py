@@ -25,7 +25,7 @@ class LoadedRun:
       workdir: its folder.
       config: of the run.
       structure: with ``parameters``, what ``nnx.merge`` makes the model of.
-      parameters: nested dict of float32 arrays, divided along the mesh.
+      parameters: nested dict of arrays (``model.param_dtype``), divided along the mesh.
       step: optimizer steps that the parameters have had.
       data: what it learned from; ``data.vocabulary`` is the tokenizer. An export away from its corpus has no more.
       mesh: of the parameters.

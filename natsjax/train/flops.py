@@ -43,11 +43,13 @@ def step_flops(
     """
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
-    qkvo = model.embed_dim * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    by_query_head = 3 if model.attention_gate else 2
+    qkvo = model.embed_dim * model.head_dim * (by_query_head * model.num_heads + 2 * model.num_kv_heads)
     scorer = 3 * model.embed_dim * model.num_kv_heads * model.layer_types.count("nats") / len(model.layer_types)
     mlp = model.embed_dim * model.mlp_dim
-    repeated = qkvo + scorer + 2 * mlp if recomputation and model.remat == "full" else 0
-    block = 6 * (qkvo + scorer + 3 * mlp) + 2 * repeated
+    matrices = 2 if model.activation == "squared_relu" else 3
+    repeated = qkvo + scorer + (matrices - 1) * mlp if recomputation and model.remat == "full" else 0
+    block = 6 * (qkvo + scorer + matrices * mlp) + 2 * repeated
     weights = tokens * (block * model.num_layers + 6 * model.embed_dim * vocab_size)
     length = config.data.context_length
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2

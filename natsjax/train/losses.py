@@ -73,7 +73,7 @@ def loss(
       config: of the run.
       batch: a microbatch.
       totals: of the whole batch.
-      noise_key: for the roles of this microbatch.
+      noise_key: for the roles of this microbatch, and ``model.dropout``.
       kv_penalty: float32 scalar, nats per token per unit of KV fraction.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
 
@@ -81,7 +81,7 @@ def loss(
       ``(loss, sums)``.
     """
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(batch, RoleSampling(noise_key=noise_key, temperature=temperature))
+    x, roles = model.hidden(batch, RoleSampling(noise_key=noise_key, temperature=temperature), is_training=True)
     predicted = loss_totals(
         x,
         model.output_weight(),

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, optimizer steps taken.
-      parameters: nested dict of float32 arrays.
+      parameters: nested dict of arrays (``model.param_dtype``).
       optimizer: optax state.
       controller: of the KV penalty.
       spikes: running statistics of the loss.
@@ -192,8 +192,8 @@ class Trainer:
         key = jax.random.key(self.config.train.seed)
         _, parameters = init_parameters(self.config, self.vocab_size, key)
         controller = budget_controller.start_controller(self.config.nats)
-        average = jax.tree.map(jnp.copy, parameters) if self.config.optimizer.ema_decay else None
-        state = self.optimizer.init(_wide(parameters))
+        wide = _wide(parameters)
+        state, average = self.optimizer.init(wide), wide if self.config.optimizer.ema_decay else None
         return TrainState(jnp.int32(0), parameters, state, controller, start_detector(), average)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -203,7 +203,6 @@ class Trainer:
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature)
         with jax.named_scope(OPTIMIZER_SCOPE):
-            gradients = _wide(gradients)
             updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
             parameters = optax.apply_updates(state.parameters, updates)
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
@@ -267,7 +266,7 @@ class Trainer:
             (loss, sums), gradients = gradient(
                 state.parameters, self.model.structure, self.config, part, totals, noise_key, kv_penalty, temperature
             )
-            return gradients, loss, sums
+            return _wide(gradients), loss, sums
 
         if count == 1:
             return microbatch(0, batch)
@@ -317,7 +316,7 @@ def running_average(average: Any, parameters: Any, step: jax.Array, decay: float
 
 
 def _wide(tree: Any) -> Any:
-    """Casts to float32, in which updates are computed whatever the parameters are stored in."""
+    """Casts to float32, in which gradients are added and updates computed, whatever parameters are stored in."""
     return optax.tree.cast(tree, jnp.float32)
 
 

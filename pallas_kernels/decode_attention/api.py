@@ -35,6 +35,7 @@ def decode_attention(
     length: jax.Array,
     position: jax.Array,
     layer: jax.Array | int = 0,
+    sink: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -58,6 +59,7 @@ def decode_attention(
       position: int32 ``[b]``, index of each token: 0 or more, and a smaller number counts as 0, so that no free slot
         is read.
       layer: number of the layer, int32 scalar; a traced one is clipped to ``0 … l-1``.
+      sink: float ``[n]``, another logit of each head in the softmax's denominator, whose value is 0; None: without.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
       implementation: "pallas_tpu", "cudnn", "xla", "reference" (dense, for tests), or None for the first backend of
         this platform that can serve the call.
@@ -80,6 +82,8 @@ def decode_attention(
     for name, array in (("key", key), ("value", value)):
         if array.shape != (b, k, h):
             raise ValueError(f"{name} has shape {array.shape}; {(b, k, h)} was expected.")
+    if sink is not None and sink.shape != (n,):
+        raise ValueError(f"sink has shape {sink.shape}; {(n,)} was expected.")
     check_head_dim(h)
     check_floats(query=query, key=key, value=value, storage=storage)
     scale = checked_scale(scale, h)
@@ -99,8 +103,12 @@ def decode_attention(
     wide = [x.astype(lse.dtype) for x in (grouped, key, value)]
     own = scale * jnp.einsum("bkgh,bkh->bkg", wide[0], wide[1], precision=jax.lax.Precision.HIGHEST)
     top = jnp.maximum(lse, own)
+    if sink is not None:
+        sink = sink.astype(lse.dtype).reshape(own.shape[1:])
+        top = jnp.maximum(top, sink)
     past, new = jnp.exp(lse - top)[..., None], jnp.exp(own - top)[..., None]
-    out = (past * out + new * wide[2][:, :, None]) / (past + new)
+    total = past + new if sink is None else past + new + jnp.exp(sink - top)[..., None]
+    out = (past * out + new * wide[2][:, :, None]) / total
     return out.reshape(query.shape).astype(query.dtype)
 
 

@@ -23,6 +23,7 @@ def observed_attention(
     query_position: jax.Array,
     key_position: jax.Array,
     observed: jax.Array,
+    sink: jax.Array | None = None,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes attention in which query t reads key s when ``key_position[s] <= query_position[t] < key_end[s]``.
@@ -35,6 +36,7 @@ def observed_attention(
       key_end, key_position: int32 ``[b, k, s]``.
       query_position: int32 ``[b, t]``; ``NO_END`` reads nothing, and so does -1 where no key stands before 0.
       observed: bool ``[b, t]``, queries whose attention is counted.
+      sink: float ``[n]``, another logit of each head in the softmax's denominator, whose value is 0; None: without.
       scale: of the logits, a positive Python number; default ``h ** -0.5``.
 
     Returns:
@@ -57,8 +59,12 @@ def observed_attention(
     is_read = ((key_position[:, :, None] <= at) & (at < key_end[:, :, None]))[:, :, None]
     lowest = float(np.finfo(np.float32).min)
     top = jnp.max(jnp.where(is_read, logits, lowest), axis=-1, keepdims=True, initial=lowest)
+    if sink is not None:
+        sink = sink.astype(jnp.float32).reshape(*grouped.shape[2:4], 1, 1)
+        top = jnp.maximum(top, sink)
     weights = jnp.where(is_read, jnp.exp(logits - top), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = total if sink is None else total + jnp.exp(sink - top)
     weights /= jnp.where(total == 0, 1, total)
     is_seen = jnp.moveaxis(is_read.any((2, 3)), 1, 2)[..., None]  # 0 times what another key holds might be NaN
     value = jnp.where(is_seen, value, 0)

@@ -96,6 +96,11 @@ def _is_empty(query: jax.Array, key: jax.Array) -> bool:
     return 0 in query.shape or 0 in key.shape
 
 
+def _nothing(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the results of a call without any pairs."""
+    return jnp.zeros(query.shape, query.dtype), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+
+
 def _expect(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; {shape} was expected.")
@@ -154,10 +159,11 @@ def nats_attention(
     scale: float | None = None,
     mask_gradient: MaskGradient | str = Exact(),
     sample_key: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
     tiling: Tiling | None = None,
     axis_name: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes causal attention in which each key's role determines the last query that can read it.
 
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
@@ -182,6 +188,7 @@ def nats_attention(
       mask_gradient: how much of the role gradient is computed: ``Exact()``, ``Sampled(fraction)``, ``Visible()``, or
         "exact", "sampled", "visible".
       sample_key: a PRNG key for ``Sampled``.
+      return_lse: also return the log-sum-exp of the visible logits, differentiable in query, key and roles.
       implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (dense, for tests), or None for the first backend
         of this platform that can serve the call.
       tiling: how the work is cut; None: by the shapes.
@@ -189,7 +196,8 @@ def nats_attention(
         device's part, of an even number of tokens, and the parts are one sequence in the order of the axis.
 
     Returns:
-      ``[b, t, n, h]`` in the dtype of ``query``.
+      ``[b, t, n, h]`` in the dtype of ``query``; with ``return_lse`` also float32 ``[b, t, n]``, −∞ for a query without
+      a visible key.
 
     Raises:
       ValueError: shapes, dtypes, numbers or names that do not fit.
@@ -219,10 +227,11 @@ def nats_attention(
         unread = document_end <= _first_index(t, axis_name) + jnp.arange(t, dtype=jnp.int32)
         key, value = contract.clear(unread[:, None], key, value)
     if _is_empty(query, key):
-        return vary_like(jnp.zeros(query.shape, query.dtype), (query, key, value, roles, document_end))
+        out, lse = vary_like(_nothing(query), (query, key, value, roles, document_end))
+        return (out, lse) if return_lse else out
 
     def call_backend(backend, chosen):
-        settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient))
+        settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient), return_lse)
         if axis_name is not None:
             return ring.nats_attention(query, key, value, roles, document_end, sample_key, settings, axis_name)
         return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
@@ -233,7 +242,7 @@ def nats_attention(
         if isinstance(mask_gradient, Sampled):
             raise NotImplementedError("it has no sampled role gradients; use Exact() or Visible()")
         return reference.closed_form_attention(
-            query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible)
+            query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible), return_lse
         )
 
     return _first_that_serves(implementation, _problem(query, key, value, window), tiling, call_backend, call_reference)
@@ -313,8 +322,7 @@ def interval_attention(
         unread = key_end <= _first_index(t, axis_name) + jnp.arange(t, dtype=jnp.int32)
     key, value = contract.clear(unread, key, value)
     if _is_empty(query, key):
-        nothing = jnp.zeros(query.shape, query.dtype), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
-        out, lse = vary_like(nothing, (query, key, value, unread))
+        out, lse = vary_like(_nothing(query), (query, key, value, unread))
         return (out, lse) if return_lse else out
 
     def call_backend(backend, chosen):

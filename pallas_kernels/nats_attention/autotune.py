@@ -13,6 +13,7 @@ import functools
 import pathlib
 import statistics
 import time
+import typing
 from collections.abc import Sequence
 
 import jax
@@ -67,7 +68,7 @@ def time_tilings(
             implementation=name,
             tiling=tiling,
         )
-        return jnp.sum(out.astype(jnp.float32))
+        return jnp.sum(typing.cast(jax.Array, out).astype(jnp.float32))
 
     programs = {}
     for tiling in candidates:

@@ -34,6 +34,7 @@ class Settings:
       scale: of the logits.
       window: of SLIDING keys; 0 where there are no roles.
       sampled: fraction of the masked-out pairs in the role gradient: 1 all of them, 0 none.
+      return_lse: True where ``nats_attention`` returns its log-sum-exp too. (``interval_attention`` always does.)
     """
 
     backend: Backend
@@ -41,6 +42,7 @@ class Settings:
     scale: float
     window: int = 0
     sampled: float = 1.0
+    return_lse: bool = False
 
 
 def heads_first(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -141,7 +143,10 @@ _interval_attention.defvjp(_interval_fwd, _interval_bwd)
 
 
 def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings):
-    """Returns ``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end``, ``sample_key`` or None."""
+    """Returns ``out [b, t, n, h]`` as ``api.nats_attention`` defines it; ``document_end``, ``sample_key`` or None.
+
+    With ``settings.return_lse`` it is ``(out, lse float32 [b, t, n])``.
+    """
     primals = (query, key, value, roles)
     primals = vary_like(primals, (primals, document_end, sample_key))
     return _nats_attention(*primals, document_end, sample_key, settings)
@@ -161,14 +166,16 @@ def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
     out, lse = attend(query, key, value, intervals, settings)
     out = heads_last(out)
     witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
-    return out, (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
+    results = (out, heads_last(lse)) if settings.return_lse else out
+    return results, (query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse)
 
 
-def _nats_bwd(settings, residuals, dout):
+def _nats_bwd(settings, residuals, cotangents):
+    dout, dlse = cotangents if settings.return_lse else (cotangents, None)
     query, key, value, role_ids, witness, document_end, sample_key, intervals, out, lse = residuals
     columns = roles_lib.role_columns(role_ids, intervals.key_end, document_end)
     inner_query, inner_key, inner_value = heads_first(query, key, value)
-    rows = rows_of(inner_query, out, lse, dout, None)
+    rows = rows_of(inner_query, out, lse, dout, dlse)
     dquery, dkey, dvalue, sums = visible_pass(rows, inner_key, inner_value, intervals, columns, settings)
     if settings.sampled:
         chosen = _sample(sample_key, query.shape[1], settings)

@@ -80,12 +80,29 @@ def _log_sum_exp(logits, visible):
     return jnp.where(something, lse, -jnp.inf)
 
 
-def relaxed_attention(query, key, value, roles, *, window, document_end=None, scale=None):
+def relaxed_attention(query, key, value, roles, *, window, document_end=None, scale=None, return_lse=False):
     """Computes ``nats_attention`` by the relaxed mask, for automatic differentiation (no clip). Shapes as there."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = relaxed_mask(roles, window=window, document_end=document_end)[:, :, None]
     causal = _same_document(document_end, key.shape[1])[:, None, None]
-    return _output(_masked_softmax(_logits(query, key, scale), mask, causal), value, query)
+    logits = _logits(query, key, scale)
+    out = _output(_masked_softmax(logits, mask, causal), value, query)
+    return (out, _by_query(_relaxed_log_sum_exp(logits, mask, causal))) if return_lse else out
+
+
+def _relaxed_log_sum_exp(logits, mask, causal):
+    """Computes ``log sum m exp(x)`` over the last axis; −∞, without a gradient, in rows without a key."""
+    something = causal.any(-1)
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(causal, logits, -jnp.inf), axis=-1))
+    top = jnp.where(something, top, 0)
+    total = jnp.sum(mask * jnp.exp(jnp.where(causal, logits - top[..., None], -jnp.inf)), axis=-1)
+    return jnp.where(something, top + jnp.log(jnp.where(something, total, 1)), -jnp.inf)
+
+
+def _by_query(x: jax.Array) -> jax.Array:
+    """Converts ``[b, k, g, t]`` to ``[b, t, n]``."""
+    b, _, _, t = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(b, t, -1)
 
 
 def interval_attention(
@@ -93,7 +110,7 @@ def interval_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes ``interval_attention`` densely: ``(out [b, t, n, h], lse [b, t, n])``. Shapes as in ``api``."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    (b, t), s = query.shape[:2], key.shape[1]
+    t, s = query.shape[1], key.shape[1]
     query_position = jnp.arange(t)[None] if query_position is None else query_position
     key_position = jnp.arange(s)[None, None] if key_position is None else key_position
     at = query_position[:, None, None, :, None]
@@ -105,35 +122,44 @@ def interval_attention(
     out = _output(_masked_softmax(logits, visible.astype(logits.dtype), visible), value, query)
     # The gradient of a row that reads nothing may be anything, too.
     out = jnp.where(reads, _grouped(out, key.shape[2]), 0).reshape(out.shape)
-    return out, jnp.moveaxis(lse, 3, 1).reshape(b, t, -1)
+    return out, _by_query(lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "scale", "clip", "visible_only"))
-def closed_form_attention(query, key, value, roles, document_end, window, scale, clip, visible_only=False):
+@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "scale", "clip", "visible_only", "return_lse"))
+def closed_form_attention(
+    query, key, value, roles, document_end, window, scale, clip, visible_only=False, return_lse=False
+):
     """Computes ``nats_attention`` densely, with its gradient in closed form (docs/method.md 3). Shapes as in ``api``.
 
     Args:
       query, key, value, roles, document_end, window, scale: as in ``api.nats_attention``, all of them given.
       clip: whether ``exp(x - lse)`` of masked-out pairs is clipped at 1.
       visible_only: drop the masked-out pairs (``Visible()``).
+      return_lse: return ``(out, lse [b, t, n])``.
     """
-    return _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip, visible_only)[0]
+    return _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip, visible_only, return_lse)[0]
 
 
-def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip, visible_only):
+def _closed_form_fwd(query, key, value, roles, document_end, window, scale, clip, visible_only, return_lse):
     key_end = roles_lib.key_end_from_roles(jnp.argmax(roles, -1), window=window, document_end=document_end)
     out, lse = interval_attention(query, key, value, key_end, scale=scale)
-    return out, (query, key, value, roles, document_end, key_end, out, lse)
+    return (out, lse) if return_lse else out, (query, key, value, roles, document_end, key_end, out, lse)
 
 
-def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
+def _closed_form_bwd(window, scale, clip, visible_only, return_lse, residuals, cotangents):
+    dout, dlse = cotangents if return_lse else (cotangents, None)
     query, key, value, roles, document_end, key_end, out, lse = residuals
     (b, length, n, _h), num_kv = query.shape, key.shape[2]
     # A row that reads nothing may have any values, and so may its gradient.
     empty = jnp.isneginf(lse)[..., None]
     query, dout = jnp.where(empty, 0, query), jnp.where(empty, 0, dout)
     logits = _logits(query, key, scale)
-    lse = jnp.moveaxis(lse.reshape(b, length, num_kv, n // num_kv), 1, 3)[..., None]
+
+    def by_head(x):
+        return jnp.moveaxis(x.reshape(b, length, num_kv, n // num_kv), 1, 3)[..., None]
+
+    dlse = 0 if dlse is None else by_head(jnp.where(jnp.isneginf(lse), 0, dlse))
+    lse = by_head(lse)
     index = jnp.arange(length)
     t, s = index[:, None], index[None, :]
     reach = jnp.broadcast_to(_same_document(document_end, length)[:, None], (b, num_kv, length, length))
@@ -146,7 +172,7 @@ def _closed_form_bwd(window, scale, clip, visible_only, residuals, dout):
     delta = jnp.einsum("btkgh,btkgh->bkgt", grouped_dout, _grouped(out, num_kv).astype(logits.dtype))[..., None]
     shifted = jnp.where(jnp.isneginf(lse), -jnp.inf, logits - lse)
     ratio = jnp.exp(jnp.minimum(shifted, 0)) if clip else jnp.exp(shifted)
-    e = jnp.where(reach[:, :, None], ratio * (dp - delta), 0)
+    e = jnp.where(reach[:, :, None], ratio * (dp - delta + dlse), 0)
 
     ds = jnp.where(visible[:, :, None], e, 0) * scale
     p = jnp.where(visible[:, :, None], ratio, 0)

@@ -204,7 +204,10 @@ _interval_attention.defvjp(_interval_fwd, _interval_bwd)
 
 
 def nats_attention(query, key, value, roles, document_end, sample_key, settings: Settings, axis_name: str):
-    """Computes ``out [b, t, n, h]`` of a device's part; see ``api.nats_attention``."""
+    """Computes ``out [b, t, n, h]`` of a device's part, with ``settings.return_lse`` ``(out, lse float32 [b, t, n])``.
+
+    See ``api.nats_attention``.
+    """
     primals = (query, key, value, roles)
     primals = vary_like(primals, (primals, document_end, sample_key, jax.lax.axis_index(axis_name)))
     return _nats_attention(*primals, document_end, sample_key, settings, axis_name)
@@ -223,14 +226,17 @@ def _nats_fwd(query, key, value, roles, document_end, sample_key, settings, axis
     out, lse = _attend(query, key, value, key_end, settings, axis_name)
     witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
     residuals = (query, key, value, role_ids, witness, document_end, sample_key, key_end, out, lse)
+    if settings.return_lse:
+        return tuple(_unbalance(x, axis_name, 1) for x in (out, one_device.heads_last(lse))), residuals
     return _unbalance(out, axis_name, 1), residuals
 
 
-def _nats_bwd(settings, axis_name, residuals, dout):
+def _nats_bwd(settings, axis_name, residuals, cotangents):
     query, key, value, role_ids, witness, document_end, sample_key, key_end, out, lse = residuals
     columns = roles_lib.role_columns(role_ids, key_end, document_end)
-    dout = _balance(dout, axis_name, 1)
-    rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, None)
+    given = cotangents if settings.return_lse else (cotangents,)
+    dout, dlse = (*(_balance(x, axis_name, 1) for x in given), None)[:2]
+    rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, dlse)
     chosen = _sample(sample_key, query.shape[1], settings, axis_name)
     dquery, dkey, dvalue, sums = _gradients(rows, query, key, value, key_end, columns, chosen, settings, axis_name)
     # The credit of a token's role depends on sums over tokens of other devices: five numbers for each.
