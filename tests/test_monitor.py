@@ -30,7 +30,7 @@ from natsjax.train.logs.wandb import importlib
 
 def make(tmp_path, config, start=0):
     """Makes a monitor without a trainer."""
-    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=sharding.make_mesh(config.mesh))
+    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=sharding.make_mesh(config.mesh), program=str)
     wall_time = WallTime()
     wall_time.close()
     wall_time.begin_steps()
