@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from natsjax import train
+from natsjax.runs.metrics import STEP_PHASES
 from natsjax.train.logs import step_breakdown
-from natsjax.train.logs.step_breakdown import PHASES, StepBreakdown, fractions_by_phase
+from natsjax.train.logs.step_breakdown import StepBreakdown, fractions_by_phase
 
 
 def test_phases_are_read_off_the_names_in_the_program():
@@ -31,8 +32,8 @@ def lines_of(folder):
 def test_a_run_reports_what_its_steps_took(tmp_path, caplog):
     config = tiny.config(train={"num_steps": 50}, eval={"budgets": (0.5,)})
     train.run(config, tmp_path)
-    (line,) = [line for line in lines_of(tmp_path) if "step_fraction/forward" in line]
-    fractions = [line[f"step_fraction/{phase}"] for phase in PHASES]
+    (line,) = [line for line in lines_of(tmp_path) if "forward_fraction" in line]
+    fractions = [line[f"{phase}_fraction"] for phase in STEP_PHASES]
     assert sum(fractions) == pytest.approx(1)
     assert all(fraction > 0 for fraction in fractions)
     (summary,) = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]

@@ -69,8 +69,17 @@ class Metric:
         }
 
 
+STEP_PHASES = {
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer",
+    "other": "none of these",
+}
+"""Parts of a step that its time is measured of."""
+
 _FIRST_LINE = "first line of a start"
 _EVALUATED = "every `train.eval_every` steps"
+_PROFILED = "one line of a start of 50 steps or more, with `train.step_breakdown`"
 _OF_PARTS = "of the parts that there are"
 
 METRICS: dict[str, Metric] = {
@@ -199,12 +208,11 @@ METRICS: dict[str, Metric] = {
             "fraction",
         ),
         Metric("input_wait", "wall time of this start in which devices waited for a batch", "fraction"),
-        Metric(
-            "step_fraction/PART",
-            "time of a step's operations in its forward pass, backward pass, optimizer and the rest, from a profile of "
-            "three steps (`train.step_breakdown`)",
-            "fraction",
-            when="one line of a start of 50 steps or more",
+        *(
+            Metric(
+                f"{phase}_fraction", f"time of a step's operations in {where}, by a profile", "fraction", when=_PROFILED
+            )
+            for phase, where in STEP_PHASES.items()
         ),
         Metric("time_to_first_step", "time from the start of the run to its first metrics", "s", when=_FIRST_LINE),
         Metric(

@@ -100,7 +100,7 @@ class Monitor:
         had = self._breakdown.fractions
         self._breakdown.before(step, state)
         if self._breakdown.fractions and not had:
-            self._once |= {f"step_fraction/{phase}": part for phase, part in self._breakdown.fractions.items()}
+            self._once |= {f"{phase}_fraction": part for phase, part in self._breakdown.fractions.items()}
 
     def finished(self, step: int, metrics: StepMetrics) -> None:
         """Writes and shows a step that is done, if it is one that is logged, or was evaluated.

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from natsjax.errors import first_line
+from natsjax.runs.metrics import STEP_PHASES
 from natsjax.runtime.log import logger
 from natsjax.train.step import OPTIMIZER_SCOPE
 
-PHASES = ("forward", "backward", "optimizer", "other")
 _WARM_STEPS, _STEPS, _LEAST_STEPS = 10, 3, 50
 """Steps of a start before those that are recorded, those, and the steps that a run must have left to be recorded."""
 
@@ -32,7 +32,7 @@ class StepBreakdown:
       program: returns the text of the compiled step.
 
     Attributes:
-      fractions: of the time of a step, by ``PHASES``; empty until it is known.
+      fractions: of the time of a step, by ``STEP_PHASES``; empty until it is known.
     """
 
     def __init__(self, is_wanted: bool, start: int, num_steps: int, program: Callable[[], str]):
@@ -79,7 +79,7 @@ class StepBreakdown:
 
 
 def fractions_by_phase(seconds: Mapping[str, float], program: str) -> dict[str, float]:
-    """Sums seconds by operation to fractions by ``PHASES``; empty where none were recorded.
+    """Sums seconds by operation to fractions by ``STEP_PHASES``; empty where none were recorded.
 
     Args:
       seconds: by the operation's name in the program.
@@ -91,7 +91,7 @@ def fractions_by_phase(seconds: Mapping[str, float], program: str) -> dict[str, 
     for operation, time in seconds.items():
         sums[phases.get(operation, "other")] += time
     total = sum(sums.values())
-    return {phase: sums[phase] / total for phase in PHASES} if total > 0 else {}
+    return {phase: sums[phase] / total for phase in STEP_PHASES} if total > 0 else {}
 
 
 def _phase(op_name: str) -> str:
