@@ -241,7 +241,7 @@ def test_parameters_are_float32_and_logits_too(tie, dtype):
 
 
 def test_weight_decay_goes_by_role():
-    *_, decayed = transformer.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE)
+    decayed = transformer.model_structure(tiny.config(model={"tie_embeddings": False}), tiny.VOCAB_SIZE).decayed
     block, attention = decayed["blocks"], decayed["blocks"]["attention"]
     assert all((attention["query"], attention["output"], block["mlp"]["down"]))
     exempt = block["attention_norm"]["scale"], attention["scorer"]["weight"], decayed["embedding"]
