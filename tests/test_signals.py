@@ -38,6 +38,23 @@ def test_a_block_that_may_be_left_is_left_at_once(number, capfd):
     assert not [thread for thread in threading.enumerate() if thread.name == "natsjax-signals"]
 
 
+def test_a_run_that_has_stopped_waits_for_nothing(capfd):
+    """Not for what the blocks around the one that stopped it wait for, however long they take to be left."""
+
+    def run():
+        with signals.stop_requests() as stop, stop.later("the step is compiled"):
+            try:
+                with stop.later("the step is done"):
+                    signal.raise_signal(signal.SIGTERM)
+                    raise Interrupted
+            finally:
+                time.sleep(signals._TELL_AFTER + 0.5)
+
+    with pytest.raises(Interrupted):
+        run()
+    assert capfd.readouterr().err == ""
+
+
 @NUMBERS
 def test_elsewhere_it_is_noted_and_the_next_such_block_is_not_begun(number, capfd):
     reached = []

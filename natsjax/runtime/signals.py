@@ -106,6 +106,9 @@ class StopRequests:
         self._at_once, self._waits_for = False, waits_for
         try:
             yield
+        except Interrupted:
+            self._is_leaving = True  # stopped as asked: nothing around this block is waited for any more
+            raise
         finally:
             self._at_once, self._waits_for = before
 
