@@ -89,7 +89,9 @@ def test_temporaries_are_linear_in_the_length(chip, head_dim):
     for length in (8192, 131072):
         function, shapes = passes(length, head_dim, "bfloat16")
         structs = jax.tree.map(
-            lambda x: aot.array(aot.mesh_of(chip), *x), shapes, is_leaf=lambda x: type(x[0]) is not tuple
+            lambda x: aot.array(aot.mesh_of(chip), *x),
+            shapes,
+            is_leaf=lambda x: type(x) is tuple and not isinstance(x[0], tuple),
         )
         memory = jax.jit(function).lower(*structs).compile().memory_analysis()
         outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
