@@ -14,7 +14,7 @@ from natsjax.evaluate.masked import measure
 from natsjax.export.folder import export
 from natsjax.report.training import read_training
 from natsjax.runs.checkpoint import Checkpoints
-from natsjax.runs.workdir import Workdir
+from natsjax.runs.workdir import HELD_OUT_LOSS, Workdir
 from natsjax.train import held_out
 
 
@@ -66,6 +66,17 @@ def test_the_metrics_are_those_of_the_evaluation(tmp_path):
     assert training is not None
     assert [value is not None for value in training["curves"]["held_out_perplexity"]] == [True, False, True]
     assert "held-out perplexity" in [chart["title"] for chart in training["charts"]]
+
+
+def test_no_evaluation_is_thinned_out_of_the_reports_curve(tmp_path):
+    evaluated = {HELD_OUT_LOSS: 2.2, "held_out_perplexity": 9.0}
+    lines = [{"step": step, "loss": 2.0} | (evaluated if step % 97 == 0 else {}) for step in range(1, 4001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = read_training(Workdir(tmp_path))
+    assert training is not None
+    found = [s for s, v in zip(training["steps"], training["curves"]["held_out_perplexity"], strict=True) if v]
+    assert found == list(range(97, 4001, 97))
+    assert len(training["steps"]) <= 400 + len(found)
 
 
 def test_evaluating_changes_nothing_of_the_training(tmp_path):

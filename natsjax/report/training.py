@@ -1,20 +1,20 @@
 """Training of a run, read from its folder: curves, marks on them, commands, settings."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
 from natsjax.runs.metrics import curves
-from natsjax.runs.workdir import Workdir, read_metrics
+from natsjax.runs.workdir import HELD_OUT_LOSS, Workdir, read_metrics
 
 _MAX_POINTS = 400  # of a curve: more than a screen shows
 _MAX_MARKS = 200
 
 
 def read_training(workdir: Workdir) -> dict[str, Any] | None:
-    """Reads the training curves from ``metrics.jsonl``, thinned to 400 points.
+    """Reads the training curves from ``metrics.jsonl``, thinned to 400 points, and to 400 of those evaluated.
 
     Returns:
       ``steps`` (ints), ``curves`` (name to values, one per step; a metric that is always 0 or absent is left out),
@@ -31,8 +31,8 @@ def read_training(workdir: Workdir) -> dict[str, Any] | None:
         raise UserError(f"{workdir.metrics_file} cannot be read: {first_line(error)}.") from error
     if not lines:
         return None
-    count = min(len(lines), _MAX_POINTS)
-    chosen = [(n + 1) * len(lines) // count - 1 for n in range(count)]
+    evaluated = [number for number, line in enumerate(lines) if HELD_OUT_LOSS in line]
+    chosen = sorted({*_thinned(range(len(lines))), *_thinned(evaluated)})
     values = {metric.name: [lines[i].get(metric.name) for i in chosen] for metric in curves()}
     return {
         "steps": [steps[i] for i in chosen],
@@ -40,6 +40,12 @@ def read_training(workdir: Workdir) -> dict[str, Any] | None:
         "charts": [metric.chart for metric in curves() if any(values[metric.name])],
         "marks": list(_marks(lines))[:_MAX_MARKS],
     }
+
+
+def _thinned(numbers: Sequence[int]) -> list[int]:
+    """Chooses at most ``_MAX_POINTS`` numbers, evenly, the last among them."""
+    count = min(len(numbers), _MAX_POINTS)
+    return [numbers[(n + 1) * len(numbers) // count - 1] for n in range(count)]
 
 
 def _marks(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -113,7 +113,7 @@ showTraining(runs.map((one, i) => ({ ...line(i), name: one.name, training: one.t
 if (byId("training")) {
   showLegend(byId("training-legend"), runs.map(({ name }, i) => ({ ...line(i), name, shape: "line" })));
   const marked = runs.some(({ training }) => training?.marks.length);
-  byId("training-note").textContent = "From each run's metrics.jsonl; on the batches that were trained on." +
+  byId("training-note").textContent = "From each run's metrics.jsonl; on the batches that were trained on, held-out curves on held-out text." +
     (marked ? " Triangles mark steps that were skipped and warnings; each run's own report lists them." : "");
 }
 showCommands(data.commands);

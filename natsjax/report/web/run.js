@@ -263,7 +263,7 @@ function showMarks() {
   const marks = training?.marks ?? [];
   byId("training-marks")?.append(...marks.map(({ step, text }) => el("li", {}, el("strong", {}, `Step ${count(step)}: `), text)));
   if (byId("training-note") && training) byId("training-note").textContent = `From metrics.jsonl, ${count(training.steps.length)} ` +
-    `lines of it; on the batches that were trained on.${marks.length ? " Triangles mark the steps listed above." : ""}`;
+    `lines of it; on the batches that were trained on, held-out curves on held-out text.${marks.length ? " Triangles mark the steps listed above." : ""}`;
 }
 
 // --- Start ---------------------------------------------------------------------------------------
