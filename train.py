@@ -9,7 +9,6 @@ with the same workdir (docs/clusters.md).
 import sys
 
 from natsjax import train
-from natsjax.model import sharding
 from natsjax.runtime import distributed
 from natsjax.runtime.cpu_devices import use_cores
 from natsjax.runtime.flags import join_processes, parse_train_flags, run_command, train_help
@@ -23,6 +22,8 @@ def main() -> None:
     join_processes(sys.argv)
     with distributed.fail_together():
         config, workdir = parse_train_flags(sys.argv)
+        from natsjax.model import sharding  # here: --help needs nothing slow
+
         use_cores(lambda count: sharding.fits(config, count, trains=True))
         evaluation = train.run(config, workdir)
         if distributed.is_main():
