@@ -24,7 +24,9 @@ def main() -> None:
         config, workdir = parse_train_flags(sys.argv)
         from natsjax.model import sharding  # here: --help needs nothing slow
 
-        use_cores(lambda count: sharding.fits(config, count, trains=True))
+        on_cores = sharding.for_cores(config)
+        if use_cores(lambda count: sharding.fits(on_cores, count, trains=True)) > 1:
+            config = on_cores
         evaluation = train.run(config, workdir)
         if distributed.is_main():
             print(evaluation.summary())

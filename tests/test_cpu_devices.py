@@ -1,5 +1,6 @@
 """Commands make a CPU device for each core where the work divides, and say so; the user's own number stays."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -66,3 +67,12 @@ def test_devices_are_cores_unless_somebody_said_otherwise(environment, divides, 
 )
 def test_a_mesh_fits_where_its_arrays_can_be_divided(changes, count, trains, expected):
     assert sharding.fits(tiny.config(**changes), count, trains=trains) == expected
+
+
+def test_cores_hold_replicas_unless_a_mesh_is_asked_for():
+    config = tiny.config()
+    on_cores = sharding.for_cores(config)
+    assert sharding.mesh_sizes(on_cores.mesh, 4) == (4, 1, 1, 1)
+    assert on_cores == dataclasses.replace(config, mesh=on_cores.mesh)
+    asked = tiny.config(mesh={"fsdp": 1, "tensor": -1})
+    assert sharding.for_cores(asked) == asked
