@@ -141,7 +141,7 @@ class ModelConfig:
 
     @property
     def all_rotary(self) -> tuple[bool, ...]:
-        """Whether each layer has the rotary embedding, first layer first."""
+        """Flags of the layers with the rotary embedding, first layer first."""
         nope = self.nope or (False,)
         return tuple(not without for without in nope * (self.num_layers // len(nope)))
 

@@ -155,7 +155,7 @@ _GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=False),
 }
-"""What a gated MLP does to its gate, by ``model.activation`` (arXiv:2002.05202)."""
+"""Functions of a gated MLP's gate, by ``model.activation`` (arXiv:2002.05202)."""
 
 
 class MLP(nnx.Module):

@@ -1,5 +1,7 @@
 """Evaluation on held-out text while a run trains: roles as they are served, on the contexts of the last evaluation."""
 
+import math
+
 from natsjax.config import Config
 from natsjax.evaluate.masked import measure
 from natsjax.policies.interval import FullAttention
@@ -37,7 +39,7 @@ class HeldOut:
         losses = {step: loss for step, loss in workdir.held_out_losses().items() if step <= start}
         self._last = max(losses, default=0)
         self.best = min(losses, key=losses.__getitem__, default=None)
-        self._lowest = losses.get(self.best, float("inf")) if self.best is not None else float("inf")
+        self._lowest = min(losses.values(), default=math.inf)
 
     def is_due(self, step: int) -> bool:
         """Returns True for the steps after which the run is evaluated: multiples of ``train.eval_every``, the last."""
