@@ -10,10 +10,11 @@ import math
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import hypothesis
+import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from processes import SLOW
@@ -40,11 +41,13 @@ PROFILE = {
 }
 
 
-def cases(name: str, *, shrink: bool = True) -> hypothesis.settings:
+def cases(name: str, *, shrink: bool = True) -> Callable[[Callable], Callable]:
     """Returns the decorator of the test ``name`` of ``CASES``; ``shrink`` looks for the smallest case that fails."""
     times = int(os.environ.get("FUZZ_TIMES", "1"))
     phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])]
-    return hypothesis.settings(max_examples=times * CASES[name][SLOW], phases=phases, **PROFILE)
+    settings = hypothesis.settings(max_examples=times * CASES[name][SLOW], phases=phases, **PROFILE)
+    few, many = CASES[name]
+    return lambda test: settings(pytest.mark.larger(test) if many > few else test)
 
 
 # --- what a message must be ---

@@ -40,6 +40,7 @@ cases = given(
 
 
 @settings(max_examples=60, deadline=None)
+@pytest.mark.larger
 @cases
 def test_every_key_has_one_living_slot_and_long_lives_come_first(pattern, sizes, window, seed, documents):
     length, thresholds, capacity = sizes
@@ -60,6 +61,7 @@ def test_every_key_has_one_living_slot_and_long_lives_come_first(pattern, sizes,
 
 
 @settings(max_examples=30, deadline=None)
+@pytest.mark.larger
 @cases
 def test_scatter_back_is_the_transpose_of_gather(pattern, sizes, window, seed, documents):
     length, thresholds, capacity = sizes
@@ -77,6 +79,7 @@ def test_scatter_back_is_the_transpose_of_gather(pattern, sizes, window, seed, d
 
 
 @settings(max_examples=60, deadline=None)
+@pytest.mark.larger
 @cases
 def test_lists_hold_every_visible_pair_once(pattern, sizes, window, seed, documents):
     length, thresholds, capacity = sizes

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from processes import SLOW, json_lines
 
+pytestmark = pytest.mark.larger
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}] + [{"data": 8, "fsdp": 1}] * SLOW
 
 DECODE = """

@@ -21,6 +21,7 @@ from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.train.optimizer import learning_rate
 from natsjax.train.step import Trainer
 
+pytestmark = pytest.mark.larger
 NUM_KILLS = 20 if SLOW else 5
 SEED = int(os.environ.get("KILL_SEED", "0"))
 SAVE_EVERY = 12

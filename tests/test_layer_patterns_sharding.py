@@ -1,8 +1,10 @@
 """A model of several kinds of layers, with all that a step may have, steps alike on every mesh."""
 
 import numpy as np
+import pytest
 from processes import SLOW, json_lines
 
+pytestmark = pytest.mark.larger
 MESHES = [{"fsdp": 1}, {"fsdp": 2, "tensor": 2, "context": 2}]
 if SLOW:
     MESHES += [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2}]

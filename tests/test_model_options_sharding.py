@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from processes import SLOW, json_lines
 
+pytestmark = pytest.mark.larger
 MESHES = [{"fsdp": 1}, {"fsdp": 2, "tensor": 2, "context": 2}]
 if SLOW:
     MESHES += [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "fsdp": 2}]

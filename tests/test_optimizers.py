@@ -281,6 +281,7 @@ for values in configs:
 """
 
 
+@pytest.mark.larger
 def test_every_rule_has_the_same_losses_on_any_mesh():
     configs = [
         tiny.config(

@@ -357,6 +357,7 @@ def sharded_config(attention, **mesh):
     ).to_dict()
 
 
+@pytest.mark.larger
 def test_no_whole_activations_and_nothing_quadratic_in_the_program():
     """The issue's bars, in the program that XLA makes for eight CPU devices."""
     configs = [

@@ -56,6 +56,7 @@ for config in configs:
 """
 
 
+@pytest.mark.larger
 @pytest.mark.parametrize("attention", [pytest.param("dense", marks=pytest.mark.slow), "nats"])
 def test_every_mesh_gives_the_losses_of_one_device(attention):
     configs = [config_of(attention)] + [config_of(attention, mesh) for mesh in MESHES]

@@ -54,6 +54,28 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
       UserError: the config, the data or the workdir do not fit; the loss is not finite; a disk is full.
       Interrupted: SIGINT or SIGTERM came; the state was saved, where anything was trained since the last save.
     """
+    with _trained(config, path) as (loaded, stop):
+        saved = f"all {loaded.step} steps are trained and saved; run the same command again to evaluate the run"
+        with stop.at_once(saved), watchdog.phase("evaluating"):
+            return evaluate.run(loaded.workdir.path, loaded=loaded, progress=loaded.config.train.progress)
+
+
+def fit(config: Config, path: str | os.PathLike[str]) -> LoadedRun:
+    """Trains as ``run`` does, without the evaluation.
+
+    Returns:
+      The trained run in memory, for ``natsjax.evaluate.run(path, loaded=…)`` or measurements of your own.
+
+    Raises:
+      UserError, Interrupted: as in ``run``.
+    """
+    with _trained(config, path) as (loaded, _):
+        return loaded
+
+
+@contextlib.contextmanager
+def _trained(config: Config, path: str | os.PathLike[str]) -> Iterator[tuple[LoadedRun, signals.StopRequests]]:
+    """Trains to the last step; yields the run while its workdir is still locked, and the handler of signals."""
     wall_time = WallTime()
     workdir = Workdir(path)
     workdir.refuse_export()
@@ -101,9 +123,7 @@ def run(config: Config, path: str | os.PathLike[str]) -> evaluate.Evaluation:
             data,
             trainer.mesh,
         )
-        saved = f"all {int(state.step)} steps are trained and saved; run the same command again to evaluate the run"
-        with stop.at_once(saved), watchdog.phase("evaluating"):
-            return evaluate.run(workdir.path, loaded=loaded, progress=config.train.progress)
+        yield loaded, stop
 
 
 @contextlib.contextmanager

@@ -1,0 +1,233 @@
+"""Trains the arms of a study under the same conditions, and compares them document by document.
+
+    python -m benchmarks.study --study=benchmarks/studies/recipe.py --workdir=studies/recipe
+
+A study file has ``CONFIG``, a file of ``configs/``; ``COMMON``, fields of all arms; and ``ARMS``, fields of each arm by
+its name. It may have ``SEEDS``, ``train.seed`` of an arm's runs (0), and ``REFERENCE``, the arm that the others are
+compared with (the first). Every run is a workdir in ``--workdir``. The same command resumes a study, and several
+processes share its runs, for example one on each core. A run is measured once, as it is served: an arm with roles under
+the role bias that meets its budget on training text, any other with its layers as they are.
+
+``results.jsonl`` gets a line for each run, with sums for every held-out document. The table has each arm's held-out
+loss over its seeds, KV fraction and time, and the ratio of its perplexity to the reference arm's with a 95 % interval:
+runs of the same seed are compared on each document, and documents are resampled.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import runpy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import filelock
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from natsjax import train
+from natsjax.config import Config
+from natsjax.config_fields import did_you_mean
+from natsjax.errors import UserError
+from natsjax.evaluate.masked import Measurement, bootstrap_interval, measure
+from natsjax.policies.budgets import role_bias_for_budget
+from natsjax.policies.interval import FullAttention
+from natsjax.policies.nats import Nats
+from natsjax.runs.load import LoadedRun
+from natsjax.runs.workdir import Workdir, read_metrics
+from natsjax.runtime.flags import Parser, read_config_file, run_command
+from natsjax.runtime.tables import text_table
+
+RESULTS_FILE = "results.jsonl"
+RECORD_FILE = "study.json"
+RESAMPLINGS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study file, read.
+
+    Attributes:
+      config: file of the shared config.
+      common: fields of all arms, by ``group.field``.
+      arms: fields of each arm, by its name.
+      seeds: ``train.seed`` of the runs of an arm.
+      reference: arm that the others are compared with.
+    """
+
+    config: str
+    common: Mapping[str, Any]
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+    reference: str
+
+    def config_of(self, arm: str, seed: int) -> Config:
+        """Returns the config of a run.
+
+        Raises:
+          UserError: a field of the arm does not exist or does not fit.
+        """
+        values = read_config_file(self.config)
+        changed = {**self.common, **self.arms[arm], "train.seed": seed}
+        known = dict(flatten_dict(values.to_dict(), sep="."))
+        for name in changed:
+            if name not in known:
+                raise UserError(f"arm {arm}: unknown config field {name}{did_you_mean(name, list(known))}.")
+        values.update_from_flattened_dict(changed)
+        try:
+            return Config.from_dict(values)
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}") from error
+
+
+def read_study(path: pathlib.Path) -> Study:
+    """Reads a study file.
+
+    Raises:
+      UserError: it is not there or lacks a name.
+    """
+    if not path.is_file():
+        raise UserError(f"--study={path}: there is no such file.")
+    names = runpy.run_path(str(path))
+    missing = [name for name in ("CONFIG", "COMMON", "ARMS") if name not in names]
+    if missing:
+        raise UserError(f"--study={path}: it does not define {', '.join(missing)}.")
+    arms = names["ARMS"]
+    return Study(
+        names["CONFIG"], names["COMMON"], arms, names.get("SEEDS", (0,)), names.get("REFERENCE", next(iter(arms)))
+    )
+
+
+def served(run: LoadedRun) -> tuple[Measurement, float]:
+    """Measures a run on held-out text as it is served; returns the measurement and the role bias."""
+    config = run.config
+    held_out = run.data.contexts("validation", config.eval.num_contexts)
+    if not config.model.has_roles:
+        return measure(run, held_out, FullAttention()), 0.0
+    calibration = run.data.contexts("train", config.eval.num_calibration_contexts)
+    found = role_bias_for_budget(
+        lambda role_bias: measure(run, calibration, Nats(role_bias)).kv_fraction, config.nats.kv_budget
+    )
+    return measure(run, held_out, Nats(found.role_bias)), found.role_bias
+
+
+def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
+    """Trains and measures a run, and writes its record."""
+    began = time.process_time()
+    run = train.fit(config, workdir)
+    cpu_seconds = time.process_time() - began
+    found, role_bias = served(run)
+    metrics = read_metrics(Workdir(workdir).metrics_file)
+    documents = found.documents
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "steps": run.step,
+        "tokens": run.step * config.train.batch_size * config.data.context_length,
+        "tokens_per_second": statistics.median(
+            line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")
+        ),
+        "cpu_seconds": cpu_seconds,
+        "loss": found.cross_entropy,
+        "kv_fraction": found.kv_fraction,
+        "role_bias": role_bias,
+        "documents": documents.ids.tolist(),
+        "nll": documents.nll.tolist(),
+        "predicted": documents.tokens.tolist(),
+    }
+    (workdir / RECORD_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def paired_interval(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Compares two arms on the documents and seeds that both have.
+
+    Returns:
+      The ratio of perplexities, records over others, with the ends of its 95 % interval over documents (NaN where it is
+      not known). Seeds are averaged; their spread is not in the interval.
+    """
+    pairs = [(a, b) for a in records for b in others if a["seed"] == b["seed"]]
+    differences = np.sum([np.subtract(a["nll"], b["nll"]) for a, b in pairs], axis=0)
+    predicted = np.sum([a["predicted"] for a, _ in pairs], axis=0)
+    ends = bootstrap_interval(differences, predicted, num_samples=RESAMPLINGS, seed=0)
+    return tuple(float(np.exp(value)) for value in (differences.sum() / predicted.sum(), *ends))
+
+
+def table(records: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Formats the table of arms, best first."""
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], []).append(record)
+    titles = [
+        "arm",
+        "seeds",
+        "held-out loss",
+        "range",
+        "perplexity",
+        "KV",
+        "tokens/s",
+        "CPU minutes",
+        f"to {reference}",
+    ]
+    rows = []
+    for arm, runs in sorted(by_arm.items(), key=lambda item: statistics.fmean(run["loss"] for run in item[1])):
+        losses = [run["loss"] for run in runs]
+        mean = statistics.fmean(losses)
+        ratio = "-"
+        if arm != reference and {run["seed"] for run in by_arm.get(reference, [])} & {run["seed"] for run in runs}:
+            middle, low, high = paired_interval(runs, by_arm[reference])
+            ratio = f"{middle:.4f} [{low:.4f}, {high:.4f}]"
+        rows.append(
+            [
+                arm,
+                f"{len(runs)}",
+                f"{mean:.4f}",
+                f"{max(losses) - min(losses):.4f}" if len(runs) > 1 else "-",
+                f"{np.exp(mean):.2f}",
+                f"{100 * statistics.fmean(run['kv_fraction'] for run in runs):.1f} %",
+                f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}",
+                f"{statistics.fmean(run['cpu_seconds'] for run in runs) / 60:.1f}",
+                ratio,
+            ]
+        )
+    return text_table([titles, *rows])
+
+
+def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the records of the runs that have finished."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(workdir.glob(f"*/{RECORD_FILE}"))]
+
+
+def main() -> None:
+    """Trains what is missing, writes the results and prints the table."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=pathlib.Path, required=True, help="study file")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the runs")
+    parser.add_argument("--arms", type=lambda text: text.split(","), help="arms to train (all)")
+    parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], help="instead of the file's")
+    parser.add_argument("--table", action="store_true", help="train nothing, print the table of what has finished")
+    arguments = parser.parse_args()
+    study = read_study(arguments.study)
+    arms = arguments.arms or list(study.arms)
+    if unknown := [arm for arm in arms if arm not in study.arms]:
+        raise UserError(f"--arms={','.join(unknown)}: {arguments.study} has the arms {', '.join(study.arms)}.")
+    runs = [(arm, seed) for seed in arguments.seeds or study.seeds for arm in arms]
+    configs = {(arm, seed): study.config_of(arm, seed) for arm, seed in runs}  # all are checked before the first
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    for arm, seed in () if arguments.table else runs:
+        workdir = arguments.workdir / f"{arm}_seed={seed}"
+        try:
+            with filelock.FileLock(arguments.workdir / f"{workdir.name}.lock", timeout=0):
+                if not (workdir / RECORD_FILE).exists():
+                    run_one(arm, seed, configs[arm, seed], workdir)
+        except filelock.Timeout:
+            continue  # another process trains it
+    records = read_records(arguments.workdir)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (arguments.workdir / RESULTS_FILE).write_text(lines, encoding="utf-8")
+    print(table(records, study.reference))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,116 @@
+"""Studies: arms under the same conditions, trained once, compared document by document."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from processes import ROOT
+
+from benchmarks import study
+from natsjax import UserError
+
+FILE = f"""
+CONFIG = "{ROOT / "configs/smoke.py"}"
+COMMON = {{
+    "data.source": "recall",
+    "model.embed_dim": 8,
+    "nats.kv_budget": 0.5,
+    "train.num_steps": 2,
+    "train.progress": False,
+    "train.step_breakdown": False,
+    "eval.num_contexts": 8,
+}}
+ARMS = {{
+    "dense": {{"model.layer_types": "dense"}},
+    "nats": {{}},
+    "window": {{"model.layer_types": "sliding", "model.sliding_window": 8}},
+}}
+SEEDS = (0, 1)
+"""
+
+
+PREDICTED = np.array([10.0, 20.0, 30.0, 5.0, 8.0, 9.0, 10.0, 30.0, 12.0, 7.0, 25.0, 16.0])
+
+
+def record(arm, seed, nll):
+    return {
+        "arm": arm,
+        "seed": seed,
+        "loss": sum(nll) / sum(PREDICTED),
+        "nll": list(nll),
+        "predicted": list(PREDICTED),
+        "kv_fraction": 1.0,
+        "tokens_per_second": 100.0,
+        "cpu_seconds": 60.0,
+    }
+
+
+def test_the_ratio_is_that_of_perplexities_on_the_same_documents():
+    rng = np.random.default_rng(0)
+    harder = rng.uniform(2, 6, len(PREDICTED)) * PREDICTED  # documents differ by far more than arms do
+    gain = rng.uniform(0.08, 0.12, len(PREDICTED)) * PREDICTED
+    a = [record("a", seed, harder - gain + seed) for seed in (0, 1)]
+    b = [record("b", seed, harder + seed) for seed in (1, 0, 2)]
+    ratio, low, high = study.paired_interval(a, b)
+    assert ratio == pytest.approx(np.exp(-gain.sum() / PREDICTED.sum()), rel=1e-12)
+    assert np.exp(-0.12) < low < ratio < high < np.exp(-0.08)
+    # Resampling with the same weights for both arms, written out.
+    samples = np.random.default_rng(5).integers(0, len(PREDICTED), (4000, len(PREDICTED)))
+    ratios = np.exp([-gain[of].sum() / PREDICTED[of].sum() for of in samples])
+    assert low < np.quantile(ratios, 0.05)
+    assert high > np.quantile(ratios, 0.95)
+
+
+def test_the_table_has_the_best_arm_first_and_compares_pairs_alone():
+    runs = [record("a", 0, 3 * PREDICTED), record("a", 1, 3.5 * PREDICTED), record("b", 0, 2.9 * PREDICTED)]
+    lines = study.table(runs, "a").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["b", "a"]
+    assert f"{np.exp(-0.1):.4f}" in lines[2]  # the run of seed 1 has no partner
+    assert "0.5000" in lines[3]  # range over seeds
+
+
+def run(monkeypatch, path, workdir, *flags):
+    monkeypatch.setattr(sys, "argv", ["study", f"--study={path}", f"--workdir={workdir}", *flags])
+    study.main()
+
+
+def test_a_study_is_trained_once(tmp_path, monkeypatch, capsys):
+    path, workdir = tmp_path / "mine.py", tmp_path / "runs"
+    path.write_text(FILE, encoding="utf-8")
+    run(monkeypatch, path, workdir, "--seeds=0")
+    first = capsys.readouterr().out
+    assert {line.split("|")[1].strip() for line in first.splitlines()[2:]} == {"dense", "nats", "window"}
+    records = {
+        record["arm"]: record for record in map(json.loads, (workdir / study.RESULTS_FILE).read_text().splitlines())
+    }
+    assert records["dense"]["kv_fraction"] == 1
+    assert 0 < records["window"]["kv_fraction"] < 1
+    assert records["nats"]["kv_fraction"] == pytest.approx(0.5, rel=0.2)  # by the role bias
+    assert {record["steps"] for record in records.values()} == {2}
+    assert all(len(record["nll"]) == len(record["documents"]) == 8 for record in records.values())
+    assert records["dense"]["loss"] == pytest.approx(
+        sum(records["dense"]["nll"]) / sum(records["dense"]["predicted"]), rel=1e-12
+    )
+
+    monkeypatch.setattr(study, "run_one", lambda *_: pytest.fail("trained again"))
+    run(monkeypatch, path, workdir, "--seeds=0")
+    assert capsys.readouterr().out == first
+    run(monkeypatch, path, workdir, "--table")
+    assert capsys.readouterr().out == first
+
+
+def test_mistakes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.py"
+    with pytest.raises(UserError, match="there is no such file"):
+        run(monkeypatch, path, tmp_path / "runs")
+    path.write_text("ARMS = {}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="does not define CONFIG, COMMON"):
+        run(monkeypatch, path, tmp_path / "runs")
+    path.write_text(FILE, encoding="utf-8")
+    with pytest.raises(UserError, match=r"--arms=densse: .*dense, nats, window"):
+        run(monkeypatch, path, tmp_path / "runs", "--arms=densse")
+    path.write_text(FILE.replace('"model.layer_types": "dense"', '"model.layer_type": "dense"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"arm dense: .*did you mean model.layer_types"):
+        run(monkeypatch, path, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
