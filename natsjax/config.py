@@ -19,7 +19,7 @@ from natsjax.errors import UserError
 LayerType = Literal["nats", "dense", "sliding"]
 LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 
-_WHEN_NOT_STORED = {"data": {"shuffle": "documents"}}
+_WHEN_NOT_STORED = {"data": {"shuffle": "documents"}, "nats": {"final_noise": 1.0, "kv_penalty_gain": 0.0}}
 """Values of fields that a stored config is too old to have, where the default means something else."""
 
 RENAMED_FIELDS = {
@@ -171,8 +171,19 @@ class NatsConfig:
     final_temperature: float = config_field(
         0.0, "temperature at the last step, reached geometrically; 0: it does not change", minimum=0
     )
+    noise: float = config_field(1.0, "scale of the Gumbel noise on the scorer's logits at step 0", minimum=0)
+    final_noise: float = config_field(
+        1.0, "its scale in the last tenth of the run, to which it falls linearly over noise_decay_fraction", minimum=0
+    )
+    noise_decay_fraction: float = config_field(
+        0.5, "fraction of the steps in which the noise falls to final_noise", minimum=0, maximum=0.9
+    )
     initial_roles: tuple[float, ...] = config_field(
-        (1 / 3, 1 / 3, 1 / 3), "fractions of GLOBAL, LOCAL, SLIDING at step 0", minimum=1e-6, maximum=1
+        (),
+        "fractions of GLOBAL, LOCAL, SLIDING at step 0; (): as many GLOBAL as LOCAL, so that roles drawn at random "
+        "cost half of what kv_budget leaves above the cost of all SLIDING",
+        minimum=1e-6,
+        maximum=1,
     )
     mask_gradient: Literal["exact", "sampled", "visible"] = config_field(
         "exact",
@@ -200,7 +211,12 @@ class NatsConfig:
     )
     min_kv_penalty: float = config_field(1e-3, "lower bound of a controlled kv_penalty", minimum=0)
     max_kv_penalty: float = config_field(10.0, "upper bound of a controlled kv_penalty", minimum=0)
-    kv_penalty_lr: float = config_field(0.02, "largest change of log(kv_penalty) in a step", minimum=0)
+    kv_penalty_lr: float = config_field(
+        0.02, "change of log(kv_penalty) per step and unit of log(KV fraction / budget), within 1 (integral)", minimum=0
+    )
+    kv_penalty_gain: float = config_field(
+        4.0, "log(kv_penalty) per unit of log(KV fraction / budget), within 1 (proportional)", minimum=0
+    )
     average_decay: float = config_field(
         0.9, "decay per step of the KV fraction's running average", minimum=0, maximum=0.9999
     )
@@ -615,7 +631,7 @@ def validate(config: Config) -> None:
         )
     if model.head_dim % 2:
         raise UserError(f"model.head_dim = {model.head_dim}: it must be even, for the rotary embedding rotates pairs.")
-    if len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6:
+    if nats.initial_roles and (len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6):
         raise UserError(f"nats.initial_roles = {format_value(nats.initial_roles)}: three fractions must add up to 1.")
     if nats.kv_penalty_mode == "controlled" and not nats.min_kv_penalty <= nats.kv_penalty <= nats.max_kv_penalty:
         raise UserError(

@@ -4,11 +4,18 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from natsjax.config import Config
+
+START = 0.5
+"""Fraction of the way from all tokens SLIDING to the budget, at which roles begin unless they are given."""
+
+FEWEST = 0.005
+"""The smallest fraction of a role at step 0, unless it is given."""
 
 
 def window_pairs(piece_lengths: npt.ArrayLike, window: npt.ArrayLike) -> np.ndarray:
@@ -64,6 +71,43 @@ def all_sliding_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
       window: ``nats.window``, tokens.
     """
     return float(window_fraction(piece_lengths, window, num_sinks=1))
+
+
+def random_kv_fraction(piece_lengths: npt.ArrayLike, window: int, fractions: Sequence[float]) -> float:
+    """Returns the expected KV fraction of roles that are drawn at random, the first of each document GLOBAL.
+
+    Args:
+      piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
+      window: ``nats.window``, tokens.
+      fractions: of GLOBAL, LOCAL, SLIDING.
+    """
+    lengths = np.asarray(piece_lengths, np.int64)
+    is_global, is_local, is_sliding = fractions
+    behind = np.arange(int(lengths.max()))  # queries behind a key's own, up to the end of the document
+    # A LOCAL key is read by a later query if no token in between is GLOBAL.
+    local = np.concatenate([[0], np.cumsum((1.0 - is_global) ** behind)])[:-1]
+    lifetime = 1 + is_global * behind + is_local * local + is_sliding * np.minimum(behind, window)
+    pairs = np.concatenate([[0], np.cumsum(lifetime)])[lengths - 1] + lengths  # of a first token, which is GLOBAL
+    return float(np.sum(pairs) / window_pairs(lengths, int(lengths.max())))
+
+
+def roles_at_start(config: Config) -> tuple[float, ...]:
+    """Returns the fractions of GLOBAL, LOCAL, SLIDING that a run begins with: ``nats.initial_roles``, or found.
+
+    Found are as many GLOBAL as LOCAL, at least ``FEWEST`` of each: what is never drawn cannot be learned. Drawn at
+    random they keep, in a document as long as the context, ``START`` of the way from all tokens SLIDING to the budget.
+    """
+    nats, lengths = config.nats, [config.data.context_length]
+    if nats.initial_roles:
+        return nats.initial_roles
+    sliding = all_sliding_kv_fraction(lengths, nats.window)
+    target = sliding + START * (nats.kv_budget - sliding)
+    few, many = FEWEST, 1 / 3
+    for _ in range(30):
+        middle = (few + many) / 2
+        found = random_kv_fraction(lengths, nats.window, (middle, middle, 1 - 2 * middle))
+        few, many = (middle, many) if found < target else (few, middle)
+    return few, few, 1 - 2 * few
 
 
 def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:

@@ -48,6 +48,7 @@ FLAGS = [
     ("benchmarks.plans", "--hardware"),
     ("benchmarks.recall", "--workdir"),
     ("benchmarks.sampling", "--draws"),
+    ("benchmarks.study", "--workdir"),
     ("benchmarks.train_step", "--repeats"),
     ("pallas_kernels.nats_attention.autotune", "--backend"),
 ]

@@ -1,9 +1,12 @@
 """Roles, lifetimes, the KV penalty and its controller."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from cases import Shape, document_ends, role_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,6 +117,41 @@ def test_the_scorers_start_draws_the_stated_fractions(fractions):
     np.testing.assert_allclose(np.bincount(np.asarray(ids).ravel(), minlength=3) / ids.size, fractions, atol=0.01)
 
 
+def drawn_kv_fraction(lengths, window, fractions, draws=300):
+    """By drawing roles, from the lifetimes that attention reads."""
+    length = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    document_end = np.repeat(np.cumsum(lengths), lengths)[None].repeat(draws, 0)
+    ids = np.random.default_rng(0).choice(3, (draws, 1, length), p=fractions)
+    ids[:, :, starts] = 0
+    key_end = key_end_from_roles(jnp.asarray(ids), window=window, document_end=jnp.asarray(document_end))
+    pairs = np.asarray(lifetimes(key_end, jnp.asarray(document_end))).sum(-1).mean()
+    return pairs / sum(n * (n + 1) / 2 for n in lengths)
+
+
+@pytest.mark.parametrize("lengths", [[200], [150, 1, 30, 200]])
+@pytest.mark.parametrize("fractions", [(0.03, 0.05, 0.92), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0)])
+def test_the_kv_fraction_of_random_roles_is_what_drawing_gives(lengths, fractions):
+    found = kv_fraction.random_kv_fraction(lengths, 6, fractions)
+    assert found == pytest.approx(drawn_kv_fraction(lengths, 6, fractions), rel=0.02)
+
+
+def test_roles_begin_halfway_to_the_budget():
+    for budget, window, length in ((0.15, 4, 256), (0.05, 16, 1024), (0.4, 16, 4096), (0.7, 2, 64)):
+        config = tiny.config(nats={"kv_budget": budget, "window": window}, data={"context_length": length})
+        fractions = kv_fraction.roles_at_start(config)
+        assert sum(fractions) == pytest.approx(1)
+        assert fractions[0] == fractions[1]
+        found = kv_fraction.random_kv_fraction([length], window, fractions)
+        sliding = kv_fraction.all_sliding_kv_fraction([length], window)
+        assert found == pytest.approx((budget + sliding) / 2, rel=1e-3)
+    # The window alone costs more than that: nearly all SLIDING, and something of the others to learn from.
+    config = tiny.config(nats={"kv_budget": 0.02, "window": 16}, data={"context_length": 512})
+    assert kv_fraction.roles_at_start(config)[0] == pytest.approx(kv_fraction.FEWEST, rel=1e-3)
+    given = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
+    assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)
+
+
 @pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
 def test_role_bias(roles, expected):
     np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
@@ -132,10 +170,51 @@ def controlled_for(steps, fraction_of_penalty, config):
 
 def test_a_controlled_penalty_settles_where_the_budget_is_met():
     config = NatsConfig(kv_budget=0.2, kv_penalty=0.01, budget_ramp_steps=50)
-    state, history = controlled_for(1000, lambda penalty: 1 / (1 + penalty), config)
+    state, _ = controlled_for(1000, lambda penalty: 1 / (1 + penalty), config)
     assert abs(float(state.average) - 0.2) < 0.01
-    changes = np.abs(np.diff(np.log(history)))
+    config = NatsConfig(kv_budget=0.2, kv_penalty_gain=0.0)  # the integral alone
+    changes = np.abs(np.diff(np.log(controlled_for(300, lambda penalty: 1 / (1 + penalty), config)[1])))
     assert changes.max() <= config.kv_penalty_lr * (1 + 1e-5)
+
+
+def slow_model(penalty, state):
+    """A KV fraction that drifts with the penalty's distance from what holds it: an oscillator, if only integrated."""
+    state["log_fraction"] += 0.02 * np.clip(np.log(0.3 / penalty), -1, 1)
+    return math.exp(min(state["log_fraction"], 0))
+
+
+@pytest.mark.parametrize("start", [0.03, 0.3, 1.0])
+def test_the_proportional_part_damps_what_the_integral_makes_swing(start):
+    """Roles answer to the KV penalty with their rate of change, which makes an integral controller overshoot."""
+    off = {}
+    for gain in (0.0, 4.0):
+        config = NatsConfig(kv_budget=0.15, kv_penalty_gain=gain, kv_penalty=0.1)
+        state = {"log_fraction": math.log(start)}
+        found = []
+
+        def fraction(penalty, state=state, found=found):
+            found.append(slow_model(penalty, state))
+            return found[-1]
+
+        controlled_for(500, fraction, config)
+        off[gain] = np.abs(np.log(np.array(found[-50:]) / 0.15)).max()
+    assert off[4.0] < 0.05 < off[0.0]
+
+
+def test_a_resumed_controller_goes_on_as_it_would_have():
+    """Its error of the step before is not stored: it follows from the average."""
+    config = NatsConfig(kv_budget=0.2, kv_penalty=0.01, budget_ramp_steps=50, min_kv_penalty=1e-9, max_kv_penalty=1e9)
+    fractions = np.random.default_rng(0).uniform(0.1, 0.6, 80)
+    state = budget_controller.start_controller(config)
+    errors, integral = [0.0], math.log(0.01)
+    average = float(budget_controller.budget_at(jnp.int32(0), config))
+    for step, fraction in enumerate(fractions):
+        state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config)
+        average = 0.9 * average + 0.1 * fraction
+        errors.append(np.clip(math.log(average / float(budget_controller.budget_at(jnp.int32(step), config))), -1, 1))
+        integral += config.kv_penalty_lr * errors[-1]
+        expected = integral + config.kv_penalty_gain * errors[-1]  # as long as no bound is met
+        assert float(state.log_kv_penalty) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_controlled_penalty_stays_within_its_bounds():

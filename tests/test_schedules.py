@@ -88,6 +88,27 @@ def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
+def test_noise_falls_to_its_last_value_and_reaches_the_roles():
+    config = NatsConfig(noise=1.0, final_noise=0.0, noise_decay_fraction=0.5)
+    found = np.array([budget_controller.noise_at(jnp.int32(step), config, 101) for step in range(101)])
+    np.testing.assert_allclose(found[:41], 1)
+    np.testing.assert_allclose(found[40:91], np.linspace(1, 0, 51), atol=1e-6)
+    np.testing.assert_allclose(found[90:], 0, atol=1e-6)
+    sudden = NatsConfig(final_noise=0.5, noise_decay_fraction=0.0)
+    assert [float(budget_controller.noise_at(jnp.int32(step), sudden, 101)) for step in (89, 92)] == [1.0, 0.5]
+    # Without noise the roles of a step are those of the largest logit.
+    nats = {"initial_roles": (0.2, 0.3, 0.5), "final_noise": 0.0}
+    trainer = Trainer(tiny.config(nats=nats, train={"num_steps": 11}), tiny.VOCAB_SIZE)
+    for step, sliding in ((0, 0.5), (10, 1.0)):
+        state = trainer.init()
+        state = state._replace(step=state.step + step)
+        metrics = trainer.step(state, tiny.packed_batch(batch=4))[1]
+        free = 1 - float(metrics["forced_globals"])
+        assert float(metrics["role_fractions"][..., 2].mean()) == pytest.approx(
+            sliding * free, abs=0.15 if step == 0 else 1e-6
+        )
+
+
 @pytest.mark.parametrize(("path", "middle"), [("linear", 0.55), ("geometric", 0.1**0.5), ("cosine", 0.55)])
 def test_budgets_fall_from_one_after_the_start(path, middle):
     def budgets(**fields):

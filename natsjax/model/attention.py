@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from natsjax.config import Config, ModelConfig, NatsConfig
+from natsjax.config import Config, NatsConfig
+from natsjax.kv_fraction import roles_at_start
 from natsjax.model.inputs import Batch
 from natsjax.model.layers import (
     RMSNorm,
@@ -84,6 +85,7 @@ class RoleSampling(NamedTuple):
         (``NO_END`` everywhere is full attention); a "sliding" layer's window stays.
       role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits are.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
+      noise: float32 scalar, scale of the Gumbel noise; None: 1.
     """
 
     noise_key: jax.Array | None = None
@@ -91,13 +93,15 @@ class RoleSampling(NamedTuple):
     key_end: jax.Array | None = None
     role_ids: jax.Array | None = None
     temperature: jax.Array | None = None
+    noise: jax.Array | None = None
 
     def perturb(self, logits: jax.Array) -> jax.Array:
         """Adds noise and bias to logits ``[b, k, s, 3]``."""
         if self.noise_key is not None:
             # Drawn for the whole batch: every mesh draws the same.
             sharding = compute_sharding(*_BY_HEAD, None)
-            logits += jax.random.gumbel(self.noise_key, logits.shape, jnp.float32, out_sharding=sharding)
+            noise = jax.random.gumbel(self.noise_key, logits.shape, jnp.float32, out_sharding=sharding)
+            logits += noise if self.noise is None else self.noise * noise
         return logits if self.bias is None else logits + self.bias
 
     def choose(self, logits: jax.Array, is_first: jax.Array) -> jax.Array:
@@ -109,14 +113,15 @@ class RoleSampling(NamedTuple):
 class Scorer(nnx.Module):
     """Linear map to three logits per token and KV head, one for each role (docs/method.md 2).
 
-    Its weights start at zero and its biases at the logarithm of ``nats.initial_roles``: at step 0 the sampled roles
-    have just those fractions in every head.
+    Its weights start at zero and its biases at the logarithm of ``kv_fraction.roles_at_start``: at step 0 the sampled
+    roles have just those fractions in every head (with ``nats.noise = 1``).
     """
 
-    def __init__(self, model: ModelConfig, nats: NatsConfig):
+    def __init__(self, config: Config):
+        model = config.model
         shape = (model.embed_dim, model.num_kv_heads, NUM_ROLES)
         self.weight = vector_param(jnp.zeros(shape, jnp.float32), ("embed", "kv_heads", None), "scorer")
-        bias = scorer_bias(nats.initial_roles)
+        bias = scorer_bias(roles_at_start(config))
         self.bias = vector_param(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None), "scorer")
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -181,7 +186,7 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(h, model.norm_eps)
             self.key_norm = RMSNorm(h, model.norm_eps)
         if model.has_roles:  # in all layers, which are stacked; those of other kinds have no use for theirs
-            self.scorer = Scorer(model, config.nats)
+            self.scorer = Scorer(config)
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, attend: AttentionFunction, *, is_rotary: bool | jax.Array = True

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from natsjax.config import Config
 from natsjax.model import roles
@@ -42,7 +43,7 @@ class Nats(DecodingPolicy):
 
 @policy
 class SampledNats:
-    """The model's own roles sampled as in training, with Gumbel noise; the KV penalty was controlled on them.
+    """The model's own roles sampled as in the last steps of training; the KV penalty was controlled on these.
 
     They are measured with masks and never decoded.
 
@@ -67,4 +68,4 @@ class SampledNats:
 
     def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
         """Adds noise; for several batches, fold the batch's number into its key."""
-        return RoleSampling(noise_key=jax.random.key(self.seed))
+        return RoleSampling(noise_key=jax.random.key(self.seed), noise=jnp.float32(config.nats.final_noise))

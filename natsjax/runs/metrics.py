@@ -159,6 +159,7 @@ METRICS: dict[str, Metric] = {
         Metric("update_norm/PART", "the same for a part of the model", when=_OF_PARTS),
         Metric("learning_rate", "learning rate of all parameters but those of a scorer with a rate of its own"),
         Metric("temperature", "temperature of the straight-through softmax"),
+        Metric("noise", "scale of the Gumbel noise on the scorer's logits"),
         Metric("skipped", "1 if this step's update was skipped as a loss spike", "0 or 1"),
         Metric("skipped_steps", "updates that were skipped as loss spikes since the beginning", "steps"),
         Metric("role_fractions", "tokens that are GLOBAL, LOCAL, SLIDING", "fraction", "l, k, 3"),

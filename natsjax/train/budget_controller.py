@@ -16,6 +16,13 @@ def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.A
     return jnp.float32(config.temperature) * (config.final_temperature / config.temperature) ** progress
 
 
+def noise_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
+    """Returns the scale of the Gumbel noise, float32 scalar; it has its last value in the last tenth of the run."""
+    begin, length = 0.9 - config.noise_decay_fraction, max(config.noise_decay_fraction, 1e-6)
+    progress = jnp.clip((step / max(1, num_steps - 1) - begin) / length, 0.0, 1.0)
+    return jnp.float32(config.noise + (config.final_noise - config.noise) * progress)
+
+
 class Controller(NamedTuple):
     """The state of the KV penalty, float32 scalars; it is saved in checkpoints.
 
@@ -30,8 +37,8 @@ class Controller(NamedTuple):
 
 def start_controller(config: NatsConfig) -> Controller:
     """Returns the state before the first step."""
-    # A fixed KV penalty may be 0; exp(log 0) is 0 again.
-    return Controller(jnp.log(jnp.float32(config.kv_penalty)), jnp.float32(1.0))
+    # A fixed KV penalty may be 0; exp(log 0) is 0 again. The average begins without an error.
+    return Controller(jnp.log(jnp.float32(config.kv_penalty)), jnp.float32(budget_at(jnp.int32(0), config)))
 
 
 def kv_penalty(controller: Controller) -> jax.Array:
@@ -52,7 +59,10 @@ def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
 def update_controller(
     controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig
 ) -> Controller:
-    """Updates the state after a step.
+    """Updates the state after a step: a proportional-integral controller of the KV penalty's logarithm.
+
+    The error is ``log(average / budget)``, within 1. Its change moves the KV penalty at once, the error itself slowly,
+    both from where the KV penalty is: at a bound nothing builds up.
 
     Args:
       controller: state that the step used.
@@ -63,7 +73,12 @@ def update_controller(
     average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
     if config.kv_penalty_mode == "fixed":
         return Controller(controller.log_kv_penalty, average)
-    budget = budget_at(step, config)
-    log_kv_penalty = controller.log_kv_penalty + config.kv_penalty_lr * jnp.clip((average - budget) / budget, -1, 1)
+    # The error of the step before follows from what a checkpoint has always held.
+    error, before = (
+        jnp.clip(jnp.log(fraction / budget_at(at, config)), -1, 1)
+        for fraction, at in ((average, step), (controller.average, jnp.maximum(step - 1, 0)))
+    )
+    change = config.kv_penalty_lr * error + config.kv_penalty_gain * (error - before)
+    log_kv_penalty = controller.log_kv_penalty + change
     bounds = jnp.log(jnp.float32(config.min_kv_penalty)), jnp.log(jnp.float32(config.max_kv_penalty))
     return Controller(jnp.clip(log_kv_penalty, *bounds), average)

@@ -64,6 +64,7 @@ def loss(
     noise_key,
     kv_penalty,
     temperature=None,
+    noise=None,
 ) -> tuple[jax.Array, LossSums]:
     """Computes a microbatch's part of ``cross_entropy + z_loss + kv_penalty * kv_fraction``; parts add up to the loss.
 
@@ -76,12 +77,14 @@ def loss(
       noise_key: for the roles of this microbatch, and ``model.dropout``.
       kv_penalty: float32 scalar, nats per token per unit of KV fraction.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
+      noise: float32 scalar, scale of the Gumbel noise; None: 1.
 
     Returns:
       ``(loss, sums)``.
     """
     model = nnx.merge(structure, parameters)
-    x, roles = model.hidden(batch, RoleSampling(noise_key=noise_key, temperature=temperature), is_training=True)
+    sampling = RoleSampling(noise_key=noise_key, temperature=temperature, noise=noise)
+    x, roles = model.hidden(batch, sampling, is_training=True)
     predicted = loss_totals(
         x,
         model.output_weight(),

@@ -73,6 +73,7 @@ def schedules_at(config: Config, step: int) -> dict[str, float]:
         if optimizer.scorer_learning_rate:
             values["scorer learning rate"] = rate * optimizer.scorer_learning_rate / optimizer.peak_learning_rate
         values["temperature"] = float(budget_controller.temperature_at(jnp.int32(step), config.nats, num_steps))
+        values["scale of the role noise"] = float(budget_controller.noise_at(jnp.int32(step), config.nats, num_steps))
     return values
 
 
@@ -201,7 +202,8 @@ class Trainer:
         kv_penalty = budget_controller.kv_penalty(state.controller)
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
-        gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature)
+        noise = budget_controller.noise_at(state.step, self.config.nats, self.config.train.num_steps)
+        gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature, noise)
         with jax.named_scope(OPTIMIZER_SCOPE):
             updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
             parameters = optax.apply_updates(state.parameters, updates)
@@ -232,6 +234,7 @@ class Trainer:
             "update_norm": optax.tree.norm(updates),
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
             "temperature": temperature,
+            "noise": noise,
             "skipped": is_spike.astype(jnp.float32),
             "skipped_steps": detector.skipped.astype(jnp.float32),
             **{f"gradient_norm/{part}": norm for part, norm in norms_by_part(gradients, self.model.parts).items()},
@@ -254,7 +257,7 @@ class Trainer:
         }
 
     def _gradients(
-        self, state, batch: Batch, totals: BatchTotals, kv_penalty, temperature
+        self, state, batch: Batch, totals: BatchTotals, kv_penalty, temperature, noise
     ) -> tuple[Any, jax.Array, LossSums]:
         """Computes gradients, loss and sums of the whole batch, microbatch by microbatch."""
         count = self.config.train.gradient_accumulation_steps
@@ -262,9 +265,9 @@ class Trainer:
         gradient = jax.value_and_grad(losses.loss, has_aux=True)
 
         def microbatch(index, part):
-            noise_key = jax.random.fold_in(key, index)
+            schedules = jax.random.fold_in(key, index), kv_penalty, temperature, noise
             (loss, sums), gradients = gradient(
-                state.parameters, self.model.structure, self.config, part, totals, noise_key, kv_penalty, temperature
+                state.parameters, self.model.structure, self.config, part, totals, *schedules
             )
             return _wide(gradients), loss, sums
 
