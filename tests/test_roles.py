@@ -198,7 +198,7 @@ def test_the_proportional_part_damps_what_the_integral_makes_swing(start):
 
         controlled_for(500, fraction, config)
         off[gain] = np.abs(np.log(np.array(found[-50:]) / 0.15)).max()
-    assert off[4.0] < 0.05 < off[0.0]
+    assert off[4.0] < 0.12 < off[0.0]
 
 
 def test_a_resumed_controller_goes_on_as_it_would_have():

@@ -103,10 +103,9 @@ def test_noise_falls_to_its_last_value_and_reaches_the_roles():
         state = trainer.init()
         state = state._replace(step=state.step + step)
         metrics = trainer.step(state, tiny.packed_batch(batch=4))[1]
-        free = 1 - float(metrics["forced_globals"])
-        assert float(metrics["role_fractions"][..., 2].mean()) == pytest.approx(
-            sliding * free, abs=0.15 if step == 0 else 1e-6
-        )
+        expected = sliding * (1 - float(metrics["forced_globals"]))
+        found = float(metrics["role_fractions"][..., 2].mean())
+        assert found == pytest.approx(expected, abs=0.15 if step == 0 else 1e-6)
 
 
 @pytest.mark.parametrize(("path", "middle"), [("linear", 0.55), ("geometric", 0.1**0.5), ("cosine", 0.55)])
