@@ -31,10 +31,11 @@ from natsjax import train
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.errors import UserError
-from natsjax.evaluate.masked import Measurement, bootstrap_interval, measure
+from natsjax.evaluate.masked import Measurement, measure
 from natsjax.policies.budgets import role_bias_for_budget
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
+from natsjax.report.intervals import paired_ratio
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime.flags import Parser, read_config_file, run_command
@@ -140,7 +141,11 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
     (workdir / RECORD_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def paired_interval(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+Record = Mapping[str, Any]
+"""What ``run_one`` writes of a run."""
+
+
+def paired_interval(records: Sequence[Record], others: Sequence[Record]) -> tuple[float, float, float]:
     """Compares two arms on the documents and seeds that both have.
 
     Returns:
@@ -148,15 +153,14 @@ def paired_interval(records: Sequence[Mapping[str, Any]], others: Sequence[Mappi
       not known). Seeds are averaged; their spread is not in the interval.
     """
     pairs = [(a, b) for a in records for b in others if a["seed"] == b["seed"]]
-    differences = np.sum([np.subtract(a["nll"], b["nll"]) for a, b in pairs], axis=0)
+    nll, other = (np.sum([pair[side]["nll"] for pair in pairs], axis=0) for side in (0, 1))
     predicted = np.sum([a["predicted"] for a, _ in pairs], axis=0)
-    ends = bootstrap_interval(differences, predicted, num_samples=RESAMPLINGS, seed=0)
-    return tuple(float(np.exp(value)) for value in (differences.sum() / predicted.sum(), *ends))
+    return paired_ratio(nll, other, predicted, num_samples=RESAMPLINGS, seed=0)
 
 
-def table(records: Sequence[Mapping[str, Any]], reference: str) -> str:
+def table(records: Sequence[Record], reference: str) -> str:
     """Formats the table of arms, best first."""
-    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    by_arm: dict[str, list[Record]] = {}
     for record in records:
         by_arm.setdefault(record["arm"], []).append(record)
     titles = [

@@ -19,7 +19,10 @@ from natsjax.errors import UserError
 LayerType = Literal["nats", "dense", "sliding"]
 LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 
-_WHEN_NOT_STORED = {"data": {"shuffle": "documents"}, "nats": {"final_noise": 1.0, "kv_penalty_gain": 0.0}}
+_WHEN_NOT_STORED: dict[str, dict[str, Any]] = {
+    "data": {"shuffle": "documents"},
+    "nats": {"final_noise": 1.0, "kv_penalty_gain": 0.0},
+}
 """Values of fields that a stored config is too old to have, where the default means something else."""
 
 RENAMED_FIELDS = {

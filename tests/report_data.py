@@ -70,6 +70,9 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
         "perplexity": perplexity,
         "perplexity_low": perplexity * 0.97,
         "perplexity_high": perplexity * 1.03,
+        "perplexity_ratio": None,
+        "perplexity_ratio_low": None,
+        "perplexity_ratio_high": None,
         "bits_per_byte": 1.7,
         "bits_per_byte_low": 1.6,
         "bits_per_byte_high": 1.8,
@@ -79,7 +82,15 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
         "num_tokens": 4096,
         "num_documents": 12,
         "by_position": by_position(perplexity),
+        "by_document": by_document(perplexity),
     }
+
+
+def by_document(perplexity, count=12):
+    """Documents that differ by far more than 3 %, of 4096 tokens in all."""
+    tokens = np.full(count, 4096 // count) + (np.arange(count) < 4096 % count)
+    nll = tokens * (np.log(perplexity) + np.linspace(-1, 1, count))
+    return {"ids": list(range(count)), "nll": nll.tolist(), "tokens": tokens.tolist()}
 
 
 def make_rows():
@@ -151,6 +162,7 @@ def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, eva
     for row in rows:
         row["perplexity"] *= perplexity
         row["by_position"] = by_position(row["perplexity"])
+        row["by_document"] = by_document(row["perplexity"])
     if attention == "dense":
         rows, budget_check = [row for row in rows if row["weights"] == DENSE_WEIGHTS], None
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in make_metrics()))

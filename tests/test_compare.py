@@ -48,7 +48,8 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
         "nats.kv_budget": [0.15, 0.3, 0.15, 0.15],
     }
     command = f"python -m natsjax.evaluate --workdir={tmp_path}/young"
-    assert data["notes"] == [f"young has not been evaluated yet: {command} evaluates it."]
+    assert data["notes"][0] == f"young has not been evaluated yet: {command} evaluates it."
+    assert len(data["notes"]) == 2
     assert "1 of them was not evaluated" in data["evaluation"]
 
 
@@ -64,6 +65,22 @@ def test_runs_on_other_text_are_not_compared_silently(tmp_path):
     make_workdir(tmp_path / "b", fingerprint="b" * 64)
     (note,) = embedded(compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")[0])["notes"]
     assert "not all were measured on the same held-out tokens (a; b)" in note[0].lower() + note[1:]
+
+
+def test_runs_are_compared_with_the_dense_one_on_each_document(tmp_path):
+    make_workdir(tmp_path / "nats")
+    make_workdir(tmp_path / "dense", attention="dense")
+    make_workdir(tmp_path / "elsewhere", fingerprint="b" * 64)
+    page = embedded(compare([tmp_path / name for name in ("nats", "dense", "elsewhere")], tmp_path / "out")[0])
+    nats, itself, elsewhere = (run["rows"] for run in page["runs"])
+    (full,) = (row for row in itself if row["method"] == "full")
+    assert full["perplexity_ratio"] == 1
+    for row in (*nats, *itself):
+        assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / full["perplexity"], rel=1e-9)
+        assert "by_document" not in row
+    assert all(row["perplexity_ratio"] is None for row in elsewhere)
+    assert [column["column"] for column in page["columns"]].count("to dense") == 1
+    assert any("full attention in dense" in note for note in page["notes"])
 
 
 def test_names_are_as_short_as_they_are_unique(tmp_path):

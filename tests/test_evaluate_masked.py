@@ -15,7 +15,6 @@ from natsjax.config import Config
 from natsjax.data import ByteTokenizer, PackedSource
 from natsjax.evaluate.masked import (
     Measurement,
-    bootstrap_interval,
     chosen_roles,
     live_keys,
     measure,
@@ -25,6 +24,7 @@ from natsjax.evaluate.masked import (
 from natsjax.model.inputs import Batch
 from natsjax.policies.interval import FullAttention, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats, SampledNats
+from natsjax.report.intervals import bootstrap_interval, paired_ratio
 from natsjax.report.results import MIN_DOCUMENTS
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun
@@ -284,6 +284,22 @@ def test_where_too_little_is_known_there_is_no_interval(values, num_samples, kno
     values = np.array(values, float)
     low, high = bootstrap_interval(values, np.full(len(values), 4.0), num_samples=num_samples, seed=0)
     assert (low < high) if known else (np.isnan(low) and np.isnan(high))
+
+
+def test_the_ratio_is_that_of_perplexities_on_the_same_documents():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 40, 12).astype(float)
+    harder = rng.uniform(2, 6, 12) * tokens  # documents differ by far more than methods do
+    gain = rng.uniform(0.08, 0.12, 12) * tokens
+    ratio, low, high = paired_ratio(harder - gain, harder, tokens, num_samples=2000, seed=1)
+    assert ratio == pytest.approx(np.exp(-gain.sum() / tokens.sum()), rel=1e-12)
+    assert np.exp(-0.12) < low < ratio < high < np.exp(-0.08)
+    # Drawing documents for both at once, written out.
+    samples = np.random.default_rng(5).integers(0, 12, (4000, 12))
+    theirs, mine = (np.array([nll[of].sum() / tokens[of].sum() for of in samples]) for nll in (harder, harder - gain))
+    drawn = np.exp(mine - theirs)
+    assert low < np.quantile(drawn, 0.05)
+    assert high > np.quantile(drawn, 0.95)
 
 
 def test_the_bootstrap_interval_of_several_sums_is_that_of_each():

@@ -30,7 +30,7 @@ from natsjax.evaluate.settings import TOLERANCE, Setting, settings_of
 from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
-from natsjax.policies.registry import Mode
+from natsjax.policies.registry import FULL, Mode
 from natsjax.report.commands import evaluate_command
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
@@ -135,7 +135,15 @@ def run(
     settings = settings_of(this, baseline, calibration_contexts, wanted, notes, progress, decoded)
 
     measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
-    rows = [row_of(setting, found, this.config) for setting, found in zip(settings, measured, strict=True)]
+    dense = next(
+        (
+            found.documents
+            for setting, found in zip(settings, measured, strict=True)
+            if setting.run is baseline and setting.policy.method == FULL.name
+        ),
+        None,
+    )
+    rows = [row_of(setting, found, this.config, dense) for setting, found in zip(settings, measured, strict=True)]
     intervals, no_intervals = about_intervals(rows, this.config)
     if no_intervals is not None:
         notes.append(no_intervals)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy import special
 
 from natsjax.data import Row, Tokenizer, Vocabulary, piece_lengths
 from natsjax.kv_fraction import perplexity
@@ -25,7 +24,6 @@ from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import token_losses
 from natsjax.model.inputs import Batch
 from natsjax.policies.base import StaticPolicy
-from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
@@ -176,45 +174,6 @@ def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndar
     """
     ids = [np.asarray(result.role_ids).swapaxes(0, 1) for result in _forward_batches(run, contexts, policy)]
     return np.concatenate(ids)[: len(contexts["inputs"])]
-
-
-def bootstrap_interval(
-    numerator: np.ndarray, denominator: np.ndarray, *, num_samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the 95 % percentile interval of ``sum(numerator) / sum(denominator)`` by resampling documents.
-
-    Args:
-      numerator, denominator: float64 ``[d, …]``, by document.
-      num_samples: resamplings.
-      seed: of the resampling; the same seed samples the same documents for all rows of a table.
-
-    Returns:
-      ``(low, high)``, float64 ``[…]``. Both are NaN if the spread is not known: with fewer than ``MIN_DOCUMENTS``
-      documents whose denominator is not 0, fewer than ``MIN_RESAMPLINGS`` resamplings, or documents that are all alike.
-
-    Source: Hesterberg 2015 (arXiv:1411.5279), section 3.2: percentiles are expanded for few documents, because plain
-    ones cover too little.
-    """
-    count = len(numerator)
-    samples = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=num_samples)
-    above, below = (np.tensordot(samples, values, axes=1) for values in (numerator, denominator))
-    ratios = np.full_like(above, np.nan)
-    np.divide(above, below, out=ratios, where=below != 0)
-    documents = np.count_nonzero(denominator, axis=0)
-    low, high = np.full(above.shape[1:], np.nan), np.full(above.shape[1:], np.nan)
-    for place in np.ndindex(low.shape):
-        known = ratios[(slice(None), *place)]
-        known = known[np.isfinite(known)]
-        if documents[place] >= MIN_DOCUMENTS and len(known) >= MIN_RESAMPLINGS:
-            tail = _expanded_tail(int(documents[place]))
-            low[place], high[place] = np.quantile(known, [tail, 1 - tail])
-    alike = np.isclose(low, high, rtol=1e-6, atol=0)  # to float32's rounding
-    return np.where(alike, np.nan, low)[()], np.where(alike, np.nan, high)[()]
-
-
-def _expanded_tail(count: int) -> float:
-    """Computes the fraction of resamplings beyond each end of a 95 % interval: 0.025 for many documents."""
-    return float(special.ndtr(math.sqrt(count / (count - 1)) * special.stdtrit(count - 1, 0.025)))
 
 
 def live_keys(key_end: jax.Array) -> jax.Array:

@@ -7,10 +7,11 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.data import Row
-from natsjax.evaluate.masked import Measurement, PositionSums, bootstrap_interval, chosen_roles
+from natsjax.evaluate.masked import DocumentSums, Measurement, PositionSums, chosen_roles
 from natsjax.evaluate.settings import Setting
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.policies.nats import Nats
+from natsjax.report.intervals import bootstrap_interval, ratio_fields
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.progress import bar
@@ -19,13 +20,16 @@ _NUM_SAMPLES = 3  # contexts for the role reader
 _MAX_ROLES = 2_000_000  # of all samples, role biases, layers and heads: a byte each in the page
 
 
-def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, Any]:
+def row_of(
+    setting: Setting, found: Measurement, config: Config, reference: DocumentSums | None = None
+) -> dict[str, Any]:
     """Computes the row of a setting: every field of ``natsjax.report.fields.ROW_FIELDS``.
 
     Args:
       setting: the setting that was measured.
       found: its measurement.
       config: of the run; ``eval.bootstrap_samples`` and ``train.seed`` are used for the intervals.
+      reference: of full attention on the dense baseline, on the same contexts; None: there is none.
     """
     sums = found.documents
 
@@ -51,6 +55,7 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
         "kv_live_max_per_head": found.live_max.tolist(),
         "perplexity": found.perplexity,
         **interval("perplexity", sums.nll, sums.tokens, perplexity),
+        **_ratio(sums, reference, config),
         "bits_per_byte": found.bits_per_byte,
         **bits,
         "accuracy": found.accuracy,
@@ -58,6 +63,11 @@ def row_of(setting: Setting, found: Measurement, config: Config) -> dict[str, An
         "num_tokens": int(sums.tokens.sum()),
         "num_documents": len(sums.ids),
         "by_position": _by_position(found.positions, config),
+        "by_document": {
+            "ids": sums.ids.tolist(),
+            "nll": [float(f"{nll:.9g}") for nll in sums.nll],
+            "tokens": sums.tokens.astype(int).tolist(),
+        },
     }
 
 
@@ -85,6 +95,14 @@ def about_intervals(rows: Sequence[Mapping[str, Any]], config: Config) -> tuple[
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
     return bootstrap_interval(numerator, denominator, num_samples=config.eval.bootstrap_samples, seed=config.train.seed)
+
+
+def _ratio(sums: DocumentSums, reference: DocumentSums | None, config: Config) -> dict[str, float | None]:
+    """Returns ``perplexity_ratio`` and its interval."""
+    if reference is None:
+        return dict.fromkeys(("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high"))
+    samples, seed = config.eval.bootstrap_samples, config.train.seed
+    return ratio_fields(sums.nll, reference.nll, sums.tokens, num_samples=samples, seed=seed)
 
 
 def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.policies.registry import FULL
 from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
-from natsjax.report.fields import page_columns
+from natsjax.report.fields import Row, page_columns
+from natsjax.report.intervals import ratio_fields
 from natsjax.report.results import Results, read, write_files
 from natsjax.runs.workdir import Workdir
 
@@ -53,7 +55,13 @@ def compare(
         for name, place in zip(_unique_names(places), places, strict=True)
     ]
     title = title or _title([run.name for run in runs])
-    values = _page_values(runs)
+    reference = _dense_reference(runs)
+    values = _page_values(runs if reference is None else [_compared(run, reference) for run in runs])
+    if reference is not None:
+        values["notes"].append(
+            f'"to dense" is the perplexity over that of full attention in {reference.name}, with a 95 % interval over '
+            "documents; runs are compared on each document."
+        )
     files = {output / "report.html": page.comparison_page(values, title)}
     if any(run.results is not None for run in runs):
         named = [(run.name, run.results) for run in runs]
@@ -79,6 +87,41 @@ def _results(place: Workdir) -> Results | None:
         return read(place.report)
     except FileNotFoundError:
         return None
+
+
+def _dense_reference(runs: Sequence[_Run]) -> _Run | None:
+    """Returns the first evaluated run of dense layers alone, which the others are compared with; None without one."""
+    return next((run for run in runs if run.config.model.layer_types == ("dense",) and _full(run) is not None), None)
+
+
+def _full(run: _Run) -> Row | None:
+    """Returns the row of full attention with its sums by document."""
+    rows = () if run.results is None else run.results.rows
+    return next((row for row in rows if row["method"] == FULL.name and row["by_document"] is not None), None)
+
+
+def _compared(run: _Run, reference: _Run) -> _Run:
+    """Fills in the ratio to the reference of rows that were measured on the very same documents."""
+    full = _full(reference)
+    if run.results is None or full is None or _text_of(run) != _text_of(reference):
+        return run
+
+    def compared(row: Row) -> Row:
+        own, other = row["by_document"], full["by_document"]
+        if own is None or any(own[name] != other[name] for name in ("ids", "tokens")):
+            return row
+        samples, seed = reference.config.eval.bootstrap_samples, reference.config.train.seed
+        ratio = ratio_fields(own["nll"], other["nll"], own["tokens"], num_samples=samples, seed=seed)
+        return {**row, **ratio}
+
+    return run._replace(results=run.results._replace(rows=[compared(row) for row in run.results.rows]))
+
+
+def _text_of(run: _Run) -> tuple[Any, ...]:
+    """Returns what is the same of runs that were measured on the same held-out tokens."""
+    assert run.results is not None
+    num_tokens = run.results.rows[0]["num_tokens"]
+    return run.workdir.read_data_fingerprint(), run.config.data.context_length, num_tokens
 
 
 def _unique_names(places: Sequence[Workdir]) -> list[str]:
@@ -133,7 +176,7 @@ def _run_values(run: _Run) -> dict[str, Any]:
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
     """Drops the fields of a row that the comparison does not draw."""
-    return {name: value for name, value in row.items() if not name.endswith("_per_head")}
+    return {name: value for name, value in page.slim(row).items() if not name.endswith("_per_head")}
 
 
 def _different_settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
@@ -157,9 +200,7 @@ def _notes(runs: Sequence[_Run]) -> list[str]:
     evaluated = [run for run in runs if run.results is not None]
     texts: dict[tuple[Any, ...], list[str]] = {}
     for run in evaluated:
-        rows = run.results.rows  # type: ignore[union-attr]
-        mark = (run.workdir.read_data_fingerprint(), run.config.data.context_length, rows[0]["num_tokens"])
-        texts.setdefault(mark, []).append(run.name)
+        texts.setdefault(_text_of(run), []).append(run.name)
     if len(texts) > 1:
         groups = "; ".join(", ".join(names) for names in texts.values())
         notes.append(

@@ -118,6 +118,16 @@ ROW_FIELDS = _by_name(
         axis="held-out perplexity",
     ),
     Field(
+        "perplexity_ratio",
+        "perplexity over that of full attention on the dense baseline, interval paired by document (both are read on "
+        "the same ones); null without a dense baseline",
+        nullable=True,
+        interval="shown",
+        column="to dense",
+        format=4,
+        compared=True,
+    ),
+    Field(
         "bits_per_byte",
         "negative log-likelihood of the text over its UTF-8 bytes; null where there is no text",
         "bits",
@@ -142,6 +152,13 @@ ROW_FIELDS = _by_name(
     Field("num_tokens", "predicted tokens", "tokens"),
     Field("num_documents", "documents that they are from", "documents"),
     Field("by_position", "the same by position in the document, see below", shape="object", nullable=True),
+    Field(
+        "by_document",
+        "`ids`, `nll` (sum of the negative log-likelihood, nats) and `tokens` (predicted) of each document; other "
+        "evaluations on the same contexts are compared by them",
+        shape="object",
+        nullable=True,
+    ),
 )
 """Fields of a row, which is one measured setting, in the order of a line of ``results.jsonl``."""
 

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from natsjax.policies.registry import FULL, NATS, POLICIES
-from natsjax.report.fields import ROW_FIELDS, page_columns
+from natsjax.report.fields import ROW_FIELDS, Row, page_columns
 from natsjax.report.results import Results, to_json
 from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors
 
@@ -40,6 +40,7 @@ def run_page(
     show_accuracy = bool(results.run["show_accuracy"])
     values = {
         **results._asdict(),
+        "rows": [slim(row) for row in results.rows],
         "columns": page_columns(results.rows, show_accuracy=show_accuracy),
         "run": {name: value for name, value in results.run.items() if name != "settings"},
         "training": training,
@@ -48,6 +49,11 @@ def run_page(
         "metric": "accuracy" if show_accuracy else "perplexity",
     }
     return _page("run", str(results.run["name"]), values)
+
+
+def slim(row: Row) -> dict[str, Any]:
+    """Drops the sums by document, which no page draws."""
+    return {name: value for name, value in row.items() if name != "by_document"}
 
 
 def comparison_page(values: Mapping[str, Any], title: str) -> bytes:

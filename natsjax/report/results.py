@@ -32,6 +32,7 @@ EVALUATION_FILE = "evaluation.json"
 _FORMAT = 2
 _NO_NAMES: Mapping[str, str] = {}
 
+
 MIN_DOCUMENTS = 10
 """Fewest documents for an interval: resampling fewer tells too little about other documents (docs/evaluate.md)."""
 
