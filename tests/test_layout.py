@@ -13,6 +13,7 @@ from processes import ROOT
 RANKS = (
     {"errors"},
     {"config_fields"},
+    {"config_checks"},
     {"config"},
     {"kv_fraction"},
     {"runtime"},

