@@ -138,7 +138,8 @@ def test_the_kv_fraction_of_random_roles_is_what_drawing_gives(lengths, fraction
 
 def test_roles_begin_halfway_to_the_budget():
     for budget, window, length in ((0.15, 4, 256), (0.05, 16, 1024), (0.4, 16, 4096), (0.7, 2, 64)):
-        config = tiny.config(nats={"kv_budget": budget, "window": window}, data={"context_length": length})
+        nats = {"kv_budget": budget, "window": window, "initial_roles": ()}
+        config = tiny.config(nats=nats, data={"context_length": length})
         fractions = kv_fraction.roles_at_start(config)
         assert sum(fractions) == pytest.approx(1)
         assert fractions[0] == fractions[1]
@@ -146,7 +147,8 @@ def test_roles_begin_halfway_to_the_budget():
         sliding = kv_fraction.all_sliding_kv_fraction([length], window)
         assert found == pytest.approx((budget + sliding) / 2, rel=1e-3)
     # The window alone costs more than that: nearly all SLIDING, and something of the others to learn from.
-    config = tiny.config(nats={"kv_budget": 0.02, "window": 16}, data={"context_length": 512})
+    nats = {"kv_budget": 0.02, "window": 16, "initial_roles": ()}
+    config = tiny.config(nats=nats, data={"context_length": 512})
     assert kv_fraction.roles_at_start(config)[0] == pytest.approx(kv_fraction.FEWEST, rel=1e-3)
     given = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
     assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)

@@ -13,7 +13,7 @@ from processes import SLOW, json_lines, together, wait_for
 from natsjax.config import Config, MeshConfig
 from natsjax.errors import UserError
 from natsjax.model import sharding
-from natsjax.runs.workdir import read_metrics
+from natsjax.runs.workdir import HELD_OUT_LOSS, read_metrics
 
 MESHES = ("fsdp=4,tensor=2", "context=2,fsdp=4")
 if SLOW:
@@ -129,6 +129,23 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
     errors = finish(start(alone, one_device, processes=1, devices=1))
     assert "resuming from step" in errors[0]
     np.testing.assert_allclose(losses_of(alone), expected, rtol=TOLERANCE["nats"])
+
+
+def test_two_processes_evaluate_while_they_train_and_save_by_the_clock(tmp_path):
+    held_out = {}
+    for name, processes, devices, mesh in (("two", 2, 2, "data=2,fsdp=2"), ("one", 1, 1, "fsdp=-1")):
+        config = config_of("nats", mesh, num_steps=9, eval_every=3)
+        saved = dataclasses.replace(config.checkpoint, save_every=10_000, save_every_minutes=1e-6, max_to_keep=20)
+        workdir = tmp_path / name
+        finish(start(workdir, dataclasses.replace(config, checkpoint=saved), processes=processes, devices=devices))
+        lines = [line for line in read_metrics(workdir / "metrics.jsonl") if HELD_OUT_LOSS in line]
+        held_out[name] = [(line["step"], line[HELD_OUT_LOSS], line["held_out_kv_fraction"]) for line in lines]
+        # Every logged step is a minute late: process 0 says so to both.
+        assert {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == set(
+            range(1, 10)
+        )
+    assert [step for step, *_ in held_out["two"]] == [3, 6, 9]
+    np.testing.assert_allclose(held_out["two"], held_out["one"], rtol=TOLERANCE["nats"])
 
 
 def test_sigterm_at_one_of_two_processes_leads_to_a_save_in_both(tmp_path):
