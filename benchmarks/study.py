@@ -20,7 +20,7 @@ import pathlib
 import runpy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import filelock
@@ -38,6 +38,7 @@ from natsjax.policies.nats import Nats
 from natsjax.report.intervals import paired_ratio
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir, read_metrics
+from natsjax.runtime.files import write_text_file
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 from natsjax.runtime.tables import text_table
 
@@ -96,9 +97,12 @@ def read_study(path: pathlib.Path) -> Study:
     if missing:
         raise UserError(f"--study={path}: it does not define {', '.join(missing)}.")
     arms = names["ARMS"]
-    return Study(
-        names["CONFIG"], names["COMMON"], arms, names.get("SEEDS", (0,)), names.get("REFERENCE", next(iter(arms)))
-    )
+    if not arms:
+        raise UserError(f"--study={path}: ARMS is empty.")
+    reference = names.get("REFERENCE", next(iter(arms)))
+    if reference not in arms:
+        raise UserError(f"--study={path}: REFERENCE = {reference!r} is none of {', '.join(arms)}.")
+    return Study(names["CONFIG"], names["COMMON"], arms, names.get("SEEDS", (0,)), reference)
 
 
 def served(run: LoadedRun) -> tuple[Measurement, float]:
@@ -137,8 +141,9 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
         "documents": documents.ids.tolist(),
         "nll": documents.nll.tolist(),
         "predicted": documents.tokens.tolist(),
+        "config": config.to_dict(),
     }
-    (workdir / RECORD_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_text_file(workdir / RECORD_FILE, json.dumps(record) + "\n")
 
 
 Record = Mapping[str, Any]
@@ -153,6 +158,9 @@ def paired_interval(records: Sequence[Record], others: Sequence[Record]) -> tupl
       not known). Seeds are averaged; their spread is not in the interval.
     """
     pairs = [(a, b) for a in records for b in others if a["seed"] == b["seed"]]
+    for a, b in pairs:
+        if a["documents"] != b["documents"] or a["predicted"] != b["predicted"]:
+            raise UserError(f"{a['arm']} and {b['arm']} were measured on different text: they cannot be compared.")
     nll, other = (np.sum([pair[side]["nll"] for pair in pairs], axis=0) for side in (0, 1))
     predicted = np.sum([a["predicted"] for a, _ in pairs], axis=0)
     return paired_ratio(nll, other, predicted, num_samples=RESAMPLINGS, seed=0)
@@ -198,9 +206,16 @@ def table(records: Sequence[Record], reference: str) -> str:
     return text_table([titles, *rows])
 
 
-def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the records of the runs that have finished."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(workdir.glob(f"*/{RECORD_FILE}"))]
+def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the record of a run; None if it has not finished."""
+    path = workdir / RECORD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_records(workdir: pathlib.Path, arms: Collection[str]) -> list[dict[str, Any]]:
+    """Reads the records of the runs of these arms that have finished."""
+    found = [read_record(path.parent) for path in sorted(workdir.glob(f"*/{RECORD_FILE}"))]
+    return [record for record in found if record is not None and record["arm"] in arms]
 
 
 def main() -> None:
@@ -223,13 +238,15 @@ def main() -> None:
         workdir = arguments.workdir / f"{arm}_seed={seed}"
         try:
             with filelock.FileLock(arguments.workdir / f"{workdir.name}.lock", timeout=0):
-                if not (workdir / RECORD_FILE).exists():
+                record = read_record(workdir)
+                if record is not None and Config.from_stored(record["config"]) != configs[arm, seed]:
+                    raise UserError(f"{workdir} has a run of another config; remove it, or give the arm another name.")
+                if record is None:
                     run_one(arm, seed, configs[arm, seed], workdir)
         except filelock.Timeout:
             continue  # another process trains it
-    records = read_records(arguments.workdir)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (arguments.workdir / RESULTS_FILE).write_text(lines, encoding="utf-8")
+    records = read_records(arguments.workdir, study.arms)
+    write_text_file(arguments.workdir / RESULTS_FILE, "".join(json.dumps(record) + "\n" for record in records))
     print(table(records, study.reference))
 
 

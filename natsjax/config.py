@@ -19,11 +19,13 @@ from natsjax.config_fields import MIXTURE, PathSyntax, build, config_field
 LayerType = Literal["nats", "dense", "sliding"]
 LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 
-_WHEN_NOT_STORED: dict[str, dict[str, Any]] = {
-    "data": {"shuffle": "documents"},
-    "nats": {"final_noise": 1.0, "kv_penalty_gain": 0.0},
+FORMER_DEFAULTS: dict[str, Any] = {
+    "data.shuffle": "documents",
+    "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
+    "nats.kv_penalty_gain": 0.0,
 }
-"""Values of fields that a stored config is too old to have, where the default means something else."""
+"""What runs of earlier versions have in fields whose default has changed or that are new: such a run keeps its value
+when it is resumed with today's default, and a stored config without the field means it."""
 
 RENAMED_FIELDS = {
     "model.attention": "model.layer_types",
@@ -183,8 +185,8 @@ class NatsConfig:
     )
     initial_roles: tuple[float, ...] = config_field(
         (),
-        "fractions of GLOBAL, LOCAL, SLIDING at step 0; (): as many GLOBAL as LOCAL, so that roles drawn at random "
-        "cost half of what kv_budget leaves above the cost of all SLIDING",
+        "fractions of GLOBAL, LOCAL, SLIDING at step 0; (): nearly all SLIDING, with as many GLOBAL as LOCAL, so that "
+        "roles drawn at random cost half of what the first budget leaves above all SLIDING; under a ramp a third each",
         minimum=1e-6,
         maximum=1,
     )
@@ -521,9 +523,10 @@ class Config:
         """
         if isinstance(values, Mapping):
             values = _with_new_names(values)
-            for group, fields in _WHEN_NOT_STORED.items():
+            for path, former in FORMER_DEFAULTS.items():
+                group, name = path.split(".")
                 if isinstance(values.get(group), Mapping):
-                    values = {**values, group: {**fields, **values[group]}}
+                    values = {**values, group: {name: former, **values[group]}}
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from natsjax.config import Config
 START = 0.5
 """Fraction of the way from all tokens SLIDING to the budget, at which roles begin unless they are given."""
 
-FEWEST = 0.005
+FEWEST = 0.01
 """The smallest fraction of a role at step 0, unless it is given."""
 
 
@@ -94,19 +94,21 @@ def random_kv_fraction(piece_lengths: npt.ArrayLike, window: int, fractions: Seq
 def roles_at_start(config: Config) -> tuple[float, ...]:
     """Returns the fractions of GLOBAL, LOCAL, SLIDING that a run begins with: ``nats.initial_roles``, or found.
 
-    Found are as many GLOBAL as LOCAL, at least ``FEWEST`` of each: what is never drawn cannot be learned. Drawn at
-    random they keep, in a document as long as the context, ``START`` of the way from all tokens SLIDING to the budget.
+    Found are as many GLOBAL as LOCAL, so that in a document as long as the context, drawn at random, they keep
+    ``START`` of the way from all tokens SLIDING to the budget of step 0, which under a ramp is 1. There are at least
+    ``FEWEST`` of each, for what is never drawn cannot be learned, and at most a third.
     """
     nats, lengths = config.nats, [config.data.context_length]
     if nats.initial_roles:
         return nats.initial_roles
-    sliding = all_sliding_kv_fraction(lengths, nats.window)
-    target = sliding + START * (nats.kv_budget - sliding)
+    budget = 1.0 if nats.budget_ramp_start or nats.budget_ramp_steps else nats.kv_budget
+    sliding = all_sliding_model_kv_fraction(config, lengths)
+    target = sliding + START * (budget - sliding)
     few, many = FEWEST, 1 / 3
-    for _ in range(30):
+    for _ in range(30 if target > sliding else 0):
         middle = (few + many) / 2
         found = random_kv_fraction(lengths, nats.window, (middle, middle, 1 - 2 * middle))
-        few, many = (middle, many) if found < target else (few, middle)
+        few, many = (middle, many) if _mean_over_layers(config, lengths, found) < target else (few, middle)
     return few, few, 1 - 2 * few
 
 

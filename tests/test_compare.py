@@ -1,5 +1,7 @@
 """Several runs in one page: each by a name of its own, what differs, what is missing, and nothing lost."""
 
+import json
+
 import pytest
 from report_data import make_rows, make_workdir
 from test_report import check_self_contained, embedded, png_size
@@ -71,16 +73,30 @@ def test_runs_are_compared_with_the_dense_one_on_each_document(tmp_path):
     make_workdir(tmp_path / "nats")
     make_workdir(tmp_path / "dense", attention="dense")
     make_workdir(tmp_path / "elsewhere", fingerprint="b" * 64)
-    page = embedded(compare([tmp_path / name for name in ("nats", "dense", "elsewhere")], tmp_path / "out")[0])
-    nats, itself, elsewhere = (run["rows"] for run in page["runs"])
+    make_workdir(tmp_path / "before")
+    results = tmp_path / "before/report/evaluation.json"
+    stored = json.loads(results.read_text())
+    for row in stored["rows"]:  # of an older evaluation, beside a dense baseline of its own
+        row |= {"by_document": None, "perplexity_ratio": 0.5}
+    results.write_text(json.dumps(stored))
+    page = embedded(
+        compare([tmp_path / name for name in ("nats", "dense", "elsewhere", "before")], tmp_path / "out")[0]
+    )
+    nats, itself, elsewhere, before = (run["rows"] for run in page["runs"])
     (full,) = (row for row in itself if row["method"] == "full")
     assert full["perplexity_ratio"] == 1
     for row in (*nats, *itself):
         assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / full["perplexity"], rel=1e-9)
         assert "by_document" not in row
-    assert all(row["perplexity_ratio"] is None for row in elsewhere)
+    assert all(row["perplexity_ratio"] is None for row in (*elsewhere, *before))
     assert [column["column"] for column in page["columns"]].count("to dense") == 1
     assert any("full attention in dense" in note for note in page["notes"])
+    stored = json.loads((tmp_path / "dense/report/evaluation.json").read_text())
+    (tmp_path / "dense/report/evaluation.json").write_text(
+        json.dumps(stored | {"rows": [row | {"by_document": None} for row in stored["rows"]]})
+    )
+    page = embedded(compare([tmp_path / "nats", tmp_path / "dense"], tmp_path / "out")[0])
+    assert any("dense was evaluated by a version" in note and "natsjax.evaluate" in note for note in page["notes"])
 
 
 def test_names_are_as_short_as_they_are_unique(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from processes import ROOT
 
-from natsjax.config import Config, default_config
+from natsjax.config import FORMER_DEFAULTS, Config, default_config
 from natsjax.config_fields import differences
 from natsjax.errors import UserError
 from natsjax.model import sharding
@@ -186,20 +186,24 @@ def test_what_may_change_on_resume(tmp_path):
     assert workdir.compare_config(tiny.config(train={"num_steps": 20})) == ["train.num_steps: 12 -> 20"]
 
 
-def test_a_resumed_run_keeps_the_order_of_its_data(tmp_path):
-    """Also one of an older natsjax, which stored no order: it shuffled documents alone."""
-    asked = tiny.config(data={"shuffle": "contexts"})
+def test_a_resumed_run_keeps_what_was_the_default_when_it_began(tmp_path):
+    """Also one of an older natsjax, which did not store a field that it did not have."""
+    asked = tiny.config(nats={"initial_roles": ()})  # today's defaults
     workdir = Workdir(tmp_path)
-    values = tiny.config().to_dict()
-    del values["data"]["shuffle"]
+    values = tiny.config(nats={"initial_roles": FORMER_DEFAULTS["nats.initial_roles"]}).to_dict()
+    del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"]
     workdir.config_file.write_text(json.dumps(values))
-    assert workdir.with_own_order(asked) == asked  # nothing is trained yet
+    assert workdir.with_own_defaults(asked) == asked  # nothing is trained yet
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     assert workdir.compare_config(asked) == []
-    kept = workdir.with_own_order(asked)
-    assert kept == dataclasses.replace(asked, data=dataclasses.replace(asked.data, shuffle="documents"))
+    kept = workdir.with_own_defaults(asked)
+    flat = {path: getattr(getattr(kept, path.split(".")[0]), path.split(".")[1]) for path in FORMER_DEFAULTS}
+    assert flat == FORMER_DEFAULTS
+    assert dataclasses.replace(kept, data=asked.data, nats=asked.nats) == asked
     workdir.record(kept, "a" * 64)
-    assert workdir.with_own_order(asked) == kept
+    assert workdir.with_own_defaults(asked) == kept
+    with pytest.raises(UserError, match=r"nats\.kv_penalty_gain: 0\.0 -> 2\.0"):  # this was asked for
+        workdir.compare_config(tiny.config(nats={"kv_penalty_gain": 2.0}))
 
 
 def test_other_data_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import zstandard
 from corpora import lines, read
 
 from natsjax.data import CorpusReader
-from natsjax.data.readers import sources
+from natsjax.data.readers import corpus_reader, sources
 from natsjax.errors import UserError
 
 GZIP = gzip.compress(bytes(range(256)) * 8, mtime=0)
@@ -126,6 +126,22 @@ def test_standard_library():
     assert not {"test", "site-packages", "encodings", "__pycache__"} & set(documents)
     assert all(text.strip() for text in documents.values())
     assert read("package:stdlib") == list(documents.items())
+    assert not [name for name in documents if name.startswith(("_sysconfigdata", "config-", "sitecustomize"))]
+    assert corpus_reader.input_exists("package:stdlib")
+    assert not corpus_reader.input_exists("package:json")  # installed, and no corpus
+    reader = CorpusReader("package:stdlib")
+    assert list(pickle.loads(pickle.dumps(reader))) == list(reader)
+
+
+def test_a_standard_library_without_its_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="has no source files"):
+        CorpusReader("package:stdlib")
+    (tmp_path / "heapq.py").write_bytes(b"# \xff\n")
+    with pytest.raises(UserError, match=r"heapq\.py is not UTF-8"):
+        read("package:stdlib")
+    with pytest.raises(UserError, match=r"is empty.*1 files damaged or not in UTF-8"):
+        read("package:stdlib", skip_bad_files=True)
 
 
 def test_sources_can_be_read_apart_and_in_any_order(tmp_path):

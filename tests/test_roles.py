@@ -137,7 +137,7 @@ def test_the_kv_fraction_of_random_roles_is_what_drawing_gives(lengths, fraction
 
 
 def test_roles_begin_halfway_to_the_budget():
-    for budget, window, length in ((0.15, 4, 256), (0.05, 16, 1024), (0.4, 16, 4096), (0.7, 2, 64)):
+    for budget, window, length in ((0.15, 4, 256), (0.07, 16, 1024), (0.4, 16, 4096), (0.7, 2, 64)):
         nats = {"kv_budget": budget, "window": window, "initial_roles": ()}
         config = tiny.config(nats=nats, data={"context_length": length})
         fractions = kv_fraction.roles_at_start(config)
@@ -150,6 +150,17 @@ def test_roles_begin_halfway_to_the_budget():
     nats = {"kv_budget": 0.02, "window": 16, "initial_roles": ()}
     config = tiny.config(nats=nats, data={"context_length": 512})
     assert kv_fraction.roles_at_start(config)[0] == pytest.approx(kv_fraction.FEWEST, rel=1e-3)
+    # Dense layers cost what they cost: the rest is for those with roles.
+    nats = {"kv_budget": 0.6, "window": 16, "initial_roles": ()}
+    mixed = tiny.config(nats=nats, model={"layer_types": "nats,dense"}, data={"context_length": 1024})
+    alone = tiny.config(nats=nats | {"kv_budget": 0.2}, data={"context_length": 1024})
+    np.testing.assert_allclose(kv_fraction.roles_at_start(mixed), kv_fraction.roles_at_start(alone), rtol=1e-6)
+    # Under a ramp the first budget is 1.
+    ramp = tiny.config(nats=nats | {"budget_ramp_steps": 10})
+    assert kv_fraction.roles_at_start(ramp) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    # A window as wide as the budget leaves nothing to begin halfway to.
+    wide = tiny.config(nats=nats | {"kv_budget": 0.9, "window": 700}, data={"context_length": 1024})
+    assert kv_fraction.roles_at_start(wide)[0] == kv_fraction.FEWEST
     given = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
     assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)
 

@@ -38,6 +38,7 @@ def record(arm, seed, nll):
         "arm": arm,
         "seed": seed,
         "loss": sum(nll) / sum(PREDICTED),
+        "documents": list(range(len(PREDICTED))),
         "nll": list(nll),
         "predicted": list(PREDICTED),
         "kv_fraction": 1.0,
@@ -53,6 +54,13 @@ def test_runs_are_compared_with_those_of_their_seed():
     ratio, low, high = study.paired_interval(a, b)
     assert ratio == pytest.approx(np.exp(-(gain * PREDICTED).sum() / PREDICTED.sum()), rel=1e-12)
     assert np.exp(-0.12) < low < ratio < high < np.exp(-0.08)
+
+
+def test_runs_on_other_text_are_not_compared():
+    a, b = record("a", 0, PREDICTED), record("b", 0, PREDICTED)
+    b["documents"][3] = 99
+    with pytest.raises(UserError, match="a and b were measured on different text"):
+        study.paired_interval([a], [b])
 
 
 def test_the_table_has_the_best_arm_first_and_compares_pairs_alone():
@@ -91,6 +99,9 @@ def test_a_study_is_trained_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == first
     run(monkeypatch, path, workdir, "--table")
     assert capsys.readouterr().out == first
+    path.write_text(FILE.replace('"model.sliding_window": 8', '"model.sliding_window": 9'), encoding="utf-8")
+    with pytest.raises(UserError, match="window_seed=0 has a run of another config"):
+        run(monkeypatch, path, workdir, "--seeds=0")
 
 
 def test_mistakes(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from natsjax.evaluate.masked import DocumentSums, Measurement, PositionSums, cho
 from natsjax.evaluate.settings import Setting
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.policies.nats import Nats
-from natsjax.report.intervals import bootstrap_interval, ratio_fields
+from natsjax.report.intervals import NO_RATIO, bootstrap_interval, ratio_fields
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.progress import bar
@@ -100,7 +100,7 @@ def _interval(numerator: np.ndarray, denominator: np.ndarray, config: Config) ->
 def _ratio(sums: DocumentSums, reference: DocumentSums | None, config: Config) -> dict[str, float | None]:
     """Returns ``perplexity_ratio`` and its interval."""
     if reference is None:
-        return dict.fromkeys(("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high"))
+        return NO_RATIO
     samples, seed = config.eval.bootstrap_samples, config.train.seed
     return ratio_fields(sums.nll, reference.nll, sums.tokens, num_samples=samples, seed=seed)
 

@@ -11,7 +11,7 @@ from natsjax.policies.registry import FULL
 from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
 from natsjax.report.fields import Row, page_columns
-from natsjax.report.intervals import ratio_fields
+from natsjax.report.intervals import NO_RATIO, ratio_fields
 from natsjax.report.results import Results, read, write_files
 from natsjax.runs.workdir import Workdir
 
@@ -91,7 +91,11 @@ def _results(place: Workdir) -> Results | None:
 
 def _dense_reference(runs: Sequence[_Run]) -> _Run | None:
     """Returns the first evaluated run of dense layers alone, which the others are compared with; None without one."""
-    return next((run for run in runs if run.config.model.layer_types == ("dense",) and _full(run) is not None), None)
+    return next((run for run in runs if _is_dense(run) and _full(run) is not None), None)
+
+
+def _is_dense(run: _Run) -> bool:
+    return set(run.config.model.layer_types) == {"dense"}
 
 
 def _full(run: _Run) -> Row | None:
@@ -101,15 +105,16 @@ def _full(run: _Run) -> Row | None:
 
 
 def _compared(run: _Run, reference: _Run) -> _Run:
-    """Fills in the ratio to the reference of rows that were measured on the very same documents."""
+    """Fills in the ratio to the reference of rows that were measured on the very same documents; others have none."""
     full = _full(reference)
-    if run.results is None or full is None or _text_of(run) != _text_of(reference):
+    if run.results is None or full is None:
         return run
+    is_same_text = _text_of(run) == _text_of(reference)
 
     def compared(row: Row) -> Row:
         own, other = row["by_document"], full["by_document"]
-        if own is None or any(own[name] != other[name] for name in ("ids", "tokens")):
-            return row
+        if not is_same_text or own is None or any(own[name] != other[name] for name in ("ids", "tokens")):
+            return {**row, **NO_RATIO}
         samples, seed = reference.config.eval.bootstrap_samples, reference.config.train.seed
         ratio = ratio_fields(own["nll"], other["nll"], own["tokens"], num_samples=samples, seed=seed)
         return {**row, **ratio}
@@ -196,6 +201,12 @@ def _notes(runs: Sequence[_Run]) -> list[str]:
         f"{run.name} has not been evaluated yet: {evaluate_command(run.workdir.path)} evaluates it."
         for run in runs
         if run.results is None
+    ]
+    notes += [
+        f"{run.name} was evaluated by a version that did not keep sums by document, which others are compared by: "
+        f"{evaluate_command(run.workdir.path)} evaluates it again."
+        for run in runs
+        if run.results is not None and _is_dense(run) and _full(run) is None
     ]
     evaluated = [run for run in runs if run.results is not None]
     texts: dict[tuple[Any, ...], list[str]] = {}

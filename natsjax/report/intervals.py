@@ -8,6 +8,9 @@ from scipy import special
 
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 
+NO_RATIO: dict[str, float | None] = dict.fromkeys(("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high"))
+"""Fields of a row that is compared with nothing."""
+
 
 def bootstrap_interval(
     numerator: np.ndarray, denominator: np.ndarray, *, num_samples: int, seed: int
@@ -82,5 +85,4 @@ def ratio_fields(
     """Returns ``perplexity_ratio`` of a row and its interval, as ``paired_ratio`` computes them; None for NaN."""
     sums = (np.asarray(values, np.float64) for values in (nll, other, tokens))
     found = paired_ratio(*sums, num_samples=num_samples, seed=seed)
-    names = ("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high")
-    return {name: None if math.isnan(value) else value for name, value in zip(names, found, strict=True)}
+    return {name: None if math.isnan(value) else value for name, value in zip(NO_RATIO, found, strict=True)}

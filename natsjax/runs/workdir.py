@@ -33,7 +33,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from natsjax.config import Config
+from natsjax.config import FORMER_DEFAULTS, Config
 from natsjax.config_fields import check_file_name, differences, real_path
 from natsjax.data.readers.file_marks import check_file_no_pointer
 from natsjax.errors import UserError, first_line
@@ -144,18 +144,24 @@ class Workdir:
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from error
 
-    def with_own_order(self, config: Config) -> Config:
-        """Returns a config with ``data.shuffle`` of the run that is here, if that has a checkpoint.
+    def with_own_defaults(self, config: Config) -> Config:
+        """Returns a config with the former defaults that the run here began with, if it has a checkpoint.
 
-        The order is no part of what a user asks of a resumed run: its default may have changed since the run began.
+        Who asks for today's default of such a field has asked for nothing: its default has changed since the run began.
 
         Raises:
           UserError: the config of the run cannot be read.
         """
-        earlier = self.earlier_config()
+        earlier, today = self.earlier_config(), Config()
         if earlier is None:
             return config
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle=earlier.data.shuffle))
+        for path, former in FORMER_DEFAULTS.items():
+            group, name = path.split(".")
+            asked, stored, default = (getattr(getattr(x, group), name) for x in (config, earlier, today))
+            if asked == default and stored == former:
+                fields = dataclasses.replace(getattr(config, group), **{name: former})
+                config = dataclasses.replace(config, **{group: fields})
+        return config
 
     def compare_config(self, config: Config) -> list[str]:
         """Compares a config with that of the run that is here, if it has come as far as a checkpoint.
@@ -169,7 +175,7 @@ class Workdir:
         earlier = self.earlier_config()
         if earlier is None:
             return []
-        config = self.with_own_order(config)
+        config = self.with_own_defaults(config)
         if config.train.num_tokens or config.train.num_epochs:  # these say the length: the steps follow from them
             train = dataclasses.replace(config.train, num_steps=earlier.train.num_steps)
             config = dataclasses.replace(config, train=train)

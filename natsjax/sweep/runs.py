@@ -318,7 +318,7 @@ def finished(run: PlannedRun) -> SweepRun | None:
     if record is None:
         return None
     known, config = record
-    changed, other = differences(config, Workdir(run.workdir).with_own_order(run.config))
+    changed, other = differences(config, Workdir(run.workdir).with_own_defaults(run.config))
     if known.status != "finished" or other or any(not line.startswith(_FREE_FIELDS) for line in changed):
         return None
     # It may have been trained further; or its checkpoints were removed, which does not change the results.

