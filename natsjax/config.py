@@ -22,6 +22,7 @@ LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 FORMER_DEFAULTS: dict[str, Any] = {
     "data.shuffle": "documents",
     "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
+    "nats.kv_penalty": 0.1,
     "nats.kv_penalty_gain": 0.0,
 }
 """What runs of earlier versions have in fields whose default has changed or that are new: such a run keeps its value
@@ -212,7 +213,7 @@ class NatsConfig:
         0.15, "KV fraction that a controlled KV penalty is adjusted to", minimum=1e-6, maximum=1
     )
     kv_penalty: float = config_field(
-        0.1, "loss in nats per token for a KV fraction of 1; the initial value when controlled", minimum=0
+        0.02, "loss in nats per token for a KV fraction of 1; the initial value when controlled", minimum=0
     )
     min_kv_penalty: float = config_field(1e-3, "lower bound of a controlled kv_penalty", minimum=0)
     max_kv_penalty: float = config_field(10.0, "upper bound of a controlled kv_penalty", minimum=0)

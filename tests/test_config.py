@@ -11,7 +11,7 @@ import pytest
 import tiny
 from processes import ROOT
 
-from natsjax.config import FORMER_DEFAULTS, Config, default_config
+from natsjax.config import FORMER_DEFAULTS, Config, NatsConfig, default_config
 from natsjax.config_fields import differences
 from natsjax.errors import UserError
 from natsjax.model import sharding
@@ -188,9 +188,10 @@ def test_what_may_change_on_resume(tmp_path):
 
 def test_a_resumed_run_keeps_what_was_the_default_when_it_began(tmp_path):
     """Also one of an older natsjax, which did not store a field that it did not have."""
-    asked = tiny.config(nats={"initial_roles": ()})  # today's defaults
+    asked = tiny.config(nats={"initial_roles": (), "kv_penalty": NatsConfig().kv_penalty})  # today's defaults
     workdir = Workdir(tmp_path)
-    values = tiny.config(nats={"initial_roles": FORMER_DEFAULTS["nats.initial_roles"]}).to_dict()
+    values = tiny.config().to_dict()
+    assert values["nats"]["initial_roles"] == FORMER_DEFAULTS["nats.initial_roles"]
     del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"]
     workdir.config_file.write_text(json.dumps(values))
     assert workdir.with_own_defaults(asked) == asked  # nothing is trained yet
