@@ -21,6 +21,7 @@ LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 
 FORMER_DEFAULTS: dict[str, Any] = {
     "data.shuffle": "documents",
+    "nats.final_noise": 1.0,
     "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
     "nats.kv_penalty": 0.1,
     "nats.kv_penalty_gain": 0.0,
@@ -179,7 +180,7 @@ class NatsConfig:
     )
     noise: float = config_field(1.0, "scale of the Gumbel noise on the scorer's logits at step 0", minimum=0)
     final_noise: float = config_field(
-        1.0, "its scale in the last tenth of the run, to which it falls linearly over noise_decay_fraction", minimum=0
+        0.0, "its scale in the last tenth of the run, to which it falls linearly over noise_decay_fraction", minimum=0
     )
     noise_decay_fraction: float = config_field(
         0.5, "fraction of the steps in which the noise falls to final_noise", minimum=0, maximum=0.9

@@ -188,11 +188,12 @@ def test_what_may_change_on_resume(tmp_path):
 
 def test_a_resumed_run_keeps_what_was_the_default_when_it_began(tmp_path):
     """Also one of an older natsjax, which did not store a field that it did not have."""
-    asked = tiny.config(nats={"initial_roles": (), "kv_penalty": NatsConfig().kv_penalty})  # today's defaults
+    changed = [path.removeprefix("nats.") for path in FORMER_DEFAULTS if path.startswith("nats.")]
+    asked = tiny.config(nats={name: getattr(NatsConfig(), name) for name in changed})  # today's defaults
     workdir = Workdir(tmp_path)
     values = tiny.config().to_dict()
     assert values["nats"]["initial_roles"] == FORMER_DEFAULTS["nats.initial_roles"]
-    del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"]
+    del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"], values["nats"]["final_noise"]
     workdir.config_file.write_text(json.dumps(values))
     assert workdir.with_own_defaults(asked) == asked  # nothing is trained yet
     (tmp_path / "checkpoints/5").mkdir(parents=True)

@@ -20,7 +20,13 @@ from natsjax.train.step import StepMetrics, Trainer
 _BASE = {
     "model": {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "mlp_dim": 24},
     # All roles from the first step on, so that none goes untested.
-    "nats": {"window": 2, "kv_budget": 0.4, "kv_penalty": 0.1, "initial_roles": (1 / 3, 1 / 3, 1 / 3)},
+    "nats": {
+        "window": 2,
+        "kv_budget": 0.4,
+        "kv_penalty": 0.1,
+        "final_noise": 1.0,
+        "initial_roles": (1 / 3, 1 / 3, 1 / 3),
+    },
     "data": {
         "source": "recall",
         "context_length": 24,

