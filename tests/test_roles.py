@@ -233,7 +233,7 @@ def test_a_resumed_controller_goes_on_as_it_would_have():
 def test_a_controlled_penalty_stays_within_its_bounds():
     config = NatsConfig(kv_budget=0.1, max_kv_penalty=0.5)
     assert max(controlled_for(300, lambda penalty: 1.0, config)[1]) <= 0.5 * (1 + 1e-6)
-    config = NatsConfig(kv_budget=0.5, min_kv_penalty=0.05)
+    config = NatsConfig(kv_budget=0.5, min_kv_penalty=0.05, kv_penalty=0.1)
     assert min(controlled_for(300, lambda penalty: 0.1, config)[1]) >= 0.05 * (1 - 1e-6)
 
 
