@@ -91,8 +91,7 @@ def step_metrics(config: Config, **changes) -> StepMetrics:
     layers, heads = config.model.num_layers, config.model.num_kv_heads
     names = (
         "loss cross_entropy z_loss accuracy kv_fraction kv_penalty kv_budget gradient_norm update_norm learning_rate "
-        "temperature",
-        "noise",
+        "temperature noise"
     )
     values = {
         **dict.fromkeys(names.split(), np.float32(1)),
