@@ -173,7 +173,7 @@ class Process:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, input=None, timeout=300):
+    def communicate(self, input=None, timeout=900 if SLOW else 300):
         """Returns standard output and standard error, as text; kills the process where it takes too long."""
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             outputs = [file and pool.submit(file.read) for file in (self.stdout, self.stderr)]
