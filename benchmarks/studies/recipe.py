@@ -52,7 +52,7 @@ def muon(**fields: Any) -> Fields:
 
 ARMS = {
     "muon 8e-3, batch 4": muon(),
-    # What the defaults of natsjax.config give, with the batch of the quickstart until then.
+    # The optimizer's defaults in natsjax.config, with the batch that the quickstart had until then.
     "adamw 2e-3, batch 16 (defaults)": rule(
         "adamw", 2e-3, 16, optimizer__final_learning_rate=2e-4, optimizer__warmup_steps=50
     ),
