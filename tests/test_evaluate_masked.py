@@ -62,13 +62,13 @@ def contexts():
 
 
 @functools.cache
-def make_run(attention="nats"):
+def make_run(attention="nats", final_noise=1.0):
     """Two layers, two KV heads, scorers that choose every role."""
     config = Config.from_dict(
         {
             "model": {"layer_types": attention, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
             | {"head_dim": 4, "mlp_dim": 16},
-            "nats": {"window": WINDOW},
+            "nats": {"window": WINDOW, "final_noise": final_noise},
             "data": {"input": "nothing", "context_length": T},
             "eval": {"batch_size": 3},
         }
@@ -222,6 +222,11 @@ def test_sampled_roles_differ_between_seeds_and_batches(run, contexts):
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert (first[:3] != first[3:]).any()
+
+
+def test_where_the_noise_fades_to_zero_sampled_roles_are_the_most_likely_ones(contexts):
+    run = make_run(final_noise=0.0)
+    np.testing.assert_array_equal(chosen_roles(run, contexts, SampledNats(1)), chosen_roles(run, contexts, Nats()))
 
 
 def test_a_dense_model_has_no_roles_to_read(contexts):
