@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 from natsjax import evaluate, train
 from natsjax.config import Config
 from natsjax.evaluate.masked import chosen_roles
-from natsjax.model.roles import ROLE_NAMES
 from natsjax.policies.nats import Nats
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.files import make_folder, try_files, unwritable
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "recall.py"
-ROLE_COLORS = ("#d55e00", "#56b4e9", "#eeeeee")  # as in report.html: GLOBAL stands out, SLIDING recedes
+ROLE_COLORS = ("#d55e00", "#56b4e9", "#eeeeee", "#cccccc", "#aaaaaa")  # as in report.html: GLOBAL stands out
 NUM_ROWS_SHOWN = 3
 SECONDS_FILE = "training_seconds"
 
@@ -123,8 +122,9 @@ def draw_kept(path: pathlib.Path, run: LoadedRun, role_bias: float) -> None:
         tokens = contexts["inputs"][number]
         named = [s for s in range(length) if run.data.vocabulary.token_kind[tokens[s]] in ("key", "value")]  # type: ignore[attr-defined]
         axes.set_xticks(named, [run.data.vocabulary.token_text(int(tokens[s])) for s in named], rotation=90, fontsize=6)
-    legend = [axes.scatter([], [], marker="s", color=color) for color in ROLE_COLORS]
-    figure.legend(legend, [name.lower() for name in ROLE_NAMES], loc="outside upper center", ncols=3, frameon=False)
+    names = [name.lower() for name in run.config.nats.role_names]
+    legend = [axes.scatter([], [], marker="s", color=color) for color in ROLE_COLORS[: len(names)]]
+    figure.legend(legend, names, loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
 
 

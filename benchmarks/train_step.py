@@ -43,7 +43,6 @@ from benchmarks.attention_contestants import Contestant
 from configs import quickstart
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.model.roles import ROLE_NAMES
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.train.step import StepMetrics, Trainer
@@ -318,7 +317,9 @@ def print_table(rows: list[Row]) -> None:
         print(f"| {row.case.length}, {row.case.batch} | {mesh} | {times} | {ratios} | {kept} | {others} |")
     print()
     for row in rows:
-        roles = ", ".join(f"{100 * x:.1f} % {name}" for x, name in zip(row.roles, ROLE_NAMES, strict=True))
+        roles = ", ".join(
+            f"{100 * x:.1f} % {name}" for x, name in zip(row.roles, ("GLOBAL", "LOCAL", "SLIDING"), strict=True)
+        )
         print(f"Roles at {row.case.length} tokens: {roles}.")
 
 

@@ -174,6 +174,9 @@ class NatsConfig:
     """Roles and the KV penalty (docs/method.md 2-4); unused where no layer is "nats"."""
 
     window: int = config_field(16, "queries after its own that read a SLIDING key (tokens)", minimum=0)
+    windows: tuple[int, ...] = config_field(
+        (), "several windows in ascending order, with a SLIDING role for each; (): window alone", minimum=0
+    )
     temperature: float = config_field(1.0, "temperature of the straight-through softmax at step 0", minimum=1e-3)
     final_temperature: float = config_field(
         0.0, "temperature at the last step, reached geometrically; 0: it does not change", minimum=0
@@ -187,8 +190,9 @@ class NatsConfig:
     )
     initial_roles: tuple[float, ...] = config_field(
         (),
-        "fractions of GLOBAL, LOCAL, SLIDING at step 0; (): nearly all SLIDING, with as many GLOBAL as LOCAL, so that "
-        "roles drawn at random cost half of what the first budget leaves above all SLIDING; under a ramp a third each",
+        "fractions of GLOBAL, LOCAL, SLIDING (one for each window) at step 0; (): nearly all SLIDING with the shortest "
+        "window, as many of each other role, so that roles drawn at random cost half of what the first budget leaves "
+        "above all SLIDING; under a ramp as many of each",
         minimum=1e-6,
         maximum=1,
     )
@@ -233,6 +237,22 @@ class NatsConfig:
     biased_roles: Literal["global", "global_local"] = config_field(
         "global_local", "roles whose logits get the role bias in evaluation", resume=True
     )
+
+    @property
+    def sliding_windows(self) -> tuple[int, ...]:
+        """The window of each SLIDING role, ascending."""
+        return self.windows or (self.window,)
+
+    @property
+    def num_roles(self) -> int:
+        """GLOBAL, LOCAL, and a SLIDING role for each window."""
+        return len(self.role_names)
+
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        """Names of the roles, by their number; with several windows a SLIDING role's has its own."""
+        windows = self.sliding_windows
+        return ("GLOBAL", "LOCAL", *("SLIDING" if len(windows) == 1 else f"SLIDING {window}" for window in windows))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Checks that the fields of a config fit together, beyond the types and ranges that each field declares."""
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 from natsjax.config_fields import format_value
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
         OptimizerConfig,
         TrainConfig,
     )
+
+
+_NUMBERS = {3: "three", 4: "four", 5: "five"}
 
 
 def check(config: "Config") -> None:
@@ -81,8 +85,15 @@ def _check_heads(model: "ModelConfig") -> None:
 
 
 def _check_nats(nats: "NatsConfig") -> None:
-    if nats.initial_roles and (len(nats.initial_roles) != 3 or abs(sum(nats.initial_roles) - 1) > 1e-6):
-        raise UserError(f"nats.initial_roles = {format_value(nats.initial_roles)}: three fractions must add up to 1.")
+    if any(longer <= shorter for shorter, longer in itertools.pairwise(nats.windows)):
+        raise UserError(
+            f"nats.windows = {format_value(nats.windows)}: every window must be longer than the one before."
+        )
+    if nats.initial_roles and (len(nats.initial_roles) != nats.num_roles or abs(sum(nats.initial_roles) - 1) > 1e-6):
+        raise UserError(
+            f"nats.initial_roles = {format_value(nats.initial_roles)}: {_NUMBERS.get(nats.num_roles, nats.num_roles)} "
+            f"fractions must add up to 1, one for each of {', '.join(nats.role_names)}."
+        )
     if nats.kv_penalty_mode == "controlled" and not nats.min_kv_penalty <= nats.kv_penalty <= nats.max_kv_penalty:
         raise UserError(
             f"nats.kv_penalty = {nats.kv_penalty}: it must be between nats.min_kv_penalty = {nats.min_kv_penalty} and "

@@ -73,30 +73,32 @@ def all_sliding_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
     return float(window_fraction(piece_lengths, window, num_sinks=1))
 
 
-def random_kv_fraction(piece_lengths: npt.ArrayLike, window: int, fractions: Sequence[float]) -> float:
+def random_kv_fraction(piece_lengths: npt.ArrayLike, windows: Sequence[int], fractions: Sequence[float]) -> float:
     """Returns the expected KV fraction of roles that are drawn at random, the first of each document GLOBAL.
 
     Args:
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-      window: ``nats.window``, tokens.
-      fractions: of GLOBAL, LOCAL, SLIDING.
+      windows: ``nats.sliding_windows``, tokens.
+      fractions: of GLOBAL, LOCAL, and SLIDING for each window.
     """
     lengths = np.asarray(piece_lengths, np.int64)
-    is_global, is_local, is_sliding = fractions
+    is_global, is_local, *is_sliding = fractions
     behind = np.arange(int(lengths.max()))  # queries behind a key's own, up to the end of the document
     # A LOCAL key is read by a later query if no token in between is GLOBAL.
     local = np.concatenate([[0], np.cumsum((1.0 - is_global) ** behind)])[:-1]
-    lifetime = 1 + is_global * behind + is_local * local + is_sliding * np.minimum(behind, window)
+    lifetime = 1 + is_global * behind + is_local * local
+    lifetime += sum(fraction * np.minimum(behind, x) for fraction, x in zip(is_sliding, windows, strict=True))
     pairs = np.concatenate([[0], np.cumsum(lifetime)])[lengths - 1] + lengths  # of a first token, which is GLOBAL
     return float(np.sum(pairs) / window_pairs(lengths, int(lengths.max())))
 
 
 def roles_at_start(config: Config) -> tuple[float, ...]:
-    """Returns the fractions of GLOBAL, LOCAL, SLIDING that a run begins with: ``nats.initial_roles``, or found.
+    """Returns the fractions of the roles that a run begins with: ``nats.initial_roles``, or found.
 
-    Found are as many GLOBAL as LOCAL, so that in a document as long as the context, drawn at random, they keep
-    ``START`` of the way from all tokens SLIDING to the budget of step 0, which under a ramp is 1. There are at least
-    ``FEWEST`` of each, for what is never drawn cannot be learned, and at most a third.
+    Found are as many of each role, but more SLIDING ones with the shortest window, so that in a document as long as
+    the context, drawn at random, they keep ``START`` of the way from all tokens SLIDING to the budget of step 0, which
+    under a ramp is 1. There are at least ``FEWEST`` of each, for what is never drawn cannot be learned, and at most as
+    many of each.
     """
     nats, lengths = config.nats, [config.data.context_length]
     if nats.initial_roles:
@@ -104,12 +106,17 @@ def roles_at_start(config: Config) -> tuple[float, ...]:
     budget = 1.0 if nats.budget_ramp_start or nats.budget_ramp_steps else nats.kv_budget
     sliding = all_sliding_model_kv_fraction(config, lengths)
     target = sliding + START * (budget - sliding)
-    few, many = FEWEST, 1 / 3
+
+    def fractions(few: float) -> tuple[float, ...]:
+        longer = (few,) * (nats.num_roles - 3)
+        return few, few, 1 - (2 + len(longer)) * few, *longer
+
+    few, many = FEWEST, 1 / nats.num_roles
     for _ in range(30 if target > sliding else 0):
         middle = (few + many) / 2
-        found = random_kv_fraction(lengths, nats.window, (middle, middle, 1 - 2 * middle))
+        found = random_kv_fraction(lengths, nats.sliding_windows, fractions(middle))
         few, many = (middle, many) if _mean_over_layers(config, lengths, found) < target else (few, middle)
-    return few, few, 1 - 2 * few
+    return fractions(few)
 
 
 def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
@@ -130,11 +137,15 @@ def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
 def all_sliding_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
     """Returns a model's KV fraction when all tokens of its "nats" layers are SLIDING but the first of each document.
 
+    With several windows it is that of the shortest one.
+
     Args:
       config: of the run.
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
     """
-    return _mean_over_layers(config, piece_lengths, all_sliding_kv_fraction(piece_lengths, config.nats.window))
+    return _mean_over_layers(
+        config, piece_lengths, all_sliding_kv_fraction(piece_lengths, config.nats.sliding_windows[0])
+    )
 
 
 def least_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
@@ -144,7 +155,7 @@ def least_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> flo
       config: of the run.
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
     """
-    return _mean_over_layers(config, piece_lengths, least_kv_fraction(piece_lengths, config.nats.window))
+    return _mean_over_layers(config, piece_lengths, least_kv_fraction(piece_lengths, config.nats.sliding_windows[0]))
 
 
 def live_fraction(config: Config) -> float:
@@ -163,11 +174,13 @@ def perplexity(cross_entropy: float) -> float:
 
 
 def sliding_windows(config: Config) -> np.ndarray:
-    """Returns the number of later queries that read a SLIDING key, by layer: int32 ``[l]``."""
-    model = config.model
-    return np.array(
-        [model.sliding_window if kind == "sliding" else config.nats.window for kind in model.all_layer_types], np.int32
-    )
+    """Returns the number of later queries that read a key, by layer and SLIDING role: int32 ``[l, r]``.
+
+    The keys of a "sliding" layer all have the first of these roles.
+    """
+    model, windows = config.model, config.nats.sliding_windows
+    layers = [(model.sliding_window, *windows[1:]) if x == "sliding" else windows for x in model.all_layer_types]
+    return np.array(layers, np.int32)
 
 
 def _mean_over_layers(config: Config, piece_lengths: npt.ArrayLike, nats: float) -> float:

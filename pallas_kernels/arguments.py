@@ -1,5 +1,6 @@
 """Checks of arguments: int32 without wrap-around, floats, a scale that float32 can represent."""
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -64,6 +65,18 @@ def checked_window(given: int) -> int:
     if window < 0:
         raise ValueError(f"window={given}: it must be 0 or more tokens.")
     return window
+
+
+def checked_windows(given: int | Sequence[int]) -> tuple[int, ...]:
+    """Checks a window, or several, and returns them as a tuple of ints, tokens.
+
+    Raises:
+      ValueError: a negative number, none at all, or windows that do not ascend.
+    """
+    windows = tuple(map(checked_window, given if isinstance(given, Sequence) else [given]))
+    if not windows or any(y <= x for x, y in itertools.pairwise(windows)):
+        raise ValueError(f"window={given}: one number of tokens or several in ascending order were expected.")
+    return windows
 
 
 def checked_scale(given: float | None, head_dim: int) -> float:

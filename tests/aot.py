@@ -66,10 +66,11 @@ def array(mesh, dtype, *shape, spec=()):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 
 
-def attention_arguments(mesh, length, num_heads, num_kv_heads, head_dim, dtype, specs=((),) * 5):
+def attention_arguments(mesh, length, num_heads, num_kv_heads, head_dim, dtype, specs=((),) * 5, num_roles=3):
     """Query, key, value, roles, and the data of a sample key."""
     key = (dtype, 1, length, num_kv_heads, head_dim)
-    shapes = [(dtype, 1, length, num_heads, head_dim), key, key, ("float32", 1, num_kv_heads, length, 3), ("uint32", 2)]
+    query, roles = (dtype, 1, length, num_heads, head_dim), ("float32", 1, num_kv_heads, length, num_roles)
+    shapes = [query, key, key, roles, ("uint32", 2)]
     return [array(mesh, *shape, spec=spec) for shape, spec in zip(shapes, specs, strict=True)]
 
 

@@ -65,7 +65,7 @@ def arguments_of(shape, patterns, rng, **options):
     drawn = [(role_ids(roles, shape, rng), document_ends(documents, shape, rng)) for roles, documents in patterns]
     ids, ends = zip(*drawn, strict=True)
     end = None if ends[0] is None else np.concatenate(ends)
-    return q, k, v, jax.nn.one_hot(np.concatenate(ids), 3), end, weight
+    return q, k, v, jax.nn.one_hot(np.concatenate(ids), shape.num_roles), end, weight
 
 
 def value_and_gradients(attention, *arguments):

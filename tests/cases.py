@@ -8,14 +8,24 @@ from pallas_kernels.nats_attention import GLOBAL, LOCAL, SLIDING
 
 
 class Shape(NamedTuple):
-    """One attention problem: batch, length, KV heads, query heads per KV head, head dim, window."""
+    """One attention problem: batch, length, KV heads, query heads per KV head, head dim, window (or several)."""
 
     b: int
     length: int
     k: int
     g: int
     h: int
-    window: int
+    window: int | tuple[int, ...]
+
+    @property
+    def sliding(self) -> list[int]:
+        """The SLIDING roles."""
+        return [SLIDING + i for i in range(len(self.window) if isinstance(self.window, tuple) else 1)]
+
+    @property
+    def num_roles(self) -> int:
+        """GLOBAL, LOCAL, and a SLIDING role for each window."""
+        return SLIDING + len(self.sliding)
 
 
 SHAPES = {
@@ -24,6 +34,7 @@ SHAPES = {
     "grouped": Shape(2, 23, 2, 3, 8, 3),
     "no_window": Shape(1, 17, 2, 1, 4, 0),
     "wide_window": Shape(1, 19, 1, 2, 4, 40),
+    "ladder": Shape(2, 23, 2, 2, 8, (1, 3, 9)),
     "two_blocks": Shape(1, 301, 1, 1, 4, 5),
 }
 
@@ -34,13 +45,13 @@ def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray
     """Draws roles of the named pattern, int32 ``[b, k, s]``."""
     size = (shape.b, shape.k, shape.length)
     if pattern == "random":
-        return rng.integers(0, 3, size).astype(np.int32)
+        return rng.integers(0, shape.num_roles, size).astype(np.int32)
     if pattern == "no_global":
-        return rng.choice([LOCAL, SLIDING], size).astype(np.int32)
+        return rng.choice([LOCAL, *shape.sliding], size).astype(np.int32)
     if pattern == "bursts":  # GLOBAL tokens come in runs, far apart
         run = rng.random((*size[:2], -(-shape.length // 5))) < 0.3
         burst = np.repeat(run, 5, axis=-1)[..., : shape.length]
-        return np.where(burst, GLOBAL, rng.choice([LOCAL, SLIDING], size)).astype(np.int32)
+        return np.where(burst, GLOBAL, rng.choice([LOCAL, *shape.sliding], size)).astype(np.int32)
     constant = {"all_global": GLOBAL, "all_sliding": SLIDING, "all_local": LOCAL}[pattern]
     return np.full(size, constant, np.int32)
 

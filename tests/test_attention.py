@@ -34,12 +34,12 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "wide_window"])
+@pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "wide_window", "ladder"])
 def test_closed_form_equals_autodiff_of_the_relaxed_mask(x64, name):
     shape, rng = SHAPES[name], np.random.default_rng(1)
     q, k, v, weight = inputs(shape, dtype=jnp.float64)
     for pattern, documents in itertools.product(ROLE_PATTERNS, DOCUMENTS):
-        roles = jax.nn.one_hot(role_ids(pattern, shape, rng), 3, dtype=jnp.float64)
+        roles = jax.nn.one_hot(role_ids(pattern, shape, rng), shape.num_roles, dtype=jnp.float64)
         end = document_ends(documents, shape, rng)
         arguments = (q, k, v, roles, end, weight)
         for got, expected in zip(
@@ -55,7 +55,7 @@ def test_closed_form_equals_autodiff_of_the_relaxed_mask(x64, name):
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([1, 2, 3, 17, 40]),  # few shapes: each is compiled anew
-    st.integers(0, 9),
+    st.one_of(st.integers(0, 9), st.sets(st.integers(0, 9), min_size=2, max_size=4).map(lambda x: tuple(sorted(x)))),
     st.integers(0, 2**31),
     st.sampled_from(["one", "packed", "padding"]),
 )
@@ -68,11 +68,10 @@ def test_key_end_is_the_definition(length, window, seed, documents):
     )
     for b, k, s in np.ndindex(ids.shape):
         following = [u for u in range(s + 1, length) if ids[b, k, u] == na.GLOBAL]
-        expected = {
-            na.GLOBAL: na.NO_END,
-            na.LOCAL: following[0] + 1 if following else na.NO_END,
-            na.SLIDING: s + window + 1,
-        }[int(ids[b, k, s])]
+        windows = window if isinstance(window, tuple) else (window,)
+        expected = [na.NO_END, following[0] + 1 if following else na.NO_END, *(s + x + 1 for x in windows)][
+            ids[b, k, s]
+        ]
         assert got[b, k, s] == (expected if end is None else min(expected, end[b, s]))
 
 
@@ -135,6 +134,9 @@ def test_no_array_of_size_length_squared():
         ({"roles": jnp.zeros((1, 1, 6, 3))}, "roles"),
         ({"value": jnp.zeros((2, 6, 1, 3))}, "value"),
         ({"window": -1}, "window=-1"),
+        ({"window": ()}, r"window=\(\)"),
+        ({"window": (2, 1)}, r"window=\(2, 1\): .* in ascending order"),
+        ({"window": (1, 2)}, r"roles has shape \(2, 1, 6, 3\); \(2, 1, 6, 4\)"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"mask_gradient": "exakt"}, "exakt"),
         ({"mask_gradient": na.Visible}, "Visible"),

@@ -48,6 +48,9 @@ EVERY = [[case] for case in itertools.product(ROLE_PATTERNS, DOCUMENTS)]
 EVERY_WHOLE = [[case] for case in itertools.product(ROLE_PATTERNS, ("whole", "packed", "padding"))]  # few compilations
 
 
+LADDERS = [[case] for case in (("random", "packed"), ("bursts", "padding"), ("no_global", "whole"))]
+
+
 def on_gpu(*values):
     return pytest.param("pallas_gpu", *values, marks=gpu_interpreter)
 
@@ -57,10 +60,13 @@ def on_gpu(*values):
     [
         *(
             ("xla", SHAPES[name], None, mask_gradient, EVERY)
-            for name in ("one_token", "tiny", "grouped", "no_window", "two_blocks")
+            for name in ("one_token", "tiny", "grouped", "no_window", "two_blocks", "ladder")
             for mask_gradient in ("exact", "visible")
         ),
         *(("pallas_tpu", *case, EVERY_WHOLE) for case in TPU_CASES),
+        ("xla", SHAPES["two_blocks"]._replace(window=(1, 40, 150)), None, "exact", EVERY),
+        ("pallas_tpu", TPU_SHAPE._replace(window=(5, 140)), TPU_GATHERED, "exact", LADDERS),
+        on_gpu(GPU_SHAPE._replace(g=1, window=(2, 70)), GPU_IN_PLACE, "exact", [[("random", "whole")]]),
         on_gpu(
             GPU_SHAPE,
             GPU_IN_PLACE,
@@ -122,6 +128,7 @@ def test_large_logits_among_masked_out_keys_do_not_underflow_the_visible_ones(
     ("implementation", "shape", "tiling", "fraction", "patterns"),
     [
         ("pallas_tpu", TPU_SHAPE, TPU_GATHERED, 1 / 3, [(roles, "one") for roles in ROLE_PATTERNS]),
+        ("pallas_tpu", TPU_SHAPE._replace(window=(5, 140)), TPU_GATHERED, 1 / 3, [("random", "one")]),
         on_gpu(GPU_SHAPE._replace(g=1), GPU_IN_PLACE, 1 / 4, [("random", "packed")]),
     ],
 )

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-def temporary_bytes(length, head_dim, mask_gradient, tiling=None, dtype="bfloat16", wrap=lambda f: f):
+def temporary_bytes(length, head_dim, mask_gradient, tiling=None, dtype="bfloat16", wrap=lambda f: f, window=(256,)):
     """Compiles attention of 8 query heads over 2 KV heads; ``mask_gradient=None`` compiles the forward pass alone."""
     mesh = aot.mesh_of("h100", axes=("x",))
 
@@ -28,14 +28,15 @@ def temporary_bytes(length, head_dim, mask_gradient, tiling=None, dtype="bfloat1
         # No implementation is named: that it is this one follows from the device.
         *arrays, sample_key = arrays
         options = {"mask_gradient": mask_gradient or "visible", "sample_key": sample_key, "tiling": tiling}
-        return na.nats_attention(*arrays, window=256, **options)
+        return na.nats_attention(*arrays, window=window, **options)
 
     def loss(*arguments):
         return jnp.sum(wrap(attention)(*arguments).astype(jnp.float32))
 
     function = attention if mask_gradient is None else jax.grad(loss, (0, 1, 2, 3))
+    arguments = aot.attention_arguments(mesh, length, 8, 2, head_dim, dtype, num_roles=2 + len(window))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function).lower(*aot.attention_arguments(mesh, length, 8, 2, head_dim, dtype)).compile()
+        compiled = jax.jit(function).lower(*arguments).compile()
     assert "nats_attention_forward" in compiled.as_text()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -53,6 +54,11 @@ def test_every_tiling_that_it_proposes_compiles(head_dim):
     problem = na.api.Problem(1, 2048, 2048, 2, 4, head_dim, 256, "bfloat16")
     for tiling in na.api.pallas_gpu.candidate_tilings(problem):
         temporary_bytes(2048, head_dim, "exact", tiling)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_several_windows_compile(head_dim):
+    temporary_bytes(2048, head_dim, "exact", window=(16, 64, 256))
 
 
 def test_float16_compiles():

@@ -108,9 +108,9 @@ def main():
     by_head, by_row = mesh_of("tensor", 1, 4, axis_type=explicit), mesh_of("context", 1, 4, axis_type=explicit)
     for mesh, sizes, specs, options in (
         (mesh_of("tensor", 2, 2), {"k": 1, "g": 4}, shared, {}),
-        (by_head, {}, heads, {"mask_gradient": "sampled"}),
+        (by_head, {"window": (2, 9)}, heads, {"mask_gradient": "sampled"}),
         # A draw whose strata the pieces do not cut is the draw of one device.
-        (by_row, {"length": 72}, rows, {"axis_name": "context"}),
+        (by_row, {"length": 72, "window": (2, 30)}, rows, {"axis_name": "context"}),
         (by_row, {"length": 256}, rows, {"axis_name": "context", "mask_gradient": na.Sampled(0.5)}),
     ):
         error = error_of(mesh, shape._replace(**sizes), specs, **options)

@@ -20,8 +20,8 @@ MOST_TEMPORARIES = 3
 """Times the bytes of arguments and results; the most that was seen is 2.28."""
 
 
-def attention(query, key, value, roles, sample_key, mask_gradient):
-    options = {"window": WINDOW, "mask_gradient": mask_gradient, "implementation": "pallas_tpu"}
+def attention(query, key, value, roles, sample_key, mask_gradient, window=WINDOW):
+    options = {"window": window, "mask_gradient": mask_gradient, "implementation": "pallas_tpu"}
     return na.nats_attention(query, key, value, roles, sample_key=jax.random.wrap_key_data(sample_key), **options)
 
 
@@ -51,6 +51,12 @@ def test_attention_and_its_gradients_compile(chip, length, head_dim, dtype, mask
     assert f"{length},{length}]" not in text
 
 
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_several_windows_compile(chip):
+    arguments = aot.attention_arguments(aot.mesh_of(chip), 8192, NUM_HEADS, NUM_KV_HEADS, 64, "bfloat16", num_roles=5)
+    compiled_gradient(functools.partial(attention, mask_gradient="sampled", window=(16, 64, 256)), arguments)
+
+
 def passes(length, head_dim, dtype):
     """The three passes of the backend in one function of arrays, and their shapes."""
     group = NUM_HEADS // NUM_KV_HEADS
@@ -64,8 +70,8 @@ def passes(length, head_dim, dtype):
 
     def run(rows, key, value, intervals, columns, weight):
         out = pallas_tpu.forward(rows.query, key, value, intervals, scale, tiling)
-        visible = pallas_tpu.visible_pass(rows, key, value, intervals, columns, scale, WINDOW, tiling)
-        hidden = pallas_tpu.masked_out_pass(rows, key, value, intervals, weight, columns, scale, WINDOW, tiling)
+        visible = pallas_tpu.visible_pass(rows, key, value, intervals, columns, scale, (WINDOW,), tiling)
+        hidden = pallas_tpu.masked_out_pass(rows, key, value, intervals, weight, columns, scale, (WINDOW,), tiling)
         return out, visible, hidden
 
     return run, (

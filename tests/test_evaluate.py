@@ -151,7 +151,7 @@ def test_samples_show_held_out_tokens_with_their_roles(nats_evaluation):
             len(head) == 20 and head[0] == "0" for role_bias in sample["roles"] for layer in role_bias for head in layer
         )
         assert sample["document_starts"] == [0]
-        assert sample["windows"] == [WINDOW, WINDOW]
+        assert sample["windows"] == [[WINDOW], [WINDOW]]
 
 
 def test_samples_have_the_roles_that_the_model_chose_under_every_measured_role_bias(nats_evaluation, tmp_path):

@@ -86,16 +86,19 @@ def sigmoid(x):
 
 # --- all at once ---
 
-ALL_AT_ONCE = {"all": ALL, "others": OTHERS}
+LADDER = {"windows": (1, 6), "initial_roles": ()}
+"""Of ``tiny.config(nats=…)``: two SLIDING roles."""
+ALL_AT_ONCE = {"all": (ALL, LADDER), "others": (OTHERS, {})}
 
 
 @pytest.fixture(scope="module", params=["all", "others"])
 def decoded(request):
     """A config, parameters, prompts, roles, and the logits of the masked forward."""
-    config = decoding.config(model=ALL_AT_ONCE[request.param])
+    model, nats = ALL_AT_ONCE[request.param]
+    config = decoding.config(model=model, nats=nats)
     parameters = stirred(decoding.parameters_of(config))
     rows = decoding.prompts([29, 12])
-    roles = np.random.default_rng(5).integers(0, 3, (6, 2, 2, 29)).astype(np.int8)
+    roles = np.random.default_rng(5).integers(0, config.nats.num_roles, (6, 2, 2, 29)).astype(np.int8)
     roles[..., 0] = 0
     expected, _ = decoding.masked_logits(config, parameters, rows, role_ids=roles)
     return config, parameters, rows, roles, expected
@@ -158,7 +161,7 @@ def test_the_scan_over_both_patterns_is_the_layers_one_after_another():
 
 
 def test_an_export_is_the_run_and_evaluates_through_the_buffer_as_with_masks(tmp_path):
-    run = tiny.make_run(tmp_path / "run", tiny.config(model=ALL, eval={"num_contexts": 3}))
+    run = tiny.make_run(tmp_path / "run", tiny.config(model=ALL, nats=LADDER, eval={"num_contexts": 3}))
     run = dataclasses.replace(run, parameters=stirred(run.parameters))
     contexts = run.data.contexts("validation", 3)
     for policy in (Nats(0.2), FullAttention()):

@@ -334,6 +334,11 @@ CASES = {
         "run": RUN | {"layers": ["dense", "nats"]},
         "samples": [make_sample(roles=[("000000", "000000"), ("012012", "010101")], windows=[1, 3])],
     },
+    "several windows": {
+        "rows": make_rows(),
+        "run": RUN | {"window": [1, 3]},
+        "samples": [make_sample(roles=[("023013", "022222"), ("012012", "010101")], windows=[[1, 3], [1, 3]])],
+    },
 }
 CASES["one layer, one head"]["samples"][0]["roles"] = [[["02"]]]
 
@@ -374,6 +379,8 @@ def test_mistakes_are_named(tmp_path):
         report.write_report(Workdir(tmp_path), rows=[], budget_check=None, samples=[], run=RUN)
     with pytest.raises(ValueError, match=r"samples\[0\] needs .* 6 digits"):
         write(tmp_path, samples=[make_sample(roles=[["01"]])])
+    with pytest.raises(ValueError, match=r"samples\[0\] needs .* digits of roles"):  # one window has three roles
+        write(tmp_path, samples=[make_sample(roles=[("023013", "022222"), ("012012", "010101")])])
     with pytest.raises(ValueError, match=r"samples\[0\] needs roles for 1 role biases"):
         write(tmp_path, samples=[make_sample(role_biases=[0.0])])
     assert not list(tmp_path.iterdir())

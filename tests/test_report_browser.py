@@ -150,6 +150,18 @@ def test_reader_shows_the_selected_head_with_lifetimes_of_method_section_1(tmp_p
     assert "“L”" in second.locator("#detail").inner_text()
 
 
+def test_reader_names_sliding_roles_after_their_windows(tmp_path, open_page):
+    layers = [["02322222", "00000000"]]
+    sample = make_sample("GSWSSSSS", roles=layers, role_biases=[-0.25], windows=[[1, 3]]) | {"roles": [layers]}
+    page = open_page(write(tmp_path, samples=[sample], run=RUN | {"layers": ["nats"], "window": [1, 3]})[2], "token=2")
+    assert (roles(page), ends(page)) == ("02222222", [8, 3, 6, 5, 6, 7, 8, 8])
+    assert page.locator("#reader th .name").all_inner_texts() == ["GLOBAL", "LOCAL", "SLIDING 1", "SLIDING 3"]
+    assert page.locator("#tokens .wider-1").count() == 1
+    assert (
+        "is SLIDING 3. Its key is read up to and including token 5, 3 tokens on" in page.locator("#detail").inner_text()
+    )
+
+
 def test_the_slider_shows_the_roles_and_the_figures_of_each_measured_role_bias(run_page, open_page):
     page = open_page(run_page)
     sample = long_sample()

@@ -26,7 +26,7 @@ from natsjax.model.roles import (
 from natsjax.train import budget_controller
 from pallas_kernels.nats_attention import GLOBAL, key_end_from_roles, reference
 
-SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=3)
+SHAPE = Shape(b=3, length=23, k=2, g=1, h=4, window=(1, 5))
 
 
 def positions_of(document_end):
@@ -49,7 +49,7 @@ def test_the_penalty_is_the_relaxed_masks_sum_with_its_gradient(pattern, documen
     rng = np.random.default_rng(0)
     ids, end = role_ids(pattern, SHAPE, rng), document_ends(documents, SHAPE, rng)
     with jax.enable_x64(True):
-        roles = jax.nn.one_hot(ids, 3, dtype=jnp.float64)
+        roles = jax.nn.one_hot(ids, SHAPE.num_roles, dtype=jnp.float64)
         weight = jnp.asarray(rng.normal(size=SHAPE.k))
 
         def relaxed(roles):
@@ -66,8 +66,10 @@ def test_the_penalty_is_the_relaxed_masks_sum_with_its_gradient(pattern, documen
 def test_constant_penalty_gradient_is_the_lifetime_that_each_role_would_have_here():
     rng = np.random.default_rng(1)
     ids, end = role_ids("random", SHAPE, rng), document_ends("packed", SHAPE, rng)
-    gradient = jax.grad(lambda roles: lifetimes_of(ids, roles, end, "constant").sum())(jax.nn.one_hot(ids, 3))
-    for role in range(3):
+    gradient = jax.grad(lambda roles: lifetimes_of(ids, roles, end, "constant").sum())(
+        jax.nn.one_hot(ids, SHAPE.num_roles)
+    )
+    for role in range(SHAPE.num_roles):
         for b, k, s in np.ndindex(ids.shape):
             changed = ids.copy()
             changed[b, k, s] = role
@@ -122,7 +124,7 @@ def drawn_kv_fraction(lengths, window, fractions, draws=300):
     length = sum(lengths)
     starts = np.cumsum([0, *lengths[:-1]])
     document_end = np.repeat(np.cumsum(lengths), lengths)[None].repeat(draws, 0)
-    ids = np.random.default_rng(0).choice(3, (draws, 1, length), p=fractions)
+    ids = np.random.default_rng(0).choice(len(fractions), (draws, 1, length), p=fractions)
     ids[:, :, starts] = 0
     key_end = key_end_from_roles(jnp.asarray(ids), window=window, document_end=jnp.asarray(document_end))
     pairs = np.asarray(lifetimes(key_end, jnp.asarray(document_end))).sum(-1).mean()
@@ -130,10 +132,12 @@ def drawn_kv_fraction(lengths, window, fractions, draws=300):
 
 
 @pytest.mark.parametrize("lengths", [[200], [150, 1, 30, 200]])
-@pytest.mark.parametrize("fractions", [(0.03, 0.05, 0.92), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "fractions", [(0.03, 0.05, 0.92), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (0.1, 0.1, 0.6, 0.2)]
+)
 def test_the_kv_fraction_of_random_roles_is_what_drawing_gives(lengths, fractions):
-    found = kv_fraction.random_kv_fraction(lengths, 6, fractions)
-    assert found == pytest.approx(drawn_kv_fraction(lengths, 6, fractions), rel=0.02)
+    found = kv_fraction.random_kv_fraction(lengths, (6, 20)[: len(fractions) - 2], fractions)
+    assert found == pytest.approx(drawn_kv_fraction(lengths, (6, 20), fractions), rel=0.02)
 
 
 def test_roles_begin_halfway_to_the_budget():
@@ -143,7 +147,7 @@ def test_roles_begin_halfway_to_the_budget():
         fractions = kv_fraction.roles_at_start(config)
         assert sum(fractions) == pytest.approx(1)
         assert fractions[0] == fractions[1]
-        found = kv_fraction.random_kv_fraction([length], window, fractions)
+        found = kv_fraction.random_kv_fraction([length], (window,), fractions)
         sliding = kv_fraction.all_sliding_kv_fraction([length], window)
         assert found == pytest.approx((budget + sliding) / 2, rel=1e-3)
     # The window alone costs more than that: nearly all SLIDING, and something of the others to learn from.
@@ -161,6 +165,13 @@ def test_roles_begin_halfway_to_the_budget():
     # A window as wide as the budget leaves nothing to begin halfway to.
     wide = tiny.config(nats=nats | {"kv_budget": 0.9, "window": 700}, data={"context_length": 1024})
     assert kv_fraction.roles_at_start(wide)[0] == kv_fraction.FEWEST
+    # Of several windows nearly all have the shortest, and there are as many of each longer one as of the other roles.
+    ladder = tiny.config(nats={"windows": (4, 16), "initial_roles": (), "kv_budget": 0.3}, data={"context_length": 256})
+    is_global, is_local, short, long = kv_fraction.roles_at_start(ladder)
+    assert is_global == is_local == long
+    assert is_global + is_local + short + long == pytest.approx(1)
+    found = kv_fraction.random_kv_fraction([256], (4, 16), (is_global, is_local, short, long))
+    assert found == pytest.approx((0.3 + kv_fraction.all_sliding_kv_fraction([256], 4)) / 2, rel=1e-3)
     given = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
     assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)
 
@@ -168,6 +179,12 @@ def test_roles_begin_halfway_to_the_budget():
 @pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
 def test_role_bias(roles, expected):
     np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
+
+
+def test_with_several_windows_the_role_bias_grows_with_the_lifetime():
+    bias = np.asarray(role_bias_logits(2.0, "global_local", (3, 15, 10**9), 255))
+    # Logarithms of 4, 16 and 256 tokens, the last of which is the whole context.
+    np.testing.assert_allclose(bias, [2, 2, 0, 2 * (4 - 2) / (8 - 2), 2], rtol=1e-6)
 
 
 def controlled_for(steps, fraction_of_penalty, config):

@@ -200,7 +200,7 @@ def test_a_window_without_end_costs_what_the_sequence_is_long():
     end = jnp.full((1, 6), 6, jnp.int32)
     for window in (6, 10**6, 2**31 - 1):
         roles = TokenRoles(ids, jax.nn.one_hot(ids, 3), key_end_from_roles(ids, window=window))
-        gradient = jax.grad(lambda r, w=window: lifetime_sum(r, end, w, "constant").sum(), allow_int=True)(
+        gradient = jax.grad(lambda r, w=window: lifetime_sum(r, end, (w,), "constant").sum(), allow_int=True)(
             roles
         ).one_hot
         np.testing.assert_array_equal(gradient[0, 0, :, 2], [6, 5, 4, 3, 2, 1])

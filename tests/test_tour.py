@@ -30,7 +30,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         count += 1
     out = capsys.readouterr().out
     assert count >= 10
-    assert "model.num_heads = 2 is not a multiple of model.num_kv_heads = 3" in out
+    assert "model.num_heads = 2: not a multiple of model.num_kv_heads = 3" in out
     assert "step 80 logits" in out
     assert names["run"].step == 80
     assert {row["method"] for row in names["evaluation"].rows} >= {"nats", "full", "sliding_window", "streaming_llm"}

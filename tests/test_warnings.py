@@ -139,3 +139,13 @@ def test_places():
     held[4] = True
     assert places(held) == "layers 0-2+5 heads 0+2, layer 4"
     assert places(np.ones((2, 2), bool)) == "all layers and heads"
+
+
+def test_a_sliding_role_among_several_is_named_after_its_window():
+    config = tiny.config(nats={"windows": (1, 4), "initial_roles": ()})
+    fractions = np.tile([0.1, 0.3, 0.3, 0.3], (config.model.num_layers, config.model.num_kv_heads, 1))
+    fractions[0, 1] = [0.1, 0.0, 0.0, 0.9]
+    active = ActiveWarnings(config)
+    lines = [line(config, role_fractions=fractions)] * NUM_POINTS
+    texts = [change.text for step, values in enumerate(lines, 1) for change in active.update(step, values)]
+    assert any("all SLIDING 4 in layer 0 head 1" in text for text in texts)

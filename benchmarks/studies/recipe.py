@@ -50,17 +50,26 @@ def muon(**fields: Any) -> Fields:
     return rule("muon", 8e-3, 4, **fields)
 
 
+def longer(fields: Fields) -> Fields:
+    """Returns an arm with half as many steps again."""
+    steps = fields["train.num_steps"] * 3 // 2
+    return fields | {"train.num_steps": steps}
+
+
+DEFAULTS = {"optimizer__final_learning_rate": 2e-4, "optimizer__warmup_steps": 50}
+"""Of ``natsjax.config``, which the two arms that have them are named after; their batch there is 32."""
+WINDOW = {"model__layer_types": "sliding", "model__sliding_window": 19}
+NATS = {"model__layer_types": "nats", "nats__window": 4, "nats__kv_budget": 0.15}
 ARMS = {
-    "muon 8e-3, batch 4": muon(),
-    # The optimizer's defaults in natsjax.config, with the batch that the quickstart had until then.
-    "adamw 2e-3, batch 16 (defaults)": rule(
-        "adamw", 2e-3, 16, optimizer__final_learning_rate=2e-4, optimizer__warmup_steps=50
-    ),
-    "adamw 4e-3, batch 16": rule("adamw", 4e-3, 16),
-    "adamw 4e-3, batch 4": rule("adamw", 4e-3, 4),
-    "muon 8e-3, batch 16": rule("muon", 8e-3, 16),
-    "muon 4e-3, batch 4": rule("muon", 4e-3, 4),
-    "muon 16e-3, batch 4": rule("muon", 16e-3, 4),
+    "muon 8e-3 batch 4": muon(),
+    "adamw 2e-3 batch 16 (defaults)": rule("adamw", 2e-3, 16, **DEFAULTS),
+    "adamw 2e-3 batch 16 (defaults) x 1.5": longer(rule("adamw", 2e-3, 16, **DEFAULTS)),
+    "adamw 4e-3 batch 16": rule("adamw", 4e-3, 16),
+    "adamw 4e-3 batch 16 x 1.5": longer(rule("adamw", 4e-3, 16)),
+    "adamw 4e-3 batch 4": rule("adamw", 4e-3, 4),
+    "muon 8e-3 batch 16": rule("muon", 8e-3, 16),
+    "muon 4e-3 batch 4": rule("muon", 4e-3, 4),
+    "muon 16e-3 batch 4": rule("muon", 16e-3, 4),
     "QK norm": muon(model__qk_norm=True),
     "zero-initialized outputs": muon(model__zero_init_output=True),
     "batch 2": rule("muon", 8e-3, 2),
@@ -71,5 +80,12 @@ ARMS = {
     "embedding at 4e-3": muon(optimizer__adamw_learning_rate=4e-3),
     "embedding at 16e-3": muon(optimizer__adamw_learning_rate=16e-3),
     "attention gate": muon(model__attention_gate=True),
+    # The other layers' own learning rates.
+    "window 4e-3": rule("muon", 4e-3, 4, **WINDOW),
+    "window 8e-3": muon(**WINDOW),
+    "window 16e-3": rule("muon", 16e-3, 4, **WINDOW),
+    "nats 4e-3": rule("muon", 4e-3, 4, **NATS),
+    "nats 8e-3": muon(**NATS),
+    "nats 16e-3": rule("muon", 16e-3, 4, **NATS),
 }
-REFERENCE = "muon 8e-3, batch 4"
+REFERENCE = "muon 8e-3 batch 4"

@@ -19,6 +19,11 @@ ARMS = {
     "trained window of 19": {"model.layer_types": "sliding", "model.sliding_window": 19},
     "defaults": {},
     "noise to the end": {"nats.final_noise": 1.0},
+    "windows 4 and 16": {"nats.windows": (4, 16)},
+    "windows 4 and 16 and 64": {"nats.windows": (4, 16, 64)},
+    # Which of the two does it: the start, or the controller?
+    "start of before": {"nats.initial_roles": (1 / 3, 1 / 3, 1 / 3), "nats.budget_ramp_steps": 400},
+    "controller of before": {"nats.kv_penalty_gain": 0.0, "nats.kv_penalty": 0.1},
     "defaults of before": {
         "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
         "nats.budget_ramp_steps": 400,

@@ -230,24 +230,24 @@ def _merge_heads(query: jax.Array) -> jax.Array:
 
 
 def _by_kind(kind, config: Config, positions, ids, end):
-    """Fits roles, ends and the window of SLIDING keys to the kind of the layer."""
+    """Fits roles, ends and the windows of SLIDING keys to the kind of the layer."""
     model = config.model
     sliding = cut(model.sliding_window)
-    window = jnp.int32(cut(config.nats.window))
+    windows = [jnp.int32(cut(window)) for window in config.nats.sliding_windows]
     is_dense, is_sliding = (kind == LAYER_TYPES.index(name) for name in ("dense", "sliding"))
     if ids is not None and set(model.layer_types) != {"nats"}:
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
-        window = jnp.where(is_sliding, sliding, window)
+        windows[0] = jnp.where(is_sliding, sliding, windows[0])
     if end is not None and "sliding" in model.layer_types:
         end = jnp.where(is_sliding, jnp.minimum(end, window_end(positions[:, None], sliding)), end)
-    return ids, end, window
+    return ids, end, windows
 
 
-def _ends_by_role(ids, index, is_token, window):
+def _ends_by_role(ids, index, is_token, windows):
     """Returns ``NewKeys.key_end`` (int32 ``[b, k, t]``) and ``local_end [b, k]`` from roles ``[b, k, t]``."""
     length = ids.shape[-1]
     ids = jnp.where(is_token[:, None], ids, SLIDING)  # padding ends no key
-    end = key_end_from_roles(ids, window=window)  # counted from the chunk's first token
+    end = key_end_from_roles(ids, window=windows)  # counted from the chunk's first token
     waiting = jnp.where(ids == LOCAL, UNTIL_GLOBAL, NO_END)
     end = jnp.where(end == NO_END, waiting, end + index[:, None, None])
     first_global = jnp.min(jnp.where(ids == GLOBAL, jnp.arange(length, dtype=jnp.int32), length), axis=-1)

@@ -178,6 +178,13 @@ def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
     return measure_decoding(setting.run, contexts, policy, chunk=setting.continued or chunk)
 
 
+def _window(config: Config) -> int | list[int] | None:
+    if not config.model.has_roles:
+        return None
+    windows = config.nats.sliding_windows
+    return list(windows) if len(windows) > 1 else windows[0]
+
+
 def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the budget check of docs/method.md 4.4, on held-out text."""
     nats = this.config.nats
@@ -229,7 +236,7 @@ def _run_info(
         "num_parameters": sum(x.size for x in jax.tree.leaves(this.parameters)),
         "corpus": this.data.description,
         "context_length": config.data.context_length,
-        "window": config.nats.window if config.model.has_roles else None,
+        "window": _window(config),
         "show_accuracy": this.data.vocabulary.token_bytes is None,  # without text, being right is what counts
         "evaluation": " ".join([evaluation, *notes]),
         "versions": versions(),

@@ -33,7 +33,6 @@ from natsjax.model.layers import (
     vector_param,
 )
 from natsjax.model.roles import (
-    NUM_ROLES,
     TokenRoles,
     choose_roles,
     lifetime_sum,
@@ -80,7 +79,7 @@ class RoleSampling(NamedTuple):
 
     Attributes:
       noise_key: key of the Gumbel noise (training).
-      bias: float32 ``[3]``, added to the logits (the role bias).
+      bias: float32 ``[r]``, added to the logits (the role bias).
       key_end: int32, broadcast against ``[b, k, s]``: no roles, but these ends, as positions in the key's document
         (``NO_END`` everywhere is full attention); a "sliding" layer's window stays.
       role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits are.
@@ -96,7 +95,7 @@ class RoleSampling(NamedTuple):
     noise: jax.Array | None = None
 
     def perturb(self, logits: jax.Array) -> jax.Array:
-        """Adds noise and bias to logits ``[b, k, s, 3]``."""
+        """Adds noise and bias to logits ``[b, k, s, r]``."""
         if self.noise_key is not None:
             # Drawn for the whole batch: every mesh draws the same.
             sharding = compute_sharding(*_BY_HEAD, None)
@@ -111,7 +110,7 @@ class RoleSampling(NamedTuple):
 
 
 class Scorer(nnx.Module):
-    """Linear map to three logits per token and KV head, one for each role (docs/method.md 2).
+    """Linear map to the logits of the roles, per token and KV head (docs/method.md 2).
 
     Its weights start at zero and its biases at the logarithm of ``kv_fraction.roles_at_start``: at step 0 the sampled
     roles have just those fractions in every head (with ``nats.noise = 1``).
@@ -119,13 +118,13 @@ class Scorer(nnx.Module):
 
     def __init__(self, config: Config):
         model = config.model
-        shape = (model.embed_dim, model.num_kv_heads, NUM_ROLES)
+        shape = (model.embed_dim, model.num_kv_heads, config.nats.num_roles)
         self.weight = vector_param(jnp.zeros(shape, jnp.float32), ("embed", "kv_heads", None), "scorer")
         bias = scorer_bias(roles_at_start(config))
         self.bias = vector_param(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None), "scorer")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[b, s, d]`` to float32 ``[b, k, s, 3]``."""
+        """Maps ``[b, s, d]`` to float32 ``[b, k, s, r]``."""
         logits = jnp.einsum(
             "bsd,dkr->bksr",
             x.astype(jnp.float32),
@@ -275,9 +274,10 @@ class MaskedAttention(NamedTuple):
         one_hot = straight_through(logits, ids, batch.is_first, temperature)
 
         def local_lifetimes(ids, one_hot, document_end):
-            key_end = key_end_from_roles(ids, window=nats.window, document_end=document_end)
+            key_end = key_end_from_roles(ids, window=nats.sliding_windows, document_end=document_end)
             roles = TokenRoles(ids, one_hot, key_end)
-            return key_end, psum(lifetime_sum(roles, document_end, nats.window, nats.kv_penalty_gradient), "batch")
+            lifetime = lifetime_sum(roles, document_end, nats.sliding_windows, nats.kv_penalty_gradient)
+            return key_end, psum(lifetime, "batch")
 
         def attend(query, key, value, one_hot, document_end, sample_key, sink):
             found = nats_attention(
@@ -285,7 +285,7 @@ class MaskedAttention(NamedTuple):
                 key,
                 value,
                 one_hot,
-                window=nats.window,
+                window=nats.sliding_windows,
                 document_end=document_end,
                 mask_gradient=_mask_gradient(nats, trained=sample_key is not None),
                 sample_key=sample_key,
@@ -353,7 +353,7 @@ def _mask_gradient(nats: NatsConfig, trained: bool) -> MaskGradient | str:
 
 
 def _entropy(logits: jax.Array, is_token: jax.Array) -> jax.Array:
-    """Sums the entropy over tokens that are not padding: float32 ``[k]`` from ``[b, k, s, 3]`` and ``[b, s]``."""
+    """Sums the entropy over tokens that are not padding: float32 ``[k]`` from ``[b, k, s, r]`` and ``[b, s]``."""
     log_fraction = jax.nn.log_softmax(logits, axis=-1)
     of_token = -jnp.sum(jnp.exp(log_fraction) * log_fraction, axis=-1)
     return jnp.sum(jnp.where(is_token[:, None], of_token, 0), axis=(0, 2))

@@ -1,19 +1,20 @@
 """Scorer logits to roles, roles to lifetimes, and the KV penalty of lifetimes.
 
 Pure functions; ``docs/method.md`` 2 and 4 define them. Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index.
-Roles are 0 GLOBAL, 1 LOCAL, 2 SLIDING.
+Roles are 0 GLOBAL, 1 LOCAL, 2 SLIDING; with several windows 3, 4, … are SLIDING
+roles too, and ``r`` counts the roles.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nats_attention import roles as roles_lib
-from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES
-
-ROLE_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL
 
 
 class TokenRoles(NamedTuple):
@@ -21,7 +22,7 @@ class TokenRoles(NamedTuple):
 
     Attributes:
       ids: int8 ``[b, k, s]``, GLOBAL, LOCAL or SLIDING.
-      one_hot: float32 ``[b, k, s, 3]``, the same with a gradient (``straight_through``).
+      one_hot: float32 ``[b, k, s, r]``, the same with a gradient (``straight_through``).
       key_end: int32 ``[b, k, s]``, the first query that cannot read each key, at most the end of its document.
     """
 
@@ -31,23 +32,38 @@ class TokenRoles(NamedTuple):
 
 
 def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
-    """Returns biases float32 ``[3]`` under which Gumbel sampling draws the roles in the given fractions."""
+    """Returns biases float32 ``[r]`` under which Gumbel sampling draws the roles in the given fractions."""
     return jnp.log(jnp.asarray(fractions, jnp.float32))
 
 
-def role_bias_logits(role_bias: float | jax.Array, roles: Literal["global", "global_local"]) -> jax.Array:
-    """Returns the vector that the role bias adds to the logits, float32 ``[3]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``."""
-    role_bias = jnp.asarray(role_bias, jnp.float32)
-    return jnp.stack(
-        [role_bias, role_bias if roles == "global_local" else jnp.zeros_like(role_bias), jnp.zeros_like(role_bias)]
-    )
+def role_bias_logits(
+    role_bias: float | jax.Array,
+    roles: Literal["global", "global_local"],
+    windows: Sequence[int] = (0,),
+    length: int = 1,
+) -> jax.Array:
+    """Returns the vector that the role bias adds to the logits, float32 ``[r]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``.
+
+    With several windows a longer one has a fraction of δ, by the logarithm of its lifetime between that of the shortest
+    window, 0, and that of a whole context, 1.
+
+    Args:
+      role_bias: δ.
+      roles: those that get all of it.
+      windows: ``nats.sliding_windows``, tokens.
+      length: of a context, tokens.
+    """
+    shortest, *longer = (math.log1p(min(window, length)) for window in windows)
+    whole = max(math.log1p(length) - shortest, 1e-6)
+    shares = [1.0, float(roles == "global_local"), 0.0, *((x - shortest) / whole for x in longer)]
+    return jnp.asarray(role_bias, jnp.float32) * jnp.asarray(shares, jnp.float32)
 
 
 def choose_roles(logits: jax.Array, is_first: jax.Array) -> jax.Array:
     """Chooses the role of the largest logit, GLOBAL for the first token of each document.
 
     Args:
-      logits: float32 ``[b, k, s, 3]``, noise or bias already added.
+      logits: float32 ``[b, k, s, r]``, noise or bias already added.
       is_first: bool ``[b, s]``.
 
     Returns:
@@ -58,7 +74,7 @@ def choose_roles(logits: jax.Array, is_first: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _hard(soft: jax.Array, role_ids: jax.Array) -> jax.Array:
-    return jax.nn.one_hot(role_ids, NUM_ROLES, dtype=soft.dtype)
+    return jax.nn.one_hot(role_ids, soft.shape[-1], dtype=soft.dtype)
 
 
 # One-hot forward, the softmax backward: exactly one-hot, which `soft + stop_gradient(hard - soft)` is not in floats.
@@ -74,13 +90,13 @@ def straight_through(
     round to. First tokens of documents are constants.
 
     Args:
-      logits: float32 ``[b, k, s, 3]``, Gumbel noise already added.
+      logits: float32 ``[b, k, s, r]``, Gumbel noise already added.
       role_ids: int8 ``[b, k, s]``.
       is_first: bool ``[b, s]``.
       temperature: of the softmax.
 
     Returns:
-      float32 ``[b, k, s, 3]``.
+      float32 ``[b, k, s, r]``.
 
     Source: arXiv:2502.13251, section 3.2.
     """
@@ -102,16 +118,19 @@ def lifetimes(key_end: jax.Array, document_end: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.minimum(key_end, document_end[:, None, :]) - index, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("window", "kv_penalty_gradient"))
+@functools.partial(jax.custom_vjp, nondiff_argnames=("windows", "kv_penalty_gradient"))
 def lifetime_sum(
-    roles: TokenRoles, document_end: jax.Array, window: int, kv_penalty_gradient: Literal["constant", "exact"]
+    roles: TokenRoles,
+    document_end: jax.Array,
+    windows: tuple[int, ...],
+    kv_penalty_gradient: Literal["constant", "exact"],
 ) -> jax.Array:
     """Sums all lifetimes per KV head, differentiable in ``roles.one_hot``.
 
     Args:
       roles: of the layer, whole sequences.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding.
-      window: tokens.
+      windows: ``nats.sliding_windows``, tokens.
       kv_penalty_gradient: "constant" holds lifetimes constant: a role costs the lifetime that it gives to its own key.
         "exact" is the gradient of the relaxed mask's sum: a GLOBAL token also earns what it takes from the LOCAL keys
         before it.
@@ -122,12 +141,12 @@ def lifetime_sum(
     return jnp.sum(lifetimes(roles.key_end, document_end), axis=(0, 2), dtype=jnp.float32)
 
 
-def _lifetime_sum_fwd(roles, document_end, window, kv_penalty_gradient):
+def _lifetime_sum_fwd(roles, document_end, windows, kv_penalty_gradient):
     witness = jnp.zeros((), roles.one_hot.dtype)
-    return lifetime_sum(roles, document_end, window, kv_penalty_gradient), (roles.ids, witness, document_end)
+    return lifetime_sum(roles, document_end, windows, kv_penalty_gradient), (roles.ids, witness, document_end)
 
 
-def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
+def _lifetime_sum_bwd(windows, kv_penalty_gradient, residuals, gradient):
     role_ids, witness, document_end = residuals
     is_global, is_local = role_ids == GLOBAL, role_ids == LOCAL
     ranges = roles_lib.role_ranges(is_global, document_end)
@@ -139,8 +158,8 @@ def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
 
     as_global = count(index, ranges.end)
     as_local = count(index, jnp.minimum(ranges.next_global + 1, ranges.end))
-    reach = min(window, length)  # a longer window is the same, and int32 has an end
-    as_sliding = count(index, jnp.minimum(index + reach + 1, ranges.end))
+    reaches = (min(window, length) for window in windows)  # a longer window is the same, and int32 has an end
+    as_sliding = [count(index, jnp.minimum(index + reach + 1, ranges.end)) for reach in reaches]
     if kv_penalty_gradient == "exact":
         alive = is_local & (index < ranges.end)
         # A query's row holds the LOCAL keys behind it: those since the last GLOBAL token, itself included as a query.
@@ -158,7 +177,7 @@ def _lifetime_sum_bwd(window, kv_penalty_gradient, residuals, gradient):
             ),
             document_end=document_end,
         )
-    droles = jnp.stack([as_global, as_local, as_sliding], axis=-1)
+    droles = jnp.stack([as_global, as_local, *as_sliding], axis=-1)
     droles = (droles * gradient[None, :, None, None]).astype(witness.dtype)
     return TokenRoles(None, droles, None), None  # type: ignore[arg-type]
 

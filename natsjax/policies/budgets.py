@@ -22,6 +22,7 @@ import numpy as np
 
 from natsjax import kv_fraction
 from natsjax.config import Config, ModelConfig
+from natsjax.config_fields import format_value
 from natsjax.errors import UserError
 
 NUM_BUDGETS = 6
@@ -113,7 +114,9 @@ def check_role_budgets(
     all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, pieces)
     if all(all_sliding <= budget <= 1 for budget in budgets):
         return sorted(set(budgets))
-    why = f"with nats.window = {config.nats.window} and data.context_length = {config.data.context_length}"
+    nats = config.nats
+    window = f"nats.windows = {format_value(nats.windows)}" if nats.windows else f"nats.window = {nats.window}"
+    why = f"with {window} and data.context_length = {config.data.context_length}"
     if len(config.model.layer_types) > 1:
         why = f"with model.layer_types = {config.model.layer_pattern}, {why.removeprefix('with ')}"
     return check_budgets(budgets, kv_fraction.least_model_kv_fraction(config, pieces), why, name)
@@ -293,7 +296,7 @@ class Calibration:
     """The text and the layers that a policy's numbers are found for.
 
     Attributes:
-      config: of the run; ``eval.num_sinks``, ``nats.window`` and ``train.seed`` are numbers of policies too.
+      config: of the run; ``eval.num_sinks``, ``nats.window(s)`` and ``train.seed`` are numbers of policies too.
       piece_lengths, layers: see the module.
       chunk: tokens that are decoded at once; None: with masks.
     """
@@ -349,7 +352,7 @@ def streaming_llm(calibration: Calibration, budget: float) -> PolicyNumbers:
 
 
 def random_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
-    """Returns the fraction of keys, a window of ``nats.window`` where there is that much, and ``train.seed``.
+    """Returns the fraction of keys, the shortest window of SLIDING keys where there is that much, and ``train.seed``.
 
     Raises:
       OutOfReachError: the first keys take more.
@@ -362,7 +365,7 @@ def random_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
     seed = config.train.seed
     positions = jnp.arange(np.max(pieces), dtype=jnp.int32)[None]
     draws = np.asarray(RandomKeys(0.0, seed=seed).samples(positions, config.model.num_kv_heads))[0]
-    fraction, window = fraction_for_budget(pieces, budget, config.nats.window, calibration.layers, draws)
+    fraction, window = fraction_for_budget(pieces, budget, config.nats.sliding_windows[0], calibration.layers, draws)
     if fraction is None:
         raise OutOfReachError("the first keys and each query's own key take more")
     return PolicyNumbers((fraction, window, seed))

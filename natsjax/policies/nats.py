@@ -36,7 +36,11 @@ class Nats(DecodingPolicy):
 
     def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
         """Adds the role bias to the logits."""
-        return RoleSampling(bias=roles.role_bias_logits(self.role_bias, config.nats.biased_roles))
+        return RoleSampling(
+            bias=roles.role_bias_logits(
+                self.role_bias, config.nats.biased_roles, config.nats.sliding_windows, config.data.context_length
+            )
+        )
 
     chunk_choice = choice
 

@@ -191,8 +191,13 @@ SAMPLE_FIELDS = _by_name(
     Field("title", "name of the text"),
     Field("tokens", "the tokens as text", shape="t"),
     Field("role_biases", "role biases that the roles were chosen under, each that of a row", shape="b"),
-    Field("roles", "a digit per token: 0 GLOBAL, 1 LOCAL, 2 SLIDING", shape="b, l, k"),
-    Field("windows", "queries behind its own that read a SLIDING key", "tokens", "l"),
+    Field("roles", "a digit per token: 0 GLOBAL, 1 LOCAL, 2 and more SLIDING, one for each window", shape="b, l, k"),
+    Field(
+        "windows",
+        "queries behind its own that read a key of each SLIDING role; one number in older files",
+        "tokens",
+        "l, r",
+    ),
     Field("document_starts", "indices of the tokens that begin a document", shape="any"),
 )
 """Fields of a sample, which is held-out text with its roles; a run without roles has none."""
@@ -208,7 +213,7 @@ RUN_FIELDS = _by_name(
     Field("num_parameters", "parameters of the model"),
     Field("corpus", "description of the data"),
     Field("context_length", "length of a context", "tokens"),
-    Field("window", "`nats.window`; null for a run without roles", "tokens", nullable=True),
+    Field("window", "window of SLIDING keys, or several; null for a run without roles", "tokens", nullable=True),
     Field("show_accuracy", "true if accuracy is the metric, as for data without text"),
     Field("evaluation", "sentences about what was measured"),
     Field("versions", "versions of natsjax, jax and Python"),

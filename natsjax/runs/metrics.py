@@ -162,7 +162,7 @@ METRICS: dict[str, Metric] = {
         Metric("noise", "scale of the Gumbel noise on the scorer's logits"),
         Metric("skipped", "1 if this step's update was skipped as a loss spike", "0 or 1"),
         Metric("skipped_steps", "updates that were skipped as loss spikes since the beginning", "steps"),
-        Metric("role_fractions", "tokens that are GLOBAL, LOCAL, SLIDING", "fraction", "l, k, 3"),
+        Metric("role_fractions", "tokens that are GLOBAL, LOCAL, SLIDING (one for each window)", "fraction", "l, k, r"),
         Metric("forced_globals", "tokens that are GLOBAL because they are the first of a document", "fraction"),
         Metric("live_keys", "keys that a query reads, mean", "keys", "l, k"),
         Metric(

@@ -169,7 +169,8 @@ def _check_budget(config: Config, data: RunData) -> None:
     if not config.model.has_roles:
         return
     all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, data.piece_lengths)
-    logger.info(f"KV fraction with all tokens SLIDING, window {config.nats.window}: {100 * all_sliding:.2f} %")
+    window = config.nats.sliding_windows[0]
+    logger.info(f"KV fraction with all tokens SLIDING, window {window}: {100 * all_sliding:.2f} %")
     if config.nats.kv_penalty_mode == "controlled":
         kv_budgets = budgets.check_role_budgets(
             config, [config.nats.kv_budget], data.piece_lengths, name="nats.kv_budget"

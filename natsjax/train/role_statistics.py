@@ -1,8 +1,10 @@
 """Statistics of a batch's roles, as sums that add up over microbatches and devices: for people, not for the loss.
 
-Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``s`` token, ``t`` query, ``m`` thresholds.
+Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``s`` token, ``t`` query, ``m`` thresholds,
+``r`` role.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from natsjax.config import Config
 from natsjax.kv_fraction import sliding_windows
 from natsjax.model import sharding
 from natsjax.model.inputs import Batch
-from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES, SLIDING
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, SLIDING
 
 _NUM_THRESHOLDS = 64
 
@@ -25,7 +27,7 @@ class RoleSums(NamedTuple):
     """Sums over the tokens that are not padding, float32.
 
     Attributes:
-      counts: ``[l, k, 3]``, tokens by role.
+      counts: ``[l, k, r]``, tokens by role.
       unended: ``[l, k]``, LOCAL tokens that no GLOBAL one ends within their document.
       more_live: ``[l, m]``, queries of all KV heads that read more keys than each of ``live_thresholds``.
     """
@@ -54,9 +56,10 @@ def role_sums(ids: jax.Array, batch: Batch, config: Config) -> RoleSums:
     def local(ids, is_token, is_first, document_end):
         valid = is_token[:, None]
 
-        def layer(ids, window):
-            live = live_keys(ids, is_first, window)
-            counts = jnp.stack([jnp.sum((ids == role) & valid, axis=(0, 2)) for role in range(NUM_ROLES)], axis=-1)
+        def layer(ids, windows):
+            live = live_keys(ids, is_first, windows)
+            of_role = [jnp.sum((ids == role) & valid, axis=(0, 2)) for role in range(config.nats.num_roles)]
+            counts = jnp.stack(of_role, axis=-1)
             more = jnp.sum((live[..., None] > thresholds) & valid[..., None], axis=(0, 1, 2))  # one fused pass
             sums = counts, jnp.sum(_unended(ids, document_end) & valid, axis=(0, 2)), more
             return tuple(x.astype(jnp.float32) for x in sums)
@@ -74,13 +77,13 @@ def role_sums(ids: jax.Array, batch: Batch, config: Config) -> RoleSums:
     return RoleSums(*sharding.shard_map(local, axes, out_axes)(ids, batch.is_token, batch.is_first, batch.document_end))
 
 
-def live_keys(ids: jax.Array, is_first: jax.Array, window: jax.Array | int) -> jax.Array:
+def live_keys(ids: jax.Array, is_first: jax.Array, windows: Sequence[int] | jax.Array) -> jax.Array:
     """Counts the keys that each query reads, in O(s): running sums, without a scatter, which TPUs are slow at.
 
     Args:
       ids: int8 ``[b, k, s]``.
       is_first: bool ``[b, s]``, the first token of each document.
-      window: queries behind its own that read a SLIDING key.
+      windows: queries behind its own that read a key of each SLIDING role; a sequence, or int32 ``[r - 2]``.
 
     Returns:
       int32 ``[b, k, t]``; meaningless where padded.
@@ -95,20 +98,16 @@ def live_keys(ids: jax.Array, is_first: jax.Array, window: jax.Array | int) -> j
         earlier = jnp.concatenate([jnp.zeros_like(count[..., :1]), count[..., :-1]], axis=-1)
         return jax.lax.cummax(jnp.where(at, earlier, 0), axis=count.ndim - 1)
 
-    globals_, locals_, sliding = up_to(GLOBAL), up_to(LOCAL), up_to(SLIDING)
+    globals_, locals_ = up_to(GLOBAL), up_to(LOCAL)
     # A LOCAL key is read up to the next GLOBAL token, that one's own query included.
     behind_global = jnp.concatenate([jnp.zeros_like(ids[..., :1], bool), ids[..., :-1] == GLOBAL], axis=-1)
-    window = jnp.minimum(window, length)
-    padded = jnp.concatenate([jnp.zeros((*sliding.shape[:-1], length + 1), jnp.int32), sliding], axis=-1)
-    run_out = jax.lax.dynamic_slice_in_dim(padded, length - window, length, axis=-1)
-    return (
-        globals_
-        - before(globals_, start)
-        + locals_
-        - before(locals_, start | behind_global)
-        + sliding
-        - jnp.maximum(run_out, before(sliding, start))
-    )
+    live = globals_ - before(globals_, start) + locals_ - before(locals_, start | behind_global)
+    for role, window in enumerate(windows, SLIDING):
+        sliding = up_to(role)
+        padded = jnp.concatenate([jnp.zeros((*sliding.shape[:-1], length + 1), jnp.int32), sliding], axis=-1)
+        run_out = jax.lax.dynamic_slice_in_dim(padded, length - jnp.minimum(window, length), length, axis=-1)
+        live += sliding - jnp.maximum(run_out, before(sliding, start))
+    return live
 
 
 def _unended(ids: jax.Array, document_end: jax.Array) -> jax.Array:

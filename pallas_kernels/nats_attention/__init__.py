@@ -36,9 +36,9 @@ from pallas_kernels.nats_attention.roles import (
     LOCAL,
     NEVER,
     NO_END,
-    NUM_ROLES,
     SLIDING,
     key_end_from_roles,
+    num_roles,
 )
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "LOCAL",
     "NEVER",
     "NO_END",
-    "NUM_ROLES",
     "SLIDING",
     "Exact",
     "MaskGradient",
@@ -55,4 +54,5 @@ __all__ = [
     "interval_attention",
     "key_end_from_roles",
     "nats_attention",
+    "num_roles",
 ]

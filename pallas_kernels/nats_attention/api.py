@@ -1,13 +1,13 @@
 """The public functions: they check the arguments and choose a backend, or raise the reasons of all backends."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale, checked_window
+from pallas_kernels.arguments import as_int32, check_floats, check_head_dim, checked_scale, checked_windows
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.nats_attention import (
     contract,
@@ -21,7 +21,7 @@ from pallas_kernels.nats_attention import (
 )
 from pallas_kernels.nats_attention.backend import Backend
 from pallas_kernels.nats_attention.differentiable import Settings
-from pallas_kernels.nats_attention.roles import NUM_ROLES
+from pallas_kernels.nats_attention.roles import num_roles
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 from pallas_kernels.platforms import current_platform
 
@@ -154,7 +154,7 @@ def nats_attention(
     value: jax.Array,
     roles: jax.Array,
     *,
-    window: int,
+    window: int | Sequence[int],
     document_end: jax.Array | None = None,
     scale: float | None = None,
     mask_gradient: MaskGradient | str = Exact(),
@@ -167,10 +167,11 @@ def nats_attention(
     """Computes causal attention in which each key's role determines the last query that can read it.
 
     A GLOBAL key is read by every later query of its document, a LOCAL key up to and including the next GLOBAL token
-    of its KV head, a SLIDING key by the ``window`` queries after it; every query reads at least its own key. The
-    gradient for ``roles`` is that of the mask relaxed to ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``,
-    with the ratio of masked-out pairs clipped at 1: what a straight-through estimator needs. On a mesh call it inside
-    ``jax.shard_map``, batch and heads divided, and with ``axis_name`` the sequence.
+    of its KV head, a SLIDING key by the ``window`` queries after it; every query reads at least its own key. With
+    several windows there is a SLIDING role for each. The gradient for ``roles`` is that of the mask relaxed to
+    ``G + S [t <= s + window] + Lo prod_{s<u<t} (1 - G[u])``, with the ratio of masked-out pairs clipped at 1: what a
+    straight-through estimator needs. On a mesh call it inside ``jax.shard_map``, batch and heads divided, and with
+    ``axis_name`` the sequence.
 
     Dtypes, scale, NaN and the result without any pairs are as in ``interval_attention``. Here the keys
     that nobody reads are those of padding, ``document_end[s] <= s``.
@@ -178,9 +179,10 @@ def nats_attention(
     Args:
       query: ``[b, t, n, h]``, float; the query heads of one KV head are neighbors.
       key, value: ``[b, t, k, h]``, float, ``n`` a multiple of ``k``.
-      roles: float ``[b, k, t, 3]``, one-hot over (GLOBAL, LOCAL, SLIDING); of others the largest counts, the first of
-        equal ones.
-      window: tokens, 0 or more; 0 leaves a SLIDING key to its own query alone, one of ``t`` or more is no bound.
+      roles: float ``[b, k, t, r]``, one-hot over (GLOBAL, LOCAL, SLIDING), the last once for each window; of others the
+        largest counts, the first of equal ones.
+      window: tokens, 0 or more; 0 leaves a SLIDING key to its own query alone, one of ``t`` or more is no bound. A
+        tuple in ascending order: of the SLIDING roles.
       document_end: int32 ``[b, t]``, exclusive index of the end of each token's document; 0 (or any number up to the
         token's own index) marks padding, whose rows are 0; ``t`` or more is the end of the sequence. It bounds who
         reads the token's own key, and need not agree with its neighbors'. None: one document.
@@ -212,12 +214,12 @@ def nats_attention(
     _check(query, key, value)
     b, t, _, _ = query.shape
     _expect("key", key, (b, t, *key.shape[2:]))
-    _expect("roles", roles, (b, key.shape[2], t, NUM_ROLES))
+    windows = checked_windows(window)
+    _expect("roles", roles, (b, key.shape[2], t, num_roles(len(windows))))
     check_floats(roles=roles)
-    window = checked_window(window)
     _check_divided(t, axis_name)
     length = t if axis_name is None else t * jax.lax.axis_size(axis_name)
-    window = min(window, length)  # a longer one is the same, and int32 has an end
+    windows = tuple(min(x, length) for x in windows)  # a longer one is the same, and int32 has an end
     mask_gradient = _mask_gradient(mask_gradient)
     if isinstance(mask_gradient, Sampled) and sample_key is None:
         raise ValueError("mask_gradient=Sampled needs a sample_key.")
@@ -231,7 +233,7 @@ def nats_attention(
         return (out, lse) if return_lse else out
 
     def call_backend(backend, chosen):
-        settings = Settings(backend, chosen, scale, window, _share_of_masked_out(mask_gradient), return_lse)
+        settings = Settings(backend, chosen, scale, windows, _share_of_masked_out(mask_gradient), return_lse)
         if axis_name is not None:
             return ring.nats_attention(query, key, value, roles, document_end, sample_key, settings, axis_name)
         return differentiable.nats_attention(query, key, value, roles, document_end, sample_key, settings)
@@ -242,10 +244,11 @@ def nats_attention(
         if isinstance(mask_gradient, Sampled):
             raise NotImplementedError("it has no sampled role gradients; use Exact() or Visible()")
         return reference.closed_form_attention(
-            query, key, value, roles, document_end, window, scale, True, isinstance(mask_gradient, Visible), return_lse
+            query, key, value, roles, document_end, windows, scale, True, isinstance(mask_gradient, Visible), return_lse
         )
 
-    return _first_that_serves(implementation, _problem(query, key, value, window), tiling, call_backend, call_reference)
+    problem = _problem(query, key, value, windows[-1])
+    return _first_that_serves(implementation, problem, tiling, call_backend, call_reference)
 
 
 def interval_attention(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from natsjax.runtime.flags import Parser, run_command  # a command, which the kernels do not import
 from pallas_kernels.nats_attention import api, tuning_table
-from pallas_kernels.nats_attention.roles import NUM_ROLES
+from pallas_kernels.nats_attention.roles import num_roles
 from pallas_kernels.nats_attention.tiling import Problem, Tiling
 
 
@@ -34,7 +34,7 @@ def random_inputs(problem: Problem, global_fraction: float, key: jax.Array) -> t
     rest = (1 - global_fraction) / 2
     logits = jnp.log(jnp.asarray([global_fraction, rest, rest]))
     ids = jax.random.categorical(keys[3], logits, shape=(b, k, s))
-    return query, key, value, jax.nn.one_hot(ids, NUM_ROLES)
+    return query, key, value, jax.nn.one_hot(ids, num_roles(1))
 
 
 def time_tilings(

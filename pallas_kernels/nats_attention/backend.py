@@ -89,7 +89,7 @@ class Backend(Protocol):
         intervals: Intervals,
         columns: RoleColumns | None,
         scale: float,
-        window: int,
+        windows: tuple[int, ...],
         tiling: Any,
     ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
         """Computes the gradients of query, key and value, and the role sums over visible pairs.
@@ -100,7 +100,7 @@ class Backend(Protocol):
           intervals: who reads whom.
           columns: of every key, or None for no role sums.
           scale: of the logits.
-          window: of SLIDING keys.
+          windows: of the SLIDING roles, ascending.
           tiling: of the backend.
 
         Returns:
@@ -118,7 +118,7 @@ class Backend(Protocol):
         weight: jax.Array,
         columns: RoleColumns,
         scale: float,
-        window: int,
+        windows: tuple[int, ...],
         tiling: Any,
     ) -> RoleSums:
         """Computes the role sums over masked-out pairs, which are the credit for longer lifetimes.
@@ -130,7 +130,7 @@ class Backend(Protocol):
           weight: float32 ``[t]``, how many queries each row stands for.
           columns: of every key.
           scale: of the logits.
-          window: of SLIDING keys.
+          windows: of the SLIDING roles, ascending.
           tiling: of the backend.
 
         Returns:

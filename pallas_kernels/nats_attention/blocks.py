@@ -108,7 +108,7 @@ def visible_tiles(intervals: Intervals, query_block: int, key_block: int) -> Til
 
 
 def masked_out_tiles(
-    intervals: Intervals, columns: RoleColumns, window: int, query_block: int, key_block: int
+    intervals: Intervals, columns: RoleColumns, windows: tuple[int, ...], query_block: int, key_block: int
 ) -> Tiles:
     """Finds tiles with a hidden pair in reach; plain where all keys have ended and only the full sum remains.
 
@@ -118,14 +118,14 @@ def masked_out_tiles(
     Args:
       intervals: lengths are multiples of the blocks.
       columns: of every key, padded with 0.
-      window: of SLIDING keys.
+      windows: of the SLIDING roles.
       query_block, key_block: rows and columns of a tile.
     """
     first, last = (f(intervals.query_position, query_block) for f in (first_query, last_query))
     begin = intervals.key_position
     reach = jnp.where(columns.is_global, 0, columns.reach)
     alive = (least(begin, key_block) <= last) & (most(reach, key_block) > first)
-    settled = jnp.maximum(begin + window, jnp.where(columns.is_local, columns.second_global, columns.next_global))
+    settled = jnp.maximum(begin + max(windows), jnp.where(columns.is_local, columns.second_global, columns.next_global))
     plain = (most(settled, key_block) < first) & (least(columns.reach, key_block) > last)
     return Tiles(alive, alive & plain)
 

@@ -32,7 +32,7 @@ class Settings:
       backend: the module with the passes.
       tiling: for the backend.
       scale: of the logits.
-      window: of SLIDING keys; 0 where there are no roles.
+      windows: of the SLIDING roles, ascending; none where there are no roles.
       sampled: fraction of the masked-out pairs in the role gradient: 1 all of them, 0 none.
       return_lse: True where ``nats_attention`` returns its log-sum-exp too. (``interval_attention`` always does.)
     """
@@ -40,7 +40,7 @@ class Settings:
     backend: Backend
     tiling: Tiling
     scale: float
-    window: int = 0
+    windows: tuple[int, ...] = ()
     sampled: float = 1.0
     return_lse: bool = False
 
@@ -98,11 +98,10 @@ def visible_pass(rows: Rows, key, value, intervals, columns: RoleColumns | None,
     if columns is not None:
         columns = RoleColumns(*_by_slot(layout, *columns))
     dquery, dkey, dvalue, sums = settings.backend.visible_pass(
-        rows, key, value, by_slot, columns, settings.scale, settings.window, settings.tiling
+        rows, key, value, by_slot, columns, settings.scale, settings.windows, settings.tiling
     )
     if sums is not None:
-        by_key = [_by_key(layout, x) for x in sums]
-        sums = RoleSums(*by_key)._replace(row=sums.row)
+        sums = sums.map_keys(functools.partial(_by_key, layout))
     return dquery, _by_key(layout, dkey), _by_key(layout, dvalue), sums
 
 
@@ -160,7 +159,7 @@ def _nats_attention(query, key, value, roles, document_end, sample_key, settings
 def _nats_fwd(query, key, value, roles, document_end, sample_key, settings):
     (b, t), k = query.shape[:2], key.shape[2]
     role_ids = jnp.argmax(roles, -1).astype(jnp.int8)
-    key_end = roles_lib.key_end_from_roles(role_ids, window=settings.window, document_end=document_end)
+    key_end = roles_lib.key_end_from_roles(role_ids, window=settings.windows, document_end=document_end)
     index = jnp.arange(t, dtype=jnp.int32)
     intervals = Intervals(jnp.broadcast_to(index, (b, t)), jnp.broadcast_to(index, (b, k, t)), key_end)
     out, lse = attend(query, key, value, intervals, settings)
@@ -180,7 +179,7 @@ def _nats_bwd(settings, residuals, cotangents):
     if settings.sampled:
         chosen = _sample(sample_key, query.shape[1], settings)
         hidden = masked_out_sums(rows, inner_key, inner_value, intervals, columns, chosen, settings)
-        sums = RoleSums(*(x + y for x, y in zip(sums, hidden, strict=True)))
+        sums = jax.tree.map(jnp.add, sums, hidden)
     droles = roles_lib.role_gradient(sums, columns, document_end)
     return (*_like((query, key, value), dquery, dkey, dvalue), droles.astype(witness.dtype), None, None)
 
@@ -209,7 +208,7 @@ def masked_out_sums(
         rows = Rows(*(jnp.take(x, chosen.queries, axis=3) for x in rows))
         intervals = intervals._replace(query_position=jnp.take(intervals.query_position, chosen.queries, axis=1))
     sums = settings.backend.masked_out_pass(
-        rows, key, value, intervals, weight, columns, settings.scale, settings.window, settings.tiling
+        rows, key, value, intervals, weight, columns, settings.scale, settings.windows, settings.tiling
     )
     return sums._replace(row=jnp.zeros((), jnp.float32))
 

@@ -8,6 +8,7 @@ Axis letters: ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head, ``g`` query he
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,15 @@ def _same_document(document_end: jax.Array | None, length: int) -> jax.Array:
     return (index[None, :] <= index[:, None]) & (index[:, None] < end[:, None, :])
 
 
-def relaxed_mask(roles: jax.Array, *, window: int, document_end: jax.Array | None = None) -> jax.Array:
-    """Returns the mask as a smooth function of the roles; ``roles`` float ``[b, k, s, 3]`` → float ``[b, k, t, s]``.
+def _as_tuple(window: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(window) if isinstance(window, Sequence) else (window,)
 
-    ``m[t, s] = G[s] + S[s] [t <= s + window] + Lo[s] prod_{s < u < t} (1 - G[u])`` for ``s <= t`` in one document.
+
+def relaxed_mask(roles: jax.Array, *, window: int | Sequence[int], document_end: jax.Array | None = None) -> jax.Array:
+    """Returns the mask as a smooth function of the roles; ``roles`` float ``[b, k, s, r]`` → float ``[b, k, t, s]``.
+
+    ``m[t, s] = G[s] + S[s] [t <= s + window] + Lo[s] prod_{s < u < t} (1 - G[u])`` for ``s <= t`` in one document,
+    with a term ``S`` for each window.
     """
     length = roles.shape[2]
     index = jnp.arange(length)
@@ -55,12 +61,9 @@ def relaxed_mask(roles: jax.Array, *, window: int, document_end: jax.Array | Non
 
     _, alive = jax.lax.scan(step, jnp.ones_like(is_global), index)
     alive = jnp.moveaxis(alive, 0, 2)  # [b, k, t, s]
-    near = index[:, None] <= index[None, :] + window
-    mask = (
-        is_global[:, :, None, :]
-        + roles[:, :, None, :, roles_lib.SLIDING] * near
-        + roles[:, :, None, :, roles_lib.LOCAL] * alive
-    )
+    mask = is_global[:, :, None, :] + roles[:, :, None, :, roles_lib.LOCAL] * alive
+    for role, reach in enumerate(_as_tuple(window), roles_lib.SLIDING):
+        mask += roles[:, :, None, :, role] * (index[:, None] <= index[None, :] + reach)
     return jnp.where(_same_document(document_end, length)[:, None], mask, 0)
 
 
@@ -198,7 +201,8 @@ def _closed_form_bwd(window, scale, clip, visible_only, return_lse, residuals, c
         return jnp.where(is_global[:, :, u], taken, across)
 
     kill = jnp.moveaxis(jax.lax.map(kill_of, index), 0, 2)
-    droles = jnp.stack([total(True) - kill, total(t <= n), total(t <= s + window)], axis=-1)
+    near = [total(t <= s + reach) for reach in _as_tuple(window)]
+    droles = jnp.stack([total(True) - kill, total(t <= n), *near], axis=-1)
     return (
         dquery.astype(query.dtype),
         dkey.astype(key.dtype),

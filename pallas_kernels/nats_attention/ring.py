@@ -149,19 +149,21 @@ def _gradients(rows: Rows, query, key, value, key_end, columns: RoleColumns | No
         more, *to_keys, sums = one_device.visible_pass(rows, key, value, intervals, of_keys, settings)
         if sums is not None and of_keys is not None:
             row += sums.row
-            to_keys += sums[:-1]
             if settings.sampled:
                 hidden = one_device.masked_out_sums(rows, key, value, intervals, of_keys, chosen, settings)
-                to_keys[2:] = [x + y for x, y in zip(to_keys[2:], hidden[:-1], strict=True)]
-        return (dquery + more, row), [x + y for x, y in zip(gathered, to_keys, strict=True)]
+                sums = jax.tree.map(jnp.add, sums, hidden)
+            to_keys.append(sums._replace(row=jnp.float32(0)))  # rows stay
+        return (dquery + more, row), jax.tree.map(jnp.add, gathered, to_keys)
 
     inner_key, inner_value = (jnp.moveaxis(x, 1, 2) for x in (key, value))
     by_key = jnp.zeros(inner_key.shape, jnp.float32)
-    sums = [] if columns is None else [by_key[..., 0]] * 5
-    carry = (jnp.zeros(rows.query.shape, jnp.float32), by_key[..., 0])
+    zeros = by_key[..., 0]
+    near = (zeros,) * len(settings.windows)
+    sums = [] if columns is None else [RoleSums(zeros, zeros, zeros, near, zeros, jnp.float32(0))]
+    carry = (jnp.zeros(rows.query.shape, jnp.float32), zeros)
     start = vary_like((carry, [by_key, by_key, *sums]), (rows, inner_key, inner_value, key_end))
     (dquery, row), (dkey, dvalue, *sums) = _go_round(visit, start[0], (inner_key, inner_value), start[1], axis_name)
-    return dquery, dkey, dvalue, None if columns is None else RoleSums(*[*sums, row])
+    return dquery, dkey, dvalue, sums[0]._replace(row=row) if sums else None
 
 
 def _like(primals, dquery, dkey, dvalue, axis_name):
@@ -221,7 +223,7 @@ def _nats_attention(query, key, value, roles, document_end, sample_key, settings
 def _nats_fwd(query, key, value, roles, document_end, sample_key, settings, axis_name):
     role_ids = _gather(jnp.argmax(roles, -1).astype(jnp.int8), axis_name)
     document_end = None if document_end is None else _gather(document_end, axis_name)
-    key_end = roles_lib.key_end_from_roles(role_ids, window=settings.window, document_end=document_end)
+    key_end = roles_lib.key_end_from_roles(role_ids, window=settings.windows, document_end=document_end)
     query, key, value = (_balance(x, axis_name, 1) for x in (query, key, value))
     out, lse = _attend(query, key, value, key_end, settings, axis_name)
     witness = jnp.zeros((), roles.dtype)  # the roles' dtype, which an int8 copy of them forgets
@@ -239,8 +241,8 @@ def _nats_bwd(settings, axis_name, residuals, cotangents):
     rows = one_device.rows_of(one_device.rows_first(query, key.shape[2]), out, lse, dout, dlse)
     chosen = _sample(sample_key, query.shape[1], settings, axis_name)
     dquery, dkey, dvalue, sums = _gradients(rows, query, key, value, key_end, columns, chosen, settings, axis_name)
-    # The credit of a token's role depends on sums over tokens of other devices: five numbers for each.
-    whole = RoleSums(*(_gather(_unbalance(x, axis_name, 2), axis_name) for x in sums))
+    # The credit of a token's role depends on sums over tokens of other devices: five numbers or more for each.
+    whole = jax.tree.map(lambda x: _gather(_unbalance(x, axis_name, 2), axis_name), sums)
     droles = roles_lib.role_gradient(whole, columns, document_end).astype(witness.dtype)
     length = query.shape[1]
     own = jax.lax.dynamic_slice_in_dim(droles, jax.lax.axis_index(axis_name) * length, length, 2)

@@ -5,6 +5,7 @@ Axis letters: ``b`` batch, ``k`` KV head, ``s`` key index, ``t`` query index. Ev
 Source: "Neural Attention Search", arXiv:2502.13251, sections 3.1-3.2; the range sums are this project's own.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,11 +15,16 @@ import numpy as np
 from pallas_kernels.arguments import checked_window
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
-NUM_ROLES = 3
+"""The roles; with several windows ``SLIDING`` is the role of the first, and each other window has the next number."""
 NO_END = int(np.iinfo(np.int32).max)
 """``key_end`` of a key that every later query can read; as a query's position, that of one that reads nothing."""
 NEVER = int(np.iinfo(np.int32).min)
 """``key_end`` of a key that nobody reads, wherever its position and the query's are."""
+
+
+def num_roles(num_windows: int) -> int:
+    """Returns the number of roles: GLOBAL, LOCAL, and a SLIDING role for each window."""
+    return SLIDING + num_windows
 
 
 class RoleRanges(NamedTuple):
@@ -60,7 +66,7 @@ class RoleSums(NamedTuple):
       all: over ``t = s … reach - 1``.
       own: over ``t = s``.
       local: over ``t = s+1 … n(s)``.
-      sliding: over ``t = s … s + window``.
+      sliding: over ``t = s … s + window``, an array for each window.
       past: for LOCAL keys, over ``t = n(s)+1 … n2(s)``.
       row: over visible LOCAL keys ``s < t``.
     """
@@ -68,9 +74,15 @@ class RoleSums(NamedTuple):
     all: jax.Array
     own: jax.Array
     local: jax.Array
-    sliding: jax.Array
+    sliding: tuple[jax.Array, ...]
     past: jax.Array
     row: jax.Array
+
+    def map_keys(self, function: Callable[[jax.Array], jax.Array]) -> "RoleSums":
+        """Applies a function to all sums but ``row``."""
+        sliding = tuple(map(function, self.sliding))
+        every, own, local, past = map(function, (self.all, self.own, self.local, self.past))
+        return RoleSums(every, own, local, sliding, past, self.row)
 
 
 def _following_global(is_global: jax.Array) -> jax.Array:
@@ -105,14 +117,14 @@ def role_ranges(is_global: jax.Array, document_end: jax.Array | None) -> RoleRan
 
 
 def key_end_from_roles(
-    role_ids: jax.Array, *, window: int | jax.Array, document_end: jax.Array | None = None
+    role_ids: jax.Array, *, window: int | jax.Array | Sequence[int | jax.Array], document_end: jax.Array | None = None
 ) -> jax.Array:
     """Returns the first query that cannot read each key any more.
 
     Args:
-      role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING.
-      window: queries after its own that can read a SLIDING key, 0 or more; may be a traced int32 scalar.
-        One beyond int32 is none at all.
+      role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING, and with several windows 3, 4, … for the others.
+      window: queries after its own that can read a SLIDING key, 0 or more, or one such number for each SLIDING role;
+        each may be a traced int32 scalar. One beyond int32 is none at all.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 
     Returns:
@@ -131,11 +143,12 @@ def key_end_from_roles(
     local_end = jnp.where(following < length, following + 1, NO_END)
     key_end = jnp.where(role_ids == LOCAL, local_end, NO_END)
     longest = NO_END - length  # a longer one is the same, and int32 has an end
-    if isinstance(window, jax.Array):
-        window = jnp.clip(window, 0, longest)
-    else:
-        window = min(checked_window(window), longest)
-    key_end = jnp.where(role_ids == SLIDING, index + window + 1, key_end)
+    for role, given in enumerate(window if isinstance(window, Sequence) else [window], SLIDING):
+        if isinstance(given, jax.Array):
+            given = jnp.clip(given, 0, longest)
+        else:
+            given = min(checked_window(given), longest)
+        key_end = jnp.where(role_ids == role, index + given + 1, key_end)
     if document_end is not None:
         key_end = jnp.minimum(key_end, document_end[:, None, :])
     return key_end.astype(jnp.int32)
@@ -196,7 +209,7 @@ def role_columns(role_ids: jax.Array, key_end: jax.Array, document_end: jax.Arra
 
 
 def role_gradient(sums: RoleSums, columns: RoleColumns, document_end: jax.Array | None) -> jax.Array:
-    """Computes the gradient of the relaxed roles (docs/method.md 3) from their sums: float32 ``[b, k, s, 3]``."""
+    """Computes the gradient of the relaxed roles (docs/method.md 3) from their sums: float32 ``[b, k, s, r]``."""
     credit = global_credit(
         columns.is_global,
         column=jnp.where(columns.is_local, sums.local, 0),
@@ -204,4 +217,4 @@ def role_gradient(sums: RoleSums, columns: RoleColumns, document_end: jax.Array 
         past=sums.past,
         document_end=document_end,
     )
-    return jnp.stack([sums.all - credit, sums.own + sums.local, sums.sliding], axis=-1)
+    return jnp.stack([sums.all - credit, sums.own + sums.local, *sums.sliding], axis=-1)

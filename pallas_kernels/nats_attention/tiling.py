@@ -22,7 +22,7 @@ class Problem(NamedTuple):
       num_kv_heads: KV heads.
       group: query heads per KV head.
       head_dim: of query, key and value.
-      window: of SLIDING keys, tokens; 0 where there are no roles.
+      window: the longest one of SLIDING keys, tokens; 0 where there are no roles.
       dtype: name of the dtype of query, key and value.
     """
 

@@ -1,14 +1,13 @@
 /* The role reader: text colored by role, the role bias, and how long each key stays. */
 
-const ROLES = ["GLOBAL", "LOCAL", "SLIDING"];
 const TOKEN_WIDTH = 12, SLOT_HEIGHT = 20, RULER_HEIGHT = 20;  // pixels of the spans
 
 /** docs/method.md 1: the first query that cannot read each key any more, and the end (exclusive) of its document. */
-function lifetimes(roles, window, starts) {
+function lifetimes(roles, windows, starts) {
   const firsts = new Set(starts), keyEnd = [], documentEnd = [];
   let end = roles.length, nextGlobal = Infinity;
   for (let s = roles.length - 1; s >= 0; s--) {
-    const life = roles[s] === "0" ? Infinity : roles[s] === "1" ? nextGlobal + 1 : s + window + 1;
+    const life = roles[s] === "0" ? Infinity : roles[s] === "1" ? nextGlobal + 1 : s + windows[roles[s] - 2] + 1;
     keyEnd[s] = Math.min(life, end);
     documentEnd[s] = end;
     if (roles[s] === "0") nextGlobal = s;
@@ -37,11 +36,15 @@ function visibleText(text) {
 
 let reader = { key: "" };  // the text on show: its tokens' elements, roles and lifetimes
 
+/** With several windows a SLIDING role is named after its own. */
+const roleNames = (windows) => ["GLOBAL", "LOCAL", ...windows.map((window) => (windows.length > 1 ? `SLIDING ${window}` : "SLIDING"))];
+const roleClass = (role) => (role > 2 ? `role-2 wider-${Math.min(role - 2, 3)}` : `role-${role}`);
+
 function untilWhen(s) {
-  const { roles, keyEnd, documentEnd, window } = reader, last = keyEnd[s] - 1;
+  const { roles, keyEnd, documentEnd, windows } = reader, last = keyEnd[s] - 1;
   if (keyEnd[s] === documentEnd[s])
     return last === roles.length - 1 ? "to the end of this text" : `to the end of its document, token ${last}`;
-  return `up to and including token ${last}, ${roles[s] === "1" ? "the next GLOBAL token" : `${window} tokens on`}`;
+  return `up to and including token ${last}, ${roles[s] === "1" ? "the next GLOBAL token" : `${windows[roles[s] - 2]} tokens on`}`;
 }
 
 const layerName = (kind, layer) => (run.layers.every((one) => one === "nats") ? `${layer}` : `${layer} (${kind})`);
@@ -49,9 +52,10 @@ const layerName = (kind, layer) => (run.layers.every((one) => one === "nats") ? 
 function showReader({ sample: index, layer, head, token, role_bias }) {
   const key = [index, layer, head, role_bias].join("/");
   if (key !== reader.key) {
-    const sample = samples[index], roles = sample.roles[role_bias][layer][head], window = sample.windows[layer];
-    const lives = lifetimes(roles, window, sample.document_starts);
-    reader = { key, sample, roles, window, layer, head, ...lives, ...slotsOf(lives.keyEnd) };
+    const sample = samples[index], roles = sample.roles[role_bias][layer][head];
+    const windows = [sample.windows[layer]].flat();  // one number in files from before there could be several
+    const lives = lifetimes(roles, windows, sample.document_starts);
+    reader = { key, sample, roles, windows, layer, head, ...lives, ...slotsOf(lives.keyEnd) };
     showOptions("sample", samples.map((s) => s.title), index);
     showOptions("layer", sample.roles[role_bias].map((_, l) => layerName(run.layers[l], l)), layer);
     showOptions("head", sample.roles[role_bias][layer].map((_, k) => k), head);
@@ -76,11 +80,12 @@ function showRoleBias(sample, role_bias) {
 }
 
 function showRoleCounts() {
-  const { roles, window } = reader;
-  const meanings = ["to the end of the document", "up to and including the next GLOBAL token", `for ${window} further token${window === 1 ? "" : "s"}`];
-  const body = el("tbody", {}, ...ROLES.map((name, role) => {
+  const { roles, windows } = reader;
+  const meanings = ["to the end of the document", "up to and including the next GLOBAL token",
+    ...windows.map((window) => `for ${window} further token${window === 1 ? "" : "s"}`)];
+  const body = el("tbody", {}, ...roleNames(windows).map((name, role) => {
     const total = roles.split(String(role)).length - 1;
-    return el("tr", {}, el("th", { scope: "row" }, el("span", { class: `name role-${role}` }, name)),
+    return el("tr", {}, el("th", { scope: "row" }, el("span", { class: `name ${roleClass(role)}` }, name)),
       el("td", { class: "muted" }, meanings[role]), numeric(count(total)), numeric(percent(total / roles.length)));
   }));
   const head = tableHead(["Role", "Key is kept", "Tokens", "Fraction"], ["Role", "Key is kept"]);
@@ -89,12 +94,12 @@ function showRoleCounts() {
 
 function showTokens() {
   const starts = new Set(reader.sample.document_starts), hadFocus = byId("tokens").contains(document.activeElement);
-  const parts = [];
+  const parts = [], names = roleNames(reader.windows);
   reader.nodes = reader.sample.tokens.map((text, s) => {
     if (s > 0 && starts.has(s)) parts.push(el("span", { class: "boundary", role: "presentation" }, "next document"));
     const role = Number(reader.roles[s]);
-    const node = el("span", { class: `token role-${role}`, role: "option", tabindex: -1, "data-index": s,
-      "data-end": reader.keyEnd[s], title: `token ${s}, ${ROLES[role]}: its key is read ${untilWhen(s)}` },
+    const node = el("span", { class: `token ${roleClass(role)}`, role: "option", tabindex: -1, "data-index": s,
+      "data-end": reader.keyEnd[s], title: `token ${s}, ${names[role]}: its key is read ${untilWhen(s)}` },
       visibleText(text));
     parts.push(node);
     return node;
@@ -104,7 +109,7 @@ function showTokens() {
 }
 
 function showSpans() {
-  const { sample, roles, keyEnd, slots, numSlots } = reader, length = roles.length;
+  const { sample, roles, windows, keyEnd, slots, numSlots } = reader, length = roles.length, names = roleNames(windows);
   const place = (node, left, top, width, extent) => {
     Object.assign(node.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${extent}px` });
     return node;
@@ -113,8 +118,8 @@ function showSpans() {
   const field = byId("spans").firstElementChild, ruler = el("div", { class: "ruler" });
   for (let s = 0; s < length; s += 10) ruler.append(place(el("i", {}, s), s * TOKEN_WIDTH, 0, 10 * TOKEN_WIDTH, RULER_HEIGHT));
   reader.bars = sample.tokens.map((text, s) => place(
-    el("div", { class: `span role-${roles[s]}`, "data-index": s, "data-slot": slots[s],
-      title: `token ${s} “${visibleText(text).trim()}”, ${ROLES[roles[s]]}: its key is read ${untilWhen(s)}` }, el("b", {}, visibleText(text))),
+    el("div", { class: `span ${roleClass(Number(roles[s]))}`, "data-index": s, "data-slot": slots[s],
+      title: `token ${s} “${visibleText(text).trim()}”, ${names[roles[s]]}: its key is read ${untilWhen(s)}` }, el("b", {}, visibleText(text))),
     s * TOKEN_WIDTH, RULER_HEIGHT + slots[s] * SLOT_HEIGHT + 1, (keyEnd[s] - s) * TOKEN_WIDTH - 1, SLOT_HEIGHT - 3));
   const edges = sample.document_starts.filter((s) => s > 0).map((s) =>
     place(el("div", { class: "edge" }), s * TOKEN_WIDTH - 1, 0, 0, full));
@@ -162,11 +167,11 @@ function headText() {
 }
 
 function tokenText(t, readable) {
-  const { roles, sample, layer, head } = reader;
+  const { roles, windows, sample, layer, head } = reader;
   const start = Math.max(0, ...sample.document_starts.filter((first) => first <= t));
   const forced = t === start && roles[t] === "0" ? " (always, as the first token of a document)" : "";
   const name = el("strong", {}, `Token ${t}: “${visibleText(sample.tokens[t]).trim()}”`);
-  return [el("div", {}, name, ` is ${ROLES[roles[t]]}${forced}. Its key is read ${untilWhen(t)}.`),
+  return [el("div", {}, name, ` is ${roleNames(windows)[roles[t]]}${forced}. Its key is read ${untilWhen(t)}.`),
     el("div", { class: "muted" }, `Layer ${layer}, head ${head}: its query reads ${readable} of the ${t - start + 1} keys ` +
       "so far in its document.")];
 }

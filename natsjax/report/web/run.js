@@ -17,7 +17,7 @@ function showHeader() {
   const facts = {
     Workdir: el("code", {}, run.workdir), Config: el("code", {}, run.config), Step: count(run.step),
     Parameters: count(run.num_parameters), Attention: attention, Corpus: run.corpus,
-    "Context length": `${count(run.context_length)} tokens`, Window: run.window === null ? "none" : `${run.window} tokens`,
+    "Context length": `${count(run.context_length)} tokens`, Window: run.window === null ? "none" : `${[run.window].flat().join(", ")} tokens`,
     Evaluated: run.created, "Versions then": run.versions, "On": run.device,
   };
   for (const [name, value] of Object.entries(facts)) byId("run").append(el("dt", {}, name), el("dd", {}, value));

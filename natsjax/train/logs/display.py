@@ -3,6 +3,7 @@
 ``natsjax.runs.metrics`` declares which metrics are shown, and how.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -23,7 +24,8 @@ from natsjax.runtime.progress import on_terminal
 
 _SECONDS_BETWEEN_LINES = 10.0  # if standard error is no terminal
 _SECONDS_BETWEEN_FRAMES = 0.2
-_ROLES = (("GLOBAL", "█", "red"), ("LOCAL", "▓", "yellow"), ("SLIDING", "░", "cyan"))
+_MARKS = (("█", "red"), ("▓", "yellow"), ("░", "cyan"), ("▒", "green"), ("▚", "magenta"), ("▞", "blue"))
+"""How bars show the roles, by number; with more than four windows the marks of SLIDING roles come again."""
 _NARROW = 64  # columns: below it, one column of numbers
 _OTHER_ROWS = 15  # of the panel and above it, besides those of layers
 
@@ -120,7 +122,7 @@ def panel(
     layers = [layer for layer, kind in enumerate(config.model.all_layer_types) if kind == "nats"]
     if layers:
         roles = np.mean(line["role_fractions"], axis=1)[layers]
-        parts += [Text(), _role_bars(roles, layers, inside, max(1, height - _OTHER_ROWS))]
+        parts += [Text(), _role_bars(roles, config.nats.role_names, layers, inside, max(1, height - _OTHER_ROWS))]
     if line.get("warnings"):
         parts.append(Text(f"warnings: {', '.join(line['warnings'])}", style="bold yellow"))
     return Panel(Group(*parts), title=Text(title, overflow="ellipsis", no_wrap=True), title_align="left", width=width)
@@ -160,10 +162,10 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
-def _role_bars(roles: np.ndarray, layers: Sequence[int], width: int, rows: int) -> RenderableType:
+def _role_bars(roles: np.ndarray, names: Sequence[str], layers: Sequence[int], width: int, rows: int) -> RenderableType:
     """Draws a bar for each layer; neighbors share one if there are more layers than lines."""
     legend = Text("roles  ", style="dim")
-    for name, mark, color in _ROLES:
+    for name, (mark, color) in zip(names, _marks(len(names)), strict=True):
         legend.append(f"{mark} ", style=color).append(f"{name}  ")
     legend.truncate(width)
     lines = [legend]
@@ -174,11 +176,17 @@ def _role_bars(roles: np.ndarray, layers: Sequence[int], width: int, rows: int) 
     return Group(*lines)
 
 
+def _marks(count: int) -> list[tuple[str, str]]:
+    """Returns mark and color of so many roles."""
+    first, sliding = _MARKS[:2], _MARKS[2:]
+    return [*first, *itertools.islice(itertools.cycle(sliding), count - len(first))]
+
+
 def _bar(label: str, fractions: np.ndarray, width: int) -> Text:
     text = Text(label, style="dim", no_wrap=True)
     cells = max(4, min(60, width - len(label)))
     edges = np.round(np.cumsum([0.0, *fractions]) / max(1e-9, fractions.sum()) * cells).astype(int)
-    for (_, mark, color), begin, end in zip(_ROLES, edges[:-1], edges[1:], strict=True):
+    for (mark, color), begin, end in zip(_marks(len(fractions)), edges[:-1], edges[1:], strict=True):
         text.append(mark * (end - begin), style=f"not dim {color}")
     return text
 

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from natsjax.config import Config
-from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL, NUM_ROLES
+from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL
 
 NUM_POINTS = 3
 """Logged steps in a row that begin and end a warning."""
 
-_NAMES = ("GLOBAL", "LOCAL", "SLIDING")
 _ALL = 0.99  # of the tokens whose role is not forced
 _OFF_BUDGET = 0.1  # relative
 _FEW_LOCALS = 0.01  # of the tokens: with fewer, how they end is not judged
@@ -164,7 +163,8 @@ class ActiveWarnings:
         """Checks each layer and head."""
         fractions = np.asarray(metrics["role_fractions"])
         forced = float(metrics["forced_globals"])
-        free = fractions - forced * (np.arange(NUM_ROLES) == GLOBAL)
+        names = self._config.nats.role_names
+        free = fractions - forced * (np.arange(len(names)) == GLOBAL)
         learned = self._layers[:, None]
         one_role = (free >= _ALL * (1 - forced)) & learned[..., None] & (forced < 1)
         no_global = (free[..., GLOBAL] <= 1e-6) & learned
@@ -172,8 +172,8 @@ class ActiveWarnings:
         endless = unended & (fractions[..., LOCAL] > _FEW_LOCALS) & learned
 
         def roles(held: np.ndarray) -> str:
-            found = [role for role in range(NUM_ROLES) if held[..., role].any()]
-            parts = [f"all {_NAMES[role]} in {places(held[..., role])}" for role in found]
+            found = [role for role in range(len(names)) if held[..., role].any()]
+            parts = [f"all {names[role]} in {places(held[..., role])}" for role in found]
             return f"tokens are {' and '.join(parts)}"
 
         return {

@@ -20,7 +20,7 @@ from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 
 _STREAMED = 64  # rows at once: two tiles of float32 and two sums have to fit into the registers
-_NUM_SUMS = 4
+_OTHER_SUMS = 3  # all, own, local; then one for each window
 
 
 def key_gradients(
@@ -31,7 +31,7 @@ def key_gradients(
     next_global: jax.Array | None,
     lists: LiveBlocks,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Computes the gradients of key and value and the role sums by key.
@@ -43,20 +43,21 @@ def key_gradients(
       next_global: int32 ``[m, s]`` of ``RoleColumns``, or None: no role sums are asked for.
       lists: by key block.
       scale: of the logits.
-      window: of SLIDING keys.
+      windows: of the SLIDING roles.
       tiling: of the backend.
 
     Returns:
-      ``dkey``, ``dvalue [m, s, h]`` in the key's dtype, and the sums ``all``, ``own``, ``local``, ``sliding`` of
-      ``RoleSums``, float32 ``[4, m, s]``, or None.
+      ``dkey``, ``dvalue [m, s, h]`` in the key's dtype, and the sums ``all``, ``own``, ``local`` and, for each
+      window, ``sliding`` of ``RoleSums``, float32 ``[3 + windows, m, s]``, or None.
     """
     gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    sums = jax.ShapeDtypeStruct((_NUM_SUMS, *key.shape[:2]), jnp.float32)
+    num_sums = _OTHER_SUMS + len(windows)
+    sums = jax.ShapeDtypeStruct((num_sums, *key.shape[:2]), jnp.float32)
     results = wg_lib.launch(
-        functools.partial(_kernel, tiling=tiling, scale=scale, window=window),
+        functools.partial(_kernel, tiling=tiling, scale=scale, windows=windows),
         _Inputs(rows, key, value, intervals, next_global, lists),
         [gradient, gradient] if next_global is None else [gradient, gradient, sums],
-        _Shared.of(tiling, key.shape[-1], key.dtype),
+        _Shared.of(tiling, key.shape[-1], key.dtype, num_sums),
         (lists.num_alive.shape[1], key.shape[0]),
         tiling.interpret,
         "key_gradients",
@@ -86,20 +87,30 @@ class _Shared(NamedTuple):
     ring: RowsRing
 
     @classmethod
-    def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
+    def of(cls, tiling: GpuTiling, head_dim: int, dtype, num_sums: int) -> "_Shared":
         """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         return cls(
             keys=own,
             values=own,
-            sums=plgpu.SMEM((_NUM_SUMS, COMPUTE, ROWS), jnp.float32),
+            sums=plgpu.SMEM((num_sums, COMPUTE, ROWS), jnp.float32),
             left=wg_lib.left_operand(tiling, _STREAMED, dtype),
             keys_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
             ring=RowsRing.of(tiling.slots(_STREAMED), _STREAMED, head_dim, dtype),
         )
 
 
-def _kernel(inputs: _Inputs, dkey, dvalue, sums=None, *, shared: _Shared, tiling: GpuTiling, scale: float, window: int):
+def _kernel(
+    inputs: _Inputs,
+    dkey,
+    dvalue,
+    sums=None,
+    *,
+    shared: _Shared,
+    tiling: GpuTiling,
+    scale: float,
+    windows: tuple[int, ...],
+):
     rows, key, value, intervals, next_global, lists = inputs
     walk = Walk.of(rows, key, lists, _STREAMED, intervals.query_position.shape[0])
     ring, h, tile, slots = shared.ring, key.shape[-1], (ROWS, _STREAMED), tiling.slots(_STREAMED)
@@ -136,14 +147,14 @@ def _kernel(inputs: _Inputs, dkey, dvalue, sums=None, *, shared: _Shared, tiling
             if sums is not None:
                 own_sums = [jnp.sum(e, axis=1)]  # in a tile without a mask, the other sums are behind their reach
                 if masked:
-                    own_sums += _sums_in_reach(e, at, begin, of_keys(next_global), window)
+                    own_sums += _sums_in_reach(e, at, begin, of_keys(next_global), windows)
                 carry = [x + y for x, y in zip(carry, own_sums, strict=False)] + carry[len(own_sums) :]
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(ring.consumed.at[slot])
             return carry
 
         def accumulate(dkey_acc, dvalue_acc):
-            carry = [] if sums is None else [wg_lib.zeros((ROWS,), PER_ROW)] * _NUM_SUMS
+            carry = [] if sums is None else [wg_lib.zeros((ROWS,), PER_ROW)] * (_OTHER_SUMS + len(windows))
             body = functools.partial(step, dkey_acc, dvalue_acc)
             carry = wg_lib.plain_then_masked(body, walk.num_plain, walk.num_items, carry)
             return dkey_acc[...], dvalue_acc[...], carry
@@ -162,8 +173,8 @@ def _kernel(inputs: _Inputs, dkey, dvalue, sums=None, *, shared: _Shared, tiling
 
 
 def _sums_in_reach(
-    e: jax.Array, at: jax.Array, begin: jax.Array, next_global: jax.Array, window: int
+    e: jax.Array, at: jax.Array, begin: jax.Array, next_global: jax.Array, windows: tuple[int, ...]
 ) -> list[jax.Array]:
-    """Computes ``own``, ``local`` and ``sliding`` of a tile; ``e`` is 0 for hidden pairs."""
-    wheres = (at == begin, (begin < at) & (at <= next_global), at <= begin + window)
+    """Computes ``own``, ``local`` and each ``sliding`` of a tile; ``e`` is 0 for hidden pairs."""
+    wheres = (at == begin, (begin < at) & (at <= next_global), *(at <= begin + window for window in windows))
     return [jnp.sum(jnp.where(where, e, 0.0), axis=1) for where in wheres]

@@ -51,7 +51,7 @@ def lists_by_key(tiles: Tiles) -> LiveBlocks:
     return lists_by_query(Tiles(*(jnp.swapaxes(x, 2, 3) for x in tiles)))
 
 
-def beyond_reach(intervals: Intervals, columns: RoleColumns, window: int) -> jax.Array:
+def beyond_reach(intervals: Intervals, columns: RoleColumns, windows: tuple[int, ...]) -> jax.Array:
     """Finds tiles whose rows are after the lifetimes of LOCAL and SLIDING, where only the full sum remains."""
-    settled = jnp.maximum(intervals.key_position + window, columns.next_global)
+    settled = jnp.maximum(intervals.key_position + max(windows), columns.next_global)
     return most(settled, BLOCK) < first_query(intervals.query_position, BLOCK)

@@ -27,17 +27,21 @@ from pallas_kernels.nats_attention.pallas_gpu.rows_ring import RowsRing, Walk
 from pallas_kernels.nats_attention.pallas_gpu.warpgroups import COMPUTE, PER_COLUMN, PER_ROW, ROWS, to_columns, to_rows
 from pallas_kernels.nats_attention.roles import NEVER, RoleColumns, RoleSums
 
-_NUM_SUMS = 4
-
 
 class _Ranges(NamedTuple):
-    """The rows of a key, int32 ``[m, s]``: the hidden ones are ``stop <= t < reach``; then the last of each sum."""
+    """The rows of a key, int32 ``[m, s]``: the hidden ones are ``stop <= t < reach``; then the last of each sum.
+
+    ``lasts`` are those of ``local``, ``past``, and ``sliding`` for each window.
+    """
 
     stop: jax.Array
     reach: jax.Array
-    local: jax.Array
-    sliding: jax.Array
-    past: jax.Array
+    lasts: tuple[jax.Array, ...]
+
+    @property
+    def num_sums(self) -> int:
+        """As many as there are last rows, and the sum over all."""
+        return 1 + len(self.lasts)
 
 
 def masked_out_pass(
@@ -48,7 +52,7 @@ def masked_out_pass(
     weight: jax.Array,
     columns: RoleColumns,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: GpuTiling,
 ) -> RoleSums:
     """Computes the role sums over masked-out pairs: see ``Backend``."""
@@ -56,16 +60,18 @@ def masked_out_pass(
     intervals = pad_intervals(intervals, BLOCK, BLOCK)
     is_global = columns.is_global
     columns = RoleColumns(*(pad(x, 2) for x in columns))
-    lists = lists_lib.lists_by_key(masked_out_tiles(intervals, columns, window, BLOCK, BLOCK))
+    lists = lists_lib.lists_by_key(masked_out_tiles(intervals, columns, windows, BLOCK, BLOCK))
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     begin = intervals.key_position
     ranges = _Ranges(
         stop=jnp.maximum(columns.key_end, begin),
         reach=columns.reach,
-        local=columns.next_global,
-        sliding=begin + window,
-        past=jnp.where(columns.is_local, columns.second_global, NEVER),
+        lasts=(
+            columns.next_global,
+            jnp.where(columns.is_local, columns.second_global, NEVER),
+            *(begin + window for window in windows),
+        ),
     )
     key, value = (one_head_axis(pad(x, 2)) for x in (key, value))
     sums = _sums(
@@ -73,16 +79,16 @@ def masked_out_pass(
         key,
         value,
         intervals.query_position,
-        _Ranges(*(one_head_axis(x) for x in ranges)),
+        jax.tree.map(one_head_axis, ranges),
         lists,
         scale,
         tiling,
     )
-    every, local, sliding, past = sums.reshape(_NUM_SUMS, b, k, -1)[..., :length]
+    every, local, past, *sliding = sums.reshape(ranges.num_sums, b, k, -1)[..., :length]
     # The plain tiles do not ask who is visible: there that can only be GLOBAL keys, and these have no hidden pair.
     every = jnp.where(is_global, 0, every)
     zeros = jnp.zeros_like(every)
-    return RoleSums(every, zeros, local, sliding, past, zeros)
+    return RoleSums(every, zeros, local, tuple(sliding), past, zeros)
 
 
 def _sums(
@@ -95,12 +101,16 @@ def _sums(
     scale: float,
     tiling: GpuTiling,
 ) -> jax.Array:
-    """Computes ``all`` (not for GLOBAL), ``local``, ``sliding``, ``past`` of ``RoleSums``, float32 ``[4, m, s]``."""
+    """Computes ``all`` (not for GLOBAL), ``local``, ``past``, and each ``sliding`` of ``RoleSums``.
+
+    Returns:
+      float32 ``[ranges.num_sums, m, s]``.
+    """
     (sums,) = wg_lib.launch(
         functools.partial(_kernel, tiling=tiling, scale=scale),
         _Inputs(rows, key, value, query_position, ranges, lists),
-        [jax.ShapeDtypeStruct((_NUM_SUMS, *key.shape[:2]), jnp.float32)],
-        _Shared.of(tiling, key.shape[-1], key.dtype),
+        [jax.ShapeDtypeStruct((ranges.num_sums, *key.shape[:2]), jnp.float32)],
+        _Shared.of(tiling, key.shape[-1], key.dtype, ranges.num_sums),
         (lists.num_alive.shape[1], key.shape[0]),
         tiling.interpret,
         "masked_out",
@@ -130,13 +140,13 @@ class _Shared(NamedTuple):
     ring: RowsRing
 
     @classmethod
-    def of(cls, tiling: GpuTiling, head_dim: int, dtype) -> "_Shared":
+    def of(cls, tiling: GpuTiling, head_dim: int, dtype, num_sums: int) -> "_Shared":
         """Returns the types to allocate."""
         own = wg_lib.tiles_in_shared_memory(COMPUTE, ROWS, head_dim, dtype=dtype)
         return cls(
             keys=own,
             values=own,
-            sums=plgpu.SMEM((_NUM_SUMS, COMPUTE, ROWS), jnp.float32),
+            sums=plgpu.SMEM((num_sums, COMPUTE, ROWS), jnp.float32),
             left=wg_lib.left_operand(tiling, tiling.rows, dtype),
             keys_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
             ring=RowsRing.of(tiling.slots(tiling.rows), tiling.rows, head_dim, dtype),
@@ -167,7 +177,7 @@ def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale:
             if masked:
                 e = ratio * (wg_lib.product(values, dout.T, tile) - delta)
                 at = to_columns(wg_lib.vector(query_position.at[where], PER_COLUMN), ROWS)
-                known = _Ranges(*(wg_lib.vector(x.at[kv_head, own], PER_ROW) for x in ranges))
+                known = jax.tree.map(lambda x: wg_lib.vector(x.at[kv_head, own], PER_ROW), ranges)
                 carry = [x + y for x, y in zip(carry, _hidden_sums(e, at, known), strict=True)]
             else:
                 narrow = ratio.astype(key.dtype)
@@ -180,7 +190,7 @@ def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale:
             return carry
 
         def accumulate(weighted):
-            carry = [wg_lib.zeros((ROWS,), PER_ROW)] * _NUM_SUMS
+            carry = [wg_lib.zeros((ROWS,), PER_ROW)] * ranges.num_sums
             carry = wg_lib.plain_then_masked(functools.partial(step, weighted), walk.num_plain, walk.num_items, carry)
             return weighted[...], carry
 
@@ -189,13 +199,13 @@ def _kernel(inputs: _Inputs, sums, *, shared: _Shared, tiling: GpuTiling, scale:
         own_sums[0] += jnp.sum(wide * weighted, axis=1)
         for i, x in enumerate(own_sums):
             shared.sums[i, warpgroup] = x
-        wg_lib.copy_out([(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own]) for i in range(_NUM_SUMS)])
+        wg_lib.copy_out([(shared.sums.at[i, warpgroup], sums.at[i, kv_head, own]) for i in range(ranges.num_sums)])
 
     wg_lib.by_role(compute, lambda: ring.feed(rows, walk, slots))
 
 
 def _hidden_sums(e: jax.Array, at: jax.Array, known: _Ranges) -> list[jax.Array]:
-    """Computes ``all``, ``local``, ``sliding`` and ``past`` of a tile."""
-    stop, reach, *lasts = (to_rows(x, e.shape[1]) for x in known)
+    """Computes ``all``, ``local``, ``past`` and each ``sliding`` of a tile."""
+    stop, reach, lasts = jax.tree.map(lambda x: to_rows(x, e.shape[1]), known)
     e = jnp.where((stop <= at) & (at < reach), e, 0.0)
     return [jnp.sum(e, axis=1), *(jnp.sum(jnp.where(at <= last, e, 0.0), axis=1) for last in lasts)]

@@ -24,7 +24,7 @@ def visible_pass(
     intervals: Intervals,
     columns: RoleColumns | None,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: GpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
     """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``.
@@ -38,7 +38,7 @@ def visible_pass(
     is_local = next_global = None
     if columns is not None:
         columns = RoleColumns(*(pad(x, 2) for x in columns))
-        tiles = Tiles(tiles.alive, tiles.plain & lists_lib.beyond_reach(intervals, columns, window))
+        tiles = Tiles(tiles.alive, tiles.plain & lists_lib.beyond_reach(intervals, columns, windows))
         is_local = one_head_axis(columns.is_local.astype(jnp.int32))
         next_global = one_head_axis(columns.next_global)
     rows = lists_lib.kernel_rows(rows)
@@ -46,12 +46,12 @@ def visible_pass(
     by_head = Intervals(intervals.query_position, *(one_head_axis(x) for x in intervals[1:]))
     dquery, row = query_gradient(rows, key, value, by_head, is_local, lists_lib.lists_by_query(tiles), scale, tiling)
     dkey, dvalue, sums = key_gradients(
-        rows, key, value, by_head, next_global, lists_lib.lists_by_key(tiles), scale, window, tiling
+        rows, key, value, by_head, next_global, lists_lib.lists_by_key(tiles), scale, windows, tiling
     )
     dquery = dquery.reshape(b, k, g, *dquery.shape[1:])[:, :, :, :t]
     dkey, dvalue = (x.reshape(b, k, *x.shape[1:])[:, :, :length] for x in (dkey, dvalue))
     if row is None or sums is None:
         return dquery, dkey, dvalue, None
     row = jnp.sum(row.reshape(b, k, g, -1), axis=2)[:, :, :t]
-    every, own, local, sliding = sums.reshape(len(sums), b, k, -1)[..., :length]
-    return dquery, dkey, dvalue, RoleSums(every, own, local, sliding, jnp.zeros_like(every), row)
+    every, own, local, *sliding = sums.reshape(len(sums), b, k, -1)[..., :length]
+    return dquery, dkey, dvalue, RoleSums(every, own, local, tuple(sliding), jnp.zeros_like(every), row)

@@ -52,7 +52,7 @@ def with_local_keys(intervals: Intervals, is_local: jax.Array, geometry: Geometr
     return (least(begin, geometry.key_block) <= last) & (most(end, geometry.key_block) > first)
 
 
-def within_reach(intervals: Intervals, columns: RoleColumns, window: int, geometry: Geometry) -> jax.Array:
+def within_reach(intervals: Intervals, columns: RoleColumns, windows: tuple[int, ...], geometry: Geometry) -> jax.Array:
     """Finds tiles that the sums for LOCAL or SLIDING reach, bool ``[b, k, q, j]``."""
-    settled = jnp.maximum(intervals.key_position + window, columns.next_global)
+    settled = jnp.maximum(intervals.key_position + max(windows), columns.next_global)
     return most(settled, geometry.key_block) >= first_query(intervals.query_position, geometry.query_block)

@@ -31,7 +31,7 @@ def masked_out_pass(
     weight,
     columns: RoleColumns,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: TpuTiling,
 ) -> RoleSums:
     """Computes the role sums over masked-out pairs: see ``Backend``."""
@@ -40,37 +40,38 @@ def masked_out_pass(
     intervals = pad_intervals(intervals, tiling.query_block, tiling.key_block)
     is_global = columns.is_global
     columns = RoleColumns(*(pad_to_blocks(x, 2, tiling.key_block) for x in columns))
-    tiles = masked_out_tiles(intervals, columns, window, geometry.query_block, geometry.key_block)
+    tiles = masked_out_tiles(intervals, columns, windows, geometry.query_block, geometry.key_block)
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = rows._replace(dout=dout, delta=rows.delta * weight)
     row_pairs, row_numbers = packing.packed_rows(rows, intervals.query_position, key.dtype, geometry)
     second_global = jnp.where(columns.is_local, columns.second_global, NEVER)
     numbers = [*intervals[1:], columns.reach, columns.next_global, second_global]
+    num_sums = 3 + len(windows)
     num_blocks = intervals.key_end.shape[-1] // geometry.key_block
     (sums,) = launch(
-        functools.partial(_kernel, geometry=geometry, scale=scale, window=window),
+        functools.partial(_kernel, geometry=geometry, scale=scale, windows=windows),
         lists_lib.block_lists(lists_lib.transposed(tiles), None),
         resident=[
             Blocks(packing.key_blocks(packing.pair(key, value, geometry), geometry).astype(row_pairs.dtype)),
             Blocks(packing.key_numbers(geometry, *numbers)),
         ],
         streamed=[Tokens(row_pairs, tiling.query_block), Blocks(row_numbers)],
-        outs=[Blocks(jax.ShapeDtypeStruct((b, k, num_blocks, 4, geometry.key_block), jnp.float32))],
-        scratch=[(geometry.key_block, geometry.columns), *[(geometry.key_block, 128)] * 4],
+        outs=[Blocks(jax.ShapeDtypeStruct((b, k, num_blocks, num_sums, geometry.key_block), jnp.float32))],
+        scratch=[(geometry.key_block, geometry.columns), *[(geometry.key_block, 128)] * num_sums],
         flops_a_tile=4 * geometry.rows * geometry.key_block * geometry.columns,
         exps_a_tile=geometry.rows * geometry.key_block,
         name="nats_attention_masked_out",
         interpret=tiling.interpret,
     )
-    every, local, sliding, past = (packing.keys_from_blocks(sums[:, :, :, i], length) for i in range(4))
+    every, local, past, *sliding = (packing.keys_from_blocks(sums[:, :, :, i], length) for i in range(num_sums))
     # The plain tiles do not ask who is visible: there that can only be GLOBAL keys, and these have no hidden pair.
     every = jnp.where(is_global, 0, every)
     zeros = jnp.zeros_like(every)
-    return RoleSums(every, zeros, local, sliding, past, zeros)
+    return RoleSums(every, zeros, local, tuple(sliding), past, zeros)
 
 
-def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float, window: int) -> None:
+def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float, windows: tuple[int, ...]) -> None:
     pair_ref, ends_ref = resident
     weighted_ref, delta_ref, *sum_refs = scratch
     for ref in scratch:
@@ -96,7 +97,8 @@ def _kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float
         if masked:
             e = ratio * (tile.dot_transposed(values, douts) - delta)
             by_query = lanes.fold_lanes(e, geometry.query_block)
-            ranges = (at <= next_global, at - begin <= window, at <= second_global)
+            near = (at - begin <= window for window in windows)
+            ranges = (at <= next_global, at <= second_global, *near)
             for ref, where in zip(sum_refs, ranges, strict=True):
                 ref[...] += lanes.fold_lanes(jnp.where(where, by_query, 0))
 

@@ -27,7 +27,7 @@ def visible_pass(
     intervals: Intervals,
     columns: RoleColumns | None,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: TpuTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
     """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
@@ -43,7 +43,7 @@ def visible_pass(
     settings = {"geometry": geometry, "scale": scale, "interpret": tiling.interpret}
     dquery, row = _query_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, **settings)
     by_key, sums = _key_gradient(
-        row_pairs, row_numbers, key_pairs, intervals, columns, tiles, window=window, **settings
+        row_pairs, row_numbers, key_pairs, intervals, columns, tiles, windows=windows, **settings
     )
     dquery = dquery[:, :, :, :t]
     by_key = packing.keys_from_blocks(by_key, length)
@@ -51,9 +51,9 @@ def visible_pass(
     dquery, dkey, dvalue = (x.astype(jnp.float32) for x in gradients)
     if sums is None:
         return dquery, dkey, dvalue, None
-    every, own, local, sliding = (packing.keys_from_blocks(sums[:, :, :, i], length) for i in range(4))
+    every, own, local, *sliding = (packing.keys_from_blocks(sums[:, :, :, i], length) for i in range(sums.shape[3]))
     row = packing.keys_from_blocks(row[:, :, :, 0], t)
-    return dquery, dkey, dvalue, RoleSums(every, own, local, sliding, jnp.zeros_like(every), row)
+    return dquery, dkey, dvalue, RoleSums(every, own, local, tuple(sliding), jnp.zeros_like(every), row)
 
 
 def _query_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, interpret):
@@ -114,22 +114,22 @@ def _query_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale:
     dquery_ref[...] = (scale * acc_ref[...]).astype(dquery_ref.dtype).reshape(dquery_ref.shape)
 
 
-def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, window, interpret):
+def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, *, geometry, scale, windows, interpret):
     """Returns ``[dkey | dvalue] [b, k, j, key_block, width]`` and, with ``columns``, the sums by key.
 
-    The sums are ``[b, k, j, 4, key_block]``: all, own, local, sliding.
+    The sums are ``[b, k, j, 3 + windows, key_block]``: all, own, local, and sliding for each window.
     """
     summed, numbers = None, list(intervals[1:])
-    num_sums = 0 if columns is None else 4
+    num_sums = 0 if columns is None else 3 + len(windows)
     if columns is not None:
-        summed = jnp.swapaxes(lists_lib.within_reach(intervals, columns, window, geometry), 2, 3)
+        summed = jnp.swapaxes(lists_lib.within_reach(intervals, columns, windows, geometry), 2, 3)
         numbers.append(columns.next_global)
     outs = [Blocks(jax.ShapeDtypeStruct(key_pairs.shape, key_pairs.dtype))]
     if num_sums:
         sums_shape = (*key_pairs.shape[:3], num_sums, geometry.key_block)
         outs.append(Blocks(jax.ShapeDtypeStruct(sums_shape, jnp.float32)))
     by_key, *sums = launch(
-        functools.partial(_key_kernel, geometry=geometry, scale=scale, window=window),
+        functools.partial(_key_kernel, geometry=geometry, scale=scale, windows=windows),
         lists_lib.block_lists(lists_lib.transposed(tiles), summed),
         resident=[Blocks(key_pairs), Blocks(packing.key_numbers(geometry, *numbers))],
         streamed=[Tokens(row_pairs, geometry.query_block), Blocks(row_numbers)],
@@ -143,7 +143,7 @@ def _key_gradient(row_pairs, row_numbers, key_pairs, intervals, columns, tiles, 
     return by_key, sums[0] if sums else None
 
 
-def _key_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float, window: int) -> None:
+def _key_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: float, windows: tuple[int, ...]) -> None:
     pair_ref, ends_ref = resident
     dkey_ref, dvalue_ref, *sum_refs = scratch
     for ref in scratch:
@@ -170,7 +170,8 @@ def _key_kernel(stream, resident, outs, scratch, *, geometry: Geometry, scale: f
         by_query = lanes.fold_lanes(e, geometry.query_block)
         sum_refs[0][...] += lanes.fold_lanes(by_query)
         if summed:
-            ranges = (at == begin, (begin < at) & (at <= following[0]), at - begin <= window)
+            near = (at - begin <= window for window in windows)
+            ranges = (at == begin, (begin < at) & (at <= following[0]), *near)
             for ref, where in zip(sum_refs[1:], ranges, strict=True):
                 ref[...] += lanes.fold_lanes(jnp.where(where, by_query, 0))
 

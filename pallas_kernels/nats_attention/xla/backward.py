@@ -113,7 +113,7 @@ def visible_pass(
     intervals: Intervals,
     columns: RoleColumns | None,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: XlaTiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, RoleSums | None]:
     """Computes gradients of query, key and value, and the role sums over visible pairs: see ``Backend``."""
@@ -124,7 +124,7 @@ def visible_pass(
     tiles = visible_tiles(intervals, lanes.query_block, lanes.key_block)
     if columns is not None:
         columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
-        settled = jnp.maximum(intervals.key_position + window, columns.next_global)  # after it, only the full sum
+        settled = jnp.maximum(intervals.key_position + max(windows), columns.next_global)  # after it, only the full sum
         far = most(settled, lanes.key_block) < first_query(intervals.query_position, lanes.query_block)
         tiles = Tiles(tiles.alive, tiles.plain & far)
         columns = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
@@ -147,7 +147,7 @@ def visible_pass(
                 e = _e(own, ratio, take(value, j))
                 if masked and columns is not None:
                     column = _columns_of_blocks(columns, j)
-                    tile_sums, tile_row = _visible_sums(_sum_group(e, lanes.query_block), tile, column, window)
+                    tile_sums, tile_row = _visible_sums(_sum_group(e, lanes.query_block), tile, column, windows)
                     sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                     row += tile_row
                 ds = e.astype(key.dtype)  # of the logits before the scale, which is applied once at the end
@@ -165,7 +165,7 @@ def visible_pass(
         start = (
             jnp.zeros(key.shape, jnp.float32),
             _Weighted.zeros(value),
-            [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * 3,
+            [] if columns is None else [jnp.zeros(key.shape[:2], jnp.float32)] * (2 + len(windows)),
         )
         steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
         (dkey, weighted, sums), by_row = jax.lax.scan(query_blocks, vary_like(start, arrays), steps)
@@ -179,9 +179,9 @@ def visible_pass(
     dkey, dvalue = (lanes.keys_by_head(x, (b, k, length)) for x in (dkey, dvalue))
     if columns is None:
         return dquery, dkey, dvalue, None
-    every, at_own, local, sliding = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
+    every, at_own, local, *sliding = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
     row = lanes.by_head(row, (b, k), t)[:, :, 0]
-    return dquery, dkey, dvalue, RoleSums(every, at_own, local, sliding, jnp.zeros_like(every), row)
+    return dquery, dkey, dvalue, RoleSums(every, at_own, local, tuple(sliding), jnp.zeros_like(every), row)
 
 
 class _Tile(NamedTuple):
@@ -213,13 +213,19 @@ def _total(e: jax.Array, where: jax.Array) -> jax.Array:
     return dot("pst,t->ps", jnp.where(where, e, 0), jnp.ones(e.shape[2], e.dtype))
 
 
-def _visible_sums(e: jax.Array, tile: _Tile, column: RoleColumns, window: int) -> tuple[list[jax.Array], jax.Array]:
-    """Computes ``([own, local, sliding] of [p, s], row [p, t])`` of a tile; ``e [p, s, t]``, 0 for hidden pairs."""
+def _visible_sums(
+    e: jax.Array, tile: _Tile, column: RoleColumns, windows: tuple[int, ...]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Computes the sums of a tile; ``e [p, s, t]``, 0 for hidden pairs.
+
+    Returns:
+      ``([own, local, sliding for each window] of [p, s], row [p, t])``.
+    """
     at, begin = tile.at, tile.begin
     by_key = [
         _total(e, at == begin),
         _total(e, (begin < at) & (at <= column.next_global)),
-        _total(e, at <= begin + window),
+        *(_total(e, at <= begin + window) for window in windows),
     ]
     of_local = jnp.where(column.is_local & (begin < at), e, 0)
     return by_key, dot("ps,pst->pt", jnp.ones(e.shape[:2], e.dtype), of_local)  # in this order nothing is transposed
@@ -233,7 +239,7 @@ def masked_out_pass(
     weight,
     columns: RoleColumns,
     scale: float,
-    window: int,
+    windows: tuple[int, ...],
     tiling: XlaTiling,
 ) -> RoleSums:
     """Computes the role sums over masked-out pairs: see ``Backend``."""
@@ -242,7 +248,7 @@ def masked_out_pass(
     intervals = lanes.pad_intervals(intervals)
     is_global = columns.is_global
     columns = RoleColumns(*(lanes.pad_keys(x, 0) for x in columns))
-    lists = lanes.lists(masked_out_tiles(intervals, columns, window, lanes.query_block, lanes.key_block))
+    lists = lanes.lists(masked_out_tiles(intervals, columns, windows, lanes.query_block, lanes.key_block))
     # e is linear in dout and delta, so a row that stands for many is a row with a longer gradient.
     dout = (rows.dout * weight[:, None]).astype(rows.dout.dtype)
     rows = _rows_in_groups(rows._replace(dout=dout, delta=rows.delta * weight), lanes)
@@ -266,8 +272,8 @@ def masked_out_pass(
                     e = _sum_group(_e(own, ratio, take(value, j)), lanes.query_block)
                     tile_sums = [
                         _total(e, tile.at <= column.next_global),
-                        _total(e, tile.at <= tile.begin + window),
                         _total(e, column.is_local & (tile.at <= column.second_global)),
+                        *(_total(e, tile.at <= tile.begin + window) for window in windows),
                     ]
                     sums = [add(x, j, y) for x, y in zip(sums, tile_sums, strict=True)]
                 return weighted.add(j, own, ratio), sums
@@ -276,15 +282,15 @@ def masked_out_pass(
             carry = jax.lax.fori_loop(lists.num_plain[i], lists.num_alive[i], lambda *a: step(True, *a), carry)
             return carry, None
 
-        start = (_Weighted.zeros(value), [jnp.zeros(key.shape[:2], jnp.float32)] * 3)
+        start = (_Weighted.zeros(value), [jnp.zeros(key.shape[:2], jnp.float32)] * (2 + len(windows)))
         steps = jnp.arange(lists.num_alive.shape[0], dtype=jnp.int32)
         (weighted, sums), _ = jax.lax.scan(query_blocks, vary_like(start, arrays), steps)
         return [weighted.sum_of_e(value), *sums]
 
     in_groups = RoleColumns(*(lanes.keys_in_groups(x) for x in columns))
     sums = jax.lax.map(group, (rows, key, value, lanes.intervals_in_groups(intervals), in_groups, lists))
-    every, local, sliding, past = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
+    every, local, past, *sliding = (lanes.keys_by_head(x, (b, k, length)) for x in sums)
     # The plain tiles do not ask who is visible: there that can only be GLOBAL keys, and these have no hidden pair.
     every = jnp.where(is_global, 0, every)
     zeros = jnp.zeros_like(every)
-    return RoleSums(every, zeros, local, sliding, past, zeros)
+    return RoleSums(every, zeros, local, tuple(sliding), past, zeros)
