@@ -24,7 +24,8 @@ from natsjax.runtime.files import make_folder, try_files, unwritable
 from natsjax.runtime.flags import Parser, read_config_file, run_command
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "recall.py"
-ROLE_COLORS = ("#d55e00", "#56b4e9", "#eeeeee", "#cccccc", "#aaaaaa")  # as in report.html: GLOBAL stands out
+ROLE_COLORS = ("#d55e00", "#56b4e9", *(f"#{x}{x}{x}" for x in ("ee", "dd", "cc", "bb", "aa", "99", "88", "77")))
+"""As in report.html: GLOBAL stands out, SLIDING recedes."""
 NUM_ROWS_SHOWN = 3
 SECONDS_FILE = "training_seconds"
 

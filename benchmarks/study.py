@@ -9,13 +9,14 @@ processes share its runs, for example one on each core. A run is measured once, 
 the role bias that meets its budget on training text, any other with its layers as they are.
 
 ``results.jsonl`` gets a line for each run, with sums for every held-out document. The table has each arm's held-out
-loss over its seeds, KV fraction and time, and the ratio of its perplexity to the reference arm's with a 95 % interval:
-runs of the same seed are compared on each document, and documents are resampled.
+loss over its seeds, accuracy, KV fraction and time, and the ratio of its perplexity to the reference arm's with a 95 %
+interval: runs of the same seed are compared on each document, and documents are resampled.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 import statistics
@@ -136,6 +137,7 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
         ),
         "cpu_seconds": cpu_seconds,
         "loss": found.cross_entropy,
+        "accuracy": found.accuracy,
         "kv_fraction": found.kv_fraction,
         "role_bias": role_bias,
         "documents": documents.ids.tolist(),
@@ -177,6 +179,7 @@ def table(records: Sequence[Record], reference: str) -> str:
         "held-out loss",
         "range",
         "perplexity",
+        "accuracy",
         "KV",
         "tokens/s",
         "CPU minutes",
@@ -197,6 +200,7 @@ def table(records: Sequence[Record], reference: str) -> str:
                 f"{mean:.4f}",
                 f"{max(losses) - min(losses):.4f}" if len(runs) > 1 else "-",
                 f"{np.exp(mean):.2f}",
+                f"{100 * statistics.fmean(run.get('accuracy', math.nan) for run in runs):.2f} %",
                 f"{100 * statistics.fmean(run['kv_fraction'] for run in runs):.1f} %",
                 f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{statistics.fmean(run['cpu_seconds'] for run in runs) / 60:.1f}",

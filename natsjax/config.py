@@ -16,8 +16,10 @@ import ml_collections
 from natsjax import config_checks
 from natsjax.config_fields import MIXTURE, PathSyntax, build, config_field
 
-LayerType = Literal["nats", "dense", "sliding"]
+LayerType = Literal["nats", "dense", "sliding", "gated", "head_roles"]
 LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
+ROLE_LAYER_TYPES = ("nats", "gated", "head_roles")
+"""Types of layers whose keys have roles; a model has one of them at most, for all its layers have the same scorer."""
 
 FORMER_DEFAULTS: dict[str, Any] = {
     "data.shuffle": "documents",
@@ -65,8 +67,9 @@ class ModelConfig:
 
     layer_types: tuple[LayerType, ...] = config_field(
         ("nats",),
-        'attention of each layer: "nats" (learned roles), "dense" (full causal attention) or "sliding" (the last '
-        "sliding_window keys and its own); a pattern that repeats over the layers, as nats,nats,dense",
+        'attention of each layer: "nats" (learned roles), "dense" (full causal attention), "sliding" (the last '
+        'sliding_window keys and its own), or a rival of learned roles: "gated" (a gate for each key), "head_roles" (a '
+        "role for each KV head); a pattern that repeats over the layers, as nats,nats,dense",
     )
     sliding_window: int = config_field(
         128, 'keys before its own that a query of a "sliding" layer reads (tokens)', minimum=0
@@ -166,12 +169,21 @@ class ModelConfig:
     @property
     def has_roles(self) -> bool:
         """True if any layer learns roles."""
-        return "nats" in self.layer_types
+        return self.role_layer_type is not None
+
+    @property
+    def role_layer_type(self) -> LayerType | None:
+        """The type of the layers that learn roles; None: no layer does."""
+        return next((kind for kind in self.layer_types if kind in ROLE_LAYER_TYPES), None)
+
+    def is_role_layer(self) -> tuple[bool, ...]:
+        """Marks the layers that learn roles, first layer first."""
+        return tuple(kind in ROLE_LAYER_TYPES for kind in self.all_layer_types)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NatsConfig:
-    """Roles and the KV penalty (docs/method.md 2-4); unused where no layer is "nats"."""
+    """Roles and the KV penalty (docs/method.md 2-4); unused where no layer learns roles."""
 
     window: int = config_field(16, "queries after its own that read a SLIDING key (tokens)", minimum=0)
     windows: tuple[int, ...] = config_field(

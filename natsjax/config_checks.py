@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     )
 
 
+_MAX_WINDOWS = 8
+"""A role is a digit in reports."""
 _NUMBERS = {3: "three", 4: "four", 5: "five"}
 
 
@@ -33,6 +35,7 @@ def check(config: "Config") -> None:
     _check_rope(config.model)
     _check_heads(config.model)
     _check_nats(config.nats)
+    _check_rivals(config.model, config.nats, config.mesh)
     _check_data(config.data)
     _check_train(config.train, config.model, config.checkpoint)
     _check_optimizer(config.optimizer)
@@ -89,6 +92,8 @@ def _check_nats(nats: "NatsConfig") -> None:
         raise UserError(
             f"nats.windows = {format_value(nats.windows)}: every window must be longer than the one before."
         )
+    if len(nats.windows) > _MAX_WINDOWS:
+        raise UserError(f"nats.windows = {format_value(nats.windows)}: there may be {_MAX_WINDOWS} at most.")
     if nats.initial_roles and (len(nats.initial_roles) != nats.num_roles or abs(sum(nats.initial_roles) - 1) > 1e-6):
         raise UserError(
             f"nats.initial_roles = {format_value(nats.initial_roles)}: {_NUMBERS.get(nats.num_roles, nats.num_roles)} "
@@ -101,6 +106,24 @@ def _check_nats(nats: "NatsConfig") -> None:
         )
     if nats.kv_penalty_mode == "controlled" and nats.min_kv_penalty == 0:
         raise UserError("nats.min_kv_penalty = 0: a controlled KV penalty needs a positive lower bound.")
+
+
+def _check_rivals(model: "ModelConfig", nats: "NatsConfig", mesh: "MeshConfig") -> None:
+    learned = zip(model.all_layer_types, model.is_role_layer(), strict=True)
+    kinds = list(dict.fromkeys(kind for kind, has_roles in learned if has_roles))
+    if len(kinds) > 1:
+        raise UserError(
+            f"model.layer_types = {model.layer_pattern}: {' and '.join(kinds)} layers learn roles in different ways; "
+            "name one of them."
+        )
+    if not kinds or kinds == ["nats"]:
+        return
+    if nats.windows:
+        raise UserError(
+            f'nats.windows = {format_value(nats.windows)}: "{kinds[0]}" layers have one window; set nats.window.'
+        )
+    if kinds == ["gated"] and mesh.context not in (0, 1):
+        raise UserError(f'mesh.context = {mesh.context}: "gated" layers read whole sequences; set it to 1.')
 
 
 def _check_data(data: "DataConfig") -> None:

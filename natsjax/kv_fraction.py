@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from natsjax.config import Config
+from natsjax.config import ROLE_LAYER_TYPES, Config
 
 START = 0.5
 """Fraction of the way from all tokens SLIDING to the budget, at which roles begin unless they are given."""
@@ -109,9 +109,10 @@ def roles_at_start(config: Config) -> tuple[float, ...]:
 
     def fractions(few: float) -> tuple[float, ...]:
         longer = (few,) * (nats.num_roles - 3)
-        return few, few, 1 - (2 + len(longer)) * few, *longer
+        local = few if config.model.role_layer_type == "nats" else 0.0  # the rivals have no LOCAL keys
+        return few, local, 1 - few - local - sum(longer), *longer
 
-    few, many = FEWEST, 1 / nats.num_roles
+    few, many = FEWEST, 1 / sum(fraction > 0 for fraction in fractions(FEWEST))
     for _ in range(30 if target > sliding else 0):
         middle = (few + many) / 2
         found = random_kv_fraction(lengths, nats.sliding_windows, fractions(middle))
@@ -135,7 +136,7 @@ def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
 
 
 def all_sliding_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
-    """Returns a model's KV fraction when all tokens of its "nats" layers are SLIDING but the first of each document.
+    """Returns a model's KV fraction when all tokens with learned roles are SLIDING but the first of each document.
 
     With several windows it is that of the shortest one.
 
@@ -149,12 +150,14 @@ def all_sliding_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) 
 
 
 def least_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> float:
-    """Returns the smallest KV fraction that any roles in its "nats" layers give a model.
+    """Returns the smallest KV fraction that any roles give a model.
 
     Args:
       config: of the run.
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
     """
+    if config.model.role_layer_type != "nats":  # without LOCAL keys nothing is below the window
+        return all_sliding_model_kv_fraction(config, piece_lengths)
     return _mean_over_layers(config, piece_lengths, least_kv_fraction(piece_lengths, config.nats.sliding_windows[0]))
 
 
@@ -166,6 +169,24 @@ def live_fraction(config: Config) -> float:
     if config.model.has_roles:
         return config.nats.kv_budget
     return _mean_over_layers(config, [config.data.context_length], math.nan)
+
+
+def trained_fraction(config: Config, fraction: float) -> float:
+    """Returns the fraction of the key-query pairs that a training step reads, in contexts of one document.
+
+    A "gated" layer reads all of them, a "head_roles" one all of them and those of its window.
+
+    Args:
+      config: of the run.
+      fraction: its KV fraction.
+    """
+    lengths = [config.data.context_length]
+    match config.model.role_layer_type:
+        case "gated":
+            return _mean_over_layers(config, lengths, 1.0)
+        case "head_roles":
+            return _mean_over_layers(config, lengths, 1 + all_sliding_kv_fraction(lengths, config.nats.window))
+    return fraction
 
 
 def perplexity(cross_entropy: float) -> float:
@@ -186,7 +207,7 @@ def sliding_windows(config: Config) -> np.ndarray:
 def _mean_over_layers(config: Config, piece_lengths: npt.ArrayLike, nats: float) -> float:
     """Returns the mean of the layers' KV fractions; ``nats`` is that of layers with roles."""
     sliding = float(window_fraction(piece_lengths, config.model.sliding_window))
-    by_kind = {"nats": nats, "dense": 1.0, "sliding": sliding}
+    by_kind = dict.fromkeys(ROLE_LAYER_TYPES, nats) | {"dense": 1.0, "sliding": sliding}
     return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
 
 

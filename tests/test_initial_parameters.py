@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -35,9 +36,9 @@ def nats(tmp_path_factory):
     return tiny.make_run(tmp_path_factory.mktemp("nats") / "run", config)
 
 
-def config_from(run, model=(), data=(), **train):
+def config_from(run, model=(), data=(), roles=(), **train):
     path = run if isinstance(run, pathlib.Path) else run.workdir.path
-    return tiny.config(model=dict(model), data=dict(data), train={"init_from": str(path)} | train)
+    return tiny.config(model=dict(model), data=dict(data), nats=dict(roles), train={"init_from": str(path)} | train)
 
 
 def check(config, task=TASK):
@@ -127,6 +128,35 @@ def test_other_shapes_and_names_are_listed(nats, model, message):
     for reinit_scorer in {False, model.get("layer_types") != "dense"}:
         with pytest.raises(UserError, match=message):
             check(config_from(nats, model=model, reinit_scorer=reinit_scorer))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            {"roles": {"windows": (1, 4), "initial_roles": ()}},
+            r"another scorer \(nats.windows = \(\) there and \(1, 4\) here\): blocks.attention.scorer.bias is "
+            r"\(2, 2, 3\) there and \(2, 2, 4\) here; .*train.reinit_scorer = True initializes this run's",
+        ),
+        (
+            {"model": {"layer_types": "head_roles"}},
+            r"another scorer \(model.layer_types = .*\): blocks.attention.scorer.weight is there and not here; ",
+        ),
+    ],
+    ids=["windows", "head_roles"],
+)
+def test_another_scorer_is_said_and_the_option_that_allows_it(nats, groups, message):
+    with pytest.raises(UserError, match=message):
+        check(config_from(nats, **groups))
+    check(config_from(nats, **groups, reinit_scorer=True))
+
+
+def test_a_scorer_of_another_kind_is_kept_with_a_warning(nats, capfd):
+    said = "the scorer of .* was trained for nats layers and is kept for gated ones"
+    check(config_from(nats, model={"layer_types": "gated"}))
+    assert re.search(said, capfd.readouterr().err)
+    check(config_from(nats, model={"layer_types": "gated"}, reinit_scorer=True))
+    assert not re.search(said, capfd.readouterr().err)
 
 
 def test_what_changes_no_shape_is_said(nats, capfd):

@@ -13,14 +13,14 @@ STEPS = """
 import json, sys
 import jax, numpy as np
 import tiny
-from test_model_options import ALL
+from test_model_options import ALL, LADDER
 from natsjax.model import sharding
 from natsjax.train.step import Trainer
 
 batch = tiny.packed_batch(batch=8)
 for mesh, changes in json.load(sys.stdin):
     train = {"batch_size": 8, "gradient_accumulation_steps": changes.pop("count", 1)}
-    config = tiny.config(model=ALL | changes, train=train, mesh=mesh)
+    config = tiny.config(model=ALL | changes, nats=LADDER, train=train, mesh=mesh)
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     trainer = Trainer(config, tiny.VOCAB_SIZE, sharding.make_mesh(config.mesh, devices))
     state, losses = trainer.init(), []

@@ -32,5 +32,10 @@ ARMS = {
         "nats.final_noise": 1.0,
     },
     "dense": {"model.layer_types": "dense"},
+    # Rivals that are trained in.
+    "gated": {"model.layer_types": "gated"},
+    "gated and hardening": {"model.layer_types": "gated", "nats.final_temperature": 0.1},
+    "head roles": {"model.layer_types": "head_roles"},
+    "hybrid of windows and a dense layer": {"model.layer_types": "sliding,sliding,sliding,dense"},
 }
 REFERENCE = "trained window of 19"

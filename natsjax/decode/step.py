@@ -235,7 +235,7 @@ def _by_kind(kind, config: Config, positions, ids, end):
     sliding = cut(model.sliding_window)
     windows = [jnp.int32(cut(window)) for window in config.nats.sliding_windows]
     is_dense, is_sliding = (kind == LAYER_TYPES.index(name) for name in ("dense", "sliding"))
-    if ids is not None and set(model.layer_types) != {"nats"}:
+    if ids is not None and not all(model.is_role_layer()):
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
         windows[0] = jnp.where(is_sliding, sliding, windows[0])
     if end is not None and "sliding" in model.layer_types:

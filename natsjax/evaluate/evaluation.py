@@ -63,15 +63,17 @@ class Evaluation:
         """Returns the table, the budget check, the notes and the files, as plain text for the terminal."""
         parts = [report.format_table(self.rows, show_accuracy=self.run_info["show_accuracy"])]
         if (budget_check := self.budget_check) is not None:
-            percent = {
-                name: f"{100 * budget_check[name]:.3g} %" for name in ("kv_budget", "sampled", "argmax", "biased")
-            }
+            percent = {name: f"{100 * budget_check[name]:.3g} %" for name in ("kv_budget", "argmax", "biased")}
+            sampled = budget_check["sampled"]
+            window = self.run_info["window"]
+            shortest = f", window {window[0]}," if isinstance(window, list) else ""
+            drawn = "" if sampled is None else f", sampled as in training {100 * sampled:.3g} %"
             parts.append(
                 f"KV budget {percent['kv_budget']}: {'met' if budget_check['met'] else 'missed'}, "
                 f"{percent['biased']} at role bias {budget_check['role_bias']:.4g} "
                 f"(±{100 * budget_check['tolerance']:g} % allowed).\n"
-                f"Without a role bias the roles keep {percent['argmax']}, sampled as in training {percent['sampled']}; "
-                f"with every token SLIDING they would keep {100 * budget_check['smallest_possible']:.3g} %."
+                f"Without a role bias the roles keep {percent['argmax']}{drawn}; "
+                f"with every token SLIDING{shortest} they would keep {100 * budget_check['smallest_possible']:.3g} %."
             )
         if self.notes:
             parts.append("\n".join(f"note: {note}" for note in self.notes))
@@ -187,22 +189,23 @@ def _window(config: Config) -> int | list[int] | None:
 
 def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the budget check of docs/method.md 4.4, on held-out text."""
-    nats = this.config.nats
+    config, nats = this.config, this.config.nats
     by_role_bias = {row["setting"]["role_bias"]: row for row in rows if row["method"] == Nats.method}
     role_bias, biased = next(
         (role_bias, row) for role_bias, row in by_role_bias.items() if row["budget"] == nats.kv_budget
     )
     off = abs(biased["kv_fraction"] - nats.kv_budget)
+    samples = config.model.role_layer_type == "nats"  # the rivals are trained without a draw of roles
     return {
         "kv_budget": nats.kv_budget,
-        "sampled": measure(this, held_out, SampledNats(this.config.train.seed)).kv_fraction,
+        "sampled": measure(this, held_out, SampledNats(config.train.seed)).kv_fraction if samples else None,
         "argmax": by_role_bias[0.0]["kv_fraction"],
         "biased": biased["kv_fraction"],
         "role_bias": role_bias,
         "tolerance": TOLERANCE,
         "met": off <= TOLERANCE * nats.kv_budget,
         # Under the name that it had when it was taken for the smallest there is: stored reports have it.
-        "smallest_possible": kv_fraction.all_sliding_model_kv_fraction(this.config, piece_lengths(held_out)),
+        "smallest_possible": kv_fraction.all_sliding_model_kv_fraction(config, piece_lengths(held_out)),
     }
 
 

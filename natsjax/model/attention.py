@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from natsjax.config import Config, NatsConfig
+from natsjax.config import ROLE_LAYER_TYPES, Config, NatsConfig
 from natsjax.kv_fraction import roles_at_start
+from natsjax.model.gated import gated_attention, gates
+from natsjax.model.head_roles import SHIFT, hard_concrete, probability_of_full
 from natsjax.model.inputs import Batch
 from natsjax.model.layers import (
     RMSNorm,
@@ -43,6 +45,7 @@ from natsjax.model.roles import (
 from natsjax.model.sharding import Axes, compute_sharding, psum, reshard, sequence_axis, shard_map
 from pallas_kernels.nats_attention import (
     GLOBAL,
+    LOCAL,
     NO_END,
     SLIDING,
     MaskGradient,
@@ -52,6 +55,9 @@ from pallas_kernels.nats_attention import (
     key_end_from_roles,
     nats_attention,
 )
+
+_OUT_OF_REACH = -1e9
+"""Logit of a role that a layer does not have."""
 
 ROLES = "nats_roles"
 """Name under which every remat policy saves the sampled roles."""
@@ -82,7 +88,8 @@ class RoleSampling(NamedTuple):
       bias: float32 ``[r]``, added to the logits (the role bias).
       key_end: int32, broadcast against ``[b, k, s]``: no roles, but these ends, as positions in the key's document
         (``NO_END`` everywhere is full attention); a "sliding" layer's window stays.
-      role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits are.
+      role_ids: int8 ``[b, k, s]`` (for the whole model ``[l, b, k, s]``): these roles, whatever the logits are. With a
+        noise key, rivals of learned roles have no use for these and the bias.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
       noise: float32 scalar, scale of the Gumbel noise; None: 1.
     """
@@ -112,26 +119,39 @@ class RoleSampling(NamedTuple):
 class Scorer(nnx.Module):
     """Linear map to the logits of the roles, per token and KV head (docs/method.md 2).
 
+    Of "head_roles" layers it is a constant, and in them and in "gated" ones LOCAL is out of reach.
+
     Its weights start at zero and its biases at the logarithm of ``kv_fraction.roles_at_start``: at step 0 the sampled
     roles have just those fractions in every head (with ``nats.noise = 1``).
     """
 
     def __init__(self, config: Config):
         model = config.model
+        self.kind = model.role_layer_type
         shape = (model.embed_dim, model.num_kv_heads, config.nats.num_roles)
-        self.weight = vector_param(jnp.zeros(shape, jnp.float32), ("embed", "kv_heads", None), "scorer")
-        bias = scorer_bias(roles_at_start(config))
+        if self.kind != "head_roles":
+            self.weight = vector_param(jnp.zeros(shape, jnp.float32), ("embed", "kv_heads", None), "scorer")
+        bias = scorer_bias(tuple(max(fraction, 1e-6) for fraction in roles_at_start(config)))
+        if self.kind == "head_roles":  # so that the fraction of GLOBAL is that of draws above 0
+            bias = bias.at[GLOBAL].add(SHIFT)
         self.bias = vector_param(jnp.broadcast_to(bias, shape[1:]), ("kv_heads", None), "scorer")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[b, s, d]`` to float32 ``[b, k, s, r]``."""
-        logits = jnp.einsum(
-            "bsd,dkr->bksr",
-            x.astype(jnp.float32),
-            gathered(self.weight, jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply float32 in bfloat16 or TF32
-        )
-        return logits + gathered(self.bias, jnp.float32)[:, None, :]
+        bias = gathered(self.bias, jnp.float32)
+        if self.kind == "head_roles":
+            shape = (x.shape[0], bias.shape[0], x.shape[1], bias.shape[1])
+            logits = jnp.broadcast_to(bias[:, None, :], shape, out_sharding=compute_sharding(*_BY_HEAD, None))
+        else:
+            logits = bias[:, None, :] + jnp.einsum(
+                "bsd,dkr->bksr",
+                x.astype(jnp.float32),
+                gathered(self.weight, jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply float32 in bfloat16 or TF32
+            )
+        if self.kind != "nats":
+            logits = jnp.where(jnp.arange(logits.shape[-1]) == LOCAL, _OUT_OF_REACH, logits)
+        return logits
 
 
 class AttentionFunction(Protocol):
@@ -260,9 +280,11 @@ class MaskedAttention(NamedTuple):
 
     def __call__(self, attention, x, query, key, value) -> tuple[jax.Array, Roles]:
         """See ``AttentionFunction``."""
-        if self.kind == "nats" and self.sampling.key_end is None:
-            return self._by_roles(attention, x, query, key, value)
-        return self._by_interval(attention, query, key, value)
+        if self.kind not in ROLE_LAYER_TYPES or self.sampling.key_end is not None:
+            return self._by_interval(attention, query, key, value)
+        if self.kind != "nats" and self.sampling.noise_key is not None:
+            return self._softly(attention, x, query, key, value)
+        return self._by_roles(attention, x, query, key, value)
 
     def _by_roles(self, attention, x, query, key, value):
         nats, batch, sampling = attention.config.nats, self.batch, self.sampling
@@ -270,14 +292,8 @@ class MaskedAttention(NamedTuple):
         entropy = _entropy(jax.lax.stop_gradient(logits), batch.is_token)
         logits = sampling.perturb(logits)
         ids = checkpoint_name(sampling.choose(logits, batch.is_first), ROLES)
-        temperature = nats.temperature if sampling.temperature is None else sampling.temperature
-        one_hot = straight_through(logits, ids, batch.is_first, temperature)
-
-        def local_lifetimes(ids, one_hot, document_end):
-            key_end = key_end_from_roles(ids, window=nats.sliding_windows, document_end=document_end)
-            roles = TokenRoles(ids, one_hot, key_end)
-            lifetime = lifetime_sum(roles, document_end, nats.sliding_windows, nats.kv_penalty_gradient)
-            return key_end, psum(lifetime, "batch")
+        one_hot = straight_through(logits, ids, batch.is_first, self._temperature(nats))
+        key_end, lifetime = self._lifetimes(nats, ids, one_hot)
 
         def attend(query, key, value, one_hot, document_end, sample_key, sink):
             found = nats_attention(
@@ -294,19 +310,58 @@ class MaskedAttention(NamedTuple):
             )
             return below_sink(found, sink).reshape(query.shape)
 
-        # Lifetimes are read off the whole sequence, as O(L) integers.
-        whole: Axes = ("batch", "kv_heads", None)
-        mapped = shard_map(local_lifetimes, (whole, (*whole, None), ("batch", None)), [whole, ("kv_heads",)])
-        key_end, lifetime = mapped(ids, one_hot, batch.document_end)
         axes = (_QUERY, _KEY, _KEY, (*_BY_HEAD, None), ("batch", "sequence"), (), SINK_AXES)
         sample_key = None if sampling.noise_key is None else jax.random.fold_in(sampling.noise_key, 1)
         sink = attention.sink_logits
         out = shard_map(attend, axes, _QUERY)(query, key, value, one_hot, batch.document_end, sample_key, sink)
-        return out, Roles(ids, reshard(key_end, *_BY_HEAD), lifetime, entropy)
+        return out, Roles(ids, key_end, lifetime, entropy)
+
+    def _temperature(self, nats: NatsConfig) -> float | jax.Array:
+        return nats.temperature if self.sampling.temperature is None else self.sampling.temperature
+
+    def _lifetimes(self, nats: NatsConfig, ids, one_hot) -> tuple[jax.Array, jax.Array]:
+        """Returns ``Roles.key_end`` and ``Roles.lifetime`` of a layer, read off whole sequences of O(L) integers."""
+
+        def local(ids, one_hot, document_end):
+            key_end = key_end_from_roles(ids, window=nats.sliding_windows, document_end=document_end)
+            roles = TokenRoles(ids, one_hot, key_end)
+            lifetime = lifetime_sum(roles, document_end, nats.sliding_windows, nats.kv_penalty_gradient)
+            return key_end, psum(lifetime, "batch")
+
+        whole: Axes = ("batch", "kv_heads", None)
+        mapped = shard_map(local, (whole, (*whole, None), ("batch", None)), [whole, ("kv_heads",)])
+        key_end, lifetime = mapped(ids, one_hot, self.batch.document_end)
+        return reshard(key_end, *_BY_HEAD), lifetime
+
+    def _softly(self, attention, x, query, key, value):
+        """Trains a rival of learned roles; the roles that it would be served with come along."""
+        nats, batch, noise_key = attention.config.nats, self.batch, typing.cast(jax.Array, self.sampling.noise_key)
+        logits, temperature, window = attention.scorer(x), self._temperature(nats), nats.sliding_windows[0]
+        ids = checkpoint_name(choose_roles(logits, batch.is_first), ROLES)
+        key_end, lifetime = self._lifetimes(nats, ids, straight_through(logits, ids, batch.is_first, temperature))
+        if self.kind == "gated":
+
+            def attend(query, key, value, gate, document_end, sink):
+                return gated_attention(query, key, value, gate, window=window, document_end=document_end, sink=sink)
+
+            axes = (_QUERY, _KEY, _KEY, _BY_HEAD, ("batch", "sequence"), SINK_AXES)
+            gate = gates(logits, batch.is_first, temperature)
+            out = shard_map(attend, axes, _QUERY)(query, key, value, gate, batch.document_end, attention.sink_logits)
+        else:
+            bias = gathered(attention.scorer.bias, jnp.float32)
+            log_alpha = bias[:, GLOBAL] - bias[:, SLIDING]
+            far, index = batch.document_end, jnp.arange(key.shape[1], dtype=jnp.int32)
+            # First tokens of documents are GLOBAL whatever the head's role is.
+            near = jnp.where(batch.is_first, far, jnp.minimum(far, index + min(window, key.shape[1]) + 1))
+            read = [self._read(attention, query, key, value, end[:, None, :]) for end in (far, near)]
+            full = hard_concrete(log_alpha, noise_key)[:, None, None]
+            out = (full * read[0][0] + (1 - full) * read[1][0]).astype(query.dtype)
+            probability = probability_of_full(log_alpha)
+            lifetime = probability * read[0][2] + (1 - probability) * read[1][2]
+        return out, Roles(ids, key_end, lifetime, _entropy(jax.lax.stop_gradient(logits), batch.is_token))
 
     def _by_interval(self, attention, query, key, value):
-        model = attention.config.model
-        b, s, k, _ = key.shape
+        model, s = attention.config.model, key.shape[1]
         index = jnp.arange(s, dtype=jnp.int32)
         end, role = self.batch.document_end[:, None, :], GLOBAL
         if self.sampling.key_end is not None:
@@ -316,6 +371,16 @@ class MaskedAttention(NamedTuple):
         if self.kind == "sliding":  # whatever else is asked for: such a layer has never read more
             role = SLIDING
             end = jnp.minimum(end, index + min(model.sliding_window, s) + 1)
+        out, end, lifetime = self._read(attention, query, key, value, end)
+        return out, Roles(jnp.full_like(end, role, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
+
+    def _read(self, attention, query, key, value, end):
+        """Reads keys up to given ends, which ``[b, 1 or k, s]`` may be shared by heads.
+
+        Returns:
+          ``(out [b, t, k, g, h], ends int32 [b, k, s], lifetimes float32 [k])``.
+        """
+        b, s, k, _ = key.shape
         end = jnp.broadcast_to(end, (b, k, s), out_sharding=compute_sharding(*_BY_HEAD)).astype(jnp.int32)
 
         def attend(query, key, value, end, sink):
@@ -325,8 +390,7 @@ class MaskedAttention(NamedTuple):
 
         axes = (_QUERY, _KEY, _KEY, _BY_HEAD, SINK_AXES)
         out = shard_map(attend, axes, _QUERY)(query, key, value, end, attention.sink_logits)
-        lifetime = jnp.sum(lifetimes(end, self.batch.document_end), axis=(0, 2), dtype=jnp.float32)
-        return out, Roles(jnp.full_like(end, role, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
+        return out, end, jnp.sum(lifetimes(end, self.batch.document_end), axis=(0, 2), dtype=jnp.float32)
 
 
 def below_sink(found: jax.Array | tuple[jax.Array, jax.Array], sink: jax.Array | None) -> jax.Array:

@@ -130,9 +130,10 @@ def about_global_tokens(config: Config, budgets: Sequence[float], pieces: np.nda
     below = ", ".join(f"{100 * budget:.4g} %" for budget in budgets if budget < all_sliding)
     if not below:
         return None
+    shortest = f", window {config.nats.windows[0]}," if config.nats.windows else ""
     return (
-        f"KV budget {below}: with every token SLIDING the KV fraction is {100 * all_sliding:.4g} %; below that the "
-        "model must learn GLOBAL tokens, which end LOCAL keys."
+        f"KV budget {below}: with every token SLIDING{shortest} the KV fraction is {100 * all_sliding:.4g} %; below "
+        "that the model must learn GLOBAL tokens, which end LOCAL keys."
     )
 
 

@@ -177,7 +177,7 @@ POSITION_FIELDS = _by_name(
 
 BUDGET_CHECK_FIELDS = _by_name(
     Field("kv_budget", "budget of the run, `nats.kv_budget`", "fraction"),
-    Field("sampled", "KV fraction with roles sampled as in training", "fraction"),
+    Field("sampled", "KV fraction with roles sampled as in training, where they are", "fraction", nullable=True),
     Field("argmax", "KV fraction with the most likely roles", "fraction"),
     Field("biased", "KV fraction with the most likely roles under `role_bias`", "fraction"),
     Field("role_bias", "bias of the role logits that meets the budget on training-split text"),

@@ -81,12 +81,17 @@ class InitialParameters:
             if name in theirs and theirs[name].shape != x.shape
         ]
         fields = _differing_fields(self._config, config)
-        if missing and not others and all(map(_is_scorer, missing)):
+        if missing and not others and not self._config.model.has_roles and all(map(_is_scorer, missing)):
             raise UserError(
                 f"{self._field} holds a dense model, which lacks {' and '.join(missing)}; train.reinit_scorer = True "
                 "initializes them."
             )
         others += [f"{name} is here and not there" for name in missing]
+        if config.model.has_roles and others and all(_is_scorer(text.split(" ")[0]) for text in others):
+            raise UserError(
+                f"{self._field} has another scorer ({', '.join(fields)}): {'; '.join(others)}; "
+                "train.reinit_scorer = True initializes this run's."
+            )
         if others:
             more = f"; {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
             raise UserError(
@@ -94,6 +99,12 @@ class InitialParameters:
             )
         # Of the same shapes, and perhaps what somebody wants; put_into says what attention it was.
         silent = [field for field in fields if not field.startswith("model.layer_types")]
+        kinds = [each.model.role_layer_type for each in (self._config, config)]
+        if None not in kinds and kinds[0] != kinds[1] and not self._reinit_scorer:
+            logger.warning(
+                f"warning: the scorer of {self._field} was trained for {kinds[0]} layers and is kept for {kinds[1]} "
+                "ones; train.reinit_scorer = True initializes it anew"
+            )
         if silent:
             logger.info(f"starting from a model with {', '.join(silent)}")
 
@@ -107,13 +118,15 @@ def _check_tokens(field: str, theirs: Vocabulary, ours: Vocabulary) -> None:
 
 
 def _differing_fields(theirs: Config, ours: Config) -> list[str]:
-    """Lists ``model.FIELD = X there and Y here`` for the fields of the model itself."""
+    """Lists ``model.FIELD = X there and Y here`` for the fields of the model itself, and its windows."""
     free = ("remat", "dtype", "param_dtype", "dropout", "zero_init_output")
-    return [
+    found = [
         f"model.{field.name} = {x!r} there and {y!r} here"
         for field in dataclasses.fields(ours.model)
         if field.name not in free and (x := getattr(theirs.model, field.name)) != (y := getattr(ours.model, field.name))
     ]
+    x, y = theirs.nats.windows, ours.nats.windows
+    return [*found, f"nats.windows = {x!r} there and {y!r} here"] if x != y else found
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

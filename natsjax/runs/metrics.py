@@ -173,7 +173,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "scorer_entropy",
-            "entropy of the scorer's softmax without noise, mean; at most ln 3 = 1.0986",
+            "entropy of the scorer's softmax without noise, mean; at most ln 3 = 1.0986, with several windows more",
             "nats",
             "l, k",
         ),

@@ -178,7 +178,7 @@ def plan_runs(
     if not config.model.has_roles:
         raise UserError(
             f"model.layer_types = {config.model.layer_pattern}: no layer learns roles; give a config with "
-            '"nats" layers (--dense adds the dense baselines).'
+            "layers that do, as nats (--dense adds the dense baselines)."
         )
     if (kv_budgets is None) == (kv_penalties is None):
         raise UserError(

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from natsjax.config import Config
-from natsjax.kv_fraction import live_fraction
+from natsjax.kv_fraction import live_fraction, trained_fraction
 
 
 class Flops(NamedTuple):
@@ -45,7 +45,9 @@ def step_flops(
     tokens = train.batch_size * config.data.context_length
     by_query_head = 3 if model.attention_gate else 2
     qkvo = model.embed_dim * model.head_dim * (by_query_head * model.num_heads + 2 * model.num_kv_heads)
-    scorer = 3 * model.embed_dim * model.num_kv_heads * model.layer_types.count("nats") / len(model.layer_types)
+    learned = sum(model.is_role_layer()) / model.num_layers
+    roles = 0 if model.role_layer_type == "head_roles" else config.nats.num_roles
+    scorer = roles * model.embed_dim * model.num_kv_heads * learned
     mlp = model.embed_dim * model.mlp_dim
     matrices = 2 if model.activation == "squared_relu" else 3
     repeated = qkvo + scorer + (matrices - 1) * mlp if recomputation and model.remat == "full" else 0
@@ -53,8 +55,9 @@ def step_flops(
     weights = tokens * (block * model.num_layers + 6 * model.embed_dim * vocab_size)
     length = config.data.context_length
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
-    live = live_fraction(config) if kv_fraction is None else kv_fraction
-    backward = 7 + (0 if model.remat == "none" else 2) if recomputation else 4
+    live = trained_fraction(config, live_fraction(config) if kv_fraction is None else kv_fraction)
+    kernels = 4 if model.role_layer_type == "gated" else 7  # which compute logits again; "gated" keeps them
+    backward = kernels + (0 if model.remat == "none" else 2) if recomputation else 4
     fractions = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
     masked_out = fractions[config.nats.mask_gradient] * model.layer_types.count("nats") / len(model.layer_types)
     products = live * (2 + backward) + 2 * masked_out

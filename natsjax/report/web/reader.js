@@ -47,13 +47,15 @@ function untilWhen(s) {
   return `up to and including token ${last}, ${roles[s] === "1" ? "the next GLOBAL token" : `${windows[roles[s] - 2]} tokens on`}`;
 }
 
-const layerName = (kind, layer) => (run.layers.every((one) => one === "nats") ? `${layer}` : `${layer} (${kind})`);
+const learnsRoles = (kind) => ["nats", "gated", "head_roles"].includes(kind);
+const layerName = (kind, layer) => (run.layers.every(learnsRoles) ? `${layer}` : `${layer} (${kind})`);
 
 function showReader({ sample: index, layer, head, token, role_bias }) {
   const key = [index, layer, head, role_bias].join("/");
   if (key !== reader.key) {
     const sample = samples[index], roles = sample.roles[role_bias][layer][head];
-    const windows = [sample.windows[layer]].flat();  // one number in files from before there could be several
+    // One number in files from before there could be several; a sliding layer has one.
+    const windows = [sample.windows[layer]].flat().slice(0, run.layers[layer] === "sliding" ? 1 : undefined);
     const lives = lifetimes(roles, windows, sample.document_starts);
     reader = { key, sample, roles, windows, layer, head, ...lives, ...slotsOf(lives.keyEnd) };
     showOptions("sample", samples.map((s) => s.title), index);

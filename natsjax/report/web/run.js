@@ -148,11 +148,13 @@ function showBudgetCheck() {
   };
   document.querySelector("#budget-check table").append(
     tableHead(["Roles", "KV fraction", "vs. budget", "Line: the budget"], ["Roles", "Line: the budget"]),
-    el("tbody", {}, line("sampled", "as in training, with noise", sampled),
+    el("tbody", {}, ...(sampled === null ? [] : [line("sampled", "as in training, with noise", sampled)]),
       line("argmax", "most likely roles, without a role bias", argmax),
       line("argmax with role bias", `role bias ${formatValue(budget_check.role_bias)}`, withBias)));
-  byId("budget-check-note").textContent = "With every token SLIDING but the first of each document, the " +
-    `KV fraction is ${percent(budget_check.smallest_possible)}. Below it the model must learn GLOBAL tokens, which end LOCAL keys.`;
+  const shortest = Array.isArray(run.window) ? `, with the window of ${run.window[0]},` : "";
+  const below = run.layers.includes("nats") ? " Below it the model must learn GLOBAL tokens, which end LOCAL keys." : "";
+  byId("budget-check-note").textContent = `With every token SLIDING${shortest} but the first of each document, the ` +
+    `KV fraction is ${percent(budget_check.smallest_possible)}.${below}`;
 }
 
 // --- Perplexity by position ----------------------------------------------------------------------
@@ -190,7 +192,7 @@ function selection() {
   const row = pick("row", natsRows.length, Math.max(natsRows.indexOf(biased), 0));
   const role_bias = Math.max(role_biases.findIndex((one) => natsRows[row] === rowOfRoleBias(rows, one)), 0);
   const layers = natsRows[row]?.kv_live_mean_per_head ?? [];
-  const layer = pick("layer", layers.length, Math.max(run.layers.indexOf("nats"), 0));
+  const layer = pick("layer", layers.length, Math.max(run.layers.findIndex(learnsRoles), 0));
   const token = wanted.has("token") ? pick("token", samples[sample]?.tokens.length) : null;
   return { sample, role_bias, row, layer, head: pick("head", layers[layer]?.length), token };
 }

@@ -119,7 +119,7 @@ def panel(
         _progress(step, config.train.num_steps, seconds_left, inside),
         _numbers(config, line, inside),
     ]
-    layers = [layer for layer, kind in enumerate(config.model.all_layer_types) if kind == "nats"]
+    layers = np.flatnonzero(config.model.is_role_layer()).tolist()
     if layers:
         roles = np.mean(line["role_fractions"], axis=1)[layers]
         parts += [Text(), _role_bars(roles, config.nats.role_names, layers, inside, max(1, height - _OTHER_ROWS))]
