@@ -66,7 +66,7 @@ def test_a_run_writes_what_is_declared(tmp_path, monkeypatch):
     assert order == sorted(order)
     assert first.keys() == second.keys() | set(declared(when="first line of a start"))
     assert set(declared(when="always")) <= second.keys()
-    axes = {"l": config.model.num_layers, "k": config.model.num_kv_heads}
+    axes = {"l": config.model.num_layers, "k": config.model.num_kv_heads, "r": config.nats.num_roles}
     for name in second.keys() - {"warnings"}:
         sizes = [axes.get(axis, axis) for axis in re.findall(r"\w+", metric_of(name).shape)]
         assert list(np.shape(second[name])) == [int(size) for size in sizes], name

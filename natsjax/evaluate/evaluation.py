@@ -65,7 +65,7 @@ class Evaluation:
         if (budget_check := self.budget_check) is not None:
             percent = {name: f"{100 * budget_check[name]:.3g} %" for name in ("kv_budget", "argmax", "biased")}
             sampled = budget_check["sampled"]
-            window = self.run_info["window"]
+            window = self.run_info.get("window")
             shortest = f", window {window[0]}," if isinstance(window, list) else ""
             drawn = "" if sampled is None else f", sampled as in training {100 * sampled:.3g} %"
             parts.append(

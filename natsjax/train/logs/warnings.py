@@ -52,15 +52,15 @@ WARNINGS = {
         "nats.initial_roles, or set nats.kv_penalty_gradient = exact.",
     ),
     "budget-not-reached": TrainingWarning(
-        "after the ramp the KV fraction is more than 10 % off a controlled budget, and the KV penalty is at a bound or "
-        "the last tenth of the run has begun",
+        "after the ramp the KV fraction is more than 10 % off a controlled budget, and the KV penalty is at its upper "
+        "bound or the last tenth of the run has begun; below the budget with the KV penalty at its lower bound the "
+        "model wants no more, which is no fault",
         "Train longer, raise nats.kv_penalty_lr or nats.max_kv_penalty, or choose a nats.kv_budget nearer to this KV "
         "fraction.",
     ),
     "penalty-at-bound": TrainingWarning(
-        "after the ramp a controlled KV penalty is at nats.min_kv_penalty or nats.max_kv_penalty",
-        "The KV penalty is at its bound: move nats.min_kv_penalty or nats.max_kv_penalty, or choose another "
-        "nats.kv_budget.",
+        "after the ramp a controlled KV penalty is at nats.max_kv_penalty",
+        "The KV penalty is at its upper bound: raise nats.max_kv_penalty, or choose a larger nats.kv_budget.",
     ),
     "loss-spike-skipped": TrainingWarning(
         "updates were skipped (optimizer.spike_threshold)",
@@ -190,18 +190,22 @@ class ActiveWarnings:
         if nats.kv_penalty_mode != "controlled" or step <= nats.budget_ramp_start + nats.budget_ramp_steps:
             return {}
         penalty, fraction = float(metrics["kv_penalty"]), float(np.mean(self._fractions))
-        bound = ""
-        if penalty <= nats.min_kv_penalty * (1 + _AT_BOUND):
-            bound = f"lower bound nats.min_kv_penalty = {nats.min_kv_penalty:g}"
-        elif penalty >= nats.max_kv_penalty * (1 - _AT_BOUND):
-            bound = f"upper bound nats.max_kv_penalty = {nats.max_kv_penalty:g}"
+        at_upper = penalty >= nats.max_kv_penalty * (1 - _AT_BOUND)
+        at_lower = penalty <= nats.min_kv_penalty * (1 + _AT_BOUND)
         off = abs(fraction - nats.kv_budget) > _OFF_BUDGET * nats.kv_budget
-        late = bool(bound) or step > 0.9 * num_steps
+        wants_no_more = at_lower and fraction < nats.kv_budget
+        late = at_upper or step > 0.9 * num_steps
         figures = f"{100 * fraction:.3g} %, and nats.kv_budget is {100 * nats.kv_budget:.3g} %"
         return {
-            "budget-not-reached": _Finding(np.array(off and late), lambda _: f"the KV fraction is {figures}"),
+            "budget-not-reached": _Finding(
+                np.array(off and late and not wants_no_more), lambda _: f"the KV fraction is {figures}"
+            ),
             "penalty-at-bound": _Finding(
-                np.array(bool(bound)), lambda _: f"the KV penalty is at its {bound} with a KV fraction of {figures}"
+                np.array(at_upper),
+                lambda _: (
+                    f"the KV penalty is at its upper bound nats.max_kv_penalty = {nats.max_kv_penalty:g} with a KV "
+                    f"fraction of {figures}"
+                ),
             ),
         }
 

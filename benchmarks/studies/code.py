@@ -1,0 +1,30 @@
+"""Is there anything to remember? Python's standard library at small budgets: dense, windows and learned roles.
+
+    python -m natsjax.data.prepare --input=package:stdlib --vocab_size=2048 --output=data/stdlib
+    python -m benchmarks.study --study=benchmarks/studies/code.py --workdir=studies/code
+
+The quickstart's model and recipe on code, in contexts of 512.
+"""
+
+CONFIG = "configs/quickstart.py"
+COMMON = {
+    "data.input": "package:stdlib",
+    "data.prepared_dir": "data/stdlib",
+    "data.context_length": 512,
+    "train.num_steps": 600,
+    "optimizer.warmup_steps": 60,
+    "train.progress": False,
+    "train.step_breakdown": False,
+    "checkpoint.save_every": 10_000,
+    "eval.num_contexts": 128,
+    "eval.batch_size": 8,
+}
+ARMS = {
+    "dense": {"model.layer_types": "dense"},
+    "trained window of 25": {"model.layer_types": "sliding", "model.sliding_window": 25},
+    "nats at 5 %": {"nats.window": 8, "nats.kv_budget": 0.05},
+    "trained window of 51": {"model.layer_types": "sliding", "model.sliding_window": 51},
+    "nats at 10 %": {"nats.window": 8, "nats.kv_budget": 0.1},
+    "nats at 5 % with windows 4 and 16": {"nats.windows": (4, 16), "nats.kv_budget": 0.05},
+}
+REFERENCE = "trained window of 25"
