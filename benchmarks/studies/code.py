@@ -21,10 +21,11 @@ COMMON = {
 }
 ARMS = {
     "dense": {"model.layer_types": "dense"},
-    "trained window of 25": {"model.layer_types": "sliding", "model.sliding_window": 25},
+    "trained window of 12": {"model.layer_types": "sliding", "model.sliding_window": 12},  # 5 % of the mean context
+    "trained window of 25": {"model.layer_types": "sliding", "model.sliding_window": 25},  # 10 %
     "nats at 5 %": {"nats.window": 8, "nats.kv_budget": 0.05},
-    "trained window of 51": {"model.layer_types": "sliding", "model.sliding_window": 51},
     "nats at 10 %": {"nats.window": 8, "nats.kv_budget": 0.1},
+    "nats at 10 % with windows 4 and 16 and 64": {"nats.windows": (4, 16, 64), "nats.kv_budget": 0.1},
     "nats at 5 % with windows 4 and 16": {"nats.windows": (4, 16), "nats.kv_budget": 0.05},
 }
 REFERENCE = "trained window of 25"
