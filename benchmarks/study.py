@@ -127,6 +127,16 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
     found, role_bias = served(run)
     metrics = read_metrics(Workdir(workdir).metrics_file)
     documents = found.documents
+    controlled = {}
+    if config.model.has_roles:
+        last_tenth = [line for line in metrics if line["step"] > 0.9 * run.step]
+        held_out = run.data.contexts("validation", config.eval.num_contexts)
+        controlled = {
+            "sampled_kv_fraction": statistics.fmean(line["kv_fraction"] for line in last_tenth),
+            "argmax_kv_fraction": measure(run, held_out, Nats(0.0)).kv_fraction,
+            "kv_penalty": last_tenth[-1]["kv_penalty"],
+            "warnings": sorted({name for line in last_tenth for name in line["warnings"]}),
+        }
     record = {
         "arm": arm,
         "seed": seed,
@@ -140,6 +150,7 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
         "accuracy": found.accuracy,
         "kv_fraction": found.kv_fraction,
         "role_bias": role_bias,
+        **controlled,
         "documents": documents.ids.tolist(),
         "nll": documents.nll.tolist(),
         "predicted": documents.tokens.tolist(),
@@ -210,6 +221,29 @@ def table(records: Sequence[Record], reference: str) -> str:
     return text_table([titles, *rows])
 
 
+def budget_table(records: Sequence[Record]) -> str:
+    """Formats how each run with roles met its budget: KV fractions, and how far they are off it."""
+    titles = ["arm", "seed", "budget", "sampled, last tenth", "argmax, held-out", "KV penalty at the end", "warnings"]
+    rows = []
+    for record in records:
+        if "argmax_kv_fraction" not in record:
+            continue
+        nats = record["config"]["nats"]
+        least = " (its lower bound)" if record["kv_penalty"] <= 1.001 * nats["min_kv_penalty"] else ""
+        fractions = [record[f"{name}_kv_fraction"] for name in ("sampled", "argmax")]
+        rows.append(
+            [
+                record["arm"],
+                f"{record['seed']}",
+                f"{nats['kv_budget']:.1%}",
+                *(f"{fraction:.2%} ({fraction / nats['kv_budget'] - 1:+.1%})" for fraction in fractions),
+                f"{record['kv_penalty']:.3g}{least}",
+                ", ".join(record["warnings"]) or "-",
+            ]
+        )
+    return text_table([titles, *rows])
+
+
 def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Reads the record of a run; None if it has not finished."""
     path = workdir / RECORD_FILE
@@ -230,6 +264,7 @@ def main() -> None:
     parser.add_argument("--arms", type=lambda text: text.split(","), help="arms to train (all)")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], help="instead of the file's")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what has finished")
+    parser.add_argument("--budgets", action="store_true", help="print how the budgets were met, too")
     arguments = parser.parse_args()
     study = read_study(arguments.study)
     arms = arguments.arms or list(study.arms)
@@ -252,6 +287,8 @@ def main() -> None:
     records = read_records(arguments.workdir, study.arms)
     write_text_file(arguments.workdir / RESULTS_FILE, "".join(json.dumps(record) + "\n" for record in records))
     print(table(records, study.reference))
+    if arguments.budgets:
+        print(f"\n{budget_table(records)}")
 
 
 if __name__ == "__main__":

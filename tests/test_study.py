@@ -71,6 +71,27 @@ def test_the_table_has_the_best_arm_first_and_compares_pairs_alone():
     assert "0.5000" in lines[3]  # range over seeds
 
 
+def test_budgets_are_shown_as_sampled_and_as_served():
+    nats = {"kv_budget": 0.1, "min_kv_penalty": 1e-3}
+    found = record("a", 0, PREDICTED) | {
+        "config": {"nats": nats},
+        "sampled_kv_fraction": 0.11,
+        "argmax_kv_fraction": 0.08,
+        "kv_penalty": 1e-3,
+        "warnings": ["no-global"],
+    }
+    _, _, line = study.budget_table([record("dense", 0, PREDICTED), found]).splitlines()
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "a",
+        "0",
+        "10.0%",
+        "11.00% (+10.0%)",
+        "8.00% (-20.0%)",
+        "0.001 (its lower bound)",
+        "no-global",
+    ]
+
+
 def run(monkeypatch, path, workdir, *flags):
     monkeypatch.setattr(sys, "argv", ["study", f"--study={path}", f"--workdir={workdir}", *flags])
     study.main()
@@ -88,6 +109,9 @@ def test_a_study_is_trained_once(tmp_path, monkeypatch, capsys):
     assert records["dense"]["kv_fraction"] == 1
     assert 0 < records["window"]["kv_fraction"] < 1
     assert records["nats"]["kv_fraction"] == pytest.approx(0.5, rel=0.2)  # by the role bias
+    metrics = (workdir / "nats_seed=0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert records["nats"]["sampled_kv_fraction"] == json.loads(metrics[-1])["kv_fraction"]  # the last tenth is a step
+    assert 0 < records["nats"]["argmax_kv_fraction"] < 1
     assert {record["steps"] for record in records.values()} == {2}
     assert all(len(record["nll"]) == len(record["documents"]) == 8 for record in records.values())
     assert records["dense"]["loss"] == pytest.approx(
