@@ -202,9 +202,9 @@ class NatsConfig:
     )
     initial_roles: tuple[float, ...] = config_field(
         (),
-        "fractions of GLOBAL, LOCAL, SLIDING (one for each window) at step 0; (): nearly all SLIDING with the shortest "
-        "window, as many of each other role, so that roles drawn at random cost half of what the first budget leaves "
-        "above all SLIDING; under a ramp as many of each",
+        "fractions of GLOBAL, LOCAL, SLIDING (one for each window) at step 0; (): nearly all SLIDING with the longest "
+        "window that the first budget has room for, as many of each other role, so that roles drawn at random cost half "
+        "of what that budget leaves above this window alone; under a ramp as many of each",
         minimum=1e-6,
         maximum=1,
     )

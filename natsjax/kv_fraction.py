@@ -14,7 +14,7 @@ from natsjax.config import ROLE_LAYER_TYPES, Config
 START = 0.5
 """Fraction of the way from all tokens SLIDING to the budget, at which roles begin unless they are given."""
 
-FEWEST = 0.01
+FEWEST = 0.005
 """The smallest fraction of a role at step 0, unless it is given."""
 
 
@@ -95,29 +95,38 @@ def random_kv_fraction(piece_lengths: npt.ArrayLike, windows: Sequence[int], fra
 def roles_at_start(config: Config) -> tuple[float, ...]:
     """Returns the fractions of the roles that a run begins with: ``nats.initial_roles``, or found.
 
-    Found are as many of each role, but more SLIDING ones with the shortest window, so that in a document as long as
-    the context, drawn at random, they keep ``START`` of the way from all tokens SLIDING to the budget of step 0, which
-    under a ramp is 1. There are at least ``FEWEST`` of each, for what is never drawn cannot be learned, and at most as
-    many of each.
+    Nearly all tokens begin as SLIDING with the longest window that the budget of step 0 has room for, so that a run
+    begins as a plain window of about its KV; of every other role there are as many. Drawn at random in a document as
+    long as the context, they keep ``START`` of the way from that window alone to the budget, which under a ramp is 1.
+    There are at least ``FEWEST`` of each, for what is never drawn cannot be learned, and at most as many of each.
     """
     nats, lengths = config.nats, [config.data.context_length]
     if nats.initial_roles:
         return nats.initial_roles
-    budget = 1.0 if nats.budget_ramp_start or nats.budget_ramp_steps else nats.kv_budget
-    sliding = all_sliding_model_kv_fraction(config, lengths)
-    target = sliding + START * (budget - sliding)
+    ramp = bool(nats.budget_ramp_start or nats.budget_ramp_steps)
+    budget = 1.0 if ramp else nats.kv_budget
+    windows = nats.sliding_windows
 
-    def fractions(few: float) -> tuple[float, ...]:
-        longer = (few,) * (nats.num_roles - 3)
-        local = few if config.model.role_layer_type == "nats" else 0.0  # the rivals have no LOCAL keys
-        return few, local, 1 - few - local - sum(longer), *longer
+    def fractions(few: float, base: int) -> tuple[float, ...]:
+        found = [few] * nats.num_roles
+        if config.model.role_layer_type != "nats":
+            found[1] = 0.0  # the rivals have no LOCAL keys
+        found[2 + base] = 0.0
+        found[2 + base] = 1 - sum(found)
+        return tuple(found)
 
-    few, many = FEWEST, 1 / sum(fraction > 0 for fraction in fractions(FEWEST))
-    for _ in range(30 if target > sliding else 0):
+    def cost(few: float, base: int) -> float:
+        return _mean_over_layers(config, lengths, random_kv_fraction(lengths, windows, fractions(few, base)))
+
+    # Under a ramp every window fits, but the run is to end at its own budget.
+    base = max([x for x in range(len(windows)) if cost(FEWEST, x) <= nats.kv_budget], default=0)
+    alone = _mean_over_layers(config, lengths, all_sliding_kv_fraction(lengths, windows[base]))
+    target = alone + START * (budget - alone)
+    few, many = FEWEST, 1 / sum(fraction > 0 for fraction in fractions(FEWEST, base))
+    for _ in range(30 if target > alone else 0):
         middle = (few + many) / 2
-        found = random_kv_fraction(lengths, nats.sliding_windows, fractions(middle))
-        few, many = (middle, many) if _mean_over_layers(config, lengths, found) < target else (few, middle)
-    return fractions(few)
+        few, many = (middle, many) if cost(middle, base) < target else (few, middle)
+    return fractions(few, base)
 
 
 def least_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:

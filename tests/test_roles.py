@@ -165,13 +165,23 @@ def test_roles_begin_halfway_to_the_budget():
     # A window as wide as the budget leaves nothing to begin halfway to.
     wide = tiny.config(nats=nats | {"kv_budget": 0.9, "window": 700}, data={"context_length": 1024})
     assert kv_fraction.roles_at_start(wide)[0] == kv_fraction.FEWEST
-    # Of several windows nearly all have the shortest, and there are as many of each longer one as of the other roles.
-    ladder = tiny.config(nats={"windows": (4, 16), "initial_roles": (), "kv_budget": 0.3}, data={"context_length": 256})
-    is_global, is_local, short, long = kv_fraction.roles_at_start(ladder)
-    assert is_global == is_local == long
-    assert is_global + is_local + short + long == pytest.approx(1)
-    found = kv_fraction.random_kv_fraction([256], (4, 16), (is_global, is_local, short, long))
-    assert found == pytest.approx((0.3 + kv_fraction.all_sliding_kv_fraction([256], 4)) / 2, rel=1e-3)
+    # Of several windows nearly all have the longest that fits the budget; there are as many of each other role.
+    for budget, base in ((0.3, 1), (0.08, 0), (0.5, 2), (1.0, 2)):
+        nats = {"windows": (4, 16, 64), "initial_roles": (), "kv_budget": budget}
+        ladder = tiny.config(nats=nats, data={"context_length": 256})
+        fractions = kv_fraction.roles_at_start(ladder)
+        assert np.argmax(fractions) == 2 + base
+        others = np.delete(fractions, 2 + base)
+        assert np.all(others == others[0])
+        assert sum(fractions) == pytest.approx(1)
+        found = kv_fraction.random_kv_fraction([256], (4, 16, 64), fractions)
+        alone = kv_fraction.all_sliding_kv_fraction([256], (4, 16, 64)[base])
+        assert found <= budget
+        assert others[0] == pytest.approx(0.2) or found == pytest.approx((budget + alone) / 2, rel=0.05)
+    # Under a ramp, which begins at 1, still the window that fits the budget at its end.
+    nats = {"windows": (4, 16, 64), "initial_roles": (), "kv_budget": 0.05, "budget_ramp_steps": 10}
+    ramped = kv_fraction.roles_at_start(tiny.config(nats=nats, data={"context_length": 256}))
+    assert ramped == pytest.approx([0.2] * 5)
     given = tiny.config(nats={"initial_roles": (0.5, 0.25, 0.25)})
     assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)
 
