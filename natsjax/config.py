@@ -71,8 +71,11 @@ class ModelConfig:
         'sliding_window keys and its own), or a rival of learned roles: "gated" (a gate for each key), "head_roles" (a '
         "role for each KV head); a pattern that repeats over the layers, as nats,nats,dense",
     )
-    sliding_window: int = config_field(
-        128, 'keys before its own that a query of a "sliding" layer reads (tokens)', minimum=0
+    sliding_window: int | tuple[int, ...] = config_field(
+        128,
+        'keys before its own that a query of a "sliding" layer reads (tokens): one number, or one for each KV head, as '
+        "(16, 256)",
+        minimum=0,
     )
     num_layers: int = config_field(4, "transformer blocks", minimum=1)
     embed_dim: int = config_field(128, "size of the residual stream (d)", minimum=1)
@@ -116,17 +119,31 @@ class ModelConfig:
         maximum=0.99,
     )
     rope_theta: float = config_field(10000.0, "base of the rotary wavelengths", minimum=1)
-    rope_scaling: Literal["none", "linear", "yarn"] = config_field(
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = config_field(
         "none",
         "rotary embedding for contexts longer than those that the model was trained with: positions divided by "
-        "rope_scaling_factor, or YaRN (arXiv:2309.00071), which divides those of long wavelengths alone and sharpens "
-        "attention",
+        "rope_scaling_factor; YaRN (arXiv:2309.00071), which divides those of long wavelengths alone and sharpens "
+        "attention; or that of Llama 3.1, which divides them and does not sharpen attention",
     )
     rope_scaling_factor: float = config_field(
         1.0, "how many times longer the contexts are (s), with rope_scaling", minimum=1
     )
     rope_original_context: int = config_field(
-        0, 'context length before the extension (tokens), with rope_scaling = "yarn"', minimum=0
+        0, 'context length before the extension (tokens), with rope_scaling = "yarn" or "llama3"', minimum=0
+    )
+    rope_turns: tuple[float, ...] = config_field(
+        (),
+        "turns in rope_original_context up to which a pair's frequency is divided, and from which it stays; (): 1 and "
+        "32 with YaRN, 1 and 4 with Llama 3.1",
+        minimum=0,
+    )
+    rope_ramp: Literal["turns", "pairs"] = config_field(
+        "turns",
+        "what YaRN goes from one to the other in: turns, as in the paper, or pairs, by a pair's number between the "
+        "whole ones that have rope_turns, as the YaRN of transformers and llama.cpp",
+    )
+    rope_attention_factor: float = config_field(
+        0.0, "factor of YaRN's rotated queries and keys; 0: 0.1 ln(s) + 1", minimum=0
     )
     nope: tuple[bool, ...] = config_field(
         (),
@@ -148,6 +165,11 @@ class ModelConfig:
     def all_layer_types(self) -> tuple[LayerType, ...]:
         """Type of every layer, first layer first."""
         return self.layer_types * (self.num_layers // len(self.layer_types))
+
+    @property
+    def head_windows(self) -> tuple[int, ...]:
+        """Windows of a "sliding" layer: one number for each KV head, or one for all of them."""
+        return self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
 
     @property
     def all_rotary(self) -> tuple[bool, ...]:
@@ -282,7 +304,9 @@ class RecallConfig:
 class DataConfig:
     """The training and evaluation data, and how a corpus is prepared."""
 
-    source: Literal["corpus", "recall"] = config_field("corpus", "a prepared corpus, or the synthetic recall task")
+    source: Literal["corpus", "recall", "none"] = config_field(
+        "corpus", "a prepared corpus, the synthetic recall task, or none: what an imported model learned from"
+    )
     input: str = config_field(
         "",
         "folder or file of text, FOLDER:SPLIT of a saved dataset, or package:NAME; prepared where prepared_dir "

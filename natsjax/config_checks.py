@@ -63,19 +63,36 @@ def _check_rope(model: "ModelConfig") -> None:
     scaling, factor, context = model.rope_scaling, model.rope_scaling_factor, model.rope_original_context
     if scaling == "none" and factor != 1:
         raise UserError(
-            f'model.rope_scaling_factor = {factor}: model.rope_scaling = "none" has no use for it; set that to linear '
-            "or yarn, or leave the factor at 1."
+            f'model.rope_scaling_factor = {factor}: model.rope_scaling = "none" has no use for it; set that to linear, '
+            "yarn or llama3, or leave the factor at 1."
         )
-    if scaling != "yarn" and context:
+    by_wavelength = scaling in ("yarn", "llama3")
+    if not by_wavelength and context:
         raise UserError(
-            f'model.rope_original_context = {context}: only model.rope_scaling = "yarn" reads it, and it is '
-            f'"{scaling}"; leave it at 0.'
+            f'model.rope_original_context = {context}: only model.rope_scaling = "yarn" and "llama3" read it, and it '
+            f'is "{scaling}"; leave it at 0.'
         )
-    if scaling == "yarn" and not context:
+    if by_wavelength and not context:
         raise UserError(
-            'model.rope_original_context = 0: model.rope_scaling = "yarn" needs the context length that the model was '
-            "trained with before; set it."
+            f'model.rope_original_context = 0: model.rope_scaling = "{scaling}" needs the context length that the '
+            "model was trained with before; set it."
         )
+    turns = model.rope_turns
+    if turns and not by_wavelength:
+        raise UserError(
+            f'model.rope_turns = {format_value(turns)}: only model.rope_scaling = "yarn" and "llama3" read them, and '
+            f'it is "{scaling}"; leave them out.'
+        )
+    if turns and (len(turns) != 2 or not 0 < turns[0] < turns[1]):
+        raise UserError(
+            f"model.rope_turns = {format_value(turns)}: two numbers were expected, the larger one last, as in (1, 32)."
+        )
+    for name, default in (("rope_ramp", "turns"), ("rope_attention_factor", 0.0)):
+        if (value := getattr(model, name)) != default and scaling != "yarn":
+            raise UserError(
+                f'model.{name} = {value}: only model.rope_scaling = "yarn" reads it, and it is "{scaling}"; leave it '
+                f"at {default}."
+            )
 
 
 def _check_heads(model: "ModelConfig") -> None:
@@ -85,6 +102,12 @@ def _check_heads(model: "ModelConfig") -> None:
         )
     if model.head_dim % 2:
         raise UserError(f"model.head_dim = {model.head_dim}: it must be even, for the rotary embedding rotates pairs.")
+    window, heads = model.sliding_window, model.num_kv_heads
+    if isinstance(window, tuple) and len(window) != heads:
+        raise UserError(
+            f"model.sliding_window = {format_value(window)}: {heads} numbers were expected, one for each of "
+            f"model.num_kv_heads = {heads}, or one number for all."
+        )
 
 
 def _check_nats(nats: "NatsConfig") -> None:
@@ -128,7 +151,8 @@ def _check_rivals(model: "ModelConfig", nats: "NatsConfig", mesh: "MeshConfig") 
 
 def _check_data(data: "DataConfig") -> None:
     if data.mixture and (data.input or data.prepared_dir or data.source != "corpus"):
-        other = "data.input" if data.input else "data.prepared_dir" if data.prepared_dir else 'data.source = "recall"'
+        source = f'data.source = "{data.source}"'
+        other = "data.input" if data.input else "data.prepared_dir" if data.prepared_dir else source
         raise UserError(f"data.mixture names the prepared corpora to train on; {other} does not go with it.")
     if data.source == "corpus" and not data.input and not data.prepared_dir and not data.mixture:
         raise UserError(

@@ -215,6 +215,9 @@ def _checked(path: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any
             meant = did_you_mean(value, map(str, choices))
             raise UserError(f"{path} = {format_value(value)}: one of {expected} was expected{meant}.")
         return value
+    if isinstance(kind, types.UnionType):  # a number, or a tuple of such numbers
+        number, several = typing.get_args(kind)
+        return _checked(path, value, several if isinstance(value, tuple | list) else number, limits)
     if typing.get_origin(kind) is tuple:
         element_kind = typing.get_args(kind)[0]
         of_words = typing.get_origin(element_kind) is Literal

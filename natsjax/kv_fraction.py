@@ -37,7 +37,7 @@ def window_pairs(piece_lengths: npt.ArrayLike, window: npt.ArrayLike) -> np.ndar
 
 
 def window_fraction(
-    piece_lengths: npt.ArrayLike, window: npt.ArrayLike, *, num_sinks: int = 0, own_window: int | None = None
+    piece_lengths: npt.ArrayLike, window: npt.ArrayLike, *, num_sinks: int = 0, own_window: npt.ArrayLike | None = None
 ) -> np.ndarray:
     """Returns the KV fraction of a layer under a sliding window, with or without sinks.
 
@@ -45,22 +45,22 @@ def window_fraction(
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
       window: int, any shape, tokens.
       num_sinks: first tokens of each piece that live to its end.
-      own_window: tokens that the layer reads at most, whatever lives; None: no limit.
+      own_window: tokens that the layer reads at most, whatever lives; None: no limit. With a number for each KV head,
+        int ``[k]``, the result is the mean over heads.
 
     Returns:
       float64, in the shape of ``window``.
     """
     longest = int(np.max(piece_lengths))
-    if own_window is None:
-        own_window = longest
+    own_windows = np.atleast_1d(longest if own_window is None else own_window)
 
     def pairs(tokens: npt.ArrayLike) -> np.ndarray:
         return window_pairs(piece_lengths, tokens)
 
     # Sinks and a window hold as many keys for a query as a window that is longer by the sinks. A window of the layer's
     # own takes the sinks behind it away again.
-    read = pairs(num_sinks + np.minimum(window, own_window)) - pairs(num_sinks + own_window) + pairs(own_window)
-    return read / pairs(longest)
+    read = [pairs(num_sinks + np.minimum(window, own)) - pairs(num_sinks + own) + pairs(own) for own in own_windows]
+    return np.mean(read, axis=0) / pairs(longest)
 
 
 def all_sliding_kv_fraction(piece_lengths: npt.ArrayLike, window: int) -> float:
@@ -204,18 +204,22 @@ def perplexity(cross_entropy: float) -> float:
 
 
 def sliding_windows(config: Config) -> np.ndarray:
-    """Returns the number of later queries that read a key, by layer and SLIDING role: int32 ``[l, r]``.
+    """Returns the number of later queries that read a key, by layer, KV head and SLIDING role.
 
     The keys of a "sliding" layer all have the first of these roles.
+
+    Returns:
+      int32 ``[l, k, r]``, or ``[l, 1, r]`` where all heads of every layer are alike.
     """
     model, windows = config.model, config.nats.sliding_windows
-    layers = [(model.sliding_window, *windows[1:]) if x == "sliding" else windows for x in model.all_layer_types]
+    heads = model.head_windows if "sliding" in model.layer_types else (0,)
+    layers = [[(own, *windows[1:]) if x == "sliding" else windows for own in heads] for x in model.all_layer_types]
     return np.array(layers, np.int32)
 
 
 def _mean_over_layers(config: Config, piece_lengths: npt.ArrayLike, nats: float) -> float:
     """Returns the mean of the layers' KV fractions; ``nats`` is that of layers with roles."""
-    sliding = float(window_fraction(piece_lengths, config.model.sliding_window))
+    sliding = float(np.mean(window_fraction(piece_lengths, config.model.head_windows)))
     by_kind = dict.fromkeys(ROLE_LAYER_TYPES, nats) | {"dense": 1.0, "sliding": sliding}
     return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -91,7 +92,8 @@ class Field:
     @property
     def element(self) -> Any:
         """Returns the type of a tuple's elements, else of the value."""
-        return typing.get_args(self.kind)[0] if typing.get_origin(self.kind) is tuple else self.kind
+        is_several = typing.get_origin(self.kind) is tuple or isinstance(self.kind, types.UnionType)
+        return typing.get_args(self.kind)[0] if is_several else self.kind
 
 
 def fields(cls: type = Config, path: tuple[str, ...] = ()) -> list[Field]:
@@ -127,6 +129,7 @@ _TUPLES = {
         [(1 / 3, 1 / 3, 1 / 3), (0.5, 0.25, 0.25), (1e-6, 1e-6, 1 - 2e-6), (1 - 2e-6, 1e-6, 1e-6)]
     ),
     "train.profile": st.sampled_from([(), (1, 1), (2, 3), (10, 1000)]),
+    "model.sliding_window": st.sampled_from([0, 3, (2,), (0, 4), (2**31 - 1, 1)]),
     "model.nope": st.sampled_from([(), (True,), (False, True), (False, True, False)]),
 }
 

@@ -32,6 +32,7 @@ from natsjax.policies.budgets import (
     wanted_budgets,
     window_for_budget,
 )
+from natsjax.policies.interval import RANDOM_DRAWS
 
 pieces = st.lists(st.integers(1, 15), min_size=1, max_size=6).map(np.array)
 
@@ -56,7 +57,11 @@ def test_interval_fractions_are_counted_pairs(lengths, num_sinks):
 
 
 @settings(max_examples=60, deadline=None)
-@given(pieces, st.integers(0, 5), st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=3))
+@given(
+    pieces,
+    st.integers(0, 5),
+    st.lists(st.none() | st.integers(0, 12) | st.tuples(*[st.integers(0, 12)] * 2), min_size=1, max_size=3),
+)
 def test_a_layers_own_window_limits_what_the_policy_leaves(lengths, num_sinks, layers):
     def reads(query, position, window, own):
         left = position < num_sinks or query - position <= window
@@ -66,7 +71,8 @@ def test_a_layers_own_window_limits_what_the_policy_leaves(lengths, num_sinks, l
         np.mean(
             [
                 sum(reads(q, p, window, own) for length in lengths for q in range(length) for p in range(q + 1))
-                for own in layers
+                for of_layer in layers
+                for own in (of_layer if isinstance(of_layer, tuple) else (of_layer, of_layer))  # two heads
             ]
         )
         for window in range(max(lengths))
@@ -83,6 +89,41 @@ def test_a_budget_that_the_layers_own_windows_rule_out_has_no_setting():
         assert (window_for_budget(lengths, budget, layers=layers) is not None) == expected
         assert (fraction_for_budget(lengths, budget, 2, layers)[0] is not None) == expected
         assert (keys_for_budget(lengths, budget, 4, layers) is not None) == expected
+
+
+def test_keys_are_counted_for_heads_of_different_windows():
+    lengths, layers = np.array([19, 30, 4]), [None, (2, 11)]
+    causal = np.sum(lengths * (lengths + 1) // 2)
+
+    def read(query, number, chunk, own):  # keys of the chunk, and kept ones of the tokens before that the window holds
+        begin = query // chunk * chunk
+        return min(query - begin, own) + 1 + min(number, begin, max(own - (query - begin), 0))
+
+    for chunk in (1, 4):
+        fractions = [
+            np.mean([sum(read(q, n, chunk, own) for m in lengths for q in range(m)) for own in (30, 30, 2, 11)])
+            / causal
+            for n in range(31)
+        ]
+        for budget in (0.35, 0.5, 0.62):
+            if fractions[0] <= budget:
+                found = keys_for_budget(lengths, budget, chunk, layers)
+                assert abs(fractions[found] - budget) == pytest.approx(np.abs(np.array(fractions) - budget).min())
+
+
+def test_random_keys_are_counted_for_heads_of_different_windows():
+    lengths, layers = np.array([19, 30, 4]), [None, (2, 11)]
+    draws = np.random.default_rng(0).integers(0, RANDOM_DRAWS, (2, 30))
+    fraction, window = fraction_for_budget(lengths, 0.5, 1, layers, draws)
+    read = sum(
+        p == 0 or draws[head, p] < fraction * RANDOM_DRAWS or q - p <= window
+        for m in lengths
+        for head, own in ((0, 30), (1, 30), (0, 2), (1, 11))
+        for q in range(m)
+        for p in range(q + 1)
+        if q - p <= own
+    )
+    assert read / 4 / np.sum(lengths * (lengths + 1) // 2) == pytest.approx(0.5, abs=0.01)
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,7 +32,7 @@ def pairs(ids, batch, windows):
 @pytest.mark.parametrize("seed", range(3))
 def test_live_keys_are_the_pairs_of_each_query(seed, windows):
     batch, ids = batch_and_roles(seed=seed)
-    found = live_keys(jnp.asarray(ids[0]), Batch.from_rows(batch).is_first, windows)
+    found = live_keys(jnp.asarray(ids[0]), Batch.from_rows(batch).is_first, jnp.array([windows]))
     valid = np.broadcast_to(batch["document_end"][:, None] > 0, found.shape)
     np.testing.assert_array_equal(np.asarray(found)[valid], pairs(ids[0], batch, windows).sum(-1)[valid])
 
@@ -79,11 +79,11 @@ def test_windows_are_the_layers_own():
     config = tiny.config(
         model={"layer_types": "nats,sliding,dense", "num_layers": 6, "sliding_window": 7}, nats={"window": 3}
     )
-    assert sliding_windows(config).tolist() == [[3], [7], [3], [3], [7], [3]]
+    assert sliding_windows(config).tolist() == [[[3]], [[7]], [[3]], [[3]], [[7]], [[3]]]
     ladder = tiny.config(
         model={"layer_types": "nats,sliding", "sliding_window": 7}, nats={"windows": (1, 5), "initial_roles": ()}
     )
-    assert sliding_windows(ladder).tolist() == [[1, 5], [7, 5]]
+    assert sliding_windows(ladder).tolist() == [[[1, 5]], [[7, 5]]]
 
 
 def test_entropy_is_that_of_the_scorer_without_noise():

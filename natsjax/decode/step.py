@@ -171,8 +171,9 @@ class BufferAttention(NamedTuple):
 
         by_head = ("batch", "kv_heads", None)
         given = ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None)
+        of_heads = (None, "kv_heads" if window.shape[1] > 1 else None, None)
         tokens = (("batch", None), ("batch", None), ("batch",))
-        axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, (), (), *tokens, *(AXES[x.ndim] for x in slots))
+        axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, (), of_heads, *tokens, *(AXES[x.ndim] for x in slots))
         out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
         out_axes += [by_head] * (2 * is_observed + count_live)
         numbers = (self.layer, window, batch.positions, batch.is_token, self.chunk.observed_from)
@@ -230,14 +231,22 @@ def _merge_heads(query: jax.Array) -> jax.Array:
 
 
 def _by_kind(kind, config: Config, positions, ids, end):
-    """Fits roles, ends and the windows of SLIDING keys to the kind of the layer."""
+    """Fits roles and ends to the kind of the layer.
+
+    Returns:
+      Both, and the windows of SLIDING keys, int32 ``[r, k, 1]``, or ``[r, 1, 1]`` where all heads are alike.
+    """
     model = config.model
-    sliding = cut(model.sliding_window)
-    windows = [jnp.int32(cut(window)) for window in config.nats.sliding_windows]
+    sliding, windows = (
+        jnp.array([cut(window) for window in of_kind], jnp.int32)[:, None]
+        for of_kind in (model.head_windows, config.nats.sliding_windows)
+    )
+    windows = windows[..., None]
     is_dense, is_sliding = (kind == LAYER_TYPES.index(name) for name in ("dense", "sliding"))
     if ids is not None and not all(model.is_role_layer()):
         ids = jnp.where(is_dense, GLOBAL, jnp.where(is_sliding, SLIDING, ids)).astype(ids.dtype)
-        windows[0] = jnp.where(is_sliding, sliding, windows[0])
+        is_first = jnp.arange(len(windows))[:, None, None] == 0  # the role of all keys of a "sliding" layer
+        windows = jnp.where(is_sliding & is_first, sliding, windows)
     if end is not None and "sliding" in model.layer_types:
         end = jnp.where(is_sliding, jnp.minimum(end, window_end(positions[:, None], sliding)), end)
     return ids, end, windows
@@ -247,7 +256,7 @@ def _ends_by_role(ids, index, is_token, windows):
     """Returns ``NewKeys.key_end`` (int32 ``[b, k, t]``) and ``local_end [b, k]`` from roles ``[b, k, t]``."""
     length = ids.shape[-1]
     ids = jnp.where(is_token[:, None], ids, SLIDING)  # padding ends no key
-    end = key_end_from_roles(ids, window=windows)  # counted from the chunk's first token
+    end = key_end_from_roles(ids, window=list(windows))  # counted from the chunk's first token
     waiting = jnp.where(ids == LOCAL, UNTIL_GLOBAL, NO_END)
     end = jnp.where(end == NO_END, waiting, end + index[:, None, None])
     first_global = jnp.min(jnp.where(ids == GLOBAL, jnp.arange(length, dtype=jnp.int32), length), axis=-1)

@@ -148,10 +148,10 @@ def samples_of(this: LoadedRun, held_out: Row, role_biases: Sequence[float], pro
 
 def _sample(this: LoadedRun, row: Row, roles: list[np.ndarray], length: int) -> dict[str, Any]:
     """Makes the sample of one context, arrays ``[t]``, with the roles ``[l, k, t]`` under each role bias."""
-    length = min(length, int(np.sum(row["document_end"] > 0)))
+    length, windows = min(length, int(np.sum(row["document_end"] > 0))), sliding_windows(this.config)
     return {
         "tokens": [this.data.vocabulary.token_text(int(token)) for token in row["inputs"][:length]],
         "roles": [[["".join(map(str, head[:length])) for head in layer] for layer in biased] for biased in roles],
-        "windows": sliding_windows(this.config).tolist(),
+        "windows": (windows[:, 0] if windows.shape[1] == 1 else windows).tolist(),
         "document_starts": np.flatnonzero(row["positions"][:length] == 0).tolist(),
     }

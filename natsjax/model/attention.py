@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -361,7 +362,7 @@ class MaskedAttention(NamedTuple):
         return out, Roles(ids, key_end, lifetime, _entropy(jax.lax.stop_gradient(logits), batch.is_token))
 
     def _by_interval(self, attention, query, key, value):
-        model, s = attention.config.model, key.shape[1]
+        s = key.shape[1]
         index = jnp.arange(s, dtype=jnp.int32)
         end, role = self.batch.document_end[:, None, :], GLOBAL
         if self.sampling.key_end is not None:
@@ -370,7 +371,8 @@ class MaskedAttention(NamedTuple):
             end = jnp.minimum(end, jnp.where(given >= NO_END - start, NO_END, given + start))
         if self.kind == "sliding":  # whatever else is asked for: such a layer has never read more
             role = SLIDING
-            end = jnp.minimum(end, index + min(model.sliding_window, s) + 1)
+            windows = np.minimum(attention.config.model.head_windows, s).astype(np.int32)
+            end = jnp.minimum(end, index + windows[:, None] + 1)
         out, end, lifetime = self._read(attention, query, key, value, end)
         return out, Roles(jnp.full_like(end, role, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
 

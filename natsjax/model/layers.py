@@ -84,8 +84,8 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...]).astype(x.dtype)
 
 
-_FAST, _SLOW = 32, 1
-"""Turns in the original context from which YaRN leaves a frequency as it is, and up to which it divides it by s."""
+_TURNS = {"yarn": (1.0, 32.0), "llama3": (1.0, 4.0)}
+"""Turns in the original context up to which a frequency is divided by s, and from which it stays (``rope_turns``)."""
 
 
 def scaled_frequencies(frequency: jax.Array, model: ModelConfig) -> jax.Array:
@@ -93,7 +93,8 @@ def scaled_frequencies(frequency: jax.Array, model: ModelConfig) -> jax.Array:
 
     "linear" divides all of them by ``s = rope_scaling_factor``. "yarn" does so where a pair makes at most one turn in
     ``rope_original_context`` tokens, leaves those of 32 turns and more, and goes linearly, in the number of turns, from
-    one to the other (arXiv:2309.00071, 3.2).
+    one to the other (arXiv:2309.00071, 3.2); with ``rope_ramp = "pairs"`` in the number of the pair. "llama3" is the
+    first of the two between 1 and 4 turns (Llama 3.1, arXiv:2407.21783).
 
     Args:
       frequency: float32 ``[h/2]``, radians a token.
@@ -101,16 +102,38 @@ def scaled_frequencies(frequency: jax.Array, model: ModelConfig) -> jax.Array:
     """
     if model.rope_scaling == "none":
         return frequency
-    kept = jnp.zeros_like(frequency)
-    if model.rope_scaling == "yarn":
+    if model.rope_scaling == "linear":
+        kept = jnp.zeros_like(frequency)
+    elif model.rope_ramp == "pairs":
+        kept = _kept_by_pair(model)
+    else:
+        slow, fast = model.rope_turns or _TURNS[model.rope_scaling]
         turns = model.rope_original_context * frequency / (2 * math.pi)
-        kept = jnp.clip((turns - _SLOW) / (_FAST - _SLOW), 0, 1)
+        kept = jnp.clip((turns - slow) / (fast - slow), 0, 1)
     return frequency * (kept + (1 - kept) / model.rope_scaling_factor)
+
+
+def _kept_by_pair(model: ModelConfig) -> jax.Array:
+    """Returns how much of each pair's frequency stays, float32 ``[h/2]``: linear in the pair's number."""
+    slow, fast = model.rope_turns or _TURNS[model.rope_scaling]
+
+    def pair_of(turns):  # the number, with a fraction, of the pair that makes so many
+        return model.head_dim * math.log(model.rope_original_context / (turns * 2 * math.pi)) / denominator
+
+    denominator = 2 * math.log(model.rope_theta)
+    if not denominator:  # all pairs make equally many turns
+        return jnp.full((model.head_dim // 2,), float(model.rope_original_context >= fast * 2 * math.pi), jnp.float32)
+    # The upper bound is that of YaRN's published code, which takes the number of a dimension for that of a pair.
+    first, last = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), model.head_dim - 1)
+    width = last - first or 0.001
+    return 1 - jnp.clip((jnp.arange(model.head_dim // 2, dtype=jnp.float32) - first) / width, 0, 1)
 
 
 def rotary_size(model: ModelConfig) -> float:
     """Returns the factor of rotated queries and keys: for YaRN the root of its attention temperature's inverse."""
-    return 0.1 * math.log(model.rope_scaling_factor) + 1 if model.rope_scaling == "yarn" else 1.0
+    if model.rope_scaling != "yarn":
+        return 1.0
+    return model.rope_attention_factor or 0.1 * math.log(model.rope_scaling_factor) + 1
 
 
 def rotate(

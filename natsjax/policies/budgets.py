@@ -4,8 +4,8 @@ A KV budget is a KV fraction (docs/method.md 4): live key-query pairs over causa
 functions here take:
 
 * ``pieces``, ``piece_lengths``: int ``[num_pieces]``, tokens in each document piece, at least one piece.
-* ``layers``: the window of each layer of the pattern (``layer_windows``), None for a layer that has none. A "sliding"
-  layer never reads more than its own window, whatever the policy.
+* ``layers``: the window of each layer of the pattern (``layer_windows``), or those of its KV heads; None for a layer
+  that has none. A "sliding" layer never reads more than its own window, whatever the policy.
 * ``name``: what a message calls a budget.
 
 ``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o`` and ``snapkv`` are what ``natsjax.policies.registry``
@@ -44,7 +44,7 @@ _MOST_CONTINUED = 0.5
 """Tokens behind a prompt of SnapKV, as a fraction of the keys that a query reads: all of them are kept, and more of
 them would leave it nothing to choose. On average they take half as many keys."""
 
-Layers = Sequence[int | None]
+Layers = Sequence[int | tuple[int, ...] | None]
 UNLIMITED: Layers = (None,)
 """Layers that read whatever the policy leaves."""
 
@@ -243,14 +243,18 @@ def _fraction_of_samples(lengths: np.ndarray, budget: float, window: int, layers
         index = np.arange(longest)
         return queries[index] - queries[np.minimum(index + window + 1, longest)]
 
-    own = [longest if limit is None else limit for limit in layers]
-    kept = np.mean([read_within(limit) for limit in own], axis=0)
-    other = np.mean([read_within(min(limit, window)) for limit in own], axis=0)
-    gained = np.broadcast_to(kept - other, draws.shape).copy()
+    heads = len(draws)
+    own = [np.broadcast_to(limits, heads) for limits in _own_windows(layers, longest)]  # [l][k]
+    kept, other = (
+        np.mean([[read_within(min(limit, most)) for limit in of_layer] for of_layer in own], axis=0)  # [k, s]
+        for most in (longest, window)
+    )
+    gained = kept - other
+    first = gained[:, 0].sum()
     gained[:, 0] = 0  # the first key is kept anyway
     order = np.argsort(draws, axis=None, kind="stable")
-    pairs = len(draws) * (other.sum() + kept[0] - other[0]) + np.append(0, np.cumsum(gained.reshape(-1)[order]))
-    fractions = pairs / len(draws) / np.sum(lengths * (lengths + 1) // 2)
+    pairs = other.sum() + first + np.append(0, np.cumsum(gained.reshape(-1)[order]))
+    fractions = pairs / heads / np.sum(lengths * (lengths + 1) // 2)
     number = int(np.argmin(np.abs(fractions - budget)))
     return float(np.append(draws.reshape(-1)[order], RANDOM_DRAWS)[number]) / RANDOM_DRAWS
 
@@ -278,15 +282,21 @@ def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers
     begin = index // chunk * chunk  # of the chunk that a query lies in
     queries = len(lengths) - np.searchsorted(np.sort(lengths), index, side="right")  # pieces that have one at the index
     pairs = np.zeros(longest + 1)
-    for own in layers:
-        window = longest if own is None else own
-        pairs += np.sum(queries * np.minimum(index - begin, window)) + np.sum(queries)  # the chunk's keys
-        earlier = np.minimum(begin, np.maximum(window - (index - begin), 0))  # that the window holds
-        # A number of kept keys gives min(number, earlier) of them: one for every u <= number with earlier >= u.
-        with_earlier = np.bincount(earlier, weights=queries, minlength=longest + 1)
-        pairs[1:] += np.cumsum(np.cumsum(with_earlier[::-1])[::-1][1:])
+    for of_layer in _own_windows(layers, longest):
+        for window in of_layer:
+            read = np.minimum(index - begin, window) + 1  # the chunk's keys
+            earlier = np.minimum(begin, np.maximum(window - (index - begin), 0))  # that the window holds
+            # A number of kept keys gives min(number, earlier) of them: one for every u <= number with earlier >= u.
+            with_earlier = np.bincount(earlier, weights=queries, minlength=longest + 1)
+            kept = np.append(0, np.cumsum(np.cumsum(with_earlier[::-1])[::-1][1:]))
+            pairs += (np.sum(queries * read) + kept) / len(of_layer)
     fractions = pairs / len(layers) / np.sum(lengths * (lengths + 1) // 2)
     return int(np.argmin(np.abs(fractions - budget))) if fractions[0] <= budget <= fractions[-1] else None
+
+
+def _own_windows(layers: Layers, longest: int) -> list[np.ndarray]:
+    """Returns the windows of each layer's KV heads, int ``[k]`` or ``[1]`` for all; ``longest`` where it has none."""
+    return [np.atleast_1d(longest if own is None else own) for own in layers]
 
 
 # --- numbers of a policy, as the registry gets them ---

@@ -194,7 +194,8 @@ SAMPLE_FIELDS = _by_name(
     Field("roles", "a digit per token: 0 GLOBAL, 1 LOCAL, 2 and more SLIDING, one for each window", shape="b, l, k"),
     Field(
         "windows",
-        "queries behind its own that read a key of each SLIDING role; one number in older files",
+        "queries behind its own that read a key of each SLIDING role; `[l, k, r]` where KV heads differ, one number in "
+        "older files",
         "tokens",
         "l, r",
     ),

@@ -98,8 +98,9 @@ def is_biased(row: Row, budget_check: Mapping[str, Any]) -> bool:
 def _check_roles(name: str, sample: Mapping[str, Any]) -> None:
     length, layers = len(sample["tokens"]), len(sample["windows"])
     heads = [roles for role_bias in sample["roles"] for layer in role_bias for roles in layer]
-    # One window in files from before there could be several.
-    known = {str(role) for role in range(2 + max(len(x) if isinstance(x, list) else 1 for x in sample["windows"]))}
+    # One window in files from before there could be several; the last axis is that of the SLIDING roles.
+    num_windows = max(np.atleast_1d(of_layer).shape[-1] for of_layer in sample["windows"])
+    known = {str(role) for role in range(2 + num_windows)}
     if not length or not heads or any(len(roles) != length or set(roles) - known for roles in heads):
         raise ValueError(f"{name} needs tokens, and {length} digits of roles per role bias, layer and head")
     if len(sample["roles"]) != len(sample["role_biases"]) or any(

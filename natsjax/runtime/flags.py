@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -136,15 +137,20 @@ def parse_config_flags(argv: Sequence[str], values: flags.FlagValues, usage: str
     """
     _check_flags(argv, values, usage)
     read_config_file(_config_file(argv, usage))  # ml_collections reads it again, but hides what is wrong with it
-    _check_overrides(argv)
+    several = _check_overrides(argv)
+    argv = [word for word in argv if _OVERRIDE.sub("", word, count=1).partition("=")[0] not in several]
     try:
         flag = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=list(argv))
         rest = values(list(argv))
+        fields = flag.value
+        for path, value in several.items():
+            group, name = path.split(".")
+            fields = {**fields, group: {**fields.get(group, {}), name: value}}
     except (flags.Error, TypeError, ValueError, OSError) as error:
         raise _flag_error(error, usage) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {format_value(rest[1])}; {usage}.")
-    return Config.from_dict(flag.value)
+    return Config.from_dict(fields)
 
 
 def _check_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> None:
@@ -292,8 +298,13 @@ def _config_file(argv: Sequence[str], usage: str) -> str:
     return names[-1]
 
 
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Looks fields up before ml_collections does, whose errors for unknown and mistyped ones are hard to read."""
+def _check_overrides(argv: Sequence[str]) -> dict[str, Any]:
+    """Looks fields up before ml_collections does, whose errors for unknown and mistyped ones are hard to read.
+
+    Returns:
+      The values of fields that are a number or several, by path: ml_collections takes what the config file has of both.
+    """
+    several: dict[str, Any] = {}
     for argument in argv:
         if not _OVERRIDE.match(argument):
             continue
@@ -317,6 +328,10 @@ def _check_overrides(argv: Sequence[str]) -> None:
         if not separator and kind is not bool:
             raise UserError(f"--config.{path} has no value; --config.{path}=VALUE was expected, in one word.")
         _check_override(path, kind, value)
+        if isinstance(kind, types.UnionType):
+            numbers = tuple_parser.TupleParser().parse(value)
+            several[path] = numbers if "," in value or len(numbers) != 1 else numbers[0]
+    return several
 
 
 def _nearest_field(path: str) -> str:
@@ -345,7 +360,7 @@ def _check_override(path: str, kind: Any, value: str) -> None:
             raise UserError(f"{path} = {format_value(value)}: {kind.__name__} was expected.") from error
     if kind is bool and value.lower() not in ("", "true", "false", "0", "1"):
         raise UserError(f"{path} = {format_value(value)}: true or false was expected.")
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is tuple or isinstance(kind, types.UnionType):
         try:
             tuple_parser.TupleParser().parse(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:

@@ -4,7 +4,6 @@ Axis letters: ``l`` layer, ``b`` batch, ``k`` KV head, ``s`` token, ``t`` query,
 ``r`` role.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,7 +52,7 @@ def role_sums(ids: jax.Array, batch: Batch, config: Config) -> RoleSums:
     thresholds = jnp.asarray(live_thresholds(ids.shape[-1]))
     windows = jnp.asarray(sliding_windows(config))
 
-    def local(ids, is_token, is_first, document_end):
+    def local(ids, windows, is_token, is_first, document_end):
         valid = is_token[:, None]
 
         def layer(ids, windows):
@@ -72,18 +71,21 @@ def role_sums(ids: jax.Array, batch: Batch, config: Config) -> RoleSums:
         )
 
     # Whole sequences, as small integers, as for the lifetimes.
-    axes = ((None, "batch", "kv_heads", None), *(("batch", None),) * 3)
+    of_heads = (None, "kv_heads" if windows.shape[1] > 1 else None, None)
+    axes = ((None, "batch", "kv_heads", None), of_heads, *(("batch", None),) * 3)
     out_axes: list[sharding.Axes] = [(None, "kv_heads", None), (None, "kv_heads"), (None, None)]
-    return RoleSums(*sharding.shard_map(local, axes, out_axes)(ids, batch.is_token, batch.is_first, batch.document_end))
+    mapped = sharding.shard_map(local, axes, out_axes)
+    return RoleSums(*mapped(ids, windows, batch.is_token, batch.is_first, batch.document_end))
 
 
-def live_keys(ids: jax.Array, is_first: jax.Array, windows: Sequence[int] | jax.Array) -> jax.Array:
+def live_keys(ids: jax.Array, is_first: jax.Array, windows: jax.Array) -> jax.Array:
     """Counts the keys that each query reads, in O(s): running sums, without a scatter, which TPUs are slow at.
 
     Args:
       ids: int8 ``[b, k, s]``.
       is_first: bool ``[b, s]``, the first token of each document.
-      windows: queries behind its own that read a key of each SLIDING role; a sequence, or int32 ``[r - 2]``.
+      windows: queries behind its own that read a key of each SLIDING role; int32 ``[k, r - 2]`` or, for all heads,
+        ``[1, r - 2]``.
 
     Returns:
       int32 ``[b, k, t]``; meaningless where padded.
@@ -102,10 +104,17 @@ def live_keys(ids: jax.Array, is_first: jax.Array, windows: Sequence[int] | jax.
     # A LOCAL key is read up to the next GLOBAL token, that one's own query included.
     behind_global = jnp.concatenate([jnp.zeros_like(ids[..., :1], bool), ids[..., :-1] == GLOBAL], axis=-1)
     live = globals_ - before(globals_, start) + locals_ - before(locals_, start | behind_global)
-    for role, window in enumerate(windows, SLIDING):
+    for role, of_heads in enumerate(jnp.minimum(windows, length).T, SLIDING):
         sliding = up_to(role)
         padded = jnp.concatenate([jnp.zeros((*sliding.shape[:-1], length + 1), jnp.int32), sliding], axis=-1)
-        run_out = jax.lax.dynamic_slice_in_dim(padded, length - jnp.minimum(window, length), length, axis=-1)
+        heads = [padded] if len(of_heads) == 1 else jnp.split(padded, len(of_heads), axis=1)
+        run_out = jnp.concatenate(
+            [
+                jax.lax.dynamic_slice_in_dim(values, length - window, length, axis=-1)
+                for values, window in zip(heads, of_heads, strict=True)
+            ],
+            axis=1,
+        )
         live += sliding - jnp.maximum(run_out, before(sliding, start))
     return live
 

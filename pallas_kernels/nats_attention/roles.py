@@ -124,7 +124,7 @@ def key_end_from_roles(
     Args:
       role_ids: int ``[b, k, s]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING, and with several windows 3, 4, … for the others.
       window: queries after its own that can read a SLIDING key, 0 or more, or one such number for each SLIDING role;
-        each may be a traced int32 scalar. One beyond int32 is none at all.
+        each may be traced, and an int32 array that is broadcast against ``role_ids``. One beyond int32 is none at all.
       document_end: int32 ``[b, s]``, exclusive; 0 marks padding. None: one document.
 
     Returns:

@@ -54,8 +54,9 @@ function showReader({ sample: index, layer, head, token, role_bias }) {
   const key = [index, layer, head, role_bias].join("/");
   if (key !== reader.key) {
     const sample = samples[index], roles = sample.roles[role_bias][layer][head];
-    // One number in files from before there could be several; a sliding layer has one.
-    const windows = [sample.windows[layer]].flat().slice(0, run.layers[layer] === "sliding" ? 1 : undefined);
+    // One number in files from before there could be several, a list for each head where heads differ; a sliding layer has one.
+    const own = [sample.windows[layer]].flat(), ofHead = Array.isArray(own[0]) ? own[head] : own;
+    const windows = ofHead.slice(0, run.layers[layer] === "sliding" ? 1 : undefined);
     const lives = lifetimes(roles, windows, sample.document_starts);
     reader = { key, sample, roles, windows, layer, head, ...lives, ...slotsOf(lives.keyEnd) };
     showOptions("sample", samples.map((s) => s.title), index);
