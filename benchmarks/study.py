@@ -14,6 +14,7 @@ interval: runs of the same seed are compared on each document, and documents are
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ import pathlib
 import runpy
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
@@ -45,6 +46,8 @@ from natsjax.runtime.tables import text_table
 
 RESULTS_FILE = "results.jsonl"
 RECORD_FILE = "study.json"
+CPU_SECONDS_FILE = "cpu_seconds.txt"
+"""In a run's folder: CPU seconds of all starts that have trained it so far."""
 RESAMPLINGS = 10_000
 
 
@@ -121,9 +124,8 @@ def served(run: LoadedRun) -> tuple[Measurement, float]:
 
 def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
     """Trains and measures a run, and writes its record."""
-    began = time.process_time()
-    run = train.fit(config, workdir)
-    cpu_seconds = time.process_time() - began
+    with counted_cpu_seconds(workdir):
+        run = train.fit(config, workdir)
     found, role_bias = served(run)
     metrics = read_metrics(Workdir(workdir).metrics_file)
     documents = found.documents
@@ -145,7 +147,7 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
         "tokens_per_second": statistics.median(
             line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")
         ),
-        "cpu_seconds": cpu_seconds,
+        "cpu_seconds": read_cpu_seconds(workdir),
         "loss": found.cross_entropy,
         "accuracy": found.accuracy,
         "kv_fraction": found.kv_fraction,
@@ -159,6 +161,27 @@ def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
     write_text_file(workdir / RECORD_FILE, json.dumps(record) + "\n")
 
 
+@contextlib.contextmanager
+def counted_cpu_seconds(workdir: pathlib.Path) -> Iterator[None]:
+    """Adds the CPU seconds of its body to those of earlier starts of a run, also where the body is interrupted.
+
+    A process that is killed (SIGKILL) adds nothing.
+    """
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        if Workdir(workdir).config_file.exists():  # else it has not become a run
+            total = read_cpu_seconds(workdir) + time.process_time() - began
+            write_text_file(workdir / CPU_SECONDS_FILE, f"{total}\n")
+
+
+def read_cpu_seconds(workdir: pathlib.Path) -> float:
+    """Reads the CPU seconds of all starts of a run; 0 before the first has ended."""
+    path = workdir / CPU_SECONDS_FILE
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+
+
 Record = Mapping[str, Any]
 """What ``run_one`` writes of a run."""
 
@@ -168,9 +191,11 @@ def paired_interval(records: Sequence[Record], others: Sequence[Record]) -> tupl
 
     Returns:
       The ratio of perplexities, records over others, with the ends of its 95 % interval over documents (NaN where it is
-      not known). Seeds are averaged; their spread is not in the interval.
+      not known, as for arms without a common seed). Seeds are averaged; their spread is not in the interval.
     """
     pairs = [(a, b) for a in records for b in others if a["seed"] == b["seed"]]
+    if not pairs:
+        return math.nan, math.nan, math.nan
     for a, b in pairs:
         if a["documents"] != b["documents"] or a["predicted"] != b["predicted"]:
             raise UserError(f"{a['arm']} and {b['arm']} were measured on different text: they cannot be compared.")
@@ -200,10 +225,8 @@ def table(records: Sequence[Record], reference: str) -> str:
     for arm, runs in sorted(by_arm.items(), key=lambda item: statistics.fmean(run["loss"] for run in item[1])):
         losses = [run["loss"] for run in runs]
         mean = statistics.fmean(losses)
-        ratio = "-"
-        if arm != reference and {run["seed"] for run in by_arm.get(reference, [])} & {run["seed"] for run in runs}:
-            middle, low, high = paired_interval(runs, by_arm[reference])
-            ratio = f"{middle:.4f} [{low:.4f}, {high:.4f}]"
+        middle, low, high = paired_interval(runs, by_arm.get(reference, [])) if arm != reference else (math.nan,) * 3
+        ratio = "-" if math.isnan(middle) else f"{middle:.4f} [{low:.4f}, {high:.4f}]"
         rows.append(
             [
                 arm,

@@ -1,7 +1,9 @@
 """Studies: arms under the same conditions, trained once, compared document by document."""
 
+import contextlib
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -90,6 +92,37 @@ def test_budgets_are_shown_as_sampled_and_as_served():
         "0.001 (its lower bound)",
         "no-global",
     ]
+
+
+def test_arms_without_a_common_seed_have_no_ratio():
+    runs = [record("a", 0, 3 * PREDICTED), record("b", 1, 2.9 * PREDICTED)]
+    assert np.isnan(study.paired_interval(runs[1:], runs[:1])).all()
+    first = study.table(runs, "a").splitlines()[2]
+    assert first.split("|")[-2].strip() == "-"
+    study.table(runs, "none of them")  # the reference has not finished
+
+
+def test_cpu_seconds_are_those_of_all_starts(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(FILE, encoding="utf-8")
+    config, workdir = study.read_study(path).config_of("dense", 0), tmp_path / "run"
+    clock = iter([0.0, 1000.0, 1012.0, 2000.0, 2000.5])  # the first start ends before there is a run
+    monkeypatch.setattr(study, "time", types.SimpleNamespace(process_time=lambda: next(clock)))
+    fit = study.train.fit
+
+    def interrupted(*arguments):
+        fit(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.train, "fit", lambda *_: pytest.fail("no such data"))
+    with pytest.raises(pytest.fail.Exception):
+        study.run_one("dense", 0, config, workdir)
+    assert not workdir.exists()  # nothing has begun
+    for trains in (interrupted, fit):
+        monkeypatch.setattr(study.train, "fit", trains)
+        with contextlib.suppress(KeyboardInterrupt):
+            study.run_one("dense", 0, config, workdir)
+    assert study.read_record(workdir)["cpu_seconds"] == 12.5
 
 
 def run(monkeypatch, path, workdir, *flags):
