@@ -55,6 +55,18 @@ def test_every_run_is_there_with_what_it_has(runs, tmp_path):
     assert "1 of them was not evaluated" in data["evaluation"]
 
 
+def test_every_row_names_the_roles_of_its_run(tmp_path):
+    for kind in ("gated", "dense", "nats"):
+        make_workdir(tmp_path / kind, attention=kind)
+    data = embedded(compare([tmp_path / kind for kind in ("gated", "dense", "nats")], tmp_path / "out")[0])
+    labels = [{row["label"] for row in run["rows"] if row["method"] == "nats"} for run in data["runs"]]
+    assert labels == [{"SP-KV gates"}, set(), {"NAtS"}]
+    assert data["methods"]["nats"]["label"] == "SP-KV gates / NAtS"
+    assert data["methods"]["full"]["label"] == "full attention"
+    data = embedded(compare([tmp_path / "gated", tmp_path / "dense"], tmp_path / "out")[0])
+    assert data["methods"]["nats"]["label"] == "SP-KV gates"
+
+
 def test_without_an_evaluation_there_is_a_page_of_training_and_no_picture(tmp_path):
     for name in ("a", "b"):
         make_workdir(tmp_path / name, evaluated=False)

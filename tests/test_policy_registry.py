@@ -12,11 +12,12 @@ import tiny
 from processes import ROOT
 
 from natsjax import evaluate, policies, report
+from natsjax.config import ROLE_LAYER_TYPES
 from natsjax.errors import UserError
 from natsjax.evaluate import __main__ as evaluate_command
 from natsjax.generate import __main__ as generate_command
 from natsjax.generate.flags import parse_policy
-from natsjax.policies import budgets
+from natsjax.policies import budgets, registry
 from natsjax.policies.registry import POLICIES, Number, PolicyEntry
 from natsjax.report import picture
 
@@ -167,6 +168,14 @@ def test_every_policy_of_the_package_has_an_entry():
 
 def test_an_unknown_method_is_drawn_under_its_own_name():
     assert report.style_of("new") == ("new", "#7b5bd6", "v")
+
+
+def test_own_roles_have_a_label_for_every_kind_of_layers_that_learns_them():
+    assert set(registry.ROLE_LABELS) == set(ROLE_LAYER_TYPES)
+    assert registry.label_of("nats", ("dense", "head_roles")) == "head roles"
+    assert registry.label_of("nats", ("dense",)) == registry.NATS.label == "NAtS"
+    assert registry.label_of("full", ("gated",)) == "full attention"
+    assert registry.label_of("new", ("gated",)) == "new"
 
 
 def test_the_docs_have_every_policy():

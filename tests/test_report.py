@@ -34,7 +34,7 @@ from natsjax.errors import UserError
 from natsjax.evaluate.rows import about_intervals
 from natsjax.policies.registry import POLICIES
 from natsjax.report import __main__ as report_command
-from natsjax.report import fields, results
+from natsjax.report import fields, picture, results
 from natsjax.report.page import slim
 from natsjax.report.styles import RUN_COLORS
 from natsjax.report.training import read_starts
@@ -117,6 +117,18 @@ def test_table_groups_by_weights_and_adds_accuracy_when_there_is_one():
     assert "99.1 %" in lines[0]
     assert "inf [inf, inf]" in lines[1]
     assert "accuracy" not in report.format_table(rows, show_accuracy=False)
+
+
+@pytest.mark.parametrize(("kind", "label"), [("gated", "SP-KV gates"), ("head_roles", "head roles"), ("nats", "NAtS")])
+def test_a_report_names_the_roles_of_the_run(kind, label, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(picture, "as_png", lambda figure: figures.append(figure) or b"")
+    run = RUN | {"layers": ["sliding", kind]}
+    _, _, page, _ = write(tmp_path, run=run)
+    assert embedded(page)["methods"]["nats"]["label"] == label
+    assert label in [text.get_text() for text in figures[0].legends[0].get_texts()]
+    first = report.format_table(make_rows(), layers=run["layers"]).splitlines()[2]
+    assert first.split("|")[1].strip() == label
 
 
 TOY = fields.Field("toy_size", "a toy", "bits", nullable=True, column="toy size", format=3, compared=True)

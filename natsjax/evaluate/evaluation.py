@@ -61,7 +61,8 @@ class Evaluation:
 
     def summary(self) -> str:
         """Returns the table, the budget check, the notes and the files, as plain text for the terminal."""
-        parts = [report.format_table(self.rows, show_accuracy=self.run_info["show_accuracy"])]
+        info = self.run_info
+        parts = [report.format_table(self.rows, show_accuracy=info["show_accuracy"], layers=info["layers"])]
         if (budget_check := self.budget_check) is not None:
             percent = {name: f"{100 * budget_check[name]:.3g} %" for name in ("kv_budget", "argmax", "biased")}
             sampled = budget_check["sampled"]

@@ -16,7 +16,7 @@ from natsjax.policies.budgets import (
     layer_windows,
     role_bias_for_budget,
 )
-from natsjax.policies.registry import POLICIES, PolicyEntry
+from natsjax.policies.registry import NATS, POLICIES, PolicyEntry, label_of
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.progress import bar
 
@@ -123,8 +123,10 @@ def _within_layers(calibration: Calibration, budgets: Sequence[float], notes: li
     most = float(interval_fractions(calibration.piece_lengths, 0, calibration.layers)[-1])
     if all(budget <= most for budget in budgets):
         return budgets
+    own = label_of(NATS.name, calibration.config.model.layer_types)
     notes.append(
-        f"At KV budgets above {most:.4g} only NAtS is measured: the windows of the model's own layers leave no more."
+        f"At KV budgets above {most:.4g} nothing but {own} is measured: the windows of the model's own layers leave no "
+        "more."
     )
     return [budget for budget in budgets if budget <= most]
 

@@ -111,11 +111,14 @@ def _by_name(entries: Iterable[PolicyEntry]) -> dict[str, PolicyEntry]:
 
 _BUDGETS = "natsjax.policies.budgets"
 
+ROLE_LABELS = {"nats": "NAtS", "gated": "SP-KV gates", "head_roles": "head roles"}
+"""Labels of ``NATS``, by the type of the layers that learned the roles."""
+
 # Colors on white are Okabe and Ito's palette, which stays apart under the common color-vision deficiencies.
 NATS = PolicyEntry(
     name="nats",
     policy="natsjax.policies:Nats",
-    label="NAtS",
+    label=ROLE_LABELS["nats"],
     summary="keys by the model's own roles (--role_bias keeps more or less)",
     color="#d55e00",
     dark_color="#ff8b3e",
@@ -201,3 +204,16 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
     ]
 )
 """By name, in the order of reports."""
+
+
+def label_of(name: str, layers: Iterable[str]) -> str:
+    """Returns a policy's label; that of a model's own roles follows from how its layers learned them.
+
+    Args:
+      name: of the policy; one that is not here is its own label.
+      layers: types of the model's layers (``model.layer_types``).
+    """
+    kind = next((kind for kind in layers if kind in ROLE_LABELS), None)
+    if name == NATS.name and kind is not None:
+        return ROLE_LABELS[kind]
+    return POLICIES[name].label if name in POLICIES else name

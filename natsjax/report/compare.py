@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.policies.registry import FULL
+from natsjax.policies.registry import FULL, label_of
 from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
 from natsjax.report.fields import Row, page_columns
@@ -173,15 +173,16 @@ def _run_values(run: _Run) -> dict[str, Any]:
         "layers": list(run.config.model.all_layer_types),
         "step": None if results is None else results.run["step"],
         "num_parameters": None if results is None else results.run["num_parameters"],
-        "rows": [] if results is None else [_slim(row) for row in results.rows],
+        "rows": [] if results is None else [_slim(row, run.config) for row in results.rows],
         "budget_check": None if results is None else results.budget_check,
         "training": training.read_training(run.workdir),
     }
 
 
-def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops the fields of a row that the comparison does not draw."""
-    return {name: value for name, value in page.slim(row).items() if not name.endswith("_per_head")}
+def _slim(row: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Drops the fields of a row that the comparison does not draw, and adds the ``label`` of its method in the run."""
+    label = label_of(row["method"], config.model.layer_types)
+    return {name: value for name, value in page.slim(row).items() if not name.endswith("_per_head")} | {"label": label}
 
 
 def _different_settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from natsjax.policies.registry import FULL, NATS, POLICIES
 from natsjax.report.fields import ROW_FIELDS, Row, page_columns
 from natsjax.report.results import Results, to_json
-from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors
+from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors, shared_label
 
 _SCRIPTS = {
     "run": ("charts.js", "curves.js", "reader.js", "run.js"),
@@ -48,7 +48,7 @@ def run_page(
         "changed": changed,
         "metric": "accuracy" if show_accuracy else "perplexity",
     }
-    return _page("run", str(results.run["name"]), values)
+    return _page("run", str(results.run["name"]), values, [results.run["layers"]])
 
 
 def slim(row: Row) -> dict[str, Any]:
@@ -58,13 +58,15 @@ def slim(row: Row) -> dict[str, Any]:
 
 def comparison_page(values: Mapping[str, Any], title: str) -> bytes:
     """Renders the page of several runs from the values of ``natsjax.report.compare``."""
-    return _page("comparison", title, values)
+    evaluated = [run["layers"] for run in values["runs"] if run["rows"]]
+    return _page("comparison", title, values, evaluated or [run["layers"] for run in values["runs"]])
 
 
-def _page(kind: str, title: str, values: Mapping[str, Any]) -> bytes:
+def _page(kind: str, title: str, values: Mapping[str, Any], layers: Sequence[Sequence[str]]) -> bytes:
+    methods = {name: {"label": shared_label(name, layers), "marker": entry.marker} for name, entry in POLICIES.items()}
     values = {
         **values,
-        "methods": {name: {"label": entry.label, "marker": entry.marker} for name, entry in POLICIES.items()},
+        "methods": methods,
         "own_roles": NATS.name,
         "full_attention": FULL.name,
         "num_run_colors": len(RUN_COLORS),

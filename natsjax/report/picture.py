@@ -16,7 +16,18 @@ from matplotlib.ticker import NullLocator
 from natsjax.policies.registry import FULL, NATS
 from natsjax.report.fields import ROW_FIELDS, Row
 from natsjax.report.results import Results, is_biased
-from natsjax.report.styles import LINE_STYLES, LOG_RATIO, MANY_RUNS, RUN_COLORS, bounds, height, is_drawable, style_of
+from natsjax.report.styles import (
+    LINE_STYLES,
+    LOG_RATIO,
+    MANY_RUNS,
+    RUN_COLORS,
+    MethodStyle,
+    bounds,
+    height,
+    is_drawable,
+    shared_label,
+    style_of,
+)
 from natsjax.runtime.tables import percent, significant
 
 _LEGEND_ROWS, _LEGEND_COLUMNS = 8, 3
@@ -57,7 +68,8 @@ def pareto(results: Results) -> bytes:
         Line2D([], [], color="#333333", linestyle=lines[name], label=textwrap.fill(_encodable(name), 80))
         for name in dict.fromkeys(row["weights"] for row in rows)
     ]
-    methods = [_method_handle(name, style_of(name).color) for name in dict.fromkeys(row["method"] for row in rows)]
+    styles = [style_of(name, results.run["layers"]) for name in dict.fromkeys(row["method"] for row in rows)]
+    methods = [_method_handle(style, style.color) for style in styles]
     _draw_legend(figure, methods, [*weights, *marks])
     return as_png(figure)
 
@@ -97,7 +109,11 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
     scale_axes(axes, drawn, metric)
     rings = [mark for mark in right if not isinstance(mark, Line2D)]
     right = [mark for mark in right if isinstance(mark, Line2D)] + rings
-    methods = [_method_handle(name, "#333333") for name in dict.fromkeys(row["method"] for row in drawn)]
+    layers = [results.run["layers"] for _, results in runs if results is not None]
+    methods = [
+        _method_handle(style_of(name)._replace(label=shared_label(name, layers)), "#333333")
+        for name in dict.fromkeys(row["method"] for row in drawn)
+    ]
     _draw_legend(figure, methods, right)
     return as_png(figure)
 
@@ -164,9 +180,8 @@ def _draw_ring(axes: Axes, row: Row, metric: str) -> Artist:
     return ring
 
 
-def _method_handle(method: str, color: str) -> Line2D:
-    label, _, marker = style_of(method)
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
+def _method_handle(style: MethodStyle, color: str) -> Line2D:
+    return Line2D([], [], color=color, marker=style.marker, linestyle="none", label=style.label)
 
 
 def _draw_legend(figure: Figure, left: Sequence[Artist], right: Sequence[Artist]) -> None:

@@ -1,9 +1,10 @@
 """Names, colors and markers of methods and runs in picture and page, and the numbers of a row that are drawn."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from natsjax.policies.registry import NATS, POLICIES
+from natsjax.policies.registry import NATS, POLICIES, ROLE_LABELS, label_of
 from natsjax.report.results import Row
 
 
@@ -32,11 +33,22 @@ LOG_RATIO = 8.0
 LINE_STYLES = ("solid", "dashed", "dotted", "dashdot")
 
 
-def style_of(method: str) -> MethodStyle:
-    """Returns the style of a method; one that the registry does not have gets its own name."""
+def style_of(method: str, layers: Iterable[str] = ()) -> MethodStyle:
+    """Returns the style of a method; one that the registry does not have gets its own name.
+
+    Args:
+      method: as in rows.
+      layers: types of the layers of the run, for the label of its own roles.
+    """
     if (entry := POLICIES.get(method)) is None:
         return MethodStyle(method, _OTHER[0], "v")
-    return MethodStyle(entry.label, entry.color, entry.marker)
+    return MethodStyle(label_of(method, layers), entry.color, entry.marker)
+
+
+def shared_label(method: str, runs: Iterable[Sequence[str]]) -> str:
+    """Returns the label of a method in a comparison: all that it has in runs with roles, given as types of layers."""
+    learned = [layers for layers in runs if not ROLE_LABELS.keys().isdisjoint(layers)]
+    return " / ".join(dict.fromkeys(label_of(method, layers) for layers in learned or [()]))
 
 
 def css_colors(*, dark: bool = False) -> str:

@@ -8,7 +8,7 @@ from natsjax.report.styles import style_of
 from natsjax.runtime.tables import percent, significant, text_table, with_interval
 
 
-def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> str:
+def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None, layers: Sequence[str] = ()) -> str:
     """Formats perplexity against KV as an aligned plain-text table that is also a GitHub Markdown table.
 
     Rows on the same weights stand together; otherwise they keep their order. Intervals are 95 %, by document; a row
@@ -17,6 +17,7 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     Args:
       rows: the measured settings.
       show_accuracy: add the accuracy column; None adds it when any row has an accuracy.
+      layers: types of the run's layers, which name its own roles; (): as learned roles.
 
     Returns:
       The lines, without a newline at the end.
@@ -26,11 +27,13 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None) -> s
     fields = columns(rows, show_accuracy=show_accuracy)
     lines = [[field.column + " [95 %]" * has_interval(field, rows) for field in fields]]
     for weights in dict.fromkeys(row["weights"] for row in rows):
-        lines += [[_cell(field, row) for field in fields] for row in rows if row["weights"] == weights]
-    return text_table(lines, text=[n for n, field in enumerate(fields) if field.format in _WORDS])
+        lines += [[_cell(field, row, layers) for field in fields] for row in rows if row["weights"] == weights]
+    return text_table(lines, text=[n for n, field in enumerate(fields) if field.format in ("method", *_WORDS)])
 
 
-def _cell(field: Field, row: Row) -> str:
+def _cell(field: Field, row: Row, layers: Sequence[str]) -> str:
+    if field.format == "method":
+        return style_of(row[field.name], layers).label
     text = _formatted(field, row[field.name])
     if field.interval == "shown":
         low, high = (row[f"{field.name}_{end}"] for end in ("low", "high"))
@@ -42,7 +45,7 @@ def _cell(field: Field, row: Row) -> str:
 def _formatted(field: Field, value: Any) -> str:
     if isinstance(field.format, int):
         return significant(value, field.format)
-    return _WORDS[field.format](value) if field.format in _WORDS else _NUMBERS[field.format](value)
+    return (_WORDS | _NUMBERS)[field.format](value)
 
 
 def _setting(numbers: Mapping[str, Any]) -> str:
@@ -52,7 +55,6 @@ def _setting(numbers: Mapping[str, Any]) -> str:
 
 
 _WORDS: dict[Any, Callable[[Any], str]] = {
-    "method": lambda method: style_of(method).label,
     "setting": _setting,
     "text": str,
 }

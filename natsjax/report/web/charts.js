@@ -50,7 +50,8 @@ const capitalized = (text) => text[0].toUpperCase() + text.slice(1);
 
 const isNats = (row) => row.method === NATS, isFull = (row) => row.method === FULL;
 const rowOfRoleBias = (rows, roleBias) => rows.find((row) => isNats(row) && Math.abs(row.setting.role_bias - roleBias) < 1e-9);
-const methodLabel = (row) => methods[row.method]?.label ?? row.method;
+/** A row of a comparison has its own: runs differ in how they learned their roles. */
+const methodLabel = (row) => row.label ?? methods[row.method]?.label ?? row.method;
 const methodColor = (row) => `var(--${row.method in methods ? row.method : "other"})`;
 const settingText = (row) =>
   Object.entries(row.setting).map(([name, value]) => `${name.replaceAll("_", " ")} ${formatValue(value)}`).join(", ");

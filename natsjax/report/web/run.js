@@ -2,6 +2,7 @@
 const { rows, budget_check, samples, run, training, changed } = data;
 const weightNames = [...new Set(rows.map((row) => row.weights))];
 const dashes = (weights) => DASHES[weightNames.indexOf(weights) % DASHES.length];
+const ownLabel = methodLabel({ method: NATS });
 const natsRows = rows.filter(isNats);
 const natsWeights = new Set(natsRows.map((row) => row.weights));
 // Full attention on weights that were trained with NAtS is off their distribution, hence no anchor.
@@ -99,7 +100,7 @@ function showCurve() {
   showLegend(byId("curve-legend"), entries);
   const notes = [], left = rows.length - drawable.length;
   if (drawable.some(hasInterval)) notes.push("Bars and bands are 95 % bootstrap intervals by document. ");
-  if (anchors.length) notes.push("The thin line across is full attention on weights trained without NAtS. ");
+  if (anchors.length) notes.push(`The thin line across is full attention on weights trained without ${ownLabel}. `);
   if (budget_check) notes.push(`The gray stripe is the budget, ± ${significant(100 * budget_check.tolerance, 2)} %. `);
   if (left) notes.push(`${left} of ${rows.length} settings have no finite ${METRIC} and are not drawn. `);
   byId("curve-description").append(...notes, "The table below lists every setting.");
@@ -126,7 +127,7 @@ function showTable() {
     notes.push("Slots: what the KV buffer allocated for a head, at its largest, mean over layers.");
   if (biased) notes.push("The shaded row is the one set to the budget.");
   if (rows.some((row) => !isNats(row) && natsWeights.has(row.weights)))
-    notes.push("Other methods on weights trained with NAtS run off the distribution of those weights: no fair rivals.");
+    notes.push(`Other methods on weights trained with ${ownLabel} run off the distribution of those weights: no fair rivals.`);
   byId("table-note").textContent = notes.join(" ");
 }
 
