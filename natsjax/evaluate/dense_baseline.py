@@ -18,15 +18,12 @@ def load_baseline(
       prepared_dir: folder of the prepared corpus of both; None: as ``natsjax.load`` finds it.
 
     Raises:
-      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
+      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` has no roles.
     """
-    if not run.config.model.has_roles:
-        raise UserError(
-            f"--baseline_workdir={os.fspath(baseline_workdir)}: {run.workdir.path} is itself a dense run; leave the "
-            "flag out."
-        )
-    baseline = load(baseline_workdir, prepared_dir=prepared_dir)
     where = f"--baseline_workdir={os.fspath(baseline_workdir)}"
+    if not run.config.model.has_roles:
+        raise UserError(f"{where}: {run.workdir.path} {_without_roles(run)}; leave the flag out.")
+    baseline = load(baseline_workdir, prepared_dir=prepared_dir)
     if set(baseline.config.model.layer_types) != {"dense"}:
         raise UserError(
             f"{where}: the run has model.layer_types = {baseline.config.model.layer_pattern}, not dense; name one "
@@ -46,6 +43,14 @@ def baseline_notes(run: LoadedRun, baseline: LoadedRun) -> list[str]:
     """Returns sentences about an uneven comparison: another shape, number of steps, or order of the contexts."""
     pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(baseline).items()}
     return [f"The dense baseline's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
+
+
+def _without_roles(run: LoadedRun) -> str:
+    """Describes a run that has no roles to compare with a dense baseline."""
+    model = run.config.model
+    if set(model.layer_types) == {"dense"}:
+        return "is itself a dense run"
+    return f"has model.layer_types = {model.layer_pattern}, and only a run with learned roles has a dense baseline"
 
 
 def _data_marks(run: LoadedRun) -> dict[str, object]:
