@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import signal
 import threading
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tiny
 
 from natsjax import evaluate, train
+from natsjax.config import NatsConfig
 from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.runs.workdir import Workdir, read_metrics
@@ -18,7 +20,7 @@ from natsjax.runtime import distributed, signals, watchdog
 from natsjax.runtime.signals import StopRequests
 from natsjax.train.held_out import HeldOut
 from natsjax.train.logs.wall_time import WallTime
-from natsjax.train.loop import _Loop, compilation_cache
+from natsjax.train.loop import _check_budget, _Loop, compilation_cache
 from natsjax.train.step import Trainer
 
 
@@ -355,3 +357,19 @@ def test_a_signal_during_compilation_leads_to_a_save_before_the_first_step(tmp_p
         interrupted(tmp_path, Device(clock, 0.001, log), Saving(clock, log), clock, stop, start=7)
     assert log == ["save 7", "saved"]
     assert capfd.readouterr().err.endswith("SIGTERM: saved step 7; run the same command again to resume\n")
+
+
+@pytest.mark.parametrize(
+    ("nats", "warned"),
+    [
+        ({"windows": (1, 4), "window": 3}, True),
+        ({"windows": (1, 4), "window": 1}, False),  # the shortest of them
+        ({"windows": (1, 4), "window": NatsConfig().window}, False),
+        ({"window": 3}, False),
+    ],
+)
+def test_a_window_without_effect_is_named_once(nats, warned, caplog):
+    config = tiny.config(nats={"initial_roles": (), **nats})
+    _check_budget(config, types.SimpleNamespace(piece_lengths=np.array([24])))
+    lines = [line for line in caplog.messages if line.startswith("warning")]
+    assert lines == ["warning: nats.window = 3 has no effect beside nats.windows = (1, 4)"] * warned

@@ -161,7 +161,7 @@ def _open_data(config: Config, workdir: Workdir) -> RunData:
 
 
 def _check_budget(config: Config, data: RunData) -> None:
-    """Reports what the window alone costs, and refuses a budget that no roles can meet.
+    """Reports what the window alone costs, warns of an unused one, and refuses a budget that no roles can meet.
 
     Raises:
       UserError: ``nats.kv_budget`` cannot be reached.
@@ -169,7 +169,11 @@ def _check_budget(config: Config, data: RunData) -> None:
     if not config.model.has_roles:
         return
     all_sliding = kv_fraction.all_sliding_model_kv_fraction(config, data.piece_lengths)
-    window = config.nats.sliding_windows[0]
+    nats, window = config.nats, config.nats.sliding_windows[0]
+    if nats.windows and nats.window not in (window, type(nats).window):  # no mistake: a config file may have had one
+        logger.warning(
+            f"warning: nats.window = {nats.window} has no effect beside nats.windows = {format_value(nats.windows)}"
+        )
     logger.info(f"KV fraction with all tokens SLIDING, window {window}: {100 * all_sliding:.2f} %")
     if config.nats.kv_penalty_mode == "controlled":
         kv_budgets = budgets.check_role_budgets(
