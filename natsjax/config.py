@@ -198,6 +198,11 @@ class ModelConfig:
         """The type of the layers that learn roles; None: no layer does."""
         return next((kind for kind in self.layer_types if kind in ROLE_LAYER_TYPES), None)
 
+    @property
+    def learns_without_local(self) -> bool:
+        """True if there are layers that learn roles, and LOCAL is none of them."""
+        return self.role_layer_type in ("gated", "head_roles")
+
     def is_role_layer(self) -> tuple[bool, ...]:
         """Marks the layers that learn roles, first layer first."""
         return tuple(kind in ROLE_LAYER_TYPES for kind in self.all_layer_types)
@@ -224,9 +229,10 @@ class NatsConfig:
     )
     initial_roles: tuple[float, ...] = config_field(
         (),
-        "fractions of GLOBAL, LOCAL, SLIDING (one for each window) at step 0; (): nearly all SLIDING with the longest "
-        "window that the first budget has room for, as many of each other role, so that roles drawn at random cost half "
-        "of what that budget leaves above this window alone; under a ramp as many of each",
+        "fractions of GLOBAL, LOCAL, SLIDING (one for each window) at step 0; of GLOBAL and SLIDING for gated and "
+        "head_roles layers, which ignore a third one, of LOCAL; (): nearly all SLIDING with the longest window that "
+        "the first budget has room for, as many of each other role, so that roles drawn at random cost half of what "
+        "that budget leaves above this window alone; under a ramp as many of each",
         minimum=1e-6,
         maximum=1,
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MAX_WINDOWS = 8
 """A role is a digit in reports."""
-_NUMBERS = {3: "three", 4: "four", 5: "five"}
+_NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
 def check(config: "Config") -> None:
@@ -35,6 +35,7 @@ def check(config: "Config") -> None:
     _check_rope(config.model)
     _check_heads(config.model)
     _check_nats(config.nats)
+    _check_initial_roles(config.model, config.nats)
     _check_rivals(config.model, config.nats, config.mesh)
     _check_data(config.data)
     _check_train(config.train, config.model, config.checkpoint)
@@ -117,11 +118,6 @@ def _check_nats(nats: "NatsConfig") -> None:
         )
     if len(nats.windows) > _MAX_WINDOWS:
         raise UserError(f"nats.windows = {format_value(nats.windows)}: there may be {_MAX_WINDOWS} at most.")
-    if nats.initial_roles and (len(nats.initial_roles) != nats.num_roles or abs(sum(nats.initial_roles) - 1) > 1e-6):
-        raise UserError(
-            f"nats.initial_roles = {format_value(nats.initial_roles)}: {_NUMBERS.get(nats.num_roles, nats.num_roles)} "
-            f"fractions must add up to 1, one for each of {', '.join(nats.role_names)}."
-        )
     if nats.kv_penalty_mode == "controlled" and not nats.min_kv_penalty <= nats.kv_penalty <= nats.max_kv_penalty:
         raise UserError(
             f"nats.kv_penalty = {nats.kv_penalty}: it must be between nats.min_kv_penalty = {nats.min_kv_penalty} and "
@@ -129,6 +125,18 @@ def _check_nats(nats: "NatsConfig") -> None:
         )
     if nats.kv_penalty_mode == "controlled" and nats.min_kv_penalty == 0:
         raise UserError("nats.min_kv_penalty = 0: a controlled KV penalty needs a positive lower bound.")
+
+
+def _check_initial_roles(model: "ModelConfig", nats: "NatsConfig") -> None:
+    fractions, names = nats.initial_roles, [nats.role_names]
+    if model.learns_without_local:  # a config that is made for all kinds of layers has LOCAL too
+        names.insert(0, tuple(name for name in nats.role_names if name != "LOCAL"))
+    if fractions and (len(fractions) not in map(len, names) or abs(sum(fractions) - 1) > 1e-6):
+        count = len(names[0])
+        raise UserError(
+            f"nats.initial_roles = {format_value(fractions)}: {_NUMBERS.get(count, count)} fractions must add up to 1, "
+            f"one for each of {', '.join(names[0])}."
+        )
 
 
 def _check_rivals(model: "ModelConfig", nats: "NatsConfig", mesh: "MeshConfig") -> None:

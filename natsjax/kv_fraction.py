@@ -93,7 +93,9 @@ def random_kv_fraction(piece_lengths: npt.ArrayLike, windows: Sequence[int], fra
 
 
 def roles_at_start(config: Config) -> tuple[float, ...]:
-    """Returns the fractions of the roles that a run begins with: ``nats.initial_roles``, or found.
+    """Returns the fractions of all roles that a run begins with: ``nats.initial_roles``, or found.
+
+    In layers without LOCAL keys that role has the fraction 0, whether or not it was given one.
 
     Nearly all tokens begin as SLIDING with the longest window that the budget of step 0 has room for, so that a run
     begins as a plain window of about its KV; of every other role there are as many. Drawn at random in a document as
@@ -101,6 +103,9 @@ def roles_at_start(config: Config) -> tuple[float, ...]:
     There are at least ``FEWEST`` of each, for what is never drawn cannot be learned, and at most as many of each.
     """
     nats, lengths = config.nats, [config.data.context_length]
+    if nats.initial_roles and config.model.learns_without_local:
+        is_global, is_sliding = nats.initial_roles[0], nats.initial_roles[-1]
+        return is_global / (is_global + is_sliding), 0.0, is_sliding / (is_global + is_sliding)
     if nats.initial_roles:
         return nats.initial_roles
     ramp = bool(nats.budget_ramp_start or nats.budget_ramp_steps)
@@ -109,8 +114,8 @@ def roles_at_start(config: Config) -> tuple[float, ...]:
 
     def fractions(few: float, base: int) -> tuple[float, ...]:
         found = [few] * nats.num_roles
-        if config.model.role_layer_type != "nats":
-            found[1] = 0.0  # the rivals have no LOCAL keys
+        if config.model.learns_without_local:
+            found[1] = 0.0
         found[2 + base] = 0.0
         found[2 + base] = 1 - sum(found)
         return tuple(found)
@@ -165,7 +170,7 @@ def least_model_kv_fraction(config: Config, piece_lengths: npt.ArrayLike) -> flo
       config: of the run.
       piece_lengths: int ``[num_pieces]``, tokens in each document piece, at least one piece.
     """
-    if config.model.role_layer_type != "nats":  # without LOCAL keys nothing is below the window
+    if config.model.learns_without_local:  # nothing is below the window
         return all_sliding_model_kv_fraction(config, piece_lengths)
     return _mean_over_layers(config, piece_lengths, least_kv_fraction(piece_lengths, config.nats.sliding_windows[0]))
 

@@ -94,6 +94,22 @@ def test_a_run_begins_halfway_to_its_budget(kind):
 def test_open_and_shut_gates_are_full_attention_and_a_window():
     _, _, (query, key, value), batch = made("gated")
     end = batch.document_end
+@pytest.mark.parametrize("kind", RIVALS)
+def test_given_fractions_are_of_the_roles_that_there_are(kind):
+    for given in ((0.2, 0.8), (0.15, 0.25, 0.6)):
+        config = tiny.config(model={"layer_types": kind}, nats={"initial_roles": given})
+        assert kv_fraction.roles_at_start(config) == pytest.approx((0.2, 0.0, 0.8))
+        bias = np.asarray(Attention(config, nnx.Rngs(0)).scorer.bias[0])
+        odds = bias[0] - bias[2]
+        share = float(head_roles.probability_of_full(odds)) if kind == "head_roles" else expit(odds)
+        assert share == pytest.approx(0.2, rel=1e-5)
+    for given in ((0.2, 0.7), (0.5, 0.2, 0.2), (1.0,), (0.25,) * 4):
+        with pytest.raises(UserError, match="two fractions must add up to 1, one for each of GLOBAL, SLIDING"):
+            tiny.config(model={"layer_types": kind}, nats={"initial_roles": given})
+    with pytest.raises(UserError, match="three fractions must add up to 1, one for each of GLOBAL, LOCAL, SLIDING"):
+        tiny.config(nats={"initial_roles": (0.2, 0.8)})
+
+
     for given, weight_of in ((1.0, lambda *_: 1), (1e-38, lambda b, t, k, s: t <= s + WINDOW)):
         gate = jnp.full((*end.shape[:1], 2, end.shape[1]), given)
         got = gated_attention(query, key, value, gate, window=WINDOW, document_end=end)
