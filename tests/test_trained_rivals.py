@@ -69,6 +69,9 @@ def test_a_gate_adds_its_logarithm_to_logits_beyond_the_window(sinks):
     )
     np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_array_equal(roles.ids, np.where(gate > 0.5, 0, 2))
+    # The penalty is that of the roles that would be served.
+    far = np.maximum(np.asarray(batch.document_end) - np.arange(24), 0)[:, None]
+    np.testing.assert_array_equal(roles.lifetime, np.where(gate > 0.5, far, np.minimum(far, WINDOW + 1)).sum((0, 2)))
 
 
 def test_a_window_without_end_is_full_attention():
@@ -91,9 +94,6 @@ def test_a_run_begins_halfway_to_its_budget(kind):
     assert kv_fraction.roles_at_start(ramp) == pytest.approx((0.5, 0.0, 0.5))
 
 
-def test_open_and_shut_gates_are_full_attention_and_a_window():
-    _, _, (query, key, value), batch = made("gated")
-    end = batch.document_end
 @pytest.mark.parametrize("kind", RIVALS)
 def test_given_fractions_are_of_the_roles_that_there_are(kind):
     for given in ((0.2, 0.8), (0.15, 0.25, 0.6)):
@@ -110,6 +110,9 @@ def test_given_fractions_are_of_the_roles_that_there_are(kind):
         tiny.config(nats={"initial_roles": (0.2, 0.8)})
 
 
+def test_open_and_shut_gates_are_full_attention_and_a_window():
+    _, _, (query, key, value), batch = made("gated")
+    end = batch.document_end
     for given, weight_of in ((1.0, lambda *_: 1), (1e-38, lambda b, t, k, s: t <= s + WINDOW)):
         gate = jnp.full((*end.shape[:1], 2, end.shape[1]), given)
         got = gated_attention(query, key, value, gate, window=WINDOW, document_end=end)
