@@ -43,6 +43,7 @@ from benchmarks.attention_contestants import Contestant
 from configs import quickstart
 from natsjax.config import Config
 from natsjax.errors import UserError
+from natsjax.kv_fraction import random_kv_fraction
 from natsjax.runtime.files import try_files, unwritable
 from natsjax.runtime.flags import Parser, run_command
 from natsjax.train.step import StepMetrics, Trainer
@@ -98,22 +99,30 @@ class Row(NamedTuple):
 
 
 def roles_for(kv_fraction: float, length: int, window: int) -> tuple[float, float, float]:
-    """Fractions of GLOBAL, LOCAL, SLIDING that keep a fraction of the KV of one document of ``length`` tokens.
+    """Returns fractions of GLOBAL, LOCAL, SLIDING that, drawn at random, keep a fraction of one document's KV.
 
-    GLOBAL at rate g, the others half and half: a GLOBAL token lives for half the document on average, a LOCAL one for
-    1 / g queries after its own, a SLIDING one for ``window`` of them. Where the budget is less than any g gives, the
-    thriftiest.
+    Of the tokens that are not GLOBAL half are LOCAL and half SLIDING. Where the fraction is less than any of GLOBAL
+    gives, the thriftiest are returned.
+
+    Args:
+      kv_fraction: expected KV fraction.
+      length: of the document, tokens.
+      window: ``nats.window``, tokens.
     """
 
-    def kept(g):
-        mean_lifetime = g * (length + 1) / 2 + (1 - g) / 2 * (2 + 1 / g + window)
-        return mean_lifetime / ((length + 1) / 2)
+    def roles(is_global: float) -> tuple[float, float, float]:
+        return is_global, (1 - is_global) / 2, (1 - is_global) / 2
 
-    grid = np.geomspace(1 / length, 1, 10_000)
-    thriftiest = int(np.argmin(kept(grid)))
-    fraction = float(grid[thriftiest + np.argmin(np.abs(kept(grid[thriftiest:]) - kv_fraction))])
-    fraction = min(fraction, 1 - 1e-4)  # the config wants some of each
-    return fraction, (1 - fraction) / 2, (1 - fraction) / 2
+    def kept(is_global: float) -> float:
+        return random_kv_fraction([length], (window,), roles(is_global))
+
+    grid = np.geomspace(1 / length, 1 - 1e-4, 300)  # the config wants some of each
+    few = float(min(grid, key=kept))  # with fewer GLOBAL tokens LOCAL ones live longer
+    many = float(grid[-1])
+    for _ in range(30 if kept(few) < kv_fraction else 0):
+        middle = (few + many) / 2
+        few, many = (middle, many) if kept(middle) < kv_fraction else (few, middle)
+    return roles(few)
 
 
 def mesh_sizes(devices: int, batch: int, num_kv_heads: int) -> dict[str, int]:
