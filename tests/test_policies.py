@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natsjax.config import Config, NatsConfig
+from natsjax.config import Config, NatsConfig, TrainConfig
 from natsjax.model.inputs import Batch
 from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
@@ -93,6 +93,15 @@ def test_sampled_roles_have_noise_and_no_bias():
     assert SampledNats().choice(inputs.positions, CONFIG).bias is None
 
 
+def test_sampled_roles_have_the_noise_of_the_step_that_made_the_checkpoint():
+    config = Config(nats=NatsConfig(noise=0.8, final_noise=0.2), train=TrainConfig(num_steps=101))
+    steps = {0: 0.8, 1: 0.8, 41: 0.8, 66: 0.5, 91: 0.2, 101: 0.2, 5000: 0.2}  # linear from 40 % to 90 %
+    positions = packed([[3]]).positions
+    for step, scale in steps.items():
+        assert float(SampledNats(1, step).choice(positions, config).noise) == pytest.approx(scale, rel=1e-5)
+    assert float(SampledNats().choice(positions, config).noise) == pytest.approx(0.2, rel=1e-5)  # a finished run
+
+
 @pytest.mark.parametrize(
     "policies",
     [
@@ -174,6 +183,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RandomKeys(0.5, NAN), "window=nan"),
         (lambda: RandomKeys(0.5, 0, -1), "seed=-1: it must be 0 or more"),
         (lambda: RandomKeys(0.5, 0, 2**32), "seed=4294967296: it must be less than"),
+        (lambda: SampledNats(0, -1), "step=-1: it must be 0 or more"),
         (lambda: SampledNats(2**40), "seed=1099511627776: it must be less than"),
         (lambda: Nats(NAN), "role_bias=nan: a finite number"),
         (lambda: Nats(-INF), "role_bias=-inf: a finite number"),

@@ -199,7 +199,7 @@ def _budget_check(this: LoadedRun, held_out: Row, rows: Sequence[dict[str, Any]]
     samples = config.model.role_layer_type == "nats"  # the rivals are trained without a draw of roles
     return {
         "kv_budget": nats.kv_budget,
-        "sampled": measure(this, held_out, SampledNats(config.train.seed)).kv_fraction if samples else None,
+        "sampled": measure(this, held_out, SampledNats(config.train.seed, this.step)).kv_fraction if samples else None,
         "argmax": by_role_bias[0.0]["kv_fraction"],
         "biased": biased["kv_fraction"],
         "role_bias": role_bias,

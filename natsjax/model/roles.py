@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natsjax.config import NatsConfig
 from pallas_kernels.nats_attention import roles as roles_lib
 from pallas_kernels.nats_attention.roles import GLOBAL, LOCAL
 
@@ -34,6 +35,13 @@ class TokenRoles(NamedTuple):
 def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
     """Returns biases float32 ``[r]`` under which Gumbel sampling draws the roles in the given fractions."""
     return jnp.log(jnp.asarray(fractions, jnp.float32))
+
+
+def noise_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
+    """Returns the scale of the Gumbel noise, float32 scalar; it has its last value in the last tenth of the run."""
+    begin, length = 0.9 - config.noise_decay_fraction, max(config.noise_decay_fraction, 1e-6)
+    progress = jnp.clip((step / max(1, num_steps - 1) - begin) / length, 0.0, 1.0)
+    return jnp.float32(config.noise + (config.final_noise - config.noise) * progress)
 
 
 def role_bias_logits(

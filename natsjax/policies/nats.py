@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natsjax.config import Config
 from natsjax.model import roles
 from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import DecodingPolicy, check_finite, check_seed, policy
+from natsjax.policies.base import LARGEST, DecodingPolicy, check_count, check_finite, check_seed, policy
 
 
 @policy
@@ -47,23 +47,26 @@ class Nats(DecodingPolicy):
 
 @policy
 class SampledNats:
-    """The model's own roles sampled as in the last steps of training; the KV penalty was controlled on these.
+    """The model's own roles sampled as in the step that was trained last; the KV penalty was controlled on these.
 
     They are measured with masks and never decoded.
 
     Attributes:
       seed: of the noise.
+      step: optimizer steps that the model has had, for the scale of the noise; by default, all.
 
     Raises:
-      ValueError: the seed is out of range.
+      ValueError: a number is out of range.
     """
 
     method: ClassVar[str] = "nats_sampled"
     needs_roles: ClassVar[bool] = True
     seed: int = 0
+    step: int = LARGEST
 
     def __post_init__(self):
         check_seed(self.seed)
+        check_count("step", self.step, 0)
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -72,4 +75,5 @@ class SampledNats:
 
     def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
         """Adds noise; for several batches, fold the batch's number into its key."""
-        return RoleSampling(noise_key=jax.random.key(self.seed), noise=jnp.float32(config.nats.final_noise))
+        noise = roles.noise_at(jnp.maximum(self.step - 1, 0), config.nats, config.train.num_steps)
+        return RoleSampling(noise_key=jax.random.key(self.seed), noise=noise)

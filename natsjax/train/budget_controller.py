@@ -1,4 +1,4 @@
-"""The controller of the KV penalty, and the schedules of budget, temperature and role noise (docs/method.md 2, 4.3)."""
+"""The controller of the KV penalty, and the schedules of budget and temperature (docs/method.md 2, 4.3)."""
 
 from typing import NamedTuple
 
@@ -14,13 +14,6 @@ def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.A
         return jnp.float32(config.temperature)
     progress = jnp.minimum(step / max(1, num_steps - 1), 1.0)
     return jnp.float32(config.temperature) * (config.final_temperature / config.temperature) ** progress
-
-
-def noise_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
-    """Returns the scale of the Gumbel noise, float32 scalar; it has its last value in the last tenth of the run."""
-    begin, length = 0.9 - config.noise_decay_fraction, max(config.noise_decay_fraction, 1e-6)
-    progress = jnp.clip((step / max(1, num_steps - 1) - begin) / length, 0.0, 1.0)
-    return jnp.float32(config.noise + (config.final_noise - config.noise) * progress)
 
 
 class Controller(NamedTuple):

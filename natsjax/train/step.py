@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from natsjax.config import Config
 from natsjax.model.inputs import Batch
 from natsjax.model.parameters import norms_by_part
+from natsjax.model.roles import noise_at
 from natsjax.model.sharding import (
     check,
     compute_sharding,
@@ -73,7 +74,7 @@ def schedules_at(config: Config, step: int) -> dict[str, float]:
         if optimizer.scorer_learning_rate:
             values["scorer learning rate"] = rate * optimizer.scorer_learning_rate / optimizer.peak_learning_rate
         values["temperature"] = float(budget_controller.temperature_at(jnp.int32(step), config.nats, num_steps))
-        values["scale of the role noise"] = float(budget_controller.noise_at(jnp.int32(step), config.nats, num_steps))
+        values["scale of the role noise"] = float(noise_at(jnp.int32(step), config.nats, num_steps))
     return values
 
 
@@ -202,7 +203,7 @@ class Trainer:
         kv_penalty = budget_controller.kv_penalty(state.controller)
         totals = losses.batch_totals(batch)
         temperature = budget_controller.temperature_at(state.step, self.config.nats, self.config.train.num_steps)
-        noise = budget_controller.noise_at(state.step, self.config.nats, self.config.train.num_steps)
+        noise = noise_at(state.step, self.config.nats, self.config.train.num_steps)
         gradients, loss, sums = self._gradients(state, batch, totals, kv_penalty, temperature, noise)
         with jax.named_scope(OPTIMIZER_SCOPE):
             updates, optimizer_state = self.optimizer.update(gradients, state.optimizer, _wide(state.parameters))
