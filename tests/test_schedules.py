@@ -126,6 +126,39 @@ def test_budgets_fall_from_one_after_the_start(path, middle):
     np.testing.assert_allclose(budgets(budget_ramp_steps=0), 0.1, rtol=1e-5)
 
 
+def test_skipped_steps_in_a_ramp_lose_nothing_of_the_proportional_part():
+    """The penalty's changes add up to the gain times the change of the error, whatever steps are skipped."""
+    config = NatsConfig(
+        kv_budget=0.3, budget_ramp_start=3, budget_ramp_steps=20, kv_penalty_lr=0.0, kv_penalty_gain=2.0, kv_penalty=0.1
+    )
+    state, average = budget_controller.start_controller(config), 1.0
+    fractions = 0.3 + 0.7 * np.exp(-np.arange(15) / 9)
+    for step, fraction in enumerate(fractions):
+        if step in (5, 8, 9, 14):
+            state = budget_controller.update_after_skip(state, jnp.int32(step), config)
+        else:
+            state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config)
+            average = 0.9 * average + 0.1 * fraction
+        budget = 1 - 0.7 * np.clip((step + 1 - 3) / 20, 0, 1)
+        assert float(state.average) == pytest.approx(average, rel=1e-5)
+        assert float(state.log_kv_penalty) == pytest.approx(np.log(0.1) + 2 * np.log(average / budget), abs=1e-5)
+    still = budget_controller.update_after_skip(state, jnp.int32(40), config)  # behind the ramp nothing moves
+    np.testing.assert_array_equal(still, state)
+
+
+def test_a_skipped_step_of_a_run_moves_the_penalty_with_the_budget_alone():
+    nats = {"budget_ramp_steps": 10, "kv_penalty_gain": 4.0, "kv_penalty": 0.1, "kv_budget": 0.4}
+    trainer = Trainer(tiny.config(nats=nats, optimizer={"spike_threshold": 4.0}), tiny.VOCAB_SIZE)
+    known = loss_spikes.SpikeDetector(*(jnp.float32(x) for x in (0.1, 0.0)), jnp.int32(100), jnp.int32(0))
+    controller = budget_controller.Controller(jnp.log(0.1), jnp.float32(0.8))
+    state = trainer.init()._replace(spikes=known, controller=controller, step=jnp.int32(4))
+    after, metrics = trainer.step(state, tiny.packed_batch(batch=4))
+    assert float(metrics["skipped"]) == 1
+    assert float(after.controller.average) == pytest.approx(0.8)
+    change = 4 * (np.log(0.8 / (1 - 0.6 * 0.5)) - np.log(0.8 / (1 - 0.6 * 0.4)))
+    assert float(after.controller.log_kv_penalty) == pytest.approx(np.log(0.1) + change, rel=1e-5)
+
+
 def test_a_spike_is_found_and_noise_is_not():
     rng = np.random.default_rng(0)
     losses = 3 + 3 * np.exp(-np.arange(400) / 60) + 0.05 * rng.normal(size=400)

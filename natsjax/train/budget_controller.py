@@ -70,6 +70,25 @@ def update_controller(
       config: bounds and rates.
     """
     average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
+    return _moved(controller, average, step, config, config.kv_penalty_lr)
+
+
+def update_after_skip(controller: Controller, step: jax.Array, config: NatsConfig) -> Controller:
+    """Updates the state after a step whose update is skipped, and whose KV fraction does not count.
+
+    The average stays, and the KV penalty with it, except where the budget has moved: the error that the next step
+    compares its own with is that of this step.
+
+    Args:
+      controller, step, config: as in ``update_controller``.
+    """
+    return _moved(controller, controller.average, step, config, 0.0)
+
+
+def _moved(
+    controller: Controller, average: jax.Array, step: jax.Array, config: NatsConfig, kv_penalty_lr: float
+) -> Controller:
+    """Returns the state with a new average, and the KV penalty that follows from both."""
     if config.kv_penalty_mode == "fixed":
         return Controller(controller.log_kv_penalty, average)
     # The error of the step before follows from what a checkpoint has always held.
@@ -77,7 +96,7 @@ def update_controller(
         _error(fraction / budget_at(at, config), config)
         for fraction, at in ((average, step), (controller.average, jnp.maximum(step - 1, 0)))
     )
-    change = config.kv_penalty_lr * error + config.kv_penalty_gain * (error - before)
+    change = kv_penalty_lr * error + config.kv_penalty_gain * (error - before)
     log_kv_penalty = controller.log_kv_penalty + change
     bounds = jnp.log(jnp.float32(config.min_kv_penalty)), jnp.log(jnp.float32(config.max_kv_penalty))
     return Controller(jnp.clip(log_kv_penalty, *bounds), average)

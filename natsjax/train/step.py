@@ -217,7 +217,10 @@ class Trainer:
         is_spike, detector = detect(state.spikes, cross_entropy, threshold)
         new = parameters, optimizer_state, controller
         if threshold:
-            old = state.parameters, state.optimizer, state.controller
+            left = state.controller
+            if self.config.model.has_roles:
+                left = budget_controller.update_after_skip(left, state.step, self.config.nats)
+            old = state.parameters, state.optimizer, left
             new = jax.tree.map(functools.partial(_kept, is_spike), old, new, is_leaf=_is_schedule)
             updates = jax.tree.map(lambda update: jnp.where(is_spike, 0, update), updates)
         average = state.average
