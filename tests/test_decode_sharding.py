@@ -14,6 +14,7 @@ import decoding
 from natsjax.decode.generation import generate
 from natsjax.policies import H2O
 from natsjax.decode.sampling import Sampling
+from natsjax.decode.scoring import score
 
 meshes = json.load(sys.stdin)
 config = decoding.config()
@@ -31,6 +32,7 @@ for mesh in [None, *meshes]:
     decoder = decoding.decoder(config, parameters, mesh=mesh)
     drawn = generate(decoder, rows, max_new_tokens=8, sampling=sampling)
     result["drawn"] = {"tokens": drawn.tokens, "logprobs": drawn.logprobs}
+    result["scored"] = [scored.logprobs.tolist() for scored in score(decoder, rows, drawn.tokens)]
     padded = rows + [[0]]  # a whole batch for eight shards
     logits, cache = decoding.chunked_logits(decoder, padded, 8)
     result["logits"] = logits[:, ::3].tolist()
@@ -60,6 +62,8 @@ def test_greedy_tokens_do_not_depend_on_the_mesh(found):
             for a, b in zip(other[name]["logprobs"], one[name]["logprobs"], strict=True):
                 assert np.allclose(a, b, atol=1e-4)
         assert all(other[name]["devices"] == 8 for name in ("nats", "h2o"))
+        for scored, drawn in zip(other["scored"], one["drawn"]["logprobs"], strict=True):
+            assert np.allclose(scored, drawn, atol=1e-4)
         assert other["h2o"]["evicted"] == one["h2o"]["evicted"] > 0
         assert abs(other["nats"]["live"] - one["nats"]["live"]) < 1e-5
 
