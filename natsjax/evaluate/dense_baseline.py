@@ -10,7 +10,7 @@ from natsjax.runs.load import LoadedRun, load
 def load_baseline(
     run: LoadedRun, baseline_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """Loads the dense baseline of a NAtS run.
+    """Loads the dense baseline of a NAtS run, or of a rival's.
 
     Args:
       run: the NAtS run.
@@ -20,7 +20,7 @@ def load_baseline(
     Raises:
       UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is itself dense.
     """
-    if not run.config.model.has_roles:
+    if not (run.config.model.has_roles or run.config.model.has_masks):
         raise UserError(
             f"--baseline_workdir={os.fspath(baseline_workdir)}: {run.workdir.path} is itself a dense run; leave the "
             "flag out."

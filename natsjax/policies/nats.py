@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natsjax.config import Config
 from natsjax.model import roles
 from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import DecodingPolicy, check_finite, check_seed, policy
+from natsjax.policies.base import DecodingPolicy, StaticPolicy, check_finite, check_seed, policy
 
 
 @policy
@@ -46,7 +46,7 @@ class Nats(DecodingPolicy):
 
 
 @policy
-class SampledNats:
+class SampledNats(StaticPolicy):
     """The model's own roles sampled as in the last steps of training; the KV penalty was controlled on these.
 
     They are measured with masks and never decoded.

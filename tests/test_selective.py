@@ -1,0 +1,308 @@
+"""Selective attention: its layers against the definition in loops, and served as trained."""
+
+import decoding
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from processes import json_lines
+
+from natsjax import evaluate, kv_fraction
+from natsjax.errors import UserError
+from natsjax.evaluate.masked import measure
+from natsjax.model.attention import Attention, MaskedAttention, RoleSampling
+from natsjax.model.inputs import Batch
+from natsjax.model.selective import least_masked_end
+from natsjax.policies.budgets import Calibration, OutOfReachError, selective
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow
+from natsjax.policies.selective import LeastMasked
+from natsjax.train.step import Trainer
+from pallas_kernels.nats_attention import NO_END
+
+MODEL = {"layer_types": "selective"}
+
+
+def made(**model):
+    """The attention of one layer, its arrays for packed documents with padding, and the batch."""
+    attention = Attention(tiny.config(model=MODEL | model), nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    if model.get("attention_sinks"):
+        attention.sink = attention.sink.replace(jnp.asarray(rng.normal(size=(2, 2)), jnp.float32))
+    batch = Batch.from_rows(tiny.packed_batch())
+    x = jnp.asarray(rng.normal(size=(*batch.inputs.shape, 16)), jnp.float32)
+    # Larger than those of a new model, so that masks are as large as they become.
+    query, key, value = (2 * y for y in attention.qkv_proj(x, batch.positions))
+    return attention, x, (query, key, value), batch
+
+
+def defined(query, key, value, batch, *, sink=None, num_keys=None):
+    """The definition of arXiv:2410.02703 pair by pair, in the dtype of the arrays; documents one after another.
+
+    Returns:
+      The result, the masks of every key after every query, and the keys that each query read.
+    """
+    out, after, read = np.zeros_like(query), {}, {}
+    for b in range(len(query)):
+        ends, positions = np.asarray(batch.document_end)[b], np.asarray(batch.positions)[b]
+        mask, alive = {}, []
+        for t in range(query.shape[1]):
+            if ends[t] == 0:
+                continue
+            if positions[t] == 0:
+                mask, alive = {}, []
+            alive.append(t)
+            mask[t] = query.dtype.type(0)
+            read[b, t] = list(alive)
+            for k, g in np.ndindex(query.shape[2:4]):
+                logits = np.array(
+                    [query[b, t, k, g] @ key[b, s, k] / np.sqrt(query.shape[-1]) - mask[s] for s in alive]
+                )
+                weights = np.exp(logits)
+                total = weights.sum() + (0 if sink is None else np.exp(sink[k, g]))
+                out[b, t, k, g] = sum(w * value[b, s, k] for w, s in zip(weights, alive, strict=True)) / total
+            for s in alive:
+                selected = query[b, t, 0, 0] @ key[b, s, 0] / np.sqrt(query.shape[-1])
+                if s != t and positions[s] > 0 and selected.real > 0:
+                    mask[s] = mask[s] + selected
+            after[b, t] = dict(mask)
+            if num_keys is not None and len(alive) > num_keys:
+                others = [s for s in alive if positions[s] > 0]
+                alive.remove(max(others, key=lambda s: (mask[s].real, -s)))
+    return out, after, read
+
+
+def reading(attention, x, arrays, batch, **sampling):
+    return MaskedAttention(batch, RoleSampling(**sampling), "selective")(attention, x, *arrays)
+
+
+def in_float64(arrays):
+    return tuple(np.asarray(y, np.float64) for y in arrays)
+
+
+@pytest.mark.parametrize("model", [{}, {"attention_sinks": True}, {"qk_norm": True}, {"num_kv_heads": 4}], ids=str)
+def test_the_layer_is_its_definition(model):
+    attention, x, arrays, batch = made(**model)
+    sink = np.asarray(attention.sink[...], np.float64) if model.get("attention_sinks") else None
+    expected, after, _ = defined(*in_float64(arrays), batch, sink=sink)
+    got, roles = reading(attention, x, arrays, batch)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert max(max(masks.values()) for masks in after.values()) > 1  # or nothing was tested
+    ends = np.broadcast_to(np.asarray(batch.document_end)[:, None], roles.key_end.shape)
+    np.testing.assert_array_equal(roles.key_end, ends)
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 5, 30])
+def test_a_key_is_dropped_by_its_mask_and_for_good(num_keys):
+    attention, x, arrays, batch = made()
+    expected, _, read = defined(*in_float64(arrays), batch, num_keys=num_keys)
+    rule = {"key_end": jnp.int32(NO_END), "num_keys": jnp.int32(num_keys)}
+    got, roles = reading(attention, x, arrays, batch, **rule)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    ends = np.asarray(roles.key_end)
+    for (b, t), keys in read.items():
+        for k in range(ends.shape[1]):
+            assert np.flatnonzero((np.arange(24) <= t) & (t < ends[b, k])).tolist() == keys
+    assert roles.lifetime.tolist() == [sum(map(len, read.values()))] * 2
+
+
+def test_of_equal_masks_the_oldest_goes_and_the_first_token_stays():
+    ends = least_masked_end(jnp.zeros((1, 6, 6)), jnp.full((1, 6), 6), jnp.arange(6)[None] == 0, 2)
+    assert ends.tolist() == [[6, 3, 4, 5, 6, 6]]
+
+
+def test_gradients_are_those_of_the_definition():
+    """By steps into the complex plane, exact to rounding, in float64: every number of query, key and value."""
+    _, _, arrays, batch = made()
+    rows = [np.asarray(x)[:1, :9] for x in arrays]
+    short = Batch(batch.inputs[:1, :9], batch.positions[:1, :9], jnp.minimum(batch.document_end[:1, :9], 9))
+    attention = Attention(tiny.config(model=MODEL), nnx.Rngs(0))
+    weight = np.random.default_rng(5).normal(size=rows[0].shape)
+
+    def loss(*arrays):
+        out, _ = reading(attention, None, arrays, short)
+        return jnp.sum(out * weight)
+
+    got = jax.grad(loss, (0, 1, 2))(*map(jnp.asarray, rows))
+    moved = [np.asarray(x, np.complex128) for x in rows]
+    for x, gradient in zip(moved, got, strict=True):
+        expected = np.zeros(x.shape)
+        for index in np.ndindex(x.shape):
+            x[index] += 1e-30j
+            expected[index] = np.sum(defined(*moved, short)[0] * weight).imag / 1e-30
+            x[index] = x[index].real
+        np.testing.assert_allclose(gradient, expected, atol=3e-5)
+        assert (np.abs(expected) > 1e-3).any()
+
+
+def test_documents_and_the_future_do_not_matter():
+    """A document's results are those that it has alone, whatever comes before, behind and in padding."""
+    attention, x, arrays, batch = made()
+    got, _ = reading(attention, x, arrays, batch)
+    positions, ends = np.asarray(batch.positions), np.asarray(batch.document_end)
+    for b, start in np.argwhere((positions == 0) & (ends > 0)):
+        index = (start + np.arange(24)) % 24  # the document in front, something else behind
+        own = np.arange(24) < ends[b, start] - start
+        alone = Batch(batch.inputs, np.arange(24)[None], np.where(own, ends[b, start] - start, 0)[None])
+        found = reading(attention, None, [y[b : b + 1, index] for y in arrays], alone)[0][0]
+        np.testing.assert_allclose(found[own], got[b, index][own], atol=1e-6)
+        later = np.arange(24) >= 2
+        changed = [jnp.where(later[:, None, None], 1.0, y[b : b + 1, index].reshape(1, 24, -1, 4)) for y in arrays]
+        changed = [y.reshape(1, *x.shape[1:]) for x, y in zip(arrays, changed, strict=True)]
+        found = reading(attention, None, changed, alone)[0][0]
+        np.testing.assert_allclose(found[own & ~later], got[b, index][own & ~later], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"remat": "full", "attention_gate": True, "rope_scaling": "linear", "rope_scaling_factor": 2.0},
+        {"layer_types": "selective,dense", "remat": "dots", "dropout": 0.1},
+        {"layer_types": "sliding,selective", "sliding_window": 3, "nope": (False, True), "attention_sinks": True},
+    ],
+    ids=str,
+)
+def test_a_run_trains(model):
+    trainer = Trainer(tiny.config(model=MODEL | model), tiny.VOCAB_SIZE)
+    state, batch, losses = trainer.init(), tiny.packed_batch(batch=4), []
+    for _ in range(12):
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_masking_head_learns_from_what_others_read():
+    """Also where its own result is thrown away."""
+    attention, x, arrays, batch = made()
+
+    def of_query(query):
+        out, _ = reading(attention, x, (query, *arrays[1:]), batch)
+        return jnp.sum(jnp.sin(out[:, :, 1]))
+
+    gradient = np.asarray(jax.grad(of_query)(arrays[0]))
+    assert np.abs(gradient[:, :, 0, 0]).max() > 1e-3
+    np.testing.assert_array_equal(gradient[:, :, 0, 1], 0)
+
+
+STEPS = """
+import json, sys
+import jax, numpy as np
+import tiny
+from natsjax.model import sharding
+from natsjax.train.step import Trainer
+
+batch = tiny.packed_batch(batch=4)
+for mesh, remat in json.load(sys.stdin):
+    model = {"layer_types": "selective,sliding", "attention_sinks": True, "remat": remat, "num_kv_heads": 4}
+    config = tiny.config(model=model, mesh=mesh)
+    devices = jax.devices()[: np.prod(list(mesh.values()))]
+    trainer = Trainer(config, tiny.VOCAB_SIZE, sharding.make_mesh(config.mesh, devices))
+    state, losses = trainer.init(), []
+    for _ in range(3):
+        state, metrics = trainer.step(state, batch)
+        losses.append([float(metrics[name]) for name in ("loss", "kv_fraction", "gradient_norm")])
+    print(json.dumps(losses), flush=True)
+"""
+
+
+def test_losses_do_not_depend_on_the_mesh_and_on_what_is_recomputed():
+    one, eight = json_lines(STEPS, [({"fsdp": 1}, "none"), ({"fsdp": 2, "tensor": 4}, "full")], devices=8)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"model": {"layer_types": "selective,nats"}}, '"selective" layers train without a budget, and "nats" layers'),
+        ({"mesh": {"context": 2}}, 'mesh.context = 2: "selective" layers read whole sequences'),
+        ({"mesh": {"context": -1, "fsdp": 1}}, "mesh.context = -1"),
+        ({"data": {"context_length": 4096}}, "data.context_length = 4096: .* contexts of at most 2048"),
+    ],
+)
+def test_what_it_cannot_do_is_one_sentence(groups, message):
+    with pytest.raises(UserError, match=message):
+        tiny.config(**{"model": MODEL} | groups)
+
+
+# --- at a budget ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return decoding.make_run(tmp_path_factory.mktemp("selective") / "run", decoding.config(model=MODEL))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    model = {"layer_types": "selective,dense,sliding,selective", "sliding_window": 6, "num_layers": 4}
+    return decoding.make_run(tmp_path_factory.mktemp("mixed") / "run", decoding.config(model=MODEL | model))
+
+
+CONTEXTS = decoding.packed_contexts()
+
+
+@pytest.mark.parametrize("layers", ["selective", "selective,dense", "sliding,selective,selective"])
+@pytest.mark.parametrize("budget", [0.2, 0.55, 0.7])
+def test_the_number_of_keys_for_a_budget_is_by_counting(layers, budget):
+    config, lengths = tiny.config(model={"layer_types": layers, "num_layers": 6}), np.array([3, 40, 17])
+    window = config.model.sliding_window
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    full = np.sum(positions + 1)
+
+    def fraction(number):
+        by_kind = {
+            "selective": np.sum(np.minimum(positions, number) + 1),
+            "sliding": np.sum(np.minimum(positions, window) + 1),
+            "dense": full,
+        }
+        return np.mean([by_kind[kind] for kind in config.model.layer_types]) / full
+
+    calibration = Calibration(config, lengths)
+    if not fraction(1) <= budget <= fraction(40):
+        with pytest.raises(OutOfReachError):
+            selective(calibration, budget)
+        return
+    (number,) = selective(calibration, budget).arguments
+    assert abs(fraction(number) - budget) <= min(abs(fraction(n) - budget) for n in range(1, 41)) + 1e-12
+
+
+def test_only_its_own_layers_are_pruned(mixed):
+    found = measure(mixed, CONTEXTS, LeastMasked(3))
+    assert found.live_max.tolist() == [[4, 4], [found.live_max[1, 0]] * 2, [7, 7], [4, 4]]
+    assert found.live_pairs[1].tolist() == [found.causal_pairs] * 2
+    assert kv_fraction.live_fraction(mixed.config) == pytest.approx((3 + kv_fraction.window_fraction([24], 6)) / 4)
+
+
+def test_as_many_keys_as_there_are_change_nothing(run):
+    whole, pruned = measure(run, CONTEXTS, FullAttention()), measure(run, CONTEXTS, LeastMasked(24))
+    np.testing.assert_array_equal(pruned.documents.nll, whole.documents.nll)
+    assert whole.kv_fraction == pruned.kv_fraction == 1
+    fewer = measure(run, CONTEXTS, LeastMasked(3))
+    assert fewer.kv_fraction == pytest.approx(measure(run, CONTEXTS, SlidingWindow(3)).kv_fraction)
+    assert fewer.perplexity != pytest.approx(whole.perplexity, rel=1e-3)
+
+
+def test_an_evaluation_meets_its_budgets(run, tmp_path):
+    found = evaluate.run(run.workdir.path, loaded=run, budgets=[0.3, 0.6], progress=False)
+    rows = [row for row in found.rows if row["method"] == "selective"]
+    assert [row["budget"] for row in rows] == [0.3, 0.6]
+    for row in rows:
+        assert row["kv_fraction"] == pytest.approx(row["budget"], abs=0.06)
+    assert {row["method"] for row in found.rows} == {"full", "sliding_window", "streaming_llm", "selective"}
+    assert "selective attention" in found.summary()
+
+
+def test_dense_runs_go_without_it(tmp_path):
+    config = decoding.config(model={"layer_types": "dense", "num_layers": 1}, eval={"num_contexts": 2})
+    dense = decoding.make_run(tmp_path / "run", config)
+    found = evaluate.run(dense.workdir.path, loaded=dense, budgets=[0.5], progress=False)
+    assert "selective" not in {row["method"] for row in found.rows}
+    assert not any("selective" in note for note in found.notes)
+    with pytest.raises(ValueError, match='reads the masks of "selective" layers, and the model has none'):
+        measure(dense, CONTEXTS, LeastMasked(3))
+
+
+def test_policies_that_tell_heads_apart_are_refused(run):
+    with pytest.raises(ValueError, match="its heads keep different keys"):
+        measure(run, CONTEXTS, RandomKeys(0.3))
