@@ -69,8 +69,8 @@ class ModelConfig:
         ("nats",),
         'attention of each layer: "nats" (learned roles), "dense" (full causal attention), "sliding" (the last '
         'sliding_window keys and its own), or a rival of learned roles: "gated" (a gate for each key), "head_roles" (a '
-        'role for each KV head), "selective" (queries mask keys for later ones); a pattern that repeats over the layers, '
-        "as nats,nats,dense",
+        'role for each KV head), "selective" (queries mask keys for later ones); a pattern that repeats over the '
+        "layers, as nats,nats,dense",
     )
     sliding_window: int = config_field(
         128, 'keys before its own that a query of a "sliding" layer reads (tokens)', minimum=0

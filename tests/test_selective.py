@@ -10,13 +10,17 @@ from flax import nnx
 from processes import json_lines
 
 from natsjax import evaluate, kv_fraction
+from natsjax.decode.decoder import Decoder, DecodeSettings
+from natsjax.decode.generation import generate, prefill
 from natsjax.errors import UserError
+from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
 from natsjax.model.attention import Attention, MaskedAttention, RoleSampling
 from natsjax.model.inputs import Batch
 from natsjax.model.selective import least_masked_end
+from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.budgets import Calibration, OutOfReachError, selective
-from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow
+from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.selective import LeastMasked
 from natsjax.train.step import Trainer
 from pallas_kernels.nats_attention import NO_END
@@ -194,7 +198,7 @@ from natsjax.train.step import Trainer
 
 batch = tiny.packed_batch(batch=4)
 for mesh, remat in json.load(sys.stdin):
-    model = {"layer_types": "selective,sliding", "attention_sinks": True, "remat": remat, "num_kv_heads": 4}
+    model = {"layer_types": "selective", "attention_sinks": True, "remat": remat, "num_kv_heads": 4}
     config = tiny.config(model=model, mesh=mesh)
     devices = jax.devices()[: np.prod(list(mesh.values()))]
     trainer = Trainer(config, tiny.VOCAB_SIZE, sharding.make_mesh(config.mesh, devices))
@@ -284,13 +288,22 @@ def test_as_many_keys_as_there_are_change_nothing(run):
 
 
 def test_an_evaluation_meets_its_budgets(run, tmp_path):
-    found = evaluate.run(run.workdir.path, loaded=run, budgets=[0.3, 0.6], progress=False)
-    rows = [row for row in found.rows if row["method"] == "selective"]
-    assert [row["budget"] for row in rows] == [0.3, 0.6]
-    for row in rows:
-        assert row["kv_fraction"] == pytest.approx(row["budget"], abs=0.06)
-    assert {row["method"] for row in found.rows} == {"full", "sliding_window", "streaming_llm", "selective"}
-    assert "selective attention" in found.summary()
+    found = {
+        mode: evaluate.run(run.workdir.path, loaded=run, budgets=[0.3, 0.6], progress=False, mode=mode)
+        for mode in ("masked", "decode")
+    }
+    rows = {mode: [row for row in one.rows if row["method"] == "selective"] for mode, one in found.items()}
+    for one, other in zip(*rows.values(), strict=True):
+        assert one["kv_fraction"] == pytest.approx(one["budget"], abs=0.06)
+        assert (one["setting"], one["kv_fraction"]) == (other["setting"], pytest.approx(other["kv_fraction"]))
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+        assert other["kv_allocated"] < run.config.data.context_length
+    assert [row["budget"] for row in rows["masked"]] == [0.3, 0.6]
+    for one in found.values():
+        assert {row["method"] for row in one.rows} == {"full", "sliding_window", "streaming_llm", "selective"}
+    assert "| selective attention " in found["masked"].summary()
+    left_out = [note.split(" is left out: ")[0] for note in found["decode"].notes if "its heads keep different" in note]
+    assert left_out == ["random keys", "H2O", "SnapKV"]
 
 
 def test_dense_runs_go_without_it(tmp_path):
@@ -306,3 +319,113 @@ def test_dense_runs_go_without_it(tmp_path):
 def test_policies_that_tell_heads_apart_are_refused(run):
     with pytest.raises(ValueError, match="its heads keep different keys"):
         measure(run, CONTEXTS, RandomKeys(0.3))
+    for policy in (RandomKeys(0.3), H2O(4, 2), SnapKV(6, 2)):
+        with pytest.raises(UserError, match='those of "selective" layers the same ones'):
+            Decoder.of_run(run, policy)
+
+
+# --- through the buffer ---
+
+
+@pytest.mark.parametrize("kind", ["run", "mixed"])
+@pytest.mark.parametrize(
+    "policy", [FullAttention(), SlidingWindow(3), StreamingLLM(1, 2), LeastMasked(1), LeastMasked(4)], ids=str
+)
+def test_the_buffer_gives_what_the_mask_gives(kind, policy, request):
+    """Packed documents and padding, in chunks; token by token where keys are dropped."""
+    run = request.getfixturevalue(kind)
+    masked, decoded = measure(run, CONTEXTS, policy), measure_decoding(run, CONTEXTS, policy, chunk=5)
+    np.testing.assert_allclose(decoded.documents.nll, masked.documents.nll, rtol=1e-4)
+    np.testing.assert_array_equal(decoded.live_pairs, masked.live_pairs)
+    np.testing.assert_array_equal(decoded.live_max, masked.live_max)
+
+
+MODELS = {
+    "all": MODEL,
+    "mixed": {"layer_types": "dense,selective,sliding", "sliding_window": 6, "attention_sinks": True},
+    "no rotary embedding": MODEL | {"nope": (False, False, True), "qk_norm": True, "attention_gate": True},
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_chunks_of_any_size_give_the_masked_logits(model):
+    config = decoding.config(model=model)
+    parameters, rows = decoding.parameters_of(config), decoding.prompts([21, 9, 1, 14])
+    expected, _ = decoding.masked_logits(config, parameters, rows)
+    for chunk in (1, 4):
+        got, _ = decoding.chunked_logits(decoding.decoder(config, parameters), rows, chunk)
+        assert decoding.error(got, expected, rows) <= 2e-5
+
+
+@pytest.mark.parametrize("policy", [None, LeastMasked(20)], ids=str)
+@pytest.mark.parametrize("model", ["all", "mixed"])
+def test_generated_tokens_are_the_likeliest_of_the_masked_model(model, policy):
+    """The prompts are shorter than what is kept, so that what is dropped is dropped after a generated token."""
+    config = decoding.config(model=MODELS[model])
+    parameters, rows = decoding.parameters_of(config), decoding.prompts([3, 17, 9])
+    decoder = decoding.decoder(config, parameters, policy)
+    found = generate(decoder, rows, max_new_tokens=30)
+    decoding.check_generated(config, parameters, rows, found, policy)
+    if policy is not None:
+        layers = 3 if model == "all" else 1
+        lost = sum(max(len(row) + 29 - 20, 0) for row in rows)
+        assert found.evicted == 2 * layers * lost
+        assert [slots < 40 for slots in found.capacities] == [
+            kind == "selective" for kind in config.model.all_layer_types
+        ]
+
+
+def test_a_prompt_is_cut_down_to_the_keys_that_it_has_masked_least():
+    config = decoding.config(model=MODEL)
+    parameters, rows = decoding.parameters_of(config), decoding.prompts([19, 12])
+    decoder = decoding.decoder(config, parameters, LeastMasked(5))
+    cache, _ = prefill(decoder, rows)
+    tokens, lengths = decoding.padded(rows)
+    positions = np.broadcast_to(np.arange(19, dtype=np.int32), tokens.shape)
+    batch = Batch(tokens, positions, np.where(positions < lengths[:, None], lengths[:, None], 0).astype(np.int32))
+    transformer = nnx.merge(decoder.structure, parameters)
+    block = nnx.merge(nnx.graphdef(transformer.blocks), jax.tree.map(lambda x: x[0], parameters["blocks"]))
+    x = block.attention_norm(transformer.embed(tokens))
+    _, after, _ = defined(*in_float64(block.attention.qkv_proj(x, jnp.asarray(positions))), batch)
+    group = cache.buffer[0]
+    for b, length in enumerate(lengths):
+        given = after[b, length - 1]
+        kept = sorted([0, *sorted(range(1, length), key=lambda s: (given[s], -s))[:4]])
+        for k in range(2):
+            live = np.asarray(group.key_end)[0, b, k] > length
+            assert np.asarray(group.key_position)[0, b, k][live].tolist() == kept
+            found = np.asarray(group.attention_sum)[0, b, k][live]
+            np.testing.assert_allclose(found, [given[s] for s in kept], rtol=1e-4, atol=1e-5)
+    assert np.asarray(cache.evicted)[0].tolist() == [[14, 14], [7, 7]]
+
+
+def test_a_hard_limit_goes_by_its_own_rule(run):
+    """``max_kv`` is no budget of masks: it evicts the oldest, as in every model."""
+    decoder = Decoder.of_run(run, settings=DecodeSettings(chunk=8, max_kv=6))
+    found = generate(decoder, decoding.prompts([12]), max_new_tokens=6)
+    assert found.evicted > 0
+    assert found.kv_live_max <= 7
+
+
+DECODE = """
+import json, sys
+import jax
+import decoding
+from natsjax.decode.generation import generate
+from natsjax.policies import LeastMasked
+
+config = decoding.config(model={"layer_types": "selective,dense,selective"})
+parameters = jax.device_get(decoding.parameters_of(config))
+rows = decoding.prompts([3, 17, 9, 12])
+for mesh in json.load(sys.stdin):
+    decoder = decoding.decoder(config, parameters, LeastMasked(6), mesh=mesh)
+    found = generate(decoder, rows, max_new_tokens=16)
+    print(json.dumps([found.tokens, found.logprobs, found.evicted, found.kv_live]), flush=True)
+"""
+
+
+def test_decoding_does_not_depend_on_the_mesh():
+    one, eight = json_lines(DECODE, [None, {"data": 2, "fsdp": 2, "tensor": 2}], devices=8)
+    assert (eight[0], eight[2], eight[3]) == (one[0], one[2], one[3])
+    for a, b in zip(eight[1], one[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -219,7 +219,6 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             marker="v",
             numbers=(Number("N"),),
             for_budget=f"{_BUDGETS}:selective",
-            modes=("masked",),
             is_trained_in=True,
         ),
     ]
