@@ -9,6 +9,7 @@ import tiny
 from flax import nnx
 from processes import json_lines
 
+from benchmarks import study
 from natsjax import evaluate, kv_fraction
 from natsjax.decode.decoder import Decoder, DecodeSettings
 from natsjax.decode.generation import generate, prefill
@@ -22,6 +23,7 @@ from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.budgets import Calibration, OutOfReachError, selective
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.selective import LeastMasked
+from natsjax.report import picture, results
 from natsjax.train.step import Trainer
 from pallas_kernels.nats_attention import NO_END
 
@@ -304,6 +306,14 @@ def test_an_evaluation_meets_its_budgets(run, tmp_path):
     assert "| selective attention " in found["masked"].summary()
     left_out = [note.split(" is left out: ")[0] for note in found["decode"].notes if "its heads keep different" in note]
     assert left_out == ["random keys", "H2O", "SnapKV"]
+    drawn = picture.compared_rows(results.read(run.workdir.report))  # beside other runs
+    assert {row["method"] for row in drawn} == {"full", "selective"}
+
+
+def test_a_study_measures_it_at_the_budget(run):
+    found, role_bias = study.served(run)
+    assert found.kv_fraction == pytest.approx(run.config.nats.kv_budget, abs=0.03)
+    assert role_bias == 0
 
 
 def test_dense_runs_go_without_it(tmp_path):
