@@ -32,11 +32,13 @@ from flax.traverse_util import flatten_dict
 from natsjax import train
 from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
+from natsjax.data import piece_lengths
 from natsjax.errors import UserError
 from natsjax.evaluate.masked import Measurement, measure
-from natsjax.policies.budgets import role_bias_for_budget
+from natsjax.policies.budgets import Calibration, role_bias_for_budget, selective
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
+from natsjax.policies.selective import LeastMasked
 from natsjax.report.intervals import paired_ratio
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir, read_metrics
@@ -110,12 +112,18 @@ def read_study(path: pathlib.Path) -> Study:
 
 
 def served(run: LoadedRun) -> tuple[Measurement, float]:
-    """Measures a run on held-out text as it is served; returns the measurement and the role bias."""
+    """Measures a run on held-out text as it is served; returns the measurement and the role bias.
+
+    "selective" layers keep what ``nats.kv_budget`` leaves them.
+    """
     config = run.config
     held_out = run.data.contexts("validation", config.eval.num_contexts)
-    if not config.model.has_roles:
+    if not (config.model.has_roles or config.model.has_masks):
         return measure(run, held_out, FullAttention()), 0.0
     calibration = run.data.contexts("train", config.eval.num_calibration_contexts)
+    if config.model.has_masks:
+        numbers = selective(Calibration(config, piece_lengths(calibration)), config.nats.kv_budget)
+        return measure(run, held_out, LeastMasked(*map(int, numbers.arguments))), 0.0
     found = role_bias_for_budget(
         lambda role_bias: measure(run, calibration, Nats(role_bias)).kv_fraction, config.nats.kv_budget
     )

@@ -16,7 +16,7 @@ import ml_collections
 from natsjax import config_checks
 from natsjax.config_fields import MIXTURE, PathSyntax, build, config_field
 
-LayerType = Literal["nats", "dense", "sliding", "gated", "head_roles"]
+LayerType = Literal["nats", "dense", "sliding", "gated", "head_roles", "selective"]
 LAYER_TYPES: tuple[LayerType, ...] = typing.get_args(LayerType)
 ROLE_LAYER_TYPES = ("nats", "gated", "head_roles")
 """Types of layers whose keys have roles; a model has one of them at most, for all its layers have the same scorer."""
@@ -69,7 +69,8 @@ class ModelConfig:
         ("nats",),
         'attention of each layer: "nats" (learned roles), "dense" (full causal attention), "sliding" (the last '
         'sliding_window keys and its own), or a rival of learned roles: "gated" (a gate for each key), "head_roles" (a '
-        "role for each KV head); a pattern that repeats over the layers, as nats,nats,dense",
+        'role for each KV head), "selective" (queries mask keys for later ones); a pattern that repeats over the '
+        "layers, as nats,nats,dense",
     )
     sliding_window: int | tuple[int, ...] = config_field(
         128,
@@ -206,6 +207,11 @@ class ModelConfig:
     def is_role_layer(self) -> tuple[bool, ...]:
         """Marks the layers that learn roles, first layer first."""
         return tuple(kind in ROLE_LAYER_TYPES for kind in self.all_layer_types)
+
+    @property
+    def has_masks(self) -> bool:
+        """True if any layer is "selective"."""
+        return "selective" in self.layer_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

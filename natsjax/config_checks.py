@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MAX_WINDOWS = 8
 """A role is a digit in reports."""
+_MAX_SELECTIVE_CONTEXT = 2048
+"""Tokens; "selective" layers have arrays of all pairs."""
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
@@ -37,6 +39,7 @@ def check(config: "Config") -> None:
     _check_nats(config.nats)
     _check_initial_roles(config.model, config.nats)
     _check_rivals(config.model, config.nats, config.mesh)
+    _check_selective(config.model, config.data, config.mesh)
     _check_data(config.data)
     _check_train(config.train, config.model, config.checkpoint)
     _check_optimizer(config.optimizer)
@@ -155,6 +158,23 @@ def _check_rivals(model: "ModelConfig", nats: "NatsConfig", mesh: "MeshConfig") 
         )
     if kinds == ["gated"] and mesh.context not in (0, 1):
         raise UserError(f'mesh.context = {mesh.context}: "gated" layers read whole sequences; set it to 1.')
+
+
+def _check_selective(model: "ModelConfig", data: "DataConfig", mesh: "MeshConfig") -> None:
+    if not model.has_masks:
+        return
+    if model.has_roles:
+        raise UserError(
+            f'model.layer_types = {model.layer_pattern}: "selective" layers train without a budget, and '
+            f'"{model.role_layer_type}" layers for one; name one of the two.'
+        )
+    if mesh.context not in (0, 1):
+        raise UserError(f'mesh.context = {mesh.context}: "selective" layers read whole sequences; set it to 1.')
+    if data.context_length > _MAX_SELECTIVE_CONTEXT:
+        raise UserError(
+            f'data.context_length = {data.context_length}: "selective" layers have arrays of all pairs of tokens, and '
+            f"take contexts of at most {_MAX_SELECTIVE_CONTEXT}."
+        )
 
 
 def _check_data(data: "DataConfig") -> None:

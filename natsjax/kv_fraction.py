@@ -225,7 +225,7 @@ def sliding_windows(config: Config) -> np.ndarray:
 def _mean_over_layers(config: Config, piece_lengths: npt.ArrayLike, nats: float) -> float:
     """Returns the mean of the layers' KV fractions; ``nats`` is that of layers with roles."""
     sliding = float(np.mean(window_fraction(piece_lengths, config.model.head_windows)))
-    by_kind = dict.fromkeys(ROLE_LAYER_TYPES, nats) | {"dense": 1.0, "sliding": sliding}
+    by_kind = dict.fromkeys(ROLE_LAYER_TYPES, nats) | {"dense": 1.0, "selective": 1.0, "sliding": sliding}
     return float(np.mean([by_kind[kind] for kind in config.model.layer_types]))
 
 

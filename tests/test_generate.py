@@ -31,6 +31,7 @@ from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
+from natsjax.policies.selective import LeastMasked
 
 SHORT = ["--temperature=1", "--max_new_tokens=6"]  # fresh parameters give bytes at random, and greedily the same again
 
@@ -195,6 +196,7 @@ POLICIES = {
     "snapkv:8,4": SnapKV(8, 4),
     "random:0.25": RandomKeys(0.25),
     "random:1,3": RandomKeys(1.0, 3),
+    "selective:9": LeastMasked(9),
 }
 
 

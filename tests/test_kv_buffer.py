@@ -25,7 +25,7 @@ LAYERS, BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 2, 4, 4
 def empty(slots=8, layers=(LAYERS,), format="transposed", observed=False):
     slots = [slots] * len(layers) if isinstance(slots, int) else slots
     sizes = {"batch": BATCH, "num_kv_heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "block": BLOCK}
-    return allocation.empty(layers, slots, **sizes, format=format, observed=observed)
+    return allocation.empty(layers, slots, **sizes, format=format, adds_up=observed)
 
 
 def key_of(layer, row, head, index):

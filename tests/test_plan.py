@@ -306,6 +306,21 @@ def test_attention_counts_pairs():
     assert train_step.step_flops(sampled, 16).attention == pytest.approx(pairs * (0.4 * 11 + 0.5) * 2 * 4)
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_selective_layers_take_all_pairs_and_a_head_more(remat):
+    """What the step traces, whose arrays have the pairs above the diagonal too."""
+    config = tiny.config(model={"layer_types": "selective", "remat": remat})
+    trainer = Trainer(config, tiny.VOCAB_SIZE)
+    with jax.set_mesh(trainer.mesh):
+        traced = jax.make_jaxpr(trainer._step)(trainer.abstract_state(), trainer.abstract_batch())
+    flops = train_step.step_flops(config, tiny.VOCAB_SIZE)
+    square = 24 * 24 / (24 * 25 / 2)
+    assert flops.weights + square * flops.attention == pytest.approx(products(traced.jaxpr))
+    mixed = tiny.config(model={"layer_types": "selective,dense"})
+    pairs = 4 * 2 * 4 * 24 * 25 / 2
+    assert train_step.step_flops(mixed, 16).attention == pytest.approx(pairs * (9 + 6 * 9 / 8) / 2 * 2 * 4)
+
+
 def test_the_vocabulary_without_the_data(tmp_path):
     assert train_step.vocab_size_of(tiny.config()) == tiny.VOCAB_SIZE
     corpus = {"source": "corpus", "input": "folder", "vocab_size": 1000}

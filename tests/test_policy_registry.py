@@ -150,7 +150,8 @@ def test_an_entry_is_whole(entry):
     style = report.style_of(entry.name)
     assert style == (entry.label, entry.color, entry.marker)
     if entry.for_budget is not None and not entry.reads_roles:
-        calibration = budgets.Calibration(tiny.config(), np.array([200, 90, 30]), chunk=4)
+        kind = "selective" if policy_class.needs_selective else "nats"
+        calibration = budgets.Calibration(tiny.config(model={"layer_types": kind}), np.array([200, 90, 30]), chunk=4)
         numbers = entry.numbers_for(calibration, 0.4)
         assert entry.make(*numbers.arguments).method == entry.name
         with pytest.raises(budgets.OutOfReachError):

@@ -47,7 +47,7 @@ def keys_of(heads, positions, attention_sum, seen=None):
 
 def buffer_of(heads, slots):
     sizes = {"batch": 1, "num_kv_heads": heads, "head_dim": 4, "dtype": "float32", "block": slots}
-    return allocation.empty([1], [slots], **sizes, format="transposed", observed=True)[0]
+    return allocation.empty([1], [slots], **sizes, format="transposed", adds_up=True)[0]
 
 
 def held(group, at):

@@ -411,6 +411,11 @@ def test_the_exit_status_says_that_a_run_failed(monkeypatch, capsys, tmp_path):
             {"kv_budgets": [0.4]},
             "model.layer_types = dense: no layer learns roles",
         ),
+        (
+            {"model": {"layer_types": "selective"}},
+            {"kv_budgets": [0.4]},
+            "nothing to sweep over; train one run",
+        ),
         ({"data": {"source": "corpus", "input": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere"),
         ({"eval": {"budgets": (0.01,)}}, {"kv_budgets": [0.4]}, r"= 0\.01: .* no KV fraction is below"),
         ({"train": {"init_from": "nowhere"}}, {"kv_budgets": [0.4]}, "nowhere holds no run"),

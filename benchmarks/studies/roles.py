@@ -36,6 +36,7 @@ ARMS = {
     "gated": {"model.layer_types": "gated"},
     "gated and hardening": {"model.layer_types": "gated", "nats.final_temperature": 0.1},
     "head roles": {"model.layer_types": "head_roles"},
+    "selective": {"model.layer_types": "selective"},
     "hybrid of windows and a dense layer": {"model.layer_types": "sliding,sliding,sliding,dense"},
 }
 REFERENCE = "trained window of 19"

@@ -153,7 +153,7 @@ def empty(
     dtype: Any,
     format: Format,
     block: int,
-    observed: bool = False,
+    adds_up: bool = False,
 ) -> KVBuffer:
     """Makes a buffer without keys.
 
@@ -165,7 +165,7 @@ def empty(
       dtype: of keys and values.
       format: their layout in memory (``decode_attention.storage_format``).
       block: slots that are read together, at least.
-      observed: with ``attention_sum``.
+      adds_up: with ``attention_sum``.
     """
 
     def group(layers: int, slots: int) -> LayerGroup:
@@ -176,7 +176,7 @@ def empty(
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape[:3], jnp.int32),
-            jnp.zeros(shape, jnp.float32) if observed else None,
+            jnp.zeros(shape, jnp.float32) if adds_up else None,
         )
         return jax.tree.map(lambda x: sharding.reshard(x, *AXES[x.ndim]), group)
 

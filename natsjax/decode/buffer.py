@@ -10,7 +10,7 @@ A LOCAL key whose GLOBAL token has not come yet has ``key_end = UNTIL_GLOBAL``; 
 ``pallas_kernels.decode_attention.storage`` alone knows the layout of keys and values in memory.
 
 What functions here take: ``group``, of the buffer; ``at``, int32 ``[b]``, index of the next query; ``limit``, int32
-scalar, only slots before it count.
+scalar or ``[l, 1]``, only slots before it count.
 
 Axis letters: ``l`` layer of a group, ``b`` batch, ``k`` KV head, ``c`` slot, ``t`` token of a chunk, ``h`` head dim.
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natsjax.model import sharding
 from natsjax.policies.base import Eviction
@@ -31,6 +32,7 @@ AXES: dict[int, sharding.Axes] = {
     5: (None, "batch", "kv_heads", None, None),
     4: (None, "batch", "kv_heads", None),
     3: (None, "batch", "kv_heads"),
+    2: (None, None),
     1: ("batch",),
     0: (),
 }
@@ -55,8 +57,8 @@ class LayerGroup:
       key_position: int32 ``[l, b, k, c]``, index of each key in its sequence.
       key_end: int32 ``[l, b, k, c]``, the first query that cannot read the slot, which is then free; 0: never used.
       length: int32 ``[l, b, k]``, all slots from here on are free.
-      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it, or
-        None.
+      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it; in a
+        model with "selective" layers the masks that it has received, 0 in other layers, the same in all heads; or None.
     """
 
     storage: Storage
@@ -99,8 +101,8 @@ class NewKeys:
       key_position, key_end: int32 ``[l, b, k, t]``; ``key_end = 0`` where there is no token.
       local_end: int32 ``[l, b, k]``, the end of the LOCAL keys that were waiting: one behind the first GLOBAL token
         among these, ``UNTIL_GLOBAL`` where there is none.
-      attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention that these keys, and those
-        in the slots, have received from the queries of the chunk; None where no policy observes it.
+      attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention, or masks, that these
+        keys, and those in the slots, have received from the queries of the chunk; None where nothing adds them up.
     """
 
     keys: jax.Array
@@ -126,10 +128,31 @@ def _expired(key_end: jax.Array, local_end: jax.Array) -> jax.Array:
 
 
 @by_shard
+def receive(group: LayerGroup, new: NewKeys) -> LayerGroup:
+    """Adds what the keys in the slots have received from the new queries, where that is added up."""
+    return dataclasses.replace(group, attention_sum=_received(group, new))
+
+
+def _received(group: LayerGroup, new: NewKeys) -> jax.Array | None:
+    if group.attention_sum is None or new.slot_attention is None:
+        return group.attention_sum
+    # The group may have been grown since the chunk was read; new slots are at the end.
+    missing = group.capacity - new.slot_attention.shape[3]
+    return group.attention_sum + jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, missing)])
+
+
+def limits_of(buffer: KVBuffer, limit: jax.Array) -> list[jax.Array]:
+    """Divides limits of all layers, int32 ``[num_layers, 1]``, among the groups; a scalar holds for all of them."""
+    if limit.ndim == 0:
+        return [limit] * len(buffer)
+    return jnp.split(limit, np.cumsum([group.num_layers for group in buffer])[:-1])
+
+
+@by_shard
 def free_slot(group: LayerGroup, at: jax.Array, limit: jax.Array) -> jax.Array:
     """Finds the first free slot of every head, the capacity where there is none: int32 ``[l, b, k]``."""
     slot = jax.lax.broadcasted_iota(jnp.int32, group.key_end.shape, 3)
-    is_free = (group.key_end <= at[:, None, None]) & (slot < limit)
+    is_free = (group.key_end <= at[:, None, None]) & (slot < _by_layer(limit))
     return jnp.min(jnp.where(is_free, slot, group.capacity), axis=-1)
 
 
@@ -157,11 +180,16 @@ def slot_to_evict(group: LayerGroup, new: NewKeys, eviction: Eviction, at: jax.A
     )
     keys = jax.lax.map(layer, tuple(with_new(*pair) for pair in pairs))
     slot = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, 3)
-    candidates = (slot < limit) | (slot == group.capacity)
+    candidates = (slot < _by_layer(limit)) | (slot == group.capacity)
     for key in keys:
         key = jnp.where(candidates, key, _highest(key.dtype))
         candidates &= key == jnp.min(key, axis=-1, keepdims=True)
     return jnp.min(jnp.where(candidates, slot, group.capacity), axis=-1)
+
+
+def _by_layer(limit: jax.Array) -> jax.Array:
+    """Gives a limit the axes ``[l or 1, b, k, c]``."""
+    return jnp.reshape(limit, (-1, 1, 1, 1))
 
 
 def _highest(dtype) -> jax.Array:
@@ -209,18 +237,14 @@ def write_chunk(
       new: the chunk's keys.
       at: int32 ``[b]``, the first query behind the chunk.
       eviction: rule where more than ``limit`` would be live; None: nothing goes.
-      limit: int32 scalar, at most the capacity.
+      limit: at most the capacity.
 
     Returns:
       The group, in which every slot before ``length`` is live, and the live keys that were evicted: int32
       ``[l, b, k]``.
     """
     key_end = _expired(group.key_end, new.local_end)
-    attention_sum = group.attention_sum
-    if attention_sum is not None and new.slot_attention is not None:
-        # The group may have been grown since the chunk was read; new slots are at the end.
-        attention_sum += jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, group.capacity - new.slot_attention.shape[3])])
-    group = dataclasses.replace(group, key_end=key_end, attention_sum=attention_sum)
+    group = dataclasses.replace(group, key_end=key_end, attention_sum=_received(group, new))
     return _keep(group, new, at, eviction, limit)
 
 
@@ -235,6 +259,7 @@ def compact(
 def _keep(group, new, at, eviction, limit):
     """Gathers the live keys of the slots and the new ones, layer by layer."""
     at = at[:, None, None]
+    limits = None if limit is None else jnp.broadcast_to(jnp.reshape(limit, -1), group.num_layers)
 
     def joined(x, y, layer):
         x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -250,7 +275,8 @@ def _keep(group, new, at, eviction, limit):
         is_live = end > at
         live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         if eviction is not None:
-            is_live &= _rank(eviction.scores(position, end, weight, at), is_live) >= live[..., None] - limit
+            most = jax.lax.dynamic_index_in_dim(limits, layer, 0, keepdims=False)
+            is_live &= _rank(eviction.scores(position, end, weight, at), is_live) >= live[..., None] - most
         kept = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         order = jnp.argsort(~is_live, axis=-1, stable=True)[..., : group.capacity]
 

@@ -28,7 +28,7 @@ from natsjax.errors import UserError
 from natsjax.model import sharding
 from natsjax.model.sharding import compute_spec
 from natsjax.model.transformer import ModelStructure, model_structure
-from natsjax.policies.base import DecodingPolicy, Eviction
+from natsjax.policies.base import DecodingPolicy, Eviction, unsuited
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
@@ -120,7 +120,7 @@ class Decoder:
       settings: of decoding.
 
     Raises:
-      UserError: the policy needs roles and the model has none, or the mesh divides sequences.
+      UserError: the model's layers cannot follow the policy, or the mesh divides sequences.
 
     Example:
       >>> decoder = Decoder.of_run(natsjax.load("runs/quickstart"), Nats(role_bias=-0.3))
@@ -135,13 +135,12 @@ class Decoder:
         policy: DecodingPolicy | None = None,
         settings: DecodeSettings | None = None,
     ):
-        is_dense = not config.model.has_roles
         self.config, self.structure, self.mesh = config, model.structure, mesh
         self.vocab_size = model.parameters["embedding"].shape[0]
-        self.policy = policy if policy is not None else FullAttention() if is_dense else Nats()
+        self.policy = policy if policy is not None else Nats() if config.model.has_roles else FullAttention()
         self.settings = DecodeSettings() if settings is None else settings
-        if is_dense and self.policy.needs_roles:
-            raise UserError(f"policy = {self.policy}: it reads roles, and a model with dense attention has none.")
+        if (why := unsuited(self.policy, config.model)) is not None:
+            raise UserError(f"policy = {self.policy}: {why}.")
         check_mesh(mesh)
         self._format = storage_format(mesh.devices.flat[0].platform)
         self._layouts: list[Layout] = []  # after prompts so far
@@ -153,7 +152,9 @@ class Decoder:
         limits = [limit for limit in (self.settings.max_kv, self.policy.max_keys) if limit is not None]
         if len(limits) > 1:
             raise UserError(f"max_kv = {self.settings.max_kv}: it and {self.policy} are two limits; choose one.")
-        self.limit = min(*limits, NO_LIMIT) if limits else NO_LIMIT
+        limit = min(*limits, NO_LIMIT) if limits else NO_LIMIT
+        limited = self.policy.limited_layers(config.model) if self.policy.max_keys is not None else True
+        self._limits = np.where(limited, limit, np.full(config.model.num_layers, NO_LIMIT))
         if self.policy.max_keys is not None:
             self.eviction = typing.cast(Eviction, self.policy)
         elif limits:
@@ -227,12 +228,10 @@ class Decoder:
                 self.parameters, cache.buffer, chunk, self.policy, structure=self.structure, count_live=count_live
             )
             eviction, need = self.eviction if evict else None, np.asarray(read.need)
-            need = need if eviction is None else np.minimum(need, self.limit)
+            need = need if eviction is None else np.minimum(need, self._limits)
             if np.any(need > cache.capacities):
                 cache = self.grow(cache, need, _PREFILL_GROWTH)
-            buffer, evicted = loop.write_chunk(
-                cache.buffer, read.new, chunk.next_index, eviction, jnp.int32(self.limit)
-            )
+            buffer, evicted = loop.write_chunk(cache.buffer, read.new, chunk.next_index, eviction, self.limits)
             return cache._replace(buffer=buffer, num_tokens=chunk.next_index, evicted=cache.evicted + evicted), read
 
     # --- capacity ---
@@ -271,7 +270,7 @@ class Decoder:
             return cache  # the capacity was known from the start
         # Evicting begins where there is no free slot: that must not be before the limit.
         if self.evicts_in_loop:
-            need = np.minimum(need + num_tokens, self.limit)
+            need = np.minimum(need + num_tokens, self._limits)
         else:  # also where few tokens come: a later batch may need a little more
             need = np.array([self._grown(int(n), cache.most) for n in need])
         layers, slots = self._layout(need, cache.most)
@@ -295,7 +294,7 @@ class Decoder:
     def evict(self, cache: Cache) -> Cache:
         """Evicts down to the limit; the buffer of ``cache`` is used up."""
         with jax.set_mesh(self.mesh):
-            buffer, evicted = loop.compact(cache.buffer, cache.num_tokens, self.eviction, jnp.int32(self.limit))
+            buffer, evicted = loop.compact(cache.buffer, cache.num_tokens, self.eviction, self.limits)
             return cache._replace(buffer=buffer, evicted=cache.evicted + evicted)
 
     def resized(self, cache: Cache, slots: int) -> Cache:
@@ -311,6 +310,18 @@ class Decoder:
         """Counts the live slots of each layer's fullest head, int ``[num_layers]``."""
         with jax.set_mesh(self.mesh):
             return np.asarray(_need(cache.buffer, cache.num_tokens))
+
+    @property
+    def limit(self) -> int:
+        """The most keys that a head keeps, in the layer that keeps the most."""
+        return int(self._limits.max())
+
+    @property
+    def limits(self) -> jax.Array:
+        """The most keys that a head keeps, for ``loop``: int32 scalar, or ``[num_layers, 1]`` where layers differ."""
+        if np.ptp(self._limits) == 0:
+            return jnp.int32(self.limit)
+        return jnp.asarray(self._limits[:, None], jnp.int32)
 
     @property
     def evicts_in_loop(self) -> bool:
@@ -356,7 +367,7 @@ class Decoder:
             dtype=model.dtype,
             format=self._format,
             block=self.settings.block,
-            observed=self.policy.observes_attention,
+            adds_up=self.policy.observes_attention or model.has_masks,
         )
 
     # --- from the host ---

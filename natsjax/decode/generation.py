@@ -244,15 +244,14 @@ class _Run:
     def _dispatch(self) -> Segment:
         """Starts the next segment and does not wait."""
         decoder = self.decoder
-        limits = (decoder.eviction, decoder.limit) if decoder.evicts_in_loop else (None, NO_LIMIT)
+        limits = (decoder.eviction, decoder.limits) if decoder.evicts_in_loop else (None, jnp.int32(NO_LIMIT))
         self.loop, segment = decode_segment(
             decoder.parameters,
             self.loop,
             self.policy,
             self.numbers,
             self.stop,
-            limits[0],
-            jnp.int32(limits[1]),
+            *limits,
             length=decoder.settings.segment,
             **self.static,
         )

@@ -4,7 +4,8 @@ Each compiles once for the shapes of the buffer. The loop stops by itself where 
 is written, so that the host can move the run to a larger buffer.
 
 What functions here take: ``parameters`` in the compute layout; the model's ``structure``; ``policy``, which decides how
-long keys live; ``numbers`` and ``kind`` of the ``Sampling``; ``limit``, int32 scalar, slots of a head that may be used.
+long keys live; ``numbers`` and ``kind`` of the ``Sampling``; ``limit``, int32 scalar or ``[num_layers, 1]``, slots of a
+head that may be used.
 
 Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d``
 embedding dim.
@@ -70,8 +71,7 @@ def read_tokens(
         begin = chunk.begin + jnp.minimum(number, chunk.num_tokens)
         one = Chunk(token[:, None], (number < chunk.num_tokens).astype(jnp.int32), begin, chunk.observed_from)
         reads = forward_chunk(model, buffer, one, policy, count_live=True)
-        pairs = zip(buffer, reads.new, strict=True)
-        buffer = tuple(kv_buffer.write_chunk(group, new, one.next_index, eviction, limit)[0] for group, new in pairs)
+        buffer, _ = _written(buffer, reads.new, one.next_index, eviction, limit)
         return buffer, (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
 
     tokens = sharding.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
@@ -90,8 +90,18 @@ def write_chunk(
     buffer: KVBuffer, new: tuple[NewKeys, ...], at: jax.Array, eviction: Eviction | None, limit: jax.Array | None
 ) -> tuple[KVBuffer, jax.Array]:
     """Runs ``buffer.write_chunk``; counts the evicted keys, int32 ``[num_layers, b, k]``."""
-    pairs = [kv_buffer.write_chunk(group, keys, at, eviction, limit) for group, keys in zip(buffer, new, strict=True)]
+    return _written(buffer, new, at, eviction, limit)
+
+
+def _written(buffer, new, at, eviction, limit):
+    limits = _limits(buffer, limit)
+    groups = zip(buffer, new, limits, strict=True)
+    pairs = [kv_buffer.write_chunk(group, keys, at, eviction, most) for group, keys, most in groups]
     return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
+
+
+def _limits(buffer, limit):
+    return [None] * len(buffer) if limit is None else kv_buffer.limits_of(buffer, limit)
 
 
 @functools.partial(jax.jit, donate_argnames=("buffer",))
@@ -99,7 +109,8 @@ def compact(
     buffer: KVBuffer, at: jax.Array, eviction: Eviction | None = None, limit: jax.Array | None = None
 ) -> tuple[KVBuffer, jax.Array]:
     """Runs ``buffer.compact``; counts the evicted keys, int32 ``[num_layers, b, k]``."""
-    pairs = [kv_buffer.compact(group, at, eviction, limit) for group in buffer]
+    limits = _limits(buffer, limit)
+    pairs = [kv_buffer.compact(group, at, eviction, most) for group, most in zip(buffer, limits, strict=True)]
     return tuple(group for group, _ in pairs), jnp.concatenate([evicted for _, evicted in pairs])
 
 
@@ -213,11 +224,12 @@ def decode_segment(
         reads = forward_chunk(model, loop.buffer, chunk, policy)
         at = chunk.next_index
         groups, evicted = [], []
-        for group, new, slot in zip(loop.buffer, reads.new, slots, strict=True):
+        limits = kv_buffer.limits_of(loop.buffer, limit)
+        for group, new, slot, most in zip(loop.buffer, reads.new, slots, limits, strict=True):
             if policy.observes_attention:
-                group, lost = kv_buffer.write_chunk(group, new, at, eviction, limit)
+                group, lost = kv_buffer.write_chunk(group, new, at, eviction, most)
             else:
-                group, lost = _write(group, new, slot, loop.done, at, eviction, limit)
+                group, lost = _write(group, new, slot, loop.done, at, eviction, most)
             groups.append(group)
             evicted.append(lost)
         token, logprob = sampling.sample(model.logits(reads.hidden[:, 0]), loop.sequence, at, kind, numbers)
@@ -255,6 +267,8 @@ def decode_segment(
 def _write(group, new, slot, done, at, eviction, limit):
     """Writes one key into its slot and counts live keys that are lost by it. ``at`` is the next query."""
     group, lost = kv_buffer.expire(group, new.local_end), 0 * slot
+    if group.attention_sum is not None:
+        group = kv_buffer.receive(group, new)
     if eviction is not None:
         # A chunk would keep the same: keys that the next query can read, the new one among them.
         slot = kv_buffer.free_slot(group, at, limit)
@@ -267,7 +281,8 @@ def _write(group, new, slot, done, at, eviction, limit):
 
 
 def _free(loop: Loop, limit) -> tuple[jax.Array, ...]:
-    return tuple(kv_buffer.free_slot(group, loop.at, limit) for group in loop.buffer)
+    limits = kv_buffer.limits_of(loop.buffer, limit)
+    return tuple(kv_buffer.free_slot(group, loop.at, most) for group, most in zip(loop.buffer, limits, strict=True))
 
 
 def _lacks_capacity(loop: Loop, slots) -> jax.Array:

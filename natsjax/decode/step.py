@@ -22,6 +22,7 @@ from natsjax.decode.buffer import AXES, UNTIL_GLOBAL, KVBuffer, LayerGroup, NewK
 from natsjax.model import sharding
 from natsjax.model.attention import SINK_AXES, Attention, below_sink
 from natsjax.model.inputs import Batch
+from natsjax.model.selective import maskable, masks, selection, selective_attention
 from natsjax.model.transformer import Transformer
 from natsjax.policies.base import DecodingPolicy, cut, window_end
 from pallas_kernels.decode_attention import decode_attention, observed_attention
@@ -82,8 +83,8 @@ def forward_chunk(
     Args:
       model: the transformer.
       buffer: of the tokens before.
-      chunk: the tokens; a single one is read by the decoding kernels, unless the policy observes attention or live keys
-        are counted.
+      chunk: the tokens; a single one is read by the decoding kernels, unless the policy observes attention, live keys
+        are counted, or there are "selective" layers.
       policy: decides how long keys live.
       count_live: True to get ``live``.
     """
@@ -144,13 +145,20 @@ class BufferAttention(NamedTuple):
         if end is None:
             ids = rule.choose(rule.perturb(attention.scorer(x)), batch.is_first)
         ids, end, window = _by_kind(self.kind, config, batch.positions, ids, end)
-        is_observed, count_live = self.policy.observes_attention, self.count_live
+        is_observed, count_live, has_masks = self.policy.observes_attention, self.count_live, config.model.has_masks
         slots, structure = jax.tree.flatten(self.group)
 
-        def on_device(query, key, value, ids, end, sink, layer, window, positions, is_token, observed_from, *slots):
+        def on_device(
+            query, key, value, ids, end, sink, layer, window, may_mask, positions, is_token, observed_from, *slots
+        ):
             new = _new_keys(key, value, ids, end, window, positions, is_token)
             group: LayerGroup = jax.tree.unflatten(structure, slots)
-            if query.shape[1] == 1 and not is_observed and not count_live:
+            if has_masks:
+                at = jnp.where(is_token, positions, -1)
+                out, sums, live = _read_selectively(
+                    query, key, value, new, group, layer, at, sink, may_mask, count_live
+                )
+            elif query.shape[1] == 1 and not is_observed and not count_live:
                 out = decode_attention(
                     _merge_heads(query)[:, 0],
                     key[:, 0],
@@ -173,10 +181,12 @@ class BufferAttention(NamedTuple):
         given = ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None)
         of_heads = (None, "kv_heads" if window.shape[1] > 1 else None, None)
         tokens = (("batch", None), ("batch", None), ("batch",))
-        axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, (), of_heads, *tokens, *(AXES[x.ndim] for x in slots))
+        places = ((), of_heads, ())
+        axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, *places, *tokens, *(AXES[x.ndim] for x in slots))
         out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
-        out_axes += [by_head] * (2 * is_observed + count_live)
-        numbers = (self.layer, window, batch.positions, batch.is_token, self.chunk.observed_from)
+        out_axes += [by_head] * (2 * (is_observed or has_masks) + count_live)
+        is_selective = self.kind == LAYER_TYPES.index("selective")
+        numbers = (self.layer, window, is_selective, batch.positions, batch.is_token, self.chunk.observed_from)
         mapped = sharding.shard_map(on_device, axes, out_axes)
         out, *rest = mapped(query, key, value, ids, end, attention.sink_logits, *numbers, *slots)
         live = rest.pop() if count_live else None
@@ -197,17 +207,8 @@ def _new_keys(key, value, ids, end, window, positions, is_token):
 
 def _read_all(query, key, value, new, group: LayerGroup, layer, at, sink, observed, count_live):
     """Attends over slots and new keys side by side: ``(out, attention sums if observed, live keys if counted)``."""
-    _, _, position, end, local_end = new
-    slot_end, slot_position = (
-        jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (group.key_end, group.key_position)
-    )
-    slot_end = jnp.where(slot_end == UNTIL_GLOBAL, local_end[..., None], slot_end)
-    ends = jnp.concatenate([slot_end, end], axis=-1)
-    places = {"query_position": at, "key_position": jnp.concatenate([slot_position, position], axis=-1)}
-    keys, values = (
-        jnp.concatenate([jnp.swapaxes(slots, 1, 2), x.astype(slots.dtype)], axis=1)
-        for slots, x in zip(group.storage.layer(layer), (key, value), strict=True)
-    )
+    keys, values, key_position, ends = _joined(key, value, new, group, layer)
+    places = {"query_position": at, "key_position": key_position}
     heads = _merge_heads(query)
     sums: tuple[jax.Array, ...] = ()
     live: tuple[jax.Array, ...] = ()
@@ -219,10 +220,49 @@ def _read_all(query, key, value, new, group: LayerGroup, layer, at, sink, observ
         found = interval_attention(heads, keys, values, ends, return_lse=sink is not None, **places)
         out = below_sink(found, sink)
     if count_live:
-        at = at[:, None, :, None]
-        is_read = (places["key_position"][:, :, None] <= at) & (at < ends[:, :, None])
-        live = (jnp.sum(is_read, axis=-1, dtype=jnp.int32),)
+        live = (jnp.sum(_is_read(at, key_position, ends), axis=-1, dtype=jnp.int32),)
     return out, sums, live
+
+
+def _read_selectively(query, key, value, new, group: LayerGroup, layer, at, sink, is_selective, count_live):
+    """Reads as ``_read_all`` does in a model with "selective" layers: the sums are what keys are given as masks.
+
+    Keys are the same in all heads, and so are masks. In layers of other kinds nothing is given.
+    """
+    keys, values, key_position, ends = _joined(key, value, new, group, layer)
+    is_read = _is_read(at, key_position, ends)
+    before = jax.lax.dynamic_index_in_dim(group.attention_sum, layer, 0, keepdims=False)[:, 0]
+    before = jnp.pad(before, ((0, 0), (0, query.shape[1])))
+    may_mask = maskable(at, key_position[:, 0], is_read[:, 0]) & is_selective
+    # Of the layer's first head, which is the first device's.
+    selected = sharding.from_first(selection(query[:, :, 0, 0], keys[:, :, 0], may_mask), "kv_heads")
+    masked, _ = masks(selected, before)
+    out = selective_attention(query, keys, values, masked, is_read, sink)
+    given = jnp.sum(selected, axis=1)[:, None]
+    given = jnp.broadcast_to(given, (*ends.shape[:2], given.shape[-1]))
+    live = (jnp.sum(is_read, axis=-1, dtype=jnp.int32),) if count_live else ()
+    return out, (given[..., group.capacity :], given[..., : group.capacity]), live
+
+
+def _joined(key, value, new, group: LayerGroup, layer):
+    """Puts slots and new keys side by side: keys, values ``[b, s, k, h]``, positions and ends ``[b, k, s]``."""
+    _, _, position, end, local_end = new
+    slot_end, slot_position = (
+        jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (group.key_end, group.key_position)
+    )
+    slot_end = jnp.where(slot_end == UNTIL_GLOBAL, local_end[..., None], slot_end)
+    keys, values = (
+        jnp.concatenate([jnp.swapaxes(slots, 1, 2), x.astype(slots.dtype)], axis=1)
+        for slots, x in zip(group.storage.layer(layer), (key, value), strict=True)
+    )
+    key_position = jnp.concatenate([slot_position, position], axis=-1)
+    return keys, values, key_position, jnp.concatenate([slot_end, end], axis=-1)
+
+
+def _is_read(at, key_position, ends):
+    """Marks the keys that each query reads: bool ``[b, k, t, s]``."""
+    at = at[:, None, :, None]
+    return (key_position[:, :, None] <= at) & (at < ends[:, :, None])
 
 
 def _merge_heads(query: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -162,7 +161,7 @@ class _ByToken(_ByChunk):
                 chunk,
                 decoder.policy,
                 decoder.eviction,
-                jnp.int32(decoder.limit),
+                decoder.limits,
                 structure=decoder.structure,
             )
             self.cache = cache._replace(buffer=buffer, num_tokens=chunk.next_index)

@@ -10,7 +10,7 @@ from natsjax.runs.load import LoadedRun, load
 def load_baseline(
     run: LoadedRun, baseline_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """Loads the dense baseline of a NAtS run.
+    """Loads the dense baseline of a NAtS run, or of a rival's.
 
     Args:
       run: the NAtS run.
@@ -18,10 +18,11 @@ def load_baseline(
       prepared_dir: folder of the prepared corpus of both; None: as ``natsjax.load`` finds it.
 
     Raises:
-      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` has no roles.
+      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` has neither
+        roles nor masks.
     """
     where = f"--baseline_workdir={os.fspath(baseline_workdir)}"
-    if not run.config.model.has_roles:
+    if not (run.config.model.has_roles or run.config.model.has_masks):
         raise UserError(f"{where}: {run.workdir.path} {_without_roles(run)}; leave the flag out.")
     baseline = load(baseline_workdir, prepared_dir=prepared_dir)
     if set(baseline.config.model.layer_types) != {"dense"}:

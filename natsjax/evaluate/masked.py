@@ -23,7 +23,7 @@ from natsjax.model import sharding
 from natsjax.model.attention import RoleSampling
 from natsjax.model.cross_entropy import token_losses
 from natsjax.model.inputs import Batch
-from natsjax.policies.base import StaticPolicy
+from natsjax.policies.base import StaticPolicy, unsuited
 from natsjax.runs.load import LoadedRun
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
@@ -140,7 +140,7 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
       policy: policy of the KV cache.
 
     Raises:
-      ValueError: the policy reads roles, and the model has none.
+      ValueError: the model's layers cannot follow the policy.
     """
     nll, correct, pairs, most = [], [], [], []
     for result in _forward_batches(run, contexts, policy):
@@ -170,7 +170,7 @@ def chosen_roles(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndar
     """Computes the role of every token under ``Nats`` or ``SampledNats``: int8 ``[n, l, k, t]``, arbitrary at padding.
 
     Raises:
-      ValueError: the policy reads roles, and the model has none.
+      ValueError: the model's layers cannot follow the policy.
     """
     ids = [np.asarray(result.role_ids).swapaxes(0, 1) for result in _forward_batches(run, contexts, policy)]
     return np.concatenate(ids)[: len(contexts["inputs"])]
@@ -249,8 +249,8 @@ def _forward_batches(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Ite
         rows = {name: np.pad(part, ((0, size - len(part)), (0, 0))) for name, part in parts.items()}
         batch = Batch.from_rows(sharding.put_batch(run.mesh, rows, size))
         with jax.set_mesh(run.mesh):
-            if policy.needs_roles and not run.config.model.has_roles:
-                raise ValueError(f"{policy} reads the roles of the tokens, and a model with dense attention has none.")
+            if (why := unsuited(policy, run.config.model)) is not None:
+                raise ValueError(f"{policy}: {why}.")
             choice = policy.choice(batch.positions, run.config)
             if choice.noise_key is not None:
                 choice = choice._replace(noise_key=jax.random.fold_in(choice.noise_key, number))

@@ -79,9 +79,11 @@ def settings_of(
         calibration = Calibration(this.config, pieces, layer_windows(run.config.model), chunk)
         within = _within_layers(calibration, budgets, notes)
         for entry in entries:
-            if entry.reads_roles:
-                if run.config.model.has_roles:
-                    settings += _role_biases(run, weights, entry, calibration_contexts, budgets, notes, progress)
+            if (why := entry.unsuited(run.config.model)) is not None:
+                if not entry.is_trained_in:
+                    notes.append(f"{entry.label} is left out: {why}.")
+            elif entry.reads_roles:
+                settings += _role_biases(run, weights, entry, calibration_contexts, budgets, notes, progress)
             elif entry.for_budget is None:
                 settings.append(Setting(run, weights, entry.make()))
             else:

@@ -171,8 +171,7 @@ class NatsjaxLM(TemplateLM):
                     f"{', '.join(sorted(_GENERATED))}."
                 )
         for _, same in _grouped([sorted(options.items(), key=str) for options in asked]):
-            options: dict[str, Any] = asked[same[0]]
-            self._generate(requests, same, options, results, disable_tqdm)
+            self._generate(requests, same, asked[same[0]], results, disable_tqdm)
         return results
 
     def _generate(self, requests, numbers: Sequence[int], options: dict[str, Any], results: list[str], disable_tqdm):

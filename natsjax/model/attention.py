@@ -43,7 +43,8 @@ from natsjax.model.roles import (
     scorer_bias,
     straight_through,
 )
-from natsjax.model.sharding import Axes, compute_sharding, psum, reshard, sequence_axis, shard_map
+from natsjax.model.selective import least_masked_end, maskable, masks, selection, selective_attention
+from natsjax.model.sharding import Axes, compute_sharding, from_first, psum, reshard, sequence_axis, shard_map
 from pallas_kernels.nats_attention import (
     GLOBAL,
     LOCAL,
@@ -68,7 +69,8 @@ class Roles(NamedTuple):
     """Roles that a forward pass chose, and their lifetimes.
 
     Attributes:
-      ids: int8 ``[l, b, k, s]``, the role of each token; all GLOBAL in a "dense" layer, SLIDING in a "sliding" one.
+      ids: int8 ``[l, b, k, s]``, the role of each token; all GLOBAL in a "dense" or "selective" layer, SLIDING in a
+        "sliding" one.
       key_end: int32 ``[l, b, k, s]``, the first query that cannot read each key; 0 where padded.
       lifetime: float32 ``[l, k]``, sum of all lifetimes in key-query pairs, differentiable.
       entropy: float32 ``[l, k]``, sum over tokens of the entropy of the scorer's softmax, without noise or role bias,
@@ -93,6 +95,8 @@ class RoleSampling(NamedTuple):
         noise key, rivals of learned roles have no use for these and the bias.
       temperature: float32 scalar, of the straight-through softmax; None: ``nats.temperature``.
       noise: float32 scalar, scale of the Gumbel noise; None: 1.
+      num_keys: int32 scalar, 1 or more: the most keys that a query of a "selective" layer finds beside its own, of
+        those that ``key_end`` leaves; None: all.
     """
 
     noise_key: jax.Array | None = None
@@ -101,6 +105,7 @@ class RoleSampling(NamedTuple):
     role_ids: jax.Array | None = None
     temperature: jax.Array | None = None
     noise: jax.Array | None = None
+    num_keys: jax.Array | None = None
 
     def perturb(self, logits: jax.Array) -> jax.Array:
         """Adds noise and bias to logits ``[b, k, s, r]``."""
@@ -281,6 +286,8 @@ class MaskedAttention(NamedTuple):
 
     def __call__(self, attention, x, query, key, value) -> tuple[jax.Array, Roles]:
         """See ``AttentionFunction``."""
+        if self.kind == "selective":
+            return self._selectively(attention, query, key, value)
         if self.kind not in ROLE_LAYER_TYPES or self.sampling.key_end is not None:
             return self._by_interval(attention, query, key, value)
         if self.kind != "nats" and self.sampling.noise_key is not None:
@@ -364,17 +371,55 @@ class MaskedAttention(NamedTuple):
     def _by_interval(self, attention, query, key, value):
         s = key.shape[1]
         index = jnp.arange(s, dtype=jnp.int32)
-        end, role = self.batch.document_end[:, None, :], GLOBAL
-        if self.sampling.key_end is not None:
-            start = (index - self.batch.positions)[:, None, :]
-            given = self.sampling.key_end
-            end = jnp.minimum(end, jnp.where(given >= NO_END - start, NO_END, given + start))
+        end, role = self._given_end(), GLOBAL
         if self.kind == "sliding":  # whatever else is asked for: such a layer has never read more
             role = SLIDING
             windows = np.minimum(attention.config.model.head_windows, s).astype(np.int32)
             end = jnp.minimum(end, index + windows[:, None] + 1)
         out, end, lifetime = self._read(attention, query, key, value, end)
         return out, Roles(jnp.full_like(end, role, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
+
+    def _given_end(self):
+        """Returns the ends that ``sampling.key_end`` gives, and documents: int32 ``[b, 1 or k, s]``."""
+        end = self.batch.document_end[:, None, :]
+        if self.sampling.key_end is None:
+            return end
+        start = (jnp.arange(end.shape[-1], dtype=jnp.int32) - self.batch.positions)[:, None, :]
+        given = self.sampling.key_end
+        return jnp.minimum(end, jnp.where(given >= NO_END - start, NO_END, given + start))
+
+    def _selectively(self, attention, query, key, value):
+        b, s, k, _ = key.shape
+        batch, given = self.batch, self._given_end()
+        if given.shape[1] > 1:  # a key that the masking head has lost could not be masked any more
+            raise ValueError('"selective" layers keep the same keys in all heads.')
+
+        def attend(query, key, value, end, positions, is_first, num_keys, sink):
+            index = jnp.arange(s, dtype=jnp.int32)
+            causal, index = index[None, :] <= index[:, None], index[:, None]
+            # The layer's first head is the first device's; the others need its query and key to know the masks.
+            first_query, first_key = (from_first(x, "kv_heads") for x in (query[:, :, 0, 0], key[:, :, 0]))
+            is_read = causal & (index < end[:, None, :])
+            masked, after = masks(selection(first_query, first_key, maskable(positions, positions, is_read)))
+            if num_keys is not None:
+                end = least_masked_end(after, end, is_first, num_keys)
+                is_read = causal & (index < end[:, None, :])
+            return selective_attention(query, key, value, masked, is_read[:, None], sink), end
+
+        tokens: Axes = ("batch", None)
+        heads: Axes = (*tokens, "kv_heads", None)
+        axes = ((*heads, None), heads, heads, tokens, tokens, tokens, (), SINK_AXES)
+        arrays = (query, key, value, given[:, 0], batch.positions, batch.is_first)
+        mapped = shard_map(attend, axes, [(*heads, None), tokens])
+        out, end = mapped(*arrays, self.sampling.num_keys, attention.sink_logits)
+        out = reshard(out, *_QUERY)
+        end = jnp.broadcast_to(end[:, None, :], (b, k, s), out_sharding=compute_sharding(*_BY_HEAD))
+        lifetime = self._lifetime(end)
+        return out, Roles(jnp.full_like(end, GLOBAL, jnp.int8), end, lifetime, jnp.zeros_like(lifetime))
+
+    def _lifetime(self, end):
+        """Sums the lifetimes of keys ``[b, k, s]``: float32 ``[k]``."""
+        return jnp.sum(lifetimes(end, self.batch.document_end), axis=(0, 2), dtype=jnp.float32)
 
     def _read(self, attention, query, key, value, end):
         """Reads keys up to given ends, which ``[b, 1 or k, s]`` may be shared by heads.
@@ -392,7 +437,7 @@ class MaskedAttention(NamedTuple):
 
         axes = (_QUERY, _KEY, _KEY, _BY_HEAD, SINK_AXES)
         out = shard_map(attend, axes, _QUERY)(query, key, value, end, attention.sink_logits)
-        return out, end, jnp.sum(lifetimes(end, self.batch.document_end), axis=(0, 2), dtype=jnp.float32)
+        return out, end, self._lifetime(end)
 
 
 def below_sink(found: jax.Array | tuple[jax.Array, jax.Array], sink: jax.Array | None) -> jax.Array:

@@ -300,6 +300,18 @@ def psum(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def from_first(x: jax.Array, name: str) -> jax.Array:
+    """Copies, inside ``shard_map``, the ``x`` of the first of the devices that an activation's axis is divided among.
+
+    Args:
+      x: of the same shape on all of them.
+      name: of the axis, which one axis of the mesh divides.
+    """
+    for axis in mesh_axes(name):
+        x = jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == 0, x, 0), axis)
+    return x
+
+
 # --- from the host to the devices ---
 
 

@@ -230,6 +230,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
             dtype=model.dtype,
             format=storage_format(),
             block=block,
+            adds_up=model.has_masks,
         )
         shapes = jax.eval_shape(empty)
     return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, *AXES[x.ndim]), shapes)

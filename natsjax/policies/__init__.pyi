@@ -13,3 +13,4 @@ from .interval import SlidingWindow as SlidingWindow
 from .interval import StreamingLLM as StreamingLLM
 from .nats import Nats as Nats
 from .nats import SampledNats as SampledNats
+from .selective import LeastMasked as LeastMasked

@@ -30,6 +30,7 @@ class AttentionScorePolicy(DecodingPolicy, Eviction):
     """
 
     observes_attention: ClassVar[bool] = True
+    by_head: ClassVar[bool] = True
     num_keys: int
 
     @property

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natsjax.config import Config
+from natsjax.config import Config, ModelConfig
 from natsjax.model.attention import RoleSampling
 from pallas_kernels.nats_attention import NO_END
 
@@ -104,11 +104,27 @@ class Policy(Protocol):
     """Name in reports."""
     needs_roles: ClassVar[bool] = False
     """True where the model must have a scorer."""
+    needs_selective: ClassVar[bool] = False
+    """True where the model must have "selective" layers."""
+    by_head: ClassVar[bool] = False
+    """True where the KV heads of a layer may keep different keys."""
 
     @property
     def setting(self) -> dict[str, int | float]:
         """Its numbers, for a report."""
         ...
+
+
+def unsuited(policy: Policy | type[Policy], model: ModelConfig) -> str | None:
+    """Returns why a model's layers cannot follow a policy, a clause without a period; None where they can."""
+    if policy.needs_roles and not model.has_roles:
+        kind = "selective" if model.has_masks else "dense"
+        return f"it reads roles, and a model with {kind} attention has none"
+    if policy.needs_selective and not model.has_masks:
+        return 'it reads the masks of "selective" layers, and the model has none'
+    if policy.by_head and model.has_masks:
+        return 'its heads keep different keys, and those of "selective" layers the same ones'
+    return None
 
 
 class StaticPolicy(Policy, Protocol):
@@ -144,6 +160,10 @@ class DecodingPolicy(Policy, Protocol):
     def max_keys(self) -> int | None:
         """The most keys that a head keeps, where the policy is the ``Eviction`` that holds it to them; else None."""
         return None
+
+    def limited_layers(self, model: ModelConfig) -> tuple[bool, ...]:
+        """Marks the layers that ``max_keys`` holds for, first layer first."""
+        return (True,) * model.num_layers
 
     @property
     def observed(self) -> int:

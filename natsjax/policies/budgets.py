@@ -8,8 +8,8 @@ functions here take:
   that has none. A "sliding" layer never reads more than its own window, whatever the policy.
 * ``name``: what a message calls a budget.
 
-``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o`` and ``snapkv`` are what ``natsjax.policies.registry``
-points to. Numpy only: what needs jax is imported where it is used.
+``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o``, ``snapkv`` and ``selective`` are what
+``natsjax.policies.registry`` points to. Numpy only: what needs jax is imported where it is used.
 """
 
 import dataclasses
@@ -407,6 +407,29 @@ def snapkv(calibration: Calibration, budget: float) -> PolicyNumbers:
     if num_keys is None or num_keys < _FEWEST_KEYS:
         raise OutOfReachError("what follows its prompts takes more")
     return PolicyNumbers((num_keys, min(32, num_keys // 2)), continued)
+
+
+def selective(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the number of keys that the "selective" layers keep.
+
+    Raises:
+      OutOfReachError: the other layers and each query's own key take more, or the others' windows leave less.
+    """
+    pieces, model = calibration.piece_lengths, calibration.config.model
+    # A query finds as many keys as in a window of that many tokens, whichever they are.
+    numbers = np.arange(1, max(2, np.max(pieces)))
+    kept = kv_fraction.window_fraction(pieces, numbers)
+    windows = zip(model.layer_types, layer_windows(model), strict=True)
+    layers = [
+        kept if kind == "selective" else 1.0 if own is None else kv_fraction.window_fraction(pieces, own)
+        for kind, own in windows
+    ]
+    fractions = np.mean(np.stack([np.broadcast_to(layer, kept.shape) for layer in layers]), axis=0)
+    if budget < fractions[0]:
+        raise OutOfReachError("one key, each query's own and the other layers take more")
+    if budget > fractions[-1]:
+        raise OutOfReachError("the windows of the other layers leave less")
+    return PolicyNumbers((int(numbers[np.argmin(np.abs(fractions - budget))]),))
 
 
 # --- role biases, by search ---

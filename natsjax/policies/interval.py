@@ -143,6 +143,7 @@ class RandomKeys(IntervalPolicy):
     """
 
     method: ClassVar[str] = "random"
+    by_head: ClassVar[bool] = True
     fraction: float
     window: int = 0
     seed: int = 0

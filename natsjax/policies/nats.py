@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from natsjax.config import Config
 from natsjax.model import roles
 from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import LARGEST, DecodingPolicy, check_count, check_finite, check_seed, policy
+from natsjax.policies.base import LARGEST, DecodingPolicy, StaticPolicy, check_count, check_finite, check_seed, policy
 
 
 @policy
@@ -46,7 +46,7 @@ class Nats(DecodingPolicy):
 
 
 @policy
-class SampledNats:
+class SampledNats(StaticPolicy):
     """The model's own roles sampled as in the step that was trained last; the KV penalty was controlled on these.
 
     They are measured with masks and never decoded.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from natsjax.config import ModelConfig
     from natsjax.policies.budgets import Calibration, PolicyNumbers
 
 Mode = Literal["masked", "decode"]
@@ -53,6 +54,8 @@ class PolicyEntry:
       modes: evaluations that measure it. Random keys have a mask too, but are measured where the rivals are.
       reads_roles: whether it is the model's own roles. They need a model that has some, and their number for a budget
         is the role bias, which is searched by measuring.
+      is_trained_in: whether models learn it, so that those that did not go without it, and those that did are compared
+        under it.
     """
 
     name: str
@@ -67,6 +70,7 @@ class PolicyEntry:
     for_budget: str | None = None
     modes: tuple[Mode, ...] = ("masked", "decode")
     reads_roles: bool = False
+    is_trained_in: bool = False
 
     @property
     def form(self) -> str:
@@ -76,6 +80,12 @@ class PolicyEntry:
             part = f"{',' if place else ':'}{number.letter}"
             text += part if number.required else f"[{part}]"
         return self.name + text
+
+    def unsuited(self, model: "ModelConfig") -> str | None:
+        """Returns why a model's layers cannot follow the policy, a clause; None where they can."""
+        from natsjax.policies.base import unsuited
+
+        return unsuited(_named(self.policy), model)
 
     def make(self, *numbers: float) -> Any:
         """Returns the policy with these numbers.
@@ -124,6 +134,7 @@ NATS = PolicyEntry(
     dark_color="#ff8b3e",
     marker="o",
     reads_roles=True,
+    is_trained_in=True,
 )
 """The model's own roles."""
 
@@ -200,6 +211,18 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             numbers=(Number("N"), Number("W", required=False)),
             for_budget=f"{_BUDGETS}:snapkv",
             modes=("decode",),
+        ),
+        PolicyEntry(
+            name="selective",
+            policy="natsjax.policies:LeastMasked",
+            label="selective attention",
+            summary='N keys of a "selective" layer: those that its queries have masked least; all keys of other layers',
+            color="#8b5a00",
+            dark_color="#c9a25a",
+            marker="v",
+            numbers=(Number("N"),),
+            for_budget=f"{_BUDGETS}:selective",
+            is_trained_in=True,
         ),
     ]
 )

@@ -69,6 +69,7 @@ def _page(kind: str, title: str, values: Mapping[str, Any], layers: Sequence[Seq
         "methods": methods,
         "own_roles": NATS.name,
         "full_attention": FULL.name,
+        "trained_in": [name for name, entry in POLICIES.items() if entry.is_trained_in],
         "num_run_colors": len(RUN_COLORS),
         "many_runs": MANY_RUNS,
         "log_ratio": LOG_RATIO,

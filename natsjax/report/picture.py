@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from natsjax.policies.registry import FULL, NATS
+from natsjax.policies.registry import FULL, NATS, POLICIES
 from natsjax.report.fields import ROW_FIELDS, Row
 from natsjax.report.results import Results, is_biased
 from natsjax.report.styles import (
@@ -119,8 +119,16 @@ def comparison(runs: Sequence[tuple[str, Results | None]], metric: str, title: s
 
 
 def compared_rows(results: Results) -> list[Row]:
-    """Selects the rows to compare with other runs: the role biases, or every method of a run without roles."""
-    return [row for row in results.rows if row["method"] == NATS.name] or list(results.rows)
+    """Selects the rows to compare with other runs: those of what the run was trained for, or else every method.
+
+    That is the role biases, or, of a run with "selective" layers, what these keep, and full attention.
+    """
+    methods = {row["method"] for row in results.rows}
+    trained_in = {name for name in methods if name in POLICIES and POLICIES[name].is_trained_in}
+    if not trained_in:
+        return list(results.rows)
+    methods = {NATS.name} if NATS.name in trained_in else {*trained_in, FULL.name}
+    return [row for row in results.rows if row["method"] in methods]
 
 
 def new_figure(title: str) -> tuple[Figure, Axes]:

@@ -175,6 +175,11 @@ def plan_runs(
     Raises:
       UserError: a mistake in the lists or the config.
     """
+    if config.model.has_masks:
+        raise UserError(
+            f'model.layer_types = {config.model.layer_pattern}: "selective" layers train without a budget, so there is '
+            "nothing to sweep over; train one run, and natsjax.evaluate --budgets=… measures it at all of them."
+        )
     if not config.model.has_roles:
         raise UserError(
             f"model.layer_types = {config.model.layer_pattern}: no layer learns roles; give a config with "

@@ -33,7 +33,8 @@ def step_flops(
     repeats the forward pass of a block except for its last product, "dots" repeats only attention. Attention takes 2
     products of ``head_dim`` in the forward pass and 7 in the backward pass (both of its kernels compute the logits and
     the products with values) for each live pair, and 2 for each pair that the role gradient is computed from
-    (``pallas_kernels/nats_attention``).
+    (``pallas_kernels/nats_attention``). Layers with arrays of all pairs take 4 in the backward pass, and those of type
+    "selective" the logits of one head twice.
 
     Args:
       config: config of the run.
@@ -56,9 +57,16 @@ def step_flops(
     length = config.data.context_length
     pairs = train.batch_size * model.num_layers * model.num_heads * length * (length + 1) / 2
     live = trained_fraction(config, live_fraction(config) if kv_fraction is None else kv_fraction)
-    kernels = 4 if model.role_layer_type == "gated" else 7  # which compute logits again; "gated" keeps them
-    backward = kernels + (0 if model.remat == "none" else 2) if recomputation else 4
+
+    def products_of_a_pair(kernels: int) -> int:
+        return 2 + (kernels + (0 if model.remat == "none" else 2) if recomputation else 4)
+
+    # Kernels compute logits again; layers with arrays of all pairs keep them.
+    kernels = 4 if model.role_layer_type == "gated" else 7
+    selective = model.layer_types.count("selective") / len(model.layer_types)
+    one_more = 1 + 1 / (2 * model.num_heads)  # a head's logits are computed once more, as masks
     fractions = {"exact": 1.0, "sampled": config.nats.sampled_fraction, "visible": 0.0}
     masked_out = fractions[config.nats.mask_gradient] * model.layer_types.count("nats") / len(model.layer_types)
-    products = live * (2 + backward) + 2 * masked_out
+    products = (live - selective) * products_of_a_pair(kernels) + 2 * masked_out
+    products += selective * one_more * products_of_a_pair(4)
     return Flops(float(weights), pairs * products * 2 * model.head_dim)

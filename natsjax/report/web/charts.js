@@ -1,6 +1,6 @@
 /* Elements, numbers and charts: what both pages draw with. */
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const { methods, axes: AXES, columns: COLUMNS, metric: METRIC, own_roles: NATS, full_attention: FULL } = data;
+const { methods, axes: AXES, columns: COLUMNS, metric: METRIC, own_roles: NATS, full_attention: FULL, trained_in: TRAINED_IN } = data;
 const PERCENT = METRIC === "accuracy";  // the metric is shown in percent, and more of it is better
 const byId = (id) => document.getElementById(id);
 const SVG = byId("curve").namespaceURI;

@@ -13,7 +13,11 @@ const ownRow = (one) => biasedRow(one) ?? (one.rows.some(isNats) ? undefined : f
 // --- The curve -----------------------------------------------------------------------------------
 
 const CHOICES = {
-  "what each run was trained for": (one) => (one.rows.some(isNats) ? one.rows.filter(isNats) : one.rows),
+  "what each run was trained for": ({ rows }) => {
+    if (rows.some(isNats)) return rows.filter(isNats);
+    const isTrainedIn = ({ method }) => TRAINED_IN.includes(method);
+    return rows.some(isTrainedIn) ? rows.filter((row) => isTrainedIn(row) || isFull(row)) : rows;
+  },
   "the setting that each run is compared by": (one) => [ownRow(one)].filter(Boolean),
   "every method on every run's weights": (one) => one.rows,
 };
