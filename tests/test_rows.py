@@ -1,5 +1,7 @@
 """Sequences that come and go in the rows of one loop: each is what it would be alone, and leaves nothing behind."""
 
+import dataclasses
+
 import decoding
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ from processes import json_lines
 from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.generation import generate
 from natsjax.decode.rows import MAX_LIKELIEST, RowRequest, Rows
-from natsjax.decode.sampling import Sampling
+from natsjax.decode.sampling import Sampling, sample
 from natsjax.errors import UserError
 from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, StreamingLLM
@@ -18,6 +20,7 @@ from natsjax.policies.nats import Nats
 CONFIG = decoding.config()
 PARAMETERS = decoding.parameters_of(CONFIG)
 MOST = 96
+ONE_SIZE = DecodeSettings(chunk=32, segment=4, block=MOST + 1)  # compiled once
 SAMPLINGS = [
     Sampling(),
     Sampling(temperature=1.0, seed=1),
@@ -64,52 +67,74 @@ def serve(rows, requests, cancel=None, seed=0):
     return found
 
 
-def alone(decoder, request):
-    return generate(
-        decoder,
-        [request.prompt],
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        stop_tokens=request.stop_tokens,
-        first_sequence=request.sequence,
-    )
+def masked(prompts, policy):
+    """float64 log-probabilities and float32 logits ``[b, t, v]`` by the forward pass with masks, in one piece."""
+    logits, _ = decoding.masked_logits(CONFIG, PARAMETERS, [row + [0] * (MOST - len(row)) for row in prompts], policy)
+    x = logits.astype(np.float64)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True)), logits
+
+
+draw = jax.jit(sample, static_argnames="kind")
+
+
+@pytest.mark.parametrize("policy", [Nats(0.3), FullAttention(), StreamingLLM(2, 6)], ids=lambda policy: policy.method)
+def test_each_sequence_is_drawn_from_its_own_masked_forward(policy):
+    """Whoever shares the loop, however prompts and segments interleave, and whoever is cancelled in between."""
+    rows, requests = Rows(decoding.decoder(CONFIG, PARAMETERS, policy, ONE_SIZE), 3, MOST), requests_of()
+    cancel = {4: 1, 6: 5}
+    found = serve(rows, requests, cancel)
+    whole = [[*request.prompt, *found[n][0]] for n, request in enumerate(requests)]
+    expected, logits = masked(whole, policy)
+    for n, request in enumerate(requests):
+        tokens, logprobs, _ = found[n]
+        at = np.arange(len(request.prompt), len(whole[n]))
+        rule = request.sampling
+        number = np.full(len(at), request.sequence)
+        drawn, _ = draw(logits[n, at - 1], number, at, kind=rule.kind, numbers=rule.numbers)
+        assert tokens == drawn.tolist(), n
+        np.testing.assert_allclose(logprobs, expected[n, at - 1, tokens], atol=1e-4)
+        assert not set(tokens[:-1]) & set(request.stop_tokens)
+        if n not in cancel:
+            assert len(tokens) == request.max_new_tokens or tokens[-1] in request.stop_tokens
+        else:
+            assert cancel[n] <= len(tokens) < request.max_new_tokens
+    assert rows.num_busy == rows.live == 0
+    assert rows.allocated == (0, 0)
 
 
 @pytest.mark.parametrize(
-    ("policy", "changes"),
-    [
-        (Nats(0.3), {}),
-        (Nats(0.0), {"max_kv": 7}),
-        (FullAttention(), {}),
-        (StreamingLLM(2, 6), {}),
-        (H2O(8, 4), {}),
-        (SnapKV(6, 4), {}),
-    ],
-    ids=["nats", "nats_max_kv", "full", "streaming_llm", "h2o", "snapkv"],
+    ("policy", "max_kv"), [(Nats(0.0), 7), (H2O(8, 4), None), (SnapKV(6, 4), None)], ids=["max_kv", "h2o", "snapkv"]
 )
-def test_each_sequence_is_what_it_would_be_alone(policy, changes):
-    """Whoever shares the loop, however prompts and segments interleave, and whoever is cancelled in between."""
-    decoder = decoding.decoder(CONFIG, PARAMETERS, policy, DecodeSettings(chunk=32, segment=4, block=16, **changes))
-    rows, requests = Rows(decoder, 3, MOST), requests_of()
-    cancel = {4: 1, 6: 5}
-    found = serve(rows, requests, cancel)
-    evicted = 0
-    for n, request in enumerate(requests):
-        expected = alone(decoder, request)
-        evicted += expected.evicted
-        tokens, logprobs, _ = found[n]
-        count = len(tokens) if n in cancel else len(expected.tokens[0])
-        assert tokens == expected.tokens[0][:count], n
-        np.testing.assert_allclose(logprobs, expected.logprobs[0][:count], atol=1e-5)
-        assert len(tokens) < request.max_new_tokens or n not in cancel, "this one was to be cancelled before its end"
-    assert rows.num_busy == rows.live == 0
+def test_each_sequence_is_what_it_would_be_alone(policy, max_kv):
+    """Where keys are evicted, by a budget or the attention that they receive, there are no masks to compare with."""
+    settings = dataclasses.replace(ONE_SIZE, max_kv=max_kv)
+    prompts = decoding.prompts([40, 40, 40, 40], seed=1)
+    rule = Sampling(temperature=1.0, seed=4)
+    requests = [RowRequest(tuple(prompt), 24, rule, sequence=n) for n, prompt in enumerate(prompts)]
+    rows = Rows(decoding.decoder(CONFIG, PARAMETERS, policy, settings), 2, MOST)
+    found = serve(rows, requests)
+    decoder = decoding.decoder(CONFIG, PARAMETERS, policy, settings)
+    expected = generate(decoder, prompts, max_new_tokens=24, sampling=rule)
+    assert [found[n][0] for n in range(4)] == expected.tokens
+    np.testing.assert_allclose([found[n][1] for n in range(4)], expected.logprobs, atol=1e-5)
+    assert rows.evicted == expected.evicted > 0
     assert rows.allocated == (0, 0)
-    assert (rows.evicted > 0) == (evicted > 0)
+
+
+def test_the_buffer_grows_with_what_sequences_keep():
+    """Roles are known when they are drawn: the loop stops where a head is full, and goes on in a larger buffer."""
+    parameters = decoding.always(CONFIG, 0)
+    decoder = decoding.decoder(CONFIG, parameters, settings=DecodeSettings(chunk=32, segment=4, block=16))
+    rows = Rows(decoder, 2, MOST)
+    found = serve(rows, [RowRequest((1, 2), 60), RowRequest((3,), 5), RowRequest((5,), 5)])
+    assert rows.transfers > 0
+    logits, _ = decoding.masked_logits(CONFIG, parameters, [[1, 2, *found[0][0]]])
+    assert found[0][0] == logits[0, 1:-1].argmax(-1).tolist()
 
 
 def test_greedy_tokens_are_the_likeliest_of_the_masked_forward():
     """The oracle is the forward pass with masks, in one piece, whose logits are normalized in float64."""
-    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=decoding.SMALL)
+    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=ONE_SIZE)
     requests = [
         RowRequest(request.prompt, request.max_new_tokens, num_likeliest=3, scores_prompt=True)
         for request in requests_of(1, 6, [Sampling()])
@@ -124,14 +149,12 @@ def test_greedy_tokens_are_the_likeliest_of_the_masked_forward():
             assert drawn.of_prompt == (len(scored[drawn.row][0]) < len(drawn.row.request.prompt) - 1)
             for values, new in zip(scored[drawn.row], (drawn.tokens, drawn.logprobs, drawn.likeliest), strict=True):
                 values.extend(new)
-    for row, (tokens, logprobs, likeliest) in scored.items():
+    whole = [[row.request.prompt[0], *tokens] for row, (tokens, _, _) in scored.items()]
+    expected, _ = masked(whole, Nats())
+    for x, (row, (tokens, logprobs, likeliest)) in zip(expected, scored.items(), strict=True):
         prompt = list(row.request.prompt)
-        whole = [prompt[0], *tokens]
         assert tokens[: len(prompt) - 1] == prompt[1:]
-        assert len(whole) == len(prompt) + row.request.max_new_tokens
-        logits, _ = decoding.masked_logits(CONFIG, PARAMETERS, [whole])
-        x = logits[0].astype(np.float64)
-        x -= np.log(np.exp(x).sum(-1, keepdims=True))
+        assert len(tokens) == len(prompt) - 1 + row.request.max_new_tokens
         np.testing.assert_allclose(logprobs, x[np.arange(len(tokens)), tokens], atol=1e-4)
         for step, best in enumerate(likeliest):
             np.testing.assert_allclose(list(best.values()), np.sort(x[step])[::-1][:3], atol=1e-4)
@@ -167,7 +190,7 @@ def test_a_released_row_frees_its_keys_and_a_long_one_its_slots():
 
 
 def test_a_prompt_can_be_released_while_it_is_read():
-    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=DecodeSettings(chunk=32, segment=4, block=16))
+    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=ONE_SIZE)
     rows = Rows(decoder, 1, MOST)
     row = rows.begin(RowRequest(tuple(decoding.prompts([90])[0]), 1))
     assert rows.advance(1) == []
@@ -177,7 +200,7 @@ def test_a_prompt_can_be_released_while_it_is_read():
 
 
 def test_a_prompt_alone():
-    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=decoding.SMALL)
+    decoder = decoding.decoder(CONFIG, PARAMETERS, settings=ONE_SIZE)
     rows = Rows(decoder, 1, MOST)
     row = rows.begin(RowRequest((1, 2, 3), 0, scores_prompt=True, num_likeliest=MAX_LIKELIEST))
     of_prompt, end = rows.advance()
@@ -187,7 +210,7 @@ def test_a_prompt_alone():
 
 def test_logits_that_are_no_numbers_end_their_row_alone():
     parameters = {**PARAMETERS, "embedding": PARAMETERS["embedding"].at[5].set(np.nan)}
-    decoder = decoding.decoder(CONFIG, parameters, settings=decoding.SMALL)
+    decoder = decoding.decoder(CONFIG, parameters, settings=ONE_SIZE)
     rows = Rows(decoder, 2, MOST)
     bad, good = rows.begin(RowRequest((1, 5), 4)), rows.begin(RowRequest((1, 2), 9))
     while rows.num_busy:
@@ -219,7 +242,8 @@ from natsjax.decode.rows import Rows
 
 parameters = jax.device_get(test_rows.PARAMETERS)
 for mesh in json.load(sys.stdin):
-    rows = Rows(decoding.decoder(test_rows.CONFIG, parameters, mesh=mesh), 3, test_rows.MOST)
+    decoder = decoding.decoder(test_rows.CONFIG, parameters, settings=test_rows.ONE_SIZE, mesh=mesh)
+    rows = Rows(decoder, 3, test_rows.MOST)
     found = test_rows.serve(rows, test_rows.requests_of(2, 7))
     print(json.dumps({"rows": rows.num_rows, "tokens": [found[n][0] for n in range(7)]}), flush=True)
 """
@@ -231,14 +255,3 @@ def test_rows_on_several_devices():
     assert (one["rows"], four["rows"]) == (3, 4)
     assert one["tokens"] == four["tokens"]
     assert sum(map(len, one["tokens"])) > 50
-
-
-def test_rows_of_the_same_shape_compile_once():
-    decoder = decoding.decoder(CONFIG, PARAMETERS, FullAttention(), DecodeSettings(chunk=32, segment=4, block=16))
-    serve(Rows(decoder, 3, MOST), requests_of(3, 6))
-    with jax.log_compiles(False):
-        from natsjax.decode import loop
-
-        before = loop.decode_segment._cache_size()
-        serve(Rows(decoder, 3, MOST), requests_of(3, 6))
-        assert loop.decode_segment._cache_size() == before

@@ -130,7 +130,7 @@ def first_token(
     kind: sampling.Kind,
     num_likeliest: int = 0,
 ) -> tuple[jax.Array, jax.Array, Likeliest | None]:
-    """Draws the token after the prompt from ``hidden [b, d]``; returns it, its log-probability and the likeliest ones."""
+    """Draws the token after the prompt, from ``hidden [b, d]``; returns it, its log-probability, the likeliest ones."""
     logits = nnx.merge(structure, parameters).logits(hidden)
     drawn = sampling.sample(logits, sequence, index, kind, numbers)
     return *drawn, sampling.likeliest(logits, num_likeliest) if num_likeliest else None
@@ -154,7 +154,7 @@ def prompt_logprobs(
     def step(_, at):  # logits of one token of each sequence at a time: those of a chunk may not fit
         x, token = at
         logits = model.logits(x)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        logprob = sampling.logprobs_of(logits, token)
         return None, (logprob, sampling.likeliest(logits, num_likeliest) if num_likeliest else None)
 
     hidden = sharding.reshard(jnp.swapaxes(hidden, 0, 1), None, "batch", None)
@@ -263,9 +263,7 @@ def clear_rows(loop: Loop, is_cleared: jax.Array) -> Loop:
     return loop._replace(buffer=buffer, done=loop.done | is_cleared)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("structure", "kind", "length", "num_likeliest"), donate_argnames=("loop",)
-)
+@functools.partial(jax.jit, static_argnames=("structure", "kind", "length", "num_likeliest"), donate_argnames=("loop",))
 def decode_segment(
     parameters: Any,
     loop: Loop,
@@ -282,8 +280,8 @@ def decode_segment(
 ) -> tuple[Loop, Segment]:
     """Draws up to ``length`` tokens (n) for each sequence.
 
-    A sequence is done after one of the tokens ``stop``, int32 ``[m]``, or ``[b, m]`` for its own. Where a head has no free slot, the rule
-    ``eviction`` applies, or, where that is None, the loop stops.
+    A sequence is done after one of the tokens ``stop``, int32 ``[m]``, or ``[b, m]`` for its own. Where a head has no
+    free slot, the rule ``eviction`` applies, or, where that is None, the loop stops.
     """
     model = nnx.merge(structure, parameters)
     tokens = sharding.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)

@@ -90,12 +90,13 @@ class Drawn(NamedTuple):
     """Tokens of a row that are new.
 
     Attributes:
-      row: whose they are; ``is_done`` is True with the last ones.
-      tokens: ids. There may be none, where the row is done.
+      row: whose they are.
+      tokens: ids. There may be none among the last ones.
       logprobs: the log-probability that the model gave each, at temperature 1 and before any filter.
       likeliest: ``num_likeliest`` tokens with their log-probabilities for each one, the likeliest first; empty where
         none are asked for.
       of_prompt: True where these are tokens of the prompt, from its second one on.
+      is_last: True where nothing comes after them.
     """
 
     row: Row
@@ -103,6 +104,7 @@ class Drawn(NamedTuple):
     logprobs: list[float]
     likeliest: list[dict[int, float]]
     of_prompt: bool = False
+    is_last: bool = False
 
 
 class Rows:
@@ -284,7 +286,7 @@ class Rows:
         self.evicted += row.evicted
         if not request.max_new_tokens:
             self._finish(row)
-            return Drawn(row, [], [], [])
+            return Drawn(row, [], [], [], is_last=True)
         drawn = loop.first_token(
             decoder.parameters,
             reading.hidden,
@@ -419,7 +421,7 @@ class Rows:
         if np.isnan(logprobs).any():
             row.error = _NAN
             self._finish(row)
-            return Drawn(row, [], [], [])
+            return Drawn(row, [], [], [], is_last=True)
         row.num_drawn += len(tokens)
         if row.num_drawn >= row.request.max_new_tokens or int(tokens[-1]) in row.request.stop_tokens:
             self._finish(row)
@@ -430,9 +432,11 @@ class Rows:
         count, wanted = len(tokens), row.request.num_likeliest
         best: list[dict[int, float]] = []
         if likeliest is not None and wanted:
-            pairs = zip(likeliest.tokens[place, :count, :wanted], likeliest.logprobs[place, :count, :wanted], strict=True)
+            pairs = zip(
+                likeliest.tokens[place, :count, :wanted], likeliest.logprobs[place, :count, :wanted], strict=True
+            )
             best = [dict(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in pairs]
-        return Drawn(row, tokens.tolist(), logprobs[:count].tolist(), best, of_prompt)
+        return Drawn(row, tokens.tolist(), logprobs[:count].tolist(), best, of_prompt, row.is_done)
 
     def _finish(self, row: Row) -> None:
         row.is_done = True

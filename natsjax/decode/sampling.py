@@ -127,8 +127,7 @@ def sample(
             own = Numbers(*(0 if x.ndim else None for x in given))  # type: ignore[arg-type]
             draw = jax.vmap(lambda x, s, i, n: _draw(x, s, i, kind, n), in_axes=(0, 0, 0, own))
             token = jnp.where(given.temperature < _COLDEST, token, draw(logits, sequence, index, given))
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        return token, logprob
+        return token, _logprobs_of(logits, token)
 
     by_sequence: sharding.Axes = ("batch",)
     axes = (("batch", None), ("batch",), ("batch",), *(by_sequence if jnp.ndim(x) else () for x in numbers))
@@ -152,6 +151,16 @@ def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
     kept &= scaled - scaled[0] >= jnp.log(numbers.min_p)
     filtered = ids[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)
     return jnp.where(has_filter, filtered, plain)
+
+
+def logprobs_of(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Returns the log-probability of int32 ``token [b]`` by float32 ``logits [b, v]``, at temperature 1: ``[b]``."""
+    by_sequence: sharding.Axes = ("batch",)
+    return sharding.shard_map(_logprobs_of, [("batch", None), by_sequence], by_sequence)(logits, token)
+
+
+def _logprobs_of(logits: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
 
 
 class Likeliest(NamedTuple):
