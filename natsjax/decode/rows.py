@@ -156,6 +156,11 @@ class Rows:
         return self.num_rows - self.num_busy
 
     @property
+    def is_idle(self) -> bool:
+        """True where ``advance`` has nothing to do: no sequence, and no buffer of ones that are gone."""
+        return not self.num_busy and self._loop is None
+
+    @property
     def live(self) -> int:
         """Live keys of all sequences in the loop, over layers and heads, when they were last looked at."""
         return sum(row.live for row in self._active.values())

@@ -137,7 +137,7 @@ class Engine:
     def _turn(self) -> bool:
         """Looks at what has changed and generates some tokens; returns False at the end."""
         with self._changed:
-            while not (self._waiting or self._running or self._is_stopping):
+            while not (self._waiting or self._cancelled or self._is_stopping) and self.rows.is_idle:
                 self._changed.wait()
             cut = self._cut
             cancelled, self._cancelled = self._cancelled, set()
@@ -158,7 +158,7 @@ class Engine:
                 self._release(row, job, "cancelled")
         for job in starting:
             self._begin(job)
-        if self._running:
+        if not self.rows.is_idle:
             self._advance()
         self._count()
         with self._changed:
