@@ -195,16 +195,18 @@ def test_texts_are_those_of_generate_whatever_else_is_in_the_loop(server, genera
 
 def test_the_text_is_that_of_the_command(server, text_run):
     """``python -m natsjax.generate --prompt=… --seed=5 --temperature=1 --max_kv=16``."""
-    rule = RULES[1]
+    rule, prompts = RULES[1], [*PROMPTS, "a", "b"]  # as many as ``generated`` has
     found = generate.run(
         text_run.workdir.path,
-        PROMPTS[:1],
-        max_new_tokens=20,
+        prompts,
+        max_new_tokens=40,
         sampling=Sampling(**rule),
         settings=SETTINGS,
+        batch_size=len(prompts),
         loaded=text_run,
     )
-    assert server.complete(PROMPTS[0], max_tokens=20, **rule).choices[0].text == found.texts[0]
+    answer = server.complete(prompts, max_tokens=40, **rule)
+    assert [choice.text for choice in answer.choices] == found.texts
 
 
 def test_several_texts_of_a_prompt_are_draws_with_numbers(server, generated):
