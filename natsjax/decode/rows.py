@@ -338,9 +338,17 @@ class Rows:
             shape = (model.num_layers, self.num_rows, model.num_kv_heads)
             evicted = decoder.put(np.zeros(shape, np.int32), None, "batch", "kv_heads")
             buffer = decoder.allocate(list(layout.layers), list(layout.slots), self.num_rows)
-            none = [decoder.put_rows(np.zeros(self.num_rows)) for _ in range(4)]
-            done = decoder.put_rows(np.ones(self.num_rows)).astype(bool)
-            self._loop = Loop(buffer, *none, done, evicted, 0.0 * evicted, 0 * evicted)
+            self._loop = Loop(
+                buffer=buffer,
+                token=decoder.put_rows(np.zeros(self.num_rows)),
+                at=decoder.put_rows(np.zeros(self.num_rows)),
+                sequence=decoder.put_rows(np.zeros(self.num_rows)),
+                remaining=decoder.put_rows(np.zeros(self.num_rows)),
+                done=decoder.put_rows(np.ones(self.num_rows)).astype(bool),
+                evicted=evicted,
+                read=0.0 * evicted,
+                most=0 * evicted,
+            )
             return self._loop
         cache = self._cache(self._loop)
         if np.any(slots > cache.capacities):
@@ -466,7 +474,7 @@ class Rows:
         shrinks = False
         if self._may_shrink:
             self._may_shrink = False
-            wanted, has = self._wanted(segment.need), self._cache(self._loop).capacities
+            wanted, has = self._wanted(np.asarray(segment.need)), self._cache(self._loop).capacities
             shrinks = _WORTH_SHRINKING * int(wanted.sum()) <= sum(has)
         if not shrinks and not is_wasteful(segment, self.decoder.settings.block):
             return
@@ -481,7 +489,7 @@ class Rows:
         found = []
         for row in self._active.values():
             length, left = len(row.request.prompt) + row.num_drawn, row.request.max_new_tokens - row.num_drawn
-            found.append(self.decoder.slots_ahead(np.asarray(live), length, left, self.most))
+            found.append(self.decoder.slots_ahead(live, length, left, self.most))
         return np.max(found, axis=0)
 
 

@@ -7,7 +7,7 @@ Axis letters: ``b`` batch, ``v`` vocabulary.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ def by_row(samplings: Sequence[Sampling]) -> tuple["Kind", "Numbers"]:
     kinds = [sampling.kind for sampling in samplings]
     kind = Kind(all(kind.is_greedy for kind in kinds), any(kind.is_filtered for kind in kinds))
     columns = zip(*(sampling.numbers for sampling in samplings), strict=True)
-    return kind, Numbers(*(np.stack(column) for column in columns))
+    stacked: list[Any] = [np.stack(column) for column in columns]
+    return kind, Numbers(*stacked)
 
 
 class Kind(NamedTuple):
@@ -124,7 +125,8 @@ def sample(
         given = Numbers(*numbers)
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if not kind.is_greedy:
-            own = Numbers(*(0 if x.ndim else None for x in given))  # type: ignore[arg-type]
+            axes: list[Any] = [0 if x.ndim else None for x in given]
+            own = Numbers(*axes)
             draw = jax.vmap(lambda x, s, i, n: _draw(x, s, i, kind, n), in_axes=(0, 0, 0, own))
             token = jnp.where(given.temperature < _COLDEST, token, draw(logits, sequence, index, given))
         return token, _logprobs_of(logits, token)

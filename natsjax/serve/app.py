@@ -192,7 +192,7 @@ class Service:
         sampling = asked.sampling
         if not asked.has_seed:
             sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**31))
-        choices = []
+        choices: list[Choice] = []
         for prompt in asked.prompts:
             ids = self._ids(prompt)
             if len(ids) + asked.max_tokens > self.engine.rows.most:
@@ -329,7 +329,7 @@ class _Answer(Response):
         found: dict[int, Piece] = {}
         try:
             async for piece in self._parts():
-                found[piece.index] = piece
+                found[piece.number] = piece
         except ApiError as error:
             await _as_response(None, error)(scope, receive, send)
             return
@@ -353,7 +353,7 @@ class _Answer(Response):
 
         try:
             async for piece in self._parts():
-                found[piece.index] = piece
+                found[piece.number] = piece
                 await event(chunk([_choice(piece)]))
         except ApiError as error:
             await event(json.dumps(error.body))
@@ -373,7 +373,7 @@ class _Answer(Response):
 
 def _choice(piece: Piece) -> dict[str, Any]:
     return {
-        "index": piece.index,
+        "index": piece.number,
         "text": piece.text,
         "logprobs": piece.logprobs,
         "finish_reason": piece.finish_reason,

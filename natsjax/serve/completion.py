@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     """A part of a text on its way to the client.
 
     Attributes:
-      index: number of the text in the answer.
+      number: of the text in the answer.
       text: what is new.
       logprobs: as OpenAI's, of the tokens that begin in it; None where they are not asked for.
       finish_reason: "stop" or "length" with the last one, else None.
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
       error: why nothing more comes, as a sentence; None where all is well.
     """
 
-    index: int
+    number: int
     text: str = ""
     logprobs: dict[str, list | None] | None = None
     finish_reason: str | None = None

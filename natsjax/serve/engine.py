@@ -158,9 +158,10 @@ class Engine:
                 self._release(row, job, "cancelled")
         for job in starting:
             self._begin(job)
+        self._count()
         if not self.rows.is_idle:
             self._advance()
-        self._count()
+            self._count()
         with self._changed:
             return bool(self._waiting or self._running or not self._is_stopping)
 
@@ -189,10 +190,9 @@ class Engine:
             for row, job in list(self._running.items()):
                 self._release(row, job, "error", message)
             return
-        for drawn in found:
-            job = self._running.get(drawn.row)
-            if job is not None:
-                self._give(job, drawn)
+        for drawn in found:  # a row may have been given up by what came before
+            if drawn.row in self._running:
+                self._give(self._running[drawn.row], drawn)
 
     def _give(self, job: Job, drawn: Drawn) -> None:
         row = drawn.row
