@@ -8,6 +8,7 @@ natsjax.evaluate       perplexity against KV budget, the report  ``natsjax.evalu
 natsjax.report         a report again, or runs compared          ``natsjax.report.rewrite``, ``.compare.compare``
 natsjax.sweep          a run for every budget and seed           ``natsjax.sweep.run``
 natsjax.generate       text from prompts                         ``natsjax.generate.run``
+natsjax.serve          completions over HTTP                     ``natsjax.serve.run``
 natsjax.export         parameters in a folder of their own       ``natsjax.export.export``
 natsjax.plan           what a step takes on other hardware       ``natsjax.plan.train_step.plan_apart``
 

@@ -9,6 +9,7 @@ from . import plan as plan
 from . import policies as policies
 from . import report as report
 from . import runs as runs
+from . import serve as serve
 from . import sweep as sweep
 from . import train as train
 from .errors import UserError as UserError

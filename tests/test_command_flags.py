@@ -38,6 +38,7 @@ FLAGS = [
     ("natsjax.export", "--output"),
     ("natsjax.generate", "--temperature"),
     ("natsjax.report", "--title"),
+    ("natsjax.serve", "--grace_seconds"),
     ("natsjax.data.prepare", "--tokenizer"),
     ("natsjax.data.inspect", "--batch_size"),
     ("natsjax.plan", "--topology"),

@@ -25,7 +25,7 @@ RANKS = (
     {"evaluate"},
     {"train"},
     {"generate", "plan", "sweep", "export"},
-    {"lm_eval"},
+    {"lm_eval", "serve"},
 )
 """A package imports packages of rows above its own, and none of its own row."""
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -115,6 +115,36 @@ class NewKeys:
 
 
 @by_shard
+def insert(group: LayerGroup, other: LayerGroup, row: jax.Array) -> LayerGroup:
+    """Copies sequences into rows of a group; other rows stay as they are.
+
+    Args:
+      group: of any number of sequences.
+      other: as many slots, and one sequence for each device that the batch is divided among.
+      row: int32, as many: the row of each, counted from the first of its device; -1 where none is to be copied.
+    """
+    at = jnp.maximum(row[0], 0)
+
+    def put(x, y):
+        axis = AXES[x.ndim].index("batch")
+        y = jnp.where(row[0] < 0, jax.lax.dynamic_slice_in_dim(x, at, 1, axis), y.astype(x.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(x, y, at, axis)
+
+    return jax.tree.map(put, group, other)
+
+
+@by_shard
+def clear(group: LayerGroup, is_cleared: jax.Array) -> LayerGroup:
+    """Frees all slots of the sequences that bool ``is_cleared [b]`` marks."""
+    is_cleared = is_cleared[:, None]
+    return dataclasses.replace(
+        group,
+        key_end=jnp.where(is_cleared[..., None], 0, group.key_end),
+        length=jnp.where(is_cleared, 0, group.length),
+    )
+
+
+@by_shard
 def expire(group: LayerGroup, local_end: jax.Array) -> LayerGroup:
     """Sets the end of the LOCAL keys that were waiting for it to ``NewKeys.local_end``.
 

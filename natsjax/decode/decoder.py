@@ -256,7 +256,7 @@ class Decoder:
         new = [slots[before] or before for before in old]
         if any(after < wanted for after, wanted in zip(new, most, strict=True)):  # the loop would stop here for ever
             raise RuntimeError(f"{new} slots were to hold {most} keys.")
-        return self._move(cache, layers, new)
+        return self.move(cache, layers, new)
 
     def compact(self, cache: Cache, need: np.ndarray, num_tokens: int) -> Cache:
         """Chooses groups and capacities for the tokens after the prompt; those of an earlier batch where they suffice.
@@ -273,11 +273,46 @@ class Decoder:
             need = np.minimum(need + num_tokens, self._limits)
         else:  # also where few tokens come: a later batch may need a little more
             need = np.array([self._grown(int(n), cache.most) for n in need])
-        layers, slots = self._layout(need, cache.most)
-        return self._move(cache, list(layers), list(slots))
+        return self.with_slots(cache, need)
 
-    def _layout(self, need: np.ndarray, most: int) -> Layout:
-        """Returns a layout for these slots by layer: one that is compiled already, unless it wastes too much."""
+    def with_slots(self, cache: Cache, slots: np.ndarray) -> Cache:
+        """Moves to the ``layout`` for these slots by layer; the buffer of ``cache`` is used up.
+
+        Args:
+          cache: as in ``move``.
+          slots: int ``[num_layers]``, of a head.
+        """
+        layout = self.layout(slots, cache.most)
+        return self.move(cache, list(layout.layers), list(layout.slots))
+
+    def slots_ahead(self, live: np.ndarray, length: int, num_new: int, most: int) -> np.ndarray:
+        """Returns the slots to give a head, by layer, so that a sequence can go on for a while, or to its end.
+
+        Args:
+          live: int ``[num_layers]``, live slots of each layer's fullest head.
+          length: tokens read so far.
+          num_new: tokens to come, at most.
+          most: tokens that any sequence in the buffer will have, at most.
+        """
+        known = None
+        if self.policy.max_keys is None:
+            known = self.policy.most_live(length + num_new, self.config.model.num_kv_heads)
+        if self.evicts_in_loop:  # not before the limit
+            ahead = np.minimum(live + num_new, self.limit)
+            ahead = ahead if known is None else np.minimum(ahead, known)
+        elif known is not None:
+            ahead = np.full_like(live, known)
+        else:
+            ahead = np.array([self._grown(int(n), most) for n in live])
+        return np.maximum(ahead, live)
+
+    def layout(self, need: np.ndarray, most: int) -> Layout:
+        """Returns groups and capacities for these slots by layer: known ones, unless they waste too much.
+
+        Args:
+          need: int ``[num_layers]``, slots of a head.
+          most: tokens that a sequence will have, at most.
+        """
         size = functools.partial(self._size, most=most)
         wanted = Layout.of(need, self._max_groups, size)
         fits = (known for known in self._layouts if max(known.slots) <= size(most))
@@ -299,7 +334,7 @@ class Decoder:
 
     def resized(self, cache: Cache, slots: int) -> Cache:
         """Moves to a buffer of so many slots a head, not fewer than are live; the buffer of ``cache`` is used up."""
-        return self._move(cache, [self.config.model.num_layers], [self._size(slots, cache.most)])
+        return self.move(cache, [self.config.model.num_layers], [self._size(slots, cache.most)])
 
     def copied(self, cache: Cache) -> Cache:
         """Copies the cache, buffer and all."""
@@ -341,8 +376,13 @@ class Decoder:
         # Where evicting continues, no head needs more than the limit, but while a prompt is read that is evicted by.
         return min(slots, self._size(max(self.limit, need), most))
 
-    def _move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
-        """Moves everything to other groups; where these are the same, nothing moves."""
+    def move(self, cache: Cache, layers: list[int], slots: list[int]) -> Cache:
+        """Moves everything to groups of so many layers and slots; where these are the same, nothing moves.
+
+        Args:
+          cache: ``length`` nowhere above what its layer gets; its buffer is used up.
+          layers, slots: of each group.
+        """
         if np.array_equal(np.repeat(slots, layers), cache.capacities) and len(layers) == len(cache.buffer):
             return cache
         with jax.set_mesh(self.mesh):
@@ -373,9 +413,9 @@ class Decoder:
     # --- from the host ---
 
     def put(self, values: np.ndarray, *axes: str | None) -> jax.Array:
-        """Puts an int array on the devices, divided along its axes."""
+        """Puts an array of ints, or of float32, on the devices, divided along its axes."""
         values = np.asarray(values)
-        values = values if values.dtype == np.int8 else values.astype(np.int32)
+        values = values if values.dtype in (np.int8, np.float32) else values.astype(np.int32)
         return jax.make_array_from_callback(values.shape, self.sharding(*axes), lambda index: values[index])
 
     def sharding(self, *axes: str | None) -> NamedSharding:

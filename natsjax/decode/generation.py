@@ -21,6 +21,7 @@ from natsjax.decode import allocation
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder
 from natsjax.decode.loop import Loop, Segment, compact, decode_segment, first_token, last_hidden
 from natsjax.decode.sampling import Sampling
+from natsjax.decode.step import Reads
 from natsjax.errors import UserError
 from natsjax.policies.base import LARGEST
 
@@ -78,10 +79,8 @@ def unpad(tokens: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
     return [row[used] for row, used in zip(np.asarray(tokens), np.asarray(is_token, bool), strict=True)]
 
 
-def prefill(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0, most: int = NO_LIMIT
-) -> tuple[Cache, jax.Array]:
-    """Reads prompts in chunks; memory grows with the chunk and the live keys.
+class Prefill:
+    """Prompts on their way into a cache, a chunk at a time; memory grows with the chunk and the live keys.
 
     A policy that observes attention evicts when the prompts have been read whole, so that nothing depends on the chunk.
 
@@ -90,32 +89,68 @@ def prefill(
       prompts: token ids; a row without any stays without (rows are padded so to whole batches).
       num_new: tokens that the buffer has room for behind each prompt.
       most: tokens that a sequence will have, at most.
+      smallest_chunk: tokens of a chunk, at least; a larger one is compiled for fewer lengths.
 
-    Returns:
-      The cache, and the output layer's input after each prompt's last token, ``[b, d]``.
+    Attributes:
+      cache: of what has been read.
+      hidden: the output layer's input after the last token that each row has read, ``[b, d]``.
+      chunk: tokens that are read at once.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    longest = int(lengths.max(initial=1))
-    chunk = min(decoder.settings.chunk, 1 << (longest - 1).bit_length())  # few shapes, few compilations
-    waits = decoder.policy.max_keys is not None
-    cache = decoder.start(len(prompts), longest if waits else longest + num_new, most)
-    observed_from = np.maximum(lengths - decoder.policy.observed, 0)
-    model = decoder.config.model
-    with jax.set_mesh(decoder.mesh):
-        hidden = jnp.zeros((len(prompts), model.embed_dim), model.dtype)
-        hidden = jax.device_put(hidden, decoder.sharding("batch", None))
-    for begin in range(0, max(1, longest), chunk):
-        tokens = np.zeros((len(prompts), chunk), np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[begin : begin + chunk]
-            tokens[row, : len(part)] = part
-        count = np.clip(lengths - begin, 0, chunk)
-        cache, read = decoder.read(cache, tokens, count, observed_from=observed_from, evict=not waits)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        num_new: int = 0,
+        most: int = NO_LIMIT,
+        smallest_chunk: int = 1,
+    ):
+        self._decoder, self._prompts = decoder, prompts
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        self._longest = int(self._lengths.max(initial=1))
+        # Few shapes, few compilations.
+        self.chunk = min(decoder.settings.chunk, max(smallest_chunk, 1 << (self._longest - 1).bit_length()))
+        self._waits = decoder.policy.max_keys is not None
+        self.cache = decoder.start(len(prompts), self._longest + (0 if self._waits else num_new), most)
+        self._observed_from = np.maximum(self._lengths - decoder.policy.observed, 0)
+        self._begin = 0
+        model = decoder.config.model
         with jax.set_mesh(decoder.mesh):
-            hidden = _last_hidden(read.hidden, decoder.put_rows(count), hidden)
-    if waits:
-        cache = decoder.evict(cache)
-    return cache, hidden
+            hidden = jnp.zeros((len(prompts), model.embed_dim), model.dtype)
+            self.hidden = jax.device_put(hidden, decoder.sharding("batch", None))
+
+    @property
+    def is_done(self) -> bool:
+        """True when the prompts have been read whole."""
+        return self._begin >= self._longest
+
+    def read(self) -> Reads:
+        """Reads the next chunk."""
+        decoder, begin = self._decoder, self._begin
+        tokens = np.zeros((len(self._prompts), self.chunk), np.int32)
+        for row, prompt in enumerate(self._prompts):
+            part = prompt[begin : begin + self.chunk]
+            tokens[row, : len(part)] = part
+        count = np.clip(self._lengths - begin, 0, self.chunk)
+        self.cache, read = decoder.read(
+            self.cache, tokens, count, observed_from=self._observed_from, evict=not self._waits
+        )
+        with jax.set_mesh(decoder.mesh):
+            self.hidden = _last_hidden(read.hidden, decoder.put_rows(count), self.hidden)
+        self._begin += self.chunk
+        if self._waits and self.is_done:
+            self.cache = decoder.evict(self.cache)
+        return read
+
+
+def prefill(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], num_new: int = 0, most: int = NO_LIMIT
+) -> tuple[Cache, jax.Array]:
+    """Reads prompts whole; arguments as in ``Prefill``, whose ``cache`` and ``hidden`` are returned."""
+    reading = Prefill(decoder, prompts, num_new, most)
+    while not reading.is_done:
+        reading.read()
+    return reading.cache, reading.hidden
 
 
 _last_hidden = jax.jit(last_hidden)
@@ -171,6 +206,12 @@ def _checked(decoder: Decoder, prompts, max_new_tokens) -> np.ndarray:
     return new
 
 
+def is_wasteful(segment: Segment, block: int) -> bool:
+    """Returns True where attention reads many free slots, which come in blocks of ``block``."""
+    slack = block * len(segment.need) / 2
+    return int(segment.occupied.sum()) > _WASTE * int(segment.need.sum()) + slack
+
+
 class _Run:
     """A generation under way: the loop on the devices, and its results on the host."""
 
@@ -195,7 +236,7 @@ class _Run:
         with jax.set_mesh(decoder.mesh):
             sequence = decoder.put_rows(first_sequence + np.arange(rows))
             drawn = first_token(decoder.parameters, hidden, sequence, cache.num_tokens, self.numbers, **self.static)
-            token, logprob = (np.asarray(x) for x in decoder.fetch(drawn))
+            token, logprob = (np.asarray(x) for x in decoder.fetch(drawn[:2]))
             self._emit(token[:, None], logprob[:, None], np.minimum(new, 1))
             self.first_token_at = time.perf_counter()
             done = np.isin(token, self.stop) | (new <= 1)
@@ -234,7 +275,7 @@ class _Run:
                     self._receive(ahead)  # it stopped before its first step
                     self._grow(segment)
                     ahead, since = self._dispatch(), None
-                elif not is_stale and self._is_wasteful(segment):
+                elif not is_stale and is_wasteful(segment, self.decoder.settings.block):
                     buffer, _ = compact(self.loop.buffer, self.loop.at)
                     self.loop = self.loop._replace(buffer=buffer)
                     since, is_stale = None, True
@@ -284,11 +325,6 @@ class _Run:
         need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
         self.loop = self.loop._replace(buffer=self.decoder.grow(cache, need).buffer)
         self.transfers += 1
-
-    def _is_wasteful(self, segment: Segment) -> bool:
-        """Returns True where attention reads many free slots."""
-        slack = self.decoder.settings.block * len(segment.need) / 2
-        return int(segment.occupied.sum()) > _WASTE * int(segment.need.sum()) + slack
 
     def result(self, prompt_tokens: int, first_token_seconds: float, seconds: float) -> Generation:
         """Sums up the generation, after its end."""

@@ -5,7 +5,7 @@ is written, so that the host can move the run to a larger buffer.
 
 What functions here take: ``parameters`` in the compute layout; the model's ``structure``; ``policy``, which decides how
 long keys live; ``numbers`` and ``kind`` of the ``Sampling``; ``limit``, int32 scalar or ``[num_layers, 1]``, slots of a
-head that may be used.
+head that may be used; ``num_likeliest``, of the likeliest tokens that are returned beside each one that is drawn.
 
 Axis letters: ``b`` batch, ``t`` token of a chunk, ``n`` tokens of a segment, ``l`` layer, ``k`` KV head, ``d``
 embedding dim.
@@ -22,6 +22,7 @@ from flax import nnx
 from natsjax.decode import buffer as kv_buffer
 from natsjax.decode import sampling
 from natsjax.decode.buffer import KVBuffer, NewKeys
+from natsjax.decode.sampling import Likeliest
 from natsjax.decode.step import Chunk, Reads, forward_chunk
 from natsjax.model import sharding
 from natsjax.policies.base import DecodingPolicy, Eviction
@@ -127,7 +128,7 @@ def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.A
     return jnp.where((count > 0)[:, None], last, before)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "kind"))
+@functools.partial(jax.jit, static_argnames=("structure", "kind", "num_likeliest"))
 def first_token(
     parameters: Any,
     hidden: jax.Array,
@@ -137,9 +138,39 @@ def first_token(
     *,
     structure: nnx.GraphDef,
     kind: sampling.Kind,
-) -> tuple[jax.Array, jax.Array]:
-    """Draws the token after the prompt; returns it and its log-probability, from ``hidden [b, d]``."""
-    return sampling.sample(nnx.merge(structure, parameters).logits(hidden), sequence, index, kind, numbers)
+    num_likeliest: int = 0,
+) -> tuple[jax.Array, jax.Array, Likeliest | None]:
+    """Draws the token after the prompt, from ``hidden [b, d]``; returns it, its log-probability, the likeliest ones."""
+    logits = nnx.merge(structure, parameters).logits(hidden)
+    drawn = sampling.sample(logits, sequence, index, kind, numbers)
+    return *drawn, sampling.likeliest(logits, num_likeliest) if num_likeliest else None
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "num_likeliest"))
+def prompt_logprobs(
+    parameters: Any, hidden: jax.Array, following: jax.Array, *, structure: nnx.GraphDef, num_likeliest: int
+) -> tuple[jax.Array, Likeliest | None]:
+    """Computes the log-probability of the token that follows each one of a chunk.
+
+    Args:
+      hidden: ``[b, t, d]``, of the chunk.
+      following: int32 ``[b, t]``, the token behind each.
+
+    Returns:
+      float32 ``[b, t]``, and the likeliest ones there, ``[b, t, n]``.
+    """
+    model = nnx.merge(structure, parameters)
+
+    def step(_, at):  # logits of one token of each sequence at a time: those of a chunk may not fit
+        x, token = at
+        logits = model.logits(x)
+        logprob = sampling.logprobs_of(logits, token)
+        return None, (logprob, sampling.likeliest(logits, num_likeliest) if num_likeliest else None)
+
+    hidden = sharding.reshard(jnp.swapaxes(hidden, 0, 1), None, "batch", None)
+    following = sharding.reshard(jnp.swapaxes(following, 0, 1), None, "batch")
+    _, found = jax.lax.scan(step, None, (hidden, following))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
 
 
 class Loop(NamedTuple):
@@ -179,6 +210,9 @@ class Segment(NamedTuple):
       lacks_capacity: bool ``[num_groups]``: the loop stopped for a head in this group has no free slot.
       need: int32 ``[num_layers]``, live slots of the fullest head.
       occupied: int32 ``[num_layers]``, the longest prefix of a layer's heads that attention reads.
+      live: int32 ``[b]``, live slots of each sequence, over all layers and heads.
+      evicted: int32 ``[b]``, live keys that were evicted, over all layers and heads, since the sequence began.
+      likeliest: ``[b, n, num_likeliest]``, beside ``tokens``; None for no number.
     """
 
     tokens: jax.Array
@@ -188,9 +222,58 @@ class Segment(NamedTuple):
     lacks_capacity: jax.Array
     need: jax.Array
     occupied: jax.Array
+    live: jax.Array
+    evicted: jax.Array
+    likeliest: Likeliest | None
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "kind", "length"), donate_argnames=("loop",))
+class RowStart(NamedTuple):
+    """State of the sequences that begin, int32 ``[b]`` each, in their rows; see ``Loop``."""
+
+    token: jax.Array
+    at: jax.Array
+    sequence: jax.Array
+    remaining: jax.Array
+
+
+@functools.partial(jax.jit, donate_argnames=("loop",))
+def insert_rows(loop: Loop, new: KVBuffer, row: jax.Array, is_new: jax.Array, start: RowStart) -> Loop:
+    """Begins sequences in rows that are done; the others go on as if nothing had happened.
+
+    Args:
+      loop: of all rows.
+      new: of the sequences that begin, and ``row``, their rows: as ``buffer.insert`` takes them.
+      is_new: bool ``[b]``, True for these rows.
+      start: their state.
+    """
+
+    def put(x, y):
+        return jnp.where(is_new, y, x)
+
+    def zero(x):
+        return jnp.where(is_new[:, None], jnp.zeros_like(x), x)
+
+    return Loop(
+        tuple(kv_buffer.insert(group, other, row) for group, other in zip(loop.buffer, new, strict=True)),
+        put(loop.token, start.token),
+        put(loop.at, start.at),
+        put(loop.sequence, start.sequence),
+        put(loop.remaining, start.remaining),
+        loop.done & ~is_new,
+        zero(loop.evicted),
+        zero(loop.read),
+        zero(loop.most),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("loop",))
+def clear_rows(loop: Loop, is_cleared: jax.Array) -> Loop:
+    """Ends the sequences of the rows that bool ``is_cleared [b]`` marks, and frees their slots."""
+    buffer = tuple(kv_buffer.clear(group, is_cleared) for group in loop.buffer)
+    return loop._replace(buffer=buffer, done=loop.done | is_cleared)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "kind", "length", "num_likeliest"), donate_argnames=("loop",))
 def decode_segment(
     parameters: Any,
     loop: Loop,
@@ -203,15 +286,20 @@ def decode_segment(
     structure: nnx.GraphDef,
     kind: sampling.Kind,
     length: int,
+    num_likeliest: int = 0,
 ) -> tuple[Loop, Segment]:
     """Draws up to ``length`` tokens (n) for each sequence.
 
-    A sequence is done after one of the tokens ``stop``, int32 ``[m]``. Where a head has no free slot, the rule
-    ``eviction`` applies, or, where that is None, the loop stops.
+    A sequence is done after one of the tokens ``stop``, int32 ``[m]``, or ``[b, m]`` for its own. Where a head has no
+    free slot, the rule ``eviction`` applies, or, where that is None, the loop stops.
     """
     model = nnx.merge(structure, parameters)
     tokens = sharding.reshard(jnp.zeros((loop.token.shape[0], length), jnp.int32), "batch", None)
-    carry = (loop, _free(loop, limit), jnp.int32(0), tokens, tokens.astype(jnp.float32), 0 * loop.at)
+    likeliest = None
+    if num_likeliest:
+        ids = sharding.reshard(jnp.zeros((*tokens.shape, num_likeliest), jnp.int32), "batch", None, None)
+        likeliest = Likeliest(ids, ids.astype(jnp.float32))
+    carry = (loop, _free(loop, limit), jnp.int32(0), tokens, tokens.astype(jnp.float32), likeliest, 0 * loop.at)
 
     def goes_on(carry):
         loop, slots, step, *_ = carry
@@ -219,7 +307,7 @@ def decode_segment(
         return may if eviction is not None else may & ~jnp.any(_lacks_capacity(loop, slots))
 
     def body(carry):
-        loop, slots, step, tokens, logprobs, count = carry
+        loop, slots, step, tokens, logprobs, likeliest, count = carry
         chunk = Chunk(loop.token[:, None], (~loop.done).astype(jnp.int32), loop.at, 0 * loop.at)
         reads = forward_chunk(model, loop.buffer, chunk, policy)
         at = chunk.next_index
@@ -232,7 +320,8 @@ def decode_segment(
                 group, lost = _write(group, new, slot, loop.done, at, eviction, most)
             groups.append(group)
             evicted.append(lost)
-        token, logprob = sampling.sample(model.logits(reads.hidden[:, 0]), loop.sequence, at, kind, numbers)
+        logits = model.logits(reads.hidden[:, 0])
+        token, logprob = sampling.sample(logits, loop.sequence, at, kind, numbers)
         token = jnp.where(loop.done, loop.token, token)
         remaining = loop.remaining - chunk.num_tokens
         read = jnp.where(loop.done[:, None], 0, kv_buffer.occupancy(loop.buffer, loop.at) + 1)
@@ -249,17 +338,25 @@ def decode_segment(
         )
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
         logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, logprob[:, None], step, 1)
-        return loop, _free(loop, limit), step + 1, tokens, logprobs, count + chunk.num_tokens
+        if likeliest is not None:
+            found = sampling.likeliest(logits, num_likeliest)
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+            likeliest = jax.tree.map(lambda x, y: put(x, y[:, None]), likeliest, found)
+        return loop, _free(loop, limit), step + 1, tokens, logprobs, likeliest, count + chunk.num_tokens
 
-    loop, slots, _, tokens, logprobs, count = jax.lax.while_loop(goes_on, body, carry)
+    loop, slots, _, tokens, logprobs, likeliest, count = jax.lax.while_loop(goes_on, body, carry)
+    occupied = kv_buffer.occupancy(loop.buffer, loop.at)
     segment = Segment(
         tokens,
         logprobs,
         count,
         jnp.all(loop.done),
         _lacks_capacity(loop, slots) if eviction is None else jnp.zeros(len(slots), bool),
-        fullest(kv_buffer.occupancy(loop.buffer, loop.at)),
+        fullest(occupied),
         jnp.concatenate([fullest(group.length) for group in loop.buffer]),
+        jnp.sum(occupied, axis=(0, 2)),
+        jnp.sum(loop.evicted, axis=(0, 2)),
+        likeliest,
     )
     return loop, sharding.replicate(segment)
 

@@ -6,10 +6,12 @@ Axis letters: ``b`` batch, ``v`` vocabulary.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natsjax.errors import UserError
 from natsjax.model import sharding
@@ -72,15 +74,28 @@ class Sampling:
         )
 
 
+def by_row(samplings: Sequence[Sampling]) -> tuple["Kind", "Numbers"]:
+    """Returns the kind of program that serves several rules at once, and their numbers, NumPy arrays ``[b]``."""
+    kinds = [sampling.kind for sampling in samplings]
+    kind = Kind(all(kind.is_greedy for kind in kinds), any(kind.is_filtered for kind in kinds))
+    columns = zip(*(sampling.numbers for sampling in samplings), strict=True)
+    stacked: list[Any] = [np.stack(column) for column in columns]
+    return kind, Numbers(*stacked)
+
+
 class Kind(NamedTuple):
-    """Kind of a program: True where the likeliest token is taken, and where the vocabulary has to be sorted."""
+    """Kind of a program: True where the likeliest token is taken, and where the vocabulary has to be sorted.
+
+    The second one draws as the first one does for numbers that are greedy, and as one without filters for numbers that
+    have none.
+    """
 
     is_greedy: bool
     is_filtered: bool
 
 
 class Numbers(NamedTuple):
-    """The fields of ``Sampling``, scalars on device."""
+    """The fields of ``Sampling``: scalars on device, or ``[b]`` where each sequence has its own."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -99,7 +114,7 @@ def sample(
       sequence: int32 ``[b]``, the number of each sequence.
       index: int32 ``[b]``, of the token that is drawn.
       kind: of the ``Sampling``.
-      numbers: of the ``Sampling``.
+      numbers: of the ``Sampling``, or of each sequence's own.
 
     Returns:
       int32 ``[b]`` and float32 ``[b]``: the token, and the log-probability that the model gave it (at temperature 1,
@@ -108,14 +123,16 @@ def sample(
 
     def on_device(logits, sequence, index, *numbers):
         given = Numbers(*numbers)
-        if kind.is_greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            token = jax.vmap(lambda x, s, i: _draw(x, s, i, kind, given))(logits, sequence, index)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        return token, logprob
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if not kind.is_greedy:
+            axes: list[Any] = [0 if x.ndim else None for x in given]
+            own = Numbers(*axes)
+            draw = jax.vmap(lambda x, s, i, n: _draw(x, s, i, kind, n), in_axes=(0, 0, 0, own))
+            token = jnp.where(given.temperature < _COLDEST, token, draw(logits, sequence, index, given))
+        return token, _logprobs_of(logits, token)
 
-    axes = (("batch", None), ("batch",), ("batch",), *((),) * len(numbers))
+    by_sequence: sharding.Axes = ("batch",)
+    axes = (("batch", None), ("batch",), ("batch",), *(by_sequence if jnp.ndim(x) else () for x in numbers))
     return sharding.shard_map(on_device, axes, [("batch",), ("batch",)])(logits, sequence, index, *numbers)
 
 
@@ -123,13 +140,49 @@ def _draw(logits, sequence, index, kind: Kind, numbers: Numbers) -> jax.Array:
     """Draws one token from logits ``[v]``."""
     key = jax.random.key(numbers.seed)
     key = jax.random.fold_in(jax.random.fold_in(key, sequence), index)
-    scaled = (logits - jnp.max(logits)) / numbers.temperature
+    scaled = (logits - jnp.max(logits)) / jnp.maximum(numbers.temperature, _COLDEST)
+    plain = jax.random.categorical(key, scaled).astype(jnp.int32)
     if not kind.is_filtered:
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
+        return plain
+    has_filter = (numbers.top_k > 0) | (numbers.top_p < 1) | (numbers.min_p > 0)
     scaled, ids = jax.lax.top_k(scaled, scaled.shape[0])
     rank = jnp.arange(scaled.shape[0])
     kept = (rank == 0) | (numbers.top_k == 0) | (rank < numbers.top_k)
     probability = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf))
     kept &= (rank == 0) | (jnp.cumsum(probability) - probability < numbers.top_p)
     kept &= scaled - scaled[0] >= jnp.log(numbers.min_p)
-    return ids[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)
+    filtered = ids[jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf))].astype(jnp.int32)
+    return jnp.where(has_filter, filtered, plain)
+
+
+def logprobs_of(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Returns the log-probability of int32 ``token [b]`` by float32 ``logits [b, v]``, at temperature 1: ``[b]``."""
+    by_sequence: sharding.Axes = ("batch",)
+    return sharding.shard_map(_logprobs_of, [("batch", None), by_sequence], by_sequence)(logits, token)
+
+
+def _logprobs_of(logits: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens at an index, the likeliest first, ``[…, n]``.
+
+    Attributes:
+      tokens: int32.
+      logprobs: float32, at temperature 1.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+def likeliest(logits: jax.Array, count: int) -> Likeliest:
+    """Finds the ``count`` likeliest tokens of float32 logits ``[b, v]``."""
+
+    def on_device(logits):
+        logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), count)
+        return tokens, logprobs
+
+    axes: sharding.Axes = ("batch", None)
+    return Likeliest(*sharding.shard_map(on_device, [axes], [axes, axes])(logits))

@@ -40,39 +40,107 @@ def parse_generate_flags(argv: Sequence[str] | None, description: str) -> dict[s
       UserError: a flag or its value does not fit, or there is no prompt; the message names it.
     """
     flags = _parser(description).parse_args(argv)
-    from natsjax.decode.decoder import DecodeSettings  # here: the parser is built before anything slow is imported
-    from natsjax.decode.sampling import Sampling
+    from natsjax.decode.sampling import Sampling  # here: the parser is built before anything slow is imported
 
-    for name in ("max_new_tokens", "batch_size", "top_k", "max_kv", "chunk", "block"):
-        if (value := getattr(flags, name)) is not None and value >= _TOO_LARGE:
-            raise UserError(f"--{name}={value}: it is too large; choose a number below {_TOO_LARGE}.")
-    if flags.eviction is not None and flags.max_kv is None:
-        raise UserError(f"--eviction={flags.eviction}: without --max_kv nothing is evicted; give that too.")
+    check_sizes(flags, ("max_new_tokens", "batch_size", "top_k"))
     names = [field.name for field in dataclasses.fields(Sampling)]
-    given = {"chunk": flags.chunk, "block": flags.block, "max_kv": flags.max_kv, "eviction": flags.eviction}
-    return {
-        "workdir": flags.workdir,
+    return decoding_arguments(flags) | {
         "max_new_tokens": flags.max_new_tokens,
         "sampling": Sampling(**{name: getattr(flags, name) for name in names}),
         "stop_tokens": () if flags.stop_tokens is None else _ids("stop_tokens", flags.stop_tokens),
         "ignore_eos": flags.ignore_eos,
-        "policy": parse_policy(flags.policy, flags.role_bias),
-        "settings": DecodeSettings(**{name: value for name, value in given.items() if value is not None}),
         "batch_size": flags.batch_size,
-        "mesh_config": None if flags.mesh is None else parse_mesh(flags.mesh),
-        "prepared_dir": flags.prepared_dir,
-        "checkpoint": flags.checkpoint,
         "output": flags.output,
         "echo": flags.echo,
         "prompts": _prompts(flags),
     }
 
 
+def check_sizes(flags: argparse.Namespace, names: Sequence[str]) -> None:
+    """Checks that numbers are not too large for a program.
+
+    Raises:
+      UserError: one is.
+    """
+    for name in names:
+        if (value := getattr(flags, name)) is not None and value >= _TOO_LARGE:
+            raise UserError(f"--{name}={value}: it is too large; choose a number below {_TOO_LARGE}.")
+
+
+def decoding_arguments(flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns what ``add_model_flags`` and ``add_decoding_flags`` read: the run, policy, settings and devices.
+
+    Raises:
+      UserError: a value does not fit; the message names it.
+    """
+    from natsjax.decode.decoder import DecodeSettings
+
+    check_sizes(flags, ("max_kv", "chunk", "block"))
+    if flags.eviction is not None and flags.max_kv is None:
+        raise UserError(f"--eviction={flags.eviction}: without --max_kv nothing is evicted; give that too.")
+    given = {"chunk": flags.chunk, "block": flags.block, "max_kv": flags.max_kv, "eviction": flags.eviction}
+    return {
+        "workdir": flags.workdir,
+        "policy": parse_policy(flags.policy, flags.role_bias),
+        "settings": DecodeSettings(**{name: value for name, value in given.items() if value is not None}),
+        "mesh_config": None if flags.mesh is None else parse_mesh(flags.mesh),
+        "prepared_dir": flags.prepared_dir,
+        "checkpoint": flags.checkpoint,
+    }
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Adds ``--workdir`` and ``--checkpoint``."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run, as given to train.py, or an export")
+    parser.add_checkpoint()
+
+
+def add_decoding_flags(parser: Parser) -> None:
+    """Adds the flags of which keys live, of devices, and of the prepared corpus."""
+    add = parser.add_argument
+    add("--role_bias", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
+    add(
+        "--policy",
+        metavar="NAME",
+        help="which keys live (default: nats, or full for a dense run). "
+        + "; ".join(f"{entry.form}: {entry.summary}" for entry in POLICIES.values()).replace("%", "%%"),
+    )
+    add("--max_kv", type=int, metavar="N", help="the most keys of a head; what has to go for it is counted")
+    add(
+        "--eviction",
+        metavar="NAME",
+        help=f"what goes first at --max_kv: {', '.join(EVICTION_NAMES)} (default: {DEFAULTS['eviction']})",
+    )
+    add(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="devices: data and fsdp divide the batch, tensor the heads; -1: the rest (default: as the run was "
+        "trained, where there are as many devices, else all along fsdp)",
+    )
+    add(
+        "--chunk",
+        type=int,
+        metavar="N",
+        help=f"prompt tokens read at once; --max_kv evicts behind them (default: {DEFAULTS['chunk']})",
+    )
+    add(
+        "--block",
+        type=int,
+        metavar="N",
+        help=f"keys are allocated in multiples of it (default: {DEFAULTS['block']}), or of a part of it for short "
+        "sequences on a CPU",
+    )
+    add(
+        "--prepared_dir",
+        metavar="DIR",
+        help="the folder of the prepared corpus (default: looked for beside the run, and where it was)",
+    )
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(prog="python -m natsjax.generate", description=description)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="the run, as given to train.py, or an export")
-    parser.add_checkpoint()
     add(
         "--prompt",
         action="append",
@@ -122,49 +190,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of sampling: the same gives the same text (default: 0)")
     add("--stop_tokens", metavar="ID,ID,…", help="token ids after which a prompt is done, beside EOS")
     add("--ignore_eos", action="store_true", help="continue where the model ends the document")
-    add("--role_bias", type=float, metavar="F", help="of a nats run: above 0 keeps more keys, below fewer (default: 0)")
-    add(
-        "--policy",
-        metavar="NAME",
-        help="which keys live (default: nats, or full for a dense run). "
-        + "; ".join(f"{entry.form}: {entry.summary}" for entry in POLICIES.values()).replace("%", "%%"),
-    )
-    add("--max_kv", type=int, metavar="N", help="the most keys of a head; what has to go for it is counted")
-    add(
-        "--eviction",
-        metavar="NAME",
-        help=f"what goes first at --max_kv: {', '.join(EVICTION_NAMES)} (default: {DEFAULTS['eviction']})",
-    )
-    add(
-        "--mesh",
-        metavar="AXIS=N,…",
-        help="devices: data and fsdp divide the batch, tensor the heads; -1: the rest (default: as the run was "
-        "trained, where there are as many devices, else all along fsdp)",
-    )
-    add(
-        "--chunk",
-        type=int,
-        metavar="N",
-        help=f"prompt tokens read at once; --max_kv evicts behind them (default: {DEFAULTS['chunk']})",
-    )
-    add(
-        "--block",
-        type=int,
-        metavar="N",
-        help=f"keys are allocated in multiples of it (default: {DEFAULTS['block']}), or of a part of it for short "
-        "sequences on a CPU",
-    )
+    add_decoding_flags(parser)
     add("--output", metavar="FILE", help="also write prompts, texts, ids and log-probabilities: JSON, a line a prompt")
     add(
         "--echo",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="write each prompt before what follows it",
-    )
-    add(
-        "--prepared_dir",
-        metavar="DIR",
-        help="the folder of the prepared corpus (default: looked for beside the run, and where it was)",
     )
     return parser
 

@@ -181,7 +181,7 @@ def run(
         check_files(f"--output={os.fspath(output)}", [output])
     this = loaded
     if this is None:
-        mesh_config = _default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
+        mesh_config = default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
         this = load(workdir, prepared_dir=prepared_dir, mesh_config=mesh_config, checkpoint=checkpoint)
     tokenizer = this.tokenizer if isinstance(this.tokenizer, Tokenizer) else None
     ids = [_token_ids(this, number, prompt) for number, prompt in enumerate(prompts, 1)]
@@ -232,7 +232,7 @@ def _sentence_where_memory_ends() -> Iterator[None]:
         ) from error
 
 
-def _default_mesh(config: Config) -> MeshConfig | None:
+def default_mesh(config: Config) -> MeshConfig | None:
     """Returns None, the mesh of training, unless that divides sequences, which decoding does not."""
     return None if config.mesh.context == 1 else MeshConfig()
 

@@ -105,7 +105,7 @@ class Tokenizer(ABC):
         Raises:
           IndexError: the id is outside ``0 … vocab_size-1``.
         """
-        piece = self._piece(token_id)
+        piece = self.piece(token_id)
         if token_id in self._names:
             return self._names[token_id]
         try:
@@ -122,7 +122,7 @@ class Tokenizer(ABC):
         pieces: list[bytes] = []
         is_start = False
         for token_id in map(int, ids):
-            piece = self._piece(token_id)
+            piece = self.piece(token_id)
             pieces.append(piece.removeprefix(b" ") if is_start else piece)
             is_start = token_id == self.bos_id and self._adds_space
         return b"".join(pieces).decode("utf-8", errors="replace")
@@ -187,7 +187,12 @@ class Tokenizer(ABC):
         (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         self._write(folder)
 
-    def _piece(self, token_id: int) -> bytes:
+    def piece(self, token_id: int) -> bytes:
+        """Returns the bytes that one id stands for, none for specials.
+
+        Raises:
+          IndexError: the id is outside ``0 … vocab_size-1``.
+        """
         # A negative id must not wrap around to another token.
         if not 0 <= token_id < self.vocab_size:
             raise IndexError(f"token id {token_id} is outside 0 … {self.vocab_size - 1}")

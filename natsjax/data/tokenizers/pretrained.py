@@ -127,7 +127,7 @@ class PretrainedTokenizer(Tokenizer):
             found.append(f"it has no token for parts of {_short(unknown[0])!r}")
         own = self._own_tokens()
         if lost:  # the others are encoded as ordinary text and lose nothing more
-            own = [token for token in own if token.encode() in {self._piece(at) for at in self.encode(token).tolist()}]
+            own = [token for token in own if token.encode() in {self.piece(at) for at in self.encode(token).tolist()}]
         for token in own[:: -(-len(own) // _MAX_OWN) or 1]:
             if changed := self._loss_around(token):
                 found.append(changed)
