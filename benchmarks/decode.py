@@ -168,7 +168,7 @@ def filled_loop(decoder: Decoder, batch: int, context: int, live: int, tokens: i
         evicted = decoder.put(by_head, None, "batch", "kv_heads")
         return Loop(
             buffer,
-            decoder.put_rows(rng.integers(0, VOCAB_SIZE, batch)),
+            *(decoder.put_rows(rng.integers(0, VOCAB_SIZE, batch)) for _ in range(2)),
             decoder.put_rows(context * rows),
             decoder.put_rows(np.arange(batch)),
             decoder.put_rows(2**30 * rows),

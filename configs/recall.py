@@ -29,6 +29,8 @@ def get_config():
     # As docs/recall.md was measured: without what the defaults have gained since.
     config.nats.kv_penalty = 0.1
     config.nats.kv_penalty_gain = 0.0
+    config.nats.kv_penalty_lr = 0.02
+    config.nats.min_kv_penalty = 1e-3
     config.nats.final_noise = 1.0
     config.data.source = "recall"
     config.data.context_length = 128

@@ -27,6 +27,8 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
     "nats.kv_penalty": 0.1,
     "nats.kv_penalty_gain": 0.0,
+    "nats.kv_penalty_lr": 0.02,
+    "nats.min_kv_penalty": 1e-3,
 }
 """What runs of earlier versions have in fields whose default has changed or that are new: such a run keeps its value
 when it is resumed with today's default, and a stored config without the field means it."""
@@ -106,6 +108,12 @@ class ModelConfig:
     )
     final_logit_softcap: float = config_field(0.0, "c in logits = c tanh(logits / c); 0: no cap", minimum=0)
     tie_embeddings: bool = config_field(True, "use the input embedding as the output layer")
+    token_shift: bool = config_field(
+        False,
+        "add to each token's embedding that of the token before it in its document, times a learned factor for each "
+        "channel, which starts at 1/2: a single layer can then look for what came after a token (the smeared keys of "
+        "arXiv:2209.11895, at the embedding)",
+    )
     embedding_scale: float = config_field(
         0.0, "factor of the input embeddings; 0: the root of embed_dim, which brings them to unit size", minimum=0
     )
@@ -266,10 +274,13 @@ class NatsConfig:
     kv_penalty: float = config_field(
         0.02, "loss in nats per token for a KV fraction of 1; the initial value when controlled", minimum=0
     )
-    min_kv_penalty: float = config_field(1e-3, "lower bound of a controlled kv_penalty", minimum=0)
+    min_kv_penalty: float = config_field(5e-3, "lower bound of a controlled kv_penalty", minimum=0)
     max_kv_penalty: float = config_field(10.0, "upper bound of a controlled kv_penalty", minimum=0)
     kv_penalty_lr: float = config_field(
-        0.02, "change of log(kv_penalty) per step and unit of log(KV fraction / budget), within 1 (integral)", minimum=0
+        0.0,
+        "change of log(kv_penalty) per step and unit of log(KV fraction / budget), within 1 (integral); 0: 60 over the "
+        "number of steps, within 0.02 and 0.1, so that short runs get there too",
+        minimum=0,
     )
     kv_penalty_gain: float = config_field(
         4.0, "log(kv_penalty) per unit of log(KV fraction / budget), within 1 (proportional)", minimum=0

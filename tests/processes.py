@@ -35,7 +35,8 @@ import jax, matplotlib.pyplot, natsjax, tensorboardX
 
 for package in (natsjax, importlib.import_module("pallas_kernels")):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not found.name.endswith("__main__"):
+        # lm-evaluation-harness may not be installed, and is large.
+        if not found.name.endswith("__main__") and not found.name.startswith("natsjax.lm_eval."):
             importlib.import_module(found.name)
 
 def forked():

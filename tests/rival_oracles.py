@@ -19,7 +19,10 @@ class NumpyModel:
 
     def embed(self, tokens):
         """``[t, d]``."""
-        return self.parameters["embedding"][np.asarray(tokens)] * self.model.embed_dim**0.5
+        x = self.parameters["embedding"][np.asarray(tokens)]
+        if self.model.token_shift:
+            x = x + self.parameters["shift"] * np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+        return x * self.model.embed_dim**0.5
 
     def project(self, layer, x, first=0):
         """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on."""

@@ -201,6 +201,7 @@ def test_a_resumed_run_keeps_what_was_the_default_when_it_began(tmp_path):
     workdir = Workdir(tmp_path)
     values = tiny.config().to_dict()
     assert values["nats"]["initial_roles"] == FORMER_DEFAULTS["nats.initial_roles"]
+    values["nats"] |= {"kv_penalty_lr": 0.02, "min_kv_penalty": 1e-3}
     del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"], values["nats"]["final_noise"]
     workdir.config_file.write_text(json.dumps(values))
     assert workdir.with_own_defaults(asked) == asked  # nothing is trained yet

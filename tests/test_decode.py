@@ -237,7 +237,7 @@ def test_memory_of_a_chunk_grows_with_the_chunk_and_the_slots():
         with jax.set_mesh(decoder.mesh):
             buffer = decoder.allocate([3], [slots], 1)
             rows = decoder.put_rows(np.zeros(1))
-            part = Chunk(decoder.put(np.zeros((1, chunk)), "batch", "sequence"), rows, rows, rows)
+            part = Chunk(decoder.put(np.zeros((1, chunk)), "batch", "sequence"), rows, rows, rows, rows)
             lowered = loop.read_chunk.lower(
                 decoder.parameters, buffer, part, Nats(), structure=decoder.structure, count_live=False
             )

@@ -34,6 +34,7 @@ ALL = {
     "num_layers": 6,
     "nope": (False, True),
     "activation": "geglu",
+    "token_shift": True,
     "embedding_scale": 3.0,
     "zero_init_output": True,
     "attention_gate": True,
@@ -147,7 +148,7 @@ def test_the_scan_over_both_patterns_is_the_layers_one_after_another():
 
     def unrolled(parameters):
         transformer = nnx.merge(structure, parameters)
-        x = transformer.embed(inputs.inputs)
+        x = transformer.embed(inputs.inputs, inputs.previous)
         for layer in range(6):
             state = jax.tree.map(lambda values: values[layer], parameters["blocks"])  # noqa: B023
             block = nnx.merge(nnx.graphdef(transformer.blocks), state)
@@ -221,6 +222,21 @@ def test_the_embedding_scale_multiplies_the_table():
     np.testing.assert_allclose(nnx.merge(structure, parameters).embed(tokens), 3 * table[tokens], rtol=1e-6)
     _, structure, _ = build()
     np.testing.assert_allclose(nnx.merge(structure, parameters).embed(tokens), 4 * table[tokens], rtol=1e-6)
+
+
+def test_the_token_shift_adds_the_token_before_in_the_document():
+    _, structure, parameters = build(token_shift=True, embedding_scale=3.0)
+    np.testing.assert_array_equal(parameters["shift"], np.full(16, 0.5, np.float32))
+    parameters["shift"] = jax.random.normal(jax.random.key(3), (16,))
+    batch = tiny.packed_batch()
+    x = nnx.merge(structure, parameters).embed(batch["inputs"], Batch.from_rows(batch).previous)
+    table, shift = (np.asarray(parameters[name], np.float64) for name in ("embedding", "shift"))
+    for row, tokens in enumerate(batch["inputs"]):
+        for t, token in enumerate(tokens):
+            expected = table[token]
+            if batch["positions"][row, t] > 0:
+                expected = expected + shift * table[tokens[t - 1]]
+            np.testing.assert_allclose(x[row, t], 3 * expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_whose_outputs_start_at_zero_starts_as_its_embedding():

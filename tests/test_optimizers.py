@@ -146,6 +146,12 @@ def test_embeddings_decay_by_a_rate_of_their_own(problem):
     np.testing.assert_allclose(update["embedding"], -0.1 * 0.5 * parameters["embedding"], rtol=1e-6)
     assert not np.any(update["final_norm"]["scale"])
     assert not np.any(update["blocks"]["mlp"]["up"])
+    model = model_structure(tiny.config(model={"token_shift": True}), tiny.VOCAB_SIZE)
+    parameters = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), model.parameters)
+    zero = jax.tree.map(jnp.zeros_like, parameters)
+    (update,) = updates_of(optimizer(plain("adamw", embedding_weight_decay=0.5), 10, model), parameters, [zero])
+    assert np.any(update["embedding"])
+    assert not np.any(update["shift"])  # a scale, which stands beside the embedding
 
 
 def test_muons_other_parameters_may_have_a_rate_of_their_own(problem):

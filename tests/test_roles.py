@@ -200,7 +200,7 @@ def test_with_several_windows_the_role_bias_grows_with_the_lifetime():
 def controlled_for(steps, fraction_of_penalty, config):
     state = budget_controller.start_controller(config)
     history = []
-    step = jax.jit(lambda state, f, n: budget_controller.update_controller(state, f, n, config))
+    step = jax.jit(lambda state, f, n: budget_controller.update_controller(state, f, n, config, steps))
     for n in range(steps):
         penalty = float(budget_controller.kv_penalty(state))
         history.append(penalty)
@@ -214,7 +214,27 @@ def test_a_controlled_penalty_settles_where_the_budget_is_met():
     assert abs(float(state.average) - 0.2) < 0.01
     config = NatsConfig(kv_budget=0.2, kv_penalty_gain=0.0)  # the integral alone
     changes = np.abs(np.diff(np.log(controlled_for(300, lambda penalty: 1 / (1 + penalty), config)[1])))
-    assert changes.max() <= config.kv_penalty_lr * (1 + 1e-5)
+    assert changes.max() <= budget_controller.integral_rate(config, 300) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "rate"), [(100, 0.1), (600, 0.1), (1200, 0.05), (3000, 0.02), (100_000, 0.02)])
+def test_the_integral_is_faster_in_short_runs(num_steps, rate):
+    assert budget_controller.integral_rate(NatsConfig(), num_steps) == pytest.approx(rate)
+    assert budget_controller.integral_rate(NatsConfig(kv_penalty_lr=0.3), num_steps) == 0.3
+    # A model that learns to want more: what holds the budget becomes 100 times as much in the run.
+    state = {"log_fraction": math.log(0.15), "step": 0}
+    found = []
+
+    def fraction(penalty):
+        state["step"] += 1
+        held = 0.03 * 100 ** (state["step"] / num_steps)
+        state["log_fraction"] += 0.02 * np.clip(np.log(held / penalty), -1, 1)
+        found.append(math.exp(min(state["log_fraction"], 0)))
+        return found[-1]
+
+    controlled_for(num_steps, fraction, NatsConfig(kv_budget=0.15, kv_penalty=0.03))
+    if 600 <= num_steps < 10_000:  # others are too short to say, and too long to wait for
+        assert np.abs(np.log(np.array(found[-num_steps // 10 :]) / 0.15)).max() < 0.1
 
 
 def slow_model(penalty, state):
@@ -249,10 +269,10 @@ def test_a_resumed_controller_goes_on_as_it_would_have():
     errors, integral = [0.0], math.log(0.01)
     average = float(budget_controller.budget_at(jnp.int32(0), config))
     for step, fraction in enumerate(fractions):
-        state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config)
+        state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config, 80)
         average = 0.9 * average + 0.1 * fraction
         errors.append(np.clip(math.log(average / float(budget_controller.budget_at(jnp.int32(step), config))), -1, 1))
-        integral += config.kv_penalty_lr * errors[-1]
+        integral += 0.1 * errors[-1]  # of a run as short as this
         expected = integral + config.kv_penalty_gain * errors[-1]  # as long as no bound is met
         assert float(state.log_kv_penalty) == pytest.approx(expected, abs=1e-4)
 

@@ -129,7 +129,12 @@ def test_budgets_fall_from_one_after_the_start(path, middle):
 def test_skipped_steps_in_a_ramp_lose_nothing_of_the_proportional_part():
     """The penalty's changes add up to the gain times the change of the error, whatever steps are skipped."""
     config = NatsConfig(
-        kv_budget=0.3, budget_ramp_start=3, budget_ramp_steps=20, kv_penalty_lr=0.0, kv_penalty_gain=2.0, kv_penalty=0.1
+        kv_budget=0.3,
+        budget_ramp_start=3,
+        budget_ramp_steps=20,
+        kv_penalty_lr=1e-12,
+        kv_penalty_gain=2.0,
+        kv_penalty=0.1,
     )
     state, average = budget_controller.start_controller(config), 1.0
     fractions = 0.3 + 0.7 * np.exp(-np.arange(15) / 9)
@@ -137,7 +142,7 @@ def test_skipped_steps_in_a_ramp_lose_nothing_of_the_proportional_part():
         if step in (5, 8, 9, 14):
             state = budget_controller.update_after_skip(state, jnp.int32(step), config)
         else:
-            state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config)
+            state = budget_controller.update_controller(state, jnp.float32(fraction), jnp.int32(step), config, 15)
             average = 0.9 * average + 0.1 * fraction
         budget = 1 - 0.7 * np.clip((step + 1 - 3) / 20, 0, 1)
         assert float(state.average) == pytest.approx(average, rel=1e-5)

@@ -395,7 +395,7 @@ def test_a_prompt_is_cut_down_to_the_keys_that_it_has_masked_least():
     batch = Batch(tokens, positions, np.where(positions < lengths[:, None], lengths[:, None], 0).astype(np.int32))
     transformer = nnx.merge(decoder.structure, parameters)
     block = nnx.merge(nnx.graphdef(transformer.blocks), jax.tree.map(lambda x: x[0], parameters["blocks"]))
-    x = block.attention_norm(transformer.embed(tokens))
+    x = block.attention_norm(transformer.embed(tokens, batch.previous))
     _, after, _ = defined(*in_float64(block.attention.qkv_proj(x, jnp.asarray(positions))), batch)
     group = cache.buffer[0]
     for b, length in enumerate(lengths):

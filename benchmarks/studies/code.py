@@ -27,5 +27,13 @@ ARMS = {
     "nats at 10 %": {"nats.window": 8, "nats.kv_budget": 0.1},
     "nats at 10 % with windows 4 and 16 and 64": {"nats.windows": (4, 16, 64), "nats.kv_budget": 0.1},
     "nats at 5 % with windows 4 and 16": {"nats.windows": (4, 16), "nats.kv_budget": 0.05},
+    # Where a ladder begins: at its shortest window, or at the longest that the budget has room for (the default).
+    "nats at 10 % from 4 of windows 4 and 16 and 64": {
+        "nats.windows": (4, 16, 64),
+        "nats.kv_budget": 0.1,
+        "nats.initial_roles": (0.03, 0.03, 0.88, 0.03, 0.03),
+    },
+    "nats at 10 % with windows 6 and 22 and 88": {"nats.windows": (6, 22, 88), "nats.kv_budget": 0.1},
 }
+ARMS |= {f"{arm} and token shift": fields | {"model.token_shift": True} for arm, fields in ARMS.items()}
 REFERENCE = "trained window of 25"

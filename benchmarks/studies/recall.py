@@ -15,6 +15,8 @@ COMMON = {
 DEFAULTS = {
     "nats.kv_penalty": 0.02,
     "nats.kv_penalty_gain": 4.0,
+    "nats.kv_penalty_lr": 0.0,
+    "nats.min_kv_penalty": 5e-3,
     "nats.final_noise": 0.0,
     "nats.budget_ramp_steps": 0,
 }

@@ -23,12 +23,13 @@ ARMS = {
     "windows 4 and 16 and 64": {"nats.windows": (4, 16, 64)},
     # Which of the two does it: the start, or the controller?
     "start of before": {"nats.initial_roles": (1 / 3, 1 / 3, 1 / 3), "nats.budget_ramp_steps": 400},
-    "controller of before": {"nats.kv_penalty_gain": 0.0, "nats.kv_penalty": 0.1},
+    "controller of before": {"nats.kv_penalty_gain": 0.0, "nats.kv_penalty": 0.1, "nats.kv_penalty_lr": 0.02},
     "defaults of before": {
         "nats.initial_roles": (1 / 3, 1 / 3, 1 / 3),
         "nats.budget_ramp_steps": 400,
         "nats.kv_penalty": 0.1,
         "nats.kv_penalty_gain": 0.0,
+        "nats.kv_penalty_lr": 0.02,
         "nats.final_noise": 1.0,
     },
     "dense": {"model.layer_types": "dense"},
@@ -38,5 +39,9 @@ ARMS = {
     "head roles": {"model.layer_types": "head_roles"},
     "selective": {"model.layer_types": "selective"},
     "hybrid of windows and a dense layer": {"model.layer_types": "sliding,sliding,sliding,dense"},
+}
+ARMS |= {
+    f"{arm} and token shift": ARMS[arm] | {"model.token_shift": True}
+    for arm in ("trained window of 19", "windows 4 and 16 and 64", "dense")
 }
 REFERENCE = "trained window of 19"

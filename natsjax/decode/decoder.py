@@ -93,12 +93,14 @@ class Cache(NamedTuple):
     Attributes:
       buffer: their live keys.
       num_tokens: int32 ``[b]``, of each.
+      last: int32 ``[b]``, the last token of each that has any.
       evicted: int32 ``[num_layers, b, k]``, live keys that were evicted.
       most: tokens that a sequence will have, at most.
     """
 
     buffer: KVBuffer
     num_tokens: jax.Array
+    last: jax.Array
     evicted: jax.Array
     most: int = NO_LIMIT
 
@@ -195,7 +197,8 @@ class Decoder:
         slots = self._size(self.settings.block if slots is None else slots, most)
         with jax.set_mesh(self.mesh):
             evicted = self.put(np.zeros((layers, batch, heads), np.int32), None, "batch", "kv_heads")
-            return Cache(self.allocate([layers], [slots], batch), self.put_rows(np.zeros(batch)), evicted, most)
+            num_tokens, last = (self.put_rows(np.zeros(batch)) for _ in range(2))
+            return Cache(self.allocate([layers], [slots], batch), num_tokens, last, evicted, most)
 
     def read(
         self,
@@ -222,7 +225,7 @@ class Decoder:
         with jax.set_mesh(self.mesh):
             observed_from = np.zeros(len(count)) if observed_from is None else observed_from
             roles = None if role_ids is None else self.put(role_ids, None, "batch", "kv_heads", None)
-            rows = self.put_rows(count), cache.num_tokens, self.put_rows(observed_from)
+            rows = self.put_rows(count), cache.num_tokens, cache.last, self.put_rows(observed_from)
             chunk = Chunk(self.put(tokens, "batch", "sequence"), *rows, roles)
             read = loop.read_chunk(
                 self.parameters, cache.buffer, chunk, self.policy, structure=self.structure, count_live=count_live
@@ -232,7 +235,10 @@ class Decoder:
             if np.any(need > cache.capacities):
                 cache = self.grow(cache, need, _PREFILL_GROWTH)
             buffer, evicted = loop.write_chunk(cache.buffer, read.new, chunk.next_index, eviction, self.limits)
-            return cache._replace(buffer=buffer, num_tokens=chunk.next_index, evicted=cache.evicted + evicted), read
+            cache = cache._replace(
+                buffer=buffer, num_tokens=chunk.next_index, last=chunk.last, evicted=cache.evicted + evicted
+            )
+            return cache, read
 
     # --- capacity ---
 

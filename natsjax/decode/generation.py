@@ -245,6 +245,7 @@ class _Run:
             self.loop = Loop(
                 buffer=cache.buffer,
                 token=decoder.put_rows(token),
+                before=cache.last,
                 at=cache.num_tokens,
                 sequence=sequence,
                 remaining=decoder.put_rows(np.maximum(new - 1, 0)),
@@ -321,7 +322,7 @@ class _Run:
         """Moves the groups that lack capacity to a larger buffer; nothing is lost."""
         groups = [group.num_layers for group in self.loop.buffer]
         lacks = np.repeat(segment.lacks_capacity, groups)
-        cache = Cache(self.loop.buffer, self.loop.at, self.loop.evicted, self.most)
+        cache = Cache(self.loop.buffer, self.loop.at, self.loop.before, self.loop.evicted, self.most)
         need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
         self.loop = self.loop._replace(buffer=self.decoder.grow(cache, need).buffer)
         self.transfers += 1
@@ -346,6 +347,6 @@ class _Run:
             kv_allocated_bytes=allocation.allocated_bytes(buffer),
             kv_full=int(index[: self.num_prompts].sum()) * heads,
             evicted=int(evicted.sum()),
-            capacities=Cache(buffer, self.loop.at, self.loop.evicted).capacities,
+            capacities=Cache(buffer, self.loop.at, self.loop.before, self.loop.evicted).capacities,
             transfers=self.transfers,
         )

@@ -66,18 +66,19 @@ def read_tokens(
     """
     model = nnx.merge(structure, parameters)
 
-    def step(buffer, numbered):
-        number, token = numbered
+    def step(carry, numbered):
+        (buffer, before), (number, token) = carry, numbered
         # A sequence that has ended stays behind its last token.
         begin = chunk.begin + jnp.minimum(number, chunk.num_tokens)
-        one = Chunk(token[:, None], (number < chunk.num_tokens).astype(jnp.int32), begin, chunk.observed_from)
+        count = (number < chunk.num_tokens).astype(jnp.int32)
+        one = Chunk(token[:, None], count, begin, before, chunk.observed_from)
         reads = forward_chunk(model, buffer, one, policy, count_live=True)
         buffer, _ = _written(buffer, reads.new, one.next_index, eviction, limit)
-        return buffer, (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
+        return (buffer, one.last), (reads.hidden[:, 0], typing.cast(jax.Array, reads.live)[..., 0])
 
     tokens = sharding.reshard(jnp.swapaxes(chunk.tokens, 0, 1), None, "batch")
     numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    buffer, (hidden, live) = jax.lax.scan(step, buffer, (numbers, tokens))
+    (buffer, _), (hidden, live) = jax.lax.scan(step, (buffer, chunk.before), (numbers, tokens))
     return buffer, jnp.swapaxes(hidden, 0, 1), jnp.moveaxis(live, 0, -1)
 
 
@@ -179,6 +180,7 @@ class Loop(NamedTuple):
     Attributes:
       buffer: of all tokens before ``token``.
       token: int32 ``[b]``, drawn and not yet read.
+      before: int32 ``[b]``, the token before it.
       at: int32 ``[b]``, its index.
       sequence: int32 ``[b]``, the number of each sequence, for its draws.
       remaining: int32 ``[b]``, tokens that may still be drawn after ``token``.
@@ -190,6 +192,7 @@ class Loop(NamedTuple):
 
     buffer: KVBuffer
     token: jax.Array
+    before: jax.Array
     at: jax.Array
     sequence: jax.Array
     remaining: jax.Array
@@ -231,6 +234,7 @@ class RowStart(NamedTuple):
     """State of the sequences that begin, int32 ``[b]`` each, in their rows; see ``Loop``."""
 
     token: jax.Array
+    before: jax.Array
     at: jax.Array
     sequence: jax.Array
     remaining: jax.Array
@@ -256,6 +260,7 @@ def insert_rows(loop: Loop, new: KVBuffer, row: jax.Array, is_new: jax.Array, st
     return Loop(
         tuple(kv_buffer.insert(group, other, row) for group, other in zip(loop.buffer, new, strict=True)),
         put(loop.token, start.token),
+        put(loop.before, start.before),
         put(loop.at, start.at),
         put(loop.sequence, start.sequence),
         put(loop.remaining, start.remaining),
@@ -308,7 +313,7 @@ def decode_segment(
 
     def body(carry):
         loop, slots, step, tokens, logprobs, likeliest, count = carry
-        chunk = Chunk(loop.token[:, None], (~loop.done).astype(jnp.int32), loop.at, 0 * loop.at)
+        chunk = Chunk(loop.token[:, None], (~loop.done).astype(jnp.int32), loop.at, loop.before, 0 * loop.at)
         reads = forward_chunk(model, loop.buffer, chunk, policy)
         at = chunk.next_index
         groups, evicted = [], []
@@ -329,6 +334,7 @@ def decode_segment(
         loop = loop._replace(
             buffer=tuple(groups),
             token=token,
+            before=chunk.last,
             at=at,
             remaining=remaining,
             done=loop.done | is_stop | (remaining <= 0),

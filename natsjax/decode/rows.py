@@ -319,7 +319,7 @@ class Rows:
         of_shard = np.full(decoder.shards, -1)
         of_shard[self._shard(row)] = row.number % (self.num_rows // decoder.shards)
         is_row = np.arange(self.num_rows) == row.number
-        values = (token, length, request.sequence, request.max_new_tokens - 1)
+        values = (token, request.prompt[-1], length, request.sequence, request.max_new_tokens - 1)
         start = RowStart(*(decoder.put_rows(np.full(self.num_rows, value)) for value in values))
         self._loop = loop.insert_rows(
             state, cache.buffer, decoder.put_rows(of_shard), decoder.put_rows(is_row).astype(bool), start
@@ -341,6 +341,7 @@ class Rows:
             self._loop = Loop(
                 buffer=buffer,
                 token=decoder.put_rows(np.zeros(self.num_rows)),
+                before=decoder.put_rows(np.zeros(self.num_rows)),
                 at=decoder.put_rows(np.zeros(self.num_rows)),
                 sequence=decoder.put_rows(np.zeros(self.num_rows)),
                 remaining=decoder.put_rows(np.zeros(self.num_rows)),
@@ -356,7 +357,7 @@ class Rows:
         return self._loop
 
     def _cache(self, state: Loop) -> Cache:
-        return Cache(state.buffer, state.at, state.evicted, self.most)
+        return Cache(state.buffer, state.at, state.before, state.evicted, self.most)
 
     def _move_to(self, slots: np.ndarray) -> None:
         assert self._loop is not None

@@ -62,14 +62,15 @@ def score(decoder: Decoder, prompts: Sequence[Sequence[int]], continuations: Seq
         cache = decoder.resized(cache, min(decoder.limit, most))
         with jax.set_mesh(decoder.mesh):
             begin = cache.num_tokens
-            chunk = Chunk(decoder.put(targets, "batch", "sequence"), decoder.put_rows(count), begin, 0 * begin)
+            given = decoder.put(targets, "batch", "sequence")
+            chunk = Chunk(given, decoder.put_rows(count), begin, cache.last, 0 * begin)
             _, read, _ = loop.read_tokens(
                 decoder.parameters,
                 cache.buffer,
                 chunk,
                 decoder.policy,
                 decoder.eviction,
-                jnp.int32(decoder.limit),
+                decoder.limits,
                 structure=decoder.structure,
             )
     else:

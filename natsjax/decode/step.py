@@ -36,6 +36,7 @@ class Chunk(NamedTuple):
       tokens: int32 ``[b, t]``.
       num_tokens: int32 ``[b]``, of each sequence.
       begin: int32 ``[b]``, index of the first of them in its sequence.
+      before: int32 ``[b]``, the token before the first one; read where ``begin > 0``.
       observed_from: int32 ``[b]``: the attention of queries from this index on counts, where the policy observes it.
       role_ids: int8 ``[num_layers, b, k, t]``, or None: as the policy chooses.
     """
@@ -43,6 +44,7 @@ class Chunk(NamedTuple):
     tokens: jax.Array
     num_tokens: jax.Array
     begin: jax.Array
+    before: jax.Array
     observed_from: jax.Array
     role_ids: jax.Array | None = None
 
@@ -52,6 +54,20 @@ class Chunk(NamedTuple):
         step = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)
         is_token = step < self.num_tokens[:, None]
         return Batch(self.tokens, self.begin[:, None] + step, jnp.where(is_token, NO_END, 0))
+
+    @property
+    def previous(self) -> jax.Array:
+        """int32 ``[b, t]``, the token before each, -1 where there is none."""
+        parts = [self.before[:, None], sharding.reshard(self.tokens[:, :-1], "batch", None)]
+        previous = sharding.reshard(jnp.concatenate(parts, axis=1), "batch", "sequence")
+        return jnp.where(self.batch.is_first, -1, previous)
+
+    @property
+    def last(self) -> jax.Array:
+        """int32 ``[b]``, the last token of each sequence: ``before`` of the chunk that comes next."""
+        is_last = jnp.arange(self.tokens.shape[1], dtype=jnp.int32) == self.num_tokens[:, None] - 1
+        last = jnp.sum(jnp.where(is_last, self.tokens, 0), axis=1, dtype=jnp.int32)
+        return jnp.where(self.num_tokens > 0, last, self.before)
 
     @property
     def next_index(self) -> jax.Array:
@@ -93,7 +109,7 @@ def forward_chunk(
     kinds = jnp.array([LAYER_TYPES.index(kind) for kind in config.all_layer_types], jnp.int32)
     rotary = jnp.array(config.all_rotary)
     is_alike = len(set(config.all_rotary)) == 1
-    x = model.embed(chunk.tokens)
+    x = model.embed(chunk.tokens, chunk.previous if config.token_shift else None)
     new, live, first = [], [], 0
     for group in buffer:
 

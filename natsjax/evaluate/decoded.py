@@ -153,7 +153,7 @@ class _ByToken(_ByChunk):
     def read(self, tokens: Tokens, first: int) -> Read:
         decoder, cache = self.decoder, self.cache
         with jax.set_mesh(decoder.mesh):
-            rows = decoder.put_rows(self.count(first, self.chunk)), cache.num_tokens, 0 * cache.num_tokens
+            rows = decoder.put_rows(self.count(first, self.chunk)), cache.num_tokens, cache.last, 0 * cache.num_tokens
             chunk = Chunk(decoder.put(tokens(first, self.chunk), "batch", "sequence"), *rows)
             buffer, hidden, live = loop.read_tokens(
                 decoder.parameters,
@@ -164,7 +164,7 @@ class _ByToken(_ByChunk):
                 decoder.limits,
                 structure=decoder.structure,
             )
-            self.cache = cache._replace(buffer=buffer, num_tokens=chunk.next_index)
+            self.cache = cache._replace(buffer=buffer, num_tokens=chunk.next_index, last=chunk.last)
         return hidden, live, self.cache.capacities
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natsjax.model import sharding
+
 
 class Batch(NamedTuple):
     """Packed documents, arrays ``[b, t]``; ``natsjax.data`` names the fields of its rows alike.
@@ -38,6 +40,14 @@ class Batch(NamedTuple):
     def is_first(self) -> jax.Array:
         """Bool: the first token of each document, which is always GLOBAL; padding counts as first too."""
         return self.positions == 0
+
+    @property
+    def previous(self) -> jax.Array:
+        """int32: the token before each in its document, -1 where there is none."""
+        # The ids are moved, not their embeddings: a device's first one may be another device's last.
+        whole = sharding.reshard(self.inputs, "batch", None)
+        shifted = sharding.reshard(jnp.pad(whole[:, :-1], ((0, 0), (1, 0))), "batch", "sequence")
+        return jnp.where(self.is_first, -1, shifted)
 
     @property
     def causal_pairs(self) -> jax.Array:

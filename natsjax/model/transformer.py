@@ -21,11 +21,15 @@ from natsjax.config import Config
 from natsjax.model.attention import ROLES, Attention, AttentionFunction, MaskedAttention, Roles, RoleSampling
 from natsjax.model.cross_entropy import capped
 from natsjax.model.inputs import Batch
-from natsjax.model.layers import MLP, RMSNorm, dropout, gathered, matrix_param
+from natsjax.model.layers import MLP, RMSNorm, dropout, gathered, matrix_param, vector_param
 from natsjax.model.sharding import Axes, compute_sharding, gathers
 
 _DROPOUT = 0x64726F70
 """Folded into the noise key for dropout; the roles' keys are its splits, by a layer's number."""
+
+
+_FIRST_SHIFT = 0.5
+"""Factor of the token before, at step 0 (``model.token_shift``)."""
 
 
 class Block(nnx.Module):
@@ -90,6 +94,8 @@ class Transformer(nnx.Module):
             return matrix_param(key, shape, axes, model.embed_dim, part, weight_decay=False, dtype=model.param_dtype)
 
         self.embedding = matrix("embedding")
+        if model.token_shift:
+            self.shift = vector_param(jnp.full(model.embed_dim, _FIRST_SHIFT, jnp.float32), ("embed",), "embedding")
         if not model.tie_embeddings:
             self.unembedding = matrix("unembedding")
         structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
@@ -131,7 +137,7 @@ class Transformer(nnx.Module):
         structure, layers = nnx.split(self.blocks)
         noise_keys = None if sampling.noise_key is None else jax.random.split(sampling.noise_key, model.num_layers)
         pattern = model.layer_period
-        embedded, dropout_keys = self.embed(batch.inputs), None
+        embedded, dropout_keys = self.embed(batch.inputs, batch.previous if model.token_shift else None), None
         if is_training and model.dropout and sampling.noise_key is not None:
             key = jax.random.fold_in(sampling.noise_key, _DROPOUT)
             dropout_keys = jax.random.split(key, model.num_layers)
@@ -165,11 +171,21 @@ class Transformer(nnx.Module):
             roles = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), roles)
         return self.final_norm(x), roles
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Maps tokens, int32 ``[b, t]``, to the first layer's input, ``[b, t, d]``."""
+    def embed(self, tokens: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+        """Maps tokens to the first layer's input, ``[b, t, d]``.
+
+        Args:
+          tokens: int32 ``[b, t]``.
+          previous: int32 ``[b, t]``, with ``model.token_shift`` the token before each, -1 where there is none.
+        """
         model = self.config.model
-        sharding = compute_sharding("batch", "sequence", None)
-        x = gathered(self.embedding, model.dtype).at[tokens].get(out_sharding=sharding)
+        weight, sharding = gathered(self.embedding, model.dtype), compute_sharding("batch", "sequence", None)
+        x = weight.at[tokens].get(out_sharding=sharding)
+        if model.token_shift:
+            assert previous is not None
+            before = weight.at[jnp.maximum(previous, 0)].get(out_sharding=sharding)
+            shift = gathered(self.shift, model.dtype)
+            x += jnp.where((previous >= 0)[..., None], shift * before, 0)
         return x * jnp.asarray(model.embedding_scale or math.sqrt(model.embed_dim), model.dtype)
 
     def output_weight(self) -> jax.Array:

@@ -248,6 +248,7 @@ def _lower(config: Config, mesh: Mesh, parameters: Any, buffer: KVBuffer, segmen
     row = _array(mesh, (batch,), jnp.int32, "batch")
     arrays: dict[str, Any] = {
         "token": row,
+        "before": row,
         "at": row,
         "sequence": row,
         "remaining": row,

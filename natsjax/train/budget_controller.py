@@ -16,6 +16,10 @@ def temperature_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.A
     return jnp.float32(config.temperature) * (config.final_temperature / config.temperature) ** progress
 
 
+_INTEGRAL, _LEAST_RATE, _LARGEST_RATE = 60, 0.02, 0.1
+"""Of ``integral_rate``; docs/choices.md has what they were chosen by. Above the largest one the penalty would swing."""
+
+
 class Controller(NamedTuple):
     """The state of the KV penalty, float32 scalars; it is saved in checkpoints.
 
@@ -55,8 +59,17 @@ def _error(ratio: jax.Array, config: NatsConfig) -> jax.Array:
     return jnp.clip(jnp.log(ratio) if config.kv_penalty_gain else ratio - 1, -1, 1)
 
 
+def integral_rate(config: NatsConfig, num_steps: int) -> float:
+    """Returns ``nats.kv_penalty_lr``, or what it follows from.
+
+    What the model would keep grows while it learns. An integral lags behind a penalty that must rise, by what it rises in
+    a step over this rate; the shorter the run, the faster it rises.
+    """
+    return config.kv_penalty_lr or min(max(_INTEGRAL / num_steps, _LEAST_RATE), _LARGEST_RATE)
+
+
 def update_controller(
-    controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig
+    controller: Controller, kv_fraction: jax.Array, step: jax.Array, config: NatsConfig, num_steps: int
 ) -> Controller:
     """Updates the state after a step: a proportional-integral controller of the KV penalty's logarithm.
 
@@ -68,9 +81,10 @@ def update_controller(
       kv_fraction: KV fraction of the step's global batch, float32 scalar.
       step: number of the step, int32 scalar.
       config: bounds and rates.
+      num_steps: steps of the run.
     """
     average = config.average_decay * controller.average + (1 - config.average_decay) * kv_fraction
-    return _moved(controller, average, step, config, config.kv_penalty_lr)
+    return _moved(controller, average, step, config, integral_rate(config, num_steps))
 
 
 def update_after_skip(controller: Controller, step: jax.Array, config: NatsConfig) -> Controller:

@@ -139,7 +139,8 @@ def _weight_decay(config: OptimizerConfig, model: ModelStructure) -> optax.Gradi
     decay = optax.add_decayed_weights(config.weight_decay, mask=model.decayed)
     if not config.embedding_weight_decay:
         return decay
-    is_embedding = _is_part(model, "embedding", "unembedding")
+    is_part = _is_part(model, "embedding", "unembedding")
+    is_embedding = jax.tree.map(lambda x, is_part: is_part and x.ndim == 2, model.parameters, is_part)
     return optax.chain(decay, optax.add_decayed_weights(config.embedding_weight_decay, mask=is_embedding))
 
 

@@ -211,7 +211,10 @@ class Trainer:
         kv_fraction = losses.kv_fraction(sums.lifetime, totals)
         controller = state.controller
         if self.config.model.has_roles:
-            controller = budget_controller.update_controller(controller, kv_fraction, state.step, self.config.nats)
+            num_steps = self.config.train.num_steps
+            controller = budget_controller.update_controller(
+                controller, kv_fraction, state.step, self.config.nats, num_steps
+            )
         cross_entropy = sums.nll / jnp.maximum(totals.loss_weight, 1)
         threshold = self.config.optimizer.spike_threshold
         is_spike, detector = detect(state.spikes, cross_entropy, threshold)
