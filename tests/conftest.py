@@ -20,7 +20,7 @@ _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _ONE_PYTHON = re.compile(
     r"""test_(attention_tilings|benchmark_.*|budgets|command_flags|compare|data_.*|display|docs|evaluate_decoded|export
     |full_disk|fuzz_.*|generate|held_out|initial_parameters|kill|launch|layout|log|nonfinite|outputs|paths|policy_registry|report.*
-    |rivals|signals|standard_streams|stored_runs|sweep|text_stream|tour|warnings|watchdog)[.]py""",
+    |rivals|serve.*|signals|standard_streams|stored_runs|sweep|text_stream|tour|warnings|watchdog)[.]py""",
     re.VERBOSE,
 )
 

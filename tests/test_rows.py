@@ -16,6 +16,7 @@ from natsjax.errors import UserError
 from natsjax.policies.attention_score import H2O, SnapKV
 from natsjax.policies.interval import FullAttention, StreamingLLM
 from natsjax.policies.nats import Nats
+from natsjax.policies.selective import LeastMasked
 
 CONFIG = decoding.config()
 PARAMETERS = decoding.parameters_of(CONFIG)
@@ -103,17 +104,23 @@ def test_each_sequence_is_drawn_from_its_own_masked_forward(policy):
 
 
 @pytest.mark.parametrize(
-    ("policy", "max_kv"), [(Nats(0.0), 7), (H2O(8, 4), None), (SnapKV(6, 4), None)], ids=["max_kv", "h2o", "snapkv"]
+    ("policy", "max_kv"),
+    [(Nats(0.0), 7), (H2O(8, 4), None), (SnapKV(6, 4), None), (LeastMasked(8), None)],
+    ids=["max_kv", "h2o", "snapkv", "least_masked"],
 )
 def test_each_sequence_is_what_it_would_be_alone(policy, max_kv):
     """Where keys are evicted, by a budget or the attention that they receive, there are no masks to compare with."""
     settings = dataclasses.replace(ONE_SIZE, max_kv=max_kv)
+    config, parameters = CONFIG, PARAMETERS
+    if policy.needs_selective:  # in two of three layers, the other one keeps all
+        config = decoding.config(model={"layer_types": ("selective", "dense", "selective")})
+        parameters = decoding.parameters_of(config)
     prompts = decoding.prompts([40, 40, 40, 40], seed=1)
     rule = Sampling(temperature=1.0, seed=4)
     requests = [RowRequest(tuple(prompt), 24, rule, sequence=n) for n, prompt in enumerate(prompts)]
-    rows = Rows(decoding.decoder(CONFIG, PARAMETERS, policy, settings), 2, MOST)
+    rows = Rows(decoding.decoder(config, parameters, policy, settings), 2, MOST)
     found = serve(rows, requests)
-    decoder = decoding.decoder(CONFIG, PARAMETERS, policy, settings)
+    decoder = decoding.decoder(config, parameters, policy, settings)
     expected = generate(decoder, prompts, max_new_tokens=24, sampling=rule)
     assert [found[n][0] for n in range(4)] == expected.tokens
     np.testing.assert_allclose([found[n][1] for n in range(4)], expected.logprobs, atol=1e-5)

@@ -304,7 +304,7 @@ class Decoder:
         if self.policy.max_keys is None:
             known = self.policy.most_live(length + num_new, self.config.model.num_kv_heads)
         if self.evicts_in_loop:  # not before the limit
-            ahead = np.minimum(live + num_new, self.limit)
+            ahead = np.minimum(live + num_new, self._limits)
             ahead = ahead if known is None else np.minimum(ahead, known)
         elif known is not None:
             ahead = np.full_like(live, known)
