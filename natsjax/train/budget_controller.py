@@ -62,8 +62,8 @@ def _error(ratio: jax.Array, config: NatsConfig) -> jax.Array:
 def integral_rate(config: NatsConfig, num_steps: int) -> float:
     """Returns ``nats.kv_penalty_lr``, or what it follows from.
 
-    What the model would keep grows while it learns. An integral lags behind a penalty that must rise, by what it rises in
-    a step over this rate; the shorter the run, the faster it rises.
+    What the model would keep grows while it learns. An integral lags behind a penalty that must rise, by what it rises
+    in a step over this rate; the shorter the run, the faster it rises.
     """
     return config.kv_penalty_lr or min(max(_INTEGRAL / num_steps, _LEAST_RATE), _LARGEST_RATE)
 
