@@ -454,7 +454,7 @@ def test_decoding_keeps_wide_what_the_forward_pass_keeps_wide(dtype):
         ({"rope_scaling_factor": 2.0}, "model.rope_scaling_factor = 2.0: .* has no use for it; set that to linear"),
         ({"rope_scaling": "linear", "rope_scaling_factor": 0.5}, "rope_scaling_factor = 0.5: it must be at least 1."),
         ({"rope_scaling": "linear", "rope_original_context": 9}, "rope_original_context = 9: only .* leave it at 0."),
-        ({"rope_scaling": "ntk"}, "model.rope_scaling = 'ntk': one of 'none', 'linear', 'yarn' was expected"),
+        ({"rope_scaling": "ntk"}, "model.rope_scaling = 'ntk': one of 'none', 'linear', 'yarn', 'llama3' was expected"),
         ({"nope": (True, False, True)}, r"model.nope = .*: model.num_layers = 2 is not a multiple of its 3 layers."),
         ({"nope": (1, 0)}, r"model.nope = 1 \(int\): bool was expected."),
         ({"nope": "true,maybe"}, "model.nope = 'maybe'"),

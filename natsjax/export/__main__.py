@@ -32,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where the prepared corpus is now (default: looked for beside the run, and where it was)",
     )
     flags = parser.parse_args(argv)
-    from natsjax.export.folder import export, num_parameters  # here: --help needs nothing slow
+    from natsjax.export.folder import export  # here: --help needs nothing slow
+    from natsjax.runs.export import num_parameters
 
     run = export(
         flags.workdir, flags.output, dtype=flags.dtype, prepared_dir=flags.prepared_dir, checkpoint=flags.checkpoint
     )
     logger.info(f"{run.config.model.layer_pattern}, step {run.step}; data: {run.data.description}")
-    print(f"wrote {num_parameters(run):,} parameters in {flags.dtype} to {flags.output}")
+    print(f"wrote {num_parameters(run.parameters):,} parameters in {flags.dtype} to {flags.output}")
 
 
 if __name__ == "__main__":
