@@ -20,6 +20,8 @@ from natsjax.data import Tokenizer
 from natsjax.data.tokenizers.base import read_json
 from natsjax.errors import UserError
 from natsjax.import_model import DTYPES, DType
+from natsjax.interop.gguf_file import GGUFFile
+from natsjax.interop.gguf_tokenizer import gguf_tokenizer
 from natsjax.interop.hf_config import DescribedModel, read_hf_config
 from natsjax.interop.hf_folder import CONFIG_FILE, SafetensorsFolder, open_tokenizer
 from natsjax.interop.layout import TensorSource, read_parameters
@@ -115,6 +117,8 @@ def import_model(
 def _opened(path: pathlib.Path, tokenizer: pathlib.Path | None) -> _Opened:
     if path.is_dir():
         return _open_folder(path, tokenizer)
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path, tokenizer)
     raise UserError(f"--input={path} is neither a Hugging Face folder nor a .gguf file.")
 
 
@@ -127,6 +131,13 @@ def _open_folder(path: pathlib.Path, tokenizer: pathlib.Path | None) -> _Opened:
     source = SafetensorsFolder(path, is_tied=described.config.model.tie_embeddings)
     opened = open_tokenizer(path if tokenizer is None else tokenizer, described)
     return _Opened(described, source, opened, source.is_bfloat16, str(values["model_type"]))
+
+
+def _open_gguf(path: pathlib.Path, tokenizer: pathlib.Path | None) -> _Opened:
+    file = GGUFFile(path)
+    described = read_hf_config(file.config, str(path))
+    opened = gguf_tokenizer(file, described) if tokenizer is None else open_tokenizer(tokenizer, described)
+    return _Opened(described, file, opened, False, "GGUF, llama")
 
 
 def _with_dtype(config: Config, dtype: str) -> Config:

@@ -284,8 +284,8 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         numbers = [description.get(f"declared_{name}") for name in ("bos_id", "eos_id", "vocab_size")]
         if not all(value is None or isinstance(value, int) for value in numbers):
             raise UserError(
-                f"the tokenizer in {folder} declares the ids {numbers[:2]} as BOS and EOS, of {numbers[2]} in all; whole "
-                "numbers were expected."
+                f"the tokenizer in {folder} declares the ids {numbers[:2]} as BOS and EOS, of {numbers[2]} in all; "
+                "whole numbers were expected."
             )
         path = folder / HUGGING_FACE_FILE
         bos_id, eos_id, vocab_size = numbers
