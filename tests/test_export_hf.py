@@ -109,8 +109,6 @@ def test_transformers_own_classes_have_our_logits(name, tmp_path):
 
     import_model(tmp_path / "hf", tmp_path / "again")
     again = natsjax.load(tmp_path / "again")
-    ours_again = hf_models.our_logits(again, ids, is_token)
-    hf_models.assert_same_logits(ours_again, ours, is_token)
     export_hf(tmp_path / "again", tmp_path / "hf again")
     import_model(tmp_path / "hf again", tmp_path / "and again")
     last = natsjax.load(tmp_path / "and again")

@@ -355,7 +355,6 @@ def hf_config(config: Config, vocab_size: int, *, dtype: str, bos_id: int | None
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": dtype,
-        "use_cache": True,
     }
     if kind == OWN_TYPE:
         values["auto_map"] = {

@@ -472,7 +472,7 @@ class NatsjaxForCausalLM(NatsjaxPreTrainedModel, GenerationMixin):
           cache: a ``NatsjaxCache`` of the tokens before.
           past_key_values: the same, as older versions of transformers call it.
           labels: int64 ``[b, t]``, -100 where there is no loss.
-          use_cache: False for none; None as the config says.
+          use_cache: False for none.
           logits_to_keep: of the last tokens; 0: of all.
 
         Returns:
@@ -481,7 +481,7 @@ class NatsjaxForCausalLM(NatsjaxPreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("input_ids is None; a natsjax model reads tokens")
         cache = past_key_values if cache is None else cache
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and labels is None:
+        if cache is None and use_cache is not False and labels is None:
             cache = NatsjaxCache(self.config.own["num_layers"])
         if cache is not None and not isinstance(cache, NatsjaxCache):
             raise ValueError(f"cache: a NatsjaxCache was expected, not {type(cache).__name__}")
