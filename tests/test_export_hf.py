@@ -62,6 +62,11 @@ def folder(tmp_path, name="run"):
     return tmp_path / name
 
 
+def quick_ones(names, slow):
+    """Names of cases, of which some are for ``--slow`` alone: others check the same."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
 DENSE = {
     "llama": {},
     "llama, tied with scale 1": {"embedding_scale": 1.0, "activation": "geglu"},
@@ -95,7 +100,7 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", quick_ones(DENSE, slow=("llama, linear", "qwen2, window 0", "qwen3")))
 def test_transformers_own_classes_have_our_logits(name, tmp_path):
     model = {"layer_types": "dense", "head_dim": 8} | DENSE[name]
     run = make_run(folder(tmp_path), model=model)
@@ -183,7 +188,7 @@ def our_live_keys(run, tokens, role_bias=0.0):
     return ((t[None, None, :, None] >= t) & (t[None, None, :, None] < end[:, :, None])).sum(-1)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", quick_ones(OWN, slow=("nats", "nats, tied", "gated", "dense with sinks")))
 def test_our_code_in_transformers_has_our_logits_tokens_and_live_keys(name, tmp_path):
     torch, _ = hf_models.modules()
     run = own_run(folder(tmp_path), name)

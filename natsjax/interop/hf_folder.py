@@ -113,7 +113,7 @@ def _weight_files(path: pathlib.Path) -> list[str]:
     if pickles := [name for name in names if _PICKLES.fullmatch(name)]:
         raise UserError(
             f"{path} holds its weights as {pickles[0]} and not as safetensors; natsjax unpickles nothing, for a pickle "
-            "can run any program: convert it where you trust it (model.save_pretrained of transformers)."
+            "can run any program: convert it where you trust it (save_pretrained of transformers)."
         )
     raise UserError(f"{path} holds no {WEIGHTS_FILE} and no {INDEX_FILE}.")
 
