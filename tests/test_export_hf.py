@@ -318,6 +318,11 @@ def test_only_such_a_folder_is_replaced(tmp_path):
         export_hf(tmp_path / "run", tmp_path / "run")
     with pytest.raises(UserError, match="--dtype=int8: one of float32, bfloat16 was expected"):
         export_hf(tmp_path / "run", tmp_path / "other", dtype="int8")
+    make_run(folder(tmp_path, "selective"), model={"layer_types": "selective"})
+    with pytest.raises(
+        UserError, match=r"model.layer_types = selective: neither transformers nor .* \"selective\" layers"
+    ):
+        export_hf(tmp_path / "selective", tmp_path / "selective hf")
     recall = tiny.make_run(tmp_path / "recall", tiny.config())
     export_hf(tmp_path / "recall", tmp_path / "recall hf")
     assert not (tmp_path / "recall hf/tokenizer.json").exists()

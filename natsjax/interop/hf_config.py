@@ -301,7 +301,15 @@ def architecture_of(model: ModelConfig) -> tuple[str, list[str]]:
 
     Args:
       model: config.
+
+    Raises:
+      UserError: it has layers that neither of them has.
     """
+    if "selective" in model.layer_types:
+        raise UserError(
+            f"model.layer_types = {model.layer_pattern}: neither transformers nor modeling_natsjax.py has "
+            '"selective" layers.'
+        )
     own = [
         f"model.{name} = {format_value(getattr(model, name))}"
         for name, usual in (("attention_gate", False), ("attention_sinks", False), ("final_logit_softcap", 0.0))
