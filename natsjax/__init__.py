@@ -10,6 +10,7 @@ natsjax.sweep          a run for every budget and seed           ``natsjax.sweep
 natsjax.generate       text from prompts                         ``natsjax.generate.run``
 natsjax.serve          completions over HTTP                     ``natsjax.serve.run``
 natsjax.export         parameters in a folder of their own       ``natsjax.export.export``
+natsjax.import_model   a model of another project, exported     ``natsjax.import_model.import_model``
 natsjax.plan           what a step takes on other hardware       ``natsjax.plan.train_step.plan_apart``
 
 and ``natsjax.train.run`` is what ``train.py`` calls. ``docs/`` has a page for each, ``docs/tour.md`` goes once

@@ -4,6 +4,8 @@ from . import decode as decode
 from . import evaluate as evaluate
 from . import export as export
 from . import generate as generate
+from . import import_model as import_model
+from . import interop as interop
 from . import model as model
 from . import plan as plan
 from . import policies as policies

@@ -14,7 +14,7 @@ from processes import run as run_process
 import natsjax
 from natsjax import evaluate, export, train
 from natsjax.errors import UserError
-from natsjax.export.folder import num_parameters
+from natsjax.runs.export import num_parameters
 from natsjax.runs.load import load
 from natsjax.runs.workdir import Workdir
 
@@ -52,7 +52,7 @@ def test_an_export_is_the_run_wherever_it_is_moved(corpus_run, tmp_path):
     said = json.loads((tmp_path / "there/moved/export.json").read_text())
     assert said["step"] == 7
     assert said["source"] == str(corpus_run.workdir.path)
-    assert said["num_parameters"] == num_parameters(corpus_run)
+    assert said["num_parameters"] == num_parameters(corpus_run.parameters)
     assert not list((tmp_path / "here").iterdir())
     ids = tmp_path / "there/moved/tokenizer/natsjax_tokenizer.json"
     text = ids.read_text()
@@ -199,7 +199,9 @@ def test_the_commands_on_two_devices(recall_run, tmp_path):
 
     done = command("export", f"--workdir={recall_run.workdir.path}", f"--output={tmp_path / 'out'}")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
-    assert done.stdout == f"wrote {num_parameters(recall_run):,} parameters in float32 to {tmp_path / 'out'}\n"
+    assert (
+        done.stdout == f"wrote {num_parameters(recall_run.parameters):,} parameters in float32 to {tmp_path / 'out'}\n"
+    )
     equal(load(tmp_path / "out").parameters, recall_run.parameters)
     done = command("evaluate", f"--workdir={tmp_path / 'out'}", "--no-progress")
     assert done.returncode == 0, done.stderr

@@ -177,7 +177,8 @@ _APART = {"data.vocab_size", "data.context_length", "data.source", "data.input",
 _APART |= {"data.tokenizer", "eval.bootstrap_samples", "train.init_from", "train.reinit_scorer", "train.wandb"}
 _APART |= {"train.compilation_cache", "train.progress", "train.num_epochs", "model.num_layers", "model.num_heads"}
 _APART |= {"model.num_kv_heads", "model.head_dim", "model.layer_types", "model.nope", "model.rope_scaling"}
-_APART |= {"model.rope_scaling_factor", "model.rope_original_context"}
+_APART |= {"model.rope_scaling_factor", "model.rope_original_context", "model.rope_turns", "model.rope_ramp"}
+_APART |= {"model.rope_attention_factor"}
 
 
 @st.composite
@@ -191,7 +192,9 @@ def tiny_configs(draw, least):
     pattern = draw(valid(next(field for field in FIELDS if field.name == "model.layer_types")))
     num_layers = len(pattern.split(","))
     nope = draw(st.sampled_from([(), (True,), (False,) * (num_layers - 1) + (True,)]))
-    rope = draw(st.sampled_from([("none", 1.0, 0), ("linear", 2.5, 0), ("yarn", 4.0, 8), ("yarn", 1.0, 1)]))
+    kinds = [("none", 1.0, 0), ("linear", 2.5, 0), ("yarn", 4.0, 8), ("yarn", 1.0, 1), ("llama3", 8.0, 16)]
+    rope = draw(st.sampled_from(kinds))
+    is_yarn = rope[0] == "yarn"
     num_pairs = draw(st.integers(1, 3))
     is_recall = draw(st.booleans())
     return nested(
@@ -204,6 +207,9 @@ def tiny_configs(draw, least):
             ("model", "rope_scaling"): rope[0],
             ("model", "rope_scaling_factor"): rope[1],
             ("model", "rope_original_context"): rope[2],
+            ("model", "rope_turns"): draw(st.sampled_from([(), (0.5, 3.0)])) if rope[2] else (),
+            ("model", "rope_ramp"): draw(st.sampled_from(["turns", "pairs"])) if is_yarn else "turns",
+            ("model", "rope_attention_factor"): draw(st.sampled_from([0.0, 1.2])) if is_yarn else 0.0,
             ("model", "num_heads"): heads[0],
             ("model", "num_kv_heads"): heads[1],
             ("model", "head_dim"): draw(st.sampled_from([2, 4])),

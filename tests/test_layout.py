@@ -24,7 +24,8 @@ RANKS = (
     {"report"},
     {"evaluate"},
     {"train"},
-    {"generate", "plan", "sweep", "export"},
+    {"interop"},
+    {"generate", "plan", "sweep", "export", "import_model"},
     {"lm_eval", "serve"},
 )
 """A package imports packages of rows above its own, and none of its own row."""

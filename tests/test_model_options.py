@@ -389,6 +389,49 @@ def test_yarn_is_the_papers_definition(factor, original):
         np.testing.assert_allclose(expected, frequency, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("factor", "original", "low", "high"), [(8.0, 8192, 1.0, 4.0), (3.0, 60, 0.5, 6.0)])
+def test_llama_3_scaling_is_its_definition(factor, original, low, high):
+    """By wavelengths, in double precision, as Llama 3.1's published code has it."""
+    fields = {"rope_scaling": "llama3", "rope_scaling_factor": factor, "rope_original_context": original}
+    model = tiny.config(model=fields | {"rope_turns": () if (low, high) == (1, 4) else (low, high)}).model
+    frequency = 500.0 ** (-np.arange(32) / 32)
+    expected = []
+    for each in frequency:
+        wavelength = 2 * math.pi / each
+        smooth = (original / wavelength - low) / (high - low)
+        if wavelength < original / high:
+            expected.append(each)
+        elif wavelength > original / low:
+            expected.append(each / factor)
+        else:
+            expected.append((1 - smooth) * each / factor + smooth * each)
+    found = layers.scaled_frequencies(frequency.astype(np.float32), model)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert layers.rotary_size(model) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "base", "factor", "original", "turns"),
+    [(64, 10000.0, 8.0, 4096, ()), (16, 20.0, 4.0, 32, (0.5, 4.0)), (4, 500.0, 2.0, 9, ()), (8, 5.0, 3.0, 10**6, ())],
+)
+def test_the_ramp_by_pairs_is_that_of_yarns_code(size, base, factor, original, turns):
+    """The number of the pair that makes r turns in the original context solves ``context · base^(-2i/h) = 2π r``."""
+    fields = {"rope_scaling": "yarn", "rope_scaling_factor": factor, "rope_original_context": original}
+    fields |= {"rope_ramp": "pairs", "head_dim": size, "rope_theta": base, "rope_turns": turns}
+    model = tiny.config(model=fields | {"rope_attention_factor": 1.25}).model
+    slow, fast = turns or (1.0, 32.0)
+    first, last = (
+        size / 2 * (math.log(original) - math.log(2 * math.pi * each)) / math.log(base) for each in (fast, slow)
+    )
+    first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+    frequency = base ** (-np.arange(size // 2) / (size // 2))
+    divided = [min(max((pair - first) / ((last - first) or 0.001), 0), 1) for pair in range(size // 2)]
+    expected = [each / factor * part + each * (1 - part) for each, part in zip(frequency, divided, strict=True)]
+    found = layers.scaled_frequencies(frequency.astype(np.float32), model)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert layers.rotary_size(model) == 1.25
+
+
 def test_scaled_positions_reach_queries_and_keys():
     positions = np.arange(6, dtype=np.int32)[None] * 7
     x = np.random.default_rng(0).normal(size=(1, 6, 16)).astype(np.float32)
@@ -459,6 +502,8 @@ def test_decoding_keeps_wide_what_the_forward_pass_keeps_wide(dtype):
 
 # --- what does not fit ---
 
+YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_original_context": 64}
+
 
 @pytest.mark.parametrize(
     ("fields", "message"),
@@ -470,7 +515,15 @@ def test_decoding_keeps_wide_what_the_forward_pass_keeps_wide(dtype):
         ({"rope_scaling_factor": 2.0}, "model.rope_scaling_factor = 2.0: .* has no use for it; set that to linear"),
         ({"rope_scaling": "linear", "rope_scaling_factor": 0.5}, "rope_scaling_factor = 0.5: it must be at least 1."),
         ({"rope_scaling": "linear", "rope_original_context": 9}, "rope_original_context = 9: only .* leave it at 0."),
-        ({"rope_scaling": "ntk"}, "model.rope_scaling = 'ntk': one of 'none', 'linear', 'yarn' was expected"),
+        ({"rope_turns": (1.0, 4.0)}, r"model.rope_turns = \(1.0, 4.0\): only model.rope_scaling"),
+        (
+            YARN | {"rope_turns": (4.0, 1.0)},
+            r"model.rope_turns = \(4.0, 1.0\): two numbers were expected, the larger one last",
+        ),
+        (YARN | {"rope_turns": (0.0, 1.0)}, r"model.rope_turns = \(0.0, 1.0\): two numbers were expected"),
+        (YARN | {"rope_scaling": "llama3", "rope_ramp": "pairs"}, "model.rope_ramp = pairs: only .* leave it at turns"),
+        ({"rope_attention_factor": 1.2}, "model.rope_attention_factor = 1.2: only model.rope_scaling"),
+        ({"rope_scaling": "ntk"}, "model.rope_scaling = 'ntk': one of 'none', 'linear', 'yarn', 'llama3' was expected"),
         ({"nope": (True, False, True)}, r"model.nope = .*: model.num_layers = 2 is not a multiple of its 3 layers."),
         ({"nope": (1, 0)}, r"model.nope = 1 \(int\): bool was expected."),
         ({"nope": "true,maybe"}, "model.nope = 'maybe'"),

@@ -80,6 +80,11 @@ def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> Run
     """
     if config.data.source == "recall":
         return _open_recall(config)
+    if config.data.source == "none":
+        raise UserError(
+            'data.source = "none": there is nothing to train on (it is of imported models); name data.input, '
+            "data.prepared_dir or data.mixture, and the imported model as train.init_from."
+        )
     if config.data.mixture:
         return _of_mixture(config, load_mixture(config.data.mixture))
     return _of_corpus(config, _find_corpus(config, workdir, progress))
@@ -103,6 +108,8 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
                 f"--prepared_dir={os.fspath(prepared_dir)}: {workdir.path} is a recall run, without corpus."
             )
         return _open_recall(config)
+    if config.data.source == "none":
+        return _of_imported(config, workdir, prepared_dir)
     if prepared_dir is not None:
         return _of_prepared(config, os.fspath(prepared_dir))
     try:
@@ -113,6 +120,23 @@ def find_data(config: Config, workdir: Workdir, *, prepared_dir: str | os.PathLi
         return _without_corpus(workdir, error)
     config = dataclasses.replace(config, data=data)
     return _of_mixture(config, load_mixture(data.mixture)) if data.mixture else _of_corpus(config, _load(config))
+
+
+def _of_imported(config: Config, workdir: Workdir, prepared_dir: str | os.PathLike[str] | None) -> RunData:
+    """Returns the data of an imported model: any corpus of its tokens, or the tokenizer alone."""
+    if prepared_dir is None:
+        how = f"python -m natsjax.data.prepare --tokenizer={workdir.tokenizer}"
+        missing = (
+            f"{workdir.path} was imported and has no corpus of its own; prepare text with its tokenizer ({how} …) "
+        )
+        return _without_corpus(workdir, UserError(f"{missing}and give its folder as --prepared_dir."))
+    found, ours = _of_prepared(config, os.fspath(prepared_dir)), load_tokenizer(workdir.tokenizer)
+    if token_meaning(found.vocabulary) != token_meaning(ours):
+        raise UserError(
+            f"--prepared_dir={os.fspath(prepared_dir)} has other tokens ({token_meaning(found.vocabulary)}) than "
+            f"{workdir.path} ({token_meaning(ours)}); prepare the text with --tokenizer={workdir.tokenizer}."
+        )
+    return found
 
 
 def open_vocabulary(config: Config, workdir: Workdir) -> Vocabulary:

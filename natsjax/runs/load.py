@@ -84,7 +84,8 @@ def load(
     if workdir.is_export:
         workdir.read_export()  # whether this natsjax reads it
     data = find_data(config, workdir, prepared_dir=prepared_dir)
-    workdir.compare_data(data.fingerprint, to_train=False)
+    if config.data.source != "none":  # an imported model may be measured on any corpus of its tokens
+        workdir.compare_data(data.fingerprint, to_train=False)
     mesh = _mesh(config, mesh_config)
     sharding.check_arrays(config, data.vocabulary.vocab_size, mesh)
     model = model_structure(config, data.vocabulary.vocab_size)

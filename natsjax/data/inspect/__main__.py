@@ -38,6 +38,8 @@ def _config_of(options: argparse.Namespace) -> tuple[Config, str]:
         if not prepared and config.data.source == "corpus":
             found = locate(config.data, workdir.path, workdir.known_fingerprint())
             prepared = found.mixture or found.prepared_dir
+        if not prepared and config.data.source == "none":
+            raise UserError(f"--workdir={options.workdir} was imported and has no corpus; give one as --prepared_dir.")
     elif options.config:
         config = resolve_paths(Config.from_dict(read_config_file(options.config)))
         prepared = prepared or config.data.mixture or config.data.prepared_dir

@@ -150,9 +150,14 @@ class BPETokenizer(_ByteStringTokenizer):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [as_ids(encoding.ids) for encoding in encodings]
 
+    @property
+    def definition(self) -> str:
+        """The content of its ``tokenizer.json``, which has neither BOS nor EOS."""
+        return self._tokenizer.to_str(pretty=True)
+
     def _write(self, folder: Path) -> None:
         # Not with the library's own `save`, whose errors are bare `Exception`s.
-        (folder / _BPE_FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / _BPE_FILE).write_text(self.definition, encoding="utf-8")
 
     def _definition(self) -> list[object]:
         return [self._vocabulary, self._merges]

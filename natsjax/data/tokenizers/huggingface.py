@@ -186,10 +186,11 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
       definition: content of a ``tokenizer.json``.
       bos_id: id of BOS in it; None: an id is appended.
       eos_id: id of EOS in it; None: an id is appended.
+      vocab_size: number of ids, where a model has more than the file has tokens; None: as many as the file has.
       source: the file, for messages.
 
     Raises:
-      UserError: the library cannot run it.
+      UserError: the library cannot run it, or it has more tokens than ``vocab_size``.
     """
 
     kind = "huggingface"
@@ -201,6 +202,7 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        vocab_size: int | None = None,
         source: Path = Path(HUGGING_FACE_FILE),
     ):
         self._read = read = definition if isinstance(definition, _Definition) else _Definition(definition, source)
@@ -212,7 +214,13 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
                 raise ValueError(f"id {bad[0]} cannot be BOS or EOS")
             self._tokenizer = _for_text(read.runnable, {token_id: read.vocabulary[token_id] for token_id in specials})
             pieces = read.pieces(specials)
+            num_tokens = len(pieces)
+            if vocab_size is not None and vocab_size > num_tokens:
+                pieces += [b""] * (vocab_size - num_tokens)
+                self._declared["vocab_size"] = vocab_size
             first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
+        if vocab_size is not None and num_tokens > vocab_size:
+            raise UserError(f"{source} has {num_tokens} tokens, and the model knows {vocab_size}.")
         names = {token_id: f"⟨unused {token_id}⟩" for token_id in range(len(pieces)) if token_id not in read.vocabulary}
         names |= {token_id: read.vocabulary[token_id] for token_id in specials}
         if read.unknown is not None:
@@ -223,16 +231,49 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
     @classmethod
     def open(cls, path: Path) -> HuggingFaceTokenizer:
         """Reads a ``tokenizer.json``, and BOS and EOS from the files beside it."""
+        return cls._open(path)
+
+    @classmethod
+    def open_for_model(
+        cls, path: Path, *, vocab_size: int, bos_id: int | None = None, eos_id: int | None = None
+    ) -> HuggingFaceTokenizer:
+        """Reads the ``tokenizer.json`` of a model that is there already, so that no id may be appended.
+
+        BOS and EOS are those of the files beside it, else those given, else each is the other.
+
+        Args:
+          path: the file.
+          vocab_size: ids that the model knows.
+          bos_id, eos_id: of the model's config.
+
+        Raises:
+          UserError: see ``HuggingFaceTokenizer``; or there is neither BOS nor EOS.
+        """
+        return cls._open(path, vocab_size, (bos_id, eos_id))
+
+    @classmethod
+    def _open(
+        cls, path: Path, vocab_size: int | None = None, of_model: tuple[int | None, int | None] | None = None
+    ) -> HuggingFaceTokenizer:
         definition = _Definition(_decode(read_bytes(path), path), path)
         declared = _declarations(path.parent)
         bos_id = definition.find(declared, "bos_token", BOS_NAMES)
         eos_id = definition.find(declared, "eos_token", EOS_NAMES)
-        tokenizer = cls(definition, bos_id=bos_id, eos_id=eos_id, source=path)
+        if of_model is not None:
+            found = [known if own is None else own for own, known in zip((bos_id, eos_id), of_model, strict=True)]
+            bos_id, eos_id = (own if own is not None else other for own, other in (found, found[::-1]))
+            if bos_id is None:
+                raise UserError(
+                    f"{path} and the config of the model name neither BOS nor EOS, of which natsjax needs one."
+                )
+        tokenizer = cls(definition, bos_id=bos_id, eos_id=eos_id, vocab_size=vocab_size, source=path)
         tokenizer.assumed = definition.contradictions(declared)
         notes = definition.what_is_off()
         for name, own, token_id in (("BOS", bos_id, tokenizer.bos_id), ("EOS", eos_id, tokenizer.eos_id)):
             setting = f"{name.lower()}_token"
             where = f"from {setting} beside it" if setting in declared else "by its usual name"
+            if of_model is not None and definition.find(declared, setting, ()) is None and setting in declared:
+                where = "from the config of the model"
             notes.append(note_on(name, None if own is None else definition.vocabulary[own], where, token_id))
         tokenizer.notes = tuple(notes)
         return tokenizer
@@ -240,13 +281,16 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
     @classmethod
     def load(cls, folder: Path, description: Mapping[str, Any]) -> HuggingFaceTokenizer:
         """Loads what ``save`` wrote."""
-        ids = [description.get("declared_bos_id"), description.get("declared_eos_id")]
-        if not all(value is None or isinstance(value, int) for value in ids):
+        numbers = [description.get(f"declared_{name}") for name in ("bos_id", "eos_id", "vocab_size")]
+        if not all(value is None or isinstance(value, int) for value in numbers):
             raise UserError(
-                f"the tokenizer in {folder} declares the ids {ids} as BOS and EOS; whole numbers were expected."
+                f"the tokenizer in {folder} declares the ids {numbers[:2]} as BOS and EOS, of {numbers[2]} in all; "
+                "whole numbers were expected."
             )
         path = folder / HUGGING_FACE_FILE
-        tokenizer = cls(_decode(read_bytes(path), path), bos_id=ids[0], eos_id=ids[1], source=path)
+        bos_id, eos_id, vocab_size = numbers
+        text = _decode(read_bytes(path), path)
+        tokenizer = cls(text, bos_id=bos_id, eos_id=eos_id, vocab_size=vocab_size, source=path)
         tokenizer.assumed = str(description.get("assumed", ""))
         return tokenizer
 
@@ -258,6 +302,11 @@ class HuggingFaceTokenizer(PretrainedTokenizer):
         with as_user_error("the tokenizer cannot encode a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [as_ids(encoding.ids) for encoding in encodings]
+
+    @property
+    def definition(self) -> str:
+        """The content of its ``tokenizer.json``."""
+        return self._read.text
 
     def _write(self, folder: Path) -> None:
         (folder / HUGGING_FACE_FILE).write_text(self._read.text, encoding="utf-8")
