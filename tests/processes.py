@@ -35,8 +35,9 @@ import jax, matplotlib.pyplot, natsjax, tensorboardX
 
 for package in (natsjax, importlib.import_module("pallas_kernels")):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        # lm-evaluation-harness may not be installed, and is large.
-        if not found.name.endswith("__main__") and not found.name.startswith("natsjax.lm_eval."):
+        # lm-evaluation-harness and PyTorch may not be installed, and are large.
+        others = "natsjax.lm_eval.", "natsjax.interop.modeling_natsjax"
+        if not found.name.endswith("__main__") and not found.name.startswith(others):
             importlib.import_module(found.name)
 
 def forked():
