@@ -111,14 +111,15 @@ class NatsjaxCacheLayer:
         """Stores what a query from ``next_index [b]`` on can read, and drops all else."""
         is_live = end > next_index[:, None, None]
         count = int(is_live.sum(-1).max())
-        if count == end.shape[-1]:
+        end = torch.where(is_live, end, 0)
+        if count == end.shape[-1]:  # the fullest head has no slot to spare
             self.keys, self.values, self.position, self.end = keys, values, position, end
             return
         order = torch.argsort((~is_live).to(torch.uint8), dim=-1, stable=True)[..., :count]
         rows = order[..., None].expand(*order.shape, keys.shape[-1])
         self.keys, self.values = keys.gather(2, rows), values.gather(2, rows)
         self.position = position.gather(2, order)
-        self.end = torch.where(is_live, end, 0).gather(2, order)
+        self.end = end.gather(2, order)
 
     def select(self, rows):
         """Keeps sequences of the batch, by their indices, in that order."""
