@@ -256,6 +256,7 @@ for mesh in json.load(sys.stdin):
 """
 
 
+@pytest.mark.larger
 def test_rows_on_several_devices():
     """Each device reads the prompts of its own rows."""
     one, four = json_lines(ON_DEVICES, [None, {"data": 2, "tensor": 2}], devices=4)
