@@ -230,7 +230,9 @@ def test_an_evaluation_is_shown_in_ascii(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream_to(tmp_path / "out", "ascii"))
     budget_check = {"kv_budget": 0.3, "sampled": 0.3, "argmax": 0.3, "biased": 0.3, "role_bias": 0.1, "tolerance": 0.1}
     budget_check |= {"met": True, "smallest_possible": 0.1}
-    evaluation = evaluate.Evaluation([], budget_check, [], {"show_accuracy": False}, [tmp_path / "läuf"], ["nöte"])
+    evaluation = evaluate.Evaluation(
+        [], budget_check, [], {"show_accuracy": False, "layers": ["nats"]}, [tmp_path / "läuf"], ["nöte"]
+    )
     assert status_of(lambda: print(evaluation.summary())) == 0
     shown = (tmp_path / "out").read_text("ascii")
     assert "(+-10 % allowed)" in shown
