@@ -45,7 +45,7 @@ _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class ExportedToHF(NamedTuple):
-    """What was exported.
+    """Result of ``export_hf``.
 
     Attributes:
       run: as ``natsjax.load`` gives it.

@@ -31,7 +31,7 @@ from natsjax.runs.export import export_folder, num_parameters, write_export
 
 
 class Imported(NamedTuple):
-    """What was imported.
+    """Result of ``import_model``.
 
     Attributes:
       config: of the export.

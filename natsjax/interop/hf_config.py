@@ -21,7 +21,7 @@ OWN_TYPE = "natsjax"
 
 
 class _Architecture(NamedTuple):
-    """What the config of an architecture leaves out, and what it has without saying.
+    """Properties of an architecture that its config leaves out.
 
     Attributes:
       defaults: of fields that are not the same in all of them.
@@ -66,7 +66,7 @@ _ABSENT: dict[str, Any] = {
 
 
 class DescribedModel(NamedTuple):
-    """What a config of another project says of a model.
+    """Model that a config of another project describes.
 
     Attributes:
       config: with the fields of the model and ``data.context_length``; ``data.source`` is "none".

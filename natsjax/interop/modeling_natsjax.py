@@ -403,7 +403,7 @@ class NatsjaxLayer(nn.Module):
 
 
 class NatsjaxPreTrainedModel(PreTrainedModel):
-    """What the classes below have in common."""
+    """Base of the classes below."""
 
     config_class = NatsjaxConfig
     base_model_prefix = "model"

@@ -9,8 +9,8 @@ flows through both uses.
 Later a layer may keep a number of keys alone, the same ones in all heads: after each query the key with the largest
 mask is dropped for good, of equal ones the oldest; the first token of the document stays.
 
-The original chooses the number of keys layer by layer and has a loss term for memory. Here all layers keep as many, and
-training knows nothing of a budget. The original says nothing of ties.
+All layers keep as many keys, and training knows nothing of a budget. (How the paper itself chooses the numbers of keys
+was not at hand; its abstract and listing were.)
 
 Source: Selective Attention, arXiv:2410.02703: its listing has the head, the ReLU, the two zeros, and the shift by one
 query. Axis letters as in ``natsjax.model.transformer``.

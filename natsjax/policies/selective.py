@@ -16,7 +16,7 @@ from natsjax.policies.interval import FullAttention
 
 @policy
 class LeastMasked(DecodingPolicy, Eviction):
-    """Of a "selective" layer the keys with the smallest masks, the same ones in all heads; other layers keep theirs.
+    """The keys of a "selective" layer with the smallest masks, the same ones in all heads; other layers keep theirs.
 
     After each token the key with the largest mask is dropped, of equal ones the oldest; the first key stays.
 

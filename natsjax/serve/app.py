@@ -38,7 +38,7 @@ STOPPING = "the server is being stopped; ask again when it is back, or another o
 
 
 class Service:
-    """What the pages work with.
+    """State that all pages share.
 
     Args:
       run: that is served.
