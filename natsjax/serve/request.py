@@ -24,7 +24,7 @@ _LARGEST_SEED = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """Request of a client, read and checked; the fields are those of OpenAI's ``/v1/completions``, unless they are explained here.
+    """Request of a client; the fields are those of OpenAI's ``/v1/completions``, unless they are explained here.
 
     Attributes:
       prompts: texts, or token ids.
