@@ -23,6 +23,16 @@ from processes import ROOT
 from natsjax.runtime.flags import run_command
 
 
+@pytest.fixture(autouse=True)
+def a_server_stops_at_once(monkeypatch):
+    """Ends ``natsjax.serve`` when it would begin to wait for requests, which it may do on some of these lines."""
+
+    async def serve(self, sockets=None):
+        pass
+
+    monkeypatch.setattr("uvicorn.Server.serve", serve)
+
+
 def run(command, arguments):
     """``(status, output, error output)`` of a command, run in this process as it would run in its own."""
     module = module_of(command)
