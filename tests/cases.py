@@ -1,5 +1,6 @@
 """Shapes and role patterns that the attention tests share (and benchmarks may)."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,14 @@ SHAPES = {
 }
 
 ROLE_PATTERNS = ("random", "all_global", "no_global", "all_sliding", "all_local", "bursts")
+
+
+def pairs_of(*kinds: tuple[str, ...], every: bool) -> list[tuple[str, ...]]:
+    """Returns every combination of the kinds, or as few as have each of them once."""
+    if every:
+        return list(itertools.product(*kinds))
+    most = max(len(kind) for kind in kinds)
+    return list(itertools.islice(zip(*(itertools.cycle(kind) for kind in kinds), strict=True), most))
 
 
 def role_ids(pattern: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:

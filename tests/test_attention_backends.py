@@ -4,8 +4,6 @@ The oracle gets the rounded numbers that the backend gets. What needs a device r
 compiled by the aot tests. The GPU's takes seconds for a kernel, so its shapes are few and small.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +24,9 @@ from attention_oracle import (
     relative_error,
     sampled,
 )
-from cases import ROLE_PATTERNS, SHAPES, Shape, role_ids
+from cases import ROLE_PATTERNS, SHAPES, Shape, pairs_of, role_ids
 from jax.experimental.pallas import tpu as pltpu
+from processes import SLOW
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import pallas_gpu, pallas_tpu
@@ -44,11 +43,17 @@ TPU_CASES = [
         "visible",
     ),
 ]
-EVERY = [[case] for case in itertools.product(ROLE_PATTERNS, DOCUMENTS)]
-EVERY_WHOLE = [[case] for case in itertools.product(ROLE_PATTERNS, ("whole", "packed", "padding"))]  # few compilations
+EVERY = [[case] for case in pairs_of(ROLE_PATTERNS, DOCUMENTS, every=True)]
+MANY = [[case] for case in pairs_of(ROLE_PATTERNS, DOCUMENTS, every=SLOW)]
+# Few compilations.
+WHOLE = [[case] for case in pairs_of(ROLE_PATTERNS, ("whole", "packed", "padding"), every=SLOW)]
 
 
 LADDERS = [[case] for case in (("random", "packed"), ("bursts", "padding"), ("no_global", "whole"))]
+
+
+def larger(*values):
+    return pytest.param(*values, marks=pytest.mark.larger)
 
 
 def on_gpu(*values):
@@ -60,11 +65,13 @@ def on_gpu(*values):
     [
         *(
             ("xla", SHAPES[name], None, mask_gradient, EVERY)
-            for name in ("one_token", "tiny", "grouped", "no_window", "two_blocks", "ladder")
+            for name in ("one_token", "tiny", "grouped", "no_window", "ladder")
             for mask_gradient in ("exact", "visible")
         ),
-        *(("pallas_tpu", *case, EVERY_WHOLE) for case in TPU_CASES),
-        ("xla", SHAPES["two_blocks"]._replace(window=(1, 40, 150)), None, "exact", EVERY),
+        larger("xla", SHAPES["two_blocks"], None, "exact", MANY),
+        larger("xla", SHAPES["two_blocks"], None, "visible", MANY),
+        *(larger("pallas_tpu", *case, WHOLE) for case in TPU_CASES),
+        larger("xla", SHAPES["two_blocks"]._replace(window=(1, 40, 150)), None, "exact", MANY),
         ("pallas_tpu", TPU_SHAPE._replace(window=(5, 140)), TPU_GATHERED, "exact", LADDERS),
         on_gpu(GPU_SHAPE._replace(g=1, window=(2, 70)), GPU_IN_PLACE, "exact", [[("random", "whole")]]),
         on_gpu(

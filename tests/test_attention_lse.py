@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import DOCUMENTS, compiled, inputs, relative_error, value_and_gradients
-from cases import ROLE_PATTERNS, SHAPES, Shape, document_ends, role_ids
+from cases import ROLE_PATTERNS, SHAPES, Shape, document_ends, pairs_of, role_ids
+from processes import SLOW
 
 from pallas_kernels import nats_attention as na
 from pallas_kernels.nats_attention import reference
@@ -87,16 +88,17 @@ def expected_of(shape, arguments, mask_gradient):
 
 
 def cases_of(shape, seed=2, spread=3.0):
-    """``(name, arguments)`` for every pattern of roles and documents."""
+    """``(name, arguments)`` for each pattern of roles and each of documents; for every pair of them if slow."""
     rng = np.random.default_rng(seed)
     q, k, v, weight = inputs(shape, spread=spread)
-    for pattern, documents in itertools.product(ROLE_PATTERNS, DOCUMENTS):
+    for pattern, documents in pairs_of(ROLE_PATTERNS, DOCUMENTS, every=SLOW):
         ids, end = role_ids(pattern, shape, rng), document_ends(documents, shape, rng)
         if end is None:  # spelled out, so that it is not another compilation
             end = np.full((shape.b, shape.length), shape.length, np.int32)
         yield f"{pattern} {documents}", (q, k, v, jax.nn.one_hot(ids, 3), end, weight)
 
 
+@pytest.mark.larger
 @pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "wide_window"])
 def test_closed_form_equals_autodiff_of_the_relaxed_mask(name):
     """In float64 and without the clip; with a sink, whose gradient goes through the log-sum-exp."""
@@ -125,6 +127,7 @@ def test_relaxed_attention_returns_the_log_sum_exp_of_the_mask():
                 np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11 * (1 + np.abs(y).max()), err_msg=case)
 
 
+@pytest.mark.larger
 @pytest.mark.parametrize("mask_gradient", GRADIENTS)
 @pytest.mark.parametrize("name", ["one_token", "tiny", "grouped", "no_window", "two_blocks"])
 def test_xla_equals_the_oracle(name, mask_gradient):

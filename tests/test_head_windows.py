@@ -202,6 +202,7 @@ for mesh, on in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_steps_and_logits_do_not_depend_on_the_mesh():
     one, other = json_lines(
         STEPS, list(zip(MESHES, [None, {"data": 4, "tensor": 2, "fsdp": 1}], strict=True)), devices=8

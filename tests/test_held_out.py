@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held_out") / "run"
     with pytest.MonkeyPatch.context() as patch:
         scripted(patch, [4.0, 3.0, 3.5])
-        train.run(config_of(), folder)
+        train.run(config_of(train={"log_every": 1}), folder)
     return folder
 
 
@@ -79,10 +79,9 @@ def test_no_evaluation_is_thinned_out_of_the_reports_curve(tmp_path):
     assert len(training["steps"]) <= 400 + len(found)
 
 
-def test_evaluating_changes_nothing_of_the_training(tmp_path):
-    train.run(config_of(train={"log_every": 1}), tmp_path / "with")
-    train.run(config_of(train={"log_every": 1, "eval_every": 0}), tmp_path / "without")
-    ours, others = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("with", "without"))
+def test_evaluating_changes_nothing_of_the_training(folder, tmp_path):
+    train.run(config_of(train={"log_every": 1, "eval_every": 0}), tmp_path)
+    ours, others = ([line["loss"] for line in lines_of(path)] for path in (folder, tmp_path))
     assert ours == others
 
 
@@ -127,9 +126,10 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(folder, checkpoint, mess
 
 
 def test_best_needs_a_held_out_loss(tmp_path):
-    train.run(config_of(num_steps=2, train={"eval_every": 0}), tmp_path)
+    run = tmp_path / "run"
+    tiny.make_run(run, config_of(train={"eval_every": 0}))
     with pytest.raises(UserError, match=r"--checkpoint=best: .* has no held-out loss by step; train with train.eval"):
-        natsjax.load(tmp_path, checkpoint="best")
+        natsjax.load(run, checkpoint="best")
 
 
 def test_training_stops_early_and_does_not_go_on_when_run_again(tmp_path, monkeypatch, caplog):

@@ -22,7 +22,7 @@ from natsjax.train.optimizer import learning_rate
 from natsjax.train.step import Trainer
 
 pytestmark = pytest.mark.larger
-NUM_KILLS = 20 if SLOW else 5
+NUM_KILLS = 20 if SLOW else 2
 SEED = int(os.environ.get("KILL_SEED", "0"))
 SAVE_EVERY = 12
 NUM_STEPS = 240

@@ -212,7 +212,7 @@ for mesh, remat in json.load(sys.stdin):
 """
 
 
-@pytest.mark.larger
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh_and_on_what_is_recomputed():
     one, eight = json_lines(STEPS, [({"fsdp": 1}, "none"), ({"fsdp": 2, "tensor": 4}, "full")], devices=8)
     np.testing.assert_allclose(eight, one, rtol=1e-5)
@@ -435,7 +435,7 @@ for mesh in json.load(sys.stdin):
 """
 
 
-@pytest.mark.larger
+@pytest.mark.slow
 def test_decoding_does_not_depend_on_the_mesh():
     one, eight = json_lines(DECODE, [None, {"data": 2, "fsdp": 2, "tensor": 2}], devices=8)
     assert (eight[0], eight[2], eight[3]) == (one[0], one[2], one[3])

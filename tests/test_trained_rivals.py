@@ -238,6 +238,7 @@ for kind, mesh, remat in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh_and_on_what_is_recomputed():
     ways = (({"fsdp": 1}, "none"), ({"fsdp": 2, "tensor": 2}, "full"))
     found = json_lines(STEPS, [(kind, *way) for kind in RIVALS for way in ways], devices=4)
