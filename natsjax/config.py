@@ -29,6 +29,7 @@ FORMER_DEFAULTS: dict[str, Any] = {
     "nats.kv_penalty_gain": 0.0,
     "nats.kv_penalty_lr": 0.02,
     "nats.min_kv_penalty": 1e-3,
+    "nats.noise_end": 0.9,
 }
 """What runs of earlier versions have in fields whose default has changed or that are new: such a run keeps its value
 when it is resumed with today's default, and a stored config without the field means it."""
@@ -236,10 +237,17 @@ class NatsConfig:
     )
     noise: float = config_field(1.0, "scale of the Gumbel noise on the scorer's logits at step 0", minimum=0)
     final_noise: float = config_field(
-        0.0, "its scale in the last tenth of the run, to which it falls linearly over noise_decay_fraction", minimum=0
+        0.0, "its scale from noise_end on, to which it falls linearly over noise_decay_fraction", minimum=0
     )
     noise_decay_fraction: float = config_field(
-        0.5, "fraction of the steps in which the noise falls to final_noise", minimum=0, maximum=0.9
+        0.5, "fraction of the steps in which the noise falls to final_noise", minimum=0, maximum=1
+    )
+    noise_end: float = config_field(
+        0.7,
+        "fraction of the steps after which the noise has fallen; later the roles are those that are served, and the "
+        "learning rate must be large enough then for the KV penalty to move them to the budget",
+        minimum=0,
+        maximum=1,
     )
     initial_roles: tuple[float, ...] = config_field(
         (),

@@ -126,6 +126,11 @@ def _check_nats(nats: "NatsConfig") -> None:
             f"nats.kv_penalty = {nats.kv_penalty}: it must be between nats.min_kv_penalty = {nats.min_kv_penalty} and "
             f"nats.max_kv_penalty = {nats.max_kv_penalty}."
         )
+    if nats.noise_decay_fraction > nats.noise_end:
+        raise UserError(
+            f"nats.noise_decay_fraction = {nats.noise_decay_fraction}: it is more than nats.noise_end = "
+            f"{nats.noise_end}, so that the noise would have to fall before the run begins."
+        )
     if nats.kv_penalty_mode == "controlled" and nats.min_kv_penalty == 0:
         raise UserError("nats.min_kv_penalty = 0: a controlled KV penalty needs a positive lower bound.")
 

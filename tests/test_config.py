@@ -100,6 +100,7 @@ def test_round_trip_through_json_and_config_dict():
         ("nats", "windows", (-1, 4), "nats.windows = -1: it must be at least 0"),
         ("nats", "kv_budget", 0, "at least"),
         ("nats", "kv_penalty", 50.0, "max_kv_penalty"),
+        ("nats", "noise_decay_fraction", 0.8, "nats.noise_end = 0.7"),
         ("nats", "temperature", float("nan"), "nats.temperature = nan: a finite number"),
         ("optimizer", "peak_learning_rate", float("inf"), "inf: a finite number"),
         ("train", "seed", 2**40, "at most"),
@@ -203,6 +204,7 @@ def test_a_resumed_run_keeps_what_was_the_default_when_it_began(tmp_path):
     assert values["nats"]["initial_roles"] == FORMER_DEFAULTS["nats.initial_roles"]
     values["nats"] |= {"kv_penalty_lr": 0.02, "min_kv_penalty": 1e-3}
     del values["data"]["shuffle"], values["nats"]["kv_penalty_gain"], values["nats"]["final_noise"]
+    del values["nats"]["noise_end"]
     workdir.config_file.write_text(json.dumps(values))
     assert workdir.with_own_defaults(asked) == asked  # nothing is trained yet
     (tmp_path / "checkpoints/5").mkdir(parents=True)

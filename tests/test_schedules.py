@@ -89,12 +89,12 @@ def test_temperature_goes_a_geometric_way_and_reaches_the_roles_gradient():
 
 
 def test_noise_falls_to_its_last_value_and_reaches_the_roles():
-    config = NatsConfig(noise=1.0, final_noise=0.0, noise_decay_fraction=0.5)
+    config = NatsConfig(noise=1.0, final_noise=0.0, noise_decay_fraction=0.5, noise_end=0.9)
     found = np.array([noise_at(jnp.int32(step), config, 101) for step in range(101)])
     np.testing.assert_allclose(found[:41], 1)
     np.testing.assert_allclose(found[40:91], np.linspace(1, 0, 51), atol=1e-6)
     np.testing.assert_allclose(found[90:], 0, atol=1e-6)
-    sudden = NatsConfig(final_noise=0.5, noise_decay_fraction=0.0)
+    sudden = NatsConfig(final_noise=0.5, noise_decay_fraction=0.0, noise_end=0.9)
     assert [float(noise_at(jnp.int32(step), sudden, 101)) for step in (89, 92)] == [1.0, 0.5]
     # Without noise the roles of a step are those of the largest logit.
     nats = {"initial_roles": (0.2, 0.3, 0.5), "final_noise": 0.0}

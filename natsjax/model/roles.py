@@ -38,8 +38,8 @@ def scorer_bias(fractions: tuple[float, ...]) -> jax.Array:
 
 
 def noise_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
-    """Returns the scale of the Gumbel noise, float32 scalar; it has its last value in the last tenth of the run."""
-    begin, length = 0.9 - config.noise_decay_fraction, max(config.noise_decay_fraction, 1e-6)
+    """Returns the scale of the Gumbel noise, float32 scalar; it has its last value from ``nats.noise_end`` on."""
+    begin, length = config.noise_end - config.noise_decay_fraction, max(config.noise_decay_fraction, 1e-6)
     progress = jnp.clip((step / max(1, num_steps - 1) - begin) / length, 0.0, 1.0)
     return jnp.float32(config.noise + (config.final_noise - config.noise) * progress)
 
