@@ -35,6 +35,16 @@ def test_only_what_cannot_change_is_given_out(data, tokenizer, text, noise):
     assert given_out + stream.push([], is_last=True) == tokenizer.decode(tokens)
 
 
+def test_what_is_no_text_is_decoded_once(monkeypatch):
+    """Bytes that never become a character: a client can send as many as a prompt may have."""
+    looked_at, piece = [], ByteTokenizer.piece
+    monkeypatch.setattr(ByteTokenizer, "piece", lambda self, token: looked_at.append(token) or piece(self, token))
+    stream = TextStream(ByteTokenizer())
+    assert "".join(stream.push([0x80]) for _ in range(300)) == "\N{REPLACEMENT CHARACTER}" * 299
+    assert stream.push([], is_last=True) == "\N{REPLACEMENT CHARACTER}"
+    assert len(looked_at) == 300
+
+
 @given(parts=st.lists(st.lists(st.integers(0, 99), max_size=3), max_size=5))
 def test_ids_get_commas_between_them(parts):
     stream = IdStream()

@@ -7,6 +7,8 @@ from natsjax.data import Tokenizer
 from natsjax.decode.generation import OnTokens
 from natsjax.runtime import standard_streams
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 class TextStream:
     """Decoder of a growing list of tokens; it gives out the text that no later token can change.
@@ -18,18 +20,18 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._held, self._given = tokenizer, [], 0  # type: Tokenizer, list[int], int
+        self._tokenizer, self._held = tokenizer, b""
 
     def push(self, tokens: Sequence[int], is_last: bool = False) -> str:
         """Takes more tokens and returns more text; ``is_last`` gives out what is left."""
-        self._held += tokens
-        text = self._tokenizer.decode(self._held)
-        # A character that is not whole yet is one U+FFFD, at the end.
-        sure = len(text) - (text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last)
-        new, self._given = text[self._given : sure], sure
-        if sure == len(text):
-            self._held, self._given = [], 0
-        return new
+        data, self._held = self._held + self._tokenizer.decode_bytes(tokens), b""
+        text = data.decode(errors="replace")
+        if is_last or not text.endswith(_REPLACEMENT):
+            return text
+        # A character that is not whole yet: of up to three bytes, and no more is kept, however much is no text at all.
+        ends = (data[-3:], data[-2:], data[-1:])
+        self._held = next(end for end in ends if end.decode(errors="replace") == _REPLACEMENT)
+        return text[:-1]
 
 
 class IdStream:

@@ -119,13 +119,17 @@ class Tokenizer(ABC):
         Raises:
           IndexError: an id is outside ``0 … vocab_size-1``.
         """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Decodes token ids to UTF-8, which may begin or end within a character; otherwise as ``decode``."""
         pieces: list[bytes] = []
         is_start = False
         for token_id in map(int, ids):
             piece = self.piece(token_id)
             pieces.append(piece.removeprefix(b" ") if is_start else piece)
             is_start = token_id == self.bos_id and self._adds_space
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return b"".join(pieces)
 
     def encode(self, text: str) -> Int32Array:
         """Encodes a text as token ids, int32 ``[num_tokens]``, without BOS and EOS.
