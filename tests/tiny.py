@@ -10,8 +10,10 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.model.parameters import PARTS
+from natsjax.model.transformer import init_parameters
 from natsjax.runs.checkpoint import Checkpoints
 from natsjax.runs.data import open_data
+from natsjax.runs.export import write_export
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import Workdir
 from natsjax.train.role_statistics import QUANTILES
@@ -140,4 +142,22 @@ def make_run(path, config, step=7) -> LoadedRun:
     checkpoints = Checkpoints(workdir.checkpoints)
     checkpoints.save(step, state._replace(step=jnp.int32(step)))
     checkpoints.close()
+    return load(path)
+
+
+def make_export(path, config, vocabulary) -> LoadedRun:
+    """A fresh model that learned from no data (``data.source`` is "none"), as an imported one lies there."""
+    parameters = jax.jit(lambda key: init_parameters(config, vocabulary.vocab_size, key)[1])(jax.random.key(0))
+    path.mkdir(parents=True)
+    write_export(
+        path,
+        config=config,
+        parameters=parameters,
+        dtype="float32",
+        step=7,
+        vocabulary=vocabulary,
+        fingerprint="none",
+        data="none",
+        source="tests",
+    )
     return load(path)

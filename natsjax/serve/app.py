@@ -31,6 +31,9 @@ from natsjax.serve.request import CompletionRequest, parse_request
 _BODY_SECONDS = 30.0
 """Time in which the body of a request must come."""
 
+_CUT_SECONDS = 1.0
+"""Time in which a client must take the error that ends its answer when the server is cut off."""
+
 _RETRY_AFTER = "1"
 """Seconds after which a client that got 429 may ask again."""
 
@@ -300,7 +303,9 @@ class _Answer(Response):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done() and not client.done():
-                await asyncio.wait([answer, client], timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                # The engine says so too, unless its thread is inside a compiler.
+                self._pieces.put_nowait(Piece(0, error=STOPPING))
+                await asyncio.wait([answer, client], timeout=_CUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 answer.result()
             elif client.done():

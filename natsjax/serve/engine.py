@@ -58,7 +58,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[Row, Job] = {}
         self._cancelled: set[Job] = set()
-        self._since: dict[Job, float] = {}
+        self._since: dict[Job, float] = {}  # when each came; of all jobs that have not ended, wherever they are
         self._is_stopping, self._cut = False, None  # type: bool, str | None
         self._thread = threading.Thread(target=self._run, name="natsjax-engine", daemon=True)
         self._counted = (0, 0)  # evicted keys and transfers that the metrics have
@@ -90,7 +90,7 @@ class Engine:
         with self._changed:
             if not self.is_alive:
                 raise StoppingError
-            if len(self._waiting) + len(self._running) + len(jobs) > self.most_jobs:
+            if len(self._since) + len(jobs) > self.most_jobs:
                 raise QueueFullError
             self._waiting.extend(jobs)
             self._since.update(dict.fromkeys(jobs, time.monotonic()))
@@ -147,8 +147,6 @@ class Engine:
             free = self.rows.num_free + sum(job in cancelled for job in self._running.values())
             starting = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         if cut is not None:
-            for job in starting:
-                self._end(job, "error", cut)
             self._fail_all(cut)
             return False
         for job in gone:
@@ -171,8 +169,7 @@ class Engine:
         except UserError as error:
             self._end(job, "error", str(error))
             return
-        with self._changed:
-            self._running[row] = job
+        self._running[row] = job
         self._metrics.prompt_tokens.inc(len(job.request.prompt))
 
     def _advance(self) -> None:
@@ -214,8 +211,7 @@ class Engine:
 
     def _release(self, row: Row, job: Job, reason: str, message: str | None = None) -> None:
         self.rows.release(row)
-        with self._changed:
-            self._running.pop(row, None)
+        self._running.pop(row, None)
         self._end(job, reason, message)
 
     def _end(self, job: Job, reason: str, message: str | None = None) -> None:
@@ -229,13 +225,13 @@ class Engine:
             job.fail(message)
 
     def _fail_all(self, message: str) -> None:
+        self.rows.reset()
+        self._running.clear()
         with self._changed:
-            waiting = list(self._waiting)
             self._waiting.clear()
-        for job in waiting:
+            jobs = list(self._since)
+        for job in jobs:
             self._end(job, "error", message)
-        for row, job in list(self._running.items()):
-            self._release(row, job, "error", message)
         self._count()
 
     def _count(self) -> None:

@@ -91,7 +91,7 @@ def run(
         raise UserError(f"grace_seconds = {grace_seconds}: choose 0 or more.")
     if jax.process_count() > 1:
         raise UserError(f"there are {jax.process_count()} processes, and natsjax.serve runs as one; start one.")
-    with contextlib.closing(_listening(host, port)) as listener:
+    with contextlib.closing(_bound(host, port)) as listener:
         this = loaded
         if this is None:
             mesh_config = default_mesh(Workdir(workdir).read_config()) if mesh_config is None else mesh_config
@@ -110,6 +110,8 @@ def run(
         metrics = Metrics()
         engine = Engine(Rows(decoder, rows, most), max_queue, metrics)
         name = this.workdir.path.resolve().name if model_name is None else model_name
+        with _sentence_of_address(host, port):  # another server may have come to listen there meanwhile
+            listener.listen()
         asyncio.run(_serve(this, engine, metrics, name, api_key, max_body, listener, grace_seconds, on_start))
     if not engine.join(_LAST_SECONDS):  # inside a library, where nothing reaches it
         distributed.end(KeyboardInterrupt("stopped"), 0)
@@ -186,22 +188,27 @@ def _is_news(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     """Returns a socket with the address; nobody can connect yet."""
     if not 0 <= port < 2**16:
         raise UserError(f"port = {port}: choose one from 0 to {2**16 - 1}; 0 is any that is free.")
-    listener = None
-    try:
+    with _sentence_of_address(host, port), contextlib.ExitStack() as opened:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = opened.enter_context(socket.socket(family, kind, protocol))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        opened.pop_all()
+    return listener
+
+
+@contextlib.contextmanager
+def _sentence_of_address(host: str, port: int) -> Iterator[None]:
+    """Raises what the system refuses as a sentence about the address."""
+    try:
+        yield
     except (OSError, UnicodeError, ValueError) as error:
-        if listener is not None:
-            listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"host = {host}, port = {port}: nobody can listen there ({reason}); choose others.") from error
-    return listener
 
 
 def _is_loopback(listener: socket.socket) -> bool:
