@@ -1,5 +1,6 @@
-"""H2O and SnapKV in plain numpy, float64, one sequence at a time, as their papers and official code have them.
+"""Policies that evict, in plain numpy, float64, one sequence at a time.
 
+H2O and SnapKV are as their papers and official code have them; and there are learned roles under a hard limit.
 Written from their descriptions, with loops where the code under test has arrays. ``NumpyModel`` is a dense transformer.
 """
 
@@ -32,6 +33,12 @@ class NumpyModel:
         )
         index = first + np.arange(len(x))
         return self._rotate(query, index), self._rotate(key, index), value
+
+    def roles(self, layer, x):
+        """The roles that the scorer chooses, ``[t, k]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING; the first token is GLOBAL."""
+        y, scorer = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]["scorer"]
+        roles = np.argmax(np.einsum("td,dkr->tkr", y, scorer["weight"]) + scorer["bias"], axis=-1)
+        return np.concatenate([np.zeros_like(roles[:1]), roles[1:]])
 
     def weights(self, query, key, is_read):
         """Softmax weights ``[t, k, g, s]``; ``is_read`` is bool ``[t, s]`` or ``[t, k, s]``."""
@@ -140,3 +147,39 @@ def snapkv(model, tokens, prompt, num_keys, observed):
             before = model.finish(layer, before, np.einsum("tkgs,skh->tkgh", weights, value))
         kept.append(choice)
     return model.logprobs(after), kept
+
+
+def limited(model, tokens, parts, num_keys):
+    """Reads tokens in parts, behind each of which a head keeps ``num_keys`` keys at most, those that end last.
+
+    Of keys that end together the newest stay, and the first key stays always. A LOCAL key whose GLOBAL token has not
+    come yet ends before a GLOBAL one.
+
+    Returns:
+      Log-probabilities ``[t, v]``, and how many live keys went for the limit, over all layers and heads.
+    """
+    x, length, num_evicted = model.embed(tokens), len(tokens), 0
+    ends = np.cumsum(parts)
+    assert ends[-1] == length
+    for layer in model.layers:
+        query, key, value = model.project(layer, x)
+        roles, out = model.roles(layer, x), np.zeros(query.shape)
+        for k in range(key.shape[1]):
+            end = {}  # of the keys that are there
+            for t in range(length):
+                if roles[t, k] == 0:
+                    end = {s: t + 1 if e == np.inf and roles[s, k] == 1 else e for s, e in end.items()}
+                end[t] = t + model.config.nats.window + 1 if roles[t, k] == 2 else np.inf
+                end = {s: e for s, e in end.items() if e > t}
+                is_read = np.zeros((1, length), bool)
+                is_read[0, list(end)] = True
+                weights = model.weights(query[t : t + 1, k : k + 1], key[:, k : k + 1], is_read)[0, 0]  # [g, s]
+                out[t, k] = weights @ value[:, k]
+                if t + 1 in ends:
+                    live = [s for s, e in end.items() if e > t + 1]
+                    order = sorted(live, key=lambda s: (s == 0, end[s], roles[s, k] != 1, s))
+                    gone = order[: max(len(order) - num_keys, 0)]
+                    num_evicted += len(gone)
+                    end = {s: e for s, e in end.items() if s not in gone}
+        x = model.finish(layer, x, out)
+    return model.logprobs(x), num_evicted

@@ -6,10 +6,10 @@ import decoding
 import jax
 import numpy as np
 import pytest
+import rival_oracles
 from processes import json_lines
 
 from natsjax.decode.decoder import DecodeSettings
-from natsjax.decode.generation import generate
 from natsjax.decode.rows import MAX_LIKELIEST, RowRequest, Rows
 from natsjax.decode.sampling import Sampling, sample
 from natsjax.errors import UserError
@@ -68,9 +68,9 @@ def serve(rows, requests, cancel=None, seed=0):
     return found
 
 
-def masked(prompts, policy):
+def masked(prompts, policy, config=CONFIG, parameters=PARAMETERS):
     """float64 log-probabilities and float32 logits ``[b, t, v]`` by the forward pass with masks, in one piece."""
-    logits, _ = decoding.masked_logits(CONFIG, PARAMETERS, [row + [0] * (MOST - len(row)) for row in prompts], policy)
+    logits, _ = decoding.masked_logits(config, parameters, [row + [0] * (MOST - len(row)) for row in prompts], policy)
     x = logits.astype(np.float64)
     return x - np.log(np.exp(x).sum(-1, keepdims=True)), logits
 
@@ -103,28 +103,43 @@ def test_each_sequence_is_drawn_from_its_own_masked_forward(policy):
     assert rows.allocated == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("policy", "max_kv"),
-    [(Nats(0.0), 7), (H2O(8, 4), None), (SnapKV(6, 4), None), (LeastMasked(8), None)],
-    ids=["max_kv", "h2o", "snapkv", "least_masked"],
-)
-def test_each_sequence_is_what_it_would_be_alone(policy, max_kv):
-    """Where keys are evicted, by a budget or the attention that they receive, there are no masks to compare with."""
-    settings = dataclasses.replace(ONE_SIZE, max_kv=max_kv)
+@pytest.mark.parametrize("name", ["max_kv", "h2o", "snapkv", "least_masked"])
+def test_where_keys_are_evicted_each_sequence_is_drawn_from_its_own_oracle(name):
+    """By a budget or by the attention that they receive, in plain numpy; by masks, where no prompt is cut down."""
+    policy = {"max_kv": Nats(0.0), "h2o": H2O(8, 4), "snapkv": SnapKV(6, 4), "least_masked": LeastMasked(8)}[name]
+    settings = dataclasses.replace(ONE_SIZE, max_kv=7 if name == "max_kv" else None)
     config, parameters = CONFIG, PARAMETERS
     if policy.needs_selective:  # in two of three layers, the other one keeps all
         config = decoding.config(model={"layer_types": ("selective", "dense", "selective")})
         parameters = decoding.parameters_of(config)
-    prompts = decoding.prompts([40, 40, 40, 40], seed=1)
+    prompts = decoding.prompts([8, 3, 6, 8] if policy.needs_selective else [40, 40, 33, 40], seed=1)
     rule = Sampling(temperature=1.0, seed=4)
     requests = [RowRequest(tuple(prompt), 24, rule, sequence=n) for n, prompt in enumerate(prompts)]
     rows = Rows(decoding.decoder(config, parameters, policy, settings), 2, MOST)
-    found = serve(rows, requests)
-    decoder = decoding.decoder(config, parameters, policy, settings)
-    expected = generate(decoder, prompts, max_new_tokens=24, sampling=rule)
-    assert [found[n][0] for n in range(4)] == expected.tokens
-    np.testing.assert_allclose([found[n][1] for n in range(4)], expected.logprobs, atol=1e-5)
-    assert rows.evicted == expected.evicted > 0
+    found, num_evicted = serve(rows, requests), 0
+    model = rival_oracles.NumpyModel(config, parameters)
+    for n, prompt in enumerate(prompts):
+        tokens, read = found[n][0], [*prompt, *found[n][0][:-1]]
+        if name == "max_kv":
+            parts = [32, len(prompt) - 32, *[1] * 23]
+            expected, lost = rival_oracles.limited(model, read, parts, 7)
+        elif name == "h2o":
+            expected, held = rival_oracles.h2o(model, read, 8, 4, len(prompt))
+            lost = sum(len(read) - len(head) for layer in held for head in layer)
+        elif name == "snapkv":
+            whole, _ = rival_oracles.h2o(model, prompt, len(prompt), 0)  # no key goes
+            behind, kept = rival_oracles.snapkv(model, read, len(prompt), 6, 4)
+            expected = np.concatenate([whole, behind])
+            lost = sum(len(prompt) - len(head) for layer in kept for head in layer)
+        else:
+            expected = masked([read], policy, config, parameters)[0][0]
+            lost = 2 * 2 * (len(read) - 8)
+        at = np.arange(len(prompt), len(prompt) + 24)
+        expected, num_evicted = expected[at - 1], num_evicted + lost
+        drawn, _ = draw(np.float32(expected), np.full(24, n), at, kind=rule.kind, numbers=rule.numbers)
+        assert tokens == drawn.tolist(), n
+        np.testing.assert_allclose(found[n][1], expected[np.arange(24), tokens], atol=1e-4)
+    assert rows.evicted == num_evicted > 0
     assert rows.allocated == (0, 0)
 
 
@@ -224,6 +239,11 @@ def test_logits_that_are_no_numbers_end_their_row_alone():
         rows.advance()
     assert "not numbers (NaN)" in bad.error
     assert (bad.num_drawn, good.num_drawn, good.error) == (0, 9, None)
+    scored, good = rows.begin(RowRequest((1, 5, 2), 0, scores_prompt=True)), rows.begin(RowRequest((1, 2), 2))
+    found = [drawn for _ in range(4) for drawn in rows.advance(1000)]
+    assert [(drawn.tokens, drawn.is_last) for drawn in found if drawn.row is scored] == [([], True)]
+    assert "not numbers (NaN)" in scored.error
+    assert (good.num_drawn, rows.num_busy) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -249,8 +249,9 @@ class Rows:
             budget -= row.reading.chunk
             if row.request.scores_prompt:
                 found += self._scores(row, read)
-            if row.reading.is_done:
+            if row.reading.is_done and not row.is_done:
                 found.append(self._begin(row, row.reading))
+            if row.reading.is_done or row.is_done:
                 self._reading.popleft()
                 row.reading = None
         return found
@@ -282,7 +283,10 @@ class Rows:
             decoder.parameters, read.hidden, given, structure=decoder.structure, num_likeliest=count
         )
         logprobs, likeliest = decoder.fetch(scored)
-        return [self._drawn(row, np.array(tokens), logprobs[shard], likeliest, shard, of_prompt=True)]
+        own = logprobs[shard, : len(tokens)]
+        if np.isnan(own).any():
+            return [self._failed(row)]
+        return [self._drawn(row, np.array(tokens), own, likeliest, shard, of_prompt=True)]
 
     def _begin(self, row: Row, reading: Prefill) -> Drawn:
         """Draws the first token behind a prompt, and puts the sequence into the loop unless it ends there."""
@@ -432,13 +436,17 @@ class Rows:
     def _take(self, row: Row, tokens, logprobs, likeliest: Likeliest | None, place: int) -> Drawn:
         """Counts the tokens of a row; it is done after its last one."""
         if np.isnan(logprobs).any():
-            row.error = _NAN
-            self._finish(row)
-            return Drawn(row, [], [], [], is_last=True)
+            return self._failed(row)
         row.num_drawn += len(tokens)
         if row.num_drawn >= row.request.max_new_tokens or int(tokens[-1]) in row.request.stop_tokens:
             self._finish(row)
         return self._drawn(row, tokens, logprobs, likeliest, place)
+
+    def _failed(self, row: Row) -> Drawn:
+        """Ends a row whose logits are not numbers."""
+        row.error = _NAN
+        self._finish(row)
+        return Drawn(row, [], [], [], is_last=True)
 
     def _drawn(self, row: Row, tokens, logprobs, likeliest: Likeliest | None, place: int, of_prompt=False) -> Drawn:
         """Makes the result of arrays of a row; ``likeliest`` is that of all rows."""
@@ -449,7 +457,7 @@ class Rows:
                 likeliest.tokens[place, :count, :wanted], likeliest.logprobs[place, :count, :wanted], strict=True
             )
             best = [dict(zip(ids.tolist(), values.tolist(), strict=True)) for ids, values in pairs]
-        return Drawn(row, tokens.tolist(), logprobs[:count].tolist(), best, of_prompt, row.is_done)
+        return Drawn(row, tokens.tolist(), logprobs.tolist(), best, of_prompt, row.is_done)
 
     def _finish(self, row: Row) -> None:
         row.is_done = True
