@@ -134,8 +134,14 @@ class GGUFFile:
                 )
         scaling = self._rope_scaling()
         theta = self.get("llama.rope.freq_base", 10000.0)
-        if self._rope_factors is not None and scaling is None and isinstance(head_dim, int):
-            scaling = self._from_factors(theta, head_dim)
+        if self._rope_factors is not None:
+            if scaling is not None:
+                raise UserError(
+                    f"{self.where}: it scales the rotary embedding twice, by {_ROPE_FACTORS} and as "
+                    f"llama.rope.scaling.type = {format_value(scaling['rope_type'])}; natsjax has one scaling."
+                )
+            if isinstance(head_dim, int):
+                scaling = self._from_factors(theta, head_dim)
         return {
             "model_type": "llama",
             "vocab_size": self.shapes.get("model.embed_tokens.weight", (None,))[0],

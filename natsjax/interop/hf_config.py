@@ -147,9 +147,11 @@ def _no_data(context_length: int) -> DataConfig:
 
 def _built(values: Mapping[str, Any], where: str) -> Config:
     try:
-        return Config.from_stored(values)
+        config = Config.from_stored(values)
+        architecture_of(config.model)  # of our own, a folder may name what none is exported with
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    return config
 
 
 class _Fields:
@@ -217,7 +219,7 @@ def _layer_types(fields: _Fields, kind: str, num_layers: int) -> tuple[tuple[Lay
         window = fields.get("sliding_window") if fields.flag("use_sliding_window") else None
         if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
             window = None
-        first = fields.get("max_window_layers", num_layers)
+        first = fields.number("max_window_layers", num_layers)
         types = [FULL if window is None or layer < first else SLIDING for layer in range(num_layers)]
     if (given := fields.values.get("layer_types")) is not None:
         if not isinstance(given, list) or len(given) != num_layers or not set(map(str, given)) <= {FULL, SLIDING}:
