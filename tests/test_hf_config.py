@@ -58,5 +58,7 @@ def test_a_file_that_scales_rotary_embeddings_twice(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match=r"scales the rotary embedding twice, by rope_freqs.weight and as .* = 'linear'"):
+    with pytest.raises(
+        UserError, match=r"scales the rotary embedding twice, by rope_freqs.weight and as .* = 'linear'"
+    ):
         _ = GGUFFile(path).config

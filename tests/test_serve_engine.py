@@ -193,7 +193,7 @@ def test_a_body_that_does_not_come_and_a_server_that_stops(run, decoder, monkeyp
 # --- the address ---
 
 
-def test_whoever_hears_of_the_address_can_connect(run):
+def test_whoever_hears_of_the_address_can_connect(run, caplog):
     heard = []
 
     def connect(url):
@@ -202,7 +202,8 @@ def test_whoever_hears_of_the_address_can_connect(run):
         signal.raise_signal(signal.SIGTERM)
 
     serve.run(run.workdir.path, port=0, loaded=run, on_start=connect)
-    assert len(heard) == 1
+    (url,) = heard
+    assert f"serving run (step 7, nats) at {url}/v1" in caplog.text, "by the name of its folder"
 
 
 def test_an_address_that_another_takes_while_the_run_is_loaded(run, monkeypatch):

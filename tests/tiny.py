@@ -145,14 +145,14 @@ def make_run(path, config, step=7) -> LoadedRun:
     return load(path)
 
 
-def make_export(path, config, vocabulary) -> LoadedRun:
-    """A fresh model that learned from no data (``data.source`` is "none"), as an imported one lies there."""
+def make_export(path, config, vocabulary, change=lambda parameters: parameters) -> LoadedRun:
+    """A fresh model with its parameters changed, which learned from no data (``data.source`` is "none")."""
     parameters = jax.jit(lambda key: init_parameters(config, vocabulary.vocab_size, key)[1])(jax.random.key(0))
     path.mkdir(parents=True)
     write_export(
         path,
         config=config,
-        parameters=parameters,
+        parameters=change(parameters),
         dtype="float32",
         step=7,
         vocabulary=vocabulary,

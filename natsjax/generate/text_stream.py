@@ -33,6 +33,11 @@ class TextStream:
         self._held = next(end for end in ends if end.decode(errors="replace") == _REPLACEMENT)
         return text[:-1]
 
+    def num_before(self, token: int) -> int:
+        """Counts the characters, not given out yet, before the one that a token's text would begin in: 0 or 1."""
+        first = self._tokenizer.piece(token)[:1]
+        return len((self._held + first).decode(errors="replace")) - 1 if first else 0
+
 
 class IdStream:
     """The same where there is no text: it gives ids with commas between them, as ``--prompt_tokens`` takes them."""
@@ -45,6 +50,10 @@ class IdStream:
         comma = "" if self._is_first or not tokens else ","
         self._is_first &= not tokens
         return comma + ",".join(map(str, tokens))
+
+    def num_before(self, token: int) -> int:
+        """Returns 0: nothing is held back, and a comma is a part of the id behind it."""
+        return 0
 
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}

@@ -85,7 +85,8 @@ class GrowingText:
             name, best = self.name(token), None if likeliest is None else self._named(likeliest)
             if best is not None and logprob is not None:
                 best.setdefault(name, logprob)
-            self._tokens.append(_Token(name, self._given + len(self._held), logprob, best))
+            offset = self._given + len(self._held) + self._stream.num_before(token)
+            self._tokens.append(_Token(name, offset, logprob, best))
         if token == getattr(self._vocabulary, "bos_id", None):
             self._ahead.append(token)
             return
