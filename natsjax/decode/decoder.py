@@ -369,6 +369,11 @@ class Decoder:
         """True where keys are evicted while tokens are generated."""
         return self.eviction is not None and self.policy.every_token
 
+    @property
+    def eviction_in_loop(self) -> tuple[Eviction | None, jax.Array]:
+        """The rule and the limits for ``loop.decode_segment``; no rule where nothing is evicted in it."""
+        return (self.eviction, self.limits) if self.evicts_in_loop else (None, jnp.int32(NO_LIMIT))
+
     def _size(self, need: int, most: int) -> int:
         """Returns the slots of a head that needs so many, in a sequence of at most ``most`` tokens."""
         any_block = self._format == "transposed"

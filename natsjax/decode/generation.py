@@ -212,6 +212,21 @@ def is_wasteful(segment: Segment, block: int) -> bool:
     return int(segment.occupied.sum()) > _WASTE * int(segment.need.sum()) + slack
 
 
+def grown(decoder: Decoder, loop: Loop, most: int, segment: Segment) -> Loop:
+    """Moves the groups that lacked capacity in the loop's last segment to a larger buffer; nothing is lost.
+
+    Args:
+      decoder: whose loop.
+      loop: its state; the buffer is used up.
+      most: tokens that a sequence will have, at most.
+      segment: the last one.
+    """
+    lacks = np.repeat(segment.lacks_capacity, [group.num_layers for group in loop.buffer])
+    cache = Cache(loop.buffer, loop.at, loop.before, loop.evicted, most)
+    need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
+    return loop._replace(buffer=decoder.grow(cache, need).buffer)
+
+
 class _Run:
     """A generation under way: the loop on the devices, and its results on the host."""
 
@@ -274,7 +289,8 @@ class _Run:
                     return
                 if segment.lacks_capacity.any():
                     self._receive(ahead)  # it stopped before its first step
-                    self._grow(segment)
+                    self.loop = grown(self.decoder, self.loop, self.most, segment)
+                    self.transfers += 1
                     ahead, since = self._dispatch(), None
                 elif not is_stale and is_wasteful(segment, self.decoder.settings.block):
                     buffer, _ = compact(self.loop.buffer, self.loop.at)
@@ -286,14 +302,13 @@ class _Run:
     def _dispatch(self) -> Segment:
         """Starts the next segment and does not wait."""
         decoder = self.decoder
-        limits = (decoder.eviction, decoder.limits) if decoder.evicts_in_loop else (None, jnp.int32(NO_LIMIT))
         self.loop, segment = decode_segment(
             decoder.parameters,
             self.loop,
             self.policy,
             self.numbers,
             self.stop,
-            *limits,
+            *decoder.eviction_in_loop,
             length=decoder.settings.segment,
             **self.static,
         )
@@ -317,15 +332,6 @@ class _Run:
                 self.logprobs[row] += new[1]
                 if self.on_tokens is not None:
                     self.on_tokens(row, *new)
-
-    def _grow(self, segment: Segment) -> None:
-        """Moves the groups that lack capacity to a larger buffer; nothing is lost."""
-        groups = [group.num_layers for group in self.loop.buffer]
-        lacks = np.repeat(segment.lacks_capacity, groups)
-        cache = Cache(self.loop.buffer, self.loop.at, self.loop.before, self.loop.evicted, self.most)
-        need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
-        self.loop = self.loop._replace(buffer=self.decoder.grow(cache, need).buffer)
-        self.transfers += 1
 
     def result(self, prompt_tokens: int, first_token_seconds: float, seconds: float) -> Generation:
         """Sums up the generation, after its end."""

@@ -18,12 +18,11 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from natsjax.decode import allocation, loop
-from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder
-from natsjax.decode.generation import Prefill, is_wasteful
+from natsjax.decode.decoder import Cache, Decoder
+from natsjax.decode.generation import Prefill, grown, is_wasteful
 from natsjax.decode.loop import Loop, RowStart, Segment
 from natsjax.decode.sampling import Likeliest, Sampling, by_row
 from natsjax.decode.step import Reads
@@ -229,7 +228,10 @@ class Rows:
                 while self._in_flight:  # some may have gone on, for rows were freed in between
                     number, last = self._receive(found)
                 if self._active and last.lacks_capacity.any():
-                    self._grow(last)
+                    assert self._loop is not None
+                    self._loop = grown(self.decoder, self._loop, self.most, last)
+                    self.transfers += 1
+                    self._changed_at = self._num_dispatched
             elif last is not None and self._active and number >= self._changed_at:
                 self._tidy(last)
             if not self._active and self._loop is not None:
@@ -385,14 +387,13 @@ class Rows:
         if self._arguments is None:
             self._arguments = self._of_rows()
         kind, numbers, stop, num_likeliest = self._arguments
-        limits = (decoder.eviction, decoder.limits) if decoder.evicts_in_loop else (None, jnp.int32(NO_LIMIT))
         self._loop, segment = loop.decode_segment(
             decoder.parameters,
             self._loop,
             self._policy,
             numbers,
             stop,
-            *limits,
+            *decoder.eviction_in_loop,
             structure=decoder.structure,
             kind=kind,
             length=decoder.settings.segment,
@@ -465,16 +466,6 @@ class Rows:
         if self._active.pop(row.number, None) is not None:
             self._to_clear.add(row.number)
             self._arguments = None
-
-    def _grow(self, segment: Segment) -> None:
-        """Moves the groups that lack capacity to a larger buffer; nothing is lost."""
-        assert self._loop is not None
-        lacks = np.repeat(segment.lacks_capacity, [group.num_layers for group in self._loop.buffer])
-        cache = self._cache(self._loop)
-        need = np.where(lacks, np.asarray(cache.capacities) + 1, segment.need)
-        self._loop = self._loop._replace(buffer=self.decoder.grow(cache, need).buffer)
-        self.transfers += 1
-        self._changed_at = self._num_dispatched
 
     def _tidy(self, segment: Segment) -> None:
         """Compacts slots where attention reads many free ones, and moves to a smaller buffer where that is enough."""
