@@ -18,11 +18,11 @@ settings.load_profile("natsjax")
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 # Files of tests that compute nothing with JAX, or nothing that depends on its version beyond what other files check.
 _ONE_PYTHON = re.compile(
-    r"""test_(attention_(lse|tilings)|benchmark_.*|budgets|command_flags|compare|config|cpu_devices|data_.*|display|docs
-    |evaluate_(decoded|masked)|export(_hf)?|full_disk|fuzz_.*|generate|head_windows|held_out|hf_config|import_gguf
-    |import_model|initial_parameters|kill|launch|layer_patterns|layout|log|monitor|nonfinite|outputs|paths|policy_registry
-    |processes|report.*|rivals|role_statistics|selective|serve.*|signals|standard_streams|step_breakdown|stored_runs|study
-    |sweep|text_stream|tour|trained_rivals|trackers|warnings|watchdog)[.]py""",
+    r"""test_(attention_(lse|tilings)|benchmark_.*|budgets|command_flags|compare|config|cpu_devices|data_.*|display
+    |docs|evaluate_(decoded|masked)|export(_hf)?|full_disk|fuzz_.*|generate|head_windows|held_out|hf_config|import_gguf
+    |import_model|initial_parameters|kill|launch|layer_patterns|layout|log|monitor|nonfinite|outputs|paths
+    |policy_registry|processes|report.*|rivals|role_statistics|selective|serve.*|signals|standard_streams
+    |step_breakdown|stored_runs|study|sweep|text_stream|tour|trained_rivals|trackers|warnings|watchdog)[.]py""",
     re.VERBOSE,
 )
 
