@@ -287,7 +287,7 @@ def test_memory_follows_the_options():
         Trainer(tiny.config(model=model), tiny.VOCAB_SIZE)
         for model in (
             {},
-            {"param_dtype": "bfloat16", "activation": "squared_relu", "attention_gate": True, "key_shift": True},
+            {"param_dtype": "bfloat16", "activation": "squared_relu", "attention_gate": True},
         )
     )
     layers, d, f, heads, head_dim = 2, 16, 24, 4, 4
