@@ -31,6 +31,7 @@ def config(**groups) -> Config:
         "num_kv_heads": 2,
         "head_dim": 8,
         "tie_embeddings": False,
+        "key_shift": True,
         "token_shift": True,  # a chunk's first token, and a row's, has one before it
     }
     return tiny.config(model=model | groups.pop("model", {}), **groups)

@@ -25,12 +25,21 @@ class NumpyModel:
             x = x + self.parameters["shift"] * np.concatenate([np.zeros_like(x[:1]), x[:-1]])
         return x * self.model.embed_dim**0.5
 
-    def project(self, layer, x, first=0):
+    def before(self, tokens):
+        """``[t, d]``: the embedding of the token before each one, divided by the root of its mean square."""
+        x = self.parameters["embedding"][np.asarray(tokens, int)][:-1] * self.model.embed_dim**0.5
+        x = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.model.norm_eps)
+        return np.concatenate([np.zeros((1, x.shape[1])), x])[: len(tokens)]
+
+    def project(self, layer, x, before, first=0):
         """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on."""
         y, a = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]
         query, key, value = (
             np.einsum(f"td,dk{g}h->tk{g}h", y, a[name]) for name, g in (("query", "g"), ("key", ""), ("value", ""))
         )
+        if self.model.key_shift:
+            fraction = a["key_shift"]
+            key = (1 - fraction) * key + fraction * np.einsum("td,dkh->tkh", before, a["key"])
         index = first + np.arange(len(x))
         return self._rotate(query, index), self._rotate(key, index), value
 
@@ -101,7 +110,7 @@ def h2o(model, tokens, num_keys, num_recent, prompt=0):
     """
     x, length, kept = model.embed(tokens), len(tokens), []
     for layer in model.layers:
-        query, key, value = model.project(layer, x)
+        query, key, value = model.project(layer, x, model.before(tokens))
         heads = range(key.shape[1])
         out = np.zeros(query.shape)
         score = np.zeros((len(heads), length))
@@ -127,15 +136,15 @@ def snapkv(model, tokens, prompt, num_keys, observed):
     Returns:
       Log-probabilities of the tokens behind the prompt ``[t, v]``, and what every layer and head keeps of the prompt.
     """
-    x, kept = model.embed(tokens), []
+    x, tokens_before, kept = model.embed(tokens), model.before(tokens), []
     before, after = x[:prompt], x[prompt:]
     count = len(after)
     for layer in model.layers:
-        query, key, value = model.project(layer, before)
+        query, key, value = model.project(layer, before, tokens_before[:prompt])
         weights = model.weights(query, key, np.tri(prompt, dtype=bool)) if prompt else np.zeros((0, 1, 1, 0))
         votes = weights[-observed:].sum((0, 2))  # [k, s]
         choice = [snapkv_choice(votes[k], num_keys, observed) if prompt else [] for k in range(key.shape[1])]
-        new_query, new_key, new_value = model.project(layer, after, prompt)
+        new_query, new_key, new_value = model.project(layer, after, tokens_before[prompt:], prompt)
         is_read = np.zeros((count, key.shape[1], prompt + count), bool)
         is_read[:, :, prompt:] = np.tri(count, dtype=bool)[:, None]
         for k, positions in enumerate(choice):

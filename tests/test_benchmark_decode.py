@@ -33,7 +33,7 @@ def small():
 
 def tied():
     """As the rival's is."""
-    return decoding.config(model={"tie_embeddings": True, "token_shift": False})
+    return decoding.config(model={"tie_embeddings": True, "key_shift": False, "token_shift": False})
 
 
 def tiny_config(config):

@@ -325,6 +325,7 @@ def test_only_such_a_folder_is_replaced(tmp_path):
         export_hf(tmp_path / "selective", tmp_path / "selective hf")
     for name, fields, message in (
         ("shift", {"layer_types": "dense", "token_shift": True}, "model.token_shift = True: neither"),
+        ("key shift", {"layer_types": "dense", "key_shift": True}, "model.key_shift = True: neither"),
         ("heads", {"layer_types": "sliding", "sliding_window": (2, 5)}, "has a window for each KV head"),
     ):
         make_run(folder(tmp_path, name), model=fields)

@@ -34,6 +34,7 @@ ALL = {
     "num_layers": 6,
     "nope": (False, True),
     "activation": "geglu",
+    "key_shift": True,
     "token_shift": True,
     "embedding_scale": 3.0,
     "zero_init_output": True,
@@ -237,6 +238,37 @@ def test_the_token_shift_adds_the_token_before_in_the_document():
             if batch["positions"][row, t] > 0:
                 expected = expected + shift * table[tokens[t - 1]]
             np.testing.assert_allclose(x[row, t], 3 * expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_key_shift_mixes_in_the_keys_of_the_embedding_before():
+    config, structure, parameters = build(key_shift=True, norm_eps=1e-3)
+    attention = parameters["blocks"]["attention"]
+    np.testing.assert_allclose(attention["key_shift"], np.broadcast_to([[[0.95]], [[0.05]]], (2, 2, 1, 4))[:, :, 0])
+    attention["key_shift"] = jax.random.normal(jax.random.key(3), (2, 2, 4))
+    model, batch = nnx.merge(structure, parameters), Batch.from_rows(tiny.packed_batch())
+    table, x = (
+        np.asarray(parameters["embedding"], np.float64),
+        np.random.default_rng(0).normal(size=(*batch.inputs.shape, 16)),
+    )
+    own = jax.tree.map(lambda value: value[1], attention)
+    layer = Attention(config, nnx.Rngs(0))
+    nnx.update(layer, own)
+    _, key, _ = layer.qkv_proj(jnp.asarray(x, jnp.float32), batch.positions, model.before(batch.previous), False)
+    weight, fraction = (np.asarray(own[name], np.float64) for name in ("key", "key_shift"))
+    for row, tokens in enumerate(batch.inputs):
+        for t in range(len(tokens)):
+            before = np.zeros(16)
+            if batch.positions[row, t] > 0:
+                before = 4 * table[tokens[t - 1]]
+                before /= np.sqrt(np.mean(before**2) + 1e-3)
+            expected = (1 - fraction) * np.einsum("d,dkh->kh", x[row, t], weight)
+            expected += fraction * np.einsum("d,dkh->kh", before, weight)
+            np.testing.assert_allclose(key[row, t], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_kv_head_shifts_half_of_its_keys():
+    parameters = build(key_shift=True, num_heads=1, num_kv_heads=1)[2]
+    np.testing.assert_array_equal(parameters["blocks"]["attention"]["key_shift"], np.full((2, 1, 4), 0.5))
 
 
 def test_a_model_whose_outputs_start_at_zero_starts_as_its_embedding():

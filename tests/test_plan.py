@@ -253,7 +253,13 @@ def products(jaxpr, times=1):
 
 OPTIONS = {
     "none": {},
-    "gates": {"attention_gate": True, "attention_sinks": True, "activation": "geglu", "dropout": 0.1},
+    "gates": {
+        "attention_gate": True,
+        "key_shift": True,
+        "attention_sinks": True,
+        "activation": "geglu",
+        "dropout": 0.1,
+    },
     "no_gate": {"activation": "squared_relu", "nope": (False, True), "param_dtype": "bfloat16"},
 }
 
@@ -279,7 +285,10 @@ def test_products_with_weights_are_those_that_the_step_traces(attention, remat, 
 def test_memory_follows_the_options():
     plain, other = (
         Trainer(tiny.config(model=model), tiny.VOCAB_SIZE)
-        for model in ({}, {"param_dtype": "bfloat16", "activation": "squared_relu", "attention_gate": True})
+        for model in (
+            {},
+            {"param_dtype": "bfloat16", "activation": "squared_relu", "attention_gate": True},
+        )
     )
     layers, d, f, heads, head_dim = 2, 16, 24, 4, 4
     sizes = [sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.parameters)) for trainer in (plain, other)]

@@ -109,7 +109,8 @@ def forward_chunk(
     kinds = jnp.array([LAYER_TYPES.index(kind) for kind in config.all_layer_types], jnp.int32)
     rotary = jnp.array(config.all_rotary)
     is_alike = len(set(config.all_rotary)) == 1
-    x = model.embed(chunk.tokens, chunk.previous if config.token_shift else None)
+    previous = chunk.previous if config.reads_previous else None
+    x, before = model.embed(chunk.tokens, previous), model.before(previous)
     new, live, first = [], [], 0
     for group in buffer:
 
@@ -121,7 +122,7 @@ def forward_chunk(
             attend = BufferAttention(group, number, chunk, policy, kinds[first + number], role_ids, count_live)
             is_rotary = config.all_rotary[0] if is_alike else rotary[first + number]
             block = nnx.merge(structure, jax.tree.map(own, layers))
-            return block(x, chunk.batch.positions, attend, is_rotary=is_rotary)
+            return block(x, chunk.batch.positions, attend, before=before, is_rotary=is_rotary)
 
         x, (written, read) = jax.lax.scan(layer, x, jnp.arange(group.num_layers, dtype=jnp.int32))
         new.append(written)

@@ -312,8 +312,9 @@ def architecture_of(model: ModelConfig) -> tuple[str, list[str]]:
             f"model.layer_types = {model.layer_pattern}: neither transformers nor modeling_natsjax.py has "
             '"selective" layers.'
         )
-    if model.token_shift:
-        raise UserError("model.token_shift = True: neither transformers nor modeling_natsjax.py has it.")
+    for name in ("key_shift", "token_shift"):
+        if getattr(model, name):
+            raise UserError(f"model.{name} = True: neither transformers nor modeling_natsjax.py has it.")
     if "sliding" in model.layer_types and not isinstance(model.sliding_window, int):
         raise UserError(
             f"model.sliding_window = {format_value(model.sliding_window)}: neither transformers nor "

@@ -180,6 +180,10 @@ class AttentionFunction(Protocol):
         ...
 
 
+_SHIFTED = 0.95
+"""Fraction of the token before in the keys of every other KV head, at step 0 (``model.key_shift``)."""
+
+
 class Attention(nnx.Module):
     """Grouped-query attention; weights keep their head axes."""
 
@@ -207,6 +211,10 @@ class Attention(nnx.Module):
         if model.attention_sinks:
             # Far below the logits a sink would have no weight, and with it no gradient. Logits start around 0.
             self.sink = vector_param(jnp.zeros((k, g), jnp.float32), ("kv_heads", None), "attention")
+        if model.key_shift:
+            fraction = jnp.where(jnp.arange(k) % 2 == 0, _SHIFTED, 1 - _SHIFTED) if k > 1 else jnp.full(1, 0.5)
+            fraction = jnp.broadcast_to(fraction[:, None], (k, h)).astype(jnp.float32)
+            self.key_shift = vector_param(fraction, ("kv_heads", None), "attention")
         if model.qk_norm:
             self.query_norm = RMSNorm(h, model.norm_eps)
             self.key_norm = RMSNorm(h, model.norm_eps)
@@ -214,7 +222,13 @@ class Attention(nnx.Module):
             self.scorer = Scorer(config)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: AttentionFunction, *, is_rotary: bool | jax.Array = True
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        attend: AttentionFunction,
+        *,
+        before: jax.Array | None = None,
+        is_rotary: bool | jax.Array = True,
     ) -> tuple[jax.Array, Any]:
         """Maps ``[b, t, d]`` to ``[b, t, d]``.
 
@@ -222,12 +236,13 @@ class Attention(nnx.Module):
           x: normalized input of the layer.
           positions: int32 ``[b, t]``, distance to the start of the document.
           attend: reads the keys.
+          before: ``[b, t, d]``, with ``model.key_shift`` what ``Transformer.before`` gives.
           is_rotary: whether queries and keys get the rotary embedding; bool, or a bool scalar.
 
         Returns:
           ``(out, result)``, the latter from ``attend``.
         """
-        out, result = attend(self, x, *self.qkv_proj(x, positions, is_rotary))
+        out, result = attend(self, x, *self.qkv_proj(x, positions, before, is_rotary))
         if self.config.model.attention_gate:
             out *= jax.nn.sigmoid(jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.gate)))
         return self.out_proj(out), result
@@ -238,13 +253,17 @@ class Attention(nnx.Module):
         return gathered(self.sink, jnp.float32) if self.config.model.attention_sinks else None
 
     def qkv_proj(
-        self, x: jax.Array, positions: jax.Array, is_rotary: bool | jax.Array = True
+        self, x: jax.Array, positions: jax.Array, before: jax.Array | None, is_rotary: bool | jax.Array = True
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects ``x [b, t, d]`` to queries ``[b, t, k, g, h]``, keys and values ``[b, t, k, h]``, with positions."""
         model = self.config.model
         query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
         key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
         value = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.value))
+        if model.key_shift:
+            assert before is not None
+            fraction = self._cast(self.key_shift)
+            key = (1 - fraction) * key + fraction * jnp.einsum("bsd,dkh->bskh", before, self._cast(self.key))
         if model.qkv_bias:
             query, key, value = (
                 y + self._cast(bias)
