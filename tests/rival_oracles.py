@@ -171,7 +171,7 @@ def limited(model, tokens, parts, num_keys):
     ends = np.cumsum(parts)
     assert ends[-1] == length
     for layer in model.layers:
-        query, key, value = model.project(layer, x)
+        query, key, value = model.project(layer, x, model.before(tokens))
         roles, out = model.roles(layer, x), np.zeros(query.shape)
         for k in range(key.shape[1]):
             end = {}  # of the keys that are there
