@@ -149,13 +149,13 @@ def test_the_scan_over_both_patterns_is_the_layers_one_after_another():
 
     def unrolled(parameters):
         transformer = nnx.merge(structure, parameters)
-        x = transformer.embed(inputs.inputs, inputs.previous)
+        x, before = transformer.embed(inputs.inputs, inputs.previous), transformer.before(inputs.previous)
         for layer in range(6):
             state = jax.tree.map(lambda values: values[layer], parameters["blocks"])  # noqa: B023
             block = nnx.merge(nnx.graphdef(transformer.blocks), state)
             attend = MaskedAttention(inputs, RoleSampling(), ["nats", "dense", "sliding"][layer % 3])
             # A bool that is data, as in decoding.
-            x, _ = block(x, inputs.positions, attend, is_rotary=jnp.array(layer % 2 == 0))
+            x, _ = block(x, inputs.positions, attend, before=before, is_rotary=jnp.array(layer % 2 == 0))
         return transformer.logits(transformer.final_norm(x))
 
     scanned = jax.jit(lambda parameters: nnx.merge(structure, parameters)(inputs)[0])(parameters)

@@ -253,7 +253,7 @@ class Attention(nnx.Module):
         return gathered(self.sink, jnp.float32) if self.config.model.attention_sinks else None
 
     def qkv_proj(
-        self, x: jax.Array, positions: jax.Array, before: jax.Array | None, is_rotary: bool | jax.Array = True
+        self, x: jax.Array, positions: jax.Array, before: jax.Array | None = None, is_rotary: bool | jax.Array = True
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects ``x [b, t, d]`` to queries ``[b, t, k, g, h]``, keys and values ``[b, t, k, h]``, with positions."""
         model = self.config.model
