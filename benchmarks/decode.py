@@ -194,7 +194,9 @@ def _fill(group: LayerGroup, position: jax.Array, end: jax.Array, live: jax.Arra
     storage = jax.lax.fori_loop(0, group.num_layers, layer, group.storage)
     numbers = (jnp.broadcast_to(x, group.key_end.shape) for x in (position, end))
     numbers = (sharding.reshard(x, *AXES[4]) for x in numbers)
-    return LayerGroup(storage, *numbers, jnp.full_like(group.length, live))
+    position, end = numbers
+    length = jnp.full_like(group.length, live)
+    return dataclasses.replace(group, storage=storage, key_position=position, key_end=end, length=length)
 
 
 def live_bytes() -> int:

@@ -111,9 +111,9 @@ class ModelConfig:
     tie_embeddings: bool = config_field(True, "use the input embedding as the output layer")
     key_shift: bool = config_field(
         False,
-        "mix into the keys of every layer those of the embedding of the token before in the document, by a learned "
-        "fraction for each number of a head's key, near 1 in every other KV head at the start and near 0 in the "
-        "others: a single layer can then look up what came after a token (smeared keys, arXiv:2209.11895)",
+        "mix into the keys of every layer those of the token before in its document, by a learned fraction for each "
+        "number of a head's key, near 1 in every other KV head at the start and near 0 in the others: a single layer "
+        "can then look up what came after a token (smeared keys, arXiv:2209.11895)",
     )
     token_shift: bool = config_field(
         False,
@@ -222,11 +222,6 @@ class ModelConfig:
     def is_role_layer(self) -> tuple[bool, ...]:
         """Marks the layers that learn roles, first layer first."""
         return tuple(kind in ROLE_LAYER_TYPES for kind in self.all_layer_types)
-
-    @property
-    def reads_previous(self) -> bool:
-        """True if the token before each is read besides the token itself."""
-        return self.key_shift or self.token_shift
 
     @property
     def has_masks(self) -> bool:

@@ -25,29 +25,22 @@ class NumpyModel:
             x = x + self.parameters["shift"] * np.concatenate([np.zeros_like(x[:1]), x[:-1]])
         return x * self.model.embed_dim**0.5
 
-    def before(self, tokens):
-        """``[t, d]``: the embedding of the token before each one, divided by the root of its mean square."""
-        x = self.parameters["embedding"][np.asarray(tokens, int)][:-1] * self.model.embed_dim**0.5
-        x = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + self.model.norm_eps)
-        return np.concatenate([np.zeros((1, x.shape[1])), x])[: len(tokens)]
+    def raw_keys(self, layer, x):
+        """Keys ``[t, k, h]`` before shift and rotary embedding."""
+        return np.einsum("td,dkh->tkh", self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]["key"])
 
-    def project(self, layer, x, before, first=0):
-        """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on."""
-        y, a = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]
-        query, key, value = (
-            np.einsum(f"td,dk{g}h->tk{g}h", y, a[name]) for name, g in (("query", "g"), ("key", ""), ("value", ""))
-        )
+    def project(self, layer, x, first=0, before=None):
+        """Queries ``[t, k, g, h]``, keys and values ``[t, k, h]`` of tokens from the index ``first`` on.
+
+        ``before`` is the raw key of the token before the first one.
+        """
+        y, a, key = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"], self.raw_keys(layer, x)
+        query, value = np.einsum("td,dkgh->tkgh", y, a["query"]), np.einsum("td,dkh->tkh", y, a["value"])
         if self.model.key_shift:
-            fraction = a["key_shift"]
-            key = (1 - fraction) * key + fraction * np.einsum("td,dkh->tkh", before, a["key"])
+            previous = np.concatenate([np.zeros((1, *key.shape[1:])) if before is None else before[None], key])[:-1]
+            key = (1 - a["key_shift"]) * key + a["key_shift"] * previous
         index = first + np.arange(len(x))
         return self._rotate(query, index), self._rotate(key, index), value
-
-    def roles(self, layer, x):
-        """The roles that the scorer chooses, ``[t, k]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING; the first token is GLOBAL."""
-        y, scorer = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]["scorer"]
-        roles = np.argmax(np.einsum("td,dkr->tkr", y, scorer["weight"]) + scorer["bias"], axis=-1)
-        return np.concatenate([np.zeros_like(roles[:1]), roles[1:]])
 
     def weights(self, query, key, is_read):
         """Softmax weights ``[t, k, g, s]``; ``is_read`` is bool ``[t, s]`` or ``[t, k, s]``."""
@@ -110,7 +103,7 @@ def h2o(model, tokens, num_keys, num_recent, prompt=0):
     """
     x, length, kept = model.embed(tokens), len(tokens), []
     for layer in model.layers:
-        query, key, value = model.project(layer, x, model.before(tokens))
+        query, key, value = model.project(layer, x)
         heads = range(key.shape[1])
         out = np.zeros(query.shape)
         score = np.zeros((len(heads), length))
@@ -136,15 +129,16 @@ def snapkv(model, tokens, prompt, num_keys, observed):
     Returns:
       Log-probabilities of the tokens behind the prompt ``[t, v]``, and what every layer and head keeps of the prompt.
     """
-    x, tokens_before, kept = model.embed(tokens), model.before(tokens), []
+    x, kept = model.embed(tokens), []
     before, after = x[:prompt], x[prompt:]
     count = len(after)
     for layer in model.layers:
-        query, key, value = model.project(layer, before, tokens_before[:prompt])
+        query, key, value = model.project(layer, before)
         weights = model.weights(query, key, np.tri(prompt, dtype=bool)) if prompt else np.zeros((0, 1, 1, 0))
         votes = weights[-observed:].sum((0, 2))  # [k, s]
         choice = [snapkv_choice(votes[k], num_keys, observed) if prompt else [] for k in range(key.shape[1])]
-        new_query, new_key, new_value = model.project(layer, after, tokens_before[prompt:], prompt)
+        last = model.raw_keys(layer, before)[-1] if prompt else None
+        new_query, new_key, new_value = model.project(layer, after, prompt, last)
         is_read = np.zeros((count, key.shape[1], prompt + count), bool)
         is_read[:, :, prompt:] = np.tri(count, dtype=bool)[:, None]
         for k, positions in enumerate(choice):
@@ -171,7 +165,7 @@ def limited(model, tokens, parts, num_keys):
     ends = np.cumsum(parts)
     assert ends[-1] == length
     for layer in model.layers:
-        query, key, value = model.project(layer, x, model.before(tokens))
+        query, key, value = model.project(layer, x)
         roles, out = model.roles(layer, x), np.zeros(query.shape)
         for k in range(key.shape[1]):
             end = {}  # of the keys that are there

@@ -149,13 +149,13 @@ def test_the_scan_over_both_patterns_is_the_layers_one_after_another():
 
     def unrolled(parameters):
         transformer = nnx.merge(structure, parameters)
-        x, before = transformer.embed(inputs.inputs, inputs.previous), transformer.before(inputs.previous)
+        x = transformer.embed(inputs.inputs, inputs.previous)
         for layer in range(6):
             state = jax.tree.map(lambda values: values[layer], parameters["blocks"])  # noqa: B023
             block = nnx.merge(nnx.graphdef(transformer.blocks), state)
             attend = MaskedAttention(inputs, RoleSampling(), ["nats", "dense", "sliding"][layer % 3])
             # A bool that is data, as in decoding.
-            x, _ = block(x, inputs.positions, attend, before=before, is_rotary=jnp.array(layer % 2 == 0))
+            x, _ = block(x, inputs.positions, attend, is_rotary=jnp.array(layer % 2 == 0))
         return transformer.logits(transformer.final_norm(x))
 
     scanned = jax.jit(lambda parameters: nnx.merge(structure, parameters)(inputs)[0])(parameters)
@@ -240,29 +240,23 @@ def test_the_token_shift_adds_the_token_before_in_the_document():
             np.testing.assert_allclose(x[row, t], 3 * expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_key_shift_mixes_in_the_keys_of_the_embedding_before():
-    config, structure, parameters = build(key_shift=True, norm_eps=1e-3)
-    attention = parameters["blocks"]["attention"]
-    np.testing.assert_allclose(attention["key_shift"], np.broadcast_to([[[0.95]], [[0.05]]], (2, 2, 1, 4))[:, :, 0])
-    attention["key_shift"] = jax.random.normal(jax.random.key(3), (2, 2, 4))
-    model, batch = nnx.merge(structure, parameters), Batch.from_rows(tiny.packed_batch())
-    table, x = (
-        np.asarray(parameters["embedding"], np.float64),
-        np.random.default_rng(0).normal(size=(*batch.inputs.shape, 16)),
-    )
-    own = jax.tree.map(lambda value: value[1], attention)
-    layer = Attention(config, nnx.Rngs(0))
-    nnx.update(layer, own)
-    _, key, _ = layer.qkv_proj(jnp.asarray(x, jnp.float32), batch.positions, model.before(batch.previous), False)
-    weight, fraction = (np.asarray(own[name], np.float64) for name in ("key", "key_shift"))
-    for row, tokens in enumerate(batch.inputs):
-        for t in range(len(tokens)):
-            before = np.zeros(16)
-            if batch.positions[row, t] > 0:
-                before = 4 * table[tokens[t - 1]]
-                before /= np.sqrt(np.mean(before**2) + 1e-3)
-            expected = (1 - fraction) * np.einsum("d,dkh->kh", x[row, t], weight)
-            expected += fraction * np.einsum("d,dkh->kh", before, weight)
+def test_the_key_shift_mixes_in_the_key_before_in_the_document():
+    config = tiny.config(model={"key_shift": True, "qkv_bias": True})
+    layer, batch = Attention(config, nnx.Rngs(0)), Batch.from_rows(tiny.packed_batch())
+    np.testing.assert_allclose(layer.key_shift[...], np.broadcast_to([[0.95], [0.05]], (2, 4)))
+    layer.key_shift = layer.key_shift.replace(jax.random.normal(jax.random.key(3), (2, 4)))
+    x, before = np.random.default_rng(0).normal(size=(*batch.inputs.shape, 16)), np.ones((3, 2, 4))
+    weight, bias, fraction = (np.asarray(y[...], np.float64) for y in (layer.key, layer.key_bias, layer.key_shift))
+    plain = np.einsum("btd,dkh->btkh", x, weight) + bias
+    positions = np.array(batch.positions)
+    positions[1] += 5  # of a chunk, which has tokens before it
+    for first in (None, before):
+        given = None if first is None else jnp.asarray(first, jnp.float32)
+        _, key, _ = layer.qkv_proj(jnp.asarray(x, jnp.float32), positions, given, False)
+        for row, t in np.ndindex(positions.shape):
+            previous = plain[row, t - 1] if t else np.zeros((2, 4)) if first is None else first[row]
+            previous = previous if positions[row, t] else 0
+            expected = (1 - fraction) * plain[row, t] + fraction * previous
             np.testing.assert_allclose(key[row, t], expected, rtol=1e-5, atol=1e-5)
 
 

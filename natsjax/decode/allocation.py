@@ -154,6 +154,7 @@ def empty(
     format: Format,
     block: int,
     adds_up: bool = False,
+    shifts_keys: bool = False,
 ) -> KVBuffer:
     """Makes a buffer without keys.
 
@@ -166,6 +167,7 @@ def empty(
       format: their layout in memory (``decode_attention.storage_format``).
       block: slots that are read together, at least.
       adds_up: with ``attention_sum``.
+      shifts_keys: with ``key_before``.
     """
 
     def group(layers: int, slots: int) -> LayerGroup:
@@ -177,6 +179,7 @@ def empty(
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape[:3], jnp.int32),
             jnp.zeros(shape, jnp.float32) if adds_up else None,
+            jnp.zeros((*shape[:3], head_dim), dtype) if shifts_keys else None,
         )
         return jax.tree.map(lambda x: sharding.reshard(x, *AXES[x.ndim]), group)
 
@@ -193,11 +196,11 @@ def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.A
         return jax.lax.slice_in_dim(jnp.pad(x, widths), 0, target.capacity, axis=axis)
 
     def step(n, target):
-        def put(x, y):
+        def put(x, y, by_slot=True):
             if x is None:
                 return None
             y = jax.lax.dynamic_index_in_dim(y, start + n, 0, keepdims=False)
-            y = y if y.ndim == 2 else fit(y, 2)
+            y = fit(y, 2) if by_slot else y
             return jax.lax.dynamic_update_index_in_dim(x, y, first + n, 0)
 
         keys, values = (fit(x, 2) for x in source.storage.layer(start + n))
@@ -205,8 +208,9 @@ def _move(source: LayerGroup, target: LayerGroup, first: jax.Array, start: jax.A
             target.storage.set_layer(first + n, keys, values),
             put(target.key_position, source.key_position),
             put(target.key_end, source.key_end),
-            put(target.length, source.length),
+            put(target.length, source.length, by_slot=False),
             put(target.attention_sum, source.attention_sum),
+            put(target.key_before, source.key_before, by_slot=False),
         )
 
     return jax.lax.fori_loop(0, count, step, target)

@@ -59,6 +59,8 @@ class LayerGroup:
       length: int32 ``[l, b, k]``, all slots from here on are free.
       attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it; in a
         model with "selective" layers the masks that it has received, 0 in other layers, the same in all heads; or None.
+      key_before: ``[l, b, k, h]``, with ``model.key_shift`` what ``Attention.projected_key`` gave of the newest token,
+        which is mixed into the next one's key; or None.
     """
 
     storage: Storage
@@ -66,6 +68,7 @@ class LayerGroup:
     key_end: jax.Array
     length: jax.Array
     attention_sum: jax.Array | None = None
+    key_before: jax.Array | None = None
 
     @property
     def num_layers(self) -> int:
@@ -103,6 +106,7 @@ class NewKeys:
         among these, ``UNTIL_GLOBAL`` where there is none.
       attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention, or masks, that these
         keys, and those in the slots, have received from the queries of the chunk; None where nothing adds them up.
+      key_before: ``[l, b, k, h]``, of the group behind the chunk; or None.
     """
 
     keys: jax.Array
@@ -112,6 +116,7 @@ class NewKeys:
     local_end: jax.Array
     attention_sum: jax.Array | None = None
     slot_attention: jax.Array | None = None
+    key_before: jax.Array | None = None
 
 
 @by_shard
@@ -243,6 +248,7 @@ def write_token(group: LayerGroup, new: NewKeys, slot: jax.Array) -> LayerGroup:
         put(group.key_end, new.key_end),
         jnp.where(slot < group.capacity, jnp.maximum(group.length, slot + 1), group.length),
         put(group.attention_sum, new.attention_sum),
+        new.key_before,
     )
 
 
@@ -333,7 +339,8 @@ def _keep(group, new, at, eviction, limit):
 
     carry = (group.storage, group.key_position, group.key_end, group.length, group.attention_sum, 0 * group.length)
     storage, key_position, key_end, length, attention_sum, evicted = jax.lax.fori_loop(0, group.num_layers, step, carry)
-    return LayerGroup(storage, key_position, key_end, length, attention_sum), evicted
+    key_before = group.key_before if new is None else new.key_before
+    return LayerGroup(storage, key_position, key_end, length, attention_sum, key_before), evicted
 
 
 def _rank(scores: tuple[jax.Array, jax.Array], is_live: jax.Array) -> jax.Array:

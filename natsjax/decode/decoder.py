@@ -419,6 +419,7 @@ class Decoder:
             format=self._format,
             block=self.settings.block,
             adds_up=self.policy.observes_attention or model.has_masks,
+            shifts_keys=model.key_shift,
         )
 
     # --- from the host ---

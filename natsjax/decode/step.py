@@ -11,6 +11,7 @@ Axis letters: ``b`` batch, ``t`` token of the chunk, ``k`` KV head, ``g`` query 
 ``d`` embedding dim, ``l`` layer of a group, ``c`` slot.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -109,8 +110,7 @@ def forward_chunk(
     kinds = jnp.array([LAYER_TYPES.index(kind) for kind in config.all_layer_types], jnp.int32)
     rotary = jnp.array(config.all_rotary)
     is_alike = len(set(config.all_rotary)) == 1
-    previous = chunk.previous if config.reads_previous else None
-    x, before = model.embed(chunk.tokens, previous), model.before(previous)
+    x = model.embed(chunk.tokens, chunk.previous if config.token_shift else None)
     new, live, first = [], [], 0
     for group in buffer:
 
@@ -122,7 +122,7 @@ def forward_chunk(
             attend = BufferAttention(group, number, chunk, policy, kinds[first + number], role_ids, count_live)
             is_rotary = config.all_rotary[0] if is_alike else rotary[first + number]
             block = nnx.merge(structure, jax.tree.map(own, layers))
-            return block(x, chunk.batch.positions, attend, before=before, is_rotary=is_rotary)
+            return block(x, chunk.batch.positions, attend, before=attend.before, is_rotary=is_rotary)
 
         x, (written, read) = jax.lax.scan(layer, x, jnp.arange(group.num_layers, dtype=jnp.int32))
         new.append(written)
@@ -153,6 +153,21 @@ class BufferAttention(NamedTuple):
     kind: jax.Array
     role_ids: jax.Array | None
     count_live: bool
+
+    @property
+    def before(self) -> jax.Array | None:
+        """``Attention.projected_key`` of the token before the chunk, ``[b, k, h]``, with ``model.key_shift``; or None."""
+        keys = self.group.key_before
+        return None if keys is None else jax.lax.dynamic_index_in_dim(keys, self.layer, 0, keepdims=False)
+
+    def _key_before_next(self, attention: Attention, x) -> jax.Array | None:
+        """``before`` of the chunk that comes next."""
+        before, count = self.before, self.chunk.num_tokens[:, None, None]
+        if before is None:
+            return None
+        is_last = jnp.arange(x.shape[1], dtype=jnp.int32) == self.chunk.num_tokens[:, None] - 1
+        last = jnp.sum(jnp.where(is_last[..., None], x, 0), axis=1, keepdims=True, dtype=x.dtype)
+        return jnp.where(count > 0, attention.projected_key(last)[:, 0], before)
 
     def __call__(self, attention: Attention, x, query, key, value):
         """See ``AttentionFunction``."""
@@ -207,7 +222,8 @@ class BufferAttention(NamedTuple):
         mapped = sharding.shard_map(on_device, axes, out_axes)
         out, *rest = mapped(query, key, value, ids, end, attention.sink_logits, *numbers, *slots)
         live = rest.pop() if count_live else None
-        return out, (NewKeys(*rest), live)
+        new = dataclasses.replace(NewKeys(*rest), key_before=self._key_before_next(attention, x))
+        return out, (new, live)
 
 
 def _new_keys(key, value, ids, end, window, positions, is_token):

@@ -236,7 +236,8 @@ class Attention(nnx.Module):
           x: normalized input of the layer.
           positions: int32 ``[b, t]``, distance to the start of the document.
           attend: reads the keys.
-          before: ``[b, t, d]``, with ``model.key_shift`` what ``Transformer.before`` gives.
+          before: ``[b, k, h]``, with ``model.key_shift`` what ``projected_key`` gives of the token before the first
+            one; None where every sequence begins here.
           is_rotary: whether queries and keys get the rotary embedding; bool, or a bool scalar.
 
         Returns:
@@ -258,17 +259,12 @@ class Attention(nnx.Module):
         """Projects ``x [b, t, d]`` to queries ``[b, t, k, g, h]``, keys and values ``[b, t, k, h]``, with positions."""
         model = self.config.model
         query = jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.query))
-        key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
+        key = self.projected_key(x)
         value = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.value))
-        if model.key_shift:
-            assert before is not None
-            fraction = self._cast(self.key_shift)
-            key = (1 - fraction) * key + fraction * jnp.einsum("bsd,dkh->bskh", before, self._cast(self.key))
         if model.qkv_bias:
-            query, key, value = (
-                y + self._cast(bias)
-                for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias))
-            )
+            query, value = query + self._cast(self.query_bias), value + self._cast(self.value_bias)
+        if model.key_shift:
+            key = self._shifted(key, positions, before)
         if model.qk_norm:  # each head's own norm: of what the scale below multiplies, nothing can grow
             query, key = self.query_norm(query), self.key_norm(key)
         if is_rotary is False:
@@ -278,6 +274,21 @@ class Attention(nnx.Module):
         if is_rotary is not True:
             turned = [jnp.where(is_rotary, y, plain) for y, plain in zip(turned, (query, key), strict=True)]
         return turned[0], turned[1], value
+
+    def projected_key(self, x: jax.Array) -> jax.Array:
+        """Projects ``x [b, s, d]`` to keys ``[b, s, k, h]``, before shift, norm and rotary embedding."""
+        key = jnp.einsum("bsd,dkh->bskh", x, self._cast(self.key))
+        return key + self._cast(self.key_bias) if self.config.model.qkv_bias else key
+
+    def _shifted(self, key: jax.Array, positions: jax.Array, before: jax.Array | None) -> jax.Array:
+        """Mixes into each of ``key [b, s, k, h]`` that of the token before, 0 before a document's first one."""
+        # A device's first key may come behind another device's last one.
+        whole = reshard(key, "batch", None, "kv_heads", None)
+        first = jnp.zeros_like(whole[:, 0]) if before is None else before
+        previous = jnp.concatenate([first[:, None], whole[:, :-1]], axis=1)
+        previous = reshard(previous, "batch", "sequence", "kv_heads", None)
+        previous = jnp.where((positions > 0)[..., None, None], previous, 0)
+        return key + self._cast(self.key_shift) * (previous - key)
 
     def out_proj(self, out: jax.Array) -> jax.Array:
         """Projects the heads' results ``[b, t, k, g, h]`` to ``[b, t, d]``."""

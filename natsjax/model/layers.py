@@ -79,13 +79,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``[…, d]``; the result has the dtype of ``x``."""
-        return (rms_normalized(x, self.epsilon) * self.scale[...]).astype(x.dtype)
-
-
-def rms_normalized(x: jax.Array, epsilon: float) -> jax.Array:
-    """Divides ``[…, d]`` by the root of its mean square, float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale[...]).astype(x.dtype)
 
 
 _TURNS = {"yarn": (1.0, 32.0), "llama3": (1.0, 4.0)}

@@ -21,7 +21,7 @@ from natsjax.config import Config
 from natsjax.model.attention import ROLES, Attention, AttentionFunction, MaskedAttention, Roles, RoleSampling
 from natsjax.model.cross_entropy import capped
 from natsjax.model.inputs import Batch
-from natsjax.model.layers import MLP, RMSNorm, dropout, gathered, matrix_param, rms_normalized, vector_param
+from natsjax.model.layers import MLP, RMSNorm, dropout, gathered, matrix_param, vector_param
 from natsjax.model.sharding import Axes, compute_sharding, gathers
 
 _DROPOUT = 0x64726F70
@@ -62,7 +62,7 @@ class Block(nnx.Module):
           x: input of the layer.
           positions: of the tokens.
           attend: reads the keys.
-          before: with ``model.key_shift`` what ``Transformer.before`` gives.
+          before: with ``model.key_shift``, of the token before the first one.
           is_rotary: whether the layer has the rotary embedding.
           dropout_key: PRNG key of ``model.dropout``; None: without it.
         """
@@ -139,8 +139,7 @@ class Transformer(nnx.Module):
         structure, layers = nnx.split(self.blocks)
         noise_keys = None if sampling.noise_key is None else jax.random.split(sampling.noise_key, model.num_layers)
         pattern = model.layer_period
-        previous = batch.previous if model.reads_previous else None
-        embedded, before, dropout_keys = self.embed(batch.inputs, previous), self.before(previous), None
+        embedded, dropout_keys = self.embed(batch.inputs, batch.previous if model.token_shift else None), None
         if is_training and model.dropout and sampling.noise_key is not None:
             key = jax.random.fold_in(sampling.noise_key, _DROPOUT)
             dropout_keys = jax.random.split(key, model.num_layers)
@@ -152,7 +151,7 @@ class Transformer(nnx.Module):
                 own = sampling._replace(noise_key=noise_key, role_ids=role_ids)
                 attend = MaskedAttention(batch, own, kind)
                 block = nnx.merge(structure, state)
-                return block(x, batch.positions, attend, before=before, is_rotary=is_rotary, dropout_key=dropout_key)
+                return block(x, batch.positions, attend, is_rotary=is_rotary, dropout_key=dropout_key)
 
             return _remat(run, model.remat)
 
@@ -189,31 +188,7 @@ class Transformer(nnx.Module):
             before = weight.at[jnp.maximum(previous, 0)].get(out_sharding=sharding)
             shift = gathered(self.shift, model.dtype)
             x += jnp.where((previous >= 0)[..., None], shift * before, 0)
-        return x * self._scale
-
-    def before(self, previous: jax.Array | None) -> jax.Array | None:
-        """Looks up what ``model.key_shift`` mixes into keys; None without it.
-
-        Args:
-          previous: int32 ``[b, t]``, the token before each, -1 where there is none.
-
-        Returns:
-          ``[b, t, d]``, normalized embeddings; 0 where there is no token.
-        """
-        model = self.config.model
-        if not model.key_shift:
-            return None
-        assert previous is not None
-        weight = gathered(self.embedding, model.dtype)
-        embedded = weight.at[jnp.maximum(previous, 0)].get(out_sharding=compute_sharding("batch", "sequence", None))
-        normalized = rms_normalized(embedded * self._scale, model.norm_eps).astype(model.dtype)
-        return jnp.where((previous >= 0)[..., None], normalized, 0)
-
-    @property
-    def _scale(self) -> jax.Array:
-        """The factor of embeddings, a scalar."""
-        model = self.config.model
-        return jnp.asarray(model.embedding_scale or math.sqrt(model.embed_dim), model.dtype)
+        return x * jnp.asarray(model.embedding_scale or math.sqrt(model.embed_dim), model.dtype)
 
     def output_weight(self) -> jax.Array:
         """Returns the weight of the output layer, ``[v, d]``."""

@@ -231,6 +231,7 @@ def abstract_buffer(config: Config, mesh: Mesh, batch: int, slots: int, block: i
             format=storage_format(),
             block=block,
             adds_up=model.has_masks,
+            shifts_keys=model.key_shift,
         )
         shapes = jax.eval_shape(empty)
     return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype, *AXES[x.ndim]), shapes)

@@ -45,8 +45,7 @@ def step_flops(
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.context_length
     by_query_head = 3 if model.attention_gate else 2
-    by_kv_head = 3 if model.key_shift else 2
-    qkvo = model.embed_dim * model.head_dim * (by_query_head * model.num_heads + by_kv_head * model.num_kv_heads)
+    qkvo = model.embed_dim * model.head_dim * (by_query_head * model.num_heads + 2 * model.num_kv_heads)
     learned = sum(model.is_role_layer()) / model.num_layers
     roles = 0 if model.role_layer_type == "head_roles" else config.nats.num_roles
     scorer = roles * model.embed_dim * model.num_kv_heads * learned
