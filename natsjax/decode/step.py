@@ -156,7 +156,7 @@ class BufferAttention(NamedTuple):
 
     @property
     def before(self) -> jax.Array | None:
-        """``Attention.projected_key`` of the token before the chunk, ``[b, k, h]``, with ``model.key_shift``; or None."""
+        """``projected_key`` of the token before the chunk, ``[b, k, h]``, with ``model.key_shift``; or None."""
         keys = self.group.key_before
         return None if keys is None else jax.lax.dynamic_index_in_dim(keys, self.layer, 0, keepdims=False)
 
