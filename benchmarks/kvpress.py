@@ -86,9 +86,14 @@ class TOVAOnce(TOVA):
 
 @policy
 class KeyNormOnce(KeyNorm):
-    """The shortest keys, of the prompt alone."""
+    """The shortest keys, of the prompt alone; norms that differ by rounding alone are equal."""
 
     every_token: ClassVar[bool] = False
+    step: float = 0.0
+
+    def weights(self, keys: jax.Array, is_live: jax.Array) -> jax.Array:
+        """Returns the norms, negative, in steps."""
+        return jnp.round(super().weights(keys, is_live) / self.step)
 
 
 @policy
@@ -98,13 +103,14 @@ class KeyDiffOnce(KeyDiff):
     every_token: ClassVar[bool] = False
 
 
-def policies(keys: int, length: int, num_sinks: int) -> dict[str, tuple[Any, Any]]:
+def policies(keys: int, length: int, num_sinks: int, norm_step: float) -> dict[str, tuple[Any, Any]]:
     """Returns our policies by name: as a press, and as evaluation has them where that is something else.
 
     Args:
       keys: of a head.
       length: tokens of a prompt.
       num_sinks: of StreamingLLM.
+      norm_step: norms of keys that round to the same multiple of it are equal.
     """
     window = observed(keys)
     return {
@@ -113,7 +119,7 @@ def policies(keys: int, length: int, num_sinks: int) -> dict[str, tuple[Any, Any
         "ada_snapkv": (AdaSnapKV(keys, window, SAFEGUARD), None),
         "h2o": (H2OOnce(keys, keys // 2), H2O(keys, keys // 2)),
         "tova": (TOVAOnce(keys), TOVA(keys)),
-        "knorm": (KeyNormOnce(keys), KeyNorm(keys)),
+        "knorm": (KeyNormOnce(keys, norm_step), KeyNorm(keys)),
         "keydiff": (KeyDiffOnce(keys), KeyDiff(keys)),
     }
 
@@ -156,7 +162,7 @@ def compare(run: LoadedRun, folder: pathlib.Path, arguments: argparse.Namespace)
       ``contexts`` and ``rows``, each with ``policy``, ``keys``, perplexities by column, and in ``difference`` the
       largest of a token, nats, of ours to the press with the same definition; None where there is nothing to compare.
     """
-    from benchmarks.kvpress_presses import NUM_SINKS, PRESSES, Numbers, Theirs
+    from benchmarks.kvpress_presses import NORM_STEP, NUM_SINKS, PRESSES, Numbers, Theirs
 
     found = texts(run, arguments.prompt, arguments.continued, arguments.contexts)
     prompts, continuations = np.split(found, [arguments.prompt], axis=1)
@@ -167,8 +173,9 @@ def compare(run: LoadedRun, folder: pathlib.Path, arguments: argparse.Namespace)
     for keys in arguments.keys:
         ratio = 1 - (keys + 0.5) / arguments.prompt  # kvpress rounds the number of keys down
         numbers = Numbers(ratio, keys, keys // 2, observed(keys), SAFEGUARD)
-        made = policies(keys, arguments.prompt, NUM_SINKS)
-        for name, (as_it_comes, aligned) in PRESSES.items():
+        made = policies(keys, arguments.prompt, NUM_SINKS, NORM_STEP)
+        for name in arguments.policies or PRESSES:
+            as_it_comes, aligned = PRESSES[name]
             once, always = made.get(name, (None, None))
             columns = (
                 theirs.nll(as_it_comes, numbers),
@@ -216,6 +223,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, help="a dense run, or an export")
     parser.add_argument("--prepared_dir", default=None, help="where its prepared corpus is now")
     parser.add_argument("--keys", type=numbers, default=[32, 64, 128], help="that a head keeps of a prompt")
+    names = ("streaming_llm", "snapkv", "ada_snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention")
+    parser.add_argument("--policies", nargs="+", choices=names, default=[], metavar="NAME", help="by default, all")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--continued", type=int, default=128, help="tokens behind it, that are predicted")
     parser.add_argument("--contexts", type=int, default=32, help="held-out documents, at most")

@@ -27,6 +27,9 @@ logging.disable_progress_bar()
 NUM_SINKS = 4
 """Of StreamingLLM and ExpectedAttention, in kvpress by default."""
 
+NORM_STEP = 1e-3
+"""Norms of keys that round to the same multiple of it are equal, where ours are compared with those of kvpress."""
+
 _POOL = 7  # keys; of SnapKV's LongBench runs
 
 
@@ -122,6 +125,18 @@ class OwnKeyToo(kvpress.TOVAPress):
         return _newest_first(score).expand(-1, keys.shape[1], -1)
 
 
+class TiesByAge(kvpress.KnormPress):
+    """Key norm where norms that differ by rounding alone are equal, and the newest of equal ones stay.
+
+    In the first layer a key's norm follows from its token, so that the same token has it wherever it stands.
+    """
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        """See ``kvpress.ScorerPress``."""
+        score = super().score(module, hidden_states, keys, values, attentions, kwargs)
+        return _newest_first(torch.round(score / NORM_STEP))
+
+
 def _summed_up(numbers: Numbers) -> kvpress.ObservedAttentionPress:
     press = SummedUp(numbers.ratio)
     press.recent = numbers.recent
@@ -156,7 +171,7 @@ PRESSES: dict[str, tuple[Press, Press | None]] = {
     ),
     "h2o": (Press(lambda n: kvpress.ObservedAttentionPress(n.ratio), "eager"), Press(_summed_up, "eager")),
     "tova": (Press(lambda n: kvpress.TOVAPress(n.ratio)), Press(lambda n: OwnKeyToo(n.ratio), "eager")),
-    "knorm": (Press(lambda n: kvpress.KnormPress(n.ratio)), None),
+    "knorm": (Press(lambda n: kvpress.KnormPress(n.ratio)), Press(lambda n: TiesByAge(n.ratio))),
     "keydiff": (Press(lambda n: kvpress.KeyDiffPress(n.ratio)), None),
     "expected_attention": (Press(lambda n: kvpress.ExpectedAttentionPress(n.ratio, n_sink=NUM_SINKS)), None),
 }

@@ -41,7 +41,7 @@ def test_the_continuation_reads_what_is_kept_of_the_prompt_and_itself(run):
             is_read[LENGTH:, k, sorted(set(range(LENGTH)) - set(kept))] = False
         x = model.finish(layer, x, np.einsum("tkgs,skh->tkgh", model.weights(query, key, is_read), value))
     expected = -model.logprobs(x)[np.arange(LENGTH - 1, len(x)), tokens[LENGTH:]]
-    once, _ = benchmark.policies(keys, LENGTH, 4)["keydiff"]
+    once, _ = benchmark.policies(keys, LENGTH, 4, 1e-3)["keydiff"]
     np.testing.assert_allclose(benchmark.nll_of_ours(run, once, *rows)[0], expected, atol=2e-5)
 
 
