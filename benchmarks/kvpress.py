@@ -1,7 +1,7 @@
 """Our policies beside those of NVIDIA's kvpress: the same model, contexts and numbers of keys.
 
     pip install -e '.[torch,hf,kvpress]'
-    python -m benchmarks.kvpress --workdir=runs/dense --output=docs     the table of docs/evaluate.md, docs/kvpress.json
+    python -m benchmarks.kvpress --workdir=runs/dense --output=runs/dense       the table, and kvpress.json
 
 A dense run is exported with ``--format=hf`` and loaded in `transformers`. Every context is a prompt and its
 continuation. The prompt is read with full attention and cut down to ``--keys`` keys of a head by a press of kvpress,

@@ -34,7 +34,7 @@ def test_the_continuation_reads_what_is_kept_of_the_prompt_and_itself(run):
     keys = 9
     x = model.embed(tokens[:-1])
     for layer in model.layers:
-        query, key, value = model.project(layer, x)
+        query, key, value = model.project(layer, x, model.before(tokens[:-1]))
         is_read = np.repeat(np.tri(len(x), dtype=bool)[:, None], 2, axis=1)
         for k in range(2):
             kept = best(keydiff_score(key[:LENGTH, k], range(LENGTH)), range(LENGTH), keys)
