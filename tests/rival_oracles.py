@@ -1,6 +1,6 @@
 """Policies that evict, in plain numpy, float64, one sequence at a time.
 
-H2O and SnapKV are as their papers and official code have them; and there are learned roles under a hard limit.
+Rivals are as their papers and official code have them; and there are learned roles under a hard limit.
 Written from their descriptions, with loops where the code under test has arrays. ``NumpyModel`` is a dense transformer.
 """
 
@@ -95,8 +95,78 @@ def snapkv_choice(votes, num_keys, observed, pool=7):
     return sorted(best) + list(range(length - observed, length))
 
 
+def best(score, positions, num_keys):
+    """Positions with the highest score, of equal ones the newest."""
+    order = sorted(positions, key=lambda s: (score[s], s))
+    return sorted(order[max(0, len(order) - num_keys) :])
+
+
+def keydiff_score(key, positions):
+    """How unlike the mean of the normalized keys at these positions each key is: ``[s]`` of ``key [s, h]``."""
+    unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    anchor = np.mean([unit[s] for s in positions], axis=0)
+    return -(key @ anchor) / (np.linalg.norm(key, axis=-1) * np.linalg.norm(anchor))
+
+
+def ada_budgets(votes, base, safeguard):
+    """Keys of each head, ``base`` on average, from its votes ``[s]``: algorithm 1 of Ada-KV, and the safeguard."""
+    ranked = sorted(((v, s, -k) for k, row in enumerate(votes) for s, v in enumerate(row)), reverse=True)
+    chosen = [sum(-k == head for _, _, k in ranked[: base * len(votes)]) for head in range(len(votes))]
+    exact = [round((1 - safeguard) * n + safeguard * base, 9) for n in chosen]
+    budgets = [int(x) for x in exact]
+    for head in sorted(range(len(votes)), key=lambda k: budgets[k] - exact[k])[: base * len(votes) - sum(budgets)]:
+        budgets[head] += 1
+    return budgets
+
+
+def ada_snapkv_choice(votes, num_keys, observed, safeguard, pool=7):
+    """As ``snapkv_choice``, for all heads of a layer: ``votes [k, s]``."""
+    length = votes.shape[1]
+    if length <= num_keys:
+        return [list(range(length))] * len(votes)
+    rest = votes[:, : length - observed]
+    pooled = [[max(row[max(0, s - pool // 2) : s + pool // 2 + 1]) for s in range(len(row))] for row in rest]
+    budgets = ada_budgets(pooled, num_keys - observed, safeguard)
+    window = list(range(length - observed, length))
+    return [best(row, range(len(row)), budget) + window for row, budget in zip(pooled, budgets, strict=True)]
+
+
 def h2o(model, tokens, num_keys, num_recent, prompt=0):
+    """As ``by_token``."""
+    return by_token(
+        model, tokens, lambda k, held, total, last, key: h2o_choice(total[k], held, num_keys, num_recent), prompt
+    )
+
+
+def tova(model, tokens, num_keys, prompt=0):
+    """As ``by_token``; all heads of a layer choose together."""
+    return by_token(model, tokens, lambda k, held, total, last, key: best(last.mean(0), held, num_keys), prompt)
+
+
+def key_norm(model, tokens, num_keys, prompt=0):
+    """As ``by_token``."""
+    norm = np.linalg.norm
+    return by_token(
+        model, tokens, lambda k, held, total, last, key: best(-norm(key[:, k], axis=-1), held, num_keys), prompt
+    )
+
+
+def key_diff(model, tokens, num_keys, prompt=0):
+    """As ``by_token``."""
+    return by_token(
+        model, tokens, lambda k, held, total, last, key: best(keydiff_score(key[:, k], held), held, num_keys), prompt
+    )
+
+
+def by_token(model, tokens, choose, prompt=0):
     """Reads a prompt whole, evicts, and goes on token by token.
+
+    Args:
+      model: a ``NumpyModel``.
+      tokens: of the sequence.
+      choose: ``choose(k, held, total, last, key)``, the positions that head k keeps of those that it holds, from what
+        keys received of all queries and of the last one, ``[k, s]`` each, and the keys ``[s, k, h]``.
+      prompt: tokens that are read before the first key goes.
 
     Returns:
       Log-probabilities ``[t, v]``, and what every layer and head holds in the end.
@@ -109,22 +179,26 @@ def h2o(model, tokens, num_keys, num_recent, prompt=0):
         score = np.zeros((len(heads), length))
         held = [[] for _ in heads]
         for t in range(length):
+            last = np.zeros_like(score)
             for k in heads:
                 held[k].append(t)
                 is_read = np.zeros((1, length), bool)
                 is_read[0, held[k]] = True
                 weights = model.weights(query[t : t + 1, k : k + 1], key[:, k : k + 1], is_read)[0, 0]  # [g, s]
                 out[t, k] = weights @ value[:, k]
-                score[k] += weights.sum(0)
-                if t + 1 >= prompt:
-                    held[k] = h2o_choice(score[k], held[k], num_keys, num_recent)
+                last[k] = weights.sum(0)
+            score += last
+            if t + 1 >= prompt:
+                held = [choose(k, held[k], score, last, key[: t + 1]) for k in heads]
         x = model.finish(layer, x, out)
         kept.append(held)
     return model.logprobs(x), kept
 
 
-def snapkv(model, tokens, prompt, num_keys, observed):
+def snapkv(model, tokens, prompt, num_keys, observed, safeguard=None):
     """Reads a prompt with full attention, cuts it down once, and reads the tokens behind it.
+
+    With a safeguard the heads share what they keep (Ada-SnapKV).
 
     Returns:
       Log-probabilities of the tokens behind the prompt ``[t, v]``, and what every layer and head keeps of the prompt.
@@ -136,7 +210,12 @@ def snapkv(model, tokens, prompt, num_keys, observed):
         query, key, value = model.project(layer, before)
         weights = model.weights(query, key, np.tri(prompt, dtype=bool)) if prompt else np.zeros((0, 1, 1, 0))
         votes = weights[-observed:].sum((0, 2))  # [k, s]
-        choice = [snapkv_choice(votes[k], num_keys, observed) if prompt else [] for k in range(key.shape[1])]
+        if not prompt:
+            choice = [[]] * key.shape[1]
+        elif safeguard is None:
+            choice = [snapkv_choice(row, num_keys, observed) for row in votes]
+        else:
+            choice = ada_snapkv_choice(votes, num_keys, observed, safeguard)
         last = model.raw_keys(layer, before)[-1] if prompt else None
         new_query, new_key, new_value = model.project(layer, after, prompt, last)
         is_read = np.zeros((count, key.shape[1], prompt + count), bool)

@@ -12,7 +12,7 @@ import dataclasses, json, sys
 import jax, numpy as np
 import decoding
 from natsjax.decode.generation import generate
-from natsjax.policies import H2O
+from natsjax.policies import H2O, TOVA, AdaSnapKV, KeyDiff
 from natsjax.decode.sampling import Sampling
 from natsjax.decode.scoring import score
 
@@ -21,7 +21,7 @@ config = decoding.config()
 parameters = jax.device_get(decoding.parameters_of(config))
 rows = decoding.prompts([3, 17, 1, 9, 12, 8, 2])
 sampling = Sampling(temperature=1.2, top_p=0.9, seed=5)
-policies = {"nats": None, "h2o": H2O(6, 3)}
+policies = {"nats": None, "h2o": H2O(6, 3), "tova": TOVA(6), "ada": AdaSnapKV(6, 3, 0.0), "keydiff": KeyDiff(6)}
 for mesh in [None, *meshes]:
     result = {}
     for name, policy in policies.items():
@@ -57,14 +57,15 @@ def test_greedy_tokens_do_not_depend_on_the_mesh(found):
     """Up to the first step whose two best logits are closer than 1e-4, which these prompts do not come to."""
     one, *others = found
     for other in others:
-        for name in ("nats", "h2o", "drawn"):
+        for name in ("nats", "h2o", "tova", "ada", "keydiff", "drawn"):
             assert other[name]["tokens"] == one[name]["tokens"], name
             for a, b in zip(other[name]["logprobs"], one[name]["logprobs"], strict=True):
                 assert np.allclose(a, b, atol=1e-4)
         assert all(other[name]["devices"] == 8 for name in ("nats", "h2o"))
         for scored, drawn in zip(other["scored"], one["drawn"]["logprobs"], strict=True):
             assert np.allclose(scored, drawn, atol=1e-4)
-        assert other["h2o"]["evicted"] == one["h2o"]["evicted"] > 0
+        for name in ("h2o", "tova", "ada", "keydiff"):
+            assert other[name]["evicted"] == one[name]["evicted"] > 0
         assert abs(other["nats"]["live"] - one["nats"]["live"]) < 1e-5
 
 

@@ -80,11 +80,13 @@ def test_an_evaluation_through_the_buffer(tmp_path):
     masked = evaluate.run(tmp_path, loaded=loaded, budgets=[0.6, 0.8], progress=False)
     decoded = evaluate.run(tmp_path, loaded=loaded, budgets=[0.6, 0.8], progress=False, mode="decode", chunk=4)
     rows = {(row["method"], str(row["setting"])): row for row in decoded.rows}
-    assert {"random", "h2o", "snapkv"} <= {row["method"] for row in decoded.rows}
+    fixed = {"h2o", "snapkv", "tova", "knorm", "keydiff"}  # of every head
+    assert {"random", "ada_snapkv", *fixed} <= {row["method"] for row in decoded.rows}
     for row in decoded.rows:  # no rival holds more than it says
         numbers = row["setting"]
-        if row["method"] in ("h2o", "snapkv"):
+        if row["method"] in fixed:
             assert row["kv_live_max"] <= numbers["keys"] + numbers.get("continued", 1)
+        if row["method"] in fixed | {"ada_snapkv"}:
             assert row["kv_fraction"] == pytest.approx(row["budget"], abs=0.1)
     for row in masked.rows:
         other = rows[row["method"], str(row["setting"])]

@@ -27,9 +27,10 @@ from natsjax.generate.flags import (
     parse_policy,
     policy_forms,
 )
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
 from natsjax.policies.eviction import EVICTIONS
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.key_score import KeyDiff, KeyNorm
 from natsjax.policies.nats import Nats
 from natsjax.policies.selective import LeastMasked
 
@@ -194,6 +195,11 @@ POLICIES = {
     "h2o:8,2": H2O(8, 2),
     "snapkv:40": SnapKV(40),
     "snapkv:8,4": SnapKV(8, 4),
+    "ada_snapkv:40": AdaSnapKV(40, 32, 0.2),
+    "ada_snapkv:8,4,0.5": AdaSnapKV(8, 4, 0.5),
+    "tova:9": TOVA(9),
+    "knorm:9": KeyNorm(9),
+    "keydiff:9": KeyDiff(9),
     "random:0.25": RandomKeys(0.25),
     "random:1,3": RandomKeys(1.0, 3),
     "selective:9": LeastMasked(9),

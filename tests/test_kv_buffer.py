@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from natsjax.decode import allocation
 from natsjax.decode import buffer as kv_buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, SnapKV
 from natsjax.policies.eviction import Oldest, SoonestEnd
 from pallas_kernels.decode_attention import Storage
 from pallas_kernels.decode_attention.storage import FORMATS
@@ -158,6 +158,7 @@ def slots_for(positions, ends, attention_sum=None):
         (Oldest(), [1, 2, 3]),
         (H2O(3, 1), [2, 0, 3]),
         (SnapKV(3, 1), [0, 1, 2]),
+        (TOVA(3), [4, 2, 0]),
     ],
     ids=lambda x: type(x).__name__,
 )

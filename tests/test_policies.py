@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from natsjax.config import Config, NatsConfig, TrainConfig
 from natsjax.model.inputs import Batch
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.key_score import KeyDiff, KeyNorm
 from natsjax.policies.nats import Nats, SampledNats
 
 LENGTH = 12
@@ -150,7 +151,10 @@ def test_numbers_beyond_every_sequence_keep_everything(make, number):
 
 
 @pytest.mark.parametrize("number", HUGE)
-@pytest.mark.parametrize("make", [lambda n: H2O(n, n // 2), lambda n: H2O(n, n), lambda n: SnapKV(n + 1, n)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda n: H2O(n, n // 2), lambda n: H2O(n, n), lambda n: SnapKV(n + 1, n), lambda n: AdaSnapKV(n + 1, n)],
+)
 def test_observing_policies_with_huge_numbers_order_what_there_is(make, number):
     policy = make(number)
     arrays = jnp.arange(5, dtype=jnp.int32)[None, None], jnp.full((1, 1, 5), 2**31 - 1), jnp.ones((1, 1, 5))
@@ -178,6 +182,12 @@ NAN, INF = float("nan"), float("inf")
         (lambda: H2O(4, 5), "num_recent=5: it must be between 0 and num_keys=4"),
         (lambda: SnapKV(NAN, 2), "num_keys=nan: a whole number"),
         (lambda: SnapKV(8, 8), "num_keys=8: it must be 9 or more"),
+        (lambda: AdaSnapKV(8, 8), "num_keys=8: it must be 9 or more"),
+        (lambda: AdaSnapKV(8, 4, 1.5), "safeguard=1.5: it must be between 0 and 1"),
+        (lambda: AdaSnapKV(8, 4, NAN), "safeguard=nan: it must be between 0 and 1"),
+        (lambda: TOVA(0), "num_keys=0: it must be 1 or more"),
+        (lambda: KeyNorm(NAN), "num_keys=nan: a whole number"),
+        (lambda: KeyDiff(0), "num_keys=0: it must be 1 or more"),
         (lambda: RandomKeys(NAN), "fraction=nan: it must be between 0 and 1"),
         (lambda: RandomKeys(INF), "fraction=inf"),
         (lambda: RandomKeys(0.5, NAN), "window=nan"),

@@ -134,7 +134,8 @@ def test_a_toy_policy_generates_and_is_explained(toy, run, capsys):
 def test_the_help_of_evaluation_names_what_is_only_decoded(capsys):
     with pytest.raises(SystemExit):
         evaluate_command.main(["--help"])
-    assert "which measures random keys, H2O, SnapKV too" in " ".join(capsys.readouterr().out.split())
+    rivals = "random keys, H2O, SnapKV, Ada-SnapKV, TOVA, key norm, KeyDiff"
+    assert f"which measures {rivals} too" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("entry", POLICIES.values(), ids=POLICIES)

@@ -1,7 +1,8 @@
 """Rivals against their own definition: tables of scores and choices, and whole models in plain numpy.
 
 The tables' choices were made by the official code (github.com/FasterDecoding/SnapKV, ``update_kv`` with ``maxpool`` and
-a kernel of 7; github.com/FMInference/H2O, ``H2OKVCache_LayerWise``), fed with these scores.
+a kernel of 7; github.com/FMInference/H2O, ``H2OKVCache_LayerWise``), fed with these scores. Those of TOVA, key norm,
+KeyDiff and Ada-KV were made by hand, from the definitions in their papers.
 """
 
 import dataclasses
@@ -12,16 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rival_oracles import NumpyModel, h2o, snapkv
+from rival_oracles import NumpyModel, ada_budgets, h2o, key_diff, key_norm, keydiff_score, snapkv, tova
 
 from natsjax.decode import allocation, buffer
 from natsjax.decode.buffer import UNTIL_GLOBAL, NewKeys
 from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
 from natsjax.policies.budgets import fraction_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, StreamingLLM
+from natsjax.policies.key_score import KeyDiff, KeyNorm
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"layer_types": "dense"})
@@ -29,10 +31,10 @@ PARAMETERS = decoding.parameters_of(CONFIG)
 MODEL = NumpyModel(CONFIG, PARAMETERS)
 
 
-def keys_of(heads, positions, attention_sum, seen=None):
-    """Keys of one layer and row on their way into the buffer; ``attention_sum`` is ``[k, t]``."""
+def keys_of(heads, positions, attention_sum, seen=None, *, keys=None, forgets=None):
+    """Keys of one layer and row on their way into the buffer: ``attention_sum [k, t]``, ``keys [k, t, 4]``."""
     shape = (1, 1, heads, len(positions))
-    wide = jnp.zeros((*shape, 4))
+    wide = jnp.zeros((*shape, 4)) if keys is None else jnp.asarray(keys, jnp.float32)[None, None]
     attention_sum = jnp.asarray(attention_sum, jnp.float32).reshape(shape)
     return NewKeys(
         wide,
@@ -42,6 +44,7 @@ def keys_of(heads, positions, attention_sum, seen=None):
         jnp.full(shape[:3], UNTIL_GLOBAL),
         attention_sum,
         None if seen is None else jnp.asarray(seen, jnp.float32)[None, None],
+        None if forgets is None else jnp.full(shape[:3], forgets),
     )
 
 
@@ -151,17 +154,113 @@ def test_h2o_lets_the_oldest_of_those_alike_go():
     assert kept_of_prompt(H2O(4, 2), [[0.5] * 6, [0.5, 0.5, 0.4, 0.4, 0.1, 0.1]]) == [[2, 3, 4, 5], [0, 1, 4, 5]]
 
 
-@pytest.mark.parametrize(("policy", "chunk"), [(H2O(6, 3), 3), (H2O(6, 3), 32), (SnapKV(9, 4), 3)], ids=str)
+def test_tova_looks_at_the_last_query_alone():
+    """Over all heads; its own key is one of those that may go, and what earlier queries looked at is forgotten."""
+    policy, limit = TOVA(4), jnp.int32(4)
+    last = [[0.10, 0.30, 0.05, 0.20, 0.15, 0.20], [0.30, 0.02, 0.28, 0.10, 0.20, 0.10]]
+    joined = np.broadcast_to(np.sum(last, axis=0), (2, 6))  # 0.40 0.32 0.33 0.30 0.35 0.30
+    write = jax.jit(buffer.write_chunk)
+    group, _ = write(buffer_of(2, 6), keys_of(2, range(6), joined), jnp.array([6]), policy, limit)
+    assert held(group, 6) == [[0, 1, 2, 4]] * 2
+    steps = [
+        ([0.05, 0.60, 0.50, 0.45, 0.40], [1, 2, 4, 6]),  # the first of all, though it had the most before
+        ([0.50, 0.60, 0.55, 0.20, 0.15], [1, 2, 4, 6]),  # its own key
+        ([0.50, 0.10, 0.55, 0.40, 0.45], [1, 4, 6, 8]),
+    ]
+    for token, (weights, kept) in enumerate(steps, 6):
+        seen = np.pad(weights[:4], (0, 2))
+        new = keys_of(2, [token], [[weights[4]]] * 2, [seen] * 2, forgets=True)
+        group, _ = write(group, new, jnp.array([token + 1]), policy, limit)
+        assert held(group, token + 1) == [kept] * 2
+
+
+def along(degrees, length=1.0):
+    """Keys of these directions in a plane, ``[t, 4]``."""
+    angle = np.radians(degrees)
+    flat = np.multiply(length, [np.cos(angle), np.sin(angle)]).T
+    return np.pad(flat, ((0, 0), (0, 2)))
+
+
+def test_key_norm_keeps_the_short_keys():
+    """Each head its own; of equal ones the oldest goes, and a long new key goes at once."""
+    keys = [along([0] * 5, [3, 1, 2, 5, 4]), along([0, 90, 180, 270, 30], [2, 2, 1, 3, 2])]
+    policy, limit = KeyNorm(3), jnp.int32(3)
+    write = jax.jit(buffer.write_chunk)
+    group, _ = write(buffer_of(2, 6), keys_of(2, range(5), np.zeros((2, 5)), keys=keys), jnp.array([5]), policy, limit)
+    assert held(group, 5) == [[0, 1, 2], [1, 2, 4]]
+    new = keys_of(2, [5], np.zeros((2, 1)), keys=[along([7], 2.5), along([7], 2.1)])
+    group, _ = write(group, new, jnp.array([6]), policy, limit)
+    assert held(group, 6) == [[1, 2, 5], [1, 2, 4]]
+
+
+def test_key_diff_keeps_what_is_least_like_the_mean_direction():
+    """Lengths count for nothing; after a key has gone the mean is another."""
+    keys = [along([0, 10, 20, 90], [9, 1, 1, 1]), along([0, 180, 5, -5])]
+    # Mean directions: 27.4 degrees (of the sum 2.925, 1.516), and 0.
+    policy = KeyDiff(2)
+    assert np.argsort(keydiff_score(keys[0], range(4))).tolist() == [2, 1, 0, 3]
+    write = jax.jit(buffer.write_chunk)
+    new = keys_of(2, range(4), np.zeros((2, 4)), keys=keys)
+    group, _ = write(buffer_of(2, 6), new, jnp.array([4]), policy, jnp.int32(2))
+    assert held(group, 4) == [[0, 3], [1, 3]]
+    # 0, 90 and 100 have theirs at 67.4, and 0 is the farthest now; 180, -5 and 150 at 154.6, near the new key.
+    new = keys_of(2, [4], np.zeros((2, 1)), keys=[along([100]), along([150])])
+    group, _ = write(group, new, jnp.array([5]), policy, jnp.int32(2))
+    assert held(group, 5) == [[0, 4], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("votes", "base", "safeguard", "budgets"),
+    [
+        # Of the eight with the most votes: six and two.
+        ([[9, 8, 7, 6, 5, 4, 0, 0], [4.5, 3.5, 1, 1, 1, 1, 1, 1]], 4, 0.0, [6, 2]),
+        ([[9, 8, 7, 6, 5, 4, 0, 0], [4.5, 3.5, 1, 1, 1, 1, 1, 1]], 4, 0.2, [6, 2]),  # 5.6 and 2.4
+        ([[9, 8, 7, 6, 5, 4, 0, 0], [4.5, 3.5, 1, 1, 1, 1, 1, 1]], 4, 0.5, [5, 3]),
+        ([[9, 8, 7, 6, 5, 4, 0, 0], [4.5, 3.5, 1, 1, 1, 1, 1, 1]], 4, 1.0, [4, 4]),
+        # Nine, none and three: 8.0, 0.8 and 3.2.
+        ([[9] * 9 + [0], [0.1] * 10, [5, 5, 5, *[0.2] * 7]], 4, 0.2, [8, 1, 3]),
+        # Ten, one and one: 8.8, 1.6 and 1.6; the official code rounds to 13 keys, here there are 12.
+        ([[9] * 10, [5, *[0.1] * 9], [5, *[0.1] * 9]], 4, 0.2, [9, 2, 1]),
+        # All alike: the newest of every head, and the first head's before.
+        ([[1] * 5, [1] * 5], 3, 0.0, [3, 3]),
+    ],
+)
+def test_ada_kv_gives_more_to_heads_with_more_votes(votes, base, safeguard, budgets):
+    assert ada_budgets(votes, base, safeguard) == budgets
+    observed, heads, length = 2, len(votes), len(votes[0])
+    policy = AdaSnapKV(base + observed, observed, safeguard)
+    is_live = jnp.ones((1, heads, length + observed + 1), bool).at[..., -1].set(False)  # and a free slot
+    first = jnp.pad(jnp.asarray(votes, jnp.float32), ((0, 0), (0, observed + 1)), constant_values=jnp.inf)[None]
+    age = jnp.broadcast_to(jnp.arange(first.shape[-1]), first.shape)
+    found = policy.head_budgets((first, age), is_live, jnp.int32(0))
+    assert (np.asarray(found)[0] - observed).tolist() == budgets
+    assert max(budgets) + observed <= policy.most_of_a_head(heads)
+
+
+@pytest.mark.parametrize(
+    ("policy", "chunk"),
+    [
+        (H2O(6, 3), 3),
+        (H2O(6, 3), 32),
+        (SnapKV(9, 4), 3),
+        (AdaSnapKV(9, 4), 3),
+        (AdaSnapKV(9, 4, 0.0), 32),
+        (TOVA(6), 3),
+        (KeyNorm(6), 32),
+        (KeyDiff(6), 3),
+    ],
+    ids=str,
+)
 def test_a_prompt_is_seen_whole_before_a_key_goes(policy, chunk):
     """Head by head, with grouped queries, in rows of other lengths, whatever the chunk."""
     rows = decoding.prompts([21, 5, 14])
     settings = dataclasses.replace(decoding.SMALL, chunk=chunk)
     cache, _ = prefill(decoding.decoder(CONFIG, PARAMETERS, policy, settings), rows)
     for number, row in enumerate(rows):
-        if policy.method == "h2o":
-            _, kept = h2o(MODEL, row, policy.num_keys, policy.num_recent, prompt=len(row))
+        if policy.every_token:
+            _, kept = ORACLES[policy.method](MODEL, row, *policy.setting.values(), prompt=len(row))
         else:
-            _, kept = snapkv(MODEL, row, len(row), policy.num_keys, policy.observation_window)
+            _, kept = snapkv(MODEL, row, len(row), *policy.setting.values())
         position, end = (
             np.concatenate([np.asarray(x)[:, number] for x in arrays])
             for arrays in zip(*((group.key_position, group.key_end) for group in cache.buffer), strict=True)
@@ -189,6 +288,7 @@ def by_document(contexts, logprobs):
 
 
 CONTEXTS = decoding.packed_contexts(30)
+ORACLES = {"h2o": h2o, "tova": tova, "knorm": key_norm, "keydiff": key_diff}
 
 
 def policy_is_full(run, policy):
@@ -197,32 +297,46 @@ def policy_is_full(run, policy):
     return abs(measure_decoding(run, CONTEXTS, policy, chunk=5).perplexity / full.perplexity - 1) < 1e-4
 
 
-def test_h2o_is_measured_token_by_token(run):
+@pytest.mark.parametrize(
+    ("full", "policy"),
+    [(H2O(500, 2), H2O(5, 2)), (TOVA(500), TOVA(5)), (KeyNorm(500), KeyNorm(5)), (KeyDiff(500), KeyDiff(5))],
+    ids=lambda policy: policy.method,
+)
+def test_they_are_measured_token_by_token(run, full, policy):
     """Packed documents of several lengths; nothing depends on how many tokens are read at once."""
-    assert policy_is_full(run, H2O(500, 2))
-    found = measure_decoding(run, CONTEXTS, H2O(5, 2), chunk=7)
-    expected = by_document(CONTEXTS, lambda tokens: h2o(MODEL, tokens, 5, 2)[0])
+    assert policy_is_full(run, full)
+    found = measure_decoding(run, CONTEXTS, policy, chunk=7)
+    oracle = functools.partial(ORACLES[policy.method], MODEL)
+    expected = by_document(CONTEXTS, lambda tokens: oracle(tokens, *policy.setting.values())[0])
     assert np.allclose(found.documents.nll, expected, rtol=1e-4)
     positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
     assert np.all(found.live_pairs == np.sum(np.minimum(5, positions) + 1))
     assert np.all(found.live_max == 6)
 
 
-def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run):
-    assert policy_is_full(run, SnapKV(500, 2))
+@pytest.mark.parametrize(
+    ("full", "policy"),
+    [(SnapKV(500, 2), SnapKV(6, 3)), (AdaSnapKV(500, 2), AdaSnapKV(6, 3))],
+    ids=lambda policy: policy.method,
+)
+def test_snapkv_is_measured_behind_prompts_that_it_has_seen_whole(run, full, policy):
+    assert policy_is_full(run, full)
 
     def logprobs(tokens, chunk):
-        parts = [snapkv(MODEL, tokens[: b + chunk], b, 6, 3)[0] for b in range(0, len(tokens), chunk)]
+        numbers = policy.setting.values()
+        parts = [snapkv(MODEL, tokens[: b + chunk], b, *numbers)[0] for b in range(0, len(tokens), chunk)]
         return np.concatenate(parts)
 
     positions = CONTEXTS["positions"][CONTEXTS["document_end"] > 0]
     for chunk in (1, 4):
-        found = measure_decoding(run, CONTEXTS, SnapKV(6, 3), chunk=chunk)
+        found = measure_decoding(run, CONTEXTS, policy, chunk=chunk)
         expected = by_document(CONTEXTS, functools.partial(logprobs, chunk=chunk))
         assert np.allclose(found.documents.nll, expected, rtol=1e-4)
         begin = positions // chunk * chunk
-        assert np.all(found.live_pairs == np.sum(np.minimum(6, begin) + positions - begin + 1))
-        assert np.all(found.allocated <= 6 + chunk + 15)
+        pairs = np.sum(np.minimum(6, begin) + positions - begin + 1)
+        assert np.all(found.live_pairs.sum(axis=1) == 2 * pairs)  # the heads of a layer together
+        assert policy.method == "ada_snapkv" or np.all(found.live_pairs == pairs)
+        assert np.all(found.allocated <= policy.most_of_a_head(2) + chunk + 15)
 
 
 def test_streaming_llm_holds_what_its_cache_holds():

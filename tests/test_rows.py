@@ -13,8 +13,9 @@ from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.rows import MAX_LIKELIEST, RowRequest, Rows
 from natsjax.decode.sampling import Sampling, sample
 from natsjax.errors import UserError
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
 from natsjax.policies.interval import FullAttention, StreamingLLM
+from natsjax.policies.key_score import KeyNorm
 from natsjax.policies.nats import Nats
 from natsjax.policies.selective import LeastMasked
 
@@ -103,10 +104,22 @@ def test_each_sequence_is_drawn_from_its_own_masked_forward(policy):
     assert rows.allocated == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["max_kv", "h2o", "snapkv", "least_masked"])
+EVICTING = {
+    "max_kv": Nats(0.0),
+    "h2o": H2O(8, 4),
+    "tova": TOVA(8),
+    "knorm": KeyNorm(8),
+    "snapkv": SnapKV(6, 4),
+    "ada_snapkv": AdaSnapKV(6, 4),
+    "least_masked": LeastMasked(8),
+}
+BY_TOKEN = {"h2o": rival_oracles.h2o, "tova": rival_oracles.tova, "knorm": rival_oracles.key_norm}
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_where_keys_are_evicted_each_sequence_is_drawn_from_its_own_oracle(name):
     """By a budget or by the attention that they receive, in plain numpy; by masks, where no prompt is cut down."""
-    policy = {"max_kv": Nats(0.0), "h2o": H2O(8, 4), "snapkv": SnapKV(6, 4), "least_masked": LeastMasked(8)}[name]
+    policy = EVICTING[name]
     settings = dataclasses.replace(ONE_SIZE, max_kv=7 if name == "max_kv" else None)
     config, parameters = CONFIG, PARAMETERS
     if policy.needs_selective:  # in two of three layers, the other one keeps all
@@ -123,12 +136,12 @@ def test_where_keys_are_evicted_each_sequence_is_drawn_from_its_own_oracle(name)
         if name == "max_kv":
             parts = [32, len(prompt) - 32, *[1] * 23]
             expected, lost = rival_oracles.limited(model, read, parts, 7)
-        elif name == "h2o":
-            expected, held = rival_oracles.h2o(model, read, 8, 4, len(prompt))
+        elif name in BY_TOKEN:
+            expected, held = BY_TOKEN[name](model, read, *policy.setting.values(), len(prompt))
             lost = sum(len(read) - len(head) for layer in held for head in layer)
-        elif name == "snapkv":
+        elif name.endswith("snapkv"):
             whole, _ = rival_oracles.h2o(model, prompt, len(prompt), 0)  # no key goes
-            behind, kept = rival_oracles.snapkv(model, read, len(prompt), 6, 4)
+            behind, kept = rival_oracles.snapkv(model, read, len(prompt), *policy.setting.values())
             expected = np.concatenate([whole, behind])
             lost = sum(len(prompt) - len(head) for layer in kept for head in layer)
         else:

@@ -8,8 +8,9 @@ from natsjax.decode.decoder import DecodeSettings
 from natsjax.decode.generation import generate
 from natsjax.decode.sampling import Sampling
 from natsjax.decode.scoring import score
-from natsjax.policies.attention_score import H2O, SnapKV
+from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
 from natsjax.policies.interval import FullAttention, StreamingLLM
+from natsjax.policies.key_score import KeyDiff
 from natsjax.policies.nats import Nats
 
 ROWS = decoding.prompts([13, 5, 9], seed=3)
@@ -19,6 +20,9 @@ POLICIES = {
     "streaming": (StreamingLLM(1, 3), None),
     "h2o": (H2O(6, 3), None),
     "snapkv": (SnapKV(6, 3), None),
+    "ada_snapkv": (AdaSnapKV(6, 3), None),
+    "tova": (TOVA(6), None),
+    "keydiff": (KeyDiff(6), None),
     "max_kv": (Nats(), 5),
 }
 

@@ -306,7 +306,9 @@ def test_an_evaluation_meets_its_budgets(run, tmp_path):
         assert {row["method"] for row in one.rows} == {"full", "sliding_window", "streaming_llm", "selective"}
     assert "| selective attention " in found["masked"].summary()
     left_out = [note.split(" is left out: ")[0] for note in found["decode"].notes if "its heads keep different" in note]
-    assert left_out == ["random keys", "H2O", "SnapKV"]
+    assert left_out == ["random keys", "H2O", "SnapKV", "Ada-SnapKV", "key norm", "KeyDiff"]
+    (note,) = [note for note in found["decode"].notes if note.startswith("TOVA is left out: ")]
+    assert 'it observes attention, and "selective" layers observe their masks instead' in note
     drawn = picture.compared_rows(results.read(run.workdir.report))  # beside other runs
     assert {row["method"] for row in drawn} == {"full", "selective"}
 

@@ -57,7 +57,8 @@ class LayerGroup:
       key_position: int32 ``[l, b, k, c]``, index of each key in its sequence.
       key_end: int32 ``[l, b, k, c]``, the first query that cannot read the slot, which is then free; 0: never used.
       length: int32 ``[l, b, k]``, all slots from here on are free.
-      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it; in a
+      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it
+        (from all queries, or from the last one alone, as ``NewKeys.forgets`` has it); in a
         model with "selective" layers the masks that it has received, 0 in other layers, the same in all heads; or None.
       key_before: ``[l, b, k, h]``, with ``model.key_shift`` what ``Attention.projected_key`` gave of the newest token,
         which is mixed into the next one's key; or None.
@@ -106,6 +107,7 @@ class NewKeys:
         among these, ``UNTIL_GLOBAL`` where there is none.
       attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention, or masks, that these
         keys, and those in the slots, have received from the queries of the chunk; None where nothing adds them up.
+      forgets: bool ``[l, b, k]``: what the slots had received before counts no more; None: it does.
       key_before: ``[l, b, k, h]``, of the group behind the chunk; or None.
     """
 
@@ -116,6 +118,7 @@ class NewKeys:
     local_end: jax.Array
     attention_sum: jax.Array | None = None
     slot_attention: jax.Array | None = None
+    forgets: jax.Array | None = None
     key_before: jax.Array | None = None
 
 
@@ -173,7 +176,9 @@ def _received(group: LayerGroup, new: NewKeys) -> jax.Array | None:
         return group.attention_sum
     # The group may have been grown since the chunk was read; new slots are at the end.
     missing = group.capacity - new.slot_attention.shape[3]
-    return group.attention_sum + jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, missing)])
+    before = group.attention_sum
+    before = before if new.forgets is None else jnp.where(new.forgets[..., None], 0, before)
+    return before + jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, missing)])
 
 
 def limits_of(buffer: KVBuffer, limit: jax.Array) -> list[jax.Array]:
@@ -308,21 +313,25 @@ def _keep(group, new, at, eviction, limit):
         weight = (
             None if attention_sum is None else joined(attention_sum, None if new is None else new.attention_sum, layer)
         )
+        keys, values = storage.layer(layer)
+        if new is not None:
+            keys = jnp.concatenate([keys, new.keys[layer].astype(keys.dtype)], axis=2)
+            values = jnp.concatenate([values, new.values[layer].astype(values.dtype)], axis=2)
         is_live = end > at
         live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         if eviction is not None:
-            most = jax.lax.dynamic_index_in_dim(limits, layer, 0, keepdims=False)
-            is_live &= _rank(eviction.scores(position, end, weight, at), is_live) >= live[..., None] - most
+            scores = eviction.scores(
+                position, end, eviction.weights(keys, is_live) if eviction.reads_keys else weight, at
+            )
+            limit = jax.lax.dynamic_index_in_dim(limits, layer, 0, keepdims=False)
+            most = jnp.minimum(eviction.head_budgets(scores, is_live, limit), limit)
+            is_live &= _rank(scores, is_live) >= (live - most)[..., None]
         kept = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         order = jnp.argsort(~is_live, axis=-1, stable=True)[..., : group.capacity]
 
         def gather(x):
             return jnp.take_along_axis(x, order if x.ndim == 3 else order[..., None], axis=2)
 
-        keys, values = storage.layer(layer)
-        if new is not None:
-            keys = jnp.concatenate([keys, new.keys[layer].astype(keys.dtype)], axis=2)
-            values = jnp.concatenate([values, new.values[layer].astype(values.dtype)], axis=2)
         used = jnp.arange(group.capacity) < kept[..., None]
 
         def put(x, y):

@@ -151,7 +151,8 @@ class Decoder:
         runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
         self._max_groups = max(self.settings.max_groups, min(runs, _MOST_GROUPS) if runs > 1 else 1)
         self.eviction: Eviction | None = None
-        limits = [limit for limit in (self.settings.max_kv, self.policy.max_keys) if limit is not None]
+        own = None if self.policy.max_keys is None else self.policy.most_of_a_head(config.model.num_kv_heads)
+        limits = [limit for limit in (self.settings.max_kv, own) if limit is not None]
         if len(limits) > 1:
             raise UserError(f"max_kv = {self.settings.max_kv}: it and {self.policy} are two limits; choose one.")
         limit = min(*limits, NO_LIMIT) if limits else NO_LIMIT

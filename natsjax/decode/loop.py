@@ -319,7 +319,7 @@ def decode_segment(
         groups, evicted = [], []
         limits = kv_buffer.limits_of(loop.buffer, limit)
         for group, new, slot, most in zip(loop.buffer, reads.new, slots, limits, strict=True):
-            if policy.observes_attention:
+            if policy.observes_attention or (eviction is not None and eviction.reads_keys):
                 group, lost = kv_buffer.write_chunk(group, new, at, eviction, most)
             else:
                 group, lost = _write(group, new, slot, loop.done, at, eviction, most)

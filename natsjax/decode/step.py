@@ -207,6 +207,11 @@ class BufferAttention(NamedTuple):
                 observed = positions >= observed_from[:, None] if is_observed else None
                 at = jnp.where(is_token, positions, -1)
                 out, sums, live = _read_all(query, key, value, new, group, layer, at, sink, observed, count_live)
+                if self.policy.joins_heads:
+                    sums = tuple(_over_heads(x) for x in sums)
+                if self.policy.observes_last:
+                    forgets = jnp.any(observed & is_token, axis=1)[:, None]
+                    sums = (*sums, jnp.broadcast_to(forgets, sums[0].shape[:2]))
             return out.reshape(query.shape), *new, *sums, *live
 
         by_head = ("batch", "kv_heads", None)
@@ -216,7 +221,8 @@ class BufferAttention(NamedTuple):
         places = ((), of_heads, ())
         axes = (_QUERY, _KEY, _KEY, by_head, given, SINK_AXES, *places, *tokens, *(AXES[x.ndim] for x in slots))
         out_axes = [_QUERY, (*by_head, None), (*by_head, None), by_head, by_head, by_head[:2]]
-        out_axes += [by_head] * (2 * (is_observed or has_masks) + count_live)
+        out_axes += [by_head] * (2 * (is_observed or has_masks))
+        out_axes += [by_head[:2]] * self.policy.observes_last + [by_head] * count_live
         is_selective = self.kind == LAYER_TYPES.index("selective")
         numbers = (self.layer, window, is_selective, batch.positions, batch.is_token, self.chunk.observed_from)
         mapped = sharding.shard_map(on_device, axes, out_axes)
@@ -255,6 +261,12 @@ def _read_all(query, key, value, new, group: LayerGroup, layer, at, sink, observ
     if count_live:
         live = (jnp.sum(_is_read(at, key_position, ends), axis=-1, dtype=jnp.int32),)
     return out, sums, live
+
+
+def _over_heads(received):
+    """Adds up what the keys of all KV heads received, slot by slot: float32 ``[b, k, c]``, the same in every head."""
+    total = sharding.psum(jnp.sum(received, axis=1, keepdims=True), "kv_heads")
+    return jnp.broadcast_to(total, received.shape)
 
 
 def _read_selectively(query, key, value, new, group: LayerGroup, layer, at, sink, is_selective, count_live):

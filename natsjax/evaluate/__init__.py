@@ -6,6 +6,6 @@ python -m natsjax.evaluate --workdir=DIR [--budgets=0.05,0.1] [--baseline_workdi
 import lazy_loader
 
 DEFAULT_CHUNK = 16
-"""Tokens that ``mode="decode"`` reads at once; for SnapKV, those that follow a prompt."""
+"""Tokens that ``mode="decode"`` reads at once; for SnapKV and Ada-SnapKV, those that follow a prompt."""
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=DEFAULT_CHUNK,
         metavar="N",
-        help="tokens that --mode=decode reads at once, and the most that follow a prompt of SnapKV (%(default)s)",
+        help="tokens that --mode=decode reads at once, and the most behind a prompt that SnapKV cut down (%(default)s)",
     )
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"

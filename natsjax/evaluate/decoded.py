@@ -3,10 +3,10 @@
 A query reads the keys in the buffer and those of its own chunk. Keys that the policy drops are freed. So policies that
 decide from attention weights can be measured, and the others must give the same numbers as their masks.
 
-Every policy is measured as it is defined. Policies that fix lifetimes in advance read chunk by chunk. H2O evicts with
-every token, so it reads token by token. SnapKV cuts a prompt down once, so every chunk is read as the continuation of
-a prompt that ends where the chunk begins: the prompt with full attention from its first token on, then the keys kept of
-it and the chunk's own keys.
+Every policy is measured as it is defined. Policies that fix lifetimes in advance read chunk by chunk. Those that evict
+with every token, as H2O, read token by token. Those that cut a prompt down once, as SnapKV, read every chunk as the
+continuation of a prompt that ends where the chunk begins: the prompt with full attention from its first token on, then
+the keys kept of it and the chunk's own keys.
 
 Axis letters: ``n`` contexts, ``t`` token, ``b`` document pieces of a batch, ``l`` layer, ``k`` KV head.
 """
@@ -49,8 +49,8 @@ def measure_decoding(
       run: run with the model.
       contexts: arrays ``[n, t]`` (``natsjax.data.packing``), with at least one token to predict.
       policy: policy of the KV cache.
-      chunk: tokens that are read at once, 1 or more. ``SnapKV`` keeps all keys of a chunk, so its queries read
-        ``num_keys`` and up to ``chunk`` more. Results of other policies do not depend on it.
+      chunk: tokens that are read at once, 1 or more. ``SnapKV`` and ``AdaSnapKV`` keep all keys of a chunk, so their
+        queries read ``num_keys`` and up to ``chunk`` more. Results of other policies do not depend on it.
       settings: of decoding.
 
     Raises:

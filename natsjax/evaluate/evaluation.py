@@ -111,7 +111,7 @@ def run(
       checkpoint: "newest", "best" or a step, as in ``natsjax.load``; of the dense baseline it is the newest.
       mode: "masked": whole contexts with masks. "decode": through a KV buffer, with policies that have no mask too;
         rows then have the slots that were allocated.
-      chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV.
+      chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV or Ada-SnapKV.
 
     Raises:
       UserError: there is no run or no held-out text, a budget or a chunk cannot be, the dense baseline does not fit, or

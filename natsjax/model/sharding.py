@@ -300,6 +300,27 @@ def psum(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def own_part(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Cuts, inside ``shard_map``, this device's part out of an array that all of them hold whole; see ``whole``."""
+    for mesh_axis in mesh_axes(name):
+        size = x.shape[axis] // jax.lax.axis_size(mesh_axis)
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(mesh_axis) * size, size, axis)
+    return x
+
+
+def whole(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Joins, inside ``shard_map``, the parts that the devices hold along an axis.
+
+    Args:
+      x: this device's part.
+      name: of the axis of activations, which one axis of the mesh divides.
+      axis: its number in ``x``.
+    """
+    for mesh_axis in mesh_axes(name):
+        x = jax.lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+    return x
+
+
 def from_first(x: jax.Array, name: str) -> jax.Array:
     """Copies, inside ``shard_map``, the ``x`` of the first of the devices that an activation's axis is divided among.
 

@@ -1,4 +1,6 @@
 from .attention_score import H2O as H2O
+from .attention_score import TOVA as TOVA
+from .attention_score import AdaSnapKV as AdaSnapKV
 from .attention_score import AttentionScorePolicy as AttentionScorePolicy
 from .attention_score import SnapKV as SnapKV
 from .base import Policy as Policy
@@ -11,6 +13,9 @@ from .interval import IntervalPolicy as IntervalPolicy
 from .interval import RandomKeys as RandomKeys
 from .interval import SlidingWindow as SlidingWindow
 from .interval import StreamingLLM as StreamingLLM
+from .key_score import KeyDiff as KeyDiff
+from .key_score import KeyNorm as KeyNorm
+from .key_score import KeyScorePolicy as KeyScorePolicy
 from .nats import Nats as Nats
 from .nats import SampledNats as SampledNats
 from .selective import LeastMasked as LeastMasked

@@ -108,6 +108,10 @@ class Policy(Protocol):
     """True where the model must have "selective" layers."""
     by_head: ClassVar[bool] = False
     """True where the KV heads of a layer may keep different keys."""
+    observes_attention: ClassVar[bool] = False
+    """True where the buffer adds up the attention that each key receives."""
+    joins_heads: ClassVar[bool] = False
+    """True where all KV heads of a layer keep the same keys, by the attention that all of them pay."""
 
     @property
     def setting(self) -> dict[str, int | float]:
@@ -124,6 +128,10 @@ def unsuited(policy: Policy | type[Policy], model: ModelConfig) -> str | None:
         return 'it reads the masks of "selective" layers, and the model has none'
     if policy.by_head and model.has_masks:
         return 'its heads keep different keys, and those of "selective" layers the same ones'
+    if policy.observes_attention and model.has_masks:
+        return 'it observes attention, and "selective" layers observe their masks instead'
+    if policy.joins_heads and "sliding" in model.layer_types and len(set(model.head_windows)) > 1:
+        return 'its heads keep the same keys, and those of "sliding" layers have windows of their own'
     return None
 
 
@@ -143,8 +151,8 @@ class StaticPolicy(Policy, Protocol):
 class DecodingPolicy(Policy, Protocol):
     """A policy that the KV buffer follows. The defaults are those of one that fixes lifetimes when a key is written."""
 
-    observes_attention: ClassVar[bool] = False
-    """True where the buffer adds up the attention that each key receives."""
+    observes_last: ClassVar[bool] = False
+    """True where the attention of each query takes the place of that of the queries before it."""
     every_token: ClassVar[bool] = True
     """False where keys are evicted once, after the prompt, and not while tokens are generated."""
 
@@ -160,6 +168,10 @@ class DecodingPolicy(Policy, Protocol):
     def max_keys(self) -> int | None:
         """The most keys that a head keeps, where the policy is the ``Eviction`` that holds it to them; else None."""
         return None
+
+    def most_of_a_head(self, num_kv_heads: int) -> int | None:
+        """Returns the most keys that one head may keep: ``max_keys``, or more where the heads of a layer share."""
+        return self.max_keys
 
     def limited_layers(self, model: ModelConfig) -> tuple[bool, ...]:
         """Marks the layers that ``max_keys`` holds for, first layer first."""
@@ -178,6 +190,30 @@ class DecodingPolicy(Policy, Protocol):
 class Eviction(Protocol):
     """Rule for which live keys go first where a head may keep no more than so many."""
 
+    reads_keys: ClassVar[bool] = False
+    """True where ``weights`` takes the place of ``attention_sum``."""
+
+    def weights(self, keys: jax.Array, is_live: jax.Array) -> jax.Array:
+        """Returns what the keys themselves are scored by, float32 ``[b, k, c]``; by default they are all alike.
+
+        Args:
+          keys: ``[b, k, c, h]``, with the rotary phase of their own position.
+          is_live: bool ``[b, k, c]``; what another slot gets means nothing.
+        """
+        return jnp.zeros(is_live.shape, jnp.float32)
+
+    def head_budgets(self, scores: tuple[jax.Array, jax.Array], is_live: jax.Array, limit: jax.Array) -> jax.Array:
+        """Returns how many keys each head keeps: int32, ``[b, k]`` or a scalar; by default the limit for all.
+
+        It runs inside ``shard_map``, each device with its own heads.
+
+        Args:
+          scores: of ``scores``, ``[b, k, c]`` each.
+          is_live: bool ``[b, k, c]``.
+          limit: int32 scalar, the most of any head.
+        """
+        return limit
+
     def scores(
         self,
         key_position: jax.Array,
@@ -189,7 +225,8 @@ class Eviction(Protocol):
 
         Args:
           key_position, key_end: int32 ``[b, k, c]``, of live slots.
-          attention_sum: float32 ``[b, k, c]``, attention that each key has received; None where nothing adds it up.
+          attention_sum: float32 ``[b, k, c]``, attention that each key has received, or its ``weights``; None where
+            there are neither.
           query_position: int32 ``[b, 1, 1]``, index of the next query.
         """
         ...

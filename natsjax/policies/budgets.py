@@ -8,7 +8,7 @@ functions here take:
   that has none. A "sliding" layer never reads more than its own window, whatever the policy.
 * ``name``: what a message calls a budget.
 
-``sliding_window``, ``streaming_llm``, ``random_keys``, ``h2o``, ``snapkv`` and ``selective`` are what
+``sliding_window``, ``streaming_llm``, ``random_keys``, ``head_keys``, ``prompt_keys`` and ``selective`` are what
 ``natsjax.policies.registry`` points to. Numpy only: what needs jax is imported where it is used.
 """
 
@@ -41,8 +41,8 @@ _FEWEST_KEYS = 2
 """Fewest keys of a head, for a policy that keeps some for being recent and some for being read."""
 
 _MOST_CONTINUED = 0.5
-"""Tokens behind a prompt of SnapKV, as a fraction of the keys that a query reads: all of them are kept, and more of
-them would leave it nothing to choose. On average they take half as many keys."""
+"""Tokens behind a prompt that is cut down once, as a fraction of the keys that a query reads: all of them are kept, and
+more of them would leave it nothing to choose. On average they take half as many keys."""
 
 Layers = Sequence[int | tuple[int, ...] | None]
 UNLIMITED: Layers = (None,)
@@ -260,7 +260,7 @@ def _fraction_of_samples(lengths: np.ndarray, budget: float, window: int, layers
 
 
 def keys_for_budget(piece_lengths: np.ndarray, budget: float, chunk: int, layers: Layers = UNLIMITED) -> int | None:
-    """Returns the number of keys of a head that an ``AttentionScorePolicy`` may keep to meet a budget.
+    """Returns the number of keys of a head that a policy with a fixed number may keep to meet a budget.
 
     A query reads what was kept of the tokens before its chunk, and the chunk's keys up to its own. In a layer with a
     window of its own it is taken to read as many of these as the window holds: what runs out of a chunk's kept keys
@@ -382,8 +382,8 @@ def random_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
     return PolicyNumbers((fraction, window, seed))
 
 
-def h2o(calibration: Calibration, budget: float) -> PolicyNumbers:
-    """Returns the number of keys.
+def head_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the number of keys that a head keeps after every token.
 
     Raises:
       OutOfReachError: fewer than two are left.
@@ -394,8 +394,8 @@ def h2o(calibration: Calibration, budget: float) -> PolicyNumbers:
     return PolicyNumbers((num_keys,))
 
 
-def snapkv(calibration: Calibration, budget: float) -> PolicyNumbers:
-    """Returns the number of keys, the observation window, and how many tokens follow a prompt.
+def prompt_keys(calibration: Calibration, budget: float) -> PolicyNumbers:
+    """Returns the number of keys that a head keeps of a prompt, the observation window, and how many tokens follow.
 
     Raises:
       OutOfReachError: fewer than two keys are left.

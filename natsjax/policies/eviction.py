@@ -8,7 +8,7 @@ from pallas_kernels.nats_attention import NO_END
 
 
 @policy
-class SoonestEnd:
+class SoonestEnd(Eviction):
     """Eviction of the smallest ``key_end``: SLIDING, LOCAL, GLOBAL; of equal ones the oldest, the first key last."""
 
     def scores(
@@ -20,7 +20,7 @@ class SoonestEnd:
 
 
 @policy
-class Oldest:
+class Oldest(Eviction):
     """Eviction of the oldest key but the first of the sequence."""
 
     def scores(

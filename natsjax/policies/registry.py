@@ -46,7 +46,7 @@ class PolicyEntry:
       summary: what lives, with the letters of ``numbers``; begins with a noun.
       color: of its line, on white.
       dark_color: the same on black.
-      marker: of its points, as Matplotlib names it: one of ``o D s ^ > < P v``.
+      marker: of its points, as Matplotlib names it: one of ``o D d s ^ > < P X p h v``.
       numbers: what follows its name in ``generate --policy``, in the order of the class's fields.
       arguments: completes numbers to the arguments of the class.
       for_budget: ``module:function`` that finds its numbers for a budget, as those in ``natsjax.policies.budgets``;
@@ -197,7 +197,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             marker="P",
             numbers=(Number("N"), Number("R", required=False)),
             arguments=_half_recent,
-            for_budget=f"{_BUDGETS}:h2o",
+            for_budget=f"{_BUDGETS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -209,7 +209,55 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#ffc44d",
             marker="<",
             numbers=(Number("N"), Number("W", required=False)),
-            for_budget=f"{_BUDGETS}:snapkv",
+            for_budget=f"{_BUDGETS}:prompt_keys",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="ada_snapkv",
+            policy="natsjax.policies:AdaSnapKV",
+            label="Ada-SnapKV",
+            summary="the same where the heads of a layer share their keys by votes, a fraction ALPHA (0.2) equally",
+            color="#b35806",
+            dark_color="#f1a340",
+            marker="X",
+            numbers=(Number("N"), Number("W", required=False), Number("ALPHA", float, required=False)),
+            for_budget=f"{_BUDGETS}:prompt_keys",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="tova",
+            policy="natsjax.policies:TOVA",
+            label="TOVA",
+            summary="N keys, the same in all heads of a layer: those with the most attention of the last query",
+            color="#6a51a3",
+            dark_color="#a99bd6",
+            marker="d",
+            numbers=(Number("N"),),
+            for_budget=f"{_BUDGETS}:head_keys",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="knorm",
+            policy="natsjax.policies:KeyNorm",
+            label="key norm",
+            summary="N keys of a head: those of the lowest L2 norm",
+            color="#1b7837",
+            dark_color="#7fbf7b",
+            marker="p",
+            numbers=(Number("N"),),
+            for_budget=f"{_BUDGETS}:head_keys",
+            modes=("decode",),
+        ),
+        PolicyEntry(
+            name="keydiff",
+            policy="natsjax.policies:KeyDiff",
+            label="KeyDiff",
+            summary="N keys of a head: those that are least like the mean direction of its keys",
+            color="#c51b7d",
+            dark_color="#f07fbd",
+            marker="h",
+            numbers=(Number("N"),),
+            for_budget=f"{_BUDGETS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
