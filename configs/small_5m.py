@@ -20,6 +20,7 @@ def get_config():
     config.model.head_dim = 32
     config.model.mlp_dim = 688
     config.model.qk_norm = True
+    config.model.key_shift = True
     config.model.token_shift = True
     config.nats.windows = (6, 22, 88)  # roles begin as the middle one, a plain window of nearly the same KV
     config.nats.kv_budget = 0.1

@@ -35,5 +35,8 @@ ARMS = {
     },
     "nats at 10 % with windows 6 and 22 and 88": {"nats.windows": (6, 22, 88), "nats.kv_budget": 0.1},
 }
-ARMS |= {f"{arm} and token shift": fields | {"model.token_shift": True} for arm, fields in ARMS.items()}
+PLAIN = dict(ARMS)
+ARMS |= {f"{arm} and token shift": fields | {"model.token_shift": True} for arm, fields in PLAIN.items()}
+SHIFTS = {"model.token_shift": True, "model.key_shift": True}
+ARMS |= {f"{arm} and both shifts": fields | SHIFTS for arm, fields in PLAIN.items()}
 REFERENCE = "trained window of 25"
