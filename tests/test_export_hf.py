@@ -295,6 +295,8 @@ def test_the_card_has_the_curve(tmp_path, caplog):
     drawn = (tmp_path / "hf/pareto.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     assert drawn == (tmp_path / "run/report/pareto.png").read_bytes()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}, modes
     table = [line for line in card if line.startswith("|")]  # a table to Markdown: neither code nor a paragraph
     assert len(table) == 2 + len(report_data.make_rows())
     assert card[card.index(table[0]) - 1] == ""

@@ -204,7 +204,7 @@ def _card(run: LoadedRun, kind: str, evaluated: Results | None, *, has_tokenizer
             "",
             f"![perplexity against KV fraction]({_CURVE})",
             "",
-            format_table(evaluated.rows, layers=evaluated.run["layers"]),
+            format_table(evaluated.rows, show_accuracy=evaluated.run["show_accuracy"], layers=evaluated.run["layers"]),
             "",
             str(evaluated.run["evaluation"]),
         ]
