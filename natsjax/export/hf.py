@@ -180,11 +180,11 @@ def _card(run: LoadedRun, kind: str, evaluated: Results | None, *, has_tokenizer
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
-        f"# A {kind} model of natsjax",
+        f"# {run.workdir.path.resolve().name}, exported by natsjax",
         "",
-        f"{num_parameters(run.parameters):,} parameters; {model.num_layers} layers ({model.layer_pattern}), width "
-        f"{model.embed_dim}, {model.num_heads} query heads and {model.num_kv_heads} KV heads of {model.head_dim}; step "
-        f"{run.step}; data: {run.data.description}.",
+        f"{kind}, {num_parameters(run.parameters):,} parameters; {model.num_layers} layers ({model.layer_pattern}), "
+        f"width {model.embed_dim}, {model.num_heads} query heads and {model.num_kv_heads} KV heads of "
+        f"{model.head_dim}; step {run.step}; data: {run.data.description}.",
         "",
         "    from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
         "",
