@@ -515,6 +515,8 @@ class TrainConfig:
     wandb: str = config_field(
         "", "Weights & Biases project that metrics are also logged to (natsjax[wandb])", resume=True
     )
+    trackio: str = config_field("", "trackio project that metrics are also logged to (natsjax[trackio])", resume=True)
+    mlflow: str = config_field("", "MLflow experiment that metrics are also logged to (natsjax[mlflow])", resume=True)
     compilation_cache: str = config_field(
         "auto",
         "folder for compiled steps, or none; auto: compiled/ in the workdir, but none on CPUs, between which the "

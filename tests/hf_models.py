@@ -79,6 +79,12 @@ MODELS = {
 """Class and fields of each; windows are shorter than the texts, and YaRN's ramps go over several pairs."""
 
 
+def cases(names, quick):
+    """Names of cases, of which the quick suite runs some: each of the others checks a part of what these check."""
+    assert set(quick) <= set(names)
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
 def modules():
     """``torch`` and ``transformers``; the test is skipped where they are not installed (``natsjax[torch]``)."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'natsjax[torch]'")

@@ -8,63 +8,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import report_data
 import tiny
 
 import natsjax
+from natsjax.data import ByteTokenizer
 from natsjax.decode.decoder import Decoder
 from natsjax.decode.generation import generate
 from natsjax.errors import UserError
 from natsjax.export.hf import export_hf
 from natsjax.import_model import import_model
-from natsjax.model.transformer import init_parameters
 from natsjax.policies.nats import Nats
-from natsjax.runs.export import write_export
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="pip install 'natsjax[hf]'")
 
 LENGTH = 64
 
 
-def make_run(path, seed=0, tokenizer="byte", **groups):
-    """An export of a model with random parameters, also where it begins at zeros and ones."""
-    config = tiny.config(
-        data={"source": "none", "context_length": LENGTH, "tokenizer": tokenizer},
-        **{"model": {"head_dim": 8}} | groups,
-    )
-    from natsjax.data import ByteTokenizer
-
-    vocabulary = ByteTokenizer()
-    _, parameters = init_parameters(config, vocabulary.vocab_size, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(parameters)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
-    write_export(
-        path,
-        config=config,
-        parameters=jax.tree.unflatten(structure, noisy),
-        dtype="float32",
-        step=3,
-        vocabulary=vocabulary,
-        fingerprint="0",
-        data="made for a test",
-        source="a test",
-    )
-    return natsjax.load(path)
+def make_run(path, **groups):
+    """An export of bytes with random parameters."""
+    data = {"source": "none", "context_length": LENGTH, "tokenizer": "byte"}
+    config = tiny.config(data=data, **{"model": {"head_dim": 8}} | groups)
+    return tiny.write_random_export(path, config, ByteTokenizer())
 
 
 def equal(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), one, other)
-
-
-def folder(tmp_path, name="run"):
-    (tmp_path / name).mkdir()
-    return tmp_path / name
-
-
-def quick_ones(names, slow):
-    """Names of cases, of which some are for ``--slow`` alone: others check the same."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 DENSE = {
@@ -100,10 +70,13 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("name", quick_ones(DENSE, slow=("llama, linear", "qwen2, window 0", "qwen3")))
+QUICK_DENSE = ("llama, tied with scale 1", "llama, 3", "mistral", "qwen2, mixed", "qwen3, sliding, yarn")
+
+
+@pytest.mark.parametrize("name", hf_models.cases(DENSE, QUICK_DENSE))
 def test_transformers_own_classes_have_our_logits(name, tmp_path):
     model = {"layer_types": "dense", "head_dim": 8} | DENSE[name]
-    run = make_run(folder(tmp_path), model=model)
+    run = make_run(tmp_path / "run", model=model)
     found = export_hf(tmp_path / "run", tmp_path / "hf")
     assert (found.architecture, found.own) == (name.split(",")[0], [])
     theirs = hf_models.load(tmp_path / "hf")
@@ -114,18 +87,16 @@ def test_transformers_own_classes_have_our_logits(name, tmp_path):
 
     import_model(tmp_path / "hf", tmp_path / "again")
     again = natsjax.load(tmp_path / "again")
-    export_hf(tmp_path / "again", tmp_path / "hf again")
-    import_model(tmp_path / "hf again", tmp_path / "and again")
-    last = natsjax.load(tmp_path / "and again")
-    equal(last.parameters, again.parameters)
-    assert (last.config, last.tokenizer.fingerprint) == (again.config, again.tokenizer.fingerprint)
     left_out = ("embedding_scale", "qkv_bias")  # folded, or 0 in a class that has them
     for field in dataclasses.fields(run.config.model):
         if field.name not in left_out:
             assert getattr(again.config.model, field.name) == getattr(run.config.model, field.name), field.name
 
 
-@pytest.mark.parametrize("name", ["llama tied, wide heads", "mistral", "qwen2 sliding", "qwen3 sliding, yarn"])
+TWICE = ("llama tied, wide heads", "llama linear", "llama 3", "mistral", "qwen2 sliding", "qwen3 sliding, yarn")
+
+
+@pytest.mark.parametrize("name", hf_models.cases(TWICE, ("mistral", "qwen3 sliding, yarn")))
 def test_imported_exported_and_imported_is_bit_by_bit_the_same(name, tmp_path):
     hf_models.save(hf_models.make(name), tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "a")
@@ -188,10 +159,13 @@ def our_live_keys(run, tokens, role_bias=0.0):
     return ((t[None, None, :, None] >= t) & (t[None, None, :, None] < end[:, :, None])).sum(-1)
 
 
-@pytest.mark.parametrize("name", quick_ones(OWN, slow=("nats", "nats, tied", "gated", "dense with sinks")))
+QUICK_OWN = ("several windows", "all options", "head_roles")
+
+
+@pytest.mark.parametrize("name", hf_models.cases(OWN, QUICK_OWN))
 def test_our_code_in_transformers_has_our_logits_tokens_and_live_keys(name, tmp_path):
     torch, _ = hf_models.modules()
-    run = own_run(folder(tmp_path), name)
+    run = own_run(tmp_path / "run", name)
     found = export_hf(tmp_path / "run", tmp_path / "hf")
     assert found.architecture == "natsjax"
     assert found.own
@@ -238,7 +212,7 @@ def test_our_code_in_transformers_has_our_logits_tokens_and_live_keys(name, tmp_
 
 def test_role_bias_chunks_and_beams(tmp_path):
     torch, transformers = hf_models.modules()
-    run = own_run(folder(tmp_path), "several windows")
+    run = own_run(tmp_path / "run", "several windows")
     export_hf(tmp_path / "run", tmp_path / "hf")
     model = hf_models.load(tmp_path / "hf", trust_remote_code=True)
     tokens = hf_models.texts((24,), vocab_size=256)[0]
@@ -264,7 +238,7 @@ def test_role_bias_chunks_and_beams(tmp_path):
 
 def test_an_own_folder_is_imported_as_it_was(tmp_path):
     for name in ("all options", "several windows"):
-        run = own_run(folder(tmp_path, name), name)
+        run = own_run(tmp_path / name, name)
         export_hf(tmp_path / name, tmp_path / f"{name} hf", largest_file=8_000)
         import_model(tmp_path / f"{name} hf", tmp_path / f"{name} back")
         back = natsjax.load(tmp_path / f"{name} back")
@@ -273,7 +247,7 @@ def test_an_own_folder_is_imported_as_it_was(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    run = own_run(folder(tmp_path), "nats")
+    run = own_run(tmp_path / "run", "nats")
     export_hf(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
     tensors = safetensors_numpy.load_file(tmp_path / "hf/model.safetensors")
     for name, tensor in tensors.items():
@@ -309,8 +283,31 @@ def test_tokenizers_have_our_ids_behind_bos(kind, tmp_path):
     assert run.data.description in card
 
 
+def test_the_card_has_the_curve(tmp_path, caplog):
+    make_run(tmp_path / "run", model={"layer_types": "dense", "head_dim": 8})
+    (tmp_path / "run/report").mkdir()  # as training leaves it that was stopped before it evaluated
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    assert "Perplexity" not in (tmp_path / "hf/README.md").read_text()
+    report_data.write(tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text().splitlines()
+    assert "![perplexity against KV fraction](pareto.png)" in card
+    drawn = (tmp_path / "hf/pareto.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert drawn == (tmp_path / "run/report/pareto.png").read_bytes()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}, modes
+    table = [line for line in card if line.startswith("|")]  # a table to Markdown: neither code nor a paragraph
+    assert len(table) == 2 + len(report_data.make_rows())
+    assert card[card.index(table[0]) - 1] == ""
+    (tmp_path / "run/report/evaluation.json").write_text("{")
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf/pareto.png").exists()
+    assert "the model card is without the curve" in caplog.text
+
+
 def test_only_such_a_folder_is_replaced(tmp_path):
-    make_run(folder(tmp_path), model={"layer_types": "dense", "head_dim": 8})
+    make_run(tmp_path / "run", model={"layer_types": "dense", "head_dim": 8})
     export_hf(tmp_path / "run", tmp_path / "hf")
     export_hf(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
@@ -318,7 +315,7 @@ def test_only_such_a_folder_is_replaced(tmp_path):
         export_hf(tmp_path / "run", tmp_path / "run")
     with pytest.raises(UserError, match="--dtype=int8: one of float32, bfloat16 was expected"):
         export_hf(tmp_path / "run", tmp_path / "other", dtype="int8")
-    make_run(folder(tmp_path, "selective"), model={"layer_types": "selective"})
+    make_run(tmp_path / "selective", model={"layer_types": "selective"})
     with pytest.raises(
         UserError, match=r"model.layer_types = selective: neither transformers nor .* \"selective\" layers"
     ):
@@ -328,7 +325,7 @@ def test_only_such_a_folder_is_replaced(tmp_path):
         ("key shift", {"layer_types": "dense", "key_shift": True}, "model.key_shift = True: neither"),
         ("heads", {"layer_types": "sliding", "sliding_window": (2, 5)}, "has a window for each KV head"),
     ):
-        make_run(folder(tmp_path, name), model=fields)
+        make_run(tmp_path / name, model=fields)
         with pytest.raises(UserError, match=message):
             export_hf(tmp_path / name, tmp_path / f"{name} hf")
     recall = tiny.make_run(tmp_path / "recall", tiny.config())

@@ -174,7 +174,15 @@ def dequantized(tensors, kind):
     return found
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("F32", True), ("F16", False), ("Q8_0", False), ("Q4_1", True)])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("F32", True),
+        pytest.param("F16", False, marks=pytest.mark.slow),
+        ("Q8_0", False),
+        pytest.param("Q4_1", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_logits_are_those_of_the_dequantized_weights(kind, tied, tmp_path):
     kind, tensors = gguf.GGMLQuantizationType[kind], arrays(tied=tied)
     run = imported(write(tmp_path / "model.gguf", tensors, kind), tmp_path / "out")

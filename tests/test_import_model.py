@@ -28,7 +28,10 @@ def imported(folder, output, **options):
     return natsjax.load(output)
 
 
-@pytest.mark.parametrize("name", hf_models.MODELS)
+QUICK = ("llama tied, wide heads", "llama 3", "mistral", "qwen2 sliding", "qwen3 sliding, yarn")
+
+
+@pytest.mark.parametrize("name", hf_models.cases(hf_models.MODELS, QUICK))
 def test_the_logits_are_those_of_transformers(name, tmp_path):
     model = hf_models.make(name)
     run = imported(hf_models.save(model, tmp_path / "hf"), tmp_path / "out")
@@ -141,6 +144,11 @@ def test_an_old_folder(folder, tmp_path):
     run = imported(folder, tmp_path / "out")
     assert (run.config.model.rope_theta, run.config.model.norm_eps) == (5000.0, 1e-6)
     assert run.config.data.context_length == 2048
+    short = imported(folder, tmp_path / "short", context_length=64)
+    assert short.config.data.context_length == 64
+    equal(short.parameters, run.parameters)
+    for wrong in (1, 2049):
+        refuse(folder, f"--context_length={wrong}: the model reads 2,048 tokens at most", context_length=wrong)
     assert run.config.model.layer_types == ("dense",)
     said = Workdir(tmp_path / "out").read_export()
     assert (said["step"], said["source"], said["data"]) == (0, str(folder), "hf (llama), imported")

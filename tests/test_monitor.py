@@ -1,9 +1,7 @@
-"""A run writes the metrics that are declared; the profiler and Weights & Biases never end a run."""
+"""A run writes the metrics that are declared; the profiler never ends a run."""
 
 import io
-import json
 import re
-import sys
 import types
 
 import jax
@@ -11,37 +9,18 @@ import numpy as np
 import pytest
 import report_data
 import tiny
+from monitors import go, make
 from rich.console import Console
 
 from benchmarks import docs_tables
 from natsjax import evaluate, train
-from natsjax.errors import UserError
-from natsjax.model import sharding
 from natsjax.model.parameters import PARTS
 from natsjax.runs.metrics import _EVALUATED, _PROFILED, METRICS, Metric, metric_of, parts_of
-from natsjax.runs.workdir import Workdir, read_metrics
+from natsjax.runs.workdir import read_metrics
 from natsjax.runtime import chips
 from natsjax.train import flops
 from natsjax.train.logs import display, monitor
-from natsjax.train.logs.monitor import EVERY_STEP, Monitor, fetch_every_step
-from natsjax.train.logs.wall_time import WallTime
-from natsjax.train.logs.wandb import importlib
-
-
-def make(tmp_path, config, start=0):
-    """Makes a monitor without a trainer."""
-    devices = types.SimpleNamespace(vocab_size=tiny.VOCAB_SIZE, mesh=sharding.make_mesh(config.mesh), program=str)
-    wall_time = WallTime()
-    wall_time.close()
-    wall_time.begin_steps()
-    tmp_path.mkdir(exist_ok=True)
-    return Monitor(config, Workdir(tmp_path), devices, start, wall_time)
-
-
-def go(watch, config, steps, **changes):
-    for step in steps:
-        watch.before(step, np.zeros(1))
-        watch.finished(step, tiny.step_metrics(config, **changes))
+from natsjax.train.logs.monitor import EVERY_STEP, fetch_every_step
 
 
 def declared(*, when=None):
@@ -229,74 +208,3 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capfd
     monkeypatch.setattr(jax.profiler, "start_trace", fail)
     profiled(tmp_path, [], 2, 3, range(1, 6))
     assert capfd.readouterr().err.count("the profiler does not start (no room); training continues\n") == 1
-
-
-# --- Weights & Biases ---
-
-
-class FakeWandb(types.ModuleType):
-    """Keeps runs by id, as the service does."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.runs, self.starts, self.broken = {}, [], False
-
-    def init(self, **options):
-        if self.broken:
-            raise ConnectionError("no network")
-        self.starts.append(options)
-        rows = self.runs.setdefault(options["id"], {})
-        return types.SimpleNamespace(
-            step=max(rows, default=-1) + 1, log=lambda values, step, commit: self._log(rows, values, step), finish=int
-        )
-
-    def _log(self, rows, values, step):
-        if self.broken:
-            raise ConnectionError("no network")
-        assert step > max(rows, default=-1)
-        rows[step] = values
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
-def test_a_resumed_run_continues_the_same_wandb_run(tmp_path, wandb):
-    config = tiny.config(train={"wandb": "mine"})
-    for start, end in ((0, 7), (5, 9)):
-        watch = make(tmp_path, config, start)
-        go(watch, config, range(start + 1, end + 1))
-        watch.close()
-    (number,) = wandb.runs
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": number}
-    assert list(wandb.runs[number]) == list(range(1, 10))
-    assert [options["project"] for options in wandb.starts] == ["mine", "mine"]
-    assert wandb.starts[0]["config"] == config.to_dict()
-    row = wandb.runs[number][3]
-    assert row["live_keys/1/0"] == 1
-    assert row["gradient_norm/mlp"] == 1
-    assert all(isinstance(value, float | str) for value in row.values())
-
-
-@pytest.mark.parametrize("broken_from", [0, 3])
-def test_an_error_of_wandb_is_logged_once(tmp_path, wandb, capfd, broken_from):
-    config = tiny.config(train={"wandb": "mine"})
-    wandb.broken = broken_from == 0
-    watch = make(tmp_path, config)
-    for step in range(1, 7):
-        wandb.broken |= step == broken_from
-        go(watch, config, [step])
-    watch.close()
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
-    assert capfd.readouterr().err.count("gets no more metrics of this start (no network); training continues\n") == 1
-
-
-def test_a_missing_package_is_an_error_before_anything_begins(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^train.wandb = 'mine' needs .* pip install 'natsjax\[wandb\]'"):
-        train.run(tiny.config(train={"wandb": "mine"}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -132,6 +132,27 @@ def packed_batch(seed=0, batch=3, length=24, vocab_size=VOCAB_SIZE) -> dict[str,
     }
 
 
+def write_random_export(path, config, vocabulary, seed=0) -> LoadedRun:
+    """An export of a model with random parameters, also where it begins at zeros and ones."""
+    _, parameters = init_parameters(config, vocabulary.vocab_size, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
+    path.mkdir(parents=True)
+    write_export(
+        path,
+        config=config,
+        parameters=jax.tree.unflatten(structure, noisy),
+        dtype="float32",
+        step=3,
+        vocabulary=vocabulary,
+        fingerprint="0",
+        data="made for a test",
+        source="a test",
+    )
+    return load(path)
+
+
 def make_run(path, config, step=7) -> LoadedRun:
     """A workdir as training leaves it, with fresh parameters."""
     workdir = Workdir(path)

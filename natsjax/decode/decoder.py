@@ -241,6 +241,31 @@ class Decoder:
             )
             return cache, read
 
+    def read_tokens(self, cache: Cache, tokens: np.ndarray, count: np.ndarray) -> tuple[Cache, jax.Array, jax.Array]:
+        """Reads a chunk as it would be generated: token by token, evicting after each, in one program.
+
+        Args:
+          cache: of the tokens before, with as many slots as ``limit``, or one for each token; its buffer is used up.
+          tokens, count: as in ``read``.
+
+        Returns:
+          The cache, without what was evicted being counted; ``hidden [b, t, d]``; and ``live``, int32
+          ``[num_layers, b, k, t]``, as in ``Reads``.
+        """
+        with jax.set_mesh(self.mesh):
+            rows = self.put_rows(count), cache.num_tokens, cache.last, 0 * cache.num_tokens
+            chunk = Chunk(self.put(tokens, "batch", "sequence"), *rows)
+            buffer, hidden, live = loop.read_tokens(
+                self.parameters,
+                cache.buffer,
+                chunk,
+                self.policy,
+                self.eviction,
+                self.limits,
+                structure=self.structure,
+            )
+            return cache._replace(buffer=buffer, num_tokens=chunk.next_index, last=chunk.last), hidden, live
+
     # --- capacity ---
 
     def grow(self, cache: Cache, need: np.ndarray, growth: float = 1.0) -> Cache:

@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from natsjax.decode import loop
 from natsjax.decode.decoder import Decoder
 from natsjax.decode.generation import prefill
-from natsjax.decode.step import Chunk
 from natsjax.model.cross_entropy import TokenLosses, token_losses
 from natsjax.model.sharding import reshard
 
@@ -60,19 +58,7 @@ def score(decoder: Decoder, prompts: Sequence[Sequence[int]], continuations: Seq
     count = np.maximum(lengths - 1, 0)  # the last token predicts none
     if decoder.evicts_in_loop:
         cache = decoder.resized(cache, min(decoder.limit, most))
-        with jax.set_mesh(decoder.mesh):
-            begin = cache.num_tokens
-            given = decoder.put(targets, "batch", "sequence")
-            chunk = Chunk(given, decoder.put_rows(count), begin, cache.last, 0 * begin)
-            _, read, _ = loop.read_tokens(
-                decoder.parameters,
-                cache.buffer,
-                chunk,
-                decoder.policy,
-                decoder.eviction,
-                decoder.limits,
-                structure=decoder.structure,
-            )
+        _, read, _ = decoder.read_tokens(cache, targets, count)
     else:
         _, reads = decoder.read(cache, targets, count, evict=False)
         read = reads.hidden

@@ -20,9 +20,7 @@ from flax import nnx
 
 from natsjax.data import Row
 from natsjax.data.packing import piece_spans
-from natsjax.decode import loop
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
-from natsjax.decode.step import Chunk
 from natsjax.evaluate import DEFAULT_CHUNK
 from natsjax.evaluate.masked import Measurement, causal_pairs, sum_by_document, sum_by_position
 from natsjax.model.cross_entropy import token_losses
@@ -151,20 +149,9 @@ class _ByToken(_ByChunk):
         return super().start(min(slots, self.decoder.limit))
 
     def read(self, tokens: Tokens, first: int) -> Read:
-        decoder, cache = self.decoder, self.cache
-        with jax.set_mesh(decoder.mesh):
-            rows = decoder.put_rows(self.count(first, self.chunk)), cache.num_tokens, cache.last, 0 * cache.num_tokens
-            chunk = Chunk(decoder.put(tokens(first, self.chunk), "batch", "sequence"), *rows)
-            buffer, hidden, live = loop.read_tokens(
-                decoder.parameters,
-                cache.buffer,
-                chunk,
-                decoder.policy,
-                decoder.eviction,
-                decoder.limits,
-                structure=decoder.structure,
-            )
-            self.cache = cache._replace(buffer=buffer, num_tokens=chunk.next_index, last=chunk.last)
+        self.cache, hidden, live = self.decoder.read_tokens(
+            self.cache, tokens(first, self.chunk), self.count(first, self.chunk)
+        )
         return hidden, live, self.cache.capacities
 
 

@@ -29,18 +29,20 @@ from natsjax.interop.hf_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, wri
 from natsjax.interop.hf_tokenizer import tokenizer_files
 from natsjax.interop.layout import tensors_of
 from natsjax.model.layers import rotary_size, scaled_frequencies
-from natsjax.report.results import read
+from natsjax.report.picture import pareto
+from natsjax.report.results import Results, read
 from natsjax.report.table import format_table
 from natsjax.runs.export import num_parameters
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import natsjax_version
-from natsjax.runtime.files import write_text_file
+from natsjax.runtime.files import write_file, write_text_file
+from natsjax.runtime.log import logger
 from natsjax.runtime.output_folder import OutputFolder
 
 MODELING_FILE = "modeling_natsjax.py"
 _MARKER = "natsjax_export.json"
-_CARD, _GENERATION = "README.md", "generation_config.json"
-_NAMES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, _GENERATION, MODELING_FILE, _CARD)
+_CARD, _CURVE, _GENERATION = "README.md", "pareto.png", "generation_config.json"
+_NAMES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, _GENERATION, MODELING_FILE, _CARD, _CURVE)
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -110,7 +112,10 @@ def export_hf(
         if kind == OWN_TYPE:
             code = importlib.resources.files("natsjax.interop").joinpath(MODELING_FILE).read_text(encoding="utf-8")
             write_text_file(temporary / MODELING_FILE, code)
-        write_text_file(temporary / _CARD, _card(run, kind, has_tokenizer=tokenizer is not None))
+        evaluated = _evaluation(run.workdir.report)
+        if evaluated is not None:
+            write_file(temporary / _CURVE, pareto(evaluated))
+        write_text_file(temporary / _CARD, _card(run, kind, evaluated, has_tokenizer=tokenizer is not None))
         parameters = run.parameters if kind == OWN_TYPE else _folded(run.config, run.parameters, kind)
         write_tensors(temporary, tensors_of(_as(parameters, dtype, kind)), largest=largest_file)
         write_json(temporary / _MARKER, _provenance(run, kind, dtype))
@@ -166,7 +171,7 @@ def _provenance(run: LoadedRun, kind: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def _card(run: LoadedRun, kind: str, *, has_tokenizer: bool) -> str:
+def _card(run: LoadedRun, kind: str, evaluated: Results | None, *, has_tokenizer: bool) -> str:
     """Returns a model card: what it is, how it is loaded, and perplexity against KV where that was evaluated."""
     model = run.config.model
     own = ", trust_remote_code=True" if kind == OWN_TYPE else ""
@@ -175,11 +180,11 @@ def _card(run: LoadedRun, kind: str, *, has_tokenizer: bool) -> str:
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
-        f"# A {kind} model of natsjax",
+        f"# {run.workdir.path.resolve().name}, exported by natsjax",
         "",
-        f"{num_parameters(run.parameters):,} parameters; {model.num_layers} layers ({model.layer_pattern}), width "
-        f"{model.embed_dim}, {model.num_heads} query heads and {model.num_kv_heads} KV heads of {model.head_dim}; step "
-        f"{run.step}; data: {run.data.description}.",
+        f"{kind}, {num_parameters(run.parameters):,} parameters; {model.num_layers} layers ({model.layer_pattern}), "
+        f"width {model.embed_dim}, {model.num_heads} query heads and {model.num_kv_heads} KV heads of "
+        f"{model.head_dim}; step {run.step}; data: {run.data.description}.",
         "",
         "    from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
         "",
@@ -192,17 +197,26 @@ def _card(run: LoadedRun, kind: str, *, has_tokenizer: bool) -> str:
             "Every token has a role in each layer and KV head, which says how long its key is kept; the cache drops "
             "keys whose role has ended. `model.config.role_bias` above 0 keeps more of them, below 0 fewer.",
         ]
-    table = _table(run.workdir.report)
-    if table:
-        lines += ["", "## Perplexity against the KV cache", "", *(f"    {line}" for line in table.splitlines())]
+    if evaluated is not None:
+        lines += [
+            "",
+            "## Perplexity against the KV cache",
+            "",
+            f"![perplexity against KV fraction]({_CURVE})",
+            "",
+            format_table(evaluated.rows, show_accuracy=evaluated.run["show_accuracy"], layers=evaluated.run["layers"]),
+            "",
+            str(evaluated.run["evaluation"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _table(report: pathlib.Path) -> str:
-    """Returns the table of the run's report; empty where it was not evaluated."""
-    if not report.is_dir():
-        return ""
+def _evaluation(report: pathlib.Path) -> Results | None:
+    """Reads the results of the run's evaluation; None where it was not evaluated."""
     try:
-        return format_table(read(report).rows)
-    except UserError:  # of a report that is not whole, or of another version: the card does without
-        return ""
+        return read(report)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        logger.warning(f"warning: the model card is without the curve: {error}")
+        return None

@@ -35,10 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE|FOLDER",
         help="the tokenizer (default: tokenizer.json beside the tensors, or the vocabulary of the .gguf file)",
     )
+    parser.add_argument(
+        "--context_length",
+        type=int,
+        metavar="N",
+        help="tokens of a context in evaluation and training (default: the most that the model was made for)",
+    )
     flags = parser.parse_args(argv)
     from natsjax.import_model.convert import import_model  # here: --help needs nothing slow
 
-    found = import_model(flags.input, flags.output, dtype=flags.dtype, tokenizer=flags.tokenizer)
+    options = {"dtype": flags.dtype, "tokenizer": flags.tokenizer, "context_length": flags.context_length}
+    found = import_model(flags.input, flags.output, **options)
     logger.info(f"{found.description}; {found.config.model.layer_pattern}, {found.vocabulary}")
     print(f"wrote {found.num_parameters:,} parameters in {found.dtype} to {flags.output}")
 

@@ -64,6 +64,7 @@ def import_model(
     *,
     dtype: DType = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
+    context_length: int | None = None,
 ) -> Imported:
     """Writes an export of a model of another project; its logits are those of transformers.
 
@@ -75,6 +76,8 @@ def import_model(
       output: the folder; it appears whole or not at all. An export that is there is replaced.
       dtype: of the parameters, and ``model.dtype``; "auto" is bfloat16 where all tensors are, else float32.
       tokenizer: its folder or file; None: that of the model.
+      context_length: tokens of a context in evaluation and training, at most those that the model was made for; None:
+        as many.
 
     Raises:
       UserError: the input is damaged, not whole, or a model that natsjax cannot represent; or the output is something
@@ -93,7 +96,7 @@ def import_model(
     folder = export_folder(output)  # tried before the parameters are read
     opened = _opened(path, None if tokenizer is None else pathlib.Path(os.path.expanduser(tokenizer)))
     chosen = dtype if dtype != "auto" else "bfloat16" if opened.is_bfloat16 else "float32"
-    config = _with_dtype(opened.described.config, chosen)
+    config = _changed(opened.described.config, chosen, context_length)
     abstract = model_structure(config, opened.described.vocab_size).parameters
     parameters = read_parameters(opened.source, abstract)
     meaning = token_meaning(opened.tokenizer)
@@ -140,7 +143,13 @@ def _open_gguf(path: pathlib.Path, tokenizer: pathlib.Path | None) -> _Opened:
     return _Opened(described, file, opened, False, "GGUF, llama")
 
 
-def _with_dtype(config: Config, dtype: str) -> Config:
-    return Config.from_dict(
-        config.to_dict() | {"model": dataclasses.asdict(config.model) | {"dtype": dtype, "param_dtype": dtype}}
-    )
+def _changed(config: Config, dtype: str, context_length: int | None) -> Config:
+    """Returns the config with a dtype, and shorter contexts where they are asked for."""
+    longest = config.data.context_length
+    if context_length is not None and not 2 <= context_length <= longest:
+        raise UserError(
+            f"--context_length={context_length}: the model reads {longest:,} tokens at most; choose 2 to {longest}."
+        )
+    model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
+    data = dataclasses.replace(config.data, context_length=longest if context_length is None else context_length)
+    return dataclasses.replace(config, model=model, data=data)

@@ -179,8 +179,12 @@ def write_tensors(
     parts: list[list[str]] = []
     total = 0
     for part in _parts(tensors, largest):
+        path = folder / _part_name(len(parts))
+        path.touch()
+        mode = path.stat().st_mode  # of any new file; the library's are for their owner alone
         with _errors_of_writing(folder):
-            save_file(part, folder / _part_name(len(parts)), metadata={"format": "pt"})
+            save_file(part, path, metadata={"format": "pt"})
+        path.chmod(mode)
         parts.append(list(part))
         total += sum(tensor.nbytes for tensor in part.values())
     if len(parts) == 1:

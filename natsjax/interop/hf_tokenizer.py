@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import tokenizers
+
 from natsjax.data.tokenizers import BPETokenizer, ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from natsjax.data.tokenizers.bpe import byte_of_character
 from natsjax.errors import UserError
@@ -67,6 +69,20 @@ def tokenizer_files(tokenizer: Tokenizer, *, context_length: int, begins_with_bo
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": definition, "tokenizer_config.json": config}
+
+
+def puts_bos_first(tokenizer: Tokenizer, *, is_imported: bool) -> bool:
+    """Returns whether transformers puts BOS before a text with the tokenizer of an exported model.
+
+    Args:
+      tokenizer: of the model.
+      is_imported: True where the model was imported: its tokenizer is the publisher's, and stays as it is.
+    """
+    if not is_imported:
+        return True
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return False
+    return tokenizers.Tokenizer.from_str(tokenizer.definition).encode("").ids[:1] == [tokenizer.bos_id]
 
 
 def _of_bytes() -> dict[str, Any]:

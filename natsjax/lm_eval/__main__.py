@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--limit", type=int, metavar="N", help="documents of each task, at most")
     add("--batch_size", type=int, default=8, metavar="N", help="requests at a time (default: 8)")
     add("--max_length", type=int, metavar="N", help="tokens that are read at once (default: data.context_length)")
-    add("--no_bos", action="store_true", help="do not begin every text with BOS")
+    bos = parser.add_mutually_exclusive_group()
+    begins = "(default: as transformers does with the exported model)"
+    bos.add_argument("--bos", action="store_true", help=f"begin every text with BOS {begins}")
+    bos.add_argument("--no_bos", action="store_true", help="do not begin every text with BOS")
     add(
         "--policy",
         metavar="NAME",
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_kv=flags.max_kv,
         batch_size=flags.batch_size,
         max_length=flags.max_length,
-        add_bos_token=not flags.no_bos,
+        add_bos_token=True if flags.bos else False if flags.no_bos else None,
         prepared_dir=flags.prepared_dir,
     )
     logger.info(f"policy: {model.decoder.policy}")
@@ -76,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.make_tasks is not None:
         made = write_tasks(model.run, flags.make_tasks, num_examples=flags.num_examples)
         names, paths = names or made, [*paths, flags.make_tasks]
-    # The harness's own tasks are thousands of files: they are read where one may be among them.
-    manager = TaskManager(
-        include_path=[path for path in paths if path is not None], include_defaults=flags.tasks is not None
-    )
+    folders = [path for path in paths if path is not None]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folders)  # the harness's own tasks are thousands of files
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(
             f"--tasks={flags.tasks}: the harness has no task {', '.join(unknown)}; `lm-eval ls tasks` lists them."

@@ -31,6 +31,7 @@ from natsjax.errors import UserError
 from natsjax.evaluate.masked import measure
 from natsjax.evaluate.settings import TOLERANCE
 from natsjax.generate.flags import parse_policy
+from natsjax.interop.hf_tokenizer import puts_bos_first
 from natsjax.policies.base import DecodingPolicy
 from natsjax.policies.budgets import Calibration, OutOfReachError, layer_windows, role_bias_for_budget
 from natsjax.policies.registry import NATS, POLICIES
@@ -39,6 +40,9 @@ from natsjax.runtime.progress import bar
 
 _GENERATED = {"until", "do_sample", "temperature", "max_gen_toks", "top_p", "top_k", "min_p", "seed"}
 """Arguments of generation that are known here, after ``normalize_gen_kwargs``."""
+
+_GENERATED_LENGTH = 256
+"""Tokens that the harness's model ``hf`` generates where a task does not say."""
 
 
 @register_model("natsjax")
@@ -57,8 +61,10 @@ class NatsjaxLM(TemplateLM):
       batch_size: requests that are read at a time.
       max_length: tokens that the model reads at once; what is longer loses its beginning. None:
         ``data.context_length``.
-      max_gen_toks: tokens to generate where a task does not say.
-      add_bos_token: begin every text with BOS, as documents begin in training.
+      max_gen_toks: tokens to generate where a task does not say; None: 256, as the harness's own model ``hf``, or half
+        of ``max_length`` where that is not longer.
+      add_bos_token: begin every text with BOS, as documents begin in training. None: if transformers does so with the
+        exported model, which is always but with the tokenizers of some imported ones.
       prepared_dir: as in ``natsjax.load``.
       progress: show progress.
       device, max_batch_size: ignored; the harness passes them to every model.
@@ -78,8 +84,8 @@ class NatsjaxLM(TemplateLM):
         max_kv: int | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
-        max_gen_toks: int = 128,
-        add_bos_token: bool = True,
+        max_gen_toks: int | None = None,
+        add_bos_token: bool | None = None,
         prepared_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
         device: str | None = None,
@@ -92,7 +98,10 @@ class NatsjaxLM(TemplateLM):
             raise UserError(f"{self.run.workdir.path} is a recall run, whose tokens stand for no text; name another.")
         self._tokenizer: Tokenizer = self.run.tokenizer
         self.max_length = self.run.config.data.context_length if max_length is None else int(max_length)
-        self.max_gen_toks, self.add_bos_token, self._progress = max_gen_toks, add_bos_token, progress
+        self.max_gen_toks = _default_length(self.max_length) if max_gen_toks is None else int(max_gen_toks)
+        is_imported = self.run.config.data.source == "none"
+        by_itself = puts_bos_first(self._tokenizer, is_imported=is_imported)
+        self.add_bos_token, self._progress = by_itself if add_bos_token is None else add_bos_token, progress
         self.batch_size = _whole("batch_size", batch_size)
         chosen = find_policy(self.run, policy, role_bias=role_bias, kv_budget=kv_budget, length=self.max_length)
         self.decoder = Decoder.of_run(self.run, chosen, DecodeSettings(max_kv=max_kv))
@@ -146,7 +155,11 @@ class NatsjaxLM(TemplateLM):
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Scores whole texts, each in windows of ``max_length`` that do not overlap."""
+        """Scores whole texts, each in windows of ``max_length`` that do not overlap.
+
+        The first token is predicted from BOS. The harness's ``hf`` would also predict BOS from BOS where the tokenizer
+        puts it before a text (issue 3333 of the harness); with ``add_bos_token=False`` its sums are these.
+        """
         windows, owner = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -213,6 +226,11 @@ def _grouped(keys: Sequence[Any]) -> Iterator[tuple[Any, list[int]]]:
     order = sorted(range(len(keys)), key=lambda number: str(keys[number]))
     for key, numbers in itertools.groupby(order, key=lambda number: keys[number]):
         yield key, sorted(numbers)
+
+
+def _default_length(max_length: int) -> int:
+    """Returns the tokens to generate where a task does not say."""
+    return _GENERATED_LENGTH if max_length > _GENERATED_LENGTH else max_length // 2
 
 
 def _whole(name: str, value: int | str) -> int:

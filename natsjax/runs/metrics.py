@@ -2,7 +2,7 @@
 
 To add a metric, add an entry to ``METRICS`` and compute its value: in the dict that a step returns
 (``natsjax.train.step``), or in the line of a logged step (``natsjax.train.logs.monitor``). ``metrics.jsonl``,
-TensorBoard, Weights & Biases, the panel on the terminal, the charts of the report and ``docs/metrics.md``
+TensorBoard, trackers, the panel on the terminal, the charts of the report and ``docs/metrics.md``
 (``python -m benchmarks.docs_tables``) follow.
 """
 

@@ -6,7 +6,8 @@ starts.jsonl         the command of every start, when it was, and the versions
 log.txt              the lines that training printed, with their times
 metrics.jsonl        a line of metrics every ``train.log_every`` steps
 tensorboard/         the same for TensorBoard
-wandb.json, wandb/   which W&B run ``train.wandb`` sends them to, and what waits to be sent
+wandb.json, trackio.json, mlflow.json
+                     which run of a service ``train.wandb`` and its like send them to; in wandb/ what waits to be sent
 profile/             what the JAX profiler recorded (``train.profile``)
 checkpoints/         Orbax checkpoints by step
 corpus/              the prepared corpus, unless ``data.prepared_dir`` names another place
@@ -67,7 +68,6 @@ class Workdir:
         self.log_file = self.path / "log.txt"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
-        self.wandb_file = self.path / "wandb.json"
         self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
         self.corpus = self.path / "corpus"

@@ -27,6 +27,7 @@ from natsjax.runs.initial_parameters import InitialParameters
 from natsjax.runs.paths import settle_paths
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime.files import write_text_file
+from natsjax.train.logs.trackers import SERVICES
 
 RECORD_FILE = "sweep.json"
 _LARGEST_SEED = 2**31 - 1
@@ -41,7 +42,7 @@ _FREE_FIELDS = (
         "train.progress",
         "train.hang_timeout_seconds",
         "train.profile",
-        "train.wandb",
+        *(f"train.{service.name}" for service in SERVICES),
         "train.compilation_cache",
     ),
 )

@@ -30,7 +30,7 @@ from natsjax.runtime.compilation_cache import compilation_cache
 from natsjax.runtime.log import logger
 from natsjax.runtime.signals import StopRequests
 from natsjax.train.held_out import HeldOut
-from natsjax.train.logs import wandb
+from natsjax.train.logs import trackers
 from natsjax.train.logs.monitor import Monitor, fetch_every_step
 from natsjax.train.logs.nonfinite import FiniteCheck
 from natsjax.train.logs.wall_time import WallTime
@@ -81,7 +81,7 @@ def _trained(config: Config, path: str | os.PathLike[str]) -> Iterator[tuple[Loa
     workdir = Workdir(path)
     workdir.refuse_export()
     config = settle_paths(config, workdir)
-    wandb.check(config)
+    trackers.check(config)
     with (
         contextlib.closing(wall_time),
         signals.stop_requests() as stop,

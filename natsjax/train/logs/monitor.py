@@ -1,4 +1,4 @@
-"""Logging of training steps to files, the terminal and W&B; ``docs/metrics.md`` lists all metrics and warnings."""
+"""Logging of training steps to files, the terminal and services; ``docs/metrics.md`` lists all metrics and warnings."""
 
 import math
 import os
@@ -15,14 +15,14 @@ from natsjax.errors import first_line
 from natsjax.kv_fraction import perplexity
 from natsjax.runs.metrics import in_order
 from natsjax.runs.workdir import HELD_OUT_LOSS, Workdir
-from natsjax.runtime import distributed, watchdog
+from natsjax.runtime import distributed
 from natsjax.runtime.chips import chip_of
 from natsjax.runtime.log import logger
 from natsjax.train.flops import step_flops
 from natsjax.train.logs.display import Display, duration
 from natsjax.train.logs.step_breakdown import StepBreakdown
+from natsjax.train.logs.trackers import Tracker, chosen_services
 from natsjax.train.logs.wall_time import WallTime
-from natsjax.train.logs.wandb import WandbWriter
 from natsjax.train.logs.warnings import ActiveWarnings
 from natsjax.train.logs.writer import MetricsWriter
 from natsjax.train.step import StepMetrics, Trainer
@@ -59,10 +59,8 @@ class Monitor:
         chips = [chip_of(device) for device in devices]
         self._peak = None if None in chips else sum(chip.flops for chip in chips if chip is not None)
         self._writer = MetricsWriter(workdir, start) if distributed.is_main() else None
-        self._wandb: WandbWriter | None = None
-        if config.train.wandb and distributed.is_main():
-            with watchdog.phase("starting Weights & Biases"):
-                self._wandb = WandbWriter(config, workdir)
+        services = chosen_services(config) if distributed.is_main() else []
+        self._trackers = [Tracker(service, config, workdir) for service in services]
         self._warnings = ActiveWarnings(config)
         self._profile = Profile(config, workdir, start)
         is_recorded = config.train.step_breakdown and not config.train.profile and distributed.is_main()
@@ -81,9 +79,8 @@ class Monitor:
         self._breakdown.close()
         if self._writer is not None:
             self._writer.close()
-        if self._wandb is not None:
-            with watchdog.phase("sending the rest to Weights & Biases"):
-                self._wandb.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def flush(self) -> None:
         """Writes the buffers to the disk.
@@ -130,8 +127,8 @@ class Monitor:
         self._once = {}
         if self._writer is not None:
             self._writer.write(step, line)
-        if self._wandb is not None:
-            self._wandb.write(step, line)
+        for tracker in self._trackers:
+            tracker.write(step, line)
         self._display.update(step, line)
 
     def _speed(self, step: int, kv_fraction: float) -> dict[str, float]:
