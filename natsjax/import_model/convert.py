@@ -150,6 +150,6 @@ def _changed(config: Config, dtype: str, context_length: int | None) -> Config:
         raise UserError(
             f"--context_length={context_length}: the model reads {longest:,} tokens at most; choose 2 to {longest}."
         )
-    model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
-    data = dataclasses.replace(config.data, context_length=longest if context_length is None else context_length)
-    return dataclasses.replace(config, model=model, data=data)
+    model = dataclasses.asdict(config.model) | {"dtype": dtype, "param_dtype": dtype}
+    data = dataclasses.asdict(config.data) | {"context_length": context_length or longest}
+    return Config.from_dict(config.to_dict() | {"model": model, "data": data})

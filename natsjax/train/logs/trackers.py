@@ -39,7 +39,7 @@ class TrackedRun(Protocol):
         """Waits until everything is sent."""
 
 
-class _WandbRun:
+class _WandbRun(TrackedRun):
     def __init__(self, config: Config, workdir: Workdir, known: Mapping[str, str]):
         import wandb
 
@@ -62,7 +62,7 @@ class _WandbRun:
         self._run.finish()
 
 
-class _TrackioRun:
+class _TrackioRun(TrackedRun):
     def __init__(self, config: Config, workdir: Workdir, known: Mapping[str, str]):
         import trackio
 
@@ -87,7 +87,7 @@ class _TrackioRun:
             self._trackio.finish()  # that of the run leaves it to be finished once more at exit
 
 
-class _MlflowRun:
+class _MlflowRun(TrackedRun):
     """A run of MLflow, which answers requests one by one: a thread waits for it, and training does not."""
 
     def __init__(self, config: Config, workdir: Workdir, known: Mapping[str, str]):
