@@ -42,6 +42,12 @@ class NumpyModel:
         index = first + np.arange(len(x))
         return self._rotate(query, index), self._rotate(key, index), value
 
+    def roles(self, layer, x):
+        """The roles that the scorer chooses, ``[t, k]``: 0 GLOBAL, 1 LOCAL, 2 SLIDING; the first token is GLOBAL."""
+        y, scorer = self._norm(x, layer["attention_norm"]["scale"]), layer["attention"]["scorer"]
+        roles = np.argmax(np.einsum("td,dkr->tkr", y, scorer["weight"]) + scorer["bias"], axis=-1)
+        return np.concatenate([np.zeros_like(roles[:1]), roles[1:]])
+
     def weights(self, query, key, is_read):
         """Softmax weights ``[t, k, g, s]``; ``is_read`` is bool ``[t, s]`` or ``[t, k, s]``."""
         logits = np.einsum("tkgh,skh->tkgs", query, key) * self.model.head_dim**-0.5

@@ -1,6 +1,7 @@
 """The masked forward, prefill in chunks and decoding by token agree; nothing live is lost, what is dead is freed."""
 
 import dataclasses
+import gc
 
 import decoding
 import jax
@@ -305,7 +306,7 @@ def test_a_short_context_takes_no_more_than_full_attention_would_hold(policy, le
     assert found.kv_full == 3 * 2 * (length + 31)
     assert found.kv_allocated <= found.kv_full
     assert found.kv_live <= found.kv_live_max <= max(found.capacities) + 1
-    assert found.kv_allocated_bytes <= found.kv_full * (2 * 8 * 4 + 3 * 4) + 3 * 2 * 4
+    assert found.kv_allocated_bytes <= found.kv_full * (2 * 8 * 4 + 3 * 4) + 3 * 2 * (4 + 8 * 4)
 
 
 def test_one_token_and_a_stop_token_at_once():
@@ -376,6 +377,7 @@ def test_memory_is_what_lives_and_not_what_was_seen():
     scorer["bias"] = scorer["bias"].at[..., 1].add(-1e4).at[..., 2].add(_bias_for_a_tenth(config, parameters))
     prompt = decoding.prompts([8192])
     decoder = decoding.decoder(config, parameters, settings=DecodeSettings(chunk=1024))
+    gc.collect()  # what other tests have left would be missing from what is taken
     before = sum(x.nbytes for x in jax.live_arrays())
     cache, hidden = prefill(decoder, prompt)
     live = np.asarray(occupancy(cache.buffer, cache.num_tokens))
