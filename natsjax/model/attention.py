@@ -283,17 +283,14 @@ class Attention(nnx.Module):
     def _shifted(self, key: jax.Array, positions: jax.Array, before: jax.Array | None) -> jax.Array:
         """Mixes into each of ``key [b, s, k, h]`` that of the token before, 0 before a document's first one."""
 
-        def behind(key):
-            first, axis = jnp.zeros_like(key[:, :1]), sequence_axis()
+        def behind(key, before):
+            first, axis = jnp.zeros_like(key[:, :1]) if before is None else before[:, None], sequence_axis()
             if axis is not None:  # a device's first key comes behind the last one of the device before
                 ring = [(number, number + 1) for number in range(jax.lax.axis_size(axis) - 1)]
                 first = jax.lax.ppermute(key[:, -1:], axis, ring)
             return jnp.concatenate([first, key[:, :-1]], axis=1)
 
-        if before is None:
-            previous = shard_map(behind, (_KEY,), _KEY)(key)
-        else:
-            previous = jnp.concatenate([before[:, None], key[:, :-1]], axis=1)
+        previous = shard_map(behind, (_KEY, ("batch", "kv_heads", None)), _KEY)(key, before)
         previous = jnp.where((positions > 0)[..., None, None], previous, 0)
         return key + self._cast(self.key_shift) * (previous - key)
 
