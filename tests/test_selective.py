@@ -375,9 +375,11 @@ def test_chunks_of_any_size_give_the_masked_logits(model):
 def test_generated_tokens_are_the_likeliest_of_the_masked_model(model, policy):
     """The prompts are shorter than what is kept, so that what is dropped is dropped after a generated token."""
     config = decoding.config(model=MODELS[model])
-    parameters, rows = decoding.parameters_of(config), decoding.prompts([3, 17, 9])
+    # With these numbers tokens vary: of two keys of one repeated token, masked alike, rounding says which one goes.
+    parameters, rows = decoding.parameters_of(config, 1), decoding.prompts([3, 17, 9], seed=1)
     decoder = decoding.decoder(config, parameters, policy)
     found = generate(decoder, rows, max_new_tokens=30)
+    assert all(len(set(tokens)) > 4 for tokens in found.tokens)
     decoding.check_generated(config, parameters, rows, found, policy)
     if policy is not None:
         layers = 3 if model == "all" else 1
