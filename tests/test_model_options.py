@@ -252,7 +252,7 @@ def test_the_key_shift_mixes_in_the_key_before_in_the_document():
     positions[1] += 5  # of a chunk, which has tokens before it
     for first in (None, before):
         given = None if first is None else jnp.asarray(first, jnp.float32)
-        _, key, _ = layer.qkv_proj(jnp.asarray(x, jnp.float32), positions, given, False)
+        _, key, _ = layer.qkv_proj(jnp.asarray(x, jnp.float32), positions, before=given, is_rotary=False)
         for row, t in np.ndindex(positions.shape):
             previous = plain[row, t - 1] if t else np.zeros((2, 4)) if first is None else first[row]
             previous = previous if positions[row, t] else 0
@@ -475,7 +475,7 @@ def test_scaled_positions_reach_queries_and_keys():
     usual = np.array([1.0, 0.01])
     yarn, size = definition_of_yarn(4, 10000.0, 4.0, 64)
     attention = Attention(tiny.config(), nnx.Rngs(0))
-    plain = [np.asarray(y, np.float64) for y in attention.qkv_proj(x, positions, False)]
+    plain = [np.asarray(y, np.float64) for y in attention.qkv_proj(x, positions, is_rotary=False)]
     for fields, frequency, factor in (
         ({}, usual, 1),
         ({"rope_scaling": "linear", "rope_scaling_factor": 4.0}, usual / 4, 1),

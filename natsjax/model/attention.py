@@ -243,7 +243,7 @@ class Attention(nnx.Module):
         Returns:
           ``(out, result)``, the latter from ``attend``.
         """
-        out, result = attend(self, x, *self.qkv_proj(x, positions, before, is_rotary))
+        out, result = attend(self, x, *self.qkv_proj(x, positions, before=before, is_rotary=is_rotary))
         if self.config.model.attention_gate:
             out *= jax.nn.sigmoid(jnp.einsum("btd,dkgh->btkgh", x, self._cast(self.gate)))
         return self.out_proj(out), result
@@ -254,7 +254,12 @@ class Attention(nnx.Module):
         return gathered(self.sink, jnp.float32) if self.config.model.attention_sinks else None
 
     def qkv_proj(
-        self, x: jax.Array, positions: jax.Array, before: jax.Array | None = None, is_rotary: bool | jax.Array = True
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        *,
+        before: jax.Array | None = None,
+        is_rotary: bool | jax.Array = True,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects ``x [b, t, d]`` to queries ``[b, t, k, g, h]``, keys and values ``[b, t, k, h]``, with positions."""
         model = self.config.model
