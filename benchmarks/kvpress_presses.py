@@ -34,7 +34,7 @@ _POOL = 7  # keys; of SnapKV's LongBench runs
 
 
 class Numbers(NamedTuple):
-    """What a press is made of.
+    """Numbers that the presses of a table share.
 
     Attributes:
       ratio: of the keys that it drops, such that a head keeps ``keys``.
