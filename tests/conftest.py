@@ -53,6 +53,11 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.compiled, ignore_errors=True)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Names bytes after their argument: those of gzip hold the time, and workers must collect tests of the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if _ONE_PYTHON.fullmatch(item.path.name):
