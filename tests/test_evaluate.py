@@ -338,6 +338,18 @@ def test_budgets_that_are_no_numbers_are_refused(tmp_path):
         evaluate_command.main([f"--workdir={tmp_path}", "--budgets=0.1;0.2"])
 
 
+def test_the_number_of_contexts_is_chosen_without_the_config(tmp_path):
+    """So an export, which has no command line of its own, is measured on as much text as there is time for."""
+    run = make_run(tmp_path)
+    found = evaluate.run(tmp_path, loaded=run, budgets=[0.5], progress=False, num_contexts=4)
+    held_out = run.data.contexts("validation", 4)
+    tokens = int((held_out["loss_weight"] > 0).sum())
+    assert f"{tokens} held-out tokens in 4 contexts" in found.run_info["evaluation"]
+    assert "--num_contexts=4" in found.run_info["command"]
+    with pytest.raises(UserError, match="num_contexts=0: from no context nothing is measured; choose 1 or more"):
+        evaluate.run(tmp_path, loaded=run, num_contexts=0)
+
+
 def test_held_out_text_chooses_nothing(tmp_path):
     """The role bias is set on training contexts: other held-out contexts leave it where it was."""
     run = make_run(tmp_path)

@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a dense run on the same data and tokenizer, measured beside a nats run",
     )
     parser.add_argument(
+        "--num_contexts",
+        type=int,
+        metavar="N",
+        help="the most held-out contexts to read (default: eval.num_contexts of the run's config)",
+    )
+    parser.add_argument(
         "--prepared_dir",
         metavar="DIR",
         help="the folder of the prepared corpus (default: looked for beside the run, and where it was)",
@@ -85,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress=flags.progress,
         mode=flags.mode,
         chunk=flags.chunk,
+        num_contexts=flags.num_contexts,
     )
     print(evaluation.summary())
 

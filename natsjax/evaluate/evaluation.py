@@ -93,6 +93,7 @@ def run(
     checkpoint: str | int = "newest",
     mode: Mode = "masked",
     chunk: int = DEFAULT_CHUNK,
+    num_contexts: int | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint of a run and writes ``report/`` in its workdir.
 
@@ -112,9 +113,10 @@ def run(
       mode: "masked": whole contexts with masks. "decode": through a KV buffer, with policies that have no mask too;
         rows then have the slots that were allocated.
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV or Ada-SnapKV.
+      num_contexts: the most held-out contexts; None: ``eval.num_contexts`` of the run's config.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget or a chunk cannot be, the dense baseline does not fit, or
+      UserError: there is no run or no held-out text, a budget, a chunk or a number of contexts cannot be, the dense baseline does not fit, or
         the report cannot be written, which is tried first.
 
     Example:
@@ -123,8 +125,13 @@ def run(
     """
     if chunk < 1:
         raise UserError(f"--chunk={chunk}: a chunk has no such number of tokens; choose 1 or more.")
+    if num_contexts is not None and num_contexts < 1:
+        raise UserError(f"--num_contexts={num_contexts}: from no context nothing is measured; choose 1 or more.")
     progress = progress and distributed.is_main()
     this = load(workdir, prepared_dir=prepared_dir, checkpoint=checkpoint) if loaded is None else loaded
+    if num_contexts is not None:
+        evaluated = dataclasses.replace(this.config.eval, num_contexts=num_contexts)
+        this = dataclasses.replace(this, config=dataclasses.replace(this.config, eval=evaluated))
     if distributed.is_main():
         report.try_report(this.workdir)
     baseline = None if baseline_workdir is None else load_baseline(this, baseline_workdir, prepared_dir=prepared_dir)
@@ -155,7 +162,7 @@ def run(
         budget_check = _budget_check(this, held_out, rows)
         role_biases = [row["setting"]["role_bias"] for row in rows if row["method"] == Nats.method]
         samples = samples_of(this, held_out, role_biases, progress)
-    command = _command(workdir, checkpoint, budgets, baseline_workdir, prepared_dir, decoded)
+    command = _command(workdir, checkpoint, budgets, baseline_workdir, prepared_dir, decoded, num_contexts)
     run_info = _run_info(this, command, measured[0], held_out, calibration_contexts, intervals, notes, decoded)
     paths = []
     if distributed.is_main():  # all of several processes measure, one writes
@@ -263,6 +270,7 @@ def _command(
     baseline_workdir: str | os.PathLike[str] | None,
     prepared_dir: str | os.PathLike[str] | None,
     chunk: int | None,
+    num_contexts: int | None,
 ) -> str:
     """Returns the command that does the same."""
     flags = [] if checkpoint == "newest" else [f"--checkpoint={checkpoint}"]
@@ -272,6 +280,8 @@ def _command(
         flags.append(f"--baseline_workdir={os.fspath(baseline_workdir)}")
     if prepared_dir is not None:
         flags.append(f"--prepared_dir={os.fspath(prepared_dir)}")
+    if num_contexts is not None:
+        flags.append(f"--num_contexts={num_contexts}")
     if chunk is not None:
         flags += ["--mode=decode", f"--chunk={chunk}"]
     return evaluate_command(workdir, *flags)
