@@ -6,7 +6,7 @@
     python -m benchmarks.train_step --remat                   also NAtS with every rematerialization policy
     python -m benchmarks.train_step --optimizers              also the dense model with every update rule
 
-The model is that of ``configs/quickstart.py``; a step has ``--tokens`` tokens, so that a longer context means a smaller
+The model is that of ``configs/speeches.py``; a step has ``--tokens`` tokens, so that a longer context means a smaller
 batch. Every row of a batch is one document of random tokens, all of them predicted. A step is the whole of it: forward,
 backward, clipping, AdamW, and the loss as a number of the host. Every round times each contestant once, so that
 whatever else the machine does hits all of them; a ratio is the median over rounds.
@@ -40,7 +40,7 @@ import numpy as np
 
 from benchmarks.attention import race, ratio
 from benchmarks.attention_contestants import Contestant
-from configs import quickstart
+from configs import speeches
 from natsjax.config import Config
 from natsjax.errors import UserError
 from natsjax.kv_fraction import random_kv_fraction
@@ -145,7 +145,7 @@ def mesh_sizes(devices: int, batch: int, num_kv_heads: int) -> dict[str, int]:
 
 def base_config() -> ml_collections.ConfigDict:
     """Returns the config with the sizes of the model, and AdamW, which PyTorch's contestant has."""
-    config = quickstart.get_config()
+    config = speeches.get_config()
     config.optimizer.name = "adamw"
     config.optimizer.peak_learning_rate = 4e-3
     return config

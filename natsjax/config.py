@@ -305,8 +305,11 @@ class NatsConfig:
     budget_ramp_start: int = config_field(0, "steps before the budget begins to fall from 1", minimum=0)
     budget_ramp_steps: int = config_field(0, "steps over which the budget falls from 1 to kv_budget", minimum=0)
     budget_ramp: Literal["linear", "geometric", "cosine"] = config_field("linear", "shape of that fall")
-    biased_roles: Literal["global", "global_local"] = config_field(
-        "global_local", "roles whose logits get the role bias in evaluation", resume=True
+    biased_roles: Literal["by_sign", "global", "global_local"] = config_field(
+        "by_sign",
+        "roles whose logits get the role bias in evaluation, beside longer windows; by_sign: GLOBAL where it keeps "
+        "more, GLOBAL and LOCAL where it keeps less",
+        resume=True,
     )
 
     @property

@@ -54,7 +54,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Names bytes after their argument: those of gzip hold the time, and workers must collect tests of the same names."""
+    """Names bytes after their argument: those of gzip hold the time, and workers must collect the same names."""
     return argname if isinstance(val, bytes) else None
 
 

@@ -163,7 +163,7 @@ def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, eva
         row["perplexity"] *= perplexity
         row["by_position"] = by_position(row["perplexity"])
         row["by_document"] = by_document(row["perplexity"])
-    if attention == "dense":
+    if attention in ("dense", "sliding"):  # no roles
         rows, budget_check = [row for row in rows if row["weights"] == DENSE_WEIGHTS], None
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in make_metrics()))
     workdir.starts_file.write_text(json.dumps({**START, "command": f"{START['command']} # {workdir.path.name}"}) + "\n")

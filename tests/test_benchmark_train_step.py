@@ -11,7 +11,7 @@ import tiny
 
 from benchmarks import train_step as benchmark
 from benchmarks import train_step_breakdown
-from configs import quickstart
+from configs import speeches
 from natsjax import UserError
 from natsjax.config import OptimizerConfig
 from pallas_kernels.nats_attention import key_end_from_roles
@@ -54,8 +54,8 @@ def test_torch_takes_the_same_steps_as_the_dense_model(dense, rival):
 
 
 @pytest.mark.parametrize("length", [64, 1024, 8192])
-def test_fresh_roles_keep_about_the_quickstarts_budget(length):
-    config = quickstart.get_config()
+def test_fresh_roles_keep_about_the_budget(length):
+    config = speeches.get_config()
     roles = benchmark.roles_for(config.nats.kv_budget, length, config.nats.window)
     assert sum(roles) == pytest.approx(1)
     ids = np.random.default_rng(0).choice(3, (1, 64, length), p=roles)

@@ -8,7 +8,7 @@ from test_report import check_self_contained, embedded, png_size
 
 from natsjax.errors import UserError
 from natsjax.report import __main__ as report_command
-from natsjax.report.compare import compare
+from natsjax.report.compare import compare, comparison_table
 
 
 @pytest.fixture
@@ -109,6 +109,42 @@ def test_runs_are_compared_with_the_dense_one_on_each_document(tmp_path):
     )
     page = embedded(compare([tmp_path / "nats", tmp_path / "dense"], tmp_path / "out")[0])
     assert any("dense was evaluated by a version" in note and "natsjax.evaluate" in note for note in page["notes"])
+
+
+def test_the_table_has_what_each_run_was_trained_to_be_over_the_reference(tmp_path, capsys):
+    """Learned roles are those biased to the run's budget; a run without roles is its layers as they are."""
+    make_workdir(tmp_path / "nats")
+    make_workdir(tmp_path / "window", attention="sliding")
+    make_workdir(tmp_path / "young", evaluated=False)
+    own = {"nats": ("nats", {"role_bias": -0.25}), "window": ("full", {})}
+    rows = {
+        name: next(
+            row
+            for row in json.loads((tmp_path / name / "report/evaluation.json").read_text())["rows"]
+            if (row["method"], row["setting"]) == own[name]
+        )
+        for name in own
+    }
+    runs = [tmp_path / name for name in ("nats", "window", "young")]
+    assert "to " not in comparison_table(runs)  # no dense run, and none was named
+    for name, other in (("nats", "window"), ("window", "nats")):
+        lines = comparison_table(runs, reference=tmp_path / other).splitlines()
+        cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[:4]}
+        assert cells["run"][-1] == f"to {other} [95 %]"
+        assert set(cells) == {"run", "-" * max(3, len("window")), "nats", "window"}
+        assert cells[other][-1] == "1"
+        ratio = rows[name]["perplexity"] / rows[other]["perplexity"]
+        assert float(cells[name][-1].split()[0]) == pytest.approx(ratio, rel=1e-3)
+        assert f"over that of {other}" in lines[-1]
+        page = embedded(compare(runs, tmp_path / "out", reference=tmp_path / other)[0])
+        assert [column["column"] for column in page["columns"]].count(f"to {other}") == 1
+        assert any(f"--reference={tmp_path / other}" in command["command"] for command in page["commands"])
+    report_command.main([f"--workdir={runs[0]},{runs[1]}", f"--reference={runs[1]}", f"--output={tmp_path / 'out'}"])
+    assert "| to window [95 %] |" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--reference=.*elsewhere is none of the runs in --workdir; name one of them"):
+        compare(runs, tmp_path / "out", reference=tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"--reference=.*young has no sums by document.*natsjax.evaluate"):
+        compare(runs, tmp_path / "out", reference=tmp_path / "young")
 
 
 def test_names_are_as_short_as_they_are_unique(tmp_path):

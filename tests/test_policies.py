@@ -78,7 +78,9 @@ def test_interval_policies_are_their_definitions(inputs, window, num_sinks):
         np.testing.assert_array_equal(seen.diagonal(axis1=1, axis2=2), np.asarray(inputs.document_end) > 0)
 
 
-@pytest.mark.parametrize(("roles", "bias"), [("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])])
+@pytest.mark.parametrize(
+    ("roles", "bias"), [("by_sign", [0.5, 0, 0]), ("global", [0.5, 0, 0]), ("global_local", [0.5, 0.5, 0])]
+)
 def test_the_role_bias_touches_the_roles_that_the_config_names(roles, bias):
     choice = Nats(0.5).choice(packed([[3]]).positions, Config(nats=NatsConfig(biased_roles=roles)))
     np.testing.assert_array_equal(choice.bias, bias)

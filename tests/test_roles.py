@@ -186,9 +186,19 @@ def test_roles_begin_halfway_to_the_budget():
     assert kv_fraction.roles_at_start(given) == (0.5, 0.25, 0.25)
 
 
-@pytest.mark.parametrize(("roles", "expected"), [("global", [2, 0, 0]), ("global_local", [2, 2, 0])])
-def test_role_bias(roles, expected):
-    np.testing.assert_array_equal(role_bias_logits(2.0, roles), expected)
+@pytest.mark.parametrize(
+    ("roles", "role_bias", "expected"),
+    [
+        ("by_sign", 2.0, [2, 0, 0]),
+        ("by_sign", -2.0, [-2, -2, 0]),
+        ("global", 2.0, [2, 0, 0]),
+        ("global", -2.0, [-2, 0, 0]),
+        ("global_local", 2.0, [2, 2, 0]),
+        ("global_local", -2.0, [-2, -2, 0]),
+    ],
+)
+def test_role_bias(roles, role_bias, expected):
+    np.testing.assert_array_equal(jax.jit(role_bias_logits, static_argnums=1)(role_bias, roles), expected)
 
 
 def test_with_several_windows_the_role_bias_grows_with_the_lifetime():

@@ -3,10 +3,10 @@
     python -m natsjax.data.prepare --input=package:stdlib --vocab_size=2048 --output=data/stdlib
     python -m benchmarks.study --study=benchmarks/studies/code.py --workdir=studies/code
 
-The quickstart's model and recipe on code, in contexts of 512.
+The model and recipe of ``configs/speeches.py`` on code, in contexts of 512; with both shifts, those of the quickstart.
 """
 
-CONFIG = "configs/quickstart.py"
+CONFIG = "configs/speeches.py"
 COMMON = {
     "data.input": "package:stdlib",
     "data.prepared_dir": "data/stdlib",

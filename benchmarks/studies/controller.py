@@ -9,7 +9,7 @@ Models of two layers: what is asked is whether a budget is met, not how good the
 KV fractions and warnings below the table of losses.
 """
 
-CONFIG = "configs/quickstart.py"
+CONFIG = "configs/speeches.py"
 COMMON = {
     "model.num_layers": 2,
     "model.embed_dim": 64,

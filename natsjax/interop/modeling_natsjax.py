@@ -73,8 +73,9 @@ class NatsjaxConfig(PretrainedConfig):
         length = self.natsjax["data"]["context_length"]
         shortest, *longer = (math.log1p(min(window, length)) for window in self.windows)
         whole = max(math.log1p(length) - shortest, 1e-6)
-        with_local = float(self.natsjax["nats"]["biased_roles"] == "global_local")
-        shares = [1.0, with_local, 0.0, *((x - shortest) / whole for x in longer)]
+        biased = self.natsjax["nats"]["biased_roles"]
+        with_local = biased == "global_local" or (biased == "by_sign" and self.role_bias < 0)
+        shares = [1.0, float(with_local), 0.0, *((x - shortest) / whole for x in longer)]
         return [self.role_bias * share for share in shares]
 
 

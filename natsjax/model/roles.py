@@ -46,11 +46,14 @@ def noise_at(step: jax.Array, config: NatsConfig, num_steps: int) -> jax.Array:
 
 def role_bias_logits(
     role_bias: float | jax.Array,
-    roles: Literal["global", "global_local"],
+    roles: Literal["by_sign", "global", "global_local"],
     windows: Sequence[int] = (0,),
     length: int = 1,
 ) -> jax.Array:
     """Returns the vector that the role bias adds to the logits, float32 ``[r]``: ``(δ, 0, 0)``, or ``(δ, δ, 0)``.
+
+    More GLOBAL tokens keep more, but fewer do not keep less: LOCAL keys then live longer. So "by_sign", δ above 0 goes
+    to GLOBAL alone, and below 0 to both (docs/choices.md).
 
     With several windows a longer one has a fraction of δ, by the logarithm of its lifetime between that of the shortest
     window, 0, and that of a whole context, 1.
@@ -63,8 +66,9 @@ def role_bias_logits(
     """
     shortest, *longer = (math.log1p(min(window, length)) for window in windows)
     whole = max(math.log1p(length) - shortest, 1e-6)
-    shares = [1.0, float(roles == "global_local"), 0.0, *((x - shortest) / whole for x in longer)]
-    return jnp.asarray(role_bias, jnp.float32) * jnp.asarray(shares, jnp.float32)
+    delta = jnp.asarray(role_bias, jnp.float32)
+    local = {"by_sign": jnp.minimum(delta, 0.0), "global": jnp.zeros_like(delta), "global_local": delta}[roles]
+    return jnp.stack([delta, local, jnp.zeros_like(delta), *(delta * (x - shortest) / whole for x in longer)])
 
 
 def choose_roles(logits: jax.Array, is_first: jax.Array) -> jax.Array:

@@ -13,9 +13,12 @@ def evaluate_command(workdir: str | os.PathLike[str], *flags: str) -> str:
     return shlex.join(["python", "-m", "natsjax.evaluate", f"--workdir={os.fspath(workdir)}", *flags])
 
 
-def report_command(workdirs: Sequence[str | os.PathLike[str]]) -> str:
-    """Returns the command that draws the report of a run, or of several, again."""
-    return shlex.join(["python", "-m", "natsjax.report", f"--workdir={','.join(os.fspath(path) for path in workdirs)}"])
+def report_command(workdirs: Sequence[str | os.PathLike[str]], reference: str | os.PathLike[str] | None = None) -> str:
+    """Returns the command that draws the report of a run again, or of several, compared with one of them."""
+    flags = [f"--workdir={','.join(os.fspath(path) for path in workdirs)}"]
+    if reference is not None:
+        flags.append(f"--reference={os.fspath(reference)}")
+    return shlex.join(["python", "-m", "natsjax.report", *flags])
 
 
 def training_commands(starts: Sequence[Mapping[str, str]], name: str = "") -> list[dict[str, str]]:

