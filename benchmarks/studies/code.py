@@ -23,6 +23,7 @@ ARMS = {
     "dense": {"model.layer_types": "dense"},
     "trained window of 12": {"model.layer_types": "sliding", "model.sliding_window": 12},  # 5 % of the mean context
     "trained window of 25": {"model.layer_types": "sliding", "model.sliding_window": 25},  # 10 %
+    "trained window of 51": {"model.layer_types": "sliding", "model.sliding_window": 51},  # 20 %
     "nats at 5 %": {"nats.window": 8, "nats.kv_budget": 0.05},
     "nats at 10 %": {"nats.window": 8, "nats.kv_budget": 0.1},
     "nats at 10 % with windows 4 and 16 and 64": {"nats.windows": (4, 16, 64), "nats.kv_budget": 0.1},
@@ -33,7 +34,19 @@ ARMS = {
         "nats.kv_budget": 0.1,
         "nats.initial_roles": (0.03, 0.03, 0.88, 0.03, 0.03),
     },
+    # Ladders whose middle window is a plain window of nearly the budget.
+    "nats at 5 % with windows 3 and 10 and 40": {"nats.windows": (3, 10, 40), "nats.kv_budget": 0.05},
     "nats at 10 % with windows 6 and 22 and 88": {"nats.windows": (6, 22, 88), "nats.kv_budget": 0.1},
+    "nats at 20 % with windows 11 and 44 and 176": {"nats.windows": (11, 44, 176), "nats.kv_budget": 0.2},
+    # Starts from dense attention; the budget falls to 10 % from step 150 to step 450.
+    "nats at 10 % from dense of windows 6 and 22 and 88": {
+        "nats.windows": (6, 22, 88),
+        "nats.kv_budget": 0.1,
+        "nats.initial_roles": (0.96, 0.01, 0.01, 0.01, 0.01),
+        "nats.budget_ramp_start": 150,
+        "nats.budget_ramp_steps": 300,
+        "nats.budget_ramp": "geometric",
+    },
 }
 PLAIN = dict(ARMS)
 ARMS |= {f"{arm} and token shift": fields | {"model.token_shift": True} for arm, fields in PLAIN.items()}
