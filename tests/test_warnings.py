@@ -52,6 +52,17 @@ def test_what_comes_and_goes_is_not_changes_of():
     assert changes_of(ActiveWarnings(config), [bad, elsewhere] * 5) == []  # another head each time
 
 
+def test_with_several_windows_a_head_may_live_in_windows_and_not_all_of_them():
+    config = tiny.config(nats={"windows": (2, 4), "initial_roles": ()})
+    windows_alone = np.tile([0.1, 0.0, 0.5, 0.4], (config.model.num_layers, config.model.num_kv_heads, 1))
+    windows_alone[1, 0] = [0.3, 0.1, 0.3, 0.3]  # this one has GLOBAL tokens
+    some = [line(config, role_fractions=windows_alone)] * NUM_POINTS
+    assert changes_of(ActiveWarnings(config), some) == []
+    windows_alone[1, 0] = [0.1, 0.1, 0.4, 0.4]  # 0.1 are forced
+    every = [line(config, role_fractions=windows_alone)] * NUM_POINTS
+    assert [name for _, name, _ in changes_of(ActiveWarnings(config), every)] == ["no-global"]
+
+
 @pytest.mark.parametrize(
     ("shares", "names"),
     [

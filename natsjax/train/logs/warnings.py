@@ -42,7 +42,8 @@ WARNINGS = {
         "nats.temperature, or lower optimizer.scorer_learning_rate.",
     ),
     "no-global": TrainingWarning(
-        "no token of a head is GLOBAL but the forced ones",
+        "no token of a head is GLOBAL but the forced ones; with several windows, of any head: there a head may live in "
+        "windows alone",
         "Nothing is remembered there beyond the forced first tokens: raise nats.kv_budget, or let the budget fall "
         "later and slower (nats.budget_ramp_start, nats.budget_ramp_steps).",
     ),
@@ -168,6 +169,10 @@ class ActiveWarnings:
         learned = self._layers[:, None]
         one_role = (free >= _ALL * (1 - forced)) & learned[..., None] & (forced < 1)
         no_global = (free[..., GLOBAL] <= 1e-6) & learned
+        if (
+            len(self._config.nats.sliding_windows) > 1
+        ):  # a head of windows is one of the choices that they are there for
+            no_global &= (no_global | ~learned).all()
         unended = np.asarray(metrics["unended_locals"]) > 0.5
         endless = unended & (fractions[..., LOCAL] > _FEW_LOCALS) & learned
 
