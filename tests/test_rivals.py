@@ -21,9 +21,9 @@ from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
 from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
-from natsjax.policies.budgets import fraction_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, StreamingLLM
 from natsjax.policies.key_score import KeyDiff, KeyNorm
+from natsjax.policies.numbers import fraction_for_budget
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"layer_types": "dense"})
