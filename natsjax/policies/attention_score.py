@@ -188,7 +188,8 @@ class AdaSnapKV(SnapKV):
         votes, age = (sharding.whole(x, "kv_heads", 1) for x in scores)
         is_live = sharding.whole(is_live, "kv_heads", 1)
         is_chosen_from = is_live & (votes < jnp.inf)
-        count = cut(self.num_keys) - cut(self.observation_window)
+        # More than there are slots is as good as all of them, and would not fit in int32 over all heads.
+        count = jnp.minimum(cut(self.num_keys) - cut(self.observation_window), votes.shape[-1])
         chosen = _most_wanted(votes, age, is_chosen_from, count)
         kept = jnp.sum(is_live & ~is_chosen_from, axis=-1, dtype=jnp.int32)
         return sharding.own_part(kept + _shared(chosen, count, self.safeguard), "kv_heads", 1)
