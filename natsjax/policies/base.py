@@ -152,7 +152,8 @@ class DecodingPolicy(Policy, Protocol):
     """A policy that the KV buffer follows. The defaults are those of one that fixes lifetimes when a key is written."""
 
     observes_last: ClassVar[bool] = False
-    """True where the attention of each query takes the place of that of the queries before it."""
+    """True where the attention of a chunk's queries takes the place of what keys had received before; where a chunk has
+    one query that counts (``observed`` = 1 of a prompt, each generated token), the last query's alone is known."""
     every_token: ClassVar[bool] = True
     """False where keys are evicted once, after the prompt, and not while tokens are generated."""
 
@@ -208,7 +209,8 @@ class Eviction:
     def head_budgets(self, scores: tuple[jax.Array, jax.Array], is_live: jax.Array, limit: jax.Array) -> jax.Array:
         """Returns how many keys each head keeps, int32, ``[b, k]`` or a scalar; by default ``limit``.
 
-        It runs inside ``shard_map``, each device with its own heads.
+        It runs inside ``shard_map``, each device with its own heads. While tokens are generated, it is called for rules
+        that read keys or observe attention, and others keep ``limit``.
 
         Args:
           scores: result of ``scores``, ``[b, k, c]`` each.
