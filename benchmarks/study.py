@@ -35,9 +35,10 @@ from natsjax.config_fields import did_you_mean
 from natsjax.data import piece_lengths
 from natsjax.errors import UserError
 from natsjax.evaluate.masked import Measurement, measure
-from natsjax.policies.budgets import Calibration, role_bias_for_budget, selective
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
+from natsjax.policies.numbers import Calibration, selective
+from natsjax.policies.role_bias import role_bias_for_budget
 from natsjax.policies.selective import LeastMasked
 from natsjax.report.intervals import paired_ratio
 from natsjax.runs.load import LoadedRun

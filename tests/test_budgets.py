@@ -24,15 +24,20 @@ from natsjax.policies.budgets import (
     check_budgets,
     check_role_budgets,
     dense_budgets,
+    nats_budgets,
+    wanted_budgets,
+)
+from natsjax.policies.interval import RANDOM_DRAWS
+from natsjax.policies.numbers import (
+    Calibration,
+    OutOfReachError,
     fraction_for_budget,
     interval_fractions,
     keys_for_budget,
-    nats_budgets,
-    role_bias_for_budget,
-    wanted_budgets,
     window_for_budget,
 )
-from natsjax.policies.interval import RANDOM_DRAWS
+from natsjax.policies.registry import POLICIES
+from natsjax.policies.role_bias import role_bias_for_budget
 
 pieces = st.lists(st.integers(1, 15), min_size=1, max_size=6).map(np.array)
 
@@ -81,14 +86,20 @@ def test_a_layers_own_window_limits_what_the_policy_leaves(lengths, num_sinks, l
     np.testing.assert_allclose(interval_fractions(lengths, num_sinks, layers), np.array(expected) / causal)
 
 
-def test_a_budget_that_the_layers_own_windows_rule_out_has_no_setting():
-    lengths, layers = np.array([30, 30]), [None, 2]
-    most = interval_fractions(lengths, 0, layers)[-1]
+COUNTED = [entry for entry in POLICIES.values() if entry.for_budget is not None and entry.name != "selective"]
+
+
+@pytest.mark.parametrize("entry", COUNTED, ids=lambda entry: entry.name)
+def test_a_budget_that_the_layers_own_windows_rule_out_has_no_numbers(entry):
+    """And the reason is the right one of two."""
+    calibration = Calibration(tiny.config(), np.array([30, 30]), [None, 2], chunk=8)
+    most = interval_fractions(calibration.piece_lengths, 0, calibration.layers)[-1]
     assert 0.5 < most < 0.6
-    for budget, expected in ((0.5, True), (0.6, False)):
-        assert (window_for_budget(lengths, budget, layers=layers) is not None) == expected
-        assert (fraction_for_budget(lengths, budget, 2, layers)[0] is not None) == expected
-        assert (keys_for_budget(lengths, budget, 4, layers) is not None) == expected
+    entry.numbers_for(calibration, 0.5)
+    with pytest.raises(OutOfReachError, match=r"^the windows of the model's own layers leave less$"):
+        entry.numbers_for(calibration, 0.6)
+    with pytest.raises(OutOfReachError, match=r" takes? more$"):
+        entry.numbers_for(calibration, 0.01)
 
 
 def test_keys_are_counted_for_heads_of_different_windows():
@@ -130,10 +141,11 @@ def test_random_keys_are_counted_for_heads_of_different_windows():
 @given(pieces, st.floats(0.01, 1), st.integers(0, 4))
 def test_the_window_for_a_budget_is_the_closest(lengths, budget, num_sinks):
     fractions = [counted_fraction(lengths, num_sinks, window) for window in range(max(lengths))]
-    window = window_for_budget(lengths, budget, num_sinks=num_sinks)
     if fractions[0] > budget:
-        assert window is None
+        with pytest.raises(OutOfReachError, match=f"{num_sinks} sinks and each" if num_sinks else "^each query's own"):
+            window_for_budget(lengths, budget, num_sinks=num_sinks)
     else:
+        window = window_for_budget(lengths, budget, num_sinks=num_sinks)
         distances = [abs(fraction - budget) for fraction in fractions]
         assert distances[window] == pytest.approx(min(distances))
 

@@ -19,8 +19,8 @@ from natsjax.evaluate import dense_baseline
 from natsjax.evaluate import rows as eval_results
 from natsjax.evaluate.masked import chosen_roles
 from natsjax.kv_fraction import all_sliding_kv_fraction
-from natsjax.policies.budgets import interval_fractions
 from natsjax.policies.nats import Nats
+from natsjax.policies.numbers import interval_fractions
 from natsjax.runs.data import open_data
 from natsjax.runs.load import LoadedRun
 from natsjax.runs.workdir import Workdir

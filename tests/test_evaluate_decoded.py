@@ -9,9 +9,9 @@ from natsjax import evaluate
 from natsjax.errors import UserError
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
-from natsjax.policies.budgets import fraction_for_budget, keys_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
 from natsjax.policies.nats import Nats
+from natsjax.policies.numbers import OutOfReachError, fraction_for_budget, keys_for_budget
 
 CONTEXTS = decoding.packed_contexts()
 
@@ -55,10 +55,11 @@ def test_numbers_for_a_budget_are_by_hand(chunk, layers):
         return total / len(layers) / causal
 
     for budget in (0.3, 0.5, 0.9):
-        number = keys_for_budget(lengths, budget, chunk, layers)
         if not fraction(0) <= budget <= fraction(40):
-            assert number is None
+            with pytest.raises(OutOfReachError):
+                keys_for_budget(lengths, budget, chunk, layers)
         else:
+            number = keys_for_budget(lengths, budget, chunk, layers)
             assert abs(fraction(number) - budget) <= min(abs(fraction(n) - budget) for n in range(41)) + 1e-12
 
 
@@ -70,7 +71,8 @@ def test_a_share_for_a_budget():
     ends = np.minimum(np.asarray(policy.key_end(positions, 64))[0], 200)
     assert abs(np.sum(ends - positions) / 64 / (200 * 201 / 2) - 0.3) < 0.02
     assert fraction_for_budget(lengths, 0.02, 8) == (pytest.approx(0.02 - 0.0198, abs=1e-3), 0)
-    assert fraction_for_budget(lengths, 0.001, 8)[0] is None
+    with pytest.raises(OutOfReachError, match=r"^the first keys and each query's own key take more$"):
+        fraction_for_budget(lengths, 0.001, 8)
 
 
 def test_an_evaluation_through_the_buffer(tmp_path):

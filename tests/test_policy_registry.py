@@ -17,7 +17,7 @@ from natsjax.errors import UserError
 from natsjax.evaluate import __main__ as evaluate_command
 from natsjax.generate import __main__ as generate_command
 from natsjax.generate.flags import parse_policy
-from natsjax.policies import budgets, registry
+from natsjax.policies import numbers, registry
 from natsjax.policies.registry import POLICIES, Number, PolicyEntry
 from natsjax.report import picture
 
@@ -27,7 +27,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from natsjax.policies.base import check_count, policy
-from natsjax.policies.budgets import OutOfReachError, PolicyNumbers
+from natsjax.policies.numbers import OutOfReachError, PolicyNumbers
 from natsjax.policies.interval import IntervalPolicy
 from pallas_kernels.nats_attention import NO_END
 
@@ -152,10 +152,9 @@ def test_an_entry_is_whole(entry):
     assert style == (entry.label, entry.color, entry.marker)
     if entry.for_budget is not None and not entry.reads_roles:
         kind = "selective" if policy_class.needs_selective else "nats"
-        calibration = budgets.Calibration(tiny.config(model={"layer_types": kind}), np.array([200, 90, 30]), chunk=4)
-        numbers = entry.numbers_for(calibration, 0.4)
-        assert entry.make(*numbers.arguments).method == entry.name
-        with pytest.raises(budgets.OutOfReachError):
+        calibration = numbers.Calibration(tiny.config(model={"layer_types": kind}), np.array([200, 90, 30]), chunk=4)
+        assert entry.make(*entry.numbers_for(calibration, 0.4).arguments).method == entry.name
+        with pytest.raises(numbers.OutOfReachError):
             entry.numbers_for(calibration, 0.001)
 
 

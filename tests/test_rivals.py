@@ -21,9 +21,9 @@ from natsjax.decode.generation import prefill
 from natsjax.evaluate.decoded import measure_decoding
 from natsjax.evaluate.masked import measure
 from natsjax.policies.attention_score import H2O, TOVA, AdaSnapKV, SnapKV
-from natsjax.policies.budgets import fraction_for_budget
 from natsjax.policies.interval import FullAttention, RandomKeys, StreamingLLM
 from natsjax.policies.key_score import KeyDiff, KeyNorm
+from natsjax.policies.numbers import fraction_for_budget
 from pallas_kernels.nats_attention import NO_END
 
 CONFIG = decoding.config(model={"layer_types": "dense"})
@@ -235,6 +235,19 @@ def test_ada_kv_gives_more_to_heads_with_more_votes(votes, base, safeguard, budg
     found = policy.head_budgets((first, age), is_live, jnp.int32(0))
     assert (np.asarray(found)[0] - observed).tolist() == budgets
     assert max(budgets) + observed <= policy.most_of_a_head(heads)
+
+
+HEAD_BUDGETS = jax.jit(lambda policy, *arrays: policy.head_budgets(*arrays))
+
+
+@pytest.mark.parametrize("num_keys", [12, 2**29, 2**40])
+@pytest.mark.parametrize("safeguard", [0.0, 0.2])
+def test_ada_kv_with_room_for_all_keys_keeps_them(num_keys, safeguard):
+    """However much room that is: the keys of all heads together are counted within int32."""
+    votes = jnp.asarray(np.random.default_rng(0).random((1, 8, 10)), jnp.float32)
+    age = jnp.broadcast_to(jnp.arange(10), votes.shape)
+    budgets = HEAD_BUDGETS(AdaSnapKV(num_keys, 2, safeguard), (votes, age), jnp.ones(votes.shape, bool), jnp.int32(0))
+    assert np.all(np.asarray(budgets) >= 10)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from natsjax.model.attention import Attention, MaskedAttention, RoleSampling
 from natsjax.model.inputs import Batch
 from natsjax.model.selective import least_masked_end
 from natsjax.policies.attention_score import H2O, SnapKV
-from natsjax.policies.budgets import Calibration, OutOfReachError, selective
 from natsjax.policies.interval import FullAttention, RandomKeys, SlidingWindow, StreamingLLM
+from natsjax.policies.numbers import Calibration, OutOfReachError, selective
 from natsjax.policies.selective import LeastMasked
 from natsjax.report import picture, results
 from natsjax.train.step import Trainer

@@ -191,6 +191,8 @@ def test_warnings_are_a_tag_of_mlflow(folder, tmp_path, monkeypatch, request):
     watch.close()
     (number,) = service.runs()
     assert "endless-local" in service.tags_of(number)["warnings"]
+    run(tmp_path / "run", config, 4, 6)  # without the reason for it
+    assert service.tags_of(number)["warnings"] == ""
 
 
 @pytest.mark.parametrize("broken_from", [0, 3])
@@ -259,6 +261,16 @@ def test_mlflows_own_file_is_found_from_any_folder(folder, tmp_path, monkeypatch
     assert json.loads((tmp_path / "run/mlflow.json").read_text()) == {"id": number}
 
 
+def test_a_damaged_record_begins_no_second_run(folder, tmp_path, monkeypatch, request, capfd):
+    service = open_service("wandb", folder, monkeypatch, request)
+    config = tiny.config(train={"wandb": "mine"})
+    run(tmp_path / "run", config, 0, 2)
+    (tmp_path / "run/wandb.json").write_text('["id"]')
+    run(tmp_path / "run", config, 2, 4)
+    assert "wandb.json holds no record of a run; remove it, and the next start begins" in capfd.readouterr().err
+    assert [list(rows) for rows in service.runs().values()] == [[1, 2]]
+
+
 def test_other_processes_send_nothing(folder, tmp_path, monkeypatch, request):
     service = open_service("wandb", folder, monkeypatch, request)
     monkeypatch.setattr(distributed, "is_main", lambda: False)
@@ -271,6 +283,8 @@ def test_other_processes_send_nothing(folder, tmp_path, monkeypatch, request):
 def test_a_missing_package_is_an_error_before_anything_begins(name, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"^train.{name} = 'mine' needs .* pip install 'natsjax\[{name}\]'"):
+    with pytest.raises(
+        UserError, match=rf"^train.{name} = 'mine': .* not installed; pip install 'natsjax\[{name}\]', or"
+    ):
         train.run(tiny.config(train={name: "mine"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

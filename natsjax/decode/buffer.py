@@ -57,9 +57,9 @@ class LayerGroup:
       key_position: int32 ``[l, b, k, c]``, index of each key in its sequence.
       key_end: int32 ``[l, b, k, c]``, the first query that cannot read the slot, which is then free; 0: never used.
       length: int32 ``[l, b, k]``, all slots from here on are free.
-      attention_sum: float32 ``[l, b, k, c]``, attention that each key has received, for policies that observe it
-        (from all queries, or from the last one alone, as ``NewKeys.forgets`` has it); in a
-        model with "selective" layers the masks that it has received, 0 in other layers, the same in all heads; or None.
+      attention_sum: float32 ``[l, b, k, c]``, what each key has received. For policies that observe it that is
+        attention, of all queries or, with ``NewKeys.forgets``, of the last ones. In a model with "selective" layers it
+        is masks, the same in all heads, and 0 in other layers. Else None.
       key_before: ``[l, b, k, h]``, with ``model.key_shift`` what ``Attention.projected_key`` gave of the newest token,
         which is mixed into the next one's key; or None.
     """
@@ -101,13 +101,15 @@ class NewKeys:
     """Keys and values on their way into the slots of a group.
 
     Attributes:
-      keys, values: ``[l, b, k, t, h]``.
+      keys, values: ``[l, b, k, t, h]``, the keys with the rotary phase of their own position.
       key_position, key_end: int32 ``[l, b, k, t]``; ``key_end = 0`` where there is no token.
       local_end: int32 ``[l, b, k]``, the end of the LOCAL keys that were waiting: one behind the first GLOBAL token
         among these, ``UNTIL_GLOBAL`` where there is none.
-      attention_sum, slot_attention: float32 ``[l, b, k, t]`` and ``[l, b, k, c]``: attention, or masks, that these
-        keys, and those in the slots, have received from the queries of the chunk; None where nothing adds them up.
-      forgets: bool ``[l, b, k]``: what the slots had received before counts no more; None: it does.
+      attention_sum: float32 ``[l, b, k, t]``, attention, or masks, that these keys have received from the queries of
+        the chunk; None where nothing adds it up.
+      slot_attention: float32 ``[l, b, k, c]``, the same of the keys in the slots.
+      forgets: bool ``[l, b, k]``, True where what the slots had received before the chunk counts no more, for policies
+        that observe the last query alone; None: it counts.
       key_before: ``[l, b, k, h]``, of the group behind the chunk; or None.
     """
 
@@ -172,12 +174,14 @@ def receive(group: LayerGroup, new: NewKeys) -> LayerGroup:
 
 
 def _received(group: LayerGroup, new: NewKeys) -> jax.Array | None:
+    """Returns ``attention_sum`` after the chunk."""
     if group.attention_sum is None or new.slot_attention is None:
         return group.attention_sum
+    before = group.attention_sum
+    if new.forgets is not None:
+        before = jnp.where(new.forgets[..., None], 0, before)
     # The group may have been grown since the chunk was read; new slots are at the end.
     missing = group.capacity - new.slot_attention.shape[3]
-    before = group.attention_sum
-    before = before if new.forgets is None else jnp.where(new.forgets[..., None], 0, before)
     return before + jnp.pad(new.slot_attention, [(0, 0)] * 3 + [(0, missing)])
 
 
@@ -302,27 +306,26 @@ def _keep(group, new, at, eviction, limit):
     at = at[:, None, None]
     limits = None if limit is None else jnp.broadcast_to(jnp.reshape(limit, -1), group.num_layers)
 
-    def joined(x, y, layer):
-        x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-        return x if y is None else jnp.concatenate([x, y[layer].astype(x.dtype)], axis=2)
+    def own(x, layer):
+        return None if x is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
     def step(layer, carry):
         storage, key_position, key_end, length, attention_sum, evicted = carry
-        position = joined(key_position, None if new is None else new.key_position, layer)
-        end = joined(key_end, None if new is None else new.key_end, layer)
-        weight = (
-            None if attention_sum is None else joined(attention_sum, None if new is None else new.attention_sum, layer)
-        )
-        keys, values = storage.layer(layer)
-        if new is not None:
-            keys = jnp.concatenate([keys, new.keys[layer].astype(keys.dtype)], axis=2)
-            values = jnp.concatenate([values, new.values[layer].astype(values.dtype)], axis=2)
+
+        def with_new(slots, name):
+            if new is None or slots is None:
+                return slots
+            return jnp.concatenate([slots, getattr(new, name)[layer].astype(slots.dtype)], axis=2)
+
+        keys, values = (with_new(*pair) for pair in zip(storage.layer(layer), ("keys", "values"), strict=True))
+        position = with_new(own(key_position, layer), "key_position")
+        end = with_new(own(key_end, layer), "key_end")
+        received = with_new(own(attention_sum, layer), "attention_sum")
         is_live = end > at
         live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         if eviction is not None:
-            scores = eviction.scores(
-                position, end, eviction.weights(keys, is_live) if eviction.reads_keys else weight, at
-            )
+            weights = eviction.weights(keys, is_live) if eviction.reads_keys else received
+            scores = eviction.scores(position, end, weights, at)
             limit = jax.lax.dynamic_index_in_dim(limits, layer, 0, keepdims=False)
             most = jnp.minimum(eviction.head_budgets(scores, is_live, limit), limit)
             is_live &= _rank(scores, is_live) >= (live - most)[..., None]
@@ -342,7 +345,7 @@ def _keep(group, new, at, eviction, limit):
             put(key_position, gather(position)),
             put(key_end, jnp.where(used, gather(end), 0)),
             put(length, jnp.minimum(kept, group.capacity)),
-            None if weight is None else put(attention_sum, gather(weight)),
+            None if received is None else put(attention_sum, gather(received)),
             put(evicted, live - jnp.minimum(kept, group.capacity)),
         )
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from natsjax.config import Config
+from natsjax.config import Config, ModelConfig
 from natsjax.config_fields import did_you_mean
 from natsjax.decode import allocation, loop
 from natsjax.decode.allocation import Layout
@@ -150,18 +149,7 @@ class Decoder:
         kinds = config.model.all_layer_types
         runs = 1 + sum(a != b for a, b in itertools.pairwise(kinds))
         self._max_groups = max(self.settings.max_groups, min(runs, _MOST_GROUPS) if runs > 1 else 1)
-        self.eviction: Eviction | None = None
-        own = None if self.policy.max_keys is None else self.policy.most_of_a_head(config.model.num_kv_heads)
-        limits = [limit for limit in (self.settings.max_kv, own) if limit is not None]
-        if len(limits) > 1:
-            raise UserError(f"max_kv = {self.settings.max_kv}: it and {self.policy} are two limits; choose one.")
-        limit = min(*limits, NO_LIMIT) if limits else NO_LIMIT
-        limited = self.policy.limited_layers(config.model) if self.policy.max_keys is not None else True
-        self._limits = np.where(limited, limit, np.full(config.model.num_layers, NO_LIMIT))
-        if self.policy.max_keys is not None:
-            self.eviction = typing.cast(Eviction, self.policy)
-        elif limits:
-            self.eviction = EVICTIONS[self.settings.eviction]
+        self.eviction, self._limits = _eviction(self.policy, self.settings, config.model)
         self.parameters = decode_parameters(parameters, model, config, mesh)
 
     @classmethod
@@ -189,7 +177,7 @@ class Decoder:
         """
         layers, heads = self.config.model.num_layers, self.config.model.num_kv_heads
         slots = None
-        if self.policy.max_keys is not None:  # it evicts when all has been read
+        if self.policy.eviction is not None:  # it evicts when all has been read
             slots = length
         elif self.evicts_in_loop:  # not before the limit
             slots = self.limit if length is None else min(length, self.limit)
@@ -327,7 +315,7 @@ class Decoder:
           most: tokens that any sequence in the buffer will have, at most.
         """
         known = None
-        if self.policy.max_keys is None:
+        if self.policy.eviction is None:
             known = self.policy.most_live(length + num_new, self.config.model.num_kv_heads)
         if self.evicts_in_loop:  # not before the limit
             ahead = np.minimum(live + num_new, self._limits)
@@ -475,6 +463,23 @@ _need = jax.jit(lambda buffer, at: sharding.replicate(loop.fullest(occupancy(buf
 _copied = jax.jit(lambda buffer: jax.tree.map(jnp.copy, buffer))
 _regroup = jax.jit(allocation.regroup, donate_argnames=("target",))
 _empty = jax.jit(allocation.empty, static_argnames=tuple(inspect.signature(allocation.empty).parameters))
+
+
+def _eviction(
+    policy: DecodingPolicy, settings: DecodeSettings, model: ModelConfig
+) -> tuple[Eviction | None, np.ndarray]:
+    """Returns the rule by which keys are evicted, and the most keys that it leaves a head, int ``[num_layers]``.
+
+    Raises:
+      UserError: the policy has a limit, and the settings have another.
+    """
+    if policy.eviction is None:
+        limit = NO_LIMIT if settings.max_kv is None else min(settings.max_kv, NO_LIMIT)
+        return None if settings.max_kv is None else EVICTIONS[settings.eviction], np.full(model.num_layers, limit)
+    if settings.max_kv is not None:
+        raise UserError(f"max_kv = {settings.max_kv}: it and {policy} are two limits; choose one.")
+    limit = min(policy.most_of_a_head(model.num_kv_heads), NO_LIMIT)
+    return policy.eviction, np.where(policy.limited_layers(model), limit, NO_LIMIT)
 
 
 def check_mesh(mesh: Mesh) -> None:

@@ -110,7 +110,7 @@ class Prefill:
         self._longest = int(self._lengths.max(initial=1))
         # Few shapes, few compilations.
         self.chunk = min(decoder.settings.chunk, max(smallest_chunk, 1 << (self._longest - 1).bit_length()))
-        self._waits = decoder.policy.max_keys is not None
+        self._waits = decoder.policy.eviction is not None
         self.cache = decoder.start(len(prompts), self._longest + (0 if self._waits else num_new), most)
         self._observed_from = np.maximum(self._lengths - decoder.policy.observed, 0)
         self._begin = 0

@@ -319,6 +319,7 @@ def decode_segment(
         groups, evicted = [], []
         limits = kv_buffer.limits_of(loop.buffer, limit)
         for group, new, slot, most in zip(loop.buffer, reads.new, slots, limits, strict=True):
+            # What is scored by more than the keys' indices may order all keys of a head anew with every token.
             if policy.observes_attention or (eviction is not None and eviction.reads_keys):
                 group, lost = kv_buffer.write_chunk(group, new, at, eviction, most)
             else:

@@ -212,7 +212,7 @@ class BufferAttention(NamedTuple):
                 if self.policy.observes_last:
                     forgets = jnp.any(observed & is_token, axis=1)[:, None]
                     sums = (*sums, jnp.broadcast_to(forgets, sums[0].shape[:2]))
-            return out.reshape(query.shape), *new, *sums, *live
+            return out.reshape(query.shape), *new, *sums, *live  # new and sums in the order of ``NewKeys``
 
         by_head = ("batch", "kv_heads", None)
         given = ("batch", "kv_heads" if end is not None and end.shape[1] > 1 else None, None)

@@ -192,7 +192,7 @@ class _AsContinuation(_ByChunk):
 
 def _reader(decoder: Decoder, lengths: np.ndarray, chunk: int, longest: int) -> _ByChunk:
     """Chooses the reader of the policy, for pieces of these lengths, of at most ``longest`` tokens."""
-    if decoder.policy.max_keys is None:
+    if decoder.policy.eviction is None:
         return _ByChunk(decoder, lengths, chunk, longest)
     return (_ByToken if decoder.policy.every_token else _AsContinuation)(decoder, lengths, chunk, longest)
 

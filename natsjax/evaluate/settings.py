@@ -9,14 +9,9 @@ from collections.abc import Sequence
 from natsjax.data import Row, piece_lengths
 from natsjax.evaluate.masked import measure
 from natsjax.policies.base import Policy
-from natsjax.policies.budgets import (
-    Calibration,
-    OutOfReachError,
-    interval_fractions,
-    layer_windows,
-    role_bias_for_budget,
-)
+from natsjax.policies.numbers import Calibration, OutOfReachError, interval_fractions, layer_windows
 from natsjax.policies.registry import NATS, POLICIES, PolicyEntry, label_of
+from natsjax.policies.role_bias import role_bias_for_budget
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.progress import bar
 

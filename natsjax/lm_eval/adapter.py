@@ -33,8 +33,9 @@ from natsjax.evaluate.settings import TOLERANCE
 from natsjax.generate.flags import parse_policy
 from natsjax.interop.hf_tokenizer import puts_bos_first
 from natsjax.policies.base import DecodingPolicy
-from natsjax.policies.budgets import Calibration, OutOfReachError, layer_windows, role_bias_for_budget
+from natsjax.policies.numbers import Calibration, OutOfReachError, layer_windows
 from natsjax.policies.registry import NATS, POLICIES
+from natsjax.policies.role_bias import role_bias_for_budget
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runtime.progress import bar
 

@@ -6,6 +6,7 @@ from .attention_score import SnapKV as SnapKV
 from .base import Policy as Policy
 from .base import StaticPolicy as StaticPolicy
 from .eviction import EVICTIONS as EVICTIONS
+from .eviction import EvictingPolicy as EvictingPolicy
 from .eviction import Oldest as Oldest
 from .eviction import SoonestEnd as SoonestEnd
 from .interval import FullAttention as FullAttention

@@ -1,4 +1,4 @@
-"""Policies that evict by the attention that keys receive, in the buffer; nothing is known in advance.
+"""Policies that evict by the attention that keys receive.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``c`` slot.
 """
@@ -9,40 +9,22 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from natsjax.config import Config
 from natsjax.model import sharding
-from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import DecodingPolicy, Eviction, check_count, cut, policy
+from natsjax.policies.base import check_count, cut, policy
+from natsjax.policies.eviction import EvictingPolicy
 from natsjax.policies.interval import FullAttention
 from pallas_kernels.nats_attention import NO_END
 
 
-class AttentionScorePolicy(DecodingPolicy, Eviction):
-    """A policy that keeps ``num_keys`` keys of every head, chosen by the attention that they have received.
-
-    A prompt is read whole, with full attention, before the first key goes, in whatever chunks it is read. A subclass
-    writes ``scores``.
+class AttentionScorePolicy(EvictingPolicy):
+    """An ``EvictingPolicy`` that scores keys by the attention that they have received; a subclass may write ``scores``.
 
     Where query heads share a KV head, its keys are chosen by the sum over them. (The papers' code takes as many KV
     heads as query heads; the sum over the group is what KVPress, https://github.com/NVIDIA/kvpress, and Ada-KV,
     arXiv:2407.11550, take.)
-
-    Attributes:
-      num_keys: the most keys of a head, tokens.
     """
 
     observes_attention: ClassVar[bool] = True
-    by_head: ClassVar[bool] = True
-    num_keys: int
-
-    @property
-    def max_keys(self) -> int:
-        """``num_keys``."""
-        return self.num_keys
-
-    def chunk_choice(self, positions: jax.Array, config: Config) -> RoleSampling:
-        """Reads everything: nothing is gone but what was evicted."""
-        return FullAttention().choice(positions, config)
 
 
 @policy
@@ -62,11 +44,10 @@ class H2O(AttentionScorePolicy):
     """
 
     method: ClassVar[str] = "h2o"
-    num_keys: int
     num_recent: int
 
     def __post_init__(self):
-        check_count("num_keys", self.num_keys, 1)
+        super().__post_init__()
         check_count("num_recent", self.num_recent, 0)
         if self.num_recent > self.num_keys:
             raise ValueError(f"num_recent={self.num_recent}: it must be between 0 and num_keys={self.num_keys}.")
@@ -74,7 +55,7 @@ class H2O(AttentionScorePolicy):
     @property
     def setting(self) -> dict[str, int | float]:
         """Both numbers."""
-        return {"keys": self.num_keys, "recent": self.num_recent}
+        return super().setting | {"recent": self.num_recent}
 
     def scores(
         self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, query_position: jax.Array
@@ -91,12 +72,6 @@ class TOVA(AttentionScorePolicy):
     After each token the key with the least attention of its query, over all heads, is evicted, of equal ones the
     oldest; the token's own key is among them. What earlier queries looked at counts no more.
 
-    Attributes:
-      num_keys: of a head, 1 or more.
-
-    Raises:
-      ValueError: the number is out of range.
-
     Source: arXiv:2401.06104, https://github.com/schwartz-lab-NLP/TOVA (``TOVACache``).
     """
 
@@ -104,27 +79,11 @@ class TOVA(AttentionScorePolicy):
     by_head: ClassVar[bool] = False
     joins_heads: ClassVar[bool] = True
     observes_last: ClassVar[bool] = True
-    num_keys: int
-
-    def __post_init__(self):
-        check_count("num_keys", self.num_keys, 1)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """The number of keys."""
-        return {"keys": self.num_keys}
 
     @property
     def observed(self) -> int:
         """The last query of a prompt."""
         return 1
-
-    def scores(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, query_position: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Scores by attention received, then by age."""
-        assert attention_sum is not None
-        return attention_sum, key_position
 
 
 @policy
@@ -148,7 +107,6 @@ class SnapKV(AttentionScorePolicy):
     method: ClassVar[str] = "snapkv"
     every_token: ClassVar[bool] = False
     _POOL: ClassVar[int] = 7  # keys that one is pooled over
-    num_keys: int
     observation_window: int = 32
 
     def __post_init__(self):
@@ -158,7 +116,7 @@ class SnapKV(AttentionScorePolicy):
     @property
     def setting(self) -> dict[str, int | float]:
         """Both numbers."""
-        return {"keys": self.num_keys, "observed": self.observation_window}
+        return super().setting | {"observed": self.observation_window}
 
     @property
     def observed(self) -> int:
@@ -207,8 +165,6 @@ class AdaSnapKV(SnapKV):
     """
 
     method: ClassVar[str] = "ada_snapkv"
-    num_keys: int
-    observation_window: int = 32
     safeguard: float = 0.2
 
     def __post_init__(self):
@@ -219,7 +175,7 @@ class AdaSnapKV(SnapKV):
     @property
     def setting(self) -> dict[str, int | float]:
         """All three numbers."""
-        return {"keys": self.num_keys, "observed": self.observation_window, "safeguard": self.safeguard}
+        return super().setting | {"safeguard": self.safeguard}
 
     def most_of_a_head(self, num_kv_heads: int) -> int:
         """Counts the keys of a head that gets all that is shared."""
@@ -232,19 +188,20 @@ class AdaSnapKV(SnapKV):
         votes, age = (sharding.whole(x, "kv_heads", 1) for x in scores)
         is_live = sharding.whole(is_live, "kv_heads", 1)
         is_chosen_from = is_live & (votes < jnp.inf)
-        count = cut(self.num_keys) - cut(self.observation_window)
+        # More than there are slots is as good as all of them, and would not fit in int32 over all heads.
+        count = jnp.minimum(cut(self.num_keys) - cut(self.observation_window), votes.shape[-1])
         chosen = _most_wanted(votes, age, is_chosen_from, count)
         kept = jnp.sum(is_live & ~is_chosen_from, axis=-1, dtype=jnp.int32)
         return sharding.own_part(kept + _shared(chosen, count, self.safeguard), "kv_heads", 1)
 
 
-def _most_wanted(votes: jax.Array, age: jax.Array, is_chosen_from: jax.Array, count: int | jax.Array) -> jax.Array:
+def _most_wanted(votes: jax.Array, age: jax.Array, is_chosen_from: jax.Array, count: jax.Array) -> jax.Array:
     """Counts each head's keys among those with the most votes, of all heads together: int32 ``[b, k]``.
 
     Args:
       votes, age: ``[b, k, c]``; of votes alike the largest age counts first, then the first head's.
       is_chosen_from: bool ``[b, k, c]``.
-      count: int32, keys of a head on average.
+      count: int32 scalar, keys of a head on average.
     """
     b, k, c = votes.shape
     head = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[:, None], votes.shape)
@@ -254,8 +211,8 @@ def _most_wanted(votes: jax.Array, age: jax.Array, is_chosen_from: jax.Array, co
     return jnp.sum(is_chosen[:, None] & (head[:, None] == jnp.arange(k)[:, None]), axis=-1, dtype=jnp.int32)
 
 
-def _shared(chosen: jax.Array, count: int | jax.Array, safeguard: float | jax.Array) -> jax.Array:
-    """Mixes the numbers that were chosen of each head, int32 ``[b, k]``, with ``count``; the sum is that of ``count``.
+def _shared(chosen: jax.Array, count: jax.Array, safeguard: float | jax.Array) -> jax.Array:
+    """Mixes the numbers that were chosen of each head, int32 ``[b, k]``, with ``count``; the sum is ``k * count``.
 
     Fractions are rounded down, and the heads with the largest ones get one more, the first of equal ones.
     """

@@ -152,7 +152,8 @@ class DecodingPolicy(Policy, Protocol):
     """A policy that the KV buffer follows. The defaults are those of one that fixes lifetimes when a key is written."""
 
     observes_last: ClassVar[bool] = False
-    """True where the attention of each query takes the place of that of the queries before it."""
+    """True where the attention of a chunk's queries takes the place of what keys had received before; where a chunk has
+    one query that counts (``observed`` = 1 of a prompt, each generated token), the last query's alone is known."""
     every_token: ClassVar[bool] = True
     """False where keys are evicted once, after the prompt, and not while tokens are generated."""
 
@@ -165,16 +166,16 @@ class DecodingPolicy(Policy, Protocol):
         return None
 
     @property
-    def max_keys(self) -> int | None:
-        """The most keys that a head keeps, where the policy is the ``Eviction`` that holds it to them; else None."""
+    def eviction(self) -> "Eviction | None":
+        """The rule by which it evicts keys of its own accord, down to ``most_of_a_head``; None: it fixes lifetimes."""
         return None
 
-    def most_of_a_head(self, num_kv_heads: int) -> int | None:
-        """Returns the most keys that one head may keep: ``max_keys``, or more where the heads of a layer share."""
-        return self.max_keys
+    def most_of_a_head(self, num_kv_heads: int) -> int:
+        """Returns the most keys that ``eviction`` leaves any head of a layer; ``NO_END``: no limit."""
+        return NO_END
 
     def limited_layers(self, model: ModelConfig) -> tuple[bool, ...]:
-        """Marks the layers that ``max_keys`` holds for, first layer first."""
+        """Marks the layers that ``eviction`` holds for, first layer first; other layers keep all keys."""
         return (True,) * model.num_layers
 
     @property
@@ -187,30 +188,34 @@ class DecodingPolicy(Policy, Protocol):
         return self
 
 
-class Eviction(Protocol):
-    """Rule for which live keys go first where a head may keep no more than so many."""
+class Eviction:
+    """Rule for which live keys go first where a head may keep no more than so many.
+
+    Axis letters: ``b`` batch, ``k`` KV head, ``c`` slot, ``h`` head dim.
+    """
 
     reads_keys: ClassVar[bool] = False
-    """True where ``weights`` takes the place of ``attention_sum``."""
+    """True where ``scores`` gets ``weights`` in place of the attention that keys have received."""
 
     def weights(self, keys: jax.Array, is_live: jax.Array) -> jax.Array:
-        """Returns what the keys themselves are scored by, float32 ``[b, k, c]``; by default they are all alike.
+        """Returns numbers that follow from the keys themselves, float32 ``[b, k, c]``; only where ``reads_keys``.
 
         Args:
-          keys: ``[b, k, c, h]``, with the rotary phase of their own position.
-          is_live: bool ``[b, k, c]``; what another slot gets means nothing.
+          keys: ``[b, k, c, h]`` in the buffer's dtype, with the rotary phase of their own position.
+          is_live: bool ``[b, k, c]``; what other slots hold, and what they get, means nothing.
         """
-        return jnp.zeros(is_live.shape, jnp.float32)
+        raise NotImplementedError
 
     def head_budgets(self, scores: tuple[jax.Array, jax.Array], is_live: jax.Array, limit: jax.Array) -> jax.Array:
-        """Returns how many keys each head keeps: int32, ``[b, k]`` or a scalar; by default the limit for all.
+        """Returns how many keys each head keeps, int32, ``[b, k]`` or a scalar; by default ``limit``.
 
-        It runs inside ``shard_map``, each device with its own heads.
+        It runs inside ``shard_map``, each device with its own heads. While tokens are generated, it is called for rules
+        that read keys or observe attention, and others keep ``limit``.
 
         Args:
-          scores: of ``scores``, ``[b, k, c]`` each.
+          scores: result of ``scores``, ``[b, k, c]`` each.
           is_live: bool ``[b, k, c]``.
-          limit: int32 scalar, the most of any head.
+          limit: int32 scalar, the most that any head may keep, whatever is returned.
         """
         return limit
 
@@ -224,9 +229,15 @@ class Eviction(Protocol):
         """Returns two arrays to sort keys by, the first before the second; the smallest goes first, +∞ is kept.
 
         Args:
-          key_position, key_end: int32 ``[b, k, c]``, of live slots.
-          attention_sum: float32 ``[b, k, c]``, attention that each key has received, or its ``weights``; None where
-            there are neither.
+          key_position: int32 ``[b, k, c]``, index of each key in its sequence; slots that are not live may hold
+            anything here and below.
+          key_end: int32 ``[b, k, c]``, the first query that cannot read the key; a live one's is beyond
+            ``query_position``.
+          attention_sum: float32 ``[b, k, c]``, the attention, or the masks, that each key has received, or its
+            ``weights``; None where there are neither.
           query_position: int32 ``[b, 1, 1]``, index of the next query.
+
+        Returns:
+          Two arrays ``[b, k, c]``, of floats or integers.
         """
-        ...
+        raise NotImplementedError

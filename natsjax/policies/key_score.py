@@ -1,4 +1,4 @@
-"""Policies that evict by the keys themselves: no attention is recorded, nothing is known in advance.
+"""Policies that evict by the keys themselves: no attention is recorded.
 
 Axis letters: ``b`` batch, ``k`` KV head, ``c`` slot, ``h`` head dim.
 """
@@ -8,49 +8,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from natsjax.config import Config
-from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import DecodingPolicy, Eviction, check_count, policy
-from natsjax.policies.interval import FullAttention
+from natsjax.policies.base import policy
+from natsjax.policies.eviction import EvictingPolicy
 
 
-class KeyScorePolicy(DecodingPolicy, Eviction):
-    """A policy that keeps ``num_keys`` keys of every head, chosen by a score of the keys in the buffer.
+class KeyScorePolicy(EvictingPolicy):
+    """An ``EvictingPolicy`` that scores the keys in the buffer; a subclass writes ``weights``, the score."""
 
-    After each token the key with the lowest score is evicted, of equal ones the oldest; the new one is among them. A
-    prompt is read whole, with full attention, before the first key goes. A subclass writes ``weights``, the score.
-
-    Attributes:
-      num_keys: the most keys of a head, tokens.
-    """
-
-    by_head: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
-    num_keys: int
-
-    def __post_init__(self):
-        check_count("num_keys", self.num_keys, 1)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """The number of keys."""
-        return {"keys": self.num_keys}
-
-    @property
-    def max_keys(self) -> int:
-        """``num_keys``."""
-        return self.num_keys
-
-    def chunk_choice(self, positions: jax.Array, config: Config) -> RoleSampling:
-        """Reads everything: nothing is gone but what was evicted."""
-        return FullAttention().choice(positions, config)
-
-    def scores(
-        self, key_position: jax.Array, key_end: jax.Array, attention_sum: jax.Array | None, query_position: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Scores by ``weights``, then by age."""
-        assert attention_sum is not None
-        return attention_sum, key_position
 
 
 @policy
@@ -59,17 +24,10 @@ class KeyNorm(KeyScorePolicy):
 
     All layers are treated alike. (The paper's code can leave some whole, and does so with the first two of Llama.)
 
-    Attributes:
-      num_keys: of a head, 1 or more.
-
-    Raises:
-      ValueError: the number is out of range.
-
     Source: arXiv:2406.11430, https://github.com/alessiodevoto/l2compress (``l2_compress``).
     """
 
     method: ClassVar[str] = "knorm"
-    num_keys: int
 
     def weights(self, keys: jax.Array, is_live: jax.Array) -> jax.Array:
         """Returns the norms, negative."""
@@ -83,17 +41,10 @@ class KeyDiff(KeyScorePolicy):
     The mean is that of the normalized keys, likeness the cosine. (The paper reads prompts in blocks, and evicts after
     each; here they are read whole.)
 
-    Attributes:
-      num_keys: of a head, 1 or more.
-
-    Raises:
-      ValueError: the number is out of range.
-
     Source: arXiv:2504.15364.
     """
 
     method: ClassVar[str] = "keydiff"
-    num_keys: int
 
     def weights(self, keys: jax.Array, is_live: jax.Array) -> jax.Array:
         """Returns the cosines with the mean, negative."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from natsjax.config import ModelConfig
-    from natsjax.policies.budgets import Calibration, PolicyNumbers
+    from natsjax.policies.numbers import Calibration, PolicyNumbers
 
 Mode = Literal["masked", "decode"]
 """A way to evaluate, as ``evaluate --mode`` names it."""
@@ -49,7 +49,7 @@ class PolicyEntry:
       marker: of its points, as Matplotlib names it: one of ``o D d s ^ > < P X p h v``.
       numbers: what follows its name in ``generate --policy``, in the order of the class's fields.
       arguments: completes numbers to the arguments of the class.
-      for_budget: ``module:function`` that finds its numbers for a budget, as those in ``natsjax.policies.budgets``;
+      for_budget: ``module:function`` that finds its numbers for a budget, as those in ``natsjax.policies.numbers``;
         None: it has none, and is measured once.
       modes: evaluations that measure it. Random keys have a mask too, but are measured where the rivals are.
       reads_roles: whether it is the model's own roles. They need a model that has some, and their number for a budget
@@ -99,7 +99,7 @@ class PolicyEntry:
         """Returns the numbers that meet a budget, a KV fraction.
 
         Raises:
-          natsjax.policies.budgets.OutOfReachError: no numbers do.
+          natsjax.policies.numbers.OutOfReachError: no numbers do.
         """
         assert self.for_budget is not None, self.name
         return _named(self.for_budget)(calibration, budget)
@@ -119,7 +119,7 @@ def _by_name(entries: Iterable[PolicyEntry]) -> dict[str, PolicyEntry]:
     return {entry.name: entry for entry in entries}
 
 
-_BUDGETS = "natsjax.policies.budgets"
+_NUMBERS = "natsjax.policies.numbers"
 
 ROLE_LABELS = {"nats": "NAtS", "gated": "SP-KV gates", "head_roles": "head roles"}
 """Labels of ``NATS``, by the type of the layers that learned the roles."""
@@ -162,7 +162,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#56b4e9",
             marker="s",
             numbers=(Number("W"),),
-            for_budget=f"{_BUDGETS}:sliding_window",
+            for_budget=f"{_NUMBERS}:sliding_window",
         ),
         PolicyEntry(
             name="streaming_llm",
@@ -173,7 +173,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#2cc79b",
             marker="^",
             numbers=(Number("S"), Number("W")),
-            for_budget=f"{_BUDGETS}:streaming_llm",
+            for_budget=f"{_NUMBERS}:streaming_llm",
         ),
         PolicyEntry(
             name="random",
@@ -184,7 +184,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#a3a3a3",
             marker=">",
             numbers=(Number("FRACTION", float), Number("W", required=False)),
-            for_budget=f"{_BUDGETS}:random_keys",
+            for_budget=f"{_NUMBERS}:random_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -197,7 +197,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             marker="P",
             numbers=(Number("N"), Number("R", required=False)),
             arguments=_half_recent,
-            for_budget=f"{_BUDGETS}:head_keys",
+            for_budget=f"{_NUMBERS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -209,7 +209,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#ffc44d",
             marker="<",
             numbers=(Number("N"), Number("W", required=False)),
-            for_budget=f"{_BUDGETS}:prompt_keys",
+            for_budget=f"{_NUMBERS}:prompt_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -221,7 +221,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#f1a340",
             marker="X",
             numbers=(Number("N"), Number("W", required=False), Number("ALPHA", float, required=False)),
-            for_budget=f"{_BUDGETS}:prompt_keys",
+            for_budget=f"{_NUMBERS}:prompt_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -233,7 +233,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#a99bd6",
             marker="d",
             numbers=(Number("N"),),
-            for_budget=f"{_BUDGETS}:head_keys",
+            for_budget=f"{_NUMBERS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -245,7 +245,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#7fbf7b",
             marker="p",
             numbers=(Number("N"),),
-            for_budget=f"{_BUDGETS}:head_keys",
+            for_budget=f"{_NUMBERS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -257,7 +257,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#f07fbd",
             marker="h",
             numbers=(Number("N"),),
-            for_budget=f"{_BUDGETS}:head_keys",
+            for_budget=f"{_NUMBERS}:head_keys",
             modes=("decode",),
         ),
         PolicyEntry(
@@ -269,7 +269,7 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
             dark_color="#c9a25a",
             marker="v",
             numbers=(Number("N"),),
-            for_budget=f"{_BUDGETS}:selective",
+            for_budget=f"{_NUMBERS}:selective",
             is_trained_in=True,
         ),
     ]

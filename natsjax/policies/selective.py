@@ -10,50 +10,28 @@ import jax.numpy as jnp
 
 from natsjax.config import Config, ModelConfig
 from natsjax.model.attention import RoleSampling
-from natsjax.policies.base import DecodingPolicy, Eviction, check_count, cut, policy
+from natsjax.policies.base import cut, policy
+from natsjax.policies.eviction import EvictingPolicy
 from natsjax.policies.interval import FullAttention
 
 
 @policy
-class LeastMasked(DecodingPolicy, Eviction):
+class LeastMasked(EvictingPolicy):
     """The keys of a "selective" layer with the smallest masks, the same ones in all heads; other layers keep theirs.
 
     After each token the key with the largest mask is dropped, of equal ones the oldest; the first key stays.
-
-    Attributes:
-      num_keys: of a head, 1 or more.
-
-    Raises:
-      ValueError: the number is out of range.
 
     Source: arXiv:2410.02703 (``natsjax.model.selective``).
     """
 
     method: ClassVar[str] = "selective"
     needs_selective: ClassVar[bool] = True
-    num_keys: int
-
-    def __post_init__(self):
-        check_count("num_keys", self.num_keys, 1)
-
-    @property
-    def setting(self) -> dict[str, int | float]:
-        """The number of keys."""
-        return {"keys": self.num_keys}
-
-    @property
-    def max_keys(self) -> int:
-        """``num_keys``."""
-        return self.num_keys
+    by_head: ClassVar[bool] = False
 
     def choice(self, positions: jax.Array, config: Config) -> RoleSampling:
         """Keeps ``num_keys`` of the keys to the end of their document."""
         rule = FullAttention().choice(positions, config)
         return rule._replace(num_keys=jnp.asarray(cut(self.num_keys), jnp.int32))
-
-    def chunk_choice(self, positions: jax.Array, config: Config) -> RoleSampling:
-        """Reads everything: nothing is gone but what was evicted."""
-        return FullAttention().choice(positions, config)
 
     def limited_layers(self, model: ModelConfig) -> tuple[bool, ...]:
         """Marks the "selective" layers."""

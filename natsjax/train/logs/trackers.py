@@ -3,17 +3,16 @@
 import concurrent.futures
 import contextlib
 import importlib.util
-import itertools
 import json
 import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from natsjax.config import Config
-from natsjax.errors import UserError
+from natsjax.errors import UserError, first_line
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime import watchdog
 from natsjax.runtime.files import write_text_file
@@ -22,7 +21,7 @@ from natsjax.train.logs.writer import scalars
 
 
 class TrackedRun(Protocol):
-    """A run of a service.
+    """A run of a service, which begins, or continues, when it is made; any method may raise any error.
 
     Attributes:
       record: what finds it again, for the workdir.
@@ -33,7 +32,7 @@ class TrackedRun(Protocol):
     next_step: int
 
     def log(self, step: int, values: dict[str, float], warnings: str) -> None:
-        """Sends the numbers of a step, and the names of its warnings."""
+        """Sends the numbers of a step, by metric, and the names of its warnings, separated by commas."""
 
     def finish(self) -> None:
         """Waits until everything is sent."""
@@ -94,55 +93,67 @@ class _MlflowRun(TrackedRun):
         import mlflow
 
         # What the user has set goes first, and may hold a password: only MLflow's own file is remembered.
-        is_chosen = mlflow.is_tracking_uri_set()
-        place = mlflow.get_tracking_uri() if is_chosen else known.get("tracking_uri", mlflow.get_tracking_uri())
+        place, own = mlflow.get_tracking_uri(), {}
+        if not mlflow.is_tracking_uri_set():
+            place = known.get("tracking_uri", place)
+            own = {"tracking_uri": place}
         self._mlflow: Any = mlflow
         self._client = mlflow.MlflowClient(tracking_uri=place)
-        self._id = self._resumed(known.get("id")) or self._begun(config, workdir)
-        self.record = {"id": self._id} | ({} if is_chosen else {"tracking_uri": place})
+        run = self._resumed(known.get("id")) or self._begun(config, workdir)
+        self._id = str(run.info.run_id)
+        self.record = {"id": self._id} | own
         steps = [metric.step for metric in self._client.get_metric_history(self._id, "loss")]
         self.next_step = max(steps, default=-1) + 1
-        self._warnings = ""
+        self._warnings = run.data.tags.get("warnings", "")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._last: concurrent.futures.Future[None] | None = None
+        self._error: Exception | None = None
 
-    def _resumed(self, run_id: str | None) -> str | None:
-        """Reopens a run; returns None if it is not there any more."""
+    def _resumed(self, run_id: str | None) -> Any | None:
+        """Reopens a run; returns None if there is none yet, or it is not there any more."""
+        if run_id is None:
+            return None
         try:
-            if run_id is not None and self._client.get_run(run_id).info.lifecycle_stage == "active":
+            run = self._client.get_run(run_id)
+            if run.info.lifecycle_stage == "active":
                 self._client.update_run(run_id, status="RUNNING")
-                return run_id
+                return run
         except self._mlflow.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+        logger.info(f"MLflow has no run {run_id} any more; a new one begins")
         return None
 
-    def _begun(self, config: Config, workdir: Workdir) -> str:
+    def _begun(self, config: Config, workdir: Workdir) -> Any:
+        """Begins a run, with the fields of the config as its parameters."""
+        from flax.traverse_util import flatten_dict
+
         name = config.train.mlflow
         experiment = self._client.get_experiment_by_name(name)
         number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-        run_id = self._client.create_run(number, run_name=_name(workdir)).info.run_id
-        entities = self._mlflow.entities
-        parameters = [entities.Param(*field) for field in _fields(config.to_dict())]
+        run = self._client.create_run(number, run_name=_name(workdir))
+        fields = flatten_dict(config.to_dict(), sep=".")
+        parameters = [self._mlflow.entities.Param(name, str(value)) for name, value in fields.items()]
         for part in _parts(parameters, 100):  # what MLflow takes at once
-            self._client.log_batch(run_id, params=part)
-        return str(run_id)
+            self._client.log_batch(run.info.run_id, params=part)
+        return run
 
     def log(self, step: int, values: dict[str, float], warnings: str) -> None:
-        if self._last is not None and self._last.done():
-            self._last.result()  # raises what went wrong
-        self._last = self._thread.submit(self._send, step, values, warnings, round(1000 * time.time()), self._last)
+        self._check()
+        self._thread.submit(self._send_or_note, step, values, warnings, round(1000 * time.time()))
 
-    def _send(
-        self,
-        step: int,
-        values: dict[str, float],
-        warnings: str,
-        milliseconds: int,
-        before: concurrent.futures.Future[None] | None,
-    ) -> None:
-        if before is not None:
-            before.result()  # nothing is sent behind an error
+    def _check(self) -> None:
+        """Raises what went wrong in the thread."""
+        if self._error is not None:
+            raise self._error
+
+    def _send_or_note(self, *line: Any) -> None:
+        if self._error is None:  # nothing is sent behind an error
+            try:
+                self._send(*line)
+            except Exception as error:
+                self._error = error
+
+    def _send(self, step: int, values: dict[str, float], warnings: str, milliseconds: int) -> None:
         metric = self._mlflow.entities.Metric
         metrics = [metric(_mlflow_name(name, values), value, milliseconds, step) for name, value in values.items()]
         for part in _parts(metrics, 1000):  # what MLflow takes at once
@@ -152,29 +163,18 @@ class _MlflowRun(TrackedRun):
             self._warnings = warnings
 
     def finish(self) -> None:
-        self._thread.shutdown()
-        if self._last is not None:
-            self._last.result()
+        self._thread.shutdown()  # when all is sent
+        self._check()
         self._client.set_terminated(self._id)
 
 
 def _mlflow_name(name: str, values: Mapping[str, float]) -> str:
-    """Returns a metric's name: a file of MLflow's folders is no folder too, so parts of a number are behind a dot."""
+    """Returns a metric's name, with its parts behind a dot where folders would hold a file and a folder of one name."""
     return name.replace("/", ".") if name.partition("/")[0] in values else name
 
 
-def _fields(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yields ``group.field`` and its value as text."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _fields(value, f"{above}{name}.")
-        else:
-            yield above + name, str(value)
-
-
-def _parts(values: list[Any], size: int) -> Iterator[list[Any]]:
-    remaining = iter(values)
-    return iter(lambda: list(itertools.islice(remaining, size)), [])
+def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _name(workdir: Workdir) -> str:
@@ -220,8 +220,8 @@ def check(config: Config) -> None:
     for name, label, _ in chosen_services(config):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"train.{name} = {getattr(config.train, name)!r} needs {label}: pip install 'natsjax[{name}]', or "
-                "leave it empty."
+                f"train.{name} = {getattr(config.train, name)!r}: {label} is not installed; pip install "
+                f"'natsjax[{name}]', or leave the field empty."
             )
 
 
@@ -232,9 +232,9 @@ class Tracker:
     beyond its last checkpoint are not sent again: they come out the same.
 
     Args:
-      service: it.
+      service: where they are sent.
       config: of the run.
-      workdir: of it.
+      workdir: of the run.
     """
 
     def __init__(self, service: Service, config: Config, workdir: Workdir):
@@ -247,7 +247,7 @@ class Tracker:
                 self._run = service.start(config, workdir, known)
             if self._run.record != known:
                 write_text_file(file, json.dumps(self._run.record) + "\n")
-        except Exception as error:  # errors of the network, of the service and its own
+        except Exception as error:  # of the network, the service, its package
             self._give_up(error)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -271,13 +271,18 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.info(f"{self._label} gets no more metrics of this start ({reason}); training continues")
+        logger.info(f"{self._label} gets no more metrics of this start ({first_line(error)}); training continues")
 
 
 def _read_record(file: pathlib.Path) -> dict[str, str]:
-    """Reads what finds the run again; nothing where it has none yet."""
+    """Reads what finds the run again; {} where there is none yet.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    if not file.exists():
+        return {}
     try:
         return {str(name): str(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} holds no record of a run; remove it, and the next start begins a new run.") from error
