@@ -55,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "policies": policies_table,
     "rows": lambda: fields_table(fields.ROW_FIELDS),
     "by_position": lambda: fields_table(fields.POSITION_FIELDS),
+    "by_slice": lambda: fields_table(fields.SLICE_FIELDS),
     "budget_check": lambda: fields_table(fields.BUDGET_CHECK_FIELDS),
     "samples": lambda: fields_table(fields.SAMPLE_FIELDS),
     "run": lambda: fields_table(fields.RUN_FIELDS),

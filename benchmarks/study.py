@@ -11,6 +11,10 @@ the role bias that meets its budget on training text, any other with its layers 
 ``results.jsonl`` gets a line for each run, with sums for every held-out document. The table has each arm's held-out
 loss over its seeds, accuracy, KV fraction and time, and the ratio of its perplexity to the reference arm's with a 95 %
 interval: runs of the same seed are compared on each document, and documents are resampled.
+
+``--slices`` measures what has finished on slices of the held-out tokens too (``natsjax.evaluate.slices``), and prints a
+table for each, with ratios to the reference arm and to the first dense arm, whose first seed chooses the tokens that a
+long context helps. It can be asked of a study that was trained before.
 """
 
 import argparse
@@ -34,21 +38,24 @@ from natsjax.config import Config
 from natsjax.config_fields import did_you_mean
 from natsjax.data import piece_lengths
 from natsjax.errors import UserError
-from natsjax.evaluate.masked import Measurement, measure
+from natsjax.evaluate import DEFAULT_RARE
+from natsjax.evaluate.masked import Measurement, Slices, measure
+from natsjax.evaluate.slices import KINDS, SliceSettings, mark
 from natsjax.policies.interval import FullAttention
 from natsjax.policies.nats import Nats
 from natsjax.policies.numbers import Calibration, selective
 from natsjax.policies.role_bias import role_bias_for_budget
 from natsjax.policies.selective import LeastMasked
 from natsjax.report.intervals import paired_ratio
-from natsjax.runs.load import LoadedRun
+from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import Workdir, read_metrics
 from natsjax.runtime.files import write_text_file
 from natsjax.runtime.flags import Parser, read_config_file, run_command
-from natsjax.runtime.tables import text_table
+from natsjax.runtime.tables import text_table, with_interval
 
 RESULTS_FILE = "results.jsonl"
 RECORD_FILE = "study.json"
+SLICES_FILE = "slices.json"
 CPU_SECONDS_FILE = "cpu_seconds.txt"
 """In a run's folder: CPU seconds of all starts that have trained it so far."""
 RESAMPLINGS = 10_000
@@ -112,23 +119,29 @@ def read_study(path: pathlib.Path) -> Study:
     return Study(names["CONFIG"], names["COMMON"], arms, names.get("SEEDS", (0,)), reference)
 
 
-def served(run: LoadedRun) -> tuple[Measurement, float]:
+def served(run: LoadedRun, role_bias: float | None = None, slices: Slices | None = None) -> tuple[Measurement, float]:
     """Measures a run on held-out text as it is served; returns the measurement and the role bias.
 
     "selective" layers keep what ``nats.kv_budget`` leaves them.
+
+    Args:
+      run: the run.
+      role_bias: that of an earlier measurement; None: the one that meets the budget.
+      slices: of the held-out text, to measure it on.
     """
     config = run.config
     held_out = run.data.contexts("validation", config.eval.num_contexts)
     if not (config.model.has_roles or config.model.has_masks):
-        return measure(run, held_out, FullAttention()), 0.0
+        return measure(run, held_out, FullAttention(), slices=slices), 0.0
     calibration = run.data.contexts("train", config.eval.num_calibration_contexts)
     if config.model.has_masks:
         numbers = selective(Calibration(config, piece_lengths(calibration)), config.nats.kv_budget)
-        return measure(run, held_out, LeastMasked(*map(int, numbers.arguments))), 0.0
-    found = role_bias_for_budget(
-        lambda role_bias: measure(run, calibration, Nats(role_bias)).kv_fraction, config.nats.kv_budget
-    )
-    return measure(run, held_out, Nats(found.role_bias)), found.role_bias
+        return measure(run, held_out, LeastMasked(*map(int, numbers.arguments)), slices=slices), 0.0
+    if role_bias is None:
+        role_bias = role_bias_for_budget(
+            lambda bias: measure(run, calibration, Nats(bias)).kv_fraction, config.nats.kv_budget
+        ).role_bias
+    return measure(run, held_out, Nats(role_bias), slices=slices), role_bias
 
 
 def run_one(arm: str, seed: int, config: Config, workdir: pathlib.Path) -> None:
@@ -210,14 +223,29 @@ def paired_interval(records: Sequence[Record], others: Sequence[Record]) -> tupl
             raise UserError(f"{a['arm']} and {b['arm']} were measured on different text: they cannot be compared.")
     nll, other = (np.sum([pair[side]["nll"] for pair in pairs], axis=0) for side in (0, 1))
     predicted = np.sum([a["predicted"] for a, _ in pairs], axis=0)
-    return paired_ratio(nll, other, predicted, num_samples=RESAMPLINGS, seed=0)
+    middle, low, high = map(float, paired_ratio(nll, other, predicted, num_samples=RESAMPLINGS, seed=0))
+    return middle, low, high
+
+
+def _by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Returns the records of each arm, the arm of the lowest loss first."""
+    by_arm: dict[str, list[Record]] = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], []).append(record)
+    return dict(sorted(by_arm.items(), key=lambda item: statistics.fmean(run["loss"] for run in item[1])))
+
+
+def _ratio(by_arm: Mapping[str, Sequence[Record]], arm: str, reference: str) -> str:
+    """Formats the ratio of an arm's perplexity to another's, with its interval."""
+    middle, low, high = paired_interval(by_arm[arm], by_arm.get(reference, [])) if arm != reference else (math.nan,) * 3
+    if math.isnan(middle):
+        return "-"
+    return with_interval(f"{middle:.4f}", *(None if math.isnan(end) else f"{end:.4f}" for end in (low, high)))
 
 
 def table(records: Sequence[Record], reference: str) -> str:
     """Formats the table of arms, best first."""
-    by_arm: dict[str, list[Record]] = {}
-    for record in records:
-        by_arm.setdefault(record["arm"], []).append(record)
+    by_arm = _by_arm(records)
     titles = [
         "arm",
         "seeds",
@@ -231,11 +259,9 @@ def table(records: Sequence[Record], reference: str) -> str:
         f"to {reference}",
     ]
     rows = []
-    for arm, runs in sorted(by_arm.items(), key=lambda item: statistics.fmean(run["loss"] for run in item[1])):
+    for arm, runs in by_arm.items():
         losses = [run["loss"] for run in runs]
         mean = statistics.fmean(losses)
-        middle, low, high = paired_interval(runs, by_arm.get(reference, [])) if arm != reference else (math.nan,) * 3
-        ratio = "-" if math.isnan(middle) else f"{middle:.4f} [{low:.4f}, {high:.4f}]"
         rows.append(
             [
                 arm,
@@ -247,7 +273,7 @@ def table(records: Sequence[Record], reference: str) -> str:
                 f"{100 * statistics.fmean(run['kv_fraction'] for run in runs):.1f} %",
                 f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}",
                 f"{statistics.fmean(run['cpu_seconds'] for run in runs) / 60:.1f}",
-                ratio,
+                _ratio(by_arm, arm, reference),
             ]
         )
     return text_table([titles, *rows])
@@ -276,10 +302,99 @@ def budget_table(records: Sequence[Record]) -> str:
     return text_table([titles, *rows])
 
 
+def slice_tables(records: Sequence[Record], references: Sequence[str]) -> str:
+    """Formats a table of arms for each slice, best first: runs without slices are left out.
+
+    Args:
+      records: of runs.
+      references: arms that the others are compared with.
+    """
+    parts = []
+    sliced = [record for record in records if "slices" in record]
+    for name in dict.fromkeys(name for record in sliced for name in record["slices"]["names"]):
+        found = [_of_slice(record, name) for record in sliced if name in record["slices"]["names"]]
+        predicted = np.array(found[0]["predicted"])
+        title = f"{name}: {int(predicted.sum()):,} tokens in {np.count_nonzero(predicted):,} documents"
+        if not predicted.sum():
+            parts.append(title)
+            continue
+        by_arm = _by_arm(found)
+        lines = [["arm", "seeds", "perplexity", "KV", *(f"to {reference}" for reference in references)]]
+        for arm, runs in by_arm.items():
+            mean = statistics.fmean(run["loss"] for run in runs)
+            kv = f"{100 * statistics.fmean(run['kv_fraction'] for run in runs):.1f} %"
+            ratios = [_ratio(by_arm, arm, reference) for reference in references]
+            lines.append([arm, f"{len(runs)}", f"{np.exp(mean):.4g}", kv, *ratios])
+        parts.append(f"{title}\n{text_table(lines)}")
+    return "\n\n".join(parts)
+
+
+def _of_slice(record: Record, name: str) -> Record:
+    """Returns the record as if the slice were all that was predicted."""
+    slices = record["slices"]
+    place = slices["names"].index(name)
+    nll, predicted = slices["nll"][place], slices["predicted"][place]
+    loss = sum(nll) / sum(predicted) if sum(predicted) else math.nan
+    # With the mark, runs on other tokens are refused even where there are as many of them.
+    documents = [slices["marks"][place], *record["documents"]]
+    return {**record, "loss": loss, "nll": [0.0, *nll], "predicted": [0, *predicted], "documents": documents}
+
+
+def dense_arm(study: Study) -> str | None:
+    """Returns the first arm of dense layers alone; None where there is none."""
+    seed = study.seeds[0]
+    return next((arm for arm in study.arms if set(study.config_of(arm, seed).model.layer_types) == {"dense"}), None)
+
+
+def measure_slices(study: Study, workdir: pathlib.Path, records: Sequence[Record], settings: SliceSettings) -> None:
+    """Measures runs that have finished on slices, each once, and writes ``SLICES_FILE`` of each.
+
+    Args:
+      study: the study.
+      workdir: folder of its runs.
+      records: of the runs.
+      settings: choice of slices.
+
+    Raises:
+      UserError: the slices do not fit, the dense run that chooses them has not finished, or a run is measured otherwise
+        than when it was trained, as by another version of the model.
+    """
+    arm = dense_arm(study) if "long_context" in settings.kinds else None
+    chosen_by = None if arm is None else f"{arm}_seed={study.seeds[0]}"
+    wanted = {**dataclasses.asdict(settings), "kinds": list(settings.kinds), "chosen_by": chosen_by}
+    missing = [record for record in records if record.get("slices", {}).get("settings") != wanted]
+    if missing and chosen_by is not None and not (workdir / chosen_by / RECORD_FILE).exists():
+        raise UserError(f"--slices=long_context: {workdir / chosen_by} chooses the tokens and has not finished.")
+    dense = load(workdir / chosen_by) if missing and chosen_by is not None else None
+    found: dict[tuple[Any, ...], Slices] = {}
+    for record in missing:
+        path = workdir / f"{record['arm']}_seed={record['seed']}"
+        run = load(path)
+        contexts = run.data.contexts("validation", run.config.eval.num_contexts)
+        text = run.data.fingerprint, run.config.data.context_length, run.config.eval.num_contexts
+        if text not in found:
+            found[text] = settings.find(run, contexts, dense)
+        sums = served(run, record["role_bias"], found[text])[0].slices
+        assert sums is not None
+        if not np.allclose(sums.nll[:, 0], record["nll"], rtol=1e-3):
+            raise UserError(f"--slices: {path} has another loss than when it was trained; another natsjax trained it.")
+        slices = {
+            "settings": wanted,
+            "names": list(found[text]),
+            "marks": [mark(members) for members in found[text].values()],
+            "nll": sums.nll.T.tolist(),
+            "predicted": sums.tokens.T.astype(int).tolist(),
+        }
+        write_text_file(path / SLICES_FILE, json.dumps(slices) + "\n")
+
+
 def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
     """Reads the record of a run; None if it has not finished."""
-    path = workdir / RECORD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    path, slices = workdir / RECORD_FILE, workdir / SLICES_FILE
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record | ({"slices": json.loads(slices.read_text(encoding="utf-8"))} if slices.exists() else {})
 
 
 def read_records(workdir: pathlib.Path, arms: Collection[str]) -> list[dict[str, Any]]:
@@ -297,7 +412,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], help="instead of the file's")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what has finished")
     parser.add_argument("--budgets", action="store_true", help="print how the budgets were met, too")
+    parser.add_argument(
+        "--slices",
+        type=lambda text: text.split(","),
+        metavar="KIND,…",
+        help=f"measure what has finished on slices of the tokens, too, and print their tables: {', '.join(KINDS)}",
+    )
+    parser.add_argument("--rare", type=int, default=DEFAULT_RARE, help="as of natsjax.evaluate (%(default)s)")
+    parser.add_argument("--short_context", type=int, help="as of natsjax.evaluate")
     arguments = parser.parse_args()
+    slices = (
+        None if arguments.slices is None else SliceSettings(arguments.slices, arguments.rare, arguments.short_context)
+    )
     study = read_study(arguments.study)
     arms = arguments.arms or list(study.arms)
     if unknown := [arm for arm in arms if arm not in study.arms]:
@@ -317,10 +443,16 @@ def main() -> None:
         except filelock.Timeout:
             continue  # another process trains it
     records = read_records(arguments.workdir, study.arms)
+    if slices is not None:
+        measure_slices(study, arguments.workdir, records, slices)
+        records = read_records(arguments.workdir, study.arms)
     write_text_file(arguments.workdir / RESULTS_FILE, "".join(json.dumps(record) + "\n" for record in records))
     print(table(records, study.reference))
     if arguments.budgets:
         print(f"\n{budget_table(records)}")
+    if slices is not None:
+        references = dict.fromkeys([study.reference, *filter(None, [dense_arm(study)])])
+        print(f"\n{slice_tables(records, list(references))}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
         "num_tokens": 4096,
         "num_documents": 12,
         "by_position": by_position(perplexity),
+        "by_slice": None,
         "by_document": by_document(perplexity),
     }
 
@@ -91,6 +92,26 @@ def by_document(perplexity, count=12):
     tokens = np.full(count, 4096 // count) + (np.arange(count) < 4096 % count)
     nll = tokens * (np.log(perplexity) + np.linspace(-1, 1, count))
     return {"ids": list(range(count)), "nll": nll.tolist(), "tokens": tokens.tolist()}
+
+
+def by_slice(perplexity, marks=("all", "few", "none")):
+    """All tokens, a tenth of them that are harder, and an empty slice."""
+    whole = by_document(perplexity)
+    tokens, nll = np.array(whole["tokens"]), np.array(whole["nll"])
+    parts = [(tokens, nll), (tokens // 10, 2 * tokens // 10 * nll / tokens), (0 * tokens, 0 * nll)]
+    values = [np.exp(n.sum() / t.sum()) if t.sum() else None for t, n in parts]
+    ends = {f"perplexity{end}": values for end in ("", "_low", "_high")}
+    ratios = {f"{name}{end}": None for name in ("perplexity_ratio", "window_ratio") for end in ("", "_low", "_high")}
+    return {
+        "slices": ["all tokens", "rare bigram seen again", "nothing"],
+        "marks": list(marks),
+        "tokens": [int(t.sum()) for t, _ in parts],
+        "documents": [int(np.count_nonzero(t)) for t, _ in parts],
+        **ends,
+        **ratios,
+        "nll_by_document": [n.tolist() for _, n in parts],
+        "tokens_by_document": [t.tolist() for t, _ in parts],
+    }
 
 
 def make_rows():
@@ -152,7 +173,9 @@ START = {
 }
 
 
-def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, evaluated=True, attention="nats"):
+def make_workdir(
+    path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, evaluated=True, attention="nats", marks=None
+):
     """Makes a workdir as training and evaluation leave it, without the checkpoint."""
     config = tiny.config(model={"layer_types": attention}, nats={"kv_budget": budget})
     workdir = Workdir(path)
@@ -163,6 +186,7 @@ def make_workdir(path, *, budget=0.15, perplexity=1.0, fingerprint="a" * 64, eva
         row["perplexity"] *= perplexity
         row["by_position"] = by_position(row["perplexity"])
         row["by_document"] = by_document(row["perplexity"])
+        row["by_slice"] = None if marks is None else by_slice(row["perplexity"], marks)
     if attention in ("dense", "sliding"):  # no roles
         rows, budget_check = [row for row in rows if row["weights"] == DENSE_WEIGHTS], None
     workdir.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in make_metrics()))

@@ -147,6 +147,36 @@ def test_the_table_has_what_each_run_was_trained_to_be_over_the_reference(tmp_pa
         compare(runs, tmp_path / "out", reference=tmp_path / "young")
 
 
+def test_slices_are_compared_where_they_are_the_same_tokens(tmp_path):
+    make_workdir(tmp_path / "nats", marks=("all", "few", "none"))
+    make_workdir(tmp_path / "window", attention="sliding", perplexity=1.1, marks=("all", "few", "none"))
+    make_workdir(tmp_path / "dense", attention="dense", marks=("all", "others", "none"))
+    make_workdir(tmp_path / "plain")
+    names = ["nats", "window", "dense", "plain"]
+    page = embedded(compare([tmp_path / name for name in names], tmp_path / "out")[0])
+    rows = {name: run["rows"] for name, run in zip(names, page["runs"], strict=True)}
+    (window,) = (row for row in rows["window"] if row["method"] == "full")
+    (dense,) = (row for row in rows["dense"] if row["method"] == "full")
+    for row in rows["nats"]:
+        slices = row["by_slice"]
+        to_dense, to_window = (row["perplexity"] / other["perplexity"] for other in (dense, window))
+        assert slices["perplexity_ratio"] == [pytest.approx(to_dense, rel=1e-4), None, None]
+        assert slices["window_ratio"] == [
+            pytest.approx(to_window, rel=1e-4),
+            pytest.approx(to_window**2, rel=1e-4),
+            None,
+        ]
+        for name, empty in (("perplexity_ratio", 2), ("window_ratio", 1)):
+            # Documents that gain alike in everything have no spread.
+            assert slices[f"{name}_low"].count(None) >= empty
+    assert all(row["by_slice"] is None for row in rows["plain"])
+    assert 'On slices, "the trained window" is window.' in page["notes"]
+    (note,) = (note for note in page["notes"] if "slices of the same name" in note)
+    assert (
+        '1 slices of the same name, as "rare bigram seen again", are not the same tokens (nats, window; dense)' in note
+    )
+
+
 def test_names_are_as_short_as_they_are_unique(tmp_path):
     for path in ("x/run", "y/run", "z/other"):
         make_workdir(tmp_path / path, evaluated=False)

@@ -13,6 +13,7 @@ from report_data import (
     ROLE_BIASES,
     RUN,
     START,
+    by_slice,
     make_metrics,
     make_row,
     make_rows,
@@ -305,6 +306,29 @@ def test_perplexity_by_position_can_be_set_to_a_budget_and_beside_full_attention
     assert legend.count() == 3
     page.locator("#position-scale").select_option("1")
     assert table.all_inner_texts()[3].split("\t")[2] == f"{58.4 / 55:.3f}"
+
+
+def test_slices_are_shown_beside_each_other(tmp_path, open_page):
+    make_workdir(tmp_path / "nats", marks=("all", "few", "none"))
+    make_workdir(tmp_path / "dense", attention="dense", marks=("all", "few", "none"))
+    page = open_page(compare([tmp_path / "nats", tmp_path / "dense"], tmp_path / "out")[0])
+    lines = [line.split("\t") for line in page.locator("#slices-table tr").all_inner_texts()]
+    assert lines[0] == ["Slice", "Tokens", "nats", "dense"]
+    assert lines[1] == ["all tokens", "4,096", f"{51.3 / 48.7:.3f}", "1.000"]
+    assert lines[3] == ["nothing", "0", "\N{EN DASH}", "\N{EN DASH}"]
+    page.locator("#slices-scale").select_option("0")
+    assert (
+        page.locator("#slices-table tr")
+        .nth(1)
+        .inner_text()
+        .split("\t")[2]
+        .startswith(f"{by_slice(51.3)['perplexity'][0]:.2f} (")
+    )
+    assert overflow(page) == 0
+    page = open_page(tmp_path / "nats" / "report" / "report.html")
+    assert page.locator("#slices-group option").all_inner_texts() == ["KV budget 15.0 %", "every role bias"]
+    assert not page.locator("#slices-scale").is_visible()  # nothing to compare with
+    assert page.locator("#slices-table th").nth(2).inner_text().startswith("NAtS: role bias")
 
 
 def test_training_curves_marks_and_commands_are_shown(run_page, open_page):

@@ -102,6 +102,37 @@ def test_arms_without_a_common_seed_have_no_ratio():
     study.table(runs, "none of them")  # the reference has not finished
 
 
+def with_slices(arm, seed, nll, marks=("m0", "m1", "m2")):
+    """A record with a slice of three documents, beside one of all and an empty one."""
+    part = np.where(np.arange(len(PREDICTED)) < 10, 2.0, 0.0)
+    slices = {
+        "names": ["all tokens", "hard", "nothing"],
+        "marks": list(marks),
+        "nll": [list(nll), list(2 * part * nll / PREDICTED), [0.0] * len(nll)],
+        "predicted": [list(PREDICTED), list(part), [0] * len(nll)],
+    }
+    return record(arm, seed, nll) | {"slices": slices}
+
+
+def test_there_is_a_table_for_each_slice():
+    gain = np.linspace(0.08, 0.12, len(PREDICTED))
+    runs = [with_slices("a", 0, 3 * PREDICTED), with_slices("b", 0, (3 - gain) * PREDICTED), record("c", 0, PREDICTED)]
+    whole, hard, nothing = study.slice_tables(runs, ["a", "c"]).split("\n\n")
+    assert whole.splitlines()[0] == f"all tokens: {int(PREDICTED.sum())} tokens in 12 documents"
+    assert hard.splitlines()[0] == "hard: 20 tokens in 10 documents"
+    assert nothing == "nothing: 0 tokens in 0 documents"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in hard.splitlines()[1:]]
+    assert lines[0] == ["arm", "seeds", "perplexity", "KV", "to a", "to c"]
+    assert [line[0] for line in lines[2:]] == ["b", "a"]  # the best first, the one without slices left out
+    ratio, low, high = map(float, lines[2][4].replace("[", "").replace("]", "").replace(",", "").split())
+    assert ratio == pytest.approx(np.exp(-2 * gain[:10].mean()), abs=1e-4)
+    assert np.exp(-2 * gain[9]) < low < ratio < high < np.exp(-2 * gain[0])
+    assert lines[2][5] == lines[3][5] == "-"
+    runs[1]["slices"]["marks"][1] = "other tokens"
+    with pytest.raises(UserError, match="b and a were measured on different text"):
+        study.slice_tables(runs[:2], ["a"])
+
+
 def test_cpu_seconds_are_those_of_all_starts(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text(FILE, encoding="utf-8")
@@ -150,6 +181,36 @@ def test_a_study_is_trained_once(tmp_path, monkeypatch, capsys):
     assert records["dense"]["loss"] == pytest.approx(
         sum(records["dense"]["nll"]) / sum(records["dense"]["predicted"]), rel=1e-12
     )
+
+    with pytest.raises(UserError, match=r"^--slices=bigrams: associative recall"):
+        run(monkeypatch, path, workdir, "--table", "--slices=bigrams")
+    run(monkeypatch, path, workdir, "--table", "--slices=long_context", "--short_context=5")
+    sliced = capsys.readouterr().out
+    assert sliced.startswith(first)
+    assert "all tokens: " in sliced
+    for record in map(json.loads, (workdir / study.RESULTS_FILE).read_text().splitlines()):
+        slices = record["slices"]
+        assert slices["names"] == ["all tokens", "long context helps", "long context helps little"]
+        assert slices["settings"]["chosen_by"] == "dense_seed=0"
+        assert slices["nll"][0] == pytest.approx(record["nll"], rel=1e-9)  # as it was served then
+        assert np.array(slices["nll"][1:]).sum(axis=0) == pytest.approx(record["nll"], rel=1e-9)
+        assert slices["predicted"][0] == record["predicted"]
+    with monkeypatch.context() as patch:  # each is measured once
+        patch.setattr(study, "served", lambda *_: pytest.fail("measured again"))
+        run(monkeypatch, path, workdir, "--table", "--slices=long_context", "--short_context=5")
+        assert capsys.readouterr().out == sliced
+    record_file = workdir / "dense_seed=0" / study.RECORD_FILE
+    stored = record_file.read_text()
+    record_file.write_text(json.dumps(json.loads(stored) | {"nll": [100.0] * 8}))
+    with pytest.raises(UserError, match="dense_seed=0 has another loss than when it was trained"):
+        run(monkeypatch, path, workdir, "--table", "--slices=long_context", "--short_context=7")
+    record_file.write_text(stored)
+    record_file.rename(tmp_path / "record")
+    with pytest.raises(
+        UserError, match=r"^--slices=long_context: .*dense_seed=0 chooses the tokens and has not finished"
+    ):
+        run(monkeypatch, path, workdir, "--table", "--slices=long_context", "--short_context=6")
+    (tmp_path / "record").rename(record_file)
 
     monkeypatch.setattr(study, "run_one", lambda *_: pytest.fail("trained again"))
     run(monkeypatch, path, workdir, "--seeds=0")

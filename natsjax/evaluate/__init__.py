@@ -8,4 +8,7 @@ import lazy_loader
 DEFAULT_CHUNK = 16
 """Tokens that ``mode="decode"`` reads at once; for SnapKV and Ada-SnapKV, those that follow a prompt."""
 
+DEFAULT_RARE = 10
+"""Most occurrences in the training text of a bigram that slices count as rare."""
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

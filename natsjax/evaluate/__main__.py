@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from natsjax.errors import UserError
-from natsjax.evaluate import DEFAULT_CHUNK
+from natsjax.evaluate import DEFAULT_CHUNK, DEFAULT_RARE
 from natsjax.policies.registry import POLICIES
 from natsjax.runtime.cpu_devices import use_cores
 from natsjax.runtime.flags import Parser, run_command
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--baseline_workdir",
         metavar="DIR",
-        help="a dense run on the same data and tokenizer, measured beside a nats run",
+        help="a dense run on the same data and tokenizer, measured beside a run of another kind",
     )
     parser.add_argument(
         "--num_contexts",
@@ -71,15 +71,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="tokens that --mode=decode reads at once, and the most behind a prompt that SnapKV cut down (%(default)s)",
     )
     parser.add_argument(
+        "--slices",
+        type=lambda text: text.split(","),
+        metavar="KIND,…",
+        help="measure every setting on slices of the tokens, too: bigrams (rare bigrams that the document had before, "
+        "by distance), long_context (tokens that the dense baseline gains on with its long context)",
+    )
+    parser.add_argument(
+        "--rare",
+        type=int,
+        default=DEFAULT_RARE,
+        metavar="N",
+        help="most occurrences in the training text of a bigram that is rare (%(default)s)",
+    )
+    parser.add_argument(
+        "--short_context",
+        type=int,
+        metavar="N",
+        help="tokens of the short context that the long one is compared with (default: an eighth of the context "
+        "length)",
+    )
+    parser.add_argument(
+        "--window_workdir",
+        metavar="DIR",
+        help='a run with trained windows ("sliding" layers) on the same data, which slices are compared with',
+    )
+    parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
     )
     flags = parser.parse_args(argv)
     budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
     # Here: the parser is built before anything slow is imported.
     from natsjax.evaluate.evaluation import run
+    from natsjax.evaluate.slices import SliceSettings
     from natsjax.model import sharding
     from natsjax.runs.workdir import Workdir
 
+    slices = None if flags.slices is None else SliceSettings(flags.slices, flags.rare, flags.short_context)
     config = Workdir(flags.workdir).read_config()
     use_cores(lambda count: sharding.fits(config, count, trains=False))
     evaluation = run(
@@ -92,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         mode=flags.mode,
         chunk=flags.chunk,
         num_contexts=flags.num_contexts,
+        slices=slices,
+        window_workdir=flags.window_workdir,
     )
     print(evaluation.summary())
 

@@ -22,7 +22,7 @@ from natsjax.data import Row
 from natsjax.data.packing import piece_spans
 from natsjax.decode.decoder import NO_LIMIT, Cache, Decoder, DecodeSettings
 from natsjax.evaluate import DEFAULT_CHUNK
-from natsjax.evaluate.masked import Measurement, causal_pairs, sum_by_document, sum_by_position
+from natsjax.evaluate.masked import Measurement, Slices, causal_pairs, sum_by_document, sum_by_position, sum_by_slice
 from natsjax.model.cross_entropy import token_losses
 from natsjax.model.inputs import Batch
 from natsjax.policies.base import DecodingPolicy
@@ -37,6 +37,7 @@ def measure_decoding(
     *,
     chunk: int = DEFAULT_CHUNK,
     settings: DecodeSettings | None = None,
+    slices: Slices | None = None,
 ) -> Measurement:
     """Predicts every token of the contexts with the keys that are still in the buffer.
 
@@ -50,6 +51,7 @@ def measure_decoding(
       chunk: tokens that are read at once, 1 or more. ``SnapKV`` and ``AdaSnapKV`` keep all keys of a chunk, so their
         queries read ``num_keys`` and up to ``chunk`` more. Results of other policies do not depend on it.
       settings: of decoding.
+      slices: sets of predicted tokens that sums are wanted of.
 
     Raises:
       UserError: see ``Decoder``.
@@ -94,6 +96,7 @@ def measure_decoding(
         causal_pairs=causal_pairs(contexts),
         num_queries=int(valid.sum()),
         allocated=allocated,
+        slices=None if slices is None else sum_by_slice(contexts, nll, slices),
     )
 
 

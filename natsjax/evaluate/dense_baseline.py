@@ -1,4 +1,4 @@
-"""The dense baseline that NAtS is compared with: full attention in the same shape, trained on the same tokens."""
+"""Other runs on the same data that a run is compared with: its dense baseline, and one with trained windows."""
 
 import dataclasses
 import os
@@ -10,48 +10,71 @@ from natsjax.runs.load import LoadedRun, load
 def load_baseline(
     run: LoadedRun, baseline_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """Loads the dense baseline of a NAtS run, or of a rival's.
+    """Loads the dense baseline of a run: full attention in the same shape, trained on the same tokens.
 
     Args:
-      run: the NAtS run.
+      run: the run, with roles, masks or trained windows.
       baseline_workdir: of the dense baseline.
       prepared_dir: folder of the prepared corpus of both; None: as ``natsjax.load`` finds it.
 
     Raises:
-      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` has neither
-        roles nor masks.
+      UserError: it is no dense run on the same contexts (the message names what differs), or ``run`` is dense itself.
     """
     where = f"--baseline_workdir={os.fspath(baseline_workdir)}"
-    if not (run.config.model.has_roles or run.config.model.has_masks):
-        raise UserError(f"{where}: {run.workdir.path} {_without_roles(run)}; leave the flag out.")
+    if is_dense(run):
+        raise UserError(f"{where}: {run.workdir.path} is itself a dense run; leave the flag out.")
     baseline = load(baseline_workdir, prepared_dir=prepared_dir)
-    if set(baseline.config.model.layer_types) != {"dense"}:
+    if not is_dense(baseline):
         raise UserError(
             f"{where}: the run has model.layer_types = {baseline.config.model.layer_pattern}, not dense; name one "
             "with dense layers alone."
         )
-    marks = _data_marks(run)
-    for name, theirs in _data_marks(baseline).items():
-        if (ours := marks[name]) != theirs:
-            raise UserError(
-                f"{where}: it is no dense baseline of {run.workdir.path}, for its {name} is {theirs} instead of "
-                f"{ours}; name a run on the same data."
-            )
+    _check_data(run, baseline, f"{where}: it is no dense baseline of {run.workdir.path}")
     return baseline
+
+
+def load_window(
+    run: LoadedRun, window_workdir: str | os.PathLike[str], *, prepared_dir: str | os.PathLike[str] | None = None
+) -> LoadedRun:
+    """Loads a run with trained windows, the rival that pays as little.
+
+    Args:
+      run: the run that is compared with it.
+      window_workdir: of the run with windows.
+      prepared_dir: as in ``load_baseline``.
+
+    Raises:
+      UserError: none of its layers is "sliding", it learned roles or masks, or it has other contexts.
+    """
+    where = f"--window_workdir={os.fspath(window_workdir)}"
+    window = load(window_workdir, prepared_dir=prepared_dir)
+    model = window.config.model
+    if "sliding" not in model.layer_types or model.has_roles or model.has_masks:
+        raise UserError(
+            f'{where}: the run has model.layer_types = {model.layer_pattern}; name one with "sliding" layers, or '
+            '"sliding" and dense ones.'
+        )
+    _check_data(run, window, f"{where}: it cannot be compared with {run.workdir.path}")
+    return window
+
+
+def is_dense(run: LoadedRun) -> bool:
+    """Checks if all layers are dense."""
+    return set(run.config.model.layer_types) == {"dense"}
+
+
+def _check_data(run: LoadedRun, other: LoadedRun, clause: str) -> None:
+    """Refuses a run on other contexts; the message begins with the clause."""
+    marks = _data_marks(run)
+    for name, theirs in _data_marks(other).items():
+        if (ours := marks[name]) != theirs:
+            raise UserError(f"{clause}, for its {name} is {theirs} instead of {ours}; name a run on the same data.")
 
 
 def baseline_notes(run: LoadedRun, baseline: LoadedRun) -> list[str]:
     """Returns sentences about an uneven comparison: another shape, number of steps, or order of the contexts."""
     pairs = {name: (theirs, _shape(run)[name]) for name, theirs in _shape(baseline).items()}
     return [f"The dense baseline's {name} is {a}, this run's {b}." for name, (a, b) in pairs.items() if a != b]
-
-
-def _without_roles(run: LoadedRun) -> str:
-    """Describes a run that has no roles to compare with a dense baseline."""
-    model = run.config.model
-    if set(model.layer_types) == {"dense"}:
-        return "is itself a dense run"
-    return f"has model.layer_types = {model.layer_pattern}, and only a run with learned roles has a dense baseline"
 
 
 def _data_marks(run: LoadedRun) -> dict[str, object]:

@@ -23,20 +23,24 @@ from natsjax.data import Row, piece_lengths
 from natsjax.errors import UserError
 from natsjax.evaluate import DEFAULT_CHUNK
 from natsjax.evaluate.decoded import measure_decoding
-from natsjax.evaluate.dense_baseline import baseline_notes, load_baseline
-from natsjax.evaluate.masked import Measurement, measure
+from natsjax.evaluate.dense_baseline import baseline_notes, is_dense, load_baseline, load_window
+from natsjax.evaluate.masked import Measurement, Slices, measure
 from natsjax.evaluate.rows import about_intervals, row_of, samples_of
 from natsjax.evaluate.settings import TOLERANCE, Setting, settings_of
+from natsjax.evaluate.slices import SliceSettings
 from natsjax.policies.base import DecodingPolicy, StaticPolicy
 from natsjax.policies.budgets import about_global_tokens, wanted_budgets
 from natsjax.policies.nats import Nats, SampledNats
-from natsjax.policies.registry import FULL, Mode
+from natsjax.policies.registry import FULL, Mode, label_of
 from natsjax.report.commands import evaluate_command
+from natsjax.report.results import own_row
 from natsjax.runs.data import RunData
 from natsjax.runs.load import LoadedRun, load
 from natsjax.runs.workdir import versions
 from natsjax.runtime import distributed
 from natsjax.runtime.progress import bar
+from natsjax.runtime.tables import percent as percent_text
+from natsjax.runtime.tables import significant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Evaluation:
                 f"Without a role bias the roles keep {percent['argmax']}{drawn}; "
                 f"with every token SLIDING{shortest} they would keep {100 * budget_check['smallest_possible']:.3g} %."
             )
+        row = own_row(self.rows, budget_check)
+        if row is not None and row["by_slice"] is not None:
+            label = label_of(row["method"], info["layers"])
+            parts.append(f"Slices, {label}, {percent_text(row['kv_fraction'])} KV:\n{report.format_slices(row)}")
         if self.notes:
             parts.append("\n".join(f"note: {note}" for note in self.notes))
         parts.append("\n".join(f"wrote {path}" for path in self.paths))
@@ -94,6 +102,8 @@ def run(
     mode: Mode = "masked",
     chunk: int = DEFAULT_CHUNK,
     num_contexts: int | None = None,
+    slices: SliceSettings | None = None,
+    window_workdir: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint of a run and writes ``report/`` in its workdir.
 
@@ -104,7 +114,7 @@ def run(
     Args:
       workdir: of the run, or an export.
       budgets: KV fractions; None: ``eval.budgets``, and where that is empty, a range around ``nats.kv_budget``.
-      baseline_workdir: of a dense run on the same data, for a NAtS run.
+      baseline_workdir: of a dense run on the same data, for a run that is not dense.
       prepared_dir: folder of the prepared corpus, of the dense baseline too; None: beside the run, or where the run had
         it.
       progress: show progress bars.
@@ -114,10 +124,12 @@ def run(
         rows then have the slots that were allocated.
       chunk: tokens that are decoded at once, and the most that follow a prompt of SnapKV or Ada-SnapKV.
       num_contexts: the most held-out contexts; None: ``eval.num_contexts`` of the run's config.
+      slices: slices of the held-out tokens to measure each setting on; None: none.
+      window_workdir: of a run with trained windows on the same data, which slices are compared with.
 
     Raises:
       UserError: there is no run or no held-out text, a budget, a chunk or a number of contexts cannot be, the dense
-        baseline does not fit, or the report cannot be written, which is tried first.
+        baseline, the run with windows or the slices do not fit, or the report cannot be written, which is tried first.
 
     Example:
       >>> evaluation = natsjax.evaluate.run("runs/quickstart")
@@ -134,9 +146,15 @@ def run(
         this = dataclasses.replace(this, config=dataclasses.replace(this.config, eval=evaluated))
     if distributed.is_main():
         report.try_report(this.workdir)
+    if window_workdir is not None and slices is None:
+        raise UserError(f"--window_workdir={os.fspath(window_workdir)}: it is compared on slices; give --slices too.")
     baseline = None if baseline_workdir is None else load_baseline(this, baseline_workdir, prepared_dir=prepared_dir)
+    window = None if window_workdir is None else load_window(this, window_workdir, prepared_dir=prepared_dir)
     held_out = this.data.contexts("validation", this.config.eval.num_contexts)
     calibration_contexts = this.data.contexts("train", this.config.eval.num_calibration_contexts)
+    dense_run = this if is_dense(this) else baseline
+    if slices is not None:
+        slices.check(this, dense_run)
     wanted = wanted_budgets(this.config, budgets, this.data.piece_lengths)
     notes = [] if baseline is None else baseline_notes(this, baseline)
     if (below := about_global_tokens(this.config, wanted, this.data.piece_lengths)) is not None:
@@ -144,25 +162,44 @@ def run(
     decoded = chunk if mode == "decode" else None
     settings = settings_of(this, baseline, calibration_contexts, wanted, notes, progress, decoded)
 
-    measured = [_measure(setting, held_out, decoded) for setting in bar(settings, "measuring", progress)]
+    found_slices = None if slices is None else slices.find(this, held_out, dense_run, progress=progress)
+    measured = [_measure(setting, held_out, decoded, found_slices) for setting in bar(settings, "measuring", progress)]
     dense = next(
         (
-            found.documents
+            found
             for setting, found in zip(settings, measured, strict=True)
             if setting.run is baseline and setting.policy.method == FULL.name
         ),
         None,
     )
-    rows = [row_of(setting, found, this.config, dense) for setting, found in zip(settings, measured, strict=True)]
+    windowed = None if window is None else _measure(Setting(window, "", FULL.make()), held_out, decoded, found_slices)
+    rows = [
+        row_of(setting, found, this.config, dense, windowed, found_slices)
+        for setting, found in zip(settings, measured, strict=True)
+    ]
     intervals, no_intervals = about_intervals(rows, this.config)
     if no_intervals is not None:
         notes.append(no_intervals)
+    if slices is not None:
+        notes.append(slices.about(this))
+    if window is not None and windowed is not None:
+        notes.append(_about_window(window, windowed))
     budget_check, samples = None, []
     if this.config.model.has_roles:
         budget_check = _budget_check(this, held_out, rows)
         role_biases = [row["setting"]["role_bias"] for row in rows if row["method"] == Nats.method]
         samples = samples_of(this, held_out, role_biases, progress)
-    command = _command(workdir, checkpoint, budgets, baseline_workdir, prepared_dir, decoded, num_contexts)
+    command = _command(
+        workdir,
+        checkpoint,
+        budgets,
+        baseline_workdir,
+        prepared_dir,
+        decoded,
+        num_contexts,
+        slices,
+        window_workdir,
+    )
     run_info = _run_info(this, command, measured[0], held_out, calibration_contexts, intervals, notes, decoded)
     paths = []
     if distributed.is_main():  # all of several processes measure, one writes
@@ -180,12 +217,20 @@ def check(config: Config, data: RunData) -> None:
     wanted_budgets(config, None, data.piece_lengths)
 
 
-def _measure(setting: Setting, contexts: Row, chunk: int | None) -> Measurement:
+def _measure(setting: Setting, contexts: Row, chunk: int | None, slices: Slices | None) -> Measurement:
     """Measures with masks, or in chunks through a KV buffer."""
     if chunk is None:
-        return measure(setting.run, contexts, typing.cast(StaticPolicy, setting.policy))
+        return measure(setting.run, contexts, typing.cast(StaticPolicy, setting.policy), slices=slices)
     policy = typing.cast(DecodingPolicy, setting.policy)
-    return measure_decoding(setting.run, contexts, policy, chunk=setting.continued or chunk)
+    return measure_decoding(setting.run, contexts, policy, chunk=setting.continued or chunk, slices=slices)
+
+
+def _about_window(window: LoadedRun, found: Measurement) -> str:
+    """Describes the run with trained windows, which has no row."""
+    return (
+        f"The trained window is {window.workdir.path} ({window.config.model.layer_pattern}, step {window.step}): "
+        f"{percent_text(found.kv_fraction)} KV, perplexity {significant(found.perplexity, 4)}."
+    )
 
 
 def _window(config: Config) -> int | list[int] | None:
@@ -271,6 +316,8 @@ def _command(
     prepared_dir: str | os.PathLike[str] | None,
     chunk: int | None,
     num_contexts: int | None,
+    slices: SliceSettings | None,
+    window_workdir: str | os.PathLike[str] | None,
 ) -> str:
     """Returns the command that does the same."""
     flags = [] if checkpoint == "newest" else [f"--checkpoint={checkpoint}"]
@@ -284,4 +331,8 @@ def _command(
         flags.append(f"--num_contexts={num_contexts}")
     if chunk is not None:
         flags += ["--mode=decode", f"--chunk={chunk}"]
+    if slices is not None:
+        flags += slices.flags
+    if window_workdir is not None:
+        flags.append(f"--window_workdir={os.fspath(window_workdir)}")
     return evaluate_command(workdir, *flags)

@@ -9,7 +9,7 @@ Axis letters: ``n`` contexts, ``b`` batch, ``t`` query, ``s`` key, ``k`` KV head
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -27,6 +27,9 @@ from natsjax.policies.base import StaticPolicy, unsuited
 from natsjax.runs.load import LoadedRun
 
 _MODEL_FIELDS = ("inputs", "targets", "positions", "document_end")
+
+Slices = Mapping[str, np.ndarray]
+"""Sets of predicted tokens by name, bool ``[n, t]`` each (``natsjax.evaluate.slices``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,19 @@ class PositionSums:
 
 
 @dataclasses.dataclass(frozen=True)
+class SliceSums:
+    """Sums over the predicted tokens of each document by slice.
+
+    Attributes:
+      nll: float64 ``[d, z]``, negative log-likelihood, nats.
+      tokens: float64 ``[d, z]``, predicted tokens.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurement:
     """Result of one pass; sums exclude padding.
 
@@ -79,6 +95,7 @@ class Measurement:
       causal_pairs: pairs that full attention reads, per layer and KV head.
       num_queries: tokens.
       allocated: int64 ``[l]``, the most slots of a head that a KV buffer had; None for an evaluation with masks.
+      slices: predictions by document and slice, in the order of the slices; None where none were asked for.
     """
 
     documents: DocumentSums
@@ -88,6 +105,7 @@ class Measurement:
     causal_pairs: int
     num_queries: int
     allocated: np.ndarray | None = None
+    slices: SliceSums | None = None
 
     @property
     def kv_fraction(self) -> float:
@@ -131,13 +149,14 @@ class Measurement:
         return float(self.documents.correct.sum() / self.documents.tokens.sum())
 
 
-def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
+def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy, *, slices: Slices | None = None) -> Measurement:
     """Predicts every token of the contexts with the keys that the policy leaves.
 
     Args:
       run: run with the model; ``eval.batch_size`` contexts are read at a time.
       contexts: arrays ``[n, t]`` (``natsjax.data.packing``), with at least one token to predict.
       policy: policy of the KV cache.
+      slices: sets of predicted tokens that sums are wanted of.
 
     Raises:
       ValueError: the model's layers cannot follow the policy.
@@ -157,7 +176,21 @@ def measure(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> Measurement:
         live_max=np.max(most, axis=0),
         causal_pairs=causal_pairs(contexts),
         num_queries=int(valid.sum()),
+        slices=None if slices is None else sum_by_slice(contexts, found[0], slices),
     )
+
+
+def token_nll(run: LoadedRun, contexts: Row, policy: StaticPolicy) -> np.ndarray:
+    """Predicts every target of the contexts: negative log-likelihood, nats, float64 ``[n, t]``, arbitrary at padding.
+
+    Args:
+      run, contexts, policy: as in ``measure``.
+
+    Raises:
+      ValueError: the model's layers cannot follow the policy.
+    """
+    nll = [np.asarray(result.nll, np.float64) for result in _forward_batches(run, contexts, policy)]
+    return np.concatenate(nll)[: len(contexts["inputs"])]
 
 
 def causal_pairs(contexts: Row) -> int:
@@ -293,3 +326,18 @@ def sum_by_position(contexts: Row, nll: np.ndarray, correct: np.ndarray) -> Posi
         return np.bincount(flat, weights=values[predicted], minlength=math.prod(shape)).reshape(shape)
 
     return PositionSums(edges=edges, nll=total(nll), tokens=total(predicted), correct=total(correct))
+
+
+def sum_by_slice(contexts: Row, nll: np.ndarray, slices: Slices) -> SliceSums:
+    """Sums over the predicted tokens of each document by slice; ``nll`` is ``[n, t]``."""
+    predicted = contexts["loss_weight"] > 0
+    ids, document = np.unique(contexts["document_id"][predicted], return_inverse=True)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        sums = [
+            np.bincount(document, weights=np.where(members, values, 0)[predicted], minlength=len(ids))
+            for members in slices.values()
+        ]
+        return np.stack(sums, axis=1)
+
+    return SliceSums(nll=total(nll), tokens=total(np.ones_like(nll)))

@@ -7,11 +7,12 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.data import Row
-from natsjax.evaluate.masked import DocumentSums, Measurement, PositionSums, chosen_roles
+from natsjax.evaluate.masked import DocumentSums, Measurement, PositionSums, Slices, chosen_roles
 from natsjax.evaluate.settings import Setting
+from natsjax.evaluate.slices import mark
 from natsjax.kv_fraction import perplexity, sliding_windows
 from natsjax.policies.nats import Nats
-from natsjax.report.intervals import NO_RATIO, bootstrap_interval, ratio_fields
+from natsjax.report.intervals import NO_RATIO, bootstrap_interval, ratio_fields, rounded, slice_ratio_fields
 from natsjax.report.results import MIN_DOCUMENTS, MIN_RESAMPLINGS
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.progress import bar
@@ -21,7 +22,12 @@ _MAX_ROLES = 2_000_000  # of all samples, role biases, layers and heads: a byte 
 
 
 def row_of(
-    setting: Setting, found: Measurement, config: Config, reference: DocumentSums | None = None
+    setting: Setting,
+    found: Measurement,
+    config: Config,
+    reference: Measurement | None = None,
+    window: Measurement | None = None,
+    slices: Slices | None = None,
 ) -> dict[str, Any]:
     """Computes the row of a setting: every field of ``natsjax.report.fields.ROW_FIELDS``.
 
@@ -30,6 +36,8 @@ def row_of(
       found: its measurement.
       config: of the run; ``eval.bootstrap_samples`` and ``train.seed`` are used for the intervals.
       reference: of full attention on the dense baseline, on the same contexts; None: there is none.
+      window: of a run with trained windows, on the same contexts; None: there is none.
+      slices: of these contexts, which were measured too; None: there are none.
     """
     sums = found.documents
 
@@ -55,7 +63,7 @@ def row_of(
         "kv_live_max_per_head": found.live_max.tolist(),
         "perplexity": found.perplexity,
         **interval("perplexity", sums.nll, sums.tokens, perplexity),
-        **_ratio(sums, reference, config),
+        **_ratio(sums, None if reference is None else reference.documents, config),
         "bits_per_byte": found.bits_per_byte,
         **bits,
         "accuracy": found.accuracy,
@@ -63,9 +71,10 @@ def row_of(
         "num_tokens": int(sums.tokens.sum()),
         "num_documents": len(sums.ids),
         "by_position": _by_position(found.positions, config),
+        "by_slice": None if slices is None else _by_slice(slices, found, reference, window, config),
         "by_document": {
             "ids": sums.ids.tolist(),
-            "nll": [float(f"{nll:.9g}") for nll in sums.nll],
+            "nll": _stored_nll(sums.nll),
             "tokens": sums.tokens.astype(int).tolist(),
         },
     }
@@ -115,6 +124,42 @@ def _by_position(sums: PositionSums, config: Config) -> dict[str, list[Any]]:
         for end, values in zip(("", "_low", "_high"), (mean, *_interval(numerator, sums.tokens, config)), strict=True):
             found[name + end] = [None if np.isnan(value) else float(f"{of(value):.5g}") for value in values]
     return found
+
+
+def _by_slice(
+    slices: Slices, found: Measurement, reference: Measurement | None, window: Measurement | None, config: Config
+) -> dict[str, Any]:
+    """Computes ``SLICE_FIELDS``, with five significant digits."""
+    sums = found.slices
+    assert sums is not None
+    with np.errstate(invalid="ignore"):
+        mean = sums.nll.sum(axis=0) / sums.tokens.sum(axis=0)
+    values = {
+        "slices": list(slices),
+        "marks": [mark(members) for members in slices.values()],
+        "tokens": sums.tokens.sum(axis=0).astype(int).tolist(),
+        "documents": np.count_nonzero(sums.tokens, axis=0).tolist(),
+    }
+    for end, nll in zip(("", "_low", "_high"), (mean, *_interval(sums.nll, sums.tokens, config)), strict=True):
+        with np.errstate(over="ignore"):
+            values[f"perplexity{end}"] = rounded(np.exp(nll))
+    for name, other in (("perplexity_ratio", reference), ("window_ratio", window)):
+        if other is None:
+            values |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+            continue
+        assert other.slices is not None
+        sides = sums.nll.T, other.slices.nll.T, sums.tokens.T
+        samples, seed = config.eval.bootstrap_samples, config.train.seed
+        values |= slice_ratio_fields(name, *sides, num_samples=samples, seed=seed)
+    return values | {
+        "nll_by_document": [_stored_nll(nll) for nll in sums.nll.T],
+        "tokens_by_document": sums.tokens.T.astype(int).tolist(),
+    }
+
+
+def _stored_nll(sums: np.ndarray) -> list[float]:
+    """Rounds sums of documents to nine digits; zeros become short ones."""
+    return [float(f"{nll:.9g}") or 0 for nll in sums]
 
 
 def samples_of(this: LoadedRun, held_out: Row, role_biases: Sequence[float], progress: bool) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@ from .fields import POSITION_FIELDS as POSITION_FIELDS
 from .fields import ROW_FIELDS as ROW_FIELDS
 from .fields import RUN_FIELDS as RUN_FIELDS
 from .fields import SAMPLE_FIELDS as SAMPLE_FIELDS
+from .fields import SLICE_FIELDS as SLICE_FIELDS
 from .files import FILES as FILES
 from .files import rewrite as rewrite
 from .files import try_report as try_report
@@ -10,4 +11,5 @@ from .files import write_report as write_report
 from .results import Results as Results
 from .styles import MethodStyle as MethodStyle
 from .styles import style_of as style_of
+from .table import format_slices as format_slices
 from .table import format_table as format_table

@@ -1,5 +1,6 @@
 """Comparison of several runs in one page and one picture (``python -m natsjax.report --workdir=A,B,C``)."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any, NamedTuple
 
 from natsjax.config import Config
 from natsjax.errors import UserError
-from natsjax.policies.registry import FULL, label_of
+from natsjax.policies.registry import label_of
 from natsjax.report import page, picture, training
 from natsjax.report.commands import evaluate_command, report_command, training_commands
 from natsjax.report.fields import Row, page_columns
-from natsjax.report.intervals import NO_RATIO, ratio_fields
-from natsjax.report.results import Results, is_biased, read, write_files
+from natsjax.report.intervals import NO_RATIO, ratio_fields, slice_ratio_fields
+from natsjax.report.results import Results, own_row, read, write_files
 from natsjax.runs.workdir import Workdir
 from natsjax.runtime.tables import percent, significant, text_table, with_interval
 
@@ -117,6 +118,7 @@ def _read(
         for name, place in zip(_unique_names(places), places, strict=True)
     ]
     number = _dense_reference(runs) if reference is None else _named_reference(runs, reference)
+    runs = [_sliced(run, None if number is None else runs[number], _window(runs)) for run in runs]
     if number is None:
         return runs, None
     runs = [_compared(run, runs[number]) for run in runs]
@@ -164,20 +166,21 @@ def _is_dense(run: _Run) -> bool:
     return set(run.config.model.layer_types) == {"dense"}
 
 
+def _window(runs: Sequence[_Run]) -> _Run | None:
+    """Returns the first evaluated run with trained windows, which slices are compared with; None without one."""
+    for run in runs:
+        model = run.config.model
+        if "sliding" in model.layer_types and not (model.has_roles or model.has_masks) and _own(run) is not None:
+            return run
+    return None
+
+
 def _own(run: _Run) -> Row | None:
     """Returns the row, with its sums by document, of what the run was trained to be; None if it was not evaluated."""
     if (results := run.results) is None:
         return None
-    check = results.budget_check
-    return next(
-        (
-            row
-            for row in results.rows
-            if row["by_document"] is not None
-            and (row["method"] == FULL.name if check is None else is_biased(row, check))
-        ),
-        None,
-    )
+    row = own_row(results.rows, results.budget_check)
+    return None if row is None or row["by_document"] is None else row
 
 
 def _ratio_column(reference: _Run) -> str:
@@ -208,6 +211,38 @@ def _compared(run: _Run, reference: _Run) -> _Run:
         return {**row, **ratio}
 
     return run._replace(results=run.results._replace(rows=[compared(row) for row in run.results.rows]))
+
+
+def _sliced(run: _Run, reference: _Run | None, window: _Run | None) -> _Run:
+    """Fills in the ratios of slices that are the same tokens in the reference, or in the run with trained windows."""
+    if run.results is None:
+        return run
+
+    def compared(row: Row) -> Row:
+        if row["by_slice"] is None or row["by_document"] is None:
+            return row
+        values = dict(row["by_slice"])
+        for name, other in (("perplexity_ratio", reference), ("window_ratio", window)):
+            values |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+            if other is not None and _text_of(run) == _text_of(other):
+                values |= _slice_ratios(name, row, other)
+        return {**row, "by_slice": values}
+
+    return run._replace(results=run.results._replace(rows=[compared(row) for row in run.results.rows]))
+
+
+def _slice_ratios(name: str, row: Row, other: _Run) -> dict[str, Any]:
+    """Returns the ratio of the slices of a row to those of equal marks of another run, and its interval."""
+    base = _own(other)
+    if base is None or base["by_slice"] is None or row["by_document"]["ids"] != base["by_document"]["ids"]:
+        return {}
+    own, theirs = row["by_slice"], base["by_slice"]
+    places = {mark: place for place, mark in enumerate(theirs["marks"])}
+    nothing = [math.nan] * len(row["by_document"]["ids"])
+    nll = [theirs["nll_by_document"][places[mark]] if mark in places else nothing for mark in own["marks"]]
+    samples, seed = other.config.eval.bootstrap_samples, other.config.train.seed
+    sides = own["nll_by_document"], nll, own["tokens_by_document"]
+    return slice_ratio_fields(name, *sides, num_samples=samples, seed=seed)
 
 
 def _text_of(run: _Run) -> tuple[Any, ...]:
@@ -307,6 +342,11 @@ def _notes(runs: Sequence[_Run]) -> list[str]:
         if run.results is not None and _is_dense(run) and _own(run) is None
     ]
     evaluated = [run for run in runs if run.results is not None]
+    if (different := _different_slices(evaluated)) is not None:
+        notes.append(different)
+    window = _window(evaluated)
+    if window is not None and (base := _own(window)) is not None and base["by_slice"] is not None:
+        notes.append(f'On slices, "the trained window" is {window.name}.')
     texts: dict[tuple[Any, ...], list[str]] = {}
     for run in evaluated:
         texts.setdefault(_text_of(run), []).append(run.name)
@@ -317,3 +357,21 @@ def _notes(runs: Sequence[_Run]) -> list[str]:
             "per byte only where the text is the same."
         )
     return notes
+
+
+def _different_slices(evaluated: Sequence[_Run]) -> str | None:
+    """Describes slices that are not the same tokens in all runs; None where all are."""
+    marks: dict[str, dict[str, list[str]]] = {}
+    for run in evaluated:
+        assert run.results is not None
+        found = run.results.rows[0]["by_slice"]
+        for name, mark in zip(found["slices"], found["marks"], strict=True) if found is not None else ():
+            marks.setdefault(name, {}).setdefault(mark, []).append(run.name)
+    different = [name for name, runs in marks.items() if len(runs) > 1]
+    if not different:
+        return None
+    groups = "; ".join(", ".join(names) for names in marks[different[0]].values())
+    return (
+        f'{len(different)} slices of the same name, as "{different[0]}", are not the same tokens ({groups}), so there '
+        "are no ratios between those: evaluate the runs with the same --rare, --short_context and dense baseline."
+    )

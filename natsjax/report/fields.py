@@ -153,6 +153,12 @@ ROW_FIELDS = _by_name(
     Field("num_documents", "documents that they are from", "documents"),
     Field("by_position", "the same by position in the document, see below", shape="object", nullable=True),
     Field(
+        "by_slice",
+        "the same on slices of the tokens (`--slices`), see below; null where none were asked for",
+        shape="object",
+        nullable=True,
+    ),
+    Field(
         "by_document",
         "`ids`, `nll` (sum of the negative log-likelihood, nats) and `tokens` (predicted) of each document; other "
         "evaluations on the same contexts are compared by them",
@@ -174,6 +180,32 @@ POSITION_FIELDS = _by_name(
     Field("accuracy", "of these tokens; null where there are none", "fraction", "p", interval="stored"),
 )
 """Fields of a row's ``by_position``: results by the number of tokens of the document before the predicted one."""
+
+SLICE_FIELDS = _by_name(
+    Field("slices", "names of the slices", shape="z"),
+    Field("marks", "hash of each slice's tokens; evaluations compare slices of equal marks", shape="z"),
+    Field("tokens", "predicted tokens", "tokens", "z"),
+    Field("documents", "documents with any of them", "documents", "z"),
+    Field("perplexity", "of these tokens; null where there are none", shape="z", interval="shown"),
+    Field(
+        "perplexity_ratio",
+        "perplexity over that of full attention on the dense baseline, interval paired by document; null without one",
+        shape="z",
+        nullable=True,
+        interval="shown",
+    ),
+    Field(
+        "window_ratio",
+        "perplexity over that of the run with trained windows (`--window_workdir`), interval paired by document; null "
+        "without one",
+        shape="z",
+        nullable=True,
+        interval="shown",
+    ),
+    Field("nll_by_document", "sums of the negative log-likelihood, in the order of `by_document.ids`", "nats", "z, d"),
+    Field("tokens_by_document", "predicted tokens, in the same order", "tokens", "z, d"),
+)
+"""Fields of a row's ``by_slice``: results on sets of predicted tokens (``natsjax.evaluate.slices``)."""
 
 BUDGET_CHECK_FIELDS = _by_name(
     Field("kv_budget", "budget of the run, `nats.kv_budget`", "fraction"),

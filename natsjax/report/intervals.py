@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -53,24 +54,27 @@ def _expanded_tail(count: int) -> float:
 
 def paired_ratio(
     nll: np.ndarray, other: np.ndarray, tokens: np.ndarray, *, num_samples: int, seed: int
-) -> tuple[float, float, float]:
-    """Compares two perplexities on the same documents.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compares two perplexities on the same documents, or several such pairs.
 
     Documents differ by far more than methods do. So each document is compared with itself, and the resamplings have the
     same documents in both perplexities.
 
     Args:
-      nll: float64 ``[d]``, sum of the negative log-likelihood by document, nats.
-      other: float64 ``[d]``, that of what it is compared with.
-      tokens: float64 ``[d]``, predicted tokens, the same of both.
+      nll: float64 ``[d, …]``, sum of the negative log-likelihood by document, nats.
+      other: float64 ``[d, …]``, that of what it is compared with.
+      tokens: float64 ``[d, …]``, predicted tokens, the same of both.
       num_samples, seed: as in ``bootstrap_interval``.
 
     Returns:
-      The ratio of the perplexities and the ends of its 95 % interval (NaN where the spread is not known).
+      The ratio of the perplexities (NaN where there is no token) and the ends of its 95 % interval (NaN where the
+      spread is not known), float64 ``[…]``.
     """
     difference = np.subtract(nll, other)
     ends = bootstrap_interval(difference, tokens, num_samples=num_samples, seed=seed)
-    middle, low, high = (float(np.exp(value)) for value in (difference.sum() / np.sum(tokens), *ends))
+    with np.errstate(invalid="ignore"):
+        mean = difference.sum(axis=0) / np.sum(tokens, axis=0)
+    middle, low, high = map(np.exp, (mean, *ends))
     return middle, low, high
 
 
@@ -84,5 +88,25 @@ def ratio_fields(
 ) -> dict[str, float | None]:
     """Returns ``perplexity_ratio`` of a row and its interval, as ``paired_ratio`` computes them; None for NaN."""
     sums = (np.asarray(values, np.float64) for values in (nll, other, tokens))
-    found = paired_ratio(*sums, num_samples=num_samples, seed=seed)
+    found = map(float, paired_ratio(*sums, num_samples=num_samples, seed=seed))
     return {name: None if math.isnan(value) else value for name, value in zip(NO_RATIO, found, strict=True)}
+
+
+def slice_ratio_fields(
+    name: str, nll: Any, other: Any, tokens: Any, *, num_samples: int, seed: int
+) -> dict[str, list[float | None]]:
+    """Returns a ratio of ``by_slice`` and its interval, as ``paired_ratio`` computes them; None for NaN.
+
+    Args:
+      name: of the field.
+      nll, other, tokens: ``[z, d]``, as in ``paired_ratio``; ``other`` is NaN for a slice that has no partner.
+      num_samples, seed: as in ``bootstrap_interval``.
+    """
+    sums = (np.asarray(values, np.float64).T for values in (nll, other, tokens))
+    found = paired_ratio(*sums, num_samples=num_samples, seed=seed)
+    return {name + end: rounded(values) for end, values in zip(("", "_low", "_high"), found, strict=True)}
+
+
+def rounded(values: np.ndarray) -> list[float | None]:
+    """Rounds to five significant digits, for a list in a row; None for NaN."""
+    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]

@@ -1,8 +1,8 @@
 """Page of a report, ``report.html``: one file that loads nothing; scripts in it draw the data, which is JSON.
 
 ``web/page.html`` is the frame of the pages, ``run.html`` and ``comparison.html`` are their bodies, with parts that both
-have in ``position.html`` and ``figure.html``; ``style.css`` styles them. The scripts are joined in the order of
-``_SCRIPTS``.
+have in ``position.html``, ``slices.html`` and ``figure.html``; ``style.css`` styles them. The scripts are joined in the
+order of ``_SCRIPTS``.
 """
 
 import html
@@ -17,8 +17,8 @@ from natsjax.report.results import Results, to_json
 from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors, shared_label
 
 _SCRIPTS = {
-    "run": ("charts.js", "curves.js", "reader.js", "run.js"),
-    "comparison": ("charts.js", "curves.js", "comparison.js"),
+    "run": ("charts.js", "curves.js", "slices.js", "reader.js", "run.js"),
+    "comparison": ("charts.js", "curves.js", "slices.js", "comparison.js"),
 }
 
 
@@ -52,8 +52,12 @@ def run_page(
 
 
 def slim(row: Row) -> dict[str, Any]:
-    """Drops the sums by document, which no page draws."""
-    return {name: value for name, value in row.items() if name != "by_document"}
+    """Drops what no page draws: sums by document, and the marks of slices."""
+    kept = {name: value for name, value in row.items() if name != "by_document"}
+    if row["by_slice"] is not None:
+        dropped = ("marks", "nll_by_document", "tokens_by_document")
+        kept["by_slice"] = {name: value for name, value in row["by_slice"].items() if name not in dropped}
+    return kept
 
 
 def comparison_page(values: Mapping[str, Any], title: str) -> bytes:
@@ -83,6 +87,7 @@ def _page(kind: str, title: str, values: Mapping[str, Any], layers: Sequence[Seq
             f"{kind}.html",
             curve=_filled("figure.html", part="curve", chart="curve"),
             position=_filled("position.html", figure=position),
+            slices=_asset("slices.html"),
         ),
         "script": "\n".join(_asset(name) for name in _SCRIPTS[kind]),
         # In ASCII JSON without these three, no HTML parser finds `</script>` or `<!--`, whatever the tokens hold.

@@ -15,13 +15,14 @@ import numpy as np
 
 from natsjax.config import Config
 from natsjax.errors import UserError, first_line
-from natsjax.policies.registry import NATS
+from natsjax.policies.registry import FULL, NATS
 from natsjax.report.fields import (
     BUDGET_CHECK_FIELDS,
     POSITION_FIELDS,
     ROW_FIELDS,
     RUN_FIELDS,
     SAMPLE_FIELDS,
+    SLICE_FIELDS,
     Field,
     Row,
 )
@@ -77,6 +78,8 @@ class Results(NamedTuple):
             parts.append((f"rows[{index}]", row, ROW_FIELDS))
             if row.get("by_position") is not None:
                 parts.append((f"rows[{index}].by_position", row["by_position"], POSITION_FIELDS))
+            if row.get("by_slice") is not None:
+                parts.append((f"rows[{index}].by_slice", row["by_slice"], SLICE_FIELDS))
         parts += [(f"samples[{index}]", sample, SAMPLE_FIELDS) for index, sample in enumerate(self.samples)]
         for name, value, fields in parts:
             if missing := [field for field in fields if field not in value]:
@@ -93,6 +96,13 @@ def is_biased(row: Row, budget_check: Mapping[str, Any]) -> bool:
         and role_bias is not None
         and math.isclose(role_bias, budget_check["role_bias"], abs_tol=1e-9)
     )
+
+
+def own_row(rows: Sequence[Row], budget_check: Mapping[str, Any] | None) -> Row | None:
+    """Returns the row that a run is compared by: set to its budget, or that of full attention where it has no roles."""
+    if budget_check is not None:
+        return next((row for row in rows if is_biased(row, budget_check)), None)
+    return next((row for row in rows if row["method"] == FULL.name), None)
 
 
 def _check_roles(name: str, sample: Mapping[str, Any]) -> None:

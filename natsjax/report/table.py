@@ -31,6 +31,37 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None, laye
     return text_table(lines, text=[n for n, field in enumerate(fields) if field.format in ("method", *_WORDS)])
 
 
+def format_slices(row: Row) -> str:
+    """Formats the slices of a measured setting as an aligned plain-text table that is also a Markdown table.
+
+    Args:
+      row: with ``by_slice``.
+
+    Returns:
+      The lines, without a newline at the end. Ratios without any value have no column.
+    """
+    values = row["by_slice"]
+    shown = [name for name in _SLICE_COLUMNS if values[name] is not None]
+
+    def with_ends(name: str) -> list[str]:
+        ends = zip(*(values[f"{name}{end}"] for end in ("", "_low", "_high")), strict=True)
+        return [
+            with_interval(
+                significant(middle, 4), *(None if end is None else significant(end, 4) for end in (low, high))
+            )
+            for middle, low, high in ends
+        ]
+
+    def head(name: str) -> str:
+        return _SLICE_COLUMNS[name] + " [95 %]" * any(low is not None for low in values[f"{name}_low"])
+
+    columns = [values["slices"], [str(total) for total in values["tokens"]], *map(with_ends, shown)]
+    return text_table([["slice", "tokens", *map(head, shown)], *zip(*columns, strict=True)])
+
+
+_SLICE_COLUMNS = {"perplexity": "perplexity", "perplexity_ratio": "to dense", "window_ratio": "to window"}
+
+
 def _cell(field: Field, row: Row, layers: Sequence[str]) -> str:
     if field.format == "method":
         return style_of(row[field.name], layers).label

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from natsjax.config import Config
 from natsjax.config_fields import LARGEST_INT
 from natsjax.data import (
     Corpus,
+    Documents,
     PackedSource,
     RecallTask,
     Row,
@@ -56,6 +57,7 @@ class RunData:
       fingerprint: SHA-256 (hex); other data has another one.
       epoch_tokens: tokens of an epoch, BOS and EOS among them (of a mixture: of all corpora together, each once); None
         where there are no epochs.
+      training_documents: opens the documents of the training split, of each corpus; None where there are none.
     """
 
     vocabulary: Vocabulary
@@ -65,6 +67,7 @@ class RunData:
     description: str
     fingerprint: str
     epoch_tokens: int | None = None
+    training_documents: Callable[[], Sequence[Documents]] | None = None
 
 
 def open_data(config: Config, workdir: Workdir, *, progress: bool = True) -> RunData:
@@ -256,6 +259,7 @@ def _of_mixture(config: Config, parts: list[Part]) -> RunData:
         description=f"{mixture_name(parts)}, {tokenizer.kind} tokenizer of {tokenizer.vocab_size}",
         fingerprint=mixture_fingerprint((part.corpus.content_hash, part.fraction) for part in parts),
         epoch_tokens=source.epoch_tokens,
+        training_documents=lambda: [part.corpus.documents("train") for part in parts],
     )
 
 
@@ -323,6 +327,7 @@ def _of_corpus(config: Config, corpus: Corpus) -> RunData:
         ),
         fingerprint=corpus.content_hash,
         epoch_tokens=source.epoch_tokens,
+        training_documents=lambda: [corpus.documents("train")],
     )
 
 

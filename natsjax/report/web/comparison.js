@@ -111,8 +111,10 @@ showSettings();
 const series = (choose) => runs.map((one, i) =>
   ({ ...line(i), name: one.name, row: choose(one), full: fullRow(one), marker: choose(one)?.method }))
   .filter(({ row }) => row);
-showPositions([{ name: "the setting that each run is compared by", series: series(ownRow) },
-  { name: "full attention on each run's weights", series: series(fullRow) }]);
+const compared = [{ name: "the setting that each run is compared by", series: series(ownRow) },
+  { name: "full attention on each run's weights", series: series(fullRow) }];
+showPositions(compared);
+showSlices(compared);
 showTraining(runs.map((one, i) => ({ ...line(i), name: one.name, training: one.training })));
 if (byId("training")) {
   showLegend(byId("training-legend"), runs.map(({ name }, i) => ({ ...line(i), name, shape: "line" })));

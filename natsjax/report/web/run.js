@@ -277,6 +277,7 @@ showTable();
 showBudgetCheck();
 showCurve();
 showPositions(positionGroups());
+showSlices(positionGroups());
 showTraining([{ name: "this run", color: "var(--contrast)", dash: "", training }]);
 showMarks();
 if (!natsRows.length) byId("heat").remove();
