@@ -136,7 +136,10 @@ def test_the_budget_check_repeats_the_biased_and_the_argmax_row(nats_evaluation)
 
 
 def test_budgets_that_share_a_role_bias_are_one_row_of_the_closest(tmp_path):
-    found = evaluate.run(tmp_path, loaded=make_run(tmp_path), budgets=[0.8, 0.9, 1.0], progress=False)
+    run = make_run(tmp_path)
+    both = dataclasses.replace(run.config.nats, biased_roles="global_local")  # LOCAL tokens stay: none is reached
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, nats=both))
+    found = evaluate.run(tmp_path, loaded=run, budgets=[0.8, 0.9, 1.0], progress=False)
     assert [row["budget"] for row in rows_of(found, "nats")][-1] == 0.8
     assert len([note for note in found.notes if "at role bias" in note]) == 3
 
