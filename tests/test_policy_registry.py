@@ -20,6 +20,7 @@ from natsjax.generate.flags import parse_policy
 from natsjax.policies import numbers, registry
 from natsjax.policies.registry import POLICIES, Number, PolicyEntry
 from natsjax.report import picture
+from natsjax.report.styles import shared_label
 
 FILE = '''
 from typing import ClassVar
@@ -176,6 +177,11 @@ def test_own_roles_have_a_label_for_every_kind_of_layers_that_learns_them():
     assert registry.label_of("nats", ("dense", "head_roles")) == "head roles"
     assert registry.label_of("nats", ("dense",)) == registry.NATS.label == "NAtS"
     assert registry.label_of("full", ("gated",)) == "full attention"
+    assert registry.label_of("full", ("sliding",)) == "trained window"
+    assert registry.label_of("full", ("sliding", "dense")) == "full beside trained windows"
+    runs = [("nats",), ("sliding",), ("dense",)]
+    assert shared_label("full", runs) == "full attention / trained window"
+    assert shared_label("nats", runs) == "NAtS"
     assert registry.label_of("new", ("gated",)) == "new"
 
 

@@ -278,13 +278,16 @@ POLICIES: dict[str, PolicyEntry] = _by_name(
 
 
 def label_of(name: str, layers: Iterable[str]) -> str:
-    """Returns a policy's label; that of a model's own roles follows from how its layers learned them.
+    """Returns a policy's label; what a model's own layers have learned, or cannot read, is a part of it.
 
     Args:
       name: of the policy; one that is not here is its own label.
       layers: types of the model's layers (``model.layer_types``).
     """
+    layers = tuple(layers)
     kind = next((kind for kind in layers if kind in ROLE_LABELS), None)
     if name == NATS.name and kind is not None:
         return ROLE_LABELS[kind]
+    if name == FULL.name and "sliding" in layers:  # trained windows stay under every policy
+        return "trained window" if set(layers) == {"sliding"} else "full beside trained windows"
     return POLICIES[name].label if name in POLICIES else name

@@ -46,9 +46,12 @@ def style_of(method: str, layers: Iterable[str] = ()) -> MethodStyle:
 
 
 def shared_label(method: str, runs: Iterable[Sequence[str]]) -> str:
-    """Returns the label of a method in a comparison: all that it has in runs with roles, given as types of layers."""
-    learned = [layers for layers in runs if not ROLE_LABELS.keys().isdisjoint(layers)]
-    return " / ".join(dict.fromkeys(label_of(method, layers) for layers in learned or [()]))
+    """Returns the label of a method in a comparison: all that it has in the runs, given as types of layers.
+
+    Learned roles have none of runs without roles.
+    """
+    named = [layers for layers in runs if method != NATS.name or not ROLE_LABELS.keys().isdisjoint(layers)]
+    return " / ".join(dict.fromkeys(label_of(method, layers) for layers in named or [()]))
 
 
 def css_colors(*, dark: bool = False) -> str:
