@@ -86,7 +86,7 @@ def comparison_table(
     shown = [(run, row) for run in runs if (row := _own(run)) is not None]
     if not shown:
         return ""
-    with_accuracy = any(row["accuracy"] is not None for _, row in shown)
+    with_accuracy = any(run.results is not None and run.results.run["show_accuracy"] for run, _ in shown)
     head = ["run", "layers", "KV", "perplexity", *(["accuracy"] if with_accuracy else [])]
     cells = [head + ([] if compared_with is None else [f"{_ratio_column(compared_with)} [95 %]"])]
     for run, row in shown:
