@@ -1,6 +1,7 @@
 """The benchmark for a lent GPU: every phase at its smallest on a CPU, and what fails in one does not stop the next."""
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -63,6 +64,7 @@ def test_kernels_are_compared_with_the_oracles(done):
     assert groups == {"xla", "decoding"} | ({"pallas_gpu"} if interpreter else set())
     assert ("checks of pallas_gpu skipped: the GPU interpreter needs jax >= 0.11" in done[0].stdout) != interpreter
     assert all(record["within"] for record in records)
+    assert all(max(record["errors"].values()) > 0 for record in records)  # else nothing was compared
     roles = [record["errors"] for record in records if record["kind"] == "roles"]
     assert all(list(errors) == list(accelerator_checks.RESULTS) for errors in roles)
 
@@ -180,6 +182,19 @@ def test_a_check_that_fails_is_a_record():
     assert [accelerator_checks.is_close(record, times=5) for record in records] == [True, False, False, False, True]
     assert accelerator_checks.run(listed, records.append, time.monotonic() - 1) == len(found)
     assert len(records) == len(found)
+
+
+def test_no_check_begins_that_would_end_too_late(monkeypatch):
+    clock, durations, records = [0.0], [1.0, 4.0, 3.0, 1.0], []
+
+    def takes(seconds):
+        clock[0] += seconds
+        return {"out": 0.0}
+
+    monkeypatch.setattr(accelerator_checks, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    listed = [accelerator_checks.Check({}, 1.0, functools.partial(takes, seconds)) for seconds in durations]
+    assert accelerator_checks.run(listed, records.append, 11.0) == 1  # at 8 the last one could end at 12
+    assert [record["seconds"] for record in records] == durations[:3]
 
 
 ISOLATED = """
