@@ -46,6 +46,7 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, log: pat
     Raises:
       CallFailed: there is no result.
     """
+    seconds = max(seconds, 0)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, log, function, arguments))
@@ -55,7 +56,7 @@ def call(function: Callable[..., Any], *arguments: Any, seconds: float, log: pat
     sender.close()
     answered = False
     try:
-        if not receiver.poll(max(seconds, 0)):
+        if not receiver.poll(seconds):
             raise CallFailed(f"stopped after {seconds:.0f} s")
         try:
             found = receiver.recv()

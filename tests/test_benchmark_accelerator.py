@@ -199,7 +199,8 @@ def test_no_check_begins_that_would_end_too_late(monkeypatch):
 
 ISOLATED = """
 import json, os, pathlib, subprocess, sys, tempfile, time
-from benchmarks import isolated
+from jax._src import xla_bridge
+from benchmarks import accelerator, isolated
 
 folder = pathlib.Path(tempfile.mkdtemp())
 log = folder / "log.txt"
@@ -235,14 +236,16 @@ for _ in range(100):
     time.sleep(0.05)
 print(json.dumps(state in ("gone", "Z")))
 print(json.dumps(log.read_text()))
+print(json.dumps(list(xla_bridge._backends)))
 """
 
 
 def test_a_call_that_raises_crashes_or_hangs_is_said():
-    value, raised, crashed, hung, ended, log = json_lines(ISOLATED, devices=1)
+    value, raised, crashed, hung, ended, log, touched = json_lines(ISOLATED, devices=1)
     assert value == 2
     assert raised == ["ValueError: two", True]
     assert crashed == ["its process ended with exit status 7; see log.txt", False]
     assert hung == ["stopped after 1 s", False]
     assert ended
     assert "to the log" in log
+    assert not touched  # by importing the benchmark: a process that has a device cannot be forked
