@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from natsjax.policies.registry import POLICIES
 from natsjax.report import fields
+from natsjax.report.tasks import TASK_FIELDS
 from natsjax.runs.metrics import METRICS
 from natsjax.train.logs.warnings import WARNINGS
 
@@ -58,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "by_slice": lambda: fields_table(fields.SLICE_FIELDS),
     "budget_check": lambda: fields_table(fields.BUDGET_CHECK_FIELDS),
     "samples": lambda: fields_table(fields.SAMPLE_FIELDS),
+    "tasks": lambda: fields_table(TASK_FIELDS),
     "run": lambda: fields_table(fields.RUN_FIELDS),
 }
 
@@ -65,7 +67,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def pages() -> dict[pathlib.Path, str]:
     """Renders every page with tables from the present declarations."""
     found = {}
-    for name in ("generate.md", "metrics.md", "report.md"):
+    for name in ("generate.md", "metrics.md", "report.md", "tasks.md"):
         text = (DOCS / name).read_text(encoding="utf-8")
         pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)"
         found[DOCS / name] = re.sub(pattern, lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)

@@ -22,7 +22,7 @@ _ONE_PYTHON = re.compile(
     |docs|evaluate_(decoded|masked)|export(_hf)?|full_disk|fuzz_.*|generate|head_windows|held_out|hf_config|import_gguf
     |import_model|initial_parameters|kill|launch|layer_patterns|layout|log|monitor|nonfinite|outputs|paths
     |policy_registry|processes|report.*|rivals|role_statistics|selective|serve.*|signals|slices|standard_streams
-    |step_breakdown|stored_runs|study|sweep|text_stream|tour|trained_rivals|trackers|warnings|watchdog)[.]py""",
+    |step_breakdown|stored_runs|study|sweep|tasks|text_stream|tour|trained_rivals|trackers|warnings|watchdog)[.]py""",
     re.VERBOSE,
 )
 

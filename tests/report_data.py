@@ -7,6 +7,7 @@ import numpy as np
 import tiny
 
 from natsjax import report
+from natsjax.report.tasks import TASK_FIELDS, write_tasks
 from natsjax.runs.workdir import Workdir
 
 NATS_WEIGHTS = "this run: nats, step 2000"
@@ -87,6 +88,56 @@ def make_row(method, weights, setting, kv_fraction, perplexity, *, budget=None, 
     }
 
 
+def make_task_row(method, setting, length, *, budget=None, ranked=0.5, depths=(0.0, 0.5, 1.0)):
+    """A line of ``tasks.jsonl``; deeper needles are found less often."""
+    row = dict.fromkeys(TASK_FIELDS)
+    by_depth = [round(ranked * (1 - depth / 2), 3) for depth in depths]
+    values = {"ranked": ranked, "generated": ranked / 2}
+    values |= {f"{name}_{end}": value for name in values for end, value in (("low", 0.1), ("high", 0.9))}
+    return (
+        row
+        | values
+        | {
+            "task": f"needle:length={length}",
+            "family": "needle",
+            "parameters": {"length": length, "depths": len(depths), "keys": 1, "choices": 8},
+            "method": method,
+            "setting": setting,
+            "weights": NATS_WEIGHTS,
+            "budget": budget,
+            "kv_fraction": budget or 1.0,
+            "held_fraction": budget or 1.0,
+            "chance": 0.125,
+            "num_examples": 30,
+            "mean_length": float(length),
+            "question": "after",
+            "seed": 0,
+            "step": 2000,
+            "ranks": [1, 2] * 15,
+            "exact": [True, False] * 15,
+            "depths": [0.5] * 30,
+            "by_depth": {
+                "depth": list(depths),
+                "examples": [10] * len(depths),
+                "ranked": by_depth,
+                "generated": [value / 2 for value in by_depth],
+            },
+        }
+    )
+
+
+def make_task_rows():
+    return [
+        make_task_row(method, setting, length, budget=budget, ranked=ranked)
+        for length in (128, 256)
+        for method, setting, budget, ranked in (
+            ("nats", {"role_bias": -0.25}, 0.15, 0.9),
+            ("full", {}, None, 1.0),
+            ("sliding_window", {"window": length // 12}, 0.15, 0.2),
+        )
+    ]
+
+
 def by_document(perplexity, count=12):
     """Documents that differ by far more than 3 %, of 4096 tokens in all."""
     tokens = np.full(count, 4096 // count) + (np.arange(count) < 4096 % count)
@@ -141,13 +192,16 @@ def make_sample(tokens=("L", "S", "G", "L", "S", "S"), roles=(("120122", "022222
     } | changes
 
 
-def write(directory, *, rows=None, budget_check=BUDGET_CHECK, samples=(), run=RUN, metrics=(), starts=()):
+def write(directory, *, rows=None, budget_check=BUDGET_CHECK, samples=(), run=RUN, metrics=(), starts=(), tasks=()):
     """Writes the report of a workdir; returns its paths."""
     workdir = Workdir(directory)
     workdir.path.mkdir(parents=True, exist_ok=True)
     for path, lines in ((workdir.metrics_file, metrics), (workdir.starts_file, starts)):
         if lines:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if tasks:
+        workdir.report.mkdir()
+        write_tasks(workdir.report, tasks)
     return report.write_report(workdir, rows=rows or make_rows(), budget_check=budget_check, samples=samples, run=run)
 
 

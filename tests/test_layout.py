@@ -25,7 +25,7 @@ RANKS = (
     {"evaluate"},
     {"train"},
     {"interop"},
-    {"generate", "plan", "sweep", "export", "import_model"},
+    {"generate", "plan", "sweep", "export", "import_model", "tasks"},
     {"lm_eval", "serve"},
 )
 """A package imports packages of rows above its own, and none of its own row."""

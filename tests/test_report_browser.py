@@ -18,6 +18,7 @@ from report_data import (
     make_row,
     make_rows,
     make_sample,
+    make_task_rows,
     make_workdir,
     write,
 )
@@ -329,6 +330,19 @@ def test_slices_are_shown_beside_each_other(tmp_path, open_page):
     assert page.locator("#slices-group option").all_inner_texts() == ["KV budget 15.0 %", "every role bias"]
     assert not page.locator("#slices-scale").is_visible()  # nothing to compare with
     assert page.locator("#slices-table th").nth(2).inner_text().startswith("NAtS: role bias")
+
+
+def test_needles_are_shown_by_depth_and_length(tmp_path, open_page):
+    page = open_page(write(tmp_path, tasks=make_task_rows())[2], viewport=PHONE)
+    assert page.locator("#task-rows tbody tr").count() == 6
+    cells = page.locator("#needles td span")
+    assert cells.all_inner_texts() == ["90.0 %"] * 2 + ["67.5 %"] * 2 + ["45.0 %"] * 2
+    page.select_option("#needle-map", label=f"needle: sliding window, budget 15.0 %, {NATS_WEIGHTS}")
+    assert cells.all_inner_texts()[0] == "20.0 %"
+    page.select_option("#needle-metric", "generated")
+    assert cells.all_inner_texts()[0] == "10.0 %"
+    assert cells.first.get_attribute("title") == "depth 0, 128 tokens: 10.0 %"
+    assert overflow(page) == 0
 
 
 def test_training_curves_marks_and_commands_are_shown(run_page, open_page):

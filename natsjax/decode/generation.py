@@ -124,8 +124,8 @@ class Prefill:
         """True when the prompts have been read whole."""
         return self._begin >= self._longest
 
-    def read(self) -> Reads:
-        """Reads the next chunk."""
+    def read(self, *, count_live: bool = False) -> Reads:
+        """Reads the next chunk; ``count_live`` as in ``Decoder.read``."""
         decoder, begin = self._decoder, self._begin
         tokens = np.zeros((len(self._prompts), self.chunk), np.int32)
         for row, prompt in enumerate(self._prompts):
@@ -133,10 +133,15 @@ class Prefill:
             tokens[row, : len(part)] = part
         count = np.clip(self._lengths - begin, 0, self.chunk)
         self.cache, read = decoder.read(
-            self.cache, tokens, count, observed_from=self._observed_from, evict=not self._waits
+            self.cache,
+            tokens,
+            count,
+            observed_from=self._observed_from,
+            count_live=count_live,
+            evict=not self._waits,
         )
         with jax.set_mesh(decoder.mesh):
-            self.hidden = _last_hidden(read.hidden, decoder.put_rows(count), self.hidden)
+            self.hidden = last_of_chunk(read.hidden, decoder.put_rows(count), self.hidden)
         self._begin += self.chunk
         if self._waits and self.is_done:
             self.cache = decoder.evict(self.cache)
@@ -153,7 +158,8 @@ def prefill(
     return reading.cache, reading.hidden
 
 
-_last_hidden = jax.jit(last_hidden)
+last_of_chunk = jax.jit(last_hidden)
+"""Compiled ``natsjax.decode.loop.last_hidden``."""
 
 
 def generate(

@@ -3,18 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from natsjax.errors import UserError
 from natsjax.evaluate import DEFAULT_CHUNK, DEFAULT_RARE
 from natsjax.policies.registry import POLICIES
 from natsjax.runtime.cpu_devices import use_cores
-from natsjax.runtime.flags import Parser, run_command
-
-
-def _parse_budgets(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--budgets={text}: these are no numbers; separate them by commas, as in 0.05,0.1.") from error
+from natsjax.runtime.flags import Parser, parse_budgets, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
     )
     flags = parser.parse_args(argv)
-    budgets = None if flags.budgets is None else _parse_budgets(flags.budgets)
+    budgets = None if flags.budgets is None else parse_budgets(flags.budgets)
     # Here: the parser is built before anything slow is imported.
     from natsjax.evaluate.evaluation import run
     from natsjax.evaluate.slices import SliceSettings

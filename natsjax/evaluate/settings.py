@@ -4,7 +4,9 @@ They are set on training-split text, so that the held-out text chooses nothing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from natsjax.data import Row, piece_lengths
 from natsjax.evaluate.masked import measure
@@ -51,6 +53,10 @@ def settings_of(
     notes: list[str],
     progress: bool,
     chunk: int | None = None,
+    *,
+    policies: Collection[str] | None = None,
+    pieces: np.ndarray | None = None,
+    role_biases: dict[str, list[Setting]] | None = None,
 ) -> list[Setting]:
     """Returns what to measure: every policy of the registry, on the run's weights and on the dense baseline's.
 
@@ -62,10 +68,17 @@ def settings_of(
       notes: gets a sentence about each policy that cannot meet a budget.
       progress: show progress bars.
       chunk: tokens that are decoded at once, which measures policies without a mask too; None: masks.
+      policies: names of those to measure, without notes about others; None: all.
+      pieces: int ``[num_pieces]``, lengths of the texts that the numbers of other policies are counted for; None: those
+        of the calibration contexts.
+      role_biases: settings of earlier calls with the same contexts and budgets, by weights, which are not searched
+        again; what is found is added.
     """
-    pieces = piece_lengths(calibration_contexts)
+    pieces = piece_lengths(calibration_contexts) if pieces is None else pieces
+    role_biases = {} if role_biases is None else role_biases
     mode = "masked" if chunk is None else "decode"
     entries = [entry for entry in POLICIES.values() if mode in entry.modes]
+    entries = [entry for entry in entries if policies is None or entry.name in policies]
     settings = []
     for run, weights in (
         (this, f"this run ({this.config.model.layer_pattern}, step {this.step})"),
@@ -78,7 +91,11 @@ def settings_of(
                 if not entry.is_trained_in:
                     notes.append(f"{entry.label} is left out: {why}.")
             elif entry.reads_roles:
-                settings += _role_biases(run, weights, entry, calibration_contexts, budgets, notes, progress)
+                if weights not in role_biases:
+                    role_biases[weights] = _role_biases(
+                        run, weights, entry, calibration_contexts, budgets, notes, progress
+                    )
+                settings += role_biases[weights]
             elif entry.for_budget is None:
                 settings.append(Setting(run, weights, entry.make()))
             else:

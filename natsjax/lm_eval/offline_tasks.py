@@ -25,12 +25,12 @@ from natsjax.data.packing import piece_spans
 from natsjax.errors import UserError
 from natsjax.runs.load import LoadedRun
 from natsjax.runtime.files import make_folder, unwritable, write_text_file
+from natsjax.tasks.puzzles import needle
 
 NUM_CHOICES = 4
 NUM_EXAMPLES = 100
 _CONTINUATION = 0.2  # of a passage's words: what is chosen from
 _FEWEST_WORDS = 20  # of a passage
-_NAMES = ("Ada", "Boris", "Clara", "Dmitri", "Edith", "Felix", "Greta", "Hugo", "Iris", "Jonas", "Klara", "Leon")
 
 
 def write_tasks(
@@ -134,13 +134,12 @@ def _split(passage: str) -> tuple[str, str]:
 
 
 def _needle(passages: Sequence[str], number: int, rng: np.random.Generator) -> dict[str, Any]:
-    words = passages[number].split(" ")
-    name, value = str(rng.choice(_NAMES)), str(rng.integers(10_000, 100_000))
+    words, puzzle = passages[number].split(" "), needle(rng, keys=1, choices=1)
     depth = float(rng.uniform())
-    at = round(depth * (len(words) * 3 // 4))
-    question = f"The secret number of {name} is"
-    told = [*words[:at], f"{question} {value}.", *words[at : len(words) * 3 // 4]]
-    return {"context": f"{' '.join(told)}\n\n{question}", "answer": value, "depth": depth}
+    room = len(words) * 3 // 4
+    at = round(depth * room)
+    told = [*words[:at], puzzle.facts[0].strip(), *words[at:room]]
+    return {"context": f"{' '.join(told)}\n{puzzle.question}", "answer": puzzle.answer.strip(), "depth": depth}
 
 
 _ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}

@@ -52,19 +52,24 @@ class Field:
     axis: str = ""
 
 
-def _by_name(*fields: Field) -> dict[str, Field]:
-    """Maps names to fields, those of intervals among them."""
+def by_name(*fields: Field, interval: str = "95 % bootstrap interval by document") -> dict[str, Field]:
+    """Maps names to fields, those of intervals among them.
+
+    Args:
+      fields: the fields, in order.
+      interval: what the ends of their intervals are of.
+    """
     found: dict[str, Field] = {}
     for field in fields:
         found[field.name] = field
         if field.interval:
             for end, word in (("low", "lower"), ("high", "upper")):
-                doc = f"{word} end of the 95 % bootstrap interval by document"
+                doc = f"{word} end of the {interval}"
                 found[f"{field.name}_{end}"] = Field(f"{field.name}_{end}", doc, field.unit, field.shape, nullable=True)
     return found
 
 
-ROW_FIELDS = _by_name(
+ROW_FIELDS = by_name(
     Field("method", "policy that decided which keys live", column="method", format="method"),
     Field("setting", "numbers of the policy by name, as `role_bias` or `window`", column="setting", format="setting"),
     Field("weights", "weights that it ran on: those of the run, or of the dense baseline", column="weights", late=True),
@@ -168,7 +173,7 @@ ROW_FIELDS = _by_name(
 )
 """Fields of a row, which is one measured setting, in the order of a line of ``results.jsonl``."""
 
-POSITION_FIELDS = _by_name(
+POSITION_FIELDS = by_name(
     Field(
         "edges",
         "bucket i holds `edges[i]` to `edges[i + 1] - 1` tokens before the prediction",
@@ -181,7 +186,7 @@ POSITION_FIELDS = _by_name(
 )
 """Fields of a row's ``by_position``: results by the number of tokens of the document before the predicted one."""
 
-SLICE_FIELDS = _by_name(
+SLICE_FIELDS = by_name(
     Field("slices", "names of the slices", shape="z"),
     Field("marks", "hash of each slice's tokens; evaluations compare slices of equal marks", shape="z"),
     Field("tokens", "predicted tokens", "tokens", "z"),
@@ -207,7 +212,7 @@ SLICE_FIELDS = _by_name(
 )
 """Fields of a row's ``by_slice``: results on sets of predicted tokens (``natsjax.evaluate.slices``)."""
 
-BUDGET_CHECK_FIELDS = _by_name(
+BUDGET_CHECK_FIELDS = by_name(
     Field("kv_budget", "budget of the run, `nats.kv_budget`", "fraction"),
     Field("sampled", "KV fraction with roles sampled as in training, where they are", "fraction", nullable=True),
     Field("argmax", "KV fraction with the most likely roles", "fraction"),
@@ -219,7 +224,7 @@ BUDGET_CHECK_FIELDS = _by_name(
 )
 """Fields of the budget check (docs/method.md 4.4); a run without roles has none."""
 
-SAMPLE_FIELDS = _by_name(
+SAMPLE_FIELDS = by_name(
     Field("title", "name of the text"),
     Field("tokens", "the tokens as text", shape="t"),
     Field("role_biases", "role biases that the roles were chosen under, each that of a row", shape="b"),
@@ -235,7 +240,7 @@ SAMPLE_FIELDS = _by_name(
 )
 """Fields of a sample, which is held-out text with its roles; a run without roles has none."""
 
-RUN_FIELDS = _by_name(
+RUN_FIELDS = by_name(
     Field("name", "name of the run"),
     Field("workdir", "folder of the run"),
     Field("command", "command of the evaluation"),
@@ -256,11 +261,11 @@ RUN_FIELDS = _by_name(
 """Fields that tell where the results come from."""
 
 
-def columns(rows: Sequence[Row], *, show_accuracy: bool) -> list[Field]:
-    """Selects the fields that have a column in a table of these rows."""
+def columns(rows: Sequence[Row], *, show_accuracy: bool, of: Mapping[str, Field] = ROW_FIELDS) -> list[Field]:
+    """Selects the fields that have a column in a table of these rows, of those that are declared."""
     return [
         field
-        for field in ROW_FIELDS.values()
+        for field in of.values()
         if field.column
         and (show_accuracy or not field.as_metric)
         and any(row.get(field.name) is not None for row in rows)
@@ -272,12 +277,14 @@ def has_interval(field: Field, rows: Sequence[Row]) -> bool:
     return field.interval == "shown" and any(row.get(f"{field.name}_low") is not None for row in rows)
 
 
-def page_columns(rows: Sequence[Row], *, show_accuracy: bool, compared: bool = False) -> list[dict[str, Any]]:
+def page_columns(
+    rows: Sequence[Row], *, show_accuracy: bool, compared: bool = False, of: Mapping[str, Field] = ROW_FIELDS
+) -> list[dict[str, Any]]:
     """Describes the columns of a table of rows to the page, or those that several runs are compared by.
 
     Late ones come last, and of these long texts.
     """
-    found = [field for field in columns(rows, show_accuracy=show_accuracy) if field.compared or not compared]
+    found = [field for field in columns(rows, show_accuracy=show_accuracy, of=of) if field.compared or not compared]
     return [
         {name: getattr(field, name) for name in ("name", "column", "format", "interval", "aside")}
         for field in sorted(found, key=lambda field: (field.late, field.format == "text"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from natsjax.errors import UserError
-from natsjax.report import page, picture, results, training
+from natsjax.report import page, picture, results, tasks, training
 from natsjax.report.commands import evaluate_command, run_commands
 from natsjax.report.results import Results
 from natsjax.runs.workdir import Workdir
@@ -61,8 +61,9 @@ def try_report(workdir: Workdir) -> None:
     """Tries, before a run is trained or measured, to write the files of ``write_report``.
 
     Raises:
-      UserError: a file cannot be written.
+      UserError: a file cannot be written, or that of the tasks cannot be read.
     """
+    tasks.read_tasks(workdir.report)
     try:
         try_files([workdir.report / name for name in FILES])
     except OSError as error:
@@ -81,7 +82,7 @@ def rewrite(workdir: str | os.PathLike[str]) -> list[Path]:
       workdir: of the run, or an export.
 
     Returns:
-      The paths of ``pareto.png`` and ``report.html``.
+      The paths of ``pareto.png`` and ``report.html``, and of ``tasks.png`` where needles were asked for.
 
     Raises:
       UserError: there is no run, it was not evaluated, or a file cannot be read or written.
@@ -95,16 +96,20 @@ def rewrite(workdir: str | os.PathLike[str]) -> list[Path]:
         raise UserError(
             f"{place.path} has not been evaluated yet; {command} evaluates it and writes the report."
         ) from error
-    return results.write_files({place.report / name: content for name, content in _drawn(found, place).items()})
+    files = _drawn(found, place)
+    return results.write_files({place.report / name: files[name] for name in sorted(files)})
 
 
 def _drawn(found: Results, workdir: Workdir) -> dict[str, bytes]:
-    """Renders the picture and the page."""
+    """Renders the picture and the page, with what ``natsjax.tasks`` has measured."""
     starts = training.read_starts(workdir)
-    return {
+    asked, layers = tasks.read_tasks(workdir.report), found.run["layers"]
+    maps = tasks.picture(asked, layers)
+    return ({} if maps is None else {tasks.PICTURE_FILE: maps}) | {
         "pareto.png": picture.pareto(found),
         "report.html": page.run_page(
             found,
+            tasks=tasks.for_page(asked, layers),
             training=training.read_training(workdir),
             commands=run_commands(found, starts),
             changed=training.changed_settings(found.run["settings"]),

@@ -110,3 +110,56 @@ def slice_ratio_fields(
 def rounded(values: np.ndarray) -> list[float | None]:
     """Rounds to five significant digits, for a list in a row; None for NaN."""
     return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]
+
+
+_Z = float(special.ndtri(0.975))
+
+
+def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
+    """Computes the 95 % interval of a fraction of independent trials.
+
+    Args:
+      fraction: of the trials that succeeded.
+      count: trials, 1 or more.
+
+    Returns:
+      ``(low, high)``; also where all or none succeeded.
+
+    Source: Wilson 1927, as in Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), 3.
+    """
+    middle = (fraction + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * math.sqrt(fraction * (1 - fraction) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
+    # Where none or all succeeded, that end is exact but for rounding.
+    return (0.0 if fraction == 0 else middle - half), (1.0 if fraction == 1 else middle + half)
+
+
+def paired_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """Compares two fractions of successes of the same trials.
+
+    Args:
+      one, other: bool ``[n]``, success by trial, ``n`` at least 1.
+
+    Returns:
+      The fraction of ``one`` less that of ``other``, and the ends of its 95 % interval.
+
+    Source: Newcombe 1998 (Statistics in Medicine 17, pages 2635 to 2650), method 10: Wilson's intervals of both, and
+    their correlation with a correction for continuity.
+    """
+    count = len(one)
+    first, second = float(np.mean(one)), float(np.mean(other))
+    both, neither = int(np.sum(one & other)), int(np.sum(~one & ~other))
+    only_one, only_other = int(np.sum(one & ~other)), int(np.sum(~one & other))
+    (low, high), (other_low, other_high) = wilson_interval(first, count), wilson_interval(second, count)
+    product = float(both * neither - only_one * only_other)
+    if product > 0:
+        product = max(product - count / 2, 0.0)
+    sizes = [both + only_one, only_other + neither, both + only_other, only_one + neither]
+    correlation = product / math.sqrt(math.prod(sizes)) if all(sizes) else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a**2 - 2 * correlation * a * b + b**2))
+
+    difference = first - second
+    below = reach(first - low, other_high - second)
+    above = reach(high - first, second - other_low)
+    return difference, max(-1.0, difference - below), min(1.0, difference + above)

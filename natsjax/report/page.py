@@ -17,7 +17,7 @@ from natsjax.report.results import Results, to_json
 from natsjax.report.styles import LOG_RATIO, MANY_RUNS, RUN_COLORS, css_colors, shared_label
 
 _SCRIPTS = {
-    "run": ("charts.js", "curves.js", "slices.js", "reader.js", "run.js"),
+    "run": ("charts.js", "curves.js", "slices.js", "reader.js", "tasks.js", "run.js"),
     "comparison": ("charts.js", "curves.js", "slices.js", "comparison.js"),
 }
 
@@ -25,6 +25,7 @@ _SCRIPTS = {
 def run_page(
     results: Results,
     *,
+    tasks: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     commands: Sequence[Mapping[str, str]] = (),
     changed: Sequence[Mapping[str, Any]] = (),
@@ -33,6 +34,7 @@ def run_page(
 
     Args:
       results: what was measured.
+      tasks: retrieval tasks (``tasks.for_page``); None if none were asked for.
       training: its curves (``training.read_training``); None if nothing was logged.
       commands: that trained, evaluated and so on (``commands.run_commands``).
       changed: settings that are not the defaults (``training.changed_settings``).
@@ -43,6 +45,7 @@ def run_page(
         "rows": [slim(row) for row in results.rows],
         "columns": page_columns(results.rows, show_accuracy=show_accuracy),
         "run": {name: value for name, value in results.run.items() if name != "settings"},
+        "tasks": tasks,
         "training": training,
         "commands": commands,
         "changed": changed,

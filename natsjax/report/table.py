@@ -24,7 +24,17 @@ def format_table(rows: Sequence[Row], *, show_accuracy: bool | None = None, laye
     """
     if show_accuracy is None:
         show_accuracy = any(row["accuracy"] is not None for row in rows)
-    fields = columns(rows, show_accuracy=show_accuracy)
+    return format_rows(rows, columns(rows, show_accuracy=show_accuracy), layers)
+
+
+def format_rows(rows: Sequence[Row], fields: Sequence[Field], layers: Sequence[str] = ()) -> str:
+    """Formats columns of rows as ``format_table`` does.
+
+    Args:
+      rows: with ``method``, ``weights`` and the fields.
+      fields: with a column each.
+      layers: as in ``format_table``.
+    """
     lines = [[field.column + " [95 %]" * has_interval(field, rows) for field in fields]]
     for weights in dict.fromkeys(row["weights"] for row in rows):
         lines += [[_cell(field, row, layers) for field in fields] for row in rows if row["weights"] == weights]
@@ -79,14 +89,14 @@ def _formatted(field: Field, value: Any) -> str:
     return (_WORDS | _NUMBERS)[field.format](value)
 
 
-def _setting(numbers: Mapping[str, Any]) -> str:
+def format_setting(numbers: Mapping[str, Any]) -> str:
     """Joins the numbers of a policy."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in numbers.items()}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()) or "-"
 
 
 _WORDS: dict[Any, Callable[[Any], str]] = {
-    "setting": _setting,
+    "setting": format_setting,
     "text": str,
 }
 _NUMBERS: dict[Any, Callable[[Any], str]] = {

@@ -98,6 +98,18 @@ def typed_text(argument: str) -> str:
     return argument
 
 
+def parse_budgets(text: str) -> list[float]:
+    """Reads the KV fractions of ``--budgets``.
+
+    Raises:
+      UserError: they are no numbers.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--budgets={text}: these are no numbers; separate them by commas, as in 0.05,0.1.") from error
+
+
 def _is_number(word: str) -> bool:
     try:
         float(word)

@@ -278,6 +278,7 @@ showBudgetCheck();
 showCurve();
 showPositions(positionGroups());
 showSlices(positionGroups());
+showTasks(data.tasks);
 showTraining([{ name: "this run", color: "var(--contrast)", dash: "", training }]);
 showMarks();
 if (!natsRows.length) byId("heat").remove();

@@ -1,0 +1,2 @@
+from .evaluation import TaskEvaluation as TaskEvaluation
+from .evaluation import run as run
