@@ -165,7 +165,7 @@ class Session:
 
 
 class Verdict(NamedTuple):
-    """What checks say of a backend.
+    """Outcome of a backend's checks.
 
     Attributes:
       serves: it computes on this device, and no check hung.

@@ -77,7 +77,7 @@ def _precision(name: str) -> contextlib.AbstractContextManager:
 
 
 class Variant(NamedTuple):
-    """How a backend is called: its tiling, dtype and precision of products ("": JAX's default)."""
+    """Tiling, dtype and precision of products ("": JAX's default) that a backend is called with."""
 
     backend: str
     dtype: str

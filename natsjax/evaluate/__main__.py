@@ -9,12 +9,8 @@ from natsjax.runtime.cpu_devices import use_cores
 from natsjax.runtime.flags import Parser, parse_budgets, run_command
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Raises:
-      UserError: see ``run``.
-    """
+def _parser() -> Parser:
+    """Declares the flags."""
     decoded_only = ", ".join(entry.label for entry in POLICIES.values() if "masked" not in entry.modes)
     parser = Parser(
         prog="python -m natsjax.evaluate",
@@ -91,7 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars on standard error"
     )
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: see ``run``.
+    """
+    flags = _parser().parse_args(argv)
     budgets = None if flags.budgets is None else parse_budgets(flags.budgets)
     # Here: the parser is built before anything slow is imported.
     from natsjax.evaluate.evaluation import run
